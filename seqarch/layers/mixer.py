@@ -1,0 +1,124 @@
+"""What every mixer is: one contract, one frozen config, honest accounting."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+State = Any
+"""A pytree (named tuples) of tensors: whatever one mixer carries from token to token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Options of a mixer or channel mixer; subclasses add theirs and check them in ``__post_init__``.
+
+    Attributes:
+        d_model: width D of the residual stream.
+    """
+
+    d_model: int
+
+    def __post_init__(self):
+        if self.d_model < 1:
+            raise ValueError(f"d_model must be positive, got {self.d_model}")
+
+
+class Mixer(nn.Module):
+    """Mixes along time: ``y, state = mixer(x, state)`` with ``x, y: [B, T, D]``; a step is a call with T = 1.
+
+    Any split of a sequence into calls gives the same outputs. A state passed in is consumed: to branch, clone it first
+    (:func:`clone_state`). ``cu_seqlens`` packs several sequences into ``B = 1``; the state then has a row a sequence.
+    """
+
+    Config: ClassVar[type[LayerConfig]]
+
+    def forward(
+        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, State]:
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """The state before the first token.
+
+        Args:
+            batch_size: rows of the state.
+            max_length: tokens to reserve room for, in states that grow; ``None`` lets them grow as they go.
+            device, dtype: default to those of the parameters.
+        """
+        raise TypeError(f"{type(self).__name__} defines no init_state")
+
+    def state_bytes(self, length: int, batch_size: int = 1) -> int:
+        """Bytes of the state after ``length`` tokens."""
+        raise TypeError(f"{type(self).__name__} defines no state_bytes")
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of the forward pass over ``length`` tokens from an empty state.
+
+        Two a multiply-add, in matrix products, convolutions and recurrences; elementwise work is not counted.
+        """
+        raise TypeError(f"{type(self).__name__} defines no flops")
+
+
+class ChannelMixer(nn.Module):
+    """Mixes along channels, each token for itself: ``y = channel(x)`` with ``x, y: [B, T, D]``."""
+
+    Config: ClassVar[type[LayerConfig]]
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of the forward pass over ``length`` tokens, counted as in :meth:`Mixer.flops`."""
+        raise TypeError(f"{type(self).__name__} defines no flops")
+
+
+def build_config(kind: str, name: str, config_class: type[LayerConfig], options: dict[str, Any]) -> Any:
+    """``config_class(**options)``, where a wrong option is an error that lists the right ones."""
+    right = [field.name for field in fields(config_class)]
+    for option in options:
+        if option not in right:
+            near = difflib.get_close_matches(option, right, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{kind} {name!r} has no option {option!r}: it has {', '.join(right)}.{hint}")
+    try:
+        return config_class(**options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{kind} {name!r}: {error}") from error
+
+
+def choose_heads(d_model: int, num_heads: int | None) -> int:
+    """The number of heads: the one given, or heads of width 64 where that divides ``d_model``, else of width 32.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+    if num_heads is None:
+        num_heads = d_model // 64 if d_model % 64 == 0 else d_model // 32
+    if num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"num_heads ({num_heads}) must divide d_model ({d_model})")
+    return num_heads
+
+
+def linear_flops(linear: nn.Linear, tokens: int) -> int:
+    """FLOPs of a linear map of ``tokens`` rows."""
+    return 2 * linear.in_features * linear.out_features * tokens
+
+
+def clone_state(state: State) -> State:
+    """A copy that a later call may consume while the original lives on."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, state)
+
+
+def measured_state_bytes(state: State) -> int:
+    """Bytes of the tensors that a state holds."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))

@@ -1,0 +1,62 @@
+"""Pure functions on tensors, one folder an operation, each with several backends behind one contract.
+
+Layout is ``[B, T, H, D]``. Decays are natural logarithms (``log_decay <= 0``). ``cu_seqlens`` packs several sequences
+into a batch of one. Recurrent states are float32 (float64 for float64 inputs); gradients flow into and out of them.
+"""
+
+from typing import Any
+
+from seqarch.ops.attention import OP as _attention
+from seqarch.ops.attention import attention
+from seqarch.ops.causal_conv1d import OP as _causal_conv1d
+from seqarch.ops.causal_conv1d import causal_conv1d
+from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.delta_rule import OP as _delta_rule
+from seqarch.ops.delta_rule import delta_rule
+from seqarch.ops.experts import OP as _experts
+from seqarch.ops.experts import experts
+from seqarch.ops.linear_attention import OP as _linear_attention
+from seqarch.ops.linear_attention import linear_attention
+from seqarch.ops.op import BackendError, Explanation, Op, record_backends, use_backends
+from seqarch.ops.selective_scan import OP as _selective_scan
+from seqarch.ops.selective_scan import selective_scan
+
+OPS: dict[str, Op] = {
+    "attention": _attention,
+    "causal_conv1d": _causal_conv1d,
+    "delta_rule": _delta_rule,
+    "experts": _experts,
+    "linear_attention": _linear_attention,
+    "selective_scan": _selective_scan,
+}
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """What would run for ``op(*args, **kwargs)``, and why each other backend would not.
+
+    Args:
+        op: a key of ``OPS``; the rest are the operation's own arguments without ``backend``.
+
+    Raises:
+        ValueError: no operation has that name, or the arguments are not valid for it.
+    """
+    if op not in OPS:
+        raise unknown_name("operation", op, OPS)
+    return OPS[op].explain(OPS[op].prepare(*args, **kwargs))
+
+
+__all__ = [
+    "OPS",
+    "BackendError",
+    "Explanation",
+    "Op",
+    "attention",
+    "causal_conv1d",
+    "delta_rule",
+    "experts",
+    "explain",
+    "linear_attention",
+    "record_backends",
+    "selective_scan",
+    "use_backends",
+]

@@ -1,0 +1,1 @@
+"""What several operations share: argument checks, dtypes, packed sequences, the compiled library."""

@@ -1,0 +1,107 @@
+"""Argument checks with errors that name what was given, what was expected and the nearest right choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def unknown_name(kind: str, given: str, choices: Iterable[str]) -> ValueError:
+    """The error for a name that is not in a registry: lists the right ones and the nearest."""
+    names = sorted(choices)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {kind} {given!r}: expected one of {', '.join(names)}.{hint}")
+
+
+def match_shapes(op: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Bind the letters of each pattern to sizes; the same letter must mean the same size throughout.
+
+    Each keyword is ``name=(tensor, "B T H K")``; a ``None`` tensor is passed over.
+
+    Raises:
+        ValueError: a tensor has another number of dimensions, or a letter two sizes.
+    """
+    sizes: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    for name, (tensor, pattern) in tensors.items():
+        if tensor is None:
+            continue
+        letters = pattern.split()
+        shown = f"{op}: {name} has shape {list(tensor.shape)}, expected [{', '.join(letters)}]"
+        if tensor.ndim != len(letters):
+            raise ValueError(f"{shown}, {len(letters)} dimensions")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(f"{shown} with {letter} = {sizes[letter]} as in {owner[letter]}")
+            owner.setdefault(letter, name)
+    return sizes
+
+
+def divides(op: str, few: int, few_name: str, many: int, many_name: str) -> None:
+    """Raise unless ``many`` heads can be shared out evenly over ``few``."""
+    if few < 1 or many % few:
+        raise ValueError(f"{op}: {many_name} ({many}) must be a multiple of {few_name} ({few})")
+
+
+def same_device_and_kind(op: str, **tensors: Tensor | None) -> None:
+    """Raise unless all tensors are floating point and on one device."""
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating point dtype")
+        first = first or (name, tensor)
+        if tensor.device != first[1].device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first[1].device} as {first[0]}")
+
+
+def sequence_offsets(op: str, cu_seqlens: Tensor | Sequence[int] | None, batch: int, length: int) -> tuple[int, ...] | None:
+    """Check ``cu_seqlens`` and return it as plain integers (``None`` stays ``None``).
+
+    Raises:
+        ValueError: the batch is not 1, or the offsets do not start at 0, decrease, or do not end at ``length``.
+    """
+    if cu_seqlens is None:
+        return None
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{op}: cu_seqlens must be a 1-D int32 or int64 tensor,"
+                f" got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+            )
+        cu_seqlens = cu_seqlens.tolist()
+    offsets = tuple(int(offset) for offset in cu_seqlens)
+    if batch != 1:
+        raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, got a batch of {batch}")
+    if len(offsets) < 2 or offsets[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens must start at 0 and name at least one sequence, got {list(offsets)}")
+    for i, (left, right) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if right < left:
+            raise ValueError(f"{op}: cu_seqlens must not decrease, got {left} then {right} at entry {i + 1}")
+    if offsets[-1] != length:
+        raise ValueError(f"{op}: cu_seqlens must end at the length {length}, got {offsets[-1]}")
+    return offsets
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is float64, else float32: the dtype of recurrent states and sums."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def initial_state(
+    op: str, state: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The given state, checked and widened to ``dtype``, or zeros."""
+    if state is None:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{op}: state has shape {list(state.shape)}, expected {list(shape)}")
+    if state.device != device:
+        raise ValueError(f"{op}: state is on {state.device}, expected {device}")
+    return state.to(dtype)

@@ -1,0 +1,90 @@
+r"""The delta rule: linear attention that overwrites what a key held before.
+
+.. math::
+    P = \mathrm{decay}_t \cdot S_{t-1}, \qquad S_t = P + \beta_t k_t^\top (v_t - k_t P), \qquad
+    o_t = \mathrm{scale} \cdot q_t S_t
+
+Without decay: DeltaNet (Schlag et al. 2021, eq. 24-25; Yang et al. 2024, "Parallelizing Linear Transformers with the
+Delta Rule", section 2.2). One decay a head and step: Gated DeltaNet (Yang et al. 2024, "Gated Delta Networks", eq.
+10). One a key dimension: Kimi delta attention (Kimi team 2025, eq. 1). With keys of unit norm the eigenvalues of a
+step along k_t are ``1 - beta_t``: beta in (0, 1) forgets, beta in (1, 2) makes them negative (Grazzi et al. 2024),
+beyond 2 the state grows.
+
+Work is ``O(T K V)`` a head, ``O(T C (K + V + C))`` more in chunks of C tokens. Any log decay from 0 to -inf is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from seqarch.ops.common.recurrence import prepare_recurrence
+from seqarch.ops.op import Op
+
+NAME = "delta_rule"
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+) -> tuple[Any, ...]:
+    """Check the arguments; what every backend takes: ``q, k, v, beta, log_decay, scale, state, offsets``."""
+    scale, state, offsets = prepare_recurrence(NAME, q, k, v, log_decay, scale, state, cu_seqlens, beta)
+    return q, k, v, beta, log_decay, scale, state, offsets
+
+
+OP = Op(
+    NAME,
+    prepare,
+    order=("chunk_torch", "recurrent_torch"),
+    reference="recurrent_torch",
+    step_order=("recurrent_torch", "chunk_torch"),
+)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The delta rule: ``P = exp(log_decay_t) S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``, ``o_t = scale q_t S_t``.
+
+    Args:
+        q, k: ``[B, T, G, K]``; head h of v uses head ``h // (H / G)``. Keys are expected to have unit norm.
+        v: ``[B, T, H, V]``, H a multiple of G.
+        beta: ``[B, T, H]``, in (0, 2): how much of the old value is replaced.
+        log_decay: natural logarithms, at most 0: ``None``, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``.
+        scale: defaults to ``K ** -0.5``.
+        state: ``[B, H, K, V]`` before the first token (a row a sequence under ``cu_seqlens``); zeros if ``None``.
+        cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T.
+        backend: a name, or ``"auto"``.
+
+    Returns:
+        o ``[B, T, H, V]`` in v's dtype and the last state, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes disagree, heads do not divide, offsets are wrong, or no backend has that name.
+        BackendError: the named backend cannot serve the call.
+    """
+    return OP(backend, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+
+
+def flops(length: int, heads: int, key_width: int, value_width: int, batch_size: int = 1) -> int:
+    """FLOPs of the recurrence: ``2 K V`` each to recall, to write and to read, a head and token."""
+    return 6 * batch_size * length * heads * key_width * value_width

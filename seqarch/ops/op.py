@@ -1,0 +1,175 @@
+"""Op, Backend, dispatch: how a public operation picks the code that computes it.
+
+An operation is a folder ``seqarch/ops/NAME``. A backend of it is a module in that folder, named by its form and its
+engine (``chunk_torch``), which is imported when it is first asked about and holds
+
+- ``run(*arguments)``: computes the operation on the arguments that the op's ``prepare`` returned;
+- ``refuse(*arguments) -> str | None``, optional: why it cannot serve this call;
+- ``unavailable() -> str | None``, optional: why it cannot run on this machine at all. A module whose import raises
+  ``ImportError`` is unavailable for that reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from seqarch.ops.common.checks import unknown_name
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot serve the call."""
+
+
+_chosen: dict[str, str] = {}
+_recorders: list[dict[str, dict[str, int]]] = []
+
+
+class Backend:
+    """One way to compute an operation; its module is imported on first use."""
+
+    def __init__(self, op: str, name: str):
+        self.op, self.name = op, name
+        self._module: ModuleType | None = None
+        self._missing: str | None = None
+
+    def _load(self) -> ModuleType | None:
+        if self._module is None and self._missing is None:
+            try:
+                self._module = importlib.import_module(f"seqarch.ops.{self.op}.{self.name}")
+            except ImportError as error:
+                self._missing = str(error)
+        return self._module
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run on this machine, or ``None`` if it can."""
+        module = self._load()
+        if module is None:
+            return self._missing
+        return module.unavailable() if hasattr(module, "unavailable") else None
+
+    def refuse(self, *arguments: Any) -> str | None:
+        """Why this backend cannot serve a call with these prepared arguments, or ``None`` if it can."""
+        reason = self.unavailable()
+        if reason is None and hasattr(self._module, "refuse"):
+            reason = self._module.refuse(*arguments)  # type: ignore[union-attr]
+        return reason
+
+    def run(self, *arguments: Any) -> Any:
+        module = self._load()
+        assert module is not None
+        return module.run(*arguments)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``backend="auto"`` would run for a call, and why each other backend would not."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend'} would run"]
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.reasons.items()])
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation and its backends.
+
+    Attributes:
+        name: the folder's and the public function's name.
+        prepare: takes the public function's arguments (without ``backend``), checks them and returns the tuple that
+            every backend takes.
+        order: the backends in the order in which ``"auto"`` tries them.
+        reference: the backend that defines what is right.
+        step_order: the order for calls of one token, where it differs.
+    """
+
+    name: str
+    prepare: Callable[..., tuple[Any, ...]]
+    order: tuple[str, ...]
+    reference: str
+    step_order: tuple[str, ...] = ()
+    backends: dict[str, Backend] = field(init=False)
+
+    def __post_init__(self):
+        names = dict.fromkeys((*self.order, *self.step_order, self.reference))
+        object.__setattr__(self, "backends", {name: Backend(self.name, name) for name in names})
+
+    def __call__(self, backend: str, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.prepare(*args, **kwargs)
+        chosen = self.select(backend, arguments)
+        for recorder in _recorders:
+            counts = recorder.setdefault(self.name, {})
+            counts[chosen.name] = counts.get(chosen.name, 0) + 1
+        return chosen.run(*arguments)
+
+    def auto_order(self, arguments: tuple[Any, ...]) -> tuple[str, ...]:
+        one_token = bool(self.step_order) and arguments[0].shape[1] == 1
+        return self.step_order if one_token else self.order
+
+    def select(self, backend: str, arguments: tuple[Any, ...]) -> Backend:
+        """The backend that serves these prepared arguments.
+
+        Raises:
+            ValueError: no backend has that name.
+            BackendError: the named backend, or under ``"auto"`` every backend, refuses the call.
+        """
+        name = _chosen.get(self.name, backend) if backend == "auto" else backend
+        if name != "auto":
+            if name not in self.backends:
+                raise unknown_name(f"backend of {self.name}", name, [*self.backends, "auto"])
+            reason = self.backends[name].refuse(*arguments)
+            if reason is not None:
+                raise BackendError(f"{self.name}: backend {name!r} cannot serve this call: {reason}")
+            return self.backends[name]
+        for candidate in self.auto_order(arguments):
+            if self.backends[candidate].refuse(*arguments) is None:
+                return self.backends[candidate]
+        raise BackendError(str(self.explain(arguments)))
+
+    def explain(self, arguments: tuple[Any, ...]) -> Explanation:
+        pick: str | None = None
+        reasons: dict[str, str] = {}
+        order = self.auto_order(arguments)
+        forced = _chosen.get(self.name)
+        for name in dict.fromkeys((*order, *self.backends)):
+            reason = self.backends[name].refuse(*arguments)
+            if reason is not None:
+                reasons[name] = reason
+            elif forced not in (None, name):
+                reasons[name] = f"use_backends chose {forced}"
+            elif pick is not None:
+                reasons[name] = f"{pick} stands before it in the order {', '.join(order)}"
+            else:
+                pick = name
+        return Explanation(self.name, pick, reasons)
+
+
+@contextmanager
+def use_backends(**choices: str) -> Iterator[None]:
+    """Within the block, what ``backend="auto"`` means: ``use_backends(linear_attention="recurrent_torch")``."""
+    before = dict(_chosen)
+    _chosen.update(choices)
+    try:
+        yield
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
+
+
+@contextmanager
+def record_backends() -> Iterator[dict[str, dict[str, int]]]:
+    """Collect, per operation, how often each backend really ran within the block."""
+    record: dict[str, dict[str, int]] = {}
+    _recorders.append(record)
+    try:
+        yield record
+    finally:
+        _recorders[:] = [other for other in _recorders if other is not record]

@@ -1,0 +1,121 @@
+r"""The selective scan of a diagonal state-space model.
+
+.. math::
+    h_t = \exp(\Delta_t A) \odot h_{t-1} + \Delta_t B_t x_t, \qquad y_t = (C_t h_t + D x_t) \cdot \mathrm{silu}(z_t)
+
+with a step size a channel, ``Delta_t = softplus(dt_t + dt_bias)`` or dt as given (Gu and Dao 2023, "Mamba", algorithm 2
+and section 3.2; the input is discretised by the Euler rule as in the reference release, not by zero-order hold). With
+N = 1 it is any elementwise gated recurrence (RG-LRU, HGRN).
+
+Work is ``O(T D N)``. ``Delta_t A`` from 0 to -inf is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from seqarch.ops.common import checks
+from seqarch.ops.op import Op
+
+NAME = "selective_scan"
+
+
+def prepare(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+) -> tuple[Any, ...]:
+    """Check the arguments; what every backend takes, with B and C as ``[B, T, G, N]``."""
+    checks.same_device_and_kind(NAME, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
+    B, C = (m.unsqueeze(2) if m.ndim == 3 else m for m in (B, C))
+    sizes = checks.match_shapes(
+        NAME,
+        x=(x, "B T D"),
+        dt=(dt, "B T D"),
+        A=(A, "D N"),
+        B=(B, "B T G N"),
+        C=(C, "B T G N"),
+        D=(D, "D"),
+        z=(z, "B T D"),
+        dt_bias=(dt_bias, "D"),
+    )
+    checks.divides(NAME, sizes["G"], "the groups of B and C", sizes["D"], "the channels")
+    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["T"])
+    rows = sizes["B"] if offsets is None else len(offsets) - 1
+    dtype = checks.accumulation_dtype(x, dt, A)
+    state = checks.initial_state(NAME, state, (rows, sizes["D"], sizes["N"]), dtype, x.device)
+    return x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, offsets
+
+
+OP = Op(
+    NAME,
+    prepare,
+    order=("chunk_torch", "recurrent_torch"),
+    reference="recurrent_torch",
+    step_order=("recurrent_torch", "chunk_torch"),
+)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The selective scan: ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t``, ``y_t = (C_t h_t + D x_t) silu(z_t)``.
+
+    Args:
+        x: ``[B, T, D]``.
+        dt: step sizes ``[B, T, D]``, at least 0 after ``dt_bias`` and ``dt_softplus``.
+        A: ``[D, N]``, at most 0.
+        B, C: ``[B, T, N]``, or ``[B, T, G, N]`` where group g serves channels ``g D / G`` on.
+        D: ``[D]``, weight of the input in the output; ``None`` leaves it out.
+        z: gate ``[B, T, D]``, applied as ``silu(z)``; ``None`` for no gate.
+        dt_bias: ``[D]``, added to dt.
+        dt_softplus: whether the step size is ``softplus(dt + dt_bias)``.
+        state: ``[B, D, N]`` before the first token (a row a sequence under ``cu_seqlens``); zeros if ``None``.
+        cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T.
+        backend: a name, or ``"auto"``.
+
+    Returns:
+        y ``[B, T, D]`` in x's dtype and the last state, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes disagree, groups do not divide, offsets are wrong, or no backend has that name.
+        BackendError: the named backend cannot serve the call.
+    """
+    return OP(
+        backend,
+        *(x, dt, A, B, C, D),
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        state=state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def flops(length: int, channels: int, state_width: int, batch_size: int = 1) -> int:
+    """FLOPs of the recurrence: ``2 N`` to write and ``2 N`` to read, a channel and token."""
+    return 4 * batch_size * length * channels * state_width

@@ -1,0 +1,38 @@
+"""The reference: one step after the other, as the equation is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.common.packed import over_sequences
+from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size
+
+
+def run(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state: Tensor,
+    offsets: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    wide, groups = state.dtype, B.shape[2]
+    delta = step_size(dt, dt_bias, dt_softplus, wide)
+    rate = A.to(wide)
+
+    def one(h: Tensor, delta: Tensor, u: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for t in range(u.shape[1]):
+            written = u[:, t].unflatten(1, (groups, -1)).unsqueeze(-1) @ B[:, t].unsqueeze(-2)
+            h = (delta[:, t].unsqueeze(-1) * rate).exp() * h + written.flatten(1, 2)
+            outputs.append((h.unflatten(1, (groups, -1)) @ C[:, t].unsqueeze(-1)).flatten(1))
+        return torch.stack(outputs, dim=1) if outputs else u, h
+
+    y, state = over_sequences(one, offsets, state, delta, delta * x.to(wide), B.to(wide), C.to(wide))
+    return skip_and_gate(y, x, D, z), state
