@@ -1,0 +1,108 @@
+"""Channel mixers: what each token does with its own channels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch.layers.mixer import ChannelMixer, LayerConfig, linear_flops
+from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.experts.activations import ACTIVATIONS
+
+
+def round_up(width: float, multiple: int = 32) -> int:
+    """The least multiple that is not below ``width``, rounding errors of ``8 / 3 * D`` aside."""
+    return math.ceil(round(width / multiple, 6)) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenConfig(LayerConfig):
+    """Options that say how wide a channel mixer is inside.
+
+    Attributes:
+        hidden: the inner width F.
+        expansion: where ``hidden`` is not given, F is ``expansion * D``, rounded up to a multiple of 32.
+    """
+
+    hidden: int | None = None
+    expansion: float = 4.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden must be positive, got {self.hidden}")
+        if self.expansion <= 0:
+            raise ValueError(f"expansion must be positive, got {self.expansion}")
+
+    @property
+    def hidden_width(self) -> int:
+        return round_up(self.expansion * self.d_model) if self.hidden is None else self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpConfig(HiddenConfig):
+    """Options of :class:`Mlp`.
+
+    Attributes:
+        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"squared_relu"``.
+    """
+
+    activation: str = "gelu"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
+
+
+class Mlp(ChannelMixer):
+    """``y = act(x W_in) W_out``, the feed-forward layer of the Transformer (Vaswani et al. 2017, section 3.3).
+
+    GELU as in GPT (Radford et al. 2018) in place of ReLU; no biases, unlike both. ``nn.Linear``'s initialisation.
+    """
+
+    Config = MlpConfig
+
+    def __init__(self, config: MlpConfig):
+        super().__init__()
+        self.config = config
+        self.input = nn.Linear(config.d_model, config.hidden_width, bias=False)
+        self.output = nn.Linear(config.hidden_width, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(ACTIVATIONS[self.config.activation](self.input(x)))
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiGluConfig(HiddenConfig):
+    """Options of :class:`SwiGlu`: ``8 / 3`` times D inside has the parameters of an MLP of ``4 D``."""
+
+    expansion: float = 8 / 3
+
+
+class SwiGlu(ChannelMixer):
+    """``y = (silu(x W_gate) * (x W_in)) W_out`` (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6).
+
+    One matrix holds both ``W_gate`` (first) and ``W_in``; no biases, as in the paper. ``nn.Linear``'s initialisation.
+    """
+
+    Config = SwiGluConfig
+
+    def __init__(self, config: SwiGluConfig):
+        super().__init__()
+        self.config = config
+        self.input = nn.Linear(config.d_model, 2 * config.hidden_width, bias=False)
+        self.output = nn.Linear(config.hidden_width, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.input(x).chunk(2, dim=-1)
+        return self.output(F.silu(gate) * value)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))

@@ -1,0 +1,145 @@
+"""The keys and values that attention carries from call to call.
+
+Rows of different lengths end together: they are aligned to the right, and ``start`` says where each begins. With
+``keep``, only the last that many keys of each row are held (a window of w needs w - 1 earlier keys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+
+class KVCache(NamedTuple):
+    """One row a sequence.
+
+    Attributes:
+        keys, values: ``[B, capacity, G, K]`` and ``[B, capacity, G, V]``; the first ``min(length, keep)`` are in use.
+        length: tokens of the longest row so far, those no longer held included.
+        start: ``[B]``, how many of ``length`` are padding before each row; ``None`` when the rows are equally long.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int
+    start: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    def held(self, keep: int | None) -> int:
+        return self.length if keep is None else min(self.length, keep)
+
+    def lengths(self) -> Tensor:
+        """Tokens that each row has seen: ``[B]``, or ``[1]`` when the rows are equally long."""
+        if self.start is None:
+            return torch.full((1,), self.length, device=self.keys.device)
+        return self.length - self.start
+
+    def first_held(self, keep: int | None) -> Tensor | None:
+        """``[B]``, the first held key of each row that is not padding."""
+        return None if self.start is None else (self.start - (self.length - self.held(keep))).clamp(min=0)
+
+
+class PackedKV(NamedTuple):
+    """Keys and values as a packed call computed them: copied into rows only if another call follows.
+
+    Attributes:
+        keys, values: ``[1, T, G, K]`` and ``[1, T, G, V]``.
+        offsets: boundaries of the sequences.
+    """
+
+    keys: Tensor
+    values: Tensor
+    offsets: tuple[int, ...]
+
+
+def as_rows(cache: KVCache | PackedKV, keep: int | None, capacity: int = 0) -> KVCache:
+    """A row a sequence, right-aligned."""
+    if isinstance(cache, KVCache):
+        return cache
+    lengths = [end - start for start, end in pairwise(cache.offsets)]
+    return right_aligned(cache.keys[0].split(lengths), cache.values[0].split(lengths), lengths, keep, capacity)
+
+
+def right_aligned(
+    keys: Sequence[Tensor], values: Sequence[Tensor], lengths: list[int], keep: int | None, capacity: int = 0
+) -> KVCache:
+    """A cache from each row's last keys ``[held, G, K]`` and values, with room for at least ``capacity``.
+
+    Args:
+        lengths: tokens that each row has seen, those no longer held included.
+    """
+
+    def rows(pieces: Sequence[Tensor]) -> Tensor:
+        if keep is not None:
+            pieces = [piece[max(0, len(piece) - keep) :] for piece in pieces]
+        stacked = pad_sequence(list(pieces), batch_first=True, padding_side="left")
+        return F.pad(stacked, (0, 0, 0, 0, 0, max(0, capacity - stacked.shape[1])))
+
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
+    start = torch.tensor(padding, device=keys[0].device) if any(padding) else None
+    return KVCache(rows(keys), rows(values), longest, start)
+
+
+def extend(cache: KVCache | None, k: Tensor, v: Tensor, keep: int | None) -> tuple[Tensor, Tensor, KVCache]:
+    """Append ``k: [B, T, G, K]`` and ``v`` to every row: all held keys and values, old and new, and the cache after."""
+    if cache is None or not cache.capacity:
+        start = None if cache is None else cache.start
+        length = 0 if cache is None else cache.length
+        return k, v, KVCache(_last(k, keep), _last(v, keep), length + k.shape[1], start)
+    held = cache.held(keep)
+    end = held + k.shape[1]
+    if end <= cache.capacity:
+        keys, values = _write(cache.keys, k, held), _write(cache.values, v, held)
+        after = KVCache(keys, values, cache.length + k.shape[1], cache.start)
+        return keys[:, :end], values[:, :end], after
+    keys = torch.cat([cache.keys[:, :held], k], dim=1)
+    values = torch.cat([cache.values[:, :held], v], dim=1)
+    after = KVCache(_last(keys, keep), _last(values, keep), cache.length + k.shape[1], cache.start)
+    return keys, values, after
+
+
+def _last(x: Tensor, keep: int | None) -> Tensor:
+    """The last ``keep`` along time, as a tensor of their own: a view would hold the memory of all the others."""
+    return x if keep is None or x.shape[1] <= keep else x[:, x.shape[1] - keep :].clone()
+
+
+def _write(buffer: Tensor, x: Tensor, at: int) -> Tensor:
+    """``buffer`` with ``x`` at a time: in place, except where autograd still needs what was there."""
+    end = at + x.shape[1]
+    if torch.is_grad_enabled() and (buffer.requires_grad or x.requires_grad):
+        return torch.cat([buffer[:, :at], x.to(buffer.dtype), buffer[:, end:]], dim=1)
+    buffer[:, at:end] = x
+    return buffer
+
+
+def extend_packed(
+    cache: KVCache, k: Tensor, v: Tensor, offsets: tuple[int, ...], keep: int | None
+) -> tuple[list[Tensor], list[Tensor], KVCache]:
+    """Append packed ``k: [1, T, G, K]`` and ``v``, sequence i to row i.
+
+    Returns:
+        each row's keys and values, ``[held and new, G, K]``, and the cache after.
+    """
+    added = [end - start for start, end in pairwise(offsets)]
+    first = cache.first_held(keep)
+    starts = [0] * len(added) if first is None else first.tolist()
+    seen = cache.lengths().expand(len(added)).tolist()
+    held = cache.held(keep)
+
+    def join(rows: Tensor, new: Tensor) -> list[Tensor]:
+        old = rows[:, :held].unbind()
+        return [torch.cat([old[i][starts[i] :], piece]) for i, piece in enumerate(new[0].split(added))]
+
+    keys, values = join(cache.keys, k), join(cache.values, v)
+    lengths = [before + new for before, new in zip(seen, added, strict=True)]
+    return keys, values, right_aligned(keys, values, lengths, keep, cache.capacity)

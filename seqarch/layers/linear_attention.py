@@ -1,0 +1,99 @@
+"""Linear attention without decay, for any feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.heads import HeadProjection
+from seqarch.layers.mixer import LayerConfig, choose_heads, linear_flops
+from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
+from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.linear_attention import flops as recurrence_flops
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "softmax": lambda x: x.softmax(dim=-1),
+    "identity": lambda x: x,
+}
+"""By name: ``elu(x) + 1`` (Katharopoulos et al. 2020, eq. 7), ReLU, softmax over the head's width, none."""
+
+NORMALISERS = ("sum", "rms", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig(LayerConfig):
+    """Options of :class:`LinearAttention`.
+
+    Attributes:
+        num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
+        feature_map: a key of ``FEATURE_MAPS``, applied to queries and keys.
+        normaliser: ``"sum"`` divides by the summed kernel, which needs a feature map that is not negative; ``"rms"``
+            takes an RMS norm a head instead (Qin et al. 2022, "The Devil in Linear Transformer", section 3.2);
+            ``"none"`` does neither.
+        conv_width: width of a short convolution over queries, keys and values; 0 for none.
+    """
+
+    num_heads: int | None = None
+    feature_map: str = "elu"
+    normaliser: str = "sum"
+    conv_width: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        choose_heads(self.d_model, self.num_heads)
+        if self.feature_map not in FEATURE_MAPS:
+            raise unknown_name("feature map", self.feature_map, FEATURE_MAPS)
+        if self.normaliser not in NORMALISERS:
+            raise unknown_name("normaliser", self.normaliser, NORMALISERS)
+        if self.normaliser == "sum" and self.feature_map == "identity":
+            raise ValueError("normaliser 'sum' needs a feature map that is not negative, got feature_map 'identity'")
+
+
+class LinearAttention(RecurrentMixer):
+    """Attention with a kernel in place of the exponential: ``S_t = S_{t-1} + phi(k_t)^T v_t``, ``o_t = phi(q_t) S_t``.
+
+    Divided by ``phi(q_t) . sum_s phi(k_s)`` under the default normaliser, whose sum is kept as one more value channel,
+    so the memory is ``[B, H, K, V + 1]``. Katharopoulos et al. 2020, "Transformers are RNNs", eq. 16-20. It never
+    forgets: not to be confused with retention or Mamba-2, which decay. Projections have ``nn.Linear``'s initialisation.
+    """
+
+    Config = LinearAttentionConfig
+
+    def __init__(self, config: LinearAttentionConfig):
+        super().__init__()
+        self.config = config
+        num_heads = choose_heads(config.d_model, config.num_heads)
+        width = config.d_model // num_heads
+        self.heads = HeadProjection(config.d_model, [(num_heads, width)] * 3, config.conv_width)
+        self.norm = nn.RMSNorm(width) if config.normaliser == "rms" else None
+        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.memory_shape = (num_heads, width, width + (config.normaliser == "sum"))
+
+    def forward(
+        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, RecurrentState]:
+        conv, memory = (None, None) if state is None else state
+        (q, k, v), conv = self.heads(x, conv, cu_seqlens)
+        feature_map = FEATURE_MAPS[self.config.feature_map]
+        q, k = feature_map(q), feature_map(k)
+        if self.config.normaliser == "sum":
+            v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+            o, memory = ops.linear_attention(q, k, v, scale=1.0, state=memory, cu_seqlens=cu_seqlens)
+            o = o[..., :-1] / (o[..., -1:] + 1e-6)
+        else:
+            o, memory = ops.linear_attention(q, k, v, state=memory, cu_seqlens=cu_seqlens)
+        if self.norm is not None:
+            o = self.norm(o)
+        return self.output(o.flatten(-2)), RecurrentState(conv, memory)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        tokens = batch_size * length
+        own = linear_flops(self.output, tokens) + self.heads.flops(length, batch_size)
+        return own + recurrence_flops(length, *self.memory_shape, batch_size)

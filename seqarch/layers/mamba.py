@@ -1,0 +1,89 @@
+"""Mamba: the selective state-space model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seqarch import ops
+from seqarch.layers.initialisation import exempt_from_decay, step_size_bias
+from seqarch.layers.mixer import LayerConfig, linear_flops
+from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
+from seqarch.layers.short_conv import ShortConvolution
+from seqarch.ops.selective_scan import flops as scan_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(LayerConfig):
+    """Options of :class:`Mamba`.
+
+    Attributes:
+        d_state: N, states a channel.
+        expand: the inner width is ``expand D``.
+        conv_width: width of the short convolution.
+        dt_rank: rank of the step size's projection; by default ``ceil(D / 16)``.
+        dt_min, dt_max, dt_floor: range of the initial step sizes.
+    """
+
+    d_state: int = 16
+    expand: int = 2
+    conv_width: int = 4
+    dt_rank: int | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+
+
+class Mamba(RecurrentMixer):
+    """A selective state-space model: ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t``, ``y_t = (C_t h_t + D x_t) silu(z_t)``.
+
+    dt, B and C depend on the input, A does not; E = ``expand D`` channels with N states each. Gu and Dao 2023,
+    "Mamba", algorithm 2 and figure 3. Not Mamba-2, which has one decay a head. ``A = -(1..N)``, D and dt as in the
+    release, without weight decay on A_log, D and the bias of dt; other projections have ``nn.Linear``'s
+    initialisation (the release also divides the output's by the square root of the depth: a stack's choice, not made).
+    """
+
+    Config = MambaConfig
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.config = config
+        self.inner = config.expand * config.d_model
+        rank = config.dt_rank or math.ceil(config.d_model / 16)
+        self.sizes = [rank, config.d_state, config.d_state]
+        self.input = nn.Linear(config.d_model, 2 * self.inner, bias=False)
+        self.conv = ShortConvolution(self.inner, config.conv_width, "silu", bias=True)
+        self.select = nn.Linear(self.inner, sum(self.sizes), bias=False)
+        self.dt = nn.Linear(rank, self.inner)
+        with torch.no_grad():
+            self.dt.weight.uniform_(-(rank**-0.5), rank**-0.5)
+            self.dt.bias.copy_(step_size_bias(self.inner, config.dt_min, config.dt_max, config.dt_floor))
+        exempt_from_decay(self.dt.bias)
+        A = torch.arange(1, config.d_state + 1).float().repeat(self.inner, 1)
+        self.A_log = exempt_from_decay(nn.Parameter(A.log()))
+        self.D = exempt_from_decay(nn.Parameter(torch.ones(self.inner)))
+        self.output = nn.Linear(self.inner, config.d_model, bias=False)
+        self.memory_shape = (self.inner, config.d_state)
+
+    def forward(
+        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, RecurrentState]:
+        conv, memory = (None, None) if state is None else state
+        u, z = self.input(x).chunk(2, dim=-1)
+        u, conv = self.conv(u, conv, cu_seqlens)
+        dt, B, C = self.select(u).split(self.sizes, dim=-1)
+        A = -self.A_log.to(self.memory_dtype).exp()
+        y, memory = ops.selective_scan(
+            *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=memory, cu_seqlens=cu_seqlens
+        )
+        return self.output(y), RecurrentState(conv, memory)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        tokens = batch_size * length
+        own = sum(linear_flops(linear, tokens) for linear in (self.input, self.select, self.dt, self.output))
+        scan = scan_flops(length, *self.memory_shape, batch_size)
+        return own + self.conv.flops(length, batch_size) + scan

@@ -1,0 +1,39 @@
+"""Normalisations that torch does not have: gated, and by head."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm over the last axis with a SiLU gate of the same shape.
+
+    Args:
+        width: size of the last axis.
+        gate: ``"before"``: ``norm(x silu(z))`` (Mamba-2); ``"after"``: ``norm(x) silu(z)`` (Gated DeltaNet).
+        groups: normalise the last axis in this many equal parts.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, width: int, gate: Literal["before", "after"], groups: int = 1, eps: float = 1e-5):
+        super().__init__()
+        if width % groups:
+            raise ValueError(f"a norm of width {width} cannot be cut into {groups} groups")
+        self.gate, self.groups, self.eps = gate, groups, eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        if self.gate == "before":
+            x = x * F.silu(z)
+        parts = x.unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
+        return normed if self.gate == "before" else normed * F.silu(z)
+
+
+def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Unit norm along the last axis: ``x / sqrt(|x|^2 + eps)``, as in the release of DeltaNet; 0 stays 0."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)

@@ -1,0 +1,61 @@
+"""What mixers with a state of fixed size share: a short convolution's last inputs beside a recurrence's memory."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqarch.layers.mixer import Mixer
+from seqarch.layers.short_conv import ShortConvolution
+
+
+class RecurrentState(NamedTuple):
+    """State of a recurrent mixer.
+
+    Attributes:
+        conv: the short convolution's last inputs ``[B, W - 1, channels]``, or ``None`` without one.
+        memory: what the recurrence keeps, ``[B, H, K, V]`` or ``[B, D, N]``; float32 (float64 in float64 modules).
+    """
+
+    conv: Tensor | None
+    memory: Tensor
+
+
+class RecurrentMixer(Mixer):
+    """A mixer whose state is :class:`RecurrentState`, of the same size at every length.
+
+    Subclasses set ``memory_shape``, the shape of one row of the memory, and hold at most one short convolution.
+    """
+
+    memory_shape: tuple[int, ...]
+
+    @property
+    def short_conv(self) -> ShortConvolution | None:
+        """The short convolution inside this mixer, wherever it stands."""
+        return next((module for module in self.modules() if isinstance(module, ShortConvolution)), None)
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """The dtype of the memory: float64 in a float64 module, else float32."""
+        return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RecurrentState:
+        """Zeros; ``dtype`` is that of the convolution's inputs, the memory is never narrower than float32."""
+        device = device or next(self.parameters()).device
+        memory = torch.zeros(batch_size, *self.memory_shape, dtype=self.memory_dtype, device=device)
+        conv = self.short_conv
+        return RecurrentState(None if conv is None else conv.init_state(batch_size, device, dtype), memory)
+
+    def state_bytes(self, length: int, batch_size: int = 1) -> int:
+        memory = batch_size * math.prod(self.memory_shape) * self.memory_dtype.itemsize
+        conv = self.short_conv
+        return memory + (0 if conv is None else conv.state_bytes(length, batch_size))

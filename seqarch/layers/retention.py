@@ -1,0 +1,116 @@
+"""Retention (RetNet): linear attention with a fixed decay a head and rotated queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.heads import HeadProjection
+from seqarch.layers.mixer import LayerConfig, choose_heads, linear_flops
+from seqarch.layers.positions import token_positions
+from seqarch.layers.recurrent import RecurrentMixer
+from seqarch.layers.rotary import apply_rotary
+from seqarch.ops.linear_attention import flops as recurrence_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionConfig(LayerConfig):
+    """Options of :class:`Retention`.
+
+    Attributes:
+        num_heads: H; by default heads of key width 64 (32 where 64 does not divide D).
+        expand_v: the value width is ``expand_v K``.
+        rotary_base: base of the rotation's wavelengths.
+        conv_width: width of a short convolution over queries, keys and values; 0, as in the paper, for none.
+    """
+
+    num_heads: int | None = None
+    expand_v: int = 2
+    rotary_base: float = 10000.0
+    conv_width: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        heads = choose_heads(self.d_model, self.num_heads)
+        if self.d_model // heads % 2:
+            raise ValueError(f"rotation needs an even head width, got {self.d_model // heads}")
+
+
+class RetentionState(NamedTuple):
+    """State of :class:`Retention`.
+
+    Attributes:
+        conv: the short convolution's last inputs, or ``None`` without one.
+        memory: ``[B, H, K, V]``.
+        seen: tokens seen, ``[B]``, from which the rotation goes on.
+    """
+
+    conv: Tensor | None
+    memory: Tensor
+    seen: Tensor
+
+
+class Retention(RecurrentMixer):
+    """``S_t = g_h S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t / sqrt(K)`` with ``g_h = 1 - 2^(-5-h)`` and rotated q and k.
+
+    The output is ``group_norm(o) silu(W_g x)``, the norm an RMS norm a head without weights, as in the release.
+    Sun et al. 2023, "Retentive Network", eq. 6-8; the scale of xPos is the decay itself, so only its rotation remains.
+    Not Mamba-2 or GLA, whose decays depend on the input. Xavier initialisation with gain ``2^-2.5`` (output ``2^-1``),
+    as released.
+    """
+
+    Config = RetentionConfig
+
+    def __init__(self, config: RetentionConfig):
+        super().__init__()
+        self.config = config
+        num_heads = choose_heads(config.d_model, config.num_heads)
+        width = config.d_model // num_heads
+        values = config.expand_v * width
+        parts = [(num_heads, width), (num_heads, width), (num_heads, values)]
+        self.heads = HeadProjection(config.d_model, parts, config.conv_width)
+        self.gate = nn.Linear(config.d_model, num_heads * values, bias=False)
+        self.output = nn.Linear(num_heads * values, config.d_model, bias=False)
+        for matrix in (*self.heads.linear.weight.split(self.heads.sizes), self.gate.weight):
+            nn.init.xavier_uniform_(matrix.detach(), gain=2**-2.5)
+        nn.init.xavier_uniform_(self.output.weight, gain=2**-1)
+        self.memory_shape = (num_heads, width, values)
+
+    def forward(
+        self, x: Tensor, state: RetentionState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, RetentionState]:
+        rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        start = (None, None, torch.zeros(rows, dtype=torch.int64, device=x.device))
+        conv, memory, seen = start if state is None else state
+        positions, seen = token_positions(seen, x.shape[1], cu_seqlens)
+        (q, k, v), conv = self.heads(x, conv, cu_seqlens)
+        q, k = (apply_rotary(m, positions, self.config.rotary_base) for m in (q, k))
+        heads = torch.arange(self.memory_shape[0], dtype=self.memory_dtype, device=x.device)
+        log_decay = torch.log1p(-torch.exp2(-5 - heads))
+        o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=cu_seqlens)
+        o = F.rms_norm(o, o.shape[-1:], eps=1e-6).flatten(-2)
+        return self.output(o * F.silu(self.gate(x))), RetentionState(conv, memory, seen)
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RetentionState:
+        conv, memory = super().init_state(batch_size, max_length, device, dtype)
+        return RetentionState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))
+
+    def state_bytes(self, length: int, batch_size: int = 1) -> int:
+        return super().state_bytes(length, batch_size) + batch_size * torch.int64.itemsize
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        tokens = batch_size * length
+        own = linear_flops(self.gate, tokens) + linear_flops(self.output, tokens)
+        return own + self.heads.flops(length, batch_size) + recurrence_flops(length, *self.memory_shape, batch_size)

@@ -1,0 +1,17 @@
+"""Stacks of mixers from a pattern, and language models on them."""
+
+from seqarch.models.language_model import LanguageModel, LMConfig
+from seqarch.models.optimisation import parameter_groups
+from seqarch.models.pattern import LayerPattern, parse_pattern, tile_pattern
+from seqarch.models.stack import Stack, StackConfig
+
+__all__ = [
+    "LMConfig",
+    "LanguageModel",
+    "LayerPattern",
+    "Stack",
+    "StackConfig",
+    "parameter_groups",
+    "parse_pattern",
+    "tile_pattern",
+]

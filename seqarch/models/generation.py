@@ -1,0 +1,124 @@
+"""Generation: prompts of any lengths, one token at a time from the carried state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from seqarch.models.language_model import LanguageModel
+    from seqarch.models.stack import StackState
+
+Prompts = Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor]
+
+
+def _as_rows(prompt: Prompts, vocab_size: int, device: torch.device) -> list[Tensor]:
+    """The prompts as 1-D tensors.
+
+    Raises:
+        ValueError: there is no prompt, one is empty, or a token is not in the vocabulary.
+    """
+    if isinstance(prompt, Tensor):
+        rows = list(prompt) if prompt.ndim == 2 else [prompt]
+    elif len(prompt) and not isinstance(prompt[0], int):
+        rows = list(prompt)
+    else:
+        rows = [prompt]
+    tensors = [torch.as_tensor(row, dtype=torch.int64, device=device) for row in rows]
+    if not tensors:
+        raise ValueError("generate: no prompt was given, expected at least one")
+    for i, row in enumerate(tensors):
+        if row.ndim != 1 or row.numel() == 0:
+            raise ValueError(f"generate: prompt {i} has shape {list(row.shape)}, expected at least one token [T]")
+        if not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
+            raise ValueError(f"generate: prompt {i} has tokens {int(row.min())} to {int(row.max())}, expected 0 to {vocab_size - 1}")
+    return tensors
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """One token a row of ``logits [B, vocab]``: ``[B]``.
+
+    Args:
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+        top_p: keep the likeliest tokens whose probabilities reach this sum (Holtzman et al. 2020, section 3.1).
+        generator: source of randomness.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(
+    self: LanguageModel,
+    prompt: Prompts,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_token: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Continue each prompt by up to ``max_new_tokens`` tokens.
+
+    The prompts take one pass, packed where their lengths differ; after it each token costs one step of the state.
+
+    Args:
+        prompt: one prompt (integers or a tensor ``[T]``) or several (a tensor ``[B, T]`` or a list).
+        temperature: 0 is greedy.
+        top_p: nucleus of each distribution that is sampled from, in (0, 1].
+        stop_token: a row ends with this token, which is kept.
+        generator: source of randomness, on the model's device.
+
+    Returns:
+        For each prompt, the prompt and what follows it, ``[T + new]``.
+
+    Raises:
+        ValueError: a prompt is empty or holds a token outside the vocabulary, or an option is out of range.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens must not be negative, got {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"generate: expected temperature >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
+    device = self.head.weight.device
+    rows = _as_rows(prompt, self.config.vocab_size, device)
+    logits, state = _read_prompts(self, rows, max_new_tokens)
+    new: list[Tensor] = []
+    running = torch.ones(len(rows), dtype=torch.bool, device=device)
+    while len(new) < max_new_tokens and bool(running.any()):
+        tokens = sample(logits, temperature, top_p, generator)
+        new.append(tokens)
+        if stop_token is not None:
+            running &= tokens != stop_token
+        if len(new) < max_new_tokens:
+            features, state = self.features(tokens.unsqueeze(1), state)
+            logits = self.head(features[:, 0])
+    following = torch.stack(new, dim=1) if new else torch.empty(len(rows), 0, dtype=torch.int64, device=device)
+    return [torch.cat([row, _until(tokens, stop_token)]) for row, tokens in zip(rows, following, strict=True)]
+
+
+def _read_prompts(model: LanguageModel, rows: list[Tensor], max_new_tokens: int) -> tuple[Tensor, StackState]:
+    """Logits ``[B, vocab]`` after each prompt, and the state with a row a prompt."""
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) == 1:
+        state = model.init_state(len(rows), max_length=lengths[0] + max_new_tokens)
+        features, state = model.features(torch.stack(rows), state)
+        return model.head(features[:, -1]), state
+    offsets = [0, *accumulate(lengths)]
+    features, state = model.features(torch.cat(rows).unsqueeze(0), cu_seqlens=offsets)
+    return model.head(features[0, [offset - 1 for offset in offsets[1:]]]), state
+
+
+def _until(tokens: Tensor, stop_token: int | None) -> Tensor:
+    """The tokens up to and including the first stop token."""
+    hits = (tokens == stop_token).nonzero() if stop_token is not None else tokens.new_empty(0)
+    return tokens[: int(hits[0]) + 1] if len(hits) else tokens

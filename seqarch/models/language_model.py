@@ -1,0 +1,99 @@
+"""LanguageModel: an embedding, a stack and a head over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seqarch.models.generation import generate
+from seqarch.models.stack import Stack, StackConfig, StackState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig(StackConfig):
+    """A language model: the options of :class:`StackConfig` and
+
+    Attributes:
+        vocab_size: number of tokens.
+        tie_embeddings: whether the head uses the embedding's weights.
+    """
+
+    vocab_size: int
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be positive, got {self.vocab_size}")
+
+
+class LanguageModel(nn.Module):
+    """``logits, state = model(tokens, state, cu_seqlens)``: tokens ``[B, T]``, logits ``[B, T, vocab_size]``.
+
+    The embedding is normal with 0.02 (Radford et al. 2019), the head has ``nn.Linear``'s initialisation unless tied;
+    everything in the stack initialises itself. There is no position embedding: mixers that need positions have them.
+    """
+
+    generate = generate
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.stack = Stack(config)
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, StackState]:
+        features, state = self.features(tokens, state, cu_seqlens)
+        return self.head(features), state
+
+    def features(
+        self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, StackState]:
+        """What the head reads: ``[B, T, D]``, and the state."""
+        if tokens.ndim != 2 or tokens.dtype.is_floating_point:
+            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {list(tokens.shape)}")
+        x, state = self.stack(self.embedding(tokens), state, cu_seqlens)
+        return self.norm(x), state
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StackState:
+        """The state before the first token."""
+        return self.stack.init_state(batch_size, max_length, device, dtype)
+
+    def state_bytes(self, length: int, batch_size: int = 1) -> int:
+        """Bytes of the state after ``length`` tokens."""
+        return self.stack.state_bytes(length, batch_size)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of the forward pass over ``length`` tokens, the head included; a lookup costs none."""
+        head = 2 * self.config.d_model * self.config.vocab_size * length * batch_size
+        return self.stack.flops(length, batch_size) + head
+
+    def num_parameters(self) -> int:
+        """Parameters, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def auxiliary_loss(self) -> Tensor:
+        """The weighted losses of the routers in the last forward pass; 0 without any."""
+        zero = torch.zeros((), device=self.head.weight.device)
+        return sum((experts.auxiliary_loss() for experts in self.stack.experts().values()), zero)
+
+    def router_metrics(self) -> dict[str, float]:
+        """Load and confidence of each router in the last forward pass, by ``layer_I/metric``."""
+        found = {name: experts.router_metrics() for name, experts in self.stack.experts().items()}
+        return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}

@@ -1,0 +1,121 @@
+"""The pattern language: which mixers stand in which layer of a stack.
+
+    attention                      every layer is attention
+    3*mamba2 attention             three Mamba-2 layers, then one of attention
+    2*(delta_net mamba) attention  groups repeat too
+    attention+mamba2               both side by side in one layer
+    mamba2/moe attention/swiglu    the layer's channel mixer after a slash ("none" for none)
+
+A pattern is tiled over the depth. Commas read as spaces.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_TOKEN = re.compile(r"\s*(?:(\d+)\s*\*|([A-Za-z_]\w*)|([()+/]))")
+
+
+@dataclass(frozen=True)
+class LayerPattern:
+    """One layer: the mixers side by side in it and its channel mixer (``None``: the stack's default)."""
+
+    mixers: tuple[str, ...]
+    channel: str | None = None
+
+    def __str__(self) -> str:
+        return "+".join(self.mixers) + (f"/{self.channel}" if self.channel else "")
+
+
+def parse_pattern(pattern: str) -> list[LayerPattern]:
+    """The layers that a pattern names, repetitions written out.
+
+    Raises:
+        ValueError: the pattern is empty or malformed; the error shows where.
+    """
+    parser = _Parser(pattern)
+    layers = parser.sequence()
+    if parser.peek():
+        raise parser.error("a mixer")
+    return layers
+
+
+def tile_pattern(pattern: str, depth: int) -> list[LayerPattern]:
+    """The layers of a stack of that depth.
+
+    Raises:
+        ValueError: the pattern is malformed, or its length does not divide the depth.
+    """
+    layers = parse_pattern(pattern)
+    size = len(layers)
+    if depth < 1 or depth % size:
+        shown = " ".join(map(str, layers))
+        fits = max(1, depth // size) * size
+        raise ValueError(
+            f"a depth of {depth} does not fit the pattern {pattern!r} of {size} layers ({shown}):"
+            f" use a multiple of {size}, such as {fits} or {fits + size}"
+        )
+    return layers * (depth // size)
+
+
+class _Parser:
+    """Recursive descent over ``sequence := item+``, ``item := [count *] (layer | "(" sequence ")")``."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.tokens: list[tuple[str, int]] = []
+        source, at = text.replace(",", " ").rstrip(), 0
+        while at < len(source):
+            match = _TOKEN.match(source, at)
+            if match is None:
+                self.tokens.append((source[at:].strip()[0], at))
+                break
+            self.tokens.append((match.group().replace(" ", "").strip(), match.start()))
+            at = match.end()
+        self.at = 0
+
+    def peek(self) -> str:
+        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
+
+    def error(self, expected: str) -> ValueError:
+        found = repr(self.peek()) if self.peek() else "the end"
+        return ValueError(f"pattern {self.text!r}: expected {expected}, found {found} after {self.at} tokens")
+
+    def sequence(self) -> list[LayerPattern]:
+        layers = self.item()
+        while self.peek() and self.peek() != ")":
+            layers += self.item()
+        return layers
+
+    def item(self) -> list[LayerPattern]:
+        count = 1
+        if self.peek().endswith("*"):
+            count = int(self.peek()[:-1])
+            if count < 1:
+                raise self.error("a count of at least 1")
+            self.at += 1
+        if self.peek() != "(":
+            return [self.layer()] * count
+        self.at += 1
+        layers = self.sequence()
+        if self.peek() != ")":
+            raise self.error("')'")
+        self.at += 1
+        return layers * count
+
+    def layer(self) -> LayerPattern:
+        mixers = [self.name("a mixer")]
+        while self.peek() == "+":
+            self.at += 1
+            mixers.append(self.name("a mixer after '+'"))
+        if self.peek() != "/":
+            return LayerPattern(tuple(mixers))
+        self.at += 1
+        return LayerPattern(tuple(mixers), self.name("a channel mixer after '/'"))
+
+    def name(self, expected: str) -> str:
+        if not self.peek().isidentifier():
+            raise self.error(expected)
+        self.at += 1
+        return self.tokens[self.at - 1][0]

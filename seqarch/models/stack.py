@@ -1,0 +1,143 @@
+"""Stack: layers of mixers and channel mixers on a residual stream, for any ``[B, T, D]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer
+from seqarch.layers.initialisation import exempt_from_decay
+from seqarch.layers.mixer import State
+from seqarch.layers.moe import MixtureOfExperts
+from seqarch.models.pattern import LayerPattern, tile_pattern
+from seqarch.ops.common.checks import unknown_name
+
+StackState = tuple[tuple[State, ...], ...]
+"""For each layer, the state of each of its mixers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """A stack of layers.
+
+    Attributes:
+        d_model: width D of the residual stream.
+        pattern: the layers' mixers, in the language of :mod:`seqarch.models.pattern`.
+        depth: number of layers; a multiple of the pattern's length.
+        channel: channel mixer of the layers for which the pattern names none; ``"none"`` leaves it out.
+        mixers: options by mixer name, as ``{"mamba2": {"d_state": 64}}``.
+        channels: options by channel mixer name.
+    """
+
+    d_model: int
+    pattern: str
+    depth: int
+    channel: str = "swiglu"
+    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    channels: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.d_model < 1:
+            raise ValueError(f"d_model must be positive, got {self.d_model}")
+        layers = tile_pattern(self.pattern, self.depth)
+        for name in (*self.mixers, *(name for layer in layers for name in layer.mixers)):
+            if name not in MIXERS:
+                raise unknown_name("mixer", name, MIXERS)
+        for name in (*self.channels, *(layer.channel or self.channel for layer in layers)):
+            if name not in CHANNEL_MIXERS and name != "none":
+                raise unknown_name("channel mixer", name, [*CHANNEL_MIXERS, "none"])
+
+
+class StackLayer(nn.Module):
+    """``x + mix(norm(x))``, then ``x + channel(norm(x))``.
+
+    Mixers side by side read the same normalised input; their outputs are summed with one learnt weight a branch and
+    channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3, without its norm of each branch).
+    """
+
+    def __init__(self, config: StackConfig, pattern: LayerPattern):
+        super().__init__()
+        width = config.d_model
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.mixers = nn.ModuleList(
+            build_mixer(name, d_model=width, **config.mixers.get(name, {})) for name in pattern.mixers
+        )
+        branches = len(self.mixers)
+        weights = torch.full((branches, width), 1 / branches)
+        self.branch_weights = exempt_from_decay(nn.Parameter(weights)) if branches > 1 else None
+        channel = pattern.channel or config.channel
+        self.channel_norm, self.channel = None, None
+        if channel != "none":
+            self.channel_norm = nn.RMSNorm(width, eps=1e-5)
+            self.channel = build_channel_mixer(channel, d_model=width, **config.channels.get(channel, {}))
+
+    def forward(
+        self, x: Tensor, states: Sequence[State], cu_seqlens: Tensor | Sequence[int] | None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        normed = self.norm(x)
+        results = [mixer(normed, state, cu_seqlens) for mixer, state in zip(self.mixers, states, strict=True)]
+        if self.branch_weights is None:
+            x = x + results[0][0]
+        else:
+            for (y, _), weight in zip(results, self.branch_weights.unbind(0), strict=True):
+                x = x + weight.to(y.dtype) * y
+        if self.channel is not None and self.channel_norm is not None:
+            x = x + self.channel(self.channel_norm(x))
+        return x, tuple(state for _, state in results)
+
+
+class Stack(nn.Module):
+    """Layers on a residual stream: ``y, state = stack(x, state, cu_seqlens)`` with ``x, y: [B, T, D]``.
+
+    Each mixer and channel mixer initialises itself; the stack overwrites nothing. The output is not normalised.
+    """
+
+    def __init__(self, config: StackConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(StackLayer(config, layer) for layer in tile_pattern(config.pattern, config.depth))
+
+    def forward(
+        self, x: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, StackState]:
+        if x.ndim != 3 or x.shape[-1] != self.config.d_model:
+            raise ValueError(f"stack: x has shape {list(x.shape)}, expected [B, T, {self.config.d_model}]")
+        after = []
+        for i, layer in enumerate(self._layers()):
+            before = (None,) * len(layer.mixers) if state is None else state[i]
+            x, carried = layer(x, before, cu_seqlens)
+            after.append(carried)
+        return x, tuple(after)
+
+    def _layers(self) -> list[StackLayer]:
+        return [layer for layer in self.layers if isinstance(layer, StackLayer)]
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StackState:
+        """The state before the first token, as :meth:`seqarch.layers.Mixer.init_state`."""
+        make = (batch_size, max_length, device, dtype)
+        return tuple(tuple(mixer.init_state(*make) for mixer in layer.mixers) for layer in self._layers())  # type: ignore[operator]
+
+    def state_bytes(self, length: int, batch_size: int = 1) -> int:
+        """Bytes of the state after ``length`` tokens."""
+        mixers = [mixer for layer in self._layers() for mixer in layer.mixers]
+        return sum(mixer.state_bytes(length, batch_size) for mixer in mixers)  # type: ignore[operator]
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of the forward pass over ``length`` tokens, counted as in :meth:`seqarch.layers.Mixer.flops`."""
+        parts = [part for layer in self._layers() for part in (*layer.mixers, layer.channel) if part is not None]
+        return sum(part.flops(length, batch_size) for part in parts)  # type: ignore[operator]
+
+    def experts(self) -> dict[str, MixtureOfExperts]:
+        """The mixtures of experts in the stack, by ``layer_I``."""
+        channels = {f"layer_{i}": layer.channel for i, layer in enumerate(self._layers())}
+        return {name: channel for name, channel in channels.items() if isinstance(channel, MixtureOfExperts)}

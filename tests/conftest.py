@@ -1,0 +1,19 @@
+"""Set-up of every test: few threads, fixed seeds, and uninitialised memory full of NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+
+@pytest.fixture(autouse=True)
+def determinism() -> Iterator[None]:
+    """Seed torch, and fill what ``torch.empty`` returns with NaN, so that a value never written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
