@@ -2,7 +2,7 @@
 
 With h = [state; x] along time,
 
-    z[t, d] = bias[d] + sum over w of weight[d, w] h[t + w, d],    y = silu(z) or z,    state' = the last W - 1 rows of h
+    z[t, d] = bias[d] + sum over w of weight[d, w] h[t + w, d],  y = silu(z) or z,  state' = the last W - 1 rows of h
 
 so the last tap meets the token itself. Source: Gu and Dao 2023, "Mamba", section 3.4 (figure 3); the state as in the
 ``conv_state`` of its release, but W - 1 wide: the oldest of W inputs is never read again.
@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seqarch.ops.common.checks import (
@@ -46,8 +45,8 @@ def prepare(
     """Check the arguments of :func:`causal_conv1d` and bring them to the form that every backend takes.
 
     Returns:
-        ``x``; ``weight`` and ``bias`` in the accumulation dtype; ``state`` in the dtype of ``x``, with a row a sequence,
-        or ``None``; whether SiLU follows; the offsets of packed sequences or ``None``.
+        ``x``; ``weight`` and ``bias`` in the accumulation dtype; ``state`` in the dtype of ``x``, a row a sequence, or
+        ``None``; whether SiLU follows; the offsets of packed sequences or ``None``.
     """
     name = "causal_conv1d"
     sizes = match_shapes(name, x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))

@@ -1,11 +1,12 @@
-"""The compiled library ``csrc``: found, loaded and called through ctypes, on first use.
+"""The compiled library ``csrc``, loaded and called through ctypes. Only backends that call it import this module.
 
 It is built once for every instruction set (``baseline``, ``avx2``, ``avx512``), each a shared library with the same
-plain C interface (``csrc/include/seqarch.h``). The best one that the processor runs is loaded; the environment variable
-``SEQARCH_ISA`` names another. A library that is missing or stale is a reason, never an error on import.
+plain C interface (``csrc/include/seqarch.h``). The kernels of the best one that the processor runs are called; the
+environment variable ``SEQARCH_ISA`` names an older one. That a library is missing or stale is a reason which
+:func:`unavailable` tells, never an error on import.
 
-Argument types in a signature: ``pointer`` takes a tensor or ``None``, ``int64`` and ``int32`` an integer, ``offsets`` a
-sequence of integers or ``None``.
+A kernel's argument types: :class:`Pointer` takes a tensor or ``None``, :class:`Offsets` a sequence of integers or
+``None``, ``int32`` and ``int64`` an integer.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,12 +33,12 @@ ISAS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 """The header's number of each activation dtype that the kernels take."""
 
-ERRORS = {1: "an argument outside the kernel's domain", 2: "out of memory"}
+ERRORS = {1: (ValueError, "an argument is outside its domain"), 2: (MemoryError, "out of memory")}
 
 int32, int64 = ctypes.c_int32, ctypes.c_int64
 
 
-class pointer:
+class Pointer:
     """Argument type: the address of a tensor's first element; null for ``None``."""
 
     @classmethod
@@ -46,7 +46,7 @@ class pointer:
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-class offsets:
+class Offsets:
     """Argument type: an array of 64-bit integers; null for ``None``."""
 
     @classmethod
@@ -54,94 +54,105 @@ class offsets:
         return None if values is None else (ctypes.c_int64 * len(values))(*values)
 
 
-class LibraryMissing(RuntimeError):
+class LibraryError(RuntimeError):
     """The compiled library cannot be used; the message says why."""
 
 
-def library_file(isa: str) -> Path:
-    """The library of one instruction set, beside the package or where an editable install put it."""
-    for folder in seqarch.__path__:
-        for found in Path(folder, "lib").glob(f"libseqarch_cpu_{isa}.*"):
-            return found
-    raise LibraryMissing(
-        f"the compiled library for {isa} is not installed: building it failed when seqarch was installed, most often"
-        " for want of a C++ compiler; install one and then seqarch again"
-    )
-
-
-@cache
-def _load(isa: str) -> ctypes.CDLL:
+def _open(isa: str, folders: Iterable[str]) -> ctypes.CDLL:
+    files = [file for folder in folders for file in Path(folder, "lib").glob(f"libseqarch_cpu_{isa}.*")]
+    if not files:
+        raise LibraryError(
+            "the compiled library is not installed: building it failed when seqarch was installed, most often for want"
+            " of a C++ compiler; install one, then seqarch again"
+        )
     try:
-        library = ctypes.CDLL(str(library_file(isa)))
+        library = ctypes.CDLL(str(files[0]))
     except OSError as error:
-        raise LibraryMissing(f"the compiled library for {isa} cannot be loaded: {error}") from error
-    library.seqarch_best_isa.restype = ctypes.c_char_p
+        raise LibraryError(f"the compiled library cannot be loaded: {error}") from error
     if library.seqarch_interface() != INTERFACE:
-        raise LibraryMissing(
-            f"the compiled library for {isa} has interface {library.seqarch_interface()}, expected {INTERFACE}: it was"
-            " built from other sources than this Python code; install seqarch again"
+        raise LibraryError(
+            f"the compiled library has interface {library.seqarch_interface()}, expected {INTERFACE}: it was built from"
+            " other sources than this Python code; install seqarch again"
         )
     return library
 
 
-def supported_isas() -> tuple[str, ...]:
-    """The instruction sets that this processor runs, oldest first.
+def open_libraries(folders: Iterable[str]) -> dict[str, ctypes.CDLL]:
+    """The libraries of all instruction sets that this processor runs, oldest first, from ``FOLDER/lib``.
 
     Raises:
-        LibraryMissing: there is no library to ask.
+        LibraryError: one is missing, stale or broken.
     """
-    best = _load("baseline").seqarch_best_isa().decode()
-    return ISAS[: ISAS.index(best) + 1]
+    folders = list(folders)
+    baseline = _open("baseline", folders)
+    baseline.seqarch_best_isa.restype = ctypes.c_char_p
+    best = ISAS.index(baseline.seqarch_best_isa().decode())
+    return {"baseline": baseline} | {isa: _open(isa, folders) for isa in ISAS[1 : best + 1]}
 
 
-_forced: list[str] = []
+# On import and not on first use, so that torch.compile, which reads Python but not C, sees the outcome as a constant.
+_reason: str | None = None
+_libraries: dict[str, ctypes.CDLL] = {}
+try:
+    _libraries = open_libraries(seqarch.__path__)  # of an editable install, also the folder that holds what was built
+except LibraryError as error:
+    _reason = str(error)
 
-
-@contextmanager
-def use_isa(isa: str) -> Iterator[None]:
-    """Within the block, kernels of this instruction set run: how tests and benchmarks compare them."""
-    _forced.append(isa)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def chosen_isa() -> str:
-    """The instruction set whose kernels run: of :func:`use_isa`, of ``SEQARCH_ISA``, or the best one.
-
-    Raises:
-        ValueError: the one asked for does not exist.
-        LibraryMissing: there is no library, or the processor does not run the one asked for.
-    """
-    supported = supported_isas()
-    asked = _forced[-1] if _forced else os.environ.get("SEQARCH_ISA")
-    if asked is None:
-        return supported[-1]
-    if asked not in ISAS:
-        raise unknown_name("instruction set (SEQARCH_ISA)", asked, ISAS)
-    if asked not in supported:
-        raise LibraryMissing(f"this processor does not run {asked} (SEQARCH_ISA), expected one of {supported}")
-    return asked
+_asked = os.environ.get("SEQARCH_ISA")
+if _asked is not None and _asked not in ISAS:
+    raise unknown_name("instruction set in SEQARCH_ISA", _asked, ISAS)
+if _asked is not None and _libraries and _asked not in _libraries:
+    _reason = f"SEQARCH_ISA is {_asked}, but this processor runs only {', '.join(_libraries)}"
+_isa = _asked or (list(_libraries) or ISAS)[-1]
 
 
 def unavailable() -> str | None:
     """Why no compiled kernel can run here, or ``None`` if they can."""
+    return _reason
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor runs, oldest first; empty without the library."""
+    return tuple(_libraries)
+
+
+def library() -> ctypes.CDLL:
+    """The library whose kernels run.
+
+    Raises:
+        LibraryError: there is none; the message is that of :func:`unavailable`.
+    """
+    if _reason is not None:
+        raise LibraryError(_reason)
+    return _libraries[_isa]
+
+
+def chosen_isa() -> str:
+    """The instruction set whose kernels run."""
+    return _isa
+
+
+@contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """Within the block, the kernels of this instruction set run, one of :func:`supported_isas`."""
+    global _isa
+    if isa not in _libraries:
+        raise unknown_name("instruction set of this processor", isa, _libraries)
+    before, _isa = _isa, isa
     try:
-        _load(chosen_isa())
-    except LibraryMissing as error:
-        return str(error)
-    return None
+        yield
+    finally:
+        _isa = before
 
 
 def library_hash() -> str:
-    """SHA-256 of the library file whose kernels run, for records of experiments."""
-    return hashlib.sha256(library_file(chosen_isa()).read_bytes()).hexdigest()
+    """SHA-256 of the library file whose kernels run, for the records of experiments."""
+    return hashlib.sha256(Path(library()._name).read_bytes()).hexdigest()
 
 
 def openmp_version() -> int:
     """The OpenMP version that the library was built with, a date such as 201511; 0 without OpenMP."""
-    return _load(chosen_isa()).seqarch_openmp()
+    return library().seqarch_openmp()
 
 
 class Kernel:
@@ -150,22 +161,19 @@ class Kernel:
     Args:
         name: the function's name in the header, without ``seqarch_``.
         argument_types: those of the header, without ``num_threads``.
+
+    Raises:
+        LibraryError, ValueError, MemoryError: on a call, as the library's return code says.
     """
 
     def __init__(self, name: str, *argument_types: type):
         self.name, self.argument_types = name, (*argument_types, int32)
-        self._functions: dict[str, Callable[..., int]] = {}
-
-    def _function(self) -> Callable[..., int]:
-        isa = chosen_isa()
-        if isa not in self._functions:
-            function = getattr(_load(isa), f"seqarch_{self.name}")
-            function.argtypes, function.restype = self.argument_types, int32
-            self._functions[isa] = function
-        return self._functions[isa]
 
     def __call__(self, *arguments: object) -> None:
-        code = self._function()(*arguments, torch.get_num_threads())
+        function = getattr(library(), f"seqarch_{self.name}")
+        if function.argtypes is None:
+            function.argtypes, function.restype = self.argument_types, int32
+        code = function(*arguments, torch.get_num_threads())
         if code:
-            error = MemoryError if code == 2 else RuntimeError
-            raise error(f"{self.name}: the compiled kernel returned {code}: {ERRORS.get(code, 'an unknown code')}")
+            error, text = ERRORS[code]
+            raise error(f"the compiled kernel {self.name} returned {code}: {text}")

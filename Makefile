@@ -1,0 +1,50 @@
+# make demo | test | lint | bench: each sets up what it needs in .venv, from nothing but this checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help demo test test-slow lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train small stacks on two tasks and compare them: runs/demo/report (8 minutes on two cores)"
+	@echo "make test       the test suite"
+	@echo "make test-slow  the tests that build the package or take long"
+	@echo "make lint       ruff and pyright"
+	@echo "make bench      time the kernels of this machine: runs/bench"
+	@echo "make clean      remove the virtual environment and the build, not the runs"
+	@echo "PYTHON=python3.12 names the Python, 3.11 to 3.13, that the virtual environment is made with"
+
+# Editable, so that the experiments run from the checkout; built again when the sources of the compiled library change.
+# pip reads the constraints for the build's own requirements from the environment only.
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "seqarch needs Python 3.11 to 3.13, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
+	       "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[experiments,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m experiments.demo
+
+# One thread a worker: two workers with two threads each are slower than either alone.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(INSTALLED)
+	$(BIN)/python -m experiments.bench
+
+clean:
+	rm -rf $(VENV) build
