@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers import kv_cache
@@ -93,6 +94,13 @@ class AttentionState(NamedTuple):
     cache: KVCache | PackedKV
 
 
+class HeadNorm(nn.RMSNorm):
+    """An RMS norm whose weights take the dtype of the input, so that it keeps the projections' dtype under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(Mixer):
     """``o_t = sum_j softmax_j(q_t . k_j / sqrt(K)) v_j`` over the tokens up to t, or the last ``window`` of them.
 
@@ -113,8 +121,8 @@ class Attention(Mixer):
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         parts = [(heads, width), (kv_heads, width), (kv_heads, width)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width)
-        self.query_norm = nn.RMSNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.query_norm = HeadNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(width, eps=1e-6) if config.qk_norm else nn.Identity()
         self.output = nn.Linear(heads * width, config.d_model, bias=False)
 
     @property

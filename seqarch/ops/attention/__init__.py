@@ -1,0 +1,139 @@
+r"""Softmax attention: causal or not, with a window, grouped heads, packed sequences and rows of different lengths.
+
+.. math::
+    o_i = \sum_{j \in \mathrm{visible}(i)} \frac{e^{\mathrm{scale}\, q_i \cdot k_j}}
+          {\sum_{l \in \mathrm{visible}(i)} e^{\mathrm{scale}\, q_i \cdot k_l}}\, v_j
+
+Vaswani et al. 2017, "Attention Is All You Need", eq. 1; grouped heads: Ainslie et al. 2023, "GQA"; the window: Beltagy
+et al. 2020, "Longformer", section 3.1, to the past only.
+
+``causal`` aligns the last query with the last key: of Tq queries and Tk keys, query i stands at position
+``i + Tk - Tq`` and sees the keys up to it, itself included. A query that sees no key gives 0, with gradient 0; so do
+the first queries where Tq > Tk.
+
+Work is ``O(Tq Tk (K + V))`` a head, or ``O(Tq w (K + V))`` with a window of w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.common import checks
+from seqarch.ops.op import Op
+
+NAME = "attention"
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    key_start: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """Check the arguments; what every backend takes: ``q, k, v, causal, window, scale, offsets, key_start``."""
+    checks.same_device_and_kind(NAME, q=q, k=k, v=v)
+    sizes = checks.match_shapes(
+        NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B")
+    )
+    checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["H"], "the heads of q")
+    if window is not None and window < 1:
+        raise ValueError(f"{NAME}: window counts the token itself, expected at least 1 or None, got {window}")
+    if window is not None and not causal:
+        raise ValueError(f"{NAME}: window={window} looks to the past only, expected causal=True with it")
+    if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
+        raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
+    if key_start is not None:
+        _check_key_start(key_start, cu_seqlens is not None, q.device)
+    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    return q, k, v, causal, window, scale, offsets, key_start
+
+
+def _check_key_start(key_start: Tensor, packed: bool, device: torch.device) -> None:
+    if packed:
+        raise ValueError(f"{NAME}: key_start is for rows of a batch, cu_seqlens for packed sequences; give one of them")
+    if key_start.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{NAME}: key_start has dtype {key_start.dtype}, expected int32 or int64")
+    if key_start.device != device:
+        raise ValueError(f"{NAME}: key_start is on {key_start.device}, expected {device} as q")
+
+
+OP = Op(NAME, prepare, order=("chunk_sdpa", "parallel_sdpa", "recurrent_torch"), reference="recurrent_torch")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    key_start: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of the queries over the keys that each may see.
+
+    Args:
+        q: ``[B, Tq, H, K]``.
+        k, v: ``[B, Tk, G, K]`` and ``[B, Tk, G, V]``; query head h uses head ``h // (H / G)``.
+        causal: the last query stands at the last key, and none sees a later key than its own.
+        window: a query sees its own key and the ``window - 1`` before it; needs ``causal``.
+        scale: defaults to ``K ** -0.5``.
+        cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T; needs Tq = Tk.
+        key_start: ``[B]``, the first key of each row that is not padding: for rows of different lengths that end
+            together, as in a cache. A start at or past Tk hides the whole row.
+        backend: a name, or ``"auto"``.
+
+    Returns:
+        o ``[B, Tq, H, V]`` in v's dtype.
+
+    Raises:
+        ValueError: shapes disagree, heads do not divide, offsets are wrong, ``window`` is below 1 or not causal,
+            or no backend has that name.
+        BackendError: the named backend cannot serve the call.
+    """
+    return OP(
+        backend,
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        key_start=key_start,
+    )
+
+
+def flops(
+    query_length: int,
+    key_length: int,
+    heads: int,
+    key_width: int,
+    value_width: int,
+    causal: bool = True,
+    window: int | None = None,
+    batch_size: int = 1,
+) -> int:
+    """FLOPs over the visible pairs: ``2 K`` for a score and ``2 V`` to read, a pair and query head."""
+    pairs = query_length * key_length
+    if causal:
+        pairs = _pairs_up_to(key_length, window) - _pairs_up_to(max(0, key_length - query_length), window)
+    return 2 * batch_size * pairs * heads * (key_width + value_width)
+
+
+def _pairs_up_to(length: int, window: int | None) -> int:
+    """Pairs that the first ``length`` positions see causally."""
+    growing = length if window is None else min(length, window)
+    return growing * (growing + 1) // 2 + (length - growing) * growing

@@ -1,0 +1,166 @@
+"""The expert operation against a loop over the tokens, written apart from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqarch import ops
+from seqarch.ops.experts import flops
+
+BACKENDS = list(ops.OPS["experts"].backends)
+TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 13, 6, 5, 7, 3
+
+
+def make(
+    dtype: torch.dtype = torch.float64, tokens: tuple[int, ...] = (TOKENS,), width: int = WIDTH, hidden: int = HIDDEN
+) -> dict[str, Tensor]:
+    """Random arguments; expert 4 is chosen by no token."""
+    torch.manual_seed(0)
+    choices = torch.rand(*tokens, EXPERTS).index_fill(-1, torch.tensor([4]), -1.0)
+    weights = {"w_in": (width, hidden), "w_gate": (width, hidden), "w_out": (hidden, width)}
+    return {
+        "x": torch.randn(*tokens, width).to(dtype),
+        **{name: (torch.randn(EXPERTS, *shape) / shape[0] ** 0.5).to(dtype) for name, shape in weights.items()},
+        "expert_index": choices.topk(TOP_K).indices,
+        "expert_weight": torch.rand(*tokens, TOP_K).to(dtype),
+    }
+
+
+def each_token(x, w_in, w_out, expert_index, expert_weight, w_gate=None, activation=F.silu) -> Tensor:
+    rows = []
+    for token in range(len(x)):
+        y = torch.zeros_like(x[token])
+        for e, weight in zip(expert_index[token].tolist(), expert_weight[token], strict=True):
+            hidden = x[token] @ w_in[e]
+            hidden = activation(hidden) if w_gate is None else activation(x[token] @ w_gate[e]) * hidden
+            y = y + weight * (hidden @ w_out[e])
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def with_gradients(function, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    given = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in given.items()}
+    y = function(**given)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return {"y": y.detach(), **{name: x.grad for name, x in given.items() if x.requires_grad and x.grad is not None}}
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "squared_relu"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_equals_a_loop_over_the_tokens(backend, gated, activation):
+    given = make()
+    if not gated:
+        del given["w_gate"]
+    function = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": lambda x: F.relu(x) ** 2}[activation]
+    expected = with_gradients(lambda **g: each_token(activation=function, **g), given)
+    found = with_gradients(lambda **g: ops.experts(activation=activation, backend=backend, **g), given)
+    assert set(expected) == {"y", *given} - {"expert_index"}
+    assert set(found) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_chosen_expert_learns_and_no_other(backend):
+    found = with_gradients(lambda **g: ops.experts(backend=backend, **g), make())
+    for name in ("w_in", "w_gate", "w_out"):
+        learns = found[name].abs().amax(dim=(1, 2)) > 0
+        assert learns.tolist() == [True] * 4 + [False] + [True] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_expert_named_twice_counts_twice(backend):
+    given = make()
+    given["expert_index"] = torch.full((TOKENS, TOP_K), 2)
+    expected = with_gradients(each_token, given)
+    found = with_gradients(lambda **g: ops.experts(backend=backend, **g), given)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_and_flat_tokens_agree(backend):
+    batched = make(tokens=(2, 5))
+    flat = {name: x if name.startswith("w_") else x.flatten(0, 1) for name, x in batched.items()}
+    y = ops.experts(**batched, backend=backend)
+    assert y.shape == (2, 5, WIDTH)
+    torch.testing.assert_close(y.flatten(0, 1), ops.experts(**flat, backend=backend), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    given = make(tokens=(4,), width=3, hidden=2)
+    index = given.pop("expert_index")
+    tensors = [x.requires_grad_() for x in given.values()]
+
+    def call(*values):
+        return ops.experts(expert_index=index, backend=backend, **dict(zip(given, values, strict=True)))
+
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens(backend):
+    y = ops.experts(**make(tokens=(0,)), backend=backend)
+    assert y.shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_stays_within_its_own_rounding(backend):
+    given = make(torch.bfloat16, tokens=(64,), width=64, hidden=96)
+    exact = with_gradients(each_token, {name: x.double() if x.is_floating_point() else x for name, x in given.items()})
+    found = with_gradients(lambda **g: ops.experts(backend=backend, **g), given)
+    assert found["y"].dtype == torch.bfloat16
+    for name, value in exact.items():
+        error = (found[name].double() - value).square().mean() / value.square().mean()
+        assert error.sqrt() < 0.01, name
+
+
+def test_runs_under_autocast():
+    given = make(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_gradients(lambda **g: ops.experts(backend="grouped_torch", **g), given)
+    expected = with_gradients(each_token, given)
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32
+        assert ((found[name] - value).square().mean() / value.square().mean()).sqrt() < 0.02, name
+
+
+def test_repeating_the_call_gives_the_same_bits():
+    given = make(torch.float32, tokens=(300,))
+    first, second = (with_gradients(lambda **g: ops.experts(backend="grouped_torch", **g), given) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_flops_equal_those_of_the_chosen_experts(backend, gated):
+    given = make()
+    if not gated:
+        del given["w_gate"]
+    with FlopCounterMode(display=False) as counter:
+        ops.experts(**given, backend=backend)
+    assert counter.get_total_flops() == flops(TOKENS, TOP_K, WIDTH, HIDDEN, gated)
+    assert counter.get_total_flops() == 2 * (3 if gated else 2) * WIDTH * HIDDEN * TOP_K * TOKENS
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"expert_index": torch.full((TOKENS, TOP_K), EXPERTS)}, ValueError, "holds 7, expected 0 to 6 for 7 experts"),
+        ({"expert_index": torch.full((TOKENS, TOP_K), -2)}, ValueError, "holds -2, expected 0 to 6"),
+        ({"expert_index": torch.zeros(TOKENS, TOP_K, dtype=torch.int32)}, TypeError, "dtype torch.int32"),
+        ({"expert_index": torch.zeros(TOKENS, 2, dtype=torch.int64)}, ValueError, "expert_weight has shape"),
+        ({"w_out": torch.zeros(EXPERTS, WIDTH, HIDDEN)}, ValueError, "w_out has shape"),
+        ({"activation": "swish"}, ValueError, "unknown activation 'swish'"),
+        ({"backend": "grouped"}, ValueError, "Did you mean 'grouped_torch'"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.experts(**{**make(torch.float32), **change})
