@@ -136,7 +136,7 @@ def test_bfloat16_stays_within_its_own_rounding(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend, monkeypatch):
-    monkeypatch.setattr(chunk_sdpa, "BLOCK", 2)
+    monkeypatch.setattr(chunk_sdpa, "BLOCKS", (2,))
     inputs, options = make((1, 5, 7, 2, 1, 2, 3), window=3)
     for x in inputs:
         x.requires_grad_()
@@ -150,7 +150,7 @@ def test_blocks_of_any_size_give_the_same(block, monkeypatch):
         if "window" in options and inputs[0].shape[1] < 50:
             monkeypatch.undo()
             expected = with_gradients(partial(ops.attention, backend="parallel_sdpa", **options), inputs)
-            monkeypatch.setattr(chunk_sdpa, "BLOCK", block)
+            monkeypatch.setattr(chunk_sdpa, "BLOCKS", (block,))
             found = with_gradients(partial(ops.attention, backend="chunk_sdpa", **options), inputs)
             for a, b in zip(found, expected, strict=True):
                 same(a, b)
@@ -214,7 +214,7 @@ def test_blocks_hold_nothing_as_long_as_all_pairs():
     pack = torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x)
     with pack:
         ops.attention(q.requires_grad_(), k, v, window=64, backend="chunk_sdpa")
-    assert 0 < max(sizes) <= 2048 * 2 * chunk_sdpa.BLOCK
+    assert 0 < max(sizes) <= 2048 * 2 * 64
 
 
 @pytest.mark.parametrize(
