@@ -1,0 +1,74 @@
+"""``python -m seqarch``: versions, devices, and which backend of which operation runs here, or why it does not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+
+import torch
+
+import seqarch
+from seqarch.ops import OPS
+from seqarch.ops.common import native
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Lines with the columns aligned; the last column may be of any width."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        yield "  ".join([*cells, row[-1]]).rstrip()
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def library() -> str:
+    """The compiled library, or why it is absent."""
+    if (reason := native.unavailable()) is not None:
+        return f"absent: {reason}"
+    openmp = f"OpenMP {native.openmp_version()}" if native.openmp_version() else "no OpenMP"
+    isas = f"{native.chosen_isa()} of {', '.join(native.supported_isas())}"
+    return f"{isas}; {openmp}; sha256 {native.library_hash()[:12]}"
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    yield "seqarch", seqarch.__version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", torch.__version__
+    for package in ("triton", "mamba-ssm", "causal-conv1d", "flash-attn"):
+        yield package, version(package)
+    yield "library", library()
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{os.cpu_count()} processors, torch uses {torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if torch.backends.mps.is_available():
+        yield "mps", "Apple GPU"
+
+
+def backends() -> Iterator[tuple[str, str, str]]:
+    for name, op in OPS.items():
+        for backend in op.backends.values():
+            mark = " (reference)" if backend.name == op.reference else ""
+            yield name, backend.name + mark, backend.unavailable() or "available"
+
+
+def main() -> None:
+    for title, rows in (("versions", versions()), ("devices", devices()), ("operations", backends())):
+        print(title)
+        print(*(f"  {line}" for line in table(rows)), sep="\n", end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

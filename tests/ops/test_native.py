@@ -1,0 +1,84 @@
+"""The compiled library's loader: what it refuses, and what it says then."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import seqarch
+from seqarch import ops
+from seqarch.ops.causal_conv1d import parallel_cpp
+from seqarch.ops.common import native
+
+INPUTS = torch.ones(1, 2, 3), torch.ones(3, 2)
+
+
+def import_native(isa: str) -> subprocess.CompletedProcess[str]:
+    program = "from seqarch.ops.common import native; print(native.unavailable() or native.chosen_isa())"
+    environment = os.environ | {"SEQARCH_ISA": isa}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
+def test_a_missing_library_is_a_reason(tmp_path):
+    with pytest.raises(native.LibraryError, match=r"not installed.* C\+\+ compiler"):
+        native.open_libraries([str(tmp_path)])
+
+
+def test_a_broken_library_is_a_reason(tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libseqarch_cpu_baseline.so").write_text("not a library")
+    with pytest.raises(native.LibraryError, match="cannot be loaded"):
+        native.open_libraries([str(tmp_path)])
+
+
+def test_a_stale_library_is_a_reason(monkeypatch):
+    monkeypatch.setattr(native, "INTERFACE", -1)
+    with pytest.raises(native.LibraryError, match=r"expected -1|not installed"):
+        native.open_libraries(seqarch.__path__)
+
+
+def test_auto_passes_over_a_library_that_is_absent(monkeypatch):
+    monkeypatch.setattr(native, "_reason", "it was never built")
+    assert ops.explain("causal_conv1d", *INPUTS).reasons["parallel_cpp"] == "it was never built"
+    with ops.record_backends() as ran:
+        ops.causal_conv1d(*INPUTS)
+    assert ran == {"causal_conv1d": {"parallel_torch": 1}}
+    with pytest.raises(ops.BackendError, match="it was never built"):
+        ops.causal_conv1d(*INPUTS, backend="parallel_cpp")
+    with pytest.raises(native.LibraryError, match="it was never built"):
+        native.library_hash()
+
+
+def test_the_environment_chooses_the_instruction_set():
+    chosen, unknown = import_native("baseline"), import_native("avx3")
+    assert chosen.stdout.strip() == (native.unavailable() or "baseline")
+    assert unknown.returncode == 1
+    assert "unknown instruction set in SEQARCH_ISA 'avx3': expected one of avx2, avx512, baseline" in unknown.stderr
+
+
+def test_the_library_agrees_with_its_header_and_shares_torchs_openmp():
+    header = (Path(__file__).parents[2] / "csrc" / "include" / "seqarch.h").read_text()
+    assert f"#define SEQARCH_INTERFACE {native.INTERFACE}\n" in header
+    if native.unavailable() is None:
+        assert len(native.library_hash()) == 64
+        native.library()
+        maps = Path("/proc/self/maps")
+        files = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+        assert len({file for file in files if "gomp" in file or "libomp" in file}) <= 1
+
+
+def test_an_instruction_set_that_does_not_run_here_is_an_error():
+    with pytest.raises(ValueError, match="unknown instruction set of this processor 'sse9'"), native.use_isa("sse9"):
+        pass
+
+
+def test_return_codes_become_errors():
+    x, state = torch.ones(1, 2, 3), torch.ones(1, 8, 3)
+    for isa in native.supported_isas():
+        with native.use_isa(isa), pytest.raises(ValueError, match="causal_conv1d_forward returned 1: an argument"):
+            parallel_cpp.forward(x, torch.ones(3, 9), None, state, False, None)

@@ -1,0 +1,100 @@
+"""What installing gives: the package, its compiled library or the reason for its absence, and the page of versions."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import seqarch
+from seqarch import __main__ as page
+from seqarch import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def install(folder: Path, **environment: str) -> tuple[str, list[str]]:
+    """Build the wheel, unpack it into ``folder/site``; the wheel's name and the files in it."""
+    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--no-index"]
+    options = ["--quiet", "--wheel-dir", str(folder), f"--config-settings=build-dir={folder / 'build'}"]
+    done = subprocess.run([*command, *options], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+        return wheel.name, archive.namelist()
+
+
+def run_page(folder: Path, **environment: str) -> str:
+    """The page as the package in ``folder/site`` prints it; -S keeps this checkout's own install out of the way."""
+    program = "import sys; sys.path += sys.argv[1:]; from seqarch.__main__ import main; main()"
+    paths = [str(folder / "site"), str(Path(torch.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program, *paths],
+        env=os.environ | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_installing_without_a_compiler_gives_the_package_alone(tmp_path):
+    wheel, files = install(tmp_path, CC="/bin/false", CXX="/bin/false")
+    assert wheel == f"seqarch-{seqarch.__version__}-py3-none-any.whl"
+    assert "seqarch/ops/op.py" in files
+    assert not [name for name in files if name.endswith(".so")]
+    shown = run_page(tmp_path)
+    assert re.search(r"causal_conv1d +parallel_cpp +the compiled library is not installed: .*C\+\+ compiler", shown)
+    assert re.search(r"causal_conv1d +parallel_torch \(reference\) +available", shown)
+
+
+@pytest.mark.slow
+def test_one_wheel_serves_every_python_and_holds_the_library_or_nothing_compiled(tmp_path):
+    wheel, files = install(tmp_path)
+    compiled = [name for name in files if name.startswith("seqarch/lib/")]
+    assert re.fullmatch(rf"seqarch-{seqarch.__version__}-py3-none-\w+\.whl", wheel)
+    assert wheel.endswith("-any.whl") == (not compiled)
+    if compiled:
+        assert any("_baseline." in name for name in compiled)
+        assert re.search(r"library +baseline of ", run_page(tmp_path, SEQARCH_ISA="baseline"))
+
+
+def test_the_version_is_the_same_everywhere():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{seqarch.__version__}"' in text
+
+
+def test_the_page_names_every_backend_with_available_or_a_reason(capsys):
+    page.main()
+    lines = capsys.readouterr().out.splitlines()
+    for name, op in ops.OPS.items():
+        for backend in op.backends.values():
+            (line,) = [line for line in lines if re.match(rf"  {name} +{backend.name}\b", line)]
+            assert line.endswith(backend.unavailable() or "available")
+            assert (" (reference)" in line) == (backend.name == op.reference)
+
+
+def test_the_page_tells_what_is_absent(capsys, monkeypatch):
+    monkeypatch.setattr(page.native, "_reason", "it was never built")
+    page.main()
+    shown = capsys.readouterr().out
+    assert re.search(r"library +absent: it was never built", shown)
+    assert re.search(r"causal_conv1d +parallel_cpp +it was never built", shown)
+    assert page.version("no-such-package") == "not installed"
+
+
+def test_importing_seqarch_imports_nothing_optional():
+    optional = {"triton", "hydra", "wandb", "matplotlib", "polars", "rich", "mamba_ssm", "causal_conv1d", "flash_attn"}
+    imports = "import sys, seqarch.ops, seqarch.layers, seqarch.models"
+    program = f"{imports}; sys.exit(', '.join({optional} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
