@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -135,8 +136,10 @@ def summary(name: str, direction: str, values: Sequence[float], baseline: Sequen
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:
-    shown = Table("contestant", "direction", title=title)
-    for column in ("median, ms", "quartiles, ms", "times faster"):
+    shown = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("contestant", "direction"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("median, ms", "quartiles, ms", "speed-up"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         quartiles = f"{row.quartile1_ms:.2f} to {row.quartile3_ms:.2f}"
