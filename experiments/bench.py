@@ -136,7 +136,7 @@ def summary(name: str, direction: str, values: Sequence[float], baseline: Sequen
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:
-    shown = Table(title=title, box=SIMPLE_HEAD)
+    shown = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("contestant", "direction"):
         shown.add_column(column, no_wrap=True)
     for column in ("median, ms", "quartiles, ms", "speed-up"):
