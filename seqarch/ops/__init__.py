@@ -4,6 +4,7 @@ Layout is ``[B, T, H, D]``. Decays are natural logarithms (``log_decay <= 0``). 
 into a batch of one. Recurrent states are float32 (float64 for float64 inputs); gradients flow into and out of them.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from seqarch.ops.attention import OP as _attention
@@ -17,7 +18,7 @@ from seqarch.ops.experts import OP as _experts
 from seqarch.ops.experts import experts
 from seqarch.ops.linear_attention import OP as _linear_attention
 from seqarch.ops.linear_attention import linear_attention
-from seqarch.ops.op import BackendError, Explanation, Op, record_backends, use_backends
+from seqarch.ops.op import BackendError, Explanation, Op, choose_backends, record_backends
 from seqarch.ops.selective_scan import OP as _selective_scan
 from seqarch.ops.selective_scan import selective_scan
 
@@ -29,6 +30,20 @@ OPS: dict[str, Op] = {
     "linear_attention": _linear_attention,
     "selective_scan": _selective_scan,
 }
+
+
+def use_backends(**choices: str) -> AbstractContextManager[None]:
+    """Within the block, what ``backend="auto"`` means: ``use_backends(linear_attention="recurrent_torch")``.
+
+    Raises:
+        ValueError: no operation, or no backend of it, has that name.
+    """
+    for op, backend in choices.items():
+        if op not in OPS:
+            raise unknown_name("operation", op, OPS)
+        if backend not in OPS[op].backends:
+            raise unknown_name(f"backend of {op}", backend, OPS[op].backends)
+    return choose_backends(choices)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:

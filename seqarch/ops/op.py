@@ -144,7 +144,9 @@ class Op:
             if reason is not None:
                 reasons[name] = reason
             elif forced not in (None, name):
-                reasons[name] = f"use_backends chose {forced}"
+                reasons[name] = f"{forced} was chosen for this block"
+            elif forced is None and name not in order:
+                reasons[name] = f"it is not in the order {', '.join(order)}"
             elif pick is not None:
                 reasons[name] = f"{pick} stands before it in the order {', '.join(order)}"
             else:
@@ -153,8 +155,8 @@ class Op:
 
 
 @contextmanager
-def use_backends(**choices: str) -> Iterator[None]:
-    """Within the block, what ``backend="auto"`` means: ``use_backends(linear_attention="recurrent_torch")``."""
+def choose_backends(choices: dict[str, str]) -> Iterator[None]:
+    """Within the block, what ``backend="auto"`` means, by the names of operations."""
     before = dict(_chosen)
     _chosen.update(choices)
     try:

@@ -1,0 +1,74 @@
+"""Small runs: a configuration that trains in well under a second, in this process or through the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.building import resolve
+from experiments.config import RunConfig, run_config
+from experiments.ledger import keep_ledger
+from experiments.records import RunFolder
+from experiments.train import Run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = [
+    *("model.d_model=32", "model.depth=1"),
+    *("task.vocab_size=16", "task.length=16", "task.pairs=2", "task.validation_examples=32", "task.test_examples=32"),
+    *("train.batch_size=8", "train.threads=1", "train.target=null", "train.eval_every=5"),
+]
+
+
+def tiny_config(runs: Path, **changes) -> RunConfig:
+    """A run of a tiny model; ``train__steps=3`` changes ``train.steps``."""
+    plain = {
+        "experiment": "tiny",
+        "seed": 0,
+        "runs": str(runs),
+        "model": {"name": "attention", "pattern": "attention", "d_model": 32, "depth": 1, "channel": "none"},
+        "task": {"name": "mqar", "vocab_size": 16, "length": 16, "pairs": 2}
+        | {"validation_examples": 32, "test_examples": 32},
+        "train": {"steps": 10, "batch_size": 8, "lr": 1e-3, "eval_every": 5, "threads": 1, "device": "cpu"},
+    }
+    for key, value in changes.items():
+        *parts, last = key.split("__")
+        target = plain
+        for part in parts:
+            target = target.setdefault(part, {})
+        target[last] = value
+    return resolve(run_config(plain))
+
+
+def train_here(config: RunConfig) -> tuple[int, RunFolder]:
+    """Train in this process; the exit code and the folder."""
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    try:
+        return keep_ledger(folder, config, lambda: Run(config, folder)), folder
+    finally:
+        folder.leave()
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def command_line(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+def call(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
+    """Run a module as a person would, from an empty folder that must not be littered."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command_line(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **options
+    )

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from experiments import files
+from experiments.board import Board
+from experiments.claims import STALE_SECONDS, Claim, process_identity
+from experiments.errors import ConfigError, RunnerError, StorageError
+from experiments.files import read_json, write_atomic
+from experiments.records import RunFolder
+
+from .conftest import tiny_config
+
+
+@pytest.fixture
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+class TestFolder:
+    def test_a_folder_with_the_same_configuration_is_welcome(self, tmp_path):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.check(config)
+        folder.create(config)
+        folder.check(tiny_config(tmp_path, tracker__name="wandb"))
+        assert folder.config() == config
+
+    def test_a_folder_with_another_configuration_is_left_untouched(self, tmp_path):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        before = folder.config_file.read_bytes()
+        with pytest.raises(ConfigError, match=r"another configuration: train\.lr is 0\.001 there, 0\.5 wanted"):
+            folder.check(tiny_config(tmp_path, train__lr=0.5))
+        assert folder.config_file.read_bytes() == before
+
+    def test_somebody_elses_folder_is_left_untouched(self, tmp_path):
+        config = tiny_config(tmp_path)
+        config.folder().mkdir(parents=True)
+        (config.folder() / "notes.txt").write_text("mine")
+        with pytest.raises(ConfigError, match=r"not empty and has no config\.json"):
+            RunFolder(config.folder()).check(config)
+
+    def test_a_file_where_the_folder_should_be(self, tmp_path):
+        config = tiny_config(tmp_path)
+        config.folder().parent.mkdir(parents=True)
+        config.folder().write_text("")
+        with pytest.raises(ConfigError, match="is a file"):
+            RunFolder(config.folder()).check(config)
+        with pytest.raises(StorageError, match=config.folder().name):
+            RunFolder(config.folder()).create(config)
+
+    def test_a_damaged_config_is_named(self, tmp_path):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        folder.config_file.write_text("{")
+        with pytest.raises(RunnerError, match=r"cannot read .*config\.json"):
+            folder.check(config)
+
+    def test_metrics_survive_a_line_cut_short(self, tmp_path):
+        folder = RunFolder(tmp_path)
+        folder.append_metrics(step=1, loss=2.0)
+        folder.append_metrics(step=2, loss=1.0)
+        with open(folder.metrics_file, "a") as file:
+            file.write('{"step": 3, "lo')
+        assert [line["step"] for line in folder.metrics()] == [1, 2]
+        folder.keep_metrics(lambda line: line["step"] < 2)
+        assert folder.metrics_file.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+class TestWriting:
+    def test_a_full_disk_leaves_the_old_file(self, tmp_path, monkeypatch):
+        path = tmp_path / "run.json"
+        write_atomic(path, "old")
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(files.os, "fsync", full)
+        with pytest.raises(StorageError, match=r"cannot write .*run\.json: No space left on device"):
+            write_atomic(path, "new")
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_missing_folder_is_named(self, tmp_path):
+        with pytest.raises(StorageError, match=r"none/run\.json: No such file"):
+            write_atomic(tmp_path / "none" / "run.json", "new")
+
+    def test_only_objects_are_read(self, tmp_path):
+        (tmp_path / "list.json").write_text("[]")
+        with pytest.raises(RunnerError, match="expected a JSON object, got list"):
+            read_json(tmp_path / "list.json")
+        assert read_json(tmp_path / "none.json") is None
+
+
+class TestClaim:
+    def test_only_one_of_many_gets_it(self, tmp_path):
+        def attempt(_):
+            try:
+                Claim(tmp_path / "claim.json").take()
+            except RunnerError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(attempt, range(32))) == 1
+
+    def test_a_live_holder_is_named(self, tmp_path):
+        claim = Claim(tmp_path / "claim.json")
+        claim.take()
+        with pytest.raises(RunnerError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+            claim.take()
+        claim.release()
+        claim.take()
+        assert list(tmp_path.iterdir()) == [claim.path]
+
+    def test_a_dead_process_holds_nothing(self, tmp_path, dead_pid):
+        claim = Claim(tmp_path / "claim.json")
+        claim.path.write_text(json.dumps({**process_identity(os.getpid()), "pid": dead_pid}))
+        assert not claim.is_held()
+        claim.take()
+        assert read_json(claim.path)["pid"] == os.getpid()
+
+    def test_a_later_process_with_the_same_number_holds_nothing(self, tmp_path):
+        claim = Claim(tmp_path / "claim.json")
+        claim.path.write_text(json.dumps({**process_identity(os.getpid()), "started": "1"}))
+        claim.take()
+
+    def test_another_machine_holds_it_while_it_renews(self, tmp_path):
+        claim = Claim(tmp_path / "claim.json")
+        claim.path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "1"}))
+        assert claim.is_held()
+        with pytest.raises(RunnerError, match="on elsewhere"):
+            claim.take()
+        old = time.time() - STALE_SECONDS - 1
+        os.utime(claim.path, (old, old))
+        assert not claim.is_held()
+        claim.renew()
+        assert claim.is_held()
+        os.utime(claim.path, (old, old))
+        claim.take()
+
+    def test_a_damaged_claim_holds_nothing(self, tmp_path):
+        claim = Claim(tmp_path / "claim.json")
+        claim.path.write_text("{")
+        claim.take()
+
+
+class TestBoard:
+    def test_entries_come_in_the_order_of_jobs(self, tmp_path):
+        board = Board(tmp_path / ".sweeps" / "now")
+        board.create()
+        for job in (10, 2):
+            board.post(job, status="running", name="n")
+        board.post(10, status="finished", name="n")
+        (board.path / "job-3.json").write_text("{")
+        assert [(entry["job"], entry["status"]) for entry in board.entries()] == [(2, "running"), (10, "finished")]
+        board.remove()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_jobs_stop_when_asked_or_when_the_sweep_is_gone(self, tmp_path, dead_pid):
+        Board(tmp_path).create()
+        assert not Board(tmp_path).should_stop()
+        Board(tmp_path).stop()
+        assert Board(tmp_path).should_stop()
+        orphaned = Board(tmp_path / "orphaned")
+        orphaned.create()
+        (orphaned.path / "owner.json").write_text(json.dumps({**process_identity(os.getpid()), "pid": dead_pid}))
+        assert orphaned.should_stop()
+
+    def test_a_launchers_logs_are_kept(self, tmp_path):
+        board = Board(tmp_path / "now")
+        board.create()
+        (board.path / ".submitit").mkdir()
+        board.remove()
+        assert board.path.exists()

@@ -1,0 +1,176 @@
+"""The command line as a person uses it: real processes, few of them, since each takes seconds to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.board import Board
+from experiments.config import to_dict
+from experiments.records import RunFolder
+from experiments.supervise import execute
+
+from .conftest import ROOT, TINY, call, command_line, tiny_config
+
+
+def folders(runs: Path) -> dict[str, RunFolder]:
+    """Run folders by ``model-seed``."""
+    found = [RunFolder(path.parent) for path in runs.glob("*/*/config.json")]
+    return {folder.path.name.rpartition("-")[0]: folder for folder in found}
+
+
+def until(condition, seconds=90.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
+    sweep = ["experiments.run", "--multirun", *TINY, "train.steps=10", "launcher=joblib", "model=attention"]
+    first = call(*sweep, "train.lr=1e30,1e-3", "train.grad_clip=0", "seed=0,1", cwd=tmp_path)
+    assert first.returncode == 1
+    assert "4 runs: 2 failed, 2 finished" in first.stdout
+    assert first.stdout.count("training diverged at step") >= 2
+    assert "Traceback" not in first.stdout + first.stderr
+    found = [RunFolder(path.parent) for path in tmp_path.glob("runs/mqar/*/run.json")]
+    assert sorted((folder.status(), folder.config().train.lr) for folder in found) == [
+        *[("failed", 1e30)] * 2,
+        *[("finished", 1e-3)] * 2,
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mqar"]
+
+    records = {folder.path: folder.run_file.read_bytes() for folder in found if folder.status() == "finished"}
+    second = call(*sweep, "train.lr=1e-3", "train.grad_clip=0", "seed=0,1", cwd=tmp_path)
+    assert second.returncode == 0
+    assert "2 runs: 2 finished before" in second.stdout
+    assert {path: (path / "run.json").read_bytes() for path in records} == records
+
+
+def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
+    arguments = [*TINY, "train.steps=300", "seed=0,1,2,3", "launcher=joblib", "model=attention", "train.eval_every=50"]
+    command = ["experiments.run", "--multirun", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = tmp_path / "runs"
+    with open(tmp_path / "log", "w") as log:
+        options = {"cwd": tmp_path, "env": environment, "stdout": log, "stderr": log}
+        sweep = subprocess.Popen(command_line(*command), start_new_session=True, **options)
+    try:
+        # Memory runs out in the first run: it is killed, and the others go on.
+        until(lambda: "attention-seed0" in folders(runs) and folders(runs)["attention-seed0"].claim.is_held())
+        claim = json.loads(folders(runs)["attention-seed0"].claim.path.read_text())
+        os.kill(claim["pid"], signal.SIGKILL)
+        until(lambda: folders(runs).get("attention-seed1") and folders(runs)["attention-seed1"].status() == "finished")
+        # As a terminal does it: the signal goes to every process of the sweep.
+        os.killpg(sweep.pid, signal.SIGINT)
+        assert sweep.wait(40) == 130
+    finally:
+        sweep.kill()
+    shown = (tmp_path / "log").read_text()
+    assert "ended by SIGKILL, perhaps because memory ran out" in shown
+    assert "Traceback" not in shown
+    assert "SIGKILL" in folders(runs)["attention-seed0"].record()["reason"]
+    statuses = {name: folder.status() for name, folder in folders(runs).items()}
+    assert statuses["attention-seed1"] == "finished"
+    assert set(statuses.values()) <= {"finished", "failed", "interrupted", None}
+    assert "finished" not in (statuses.get("attention-seed2"), statuses.get("attention-seed3")) or len(statuses) < 4
+    assert not any(folder.claim.is_held() for folder in folders(runs).values())
+    kept = folders(runs)["attention-seed1"].run_file.read_bytes()
+
+    done = call(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {folder.status() for folder in folders(runs).values()} == {"finished"}
+    assert len(folders(runs)) == 4
+    assert folders(runs)["attention-seed1"].run_file.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train.lrr=1"], "error: train.lrr: unknown key, expected one of"),
+        (["task=mqra"], "Could not find 'task/mqra'"),
+        (["launcher=job"], "Could not find 'launcher/job'"),
+        (["runs=occupied"], "error: cannot write occupied/.sweeps"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(tmp_path, arguments, told):
+    (tmp_path / "occupied").write_text("mine")
+    done = call("experiments.run", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["occupied"] or not list(tmp_path.glob("runs/*/*"))
+    assert (tmp_path / "occupied").read_text() == "mine"
+
+
+class TestJob:
+    """One job, without Hydra and, where it is refused, without a training process."""
+
+    def board(self, tmp_path) -> Board:
+        board = Board(tmp_path / "board")
+        board.create()
+        return board
+
+    def outcome(self, tmp_path, config) -> dict:
+        board = self.board(tmp_path)
+        execute(to_dict(config), board, 0)
+        (entry,) = board.entries()
+        return entry
+
+    def test_a_folder_of_another_configuration_is_refused_untouched(self, tmp_path):
+        config = tiny_config(tmp_path)
+        config.folder().mkdir(parents=True)
+        other = json.dumps(to_dict(tiny_config(tmp_path, train__lr=0.5)))
+        (config.folder() / "config.json").write_text(other)
+        entry = self.outcome(tmp_path, config)
+        assert entry["status"] == "refused"
+        assert "train.lr is 0.5 there, 0.001 wanted" in entry["message"]
+        assert [path.name for path in config.folder().iterdir()] == ["config.json"]
+        assert (config.folder() / "config.json").read_text() == other
+
+    def test_a_folder_that_cannot_be_made_is_named(self, tmp_path):
+        config = tiny_config(tmp_path)
+        config.folder().parent.write_text("mine")
+        entry = self.outcome(tmp_path, config)
+        assert entry["status"] == "refused"
+        assert str(config.folder()) in entry["message"]
+        assert config.folder().parent.read_text() == "mine"
+
+    def test_a_run_that_another_process_trains_is_left_to_it(self, tmp_path):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        folder.claim.take()
+        assert self.outcome(tmp_path, config)["status"] == "busy"
+        assert folder.claim.is_held()
+
+    def test_no_job_begins_after_the_sweep_was_stopped(self, tmp_path):
+        board = self.board(tmp_path)
+        board.stop()
+        execute(to_dict(tiny_config(tmp_path)), board, 0)
+        assert [entry["status"] for entry in board.entries()] == ["waiting"]
+        assert not tiny_config(tmp_path).folder().exists()
+
+    def test_a_process_that_cannot_write_is_told_with_the_path(self, tmp_path, monkeypatch):
+        """The disk is full from the first byte: nothing can be recorded, so the job itself has to tell."""
+        config = tiny_config(tmp_path)
+        RunFolder(config.folder()).create(config)
+        limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); import runpy, sys;"
+        limited += "sys.argv[0] = 'train'; runpy.run_module('experiments.train', run_name='__main__')"
+        popen = subprocess.Popen
+
+        def starved(command, **options):
+            return popen([command[0], "-c", limited, *command[command.index("experiments.train") + 1 :]], **options)
+
+        monkeypatch.setattr("experiments.supervise.subprocess.Popen", starved)
+        entry = self.outcome(tmp_path, config)
+        assert entry["status"] == "failed"
+        assert f"cannot write {config.folder()}" in entry["message"]
+        assert "File too large" in entry["message"]

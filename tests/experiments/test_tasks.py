@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments.errors import RunnerError
+from experiments.tasks import TASKS
+from experiments.tasks.mqar import MQAR, MQARConfig
+from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
+from experiments.tasks.task import IGNORED, Batch
+
+SMALL = {
+    "mqar": MQARConfig(vocab_size=64, length=32, pairs=4, validation_examples=300, test_examples=40),
+    "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
+}
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return {name: TASKS[name](config) for name, config in SMALL.items()}
+
+
+def splits(task, seed=0):
+    held_out = [batch.tokens for split in ("validation", "test") for batch in task.evaluation(split)]
+    return task.train_batch(seed, 0, 64).tokens, *held_out
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_tried_here(name):
+    assert name in SMALL
+
+
+@pytest.mark.parametrize("name", TASKS)
+class TestEveryTask:
+    def test_shapes_and_ranges(self, tasks, name):
+        task = tasks[name]
+        batches = [task.train_batch(0, 0, 5), next(task.evaluation("validation")), next(task.evaluation("test"))]
+        for batch in batches:
+            assert batch.tokens.dtype == batch.targets.dtype == np.int64
+            assert batch.tokens.shape == batch.targets.shape
+            assert batch.tokens.min() >= 0
+            assert batch.tokens.max() < task.vocab_size
+            asked = batch.targets[batch.targets != IGNORED]
+            assert len(asked) > 0
+            assert asked.min() >= 0
+            assert asked.max() < task.vocab_size
+        assert batches[0].tokens.shape[1] == task.length
+        assert batches[2].tokens.shape[1] == task.longest
+
+    def test_an_example_depends_on_seed_and_index_alone(self, tasks, name):
+        whole = tasks[name].train_batch(3, 0, 12)
+        fresh = TASKS[name](SMALL[name])
+        parts = [fresh.train_batch(3, start, size) for start, size in ((7, 5), (0, 3), (3, 4))]
+        order = [parts[1], parts[2], parts[0]]
+        for kind in (0, 1):
+            assert np.array_equal(whole[kind], np.concatenate([part[kind] for part in order]))
+
+    def test_seeds_and_indices_differ(self, tasks, name):
+        task = tasks[name]
+        first = task.train_batch(0, 0, 8).tokens
+        assert not np.array_equal(first, task.train_batch(1, 0, 8).tokens)
+        assert not np.array_equal(first, task.train_batch(0, 8, 8).tokens)
+        assert len({row.tobytes() for row in task.train_batch(0, 0, 64).tokens}) > 60
+
+    def test_no_example_is_in_two_splits(self, tasks, name):
+        rows = [{row.tobytes() for row in tokens} for tokens in splits(tasks[name])]
+        assert all(rows)
+        assert sum(map(len, rows)) == len(set.union(*rows))
+
+    def test_held_out_data_is_the_same_every_time(self, tasks, name):
+        again = TASKS[name](SMALL[name])
+        for split in ("validation", "test"):
+            pairs = zip(tasks[name].evaluation(split), again.evaluation(split), strict=True)
+            assert all(np.array_equal(one.tokens, other.tokens) for one, other in pairs)
+        assert tasks[name].manifest() == again.manifest()
+        assert len(again.manifest()["hash"]) == 64
+
+    def test_perfect_and_uniform_predictions_score_as_they_must(self, tasks, name):
+        task = tasks[name]
+        targets = np.concatenate([batch.targets for batch in task.evaluation("test")])
+        asked = targets != IGNORED
+        perfect = task.score(targets, np.zeros(targets.shape), asked)
+        assert perfect["loss"] == 0
+        assert perfect["accuracy"] == 1
+        uniform = task.score(targets, np.where(asked, math.log(task.vocab_size), 0), np.zeros(targets.shape, bool))
+        assert uniform["loss"] == pytest.approx(math.log(task.vocab_size))
+        worse, better = uniform[task.metric.name], perfect[task.metric.name]
+        assert (better > worse) == task.metric.higher_is_better
+
+
+def recall_by_dictionary(batch: Batch, pairs: int) -> np.ndarray:
+    """What looking every key up in the pairs gives."""
+    answers = np.full(batch.targets.shape, IGNORED)
+    for row, tokens in enumerate(batch.tokens):
+        book = dict(zip(tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True))
+        for position in range(2 * pairs, len(tokens)):
+            answers[row, position] = book.get(tokens[position], IGNORED)
+    return answers
+
+
+class TestMQAR:
+    def test_a_dictionary_solves_it(self, tasks):
+        batch = tasks["mqar"].train_batch(0, 0, 200)
+        assert np.array_equal(recall_by_dictionary(batch, 4), batch.targets)
+
+    def test_a_dictionary_solves_it_among_random_fillers(self):
+        task = MQAR(MQARConfig(vocab_size=64, length=32, pairs=4, filler="random"))
+        batch = task.train_batch(0, 0, 200)
+        asked = batch.targets != IGNORED
+        assert np.array_equal(recall_by_dictionary(batch, 4)[asked], batch.targets[asked])
+        assert (batch.tokens[:, 8:][~asked[:, 8:]] > 0).mean() > 0.9
+
+    def test_guessing_among_the_values_is_chance(self, tasks):
+        task = tasks["mqar"]
+        batch = task.train_batch(0, 0, 4000)
+        asked = batch.targets != IGNORED
+        values = batch.tokens[:, 1:8:2]
+        columns = np.random.default_rng(0).integers(4, size=batch.targets.shape)
+        guesses = np.take_along_axis(values, columns.clip(max=3), axis=1)
+        measured = task.score(batch.targets, np.zeros(asked.shape), guesses == batch.targets)["accuracy"]
+        assert task.chance()[0] == 0.25
+        assert measured == pytest.approx(0.25, abs=0.015)
+
+    def test_the_definition_holds(self, tasks):
+        batch = tasks["mqar"].train_batch(0, 0, 500)
+        keys, values = batch.tokens[:, 0:8:2], batch.tokens[:, 1:8:2]
+        assert keys.min() >= 1
+        assert keys.max() == 31
+        assert values.min() == 32
+        assert values.max() == 63
+        for drawn in (keys, values):
+            assert all(len(set(row)) == 4 for row in drawn)
+        asked = batch.targets != IGNORED
+        assert (asked.sum(axis=1) == 4).all()
+        assert not asked[:, :8].any()
+        assert not asked[:, 1::2].any()
+        assert (batch.tokens[:, 8:][~asked[:, 8:]] == 0).all()
+
+    def test_gaps_follow_the_power_law(self):
+        """The first key's slot is one draw from p(g) ~ g^(a - 1)."""
+        task = MQAR(MQARConfig(vocab_size=64, length=32, pairs=1, power=0.5))
+        batch = task.train_batch(0, 0, 20000)
+        slots = (np.argmax(batch.targets != IGNORED, axis=1) - 2) // 2
+        expected = np.arange(1, 16) ** -0.5
+        expected /= expected.sum()
+        assert np.bincount(slots, minlength=15) / 20000 == pytest.approx(expected, abs=0.01)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"length": 30}, {"length": 33}, {"vocab_size": 9}, {"vocab_size": 16}, {"power": 0.0}, {"filler": "zeros"}],
+    )
+    def test_impossible_settings_are_refused(self, wrong):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            MQARConfig(**{"vocab_size": 64, "length": 32, "pairs": 8, **wrong})
+
+
+class TestStdlibText:
+    def test_windows_are_pieces_of_training_files(self, tasks):
+        batch = tasks["stdlib_text"].train_batch(0, 0, 64)
+        contents = [bytes([0]) + content for content in tasks["stdlib_text"].files["train"].values()]
+        starts = 0
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+            asked = targets != IGNORED
+            assert np.array_equal(tokens[1:][asked[:-1]], targets[:-1][asked[:-1]])
+            window = bytes(targets[asked].astype(np.uint8))
+            if tokens[0] == START:
+                starts += 1
+                assert any(content[1:].startswith(window) for content in contents)
+            else:
+                assert any(bytes([tokens[0]]) + window in content for content in contents)
+        assert 4 <= starts <= 32
+
+    def test_files_are_split_by_path_and_no_test_or_package_is_read(self, tasks):
+        files = tasks["stdlib_text"].files
+        paths = [path for contents in files.values() for path in contents]
+        assert len(paths) == len(set(paths)) > 200
+        assert not any(part in ("test", "tests", "site-packages") for path in paths for part in path.split("/"))
+        assert len(files["train"]) > 5 * len(files["validation"]) > 0
+
+    def test_judged_from_the_first_byte_of_held_out_files(self, tasks):
+        batch = next(tasks["stdlib_text"].evaluation("test"))
+        assert batch.tokens.shape == (5, 256)
+        beginnings = {content[:256] for content in tasks["stdlib_text"].files["test"].values()}
+        assert all(bytes(row.astype(np.uint8)) in beginnings for row in batch.targets)
+        assert (batch.tokens[:, 0] == START).all()
+        assert np.array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+
+    def test_bits_per_byte_by_position(self, tasks):
+        targets = np.zeros((2, 256), int)
+        losses = np.zeros((2, 256))
+        losses[:, :16] = math.log(2)
+        scores = tasks["stdlib_text"].score(targets, losses, targets == 0)
+        assert scores["bits_per_byte"] == pytest.approx(16 / 256)
+        curve = dict(zip(scores["curve"]["x"], scores["curve"]["y"], strict=True))
+        assert all(bits == pytest.approx(1.0 if position < 16 else 0.0) for position, bits in curve.items())
+
+    def test_chance_knows_the_bytes_and_no_more(self, tasks):
+        value, words = tasks["stdlib_text"].chance()
+        assert 4 < value < 5.5
+        assert "byte" in words
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 100, 4096])
+    def test_bins_cover_every_position_once(self, length):
+        edges = position_bins(length)
+        assert edges[0] == 0
+        assert edges[-1] == length
+        assert edges == sorted(set(edges))
+
+    def test_no_file_long_enough(self):
+        task = StdlibText(StdlibTextConfig(eval_length=10**8))
+        with pytest.raises(RunnerError, match="no test file has eval_length = 100000000"):
+            list(task.evaluation("test"))

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from experiments import trackers
+from experiments.trackers import Guarded, Tracker, make_tracker
+
+from .conftest import tiny_config, train_here
+
+
+class Breaking(Tracker):
+    def __init__(self, folder, config, *, at: str):
+        self.at, self.calls = at, 0
+        if at == "start":
+            raise ConnectionError("no network")
+
+    def log(self, step, values):
+        self.calls += 1
+        if self.at == "log":
+            raise ConnectionError("no network")
+
+    def finish(self, status, results):
+        if self.at == "finish":
+            raise ConnectionError("no network")
+
+
+@pytest.mark.parametrize("at", ["start", "log", "finish"])
+def test_a_failing_tracker_is_told_once_and_stops_nothing(tmp_path, monkeypatch, capsys, at):
+    monkeypatch.setitem(trackers.TRACKERS, "breaking", Breaking)
+    config = tiny_config(tmp_path, tracker={"name": "breaking", "options": {"at": at}})
+    code, folder = train_here(config)
+    assert code == 0
+    assert folder.status() == "finished"
+    assert folder.record()["tracker_error"] == "ConnectionError: no network"
+    assert capsys.readouterr().err.count("tracker breaking failed") == 1
+
+
+def test_a_wrong_option_is_told(tmp_path, capsys):
+    tracker = make_tracker("wandb", {"projekt": "x"}, tmp_path, {"experiment": "tiny"})
+    assert isinstance(tracker, Guarded)
+    assert "projekt" in (tracker.error or "")
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("finished", {})
+
+
+def test_wandb_offline_hears_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    config = tiny_config(tmp_path, tracker__name="wandb")
+    code, folder = train_here(config)
+    assert code == 0
+    assert "tracker_error" not in folder.record()
+    (recorded,) = folder.path.glob("wandb/offline-run-*/run-*.wandb")
+    content = recorded.read_bytes()
+    for expected in (b"validation_accuracy", b"attention", folder.path.name.encode()):
+        assert expected in content

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from experiments.checkpoints import load_checkpoint
+from experiments.config import TrainConfig
+from experiments.errors import RunnerError
+from experiments.files import read_json
+from experiments.progress import ProgressFile
+from experiments.records import RunFolder
+from experiments.train import Run, choose_device, learning_rate
+
+from .conftest import ROOT, command_line, tiny_config, train_here
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_a_finished_run_leaves_the_whole_record(tmp_path):
+    code, folder = train_here(tiny_config(tmp_path, model__mixers={"attention": {"conv_width": 4}}))
+    record = folder.record()
+    assert (code, record["status"], record["attempt"]) == (0, "finished", 1)
+    assert [line["step"] for line in folder.metrics()] == [5, 10]
+    assert {"loss", "lr", "grad_norm", "validation_accuracy", "tokens_per_second"} <= folder.metrics()[0].keys()
+    model = Run(folder.config(), folder).model
+    cost = record["cost"]
+    assert (cost["steps"], cost["tokens"]) == (10, 10 * 8 * 16)
+    assert cost["flops"] == 3 * 10 * model.flops(16, 8)
+    assert cost["tokens_per_second"] == pytest.approx(cost["tokens"] / cost["train_seconds"])
+    assert cost["peak_memory_bytes"] > 10**7
+    assert record["model"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert record["model"]["state_bytes"] == model.state_bytes(16)
+    assert record["metric"]["chance"] == 0.5
+    assert len(record["data"]["hash"]) == 64
+    assert record["backends"].keys() == {"attention", "causal_conv1d"}
+    assert record["seeds"]["initialisation"] == 0
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+    assert {"commit", "dirty", "library"} <= record["code"].keys()
+    assert record["results"]["checkpoint_step"] in (5, 10)
+    assert record["results"]["validation"] == max(line["validation_accuracy"] for line in folder.metrics())
+    assert sorted(path.name for path in folder.path.iterdir() if path.name != "code.diff") == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "run.json",
+    ]
+
+
+def test_the_same_configuration_gives_the_same_bits(tmp_path):
+    folders = [train_here(tiny_config(tmp_path / name))[1] for name in ("one", "two")]
+    one, two = (weights(folder.last_checkpoint) for folder in folders)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = weights(train_here(tiny_config(tmp_path, seed=1))[1].last_checkpoint)
+    assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    whole = train_here(tiny_config(tmp_path / "whole", train__steps=20))[1]
+    config, step = tiny_config(tmp_path / "torn", train__steps=20), Run.step
+
+    def interrupted_at_13(run):
+        if run.state.step == 13:
+            raise KeyboardInterrupt
+        return step(run)
+
+    monkeypatch.setattr(Run, "step", interrupted_at_13)
+    code, torn = train_here(config)
+    assert (code, torn.status()) == (130, "interrupted")
+    torn.append_metrics(step=11, loss=0.0)
+    monkeypatch.setattr(Run, "step", step)
+    code, torn = train_here(config)
+    assert (code, torn.status(), torn.record()["attempt"]) == (0, "finished", 2)
+    one, two = weights(whole.last_checkpoint), weights(torn.last_checkpoint)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for ours, theirs in zip(whole.metrics(), torn.metrics(), strict=True):
+        assert ours | {"tokens_per_second": 0} == theirs | {"tokens_per_second": 0}
+
+
+def test_a_diverging_run_fails_and_names_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    step = Run.step
+
+    def diverging(run):
+        if run.state.step == 7:
+            with torch.no_grad():
+                run.model.embedding.weight.fill_(math.nan)
+        return step(run)
+
+    monkeypatch.setattr(Run, "step", diverging)
+    code, folder = train_here(tiny_config(tmp_path))
+    record = folder.record()
+    assert (code, record["status"]) == (1, "failed")
+    assert "diverged at step 8" in record["reason"]
+    assert f"{folder.last_checkpoint} of step 5" in record["reason"]
+    assert record["reason"] in capsys.readouterr().err
+    assert all(torch.isfinite(value).all() for value in weights(folder.last_checkpoint).values())
+
+
+def test_a_run_that_diverges_at_once_has_no_checkpoint_to_name(tmp_path):
+    code, folder = train_here(tiny_config(tmp_path, train__lr=1e30, train__grad_clip=0.0))
+    assert code == 1
+    assert "no checkpoint had been written yet" in folder.record()["reason"]
+    assert not folder.best_checkpoint.exists()
+
+
+def test_a_checkpoint_is_never_written_from_a_broken_model(tmp_path, monkeypatch):
+    """The loss of step 5 is finite, and its update breaks the model that the look after it would keep."""
+    step = Run.step
+
+    def breaking(run):
+        values = step(run)
+        if run.state.step == 4:
+            with torch.no_grad():
+                run.model.head.weight.fill_(math.nan)
+        return values
+
+    monkeypatch.setattr(Run, "step", breaking)
+    code, folder = train_here(tiny_config(tmp_path))
+    assert code == 1
+    assert "validation loss is nan" in folder.record()["reason"]
+    assert not folder.last_checkpoint.exists()
+
+
+def test_an_unexpected_error_is_recorded_too(tmp_path, monkeypatch, capsys):
+    def broken(run):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(Run, "step", broken)
+    code, folder = train_here(tiny_config(tmp_path))
+    assert (code, folder.record()["reason"]) == (1, "ZeroDivisionError: oh")
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("target", "steps"), [(0.0, 5), (1.1, 20), (None, 20)])
+def test_training_stops_at_the_target(tmp_path, target, steps):
+    _, folder = train_here(tiny_config(tmp_path, train__steps=20, train__target=target))
+    assert folder.record()["cost"]["steps"] == steps
+
+
+def test_training_stops_when_patience_is_at_its_end(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.6, 0.6, 0.55, 0.9])
+    monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    _, folder = train_here(tiny_config(tmp_path, train__steps=50, train__patience=2))
+    record = folder.record()
+    assert record["cost"]["steps"] == 20
+    assert (record["results"]["checkpoint_step"], record["results"]["validation"]) == (10, 0.6)
+
+
+def test_the_last_checkpoint_is_tested_where_asked(tmp_path, monkeypatch):
+    scores = iter([0.9, 0.6, 0.7])
+    monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    _, folder = train_here(tiny_config(tmp_path, train__select="last"))
+    results = folder.record()["results"]
+    assert (results["checkpoint_step"], results["validation"], results["test"]) == (10, 0.6, 0.7)
+
+
+def test_the_rate_climbs_then_falls():
+    config = TrainConfig(steps=100, batch_size=1, lr=1.0, warmup=10, final_lr_ratio=0.1)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_experts_losses_and_metrics_reach_the_run(tmp_path):
+    _, folder = train_here(tiny_config(tmp_path, model__channel="moe"))
+    assert folder.status() == "finished"
+    (loads,) = [value for name, value in folder.metrics()[0].items() if name.endswith("/load")]
+    assert sum(loads) == pytest.approx(1)
+
+
+def test_a_full_disk_stops_the_run_and_spoils_nothing(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path, train__steps=20)
+    link = os.replace
+
+    def full(source, target):
+        if str(target).endswith("last.pt") and RunFolder(config.folder()).last_checkpoint.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        link(source, target)
+
+    monkeypatch.setattr("experiments.files.os.replace", full)
+    code, folder = train_here(config)
+    assert code == 1
+    assert "last.pt: No space left on device" in folder.record()["reason"]
+    assert load_checkpoint(folder.last_checkpoint, torch.device("cpu"), Run(config, folder).model).step == 5
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_a_disk_too_full_for_the_record_is_told_on_the_terminal(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path)
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    RunFolder(config.folder()).create(config)
+    monkeypatch.setattr("experiments.environment.code_version", lambda: ({"commit": None}, ""))
+    monkeypatch.setattr("experiments.files.os.replace", full)
+    assert train_here(config)[0] == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write {config.folder() / 'run.json'}: No space left")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    config = tiny_config(tmp_path)
+    folder = train_here(config)[1]
+    folder.last_checkpoint.write_bytes(b"PK")
+    folder.run_file.unlink()
+    code, _ = train_here(config)
+    assert code == 1
+    assert f"cannot load checkpoint {folder.last_checkpoint}" in folder.record()["reason"]
+
+
+def test_no_cuda_here_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RunnerError, match="torch sees no CUDA device"):
+        choose_device("cuda")
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_progress_tells_what_is_left(tmp_path):
+    clock = iter([0.0, 10.0, 10.1, 20.0])
+    folder = RunFolder(tmp_path)
+    progress = ProgressFile(folder, steps=100, first_step=20, clock=lambda: next(clock))
+    progress.show(40, 1.0, 5.0)
+    assert read_json(folder.progress_file)["seconds_left"] == pytest.approx(30.0)
+    progress.show(41, 1.0, 5.0)
+    assert read_json(folder.progress_file)["step"] == 40
+    progress.show(60, 1.0, 5.0)
+    assert read_json(folder.progress_file) == {
+        **{"step": 60, "steps": 100, "loss": 1.0, "tokens_per_second": 5.0},
+        "seconds_left": pytest.approx(20.0),
+    }
+
+
+def test_a_training_process_stops_when_the_one_that_started_it_is_gone(tmp_path):
+    config = tiny_config(tmp_path, train__steps=10**6)
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    command = command_line("experiments.train", str(folder.path), "--parent", str(gone.pid))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert not folder.claim.is_held()
+
+
+def test_sigterm_interrupts_and_a_second_process_is_kept_out(tmp_path):
+    config = tiny_config(tmp_path, train__steps=10**6)
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    command = command_line("experiments.train", str(folder.path))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not folder.last_checkpoint.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(RunnerError, match=f"trained by process {process.pid}"):
+            folder.claim.take()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    assert folder.status() == "interrupted"
+    assert not folder.progress_file.exists()
+    folder.claim.take()

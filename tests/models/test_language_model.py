@@ -1,0 +1,134 @@
+"""Language models and generation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from seqarch.layers import MIXERS
+from seqarch.models import LanguageModel, LMConfig
+from seqarch.models.generation import sample
+
+PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 10], [7, 7]]
+
+
+def model(pattern: str = "mamba2 attention sliding_window gated_delta_net", depth: int = 4, **options: Any):
+    torch.manual_seed(0)
+    config = LMConfig(vocab_size=11, d_model=32, pattern=pattern, depth=depth, **options)
+    return LanguageModel(config).double()
+
+
+@pytest.mark.parametrize("pattern", [*MIXERS, "mamba2+attention/moe"])
+def test_generation_equals_reading_the_whole_again(pattern: str):
+    """Prompts of different lengths, served together, continue as each would by full forward passes."""
+    lm = model(pattern, 1)
+    for prompt, got in zip(PROMPTS, lm.generate(PROMPTS, 6), strict=True):
+        tokens = torch.tensor([prompt])
+        for _ in range(6):
+            logits, _ = lm(tokens)
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+        assert got.tolist() == tokens[0].tolist()
+
+
+def test_prompts_may_be_given_in_any_form():
+    lm = model()
+    expected = lm.generate([[1, 2, 3]], 4)[0]
+    for prompt in ([1, 2, 3], torch.tensor([1, 2, 3]), torch.tensor([[1, 2, 3]]), [torch.tensor([1, 2, 3])]):
+        assert torch.equal(lm.generate(prompt, 4)[0], expected)
+    assert [row.tolist() for row in lm.generate([[1], [2]], 0)] == [[1], [2]]
+
+
+def test_a_stop_token_ends_its_row():
+    lm = model()
+    free = lm.generate(PROMPTS, 12)
+    stop = int(free[2][len(PROMPTS[2]) + 2])
+    for prompt, row, whole in zip(PROMPTS, lm.generate(PROMPTS, 12, stop_token=stop), free, strict=True):
+        new = whole[len(prompt) :].tolist()
+        kept = new[: new.index(stop) + 1] if stop in new else new
+        assert row.tolist() == prompt + kept
+
+
+def test_sampling_follows_the_distribution():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20000, 4)
+    counts = torch.bincount(sample(logits, 1.0, 1.0, generator), minlength=4) / 20000
+    assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.02)
+    nucleus = torch.bincount(sample(logits, 1.0, 0.7, generator), minlength=4) / 20000
+    assert torch.allclose(nucleus, torch.tensor([0.625, 0.375, 0, 0]), atol=0.02)
+    cold = torch.bincount(sample(logits, 0.5, 1.0, generator), minlength=4) / 20000
+    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    assert torch.allclose(cold, squares / squares.sum(), atol=0.02)
+    assert (sample(logits, 0.0, 1.0) == 0).all()
+
+
+def test_sampling_is_repeatable():
+    lm = model()
+    first, second = (
+        lm.generate(PROMPTS, 8, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(5))
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+WRONG: list[tuple[Any, dict[str, Any], str]] = [
+    ([], {}, "prompt 0 has shape .0., expected at least one token"),
+    ([[1, 2], []], {}, "prompt 1 has shape .0., expected at least one token"),
+    (torch.empty(0, 3, dtype=torch.int64), {}, "no prompt was given"),
+    ([1, 11], {}, "prompt 0 has tokens 1 to 11, expected 0 to 10"),
+    ([1], {"temperature": -1.0}, "expected temperature >= 0"),
+    ([1], {"top_p": 0.0}, r"top_p in \(0, 1\], got 0.0 and 0.0"),
+    ([1], {"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), WRONG)
+def test_a_wrong_prompt_or_option_is_named(prompt: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        model().generate(prompt, **({"max_new_tokens": 3} | options))
+
+
+def test_tokens_must_be_integers_in_rows():
+    with pytest.raises(ValueError, match=r"tokens must be integers \[B, T\], got torch.float64 of shape \[1, 3\]"):
+        model()(torch.zeros(1, 3, dtype=torch.float64))
+
+
+def test_tied_embeddings_are_one_parameter():
+    free, tied = model(), model(tie_embeddings=True)
+    assert free.num_parameters() - tied.num_parameters() == 11 * 32
+    assert tied.head.weight is tied.embedding.weight
+
+
+def test_the_routers_losses_and_metrics_are_per_layer():
+    lm = model("attention/moe mamba2/moe", 2)
+    lm(torch.randint(0, 11, (2, 16)))
+    losses = [layer.channel.auxiliary_loss() for layer in lm.stack.layers]  # type: ignore[union-attr]
+    assert torch.equal(lm.auxiliary_loss(), losses[0] + losses[1])
+    assert {name.split("/")[0] for name in lm.router_metrics()} == {"layer_0", "layer_1"}
+    plain = model()
+    plain(torch.randint(0, 11, (2, 16)))
+    assert plain.auxiliary_loss() == 0
+    assert plain.router_metrics() == {}
+
+
+@pytest.mark.parametrize("pattern", MIXERS)
+def test_every_mixer_learns(pattern: str):
+    """A few steps of AdamW memorise one short sequence: gradients reach where they should."""
+    lm = model(pattern, 1).float()
+    start = copy.deepcopy(lm.state_dict())
+    tokens = torch.randint(0, 11, (1, 24))
+    optimiser = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        logits, _ = lm(tokens[:, :-1])
+        loss = F.cross_entropy(logits[0], tokens[0, 1:])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 < 1.5 < losses[0]
+    unmoved = [name for name, value in lm.state_dict().items() if torch.equal(value, start[name])]
+    assert unmoved == []

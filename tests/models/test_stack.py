@@ -1,0 +1,123 @@
+"""Stacks: composition, states, accounting, and the seventh law."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from seqarch.layers import CHANNEL_MIXERS, MIXERS, clone_state, measured_state_bytes
+from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig, parameter_groups
+from tests.laws import assert_close, reference
+
+HYBRID = "2*mamba2 attention+gated_delta_net/moe sliding_window/none"
+
+
+def stack(pattern: str = HYBRID, depth: int = 4, **options: Any) -> Stack:
+    torch.manual_seed(0)
+    return Stack(StackConfig(d_model=32, pattern=pattern, depth=depth, **options)).double()
+
+
+def test_any_split_of_a_hybrid_gives_the_same():
+    model, x = stack(), torch.randn(2, 40, 32, dtype=torch.float64)
+    y, _ = model(x)
+    state, outputs = model.init_state(2, max_length=40), []
+    with torch.no_grad():
+        for piece in x.split([7, 1, 1, 31], dim=1):
+            out, state = model(piece, state)
+            outputs.append(out)
+    assert_close(torch.cat(outputs, 1), y, 1e-10)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    model, x = stack(), torch.randn(1, 40, 32, dtype=torch.float64)
+    y, _ = model(x, None, [0, 13, 40])
+    assert_close(y[:, 13:], model(x[:, 13:])[0], 1e-10)
+
+
+def test_a_cloned_state_branches():
+    model, x = stack(), torch.randn(1, 9, 32, dtype=torch.float64)
+    with torch.no_grad():
+        _, state = model(x, model.init_state(1, max_length=20))
+        branch = clone_state(state)
+        first, _ = model(x[:, :1], state)
+        second, _ = model(x[:, :1], branch)
+    assert torch.equal(first, second)
+
+
+def test_the_accounting_of_a_stack_is_that_of_its_parts():
+    model, x = stack(), torch.randn(2, 21, 32, dtype=torch.float64)
+    with reference(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _, state = model(x)
+    assert counter.get_total_flops() == model.flops(21, 2)
+    assert measured_state_bytes(state) == model.state_bytes(21, 2)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("channel", CHANNEL_MIXERS)
+def test_initialisation_survives_the_stack(mixer: str, channel: str, monkeypatch: pytest.MonkeyPatch):
+    """The seventh law: no wrapper overwrites what a mixer set."""
+    born: list[tuple[nn.Module, dict[str, Tensor]]] = []
+
+    def remember(kind: type[nn.Module]) -> None:
+        original = kind.__init__
+
+        def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            born.append((self, {name: value.detach().clone() for name, value in self.named_parameters()}))
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+    remember(MIXERS[mixer])
+    remember(CHANNEL_MIXERS[channel])
+    model = LanguageModel(LMConfig(vocab_size=11, d_model=32, pattern=f"{mixer}/{channel}", depth=2))
+    inside = set(model.modules())
+    assert len([module for module, _ in born if module in inside]) == 4
+    for module, parameters in born:
+        for name, value in parameters.items():
+            assert torch.equal(dict(module.named_parameters())[name], value), f"{type(module).__name__}.{name}"
+
+
+def test_side_by_side_is_the_weighted_sum_of_its_branches():
+    both = stack("linear_attention+retention/none", 1)
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    layer = both.layers[0]
+    branches = [mixer(layer.norm(x))[0] for mixer in layer.mixers]  # type: ignore[union-attr, operator]
+    assert_close(both(x)[0], x + (branches[0] + branches[1]) / 2, 1e-12)
+
+
+def test_weight_decay_spares_what_the_papers_spare():
+    model = LanguageModel(LMConfig(vocab_size=11, d_model=32, pattern="mamba mamba2 gated_delta_net", depth=3))
+    decayed, spared = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    free = {names[id(parameter)].rsplit(".", 1)[-1] for parameter in spared["params"]}
+    assert {"A_log", "D", "dt_bias", "bias"} <= free
+    assert all(names[id(parameter)].endswith("weight") for parameter in decayed["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"pattern": "mamba3"}, "unknown mixer 'mamba3': expected one of attention, .*Did you mean 'mamba'"),
+    ({"pattern": "attention/swigul"}, "unknown channel mixer 'swigul'.*Did you mean 'swiglu'"),
+    ({"channel": "mpl"}, "unknown channel mixer 'mpl'.*Did you mean 'mlp'"),
+    ({"mixers": {"atention": {}}}, "unknown mixer 'atention'.*Did you mean 'attention'"),
+    ({"mixers": {"attention": {"num_head": 2}}}, "mixer 'attention' has no option 'num_head'.*Did you mean 'num_heads'"),
+    ({"mixers": {"attention": {"num_heads": 3}}}, r"num_heads \(3\) must divide d_model \(32\)"),
+    ({"pattern": "attention mamba", "depth": 3}, "a depth of 3 does not fit the pattern"),
+    ({"d_model": 0}, "d_model must be positive, got 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_a_wrong_stack_is_named(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        Stack(StackConfig(**({"d_model": 32, "pattern": "attention", "depth": 2} | changes)))
+
+
+def test_a_stack_reads_only_its_own_width():
+    with pytest.raises(ValueError, match=r"x has shape \[2, 5, 31\], expected \[B, T, 32\]"):
+        stack()(torch.randn(2, 5, 31, dtype=torch.float64))

@@ -1,0 +1,76 @@
+"""Dispatch: which backend runs, why the others do not, and what was recorded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from seqarch import ops
+from seqarch.ops import OPS, BackendError
+from seqarch.ops.op import Op
+
+
+def arguments(length: int = 5) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(1, length, 2, 4) for name in ("q", "k", "v")}
+
+
+def test_auto_follows_the_written_order():
+    op = OPS["linear_attention"]
+    assert ops.explain("linear_attention", **arguments()).backend == op.order[0]
+    assert ops.explain("linear_attention", **arguments(1)).backend == op.step_order[0]
+
+
+def test_explain_gives_a_reason_for_each_other_backend():
+    for name, kwargs in {"linear_attention": arguments(), "attention": arguments()}.items():
+        explanation = ops.explain(name, **kwargs)
+        assert explanation.backend not in explanation.reasons
+        assert {explanation.backend, *explanation.reasons} == set(OPS[name].backends)
+        assert all(explanation.reasons.values())
+        assert f"{name}: {explanation.backend} would run" in str(explanation)
+
+
+def test_a_named_backend_runs_or_raises():
+    with ops.record_backends() as used:
+        ops.linear_attention(**arguments(), backend="recurrent_torch")
+        ops.linear_attention(**arguments())
+        ops.linear_attention(**arguments(1))
+    assert used == {"linear_attention": {"recurrent_torch": 2, "chunk_torch": 1}}
+    with pytest.raises(ValueError, match="unknown backend of linear_attention 'gpu'"):
+        ops.linear_attention(**arguments(), backend="gpu")
+    with pytest.raises(BackendError, match="backend 'chunk_sdpa' cannot serve this call: .*window"):
+        ops.attention(**arguments(), backend="chunk_sdpa")
+
+
+def test_use_backends_changes_auto_within_the_block_only():
+    with ops.use_backends(linear_attention="recurrent_torch"), ops.record_backends() as inside:
+        ops.linear_attention(**arguments())
+        assert ops.explain("linear_attention", **arguments()).backend == "recurrent_torch"
+    with ops.record_backends() as outside:
+        ops.linear_attention(**arguments())
+    assert inside == {"linear_attention": {"recurrent_torch": 1}}
+    assert outside == {"linear_attention": {"chunk_torch": 1}}
+    with pytest.raises(ValueError, match="unknown operation 'linear_atention'.*Did you mean 'linear_attention'"):
+        ops.explain("linear_atention")
+    with pytest.raises(ValueError, match="unknown operation 'linear'"), ops.use_backends(linear="chunk_torch"):
+        pass
+
+
+def test_a_backend_that_cannot_be_imported_says_why():
+    op = Op("linear_attention", OPS["linear_attention"].prepare, order=("chunk_gpu",), reference="recurrent_torch")
+    assert "chunk_gpu" in (op.backends["chunk_gpu"].unavailable() or "")
+    with pytest.raises(BackendError, match="(?s)no backend would run.*chunk_gpu: No module named"):
+        op("auto", **arguments())
+
+
+def test_import_brings_no_heavy_package():
+    """``import seqarch`` and its parts load torch and einops alone."""
+    heavy = "triton hydra omegaconf wandb matplotlib mamba_ssm flash_attn polars pandas"
+    code = f"""
+import sys, seqarch.models
+print([name for name in {heavy.split()!r} if name in sys.modules])
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
