@@ -149,7 +149,7 @@ def _same_continuation(mixer: Mixer, state: Any, expected: Any, what: str) -> No
 
 
 def packed(case: Case) -> None:
-    """3. Packed sequences give what they give apart, from no state and from carried ones, and so do steps after them."""
+    """3. Packed sequences give what they give apart, from no state and from carried ones, and in steps after them."""
     mixer, lengths, more = case.build(), (5, 1, 64, 17), (3, 66, 1, 2)
     offsets, more_offsets = ([sum(sizes[:i]) for i in range(5)] for sizes in (lengths, more))
     x, x2, x3 = inputs(sum(lengths), 1), inputs(sum(more), 1, seed=2), inputs(1, 4, seed=3)

@@ -62,12 +62,14 @@ class DeltaNet(RecurrentMixer):
         conv, memory = (None, None) if state is None else state
         (q, k, v), conv = self.heads(x, conv, cu_seqlens)
         beta = self.beta(x).sigmoid() * (2 if self.config.negative_eigenvalues else 1)
-        o, memory = ops.delta_rule(
-            l2_normalise(q), l2_normalise(k), v, beta, state=memory, cu_seqlens=cu_seqlens
-        )
+        o, memory = ops.delta_rule(l2_normalise(q), l2_normalise(k), v, beta, state=memory, cu_seqlens=cu_seqlens)
         return self.output(self.norm(o).flatten(-2)), RecurrentState(conv, memory)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length
         own = linear_flops(self.output, tokens) + linear_flops(self.beta, tokens)
-        return own + self.heads.flops(length, batch_size) + recurrence_flops(length, *self.memory_shape, batch_size)
+        return (
+            own
+            + self.heads.flops(length, batch_size)
+            + recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
+        )

@@ -94,4 +94,8 @@ class GatedDeltaNet(RecurrentMixer):
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length
         own = sum(linear_flops(linear, tokens) for linear in (self.gate, self.rates, self.output))
-        return own + self.heads.flops(length, batch_size) + recurrence_flops(length, *self.memory_shape, batch_size)
+        return (
+            own
+            + self.heads.flops(length, batch_size)
+            + recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
+        )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def exempt_from_decay(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter that the paper trains without weight decay; ``seqarch.models.parameter_groups`` reads the mark."""
+    """Mark a parameter that its paper trains without weight decay, for ``seqarch.models.parameter_groups``."""
     parameter.no_weight_decay = True  # type: ignore[attr-defined]
     return parameter
 

@@ -96,4 +96,4 @@ class LinearAttention(RecurrentMixer):
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length
         own = linear_flops(self.output, tokens) + self.heads.flops(length, batch_size)
-        return own + recurrence_flops(length, *self.memory_shape, batch_size)
+        return own + recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

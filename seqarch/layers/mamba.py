@@ -39,7 +39,7 @@ class MambaConfig(LayerConfig):
 
 
 class Mamba(RecurrentMixer):
-    """A selective state-space model: ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t``, ``y_t = (C_t h_t + D x_t) silu(z_t)``.
+    """A selective state-space model: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = (C_t h + D x_t) silu(z_t)``.
 
     dt, B and C depend on the input, A does not; E = ``expand D`` channels with N states each. Gu and Dao 2023,
     "Mamba", algorithm 2 and figure 3. Not Mamba-2, which has one decay a head. ``A = -(1..N)``, D and dt as in the
@@ -85,5 +85,5 @@ class Mamba(RecurrentMixer):
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length
         own = sum(linear_flops(linear, tokens) for linear in (self.input, self.select, self.dt, self.output))
-        scan = scan_flops(length, *self.memory_shape, batch_size)
+        scan = scan_flops(length, *self.memory_shape, batch_size=batch_size)
         return own + self.conv.flops(length, batch_size) + scan

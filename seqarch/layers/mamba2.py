@@ -54,7 +54,7 @@ class Mamba2Config(LayerConfig):
 
 
 class Mamba2(RecurrentMixer):
-    """A selective state-space model with a scalar decay: ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t``, ``y_t = C_t h_t + D x_t``.
+    """A state-space model with one decay a head: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = C_t h + D x_t``.
 
     Run as linear attention with q = C, k = B, v = dt x; the output is ``norm(y silu(z))``. Dao and Gu 2024,
     "Transformers are SSMs", section 7. Not :class:`Mamba`, whose decay differs by channel and state. Projections have
@@ -103,4 +103,8 @@ class Mamba2(RecurrentMixer):
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length
         own = linear_flops(self.input, tokens) + linear_flops(self.output, tokens)
-        return own + self.conv.flops(length, batch_size) + recurrence_flops(length, *self.memory_shape, batch_size)
+        return (
+            own
+            + self.conv.flops(length, batch_size)
+            + recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
+        )

@@ -113,4 +113,8 @@ class Retention(RecurrentMixer):
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length
         own = linear_flops(self.gate, tokens) + linear_flops(self.output, tokens)
-        return own + self.heads.flops(length, batch_size) + recurrence_flops(length, *self.memory_shape, batch_size)
+        return (
+            own
+            + self.heads.flops(length, batch_size)
+            + recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
+        )

@@ -35,7 +35,9 @@ def _as_rows(prompt: Prompts, vocab_size: int, device: torch.device) -> list[Ten
         if row.ndim != 1 or row.numel() == 0:
             raise ValueError(f"generate: prompt {i} has shape {list(row.shape)}, expected at least one token [T]")
         if not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
-            raise ValueError(f"generate: prompt {i} has tokens {int(row.min())} to {int(row.max())}, expected 0 to {vocab_size - 1}")
+            raise ValueError(
+                f"generate: prompt {i} has tokens {int(row.min())} to {int(row.max())}, expected 0 to {vocab_size - 1}"
+            )
     return tensors
 
 

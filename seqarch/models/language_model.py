@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,8 @@ class LanguageModel(nn.Module):
     def forward(
         self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, StackState]:
-        features, state = self.features(tokens, state, cu_seqlens)
-        return self.head(features), state
+        features, after = self.features(tokens, state, cu_seqlens)
+        return self.head(features), after
 
     def features(
         self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
@@ -62,8 +63,8 @@ class LanguageModel(nn.Module):
         """What the head reads: ``[B, T, D]``, and the state."""
         if tokens.ndim != 2 or tokens.dtype.is_floating_point:
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {list(tokens.shape)}")
-        x, state = self.stack(self.embedding(tokens), state, cu_seqlens)
-        return self.norm(x), state
+        x, after = self.stack(self.embedding(tokens), state, cu_seqlens)
+        return self.norm(x), after
 
     def init_state(
         self,
@@ -93,7 +94,7 @@ class LanguageModel(nn.Module):
         zero = torch.zeros((), device=self.head.weight.device)
         return sum((experts.auxiliary_loss() for experts in self.stack.experts().values()), zero)
 
-    def router_metrics(self) -> dict[str, float]:
+    def router_metrics(self) -> dict[str, Any]:
         """Load and confidence of each router in the last forward pass, by ``layer_I/metric``."""
         found = {name: experts.router_metrics() for name, experts in self.stack.experts().items()}
         return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}

@@ -105,7 +105,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"pattern": "attention/swigul"}, "unknown channel mixer 'swigul'.*Did you mean 'swiglu'"),
     ({"channel": "mpl"}, "unknown channel mixer 'mpl'.*Did you mean 'mlp'"),
     ({"mixers": {"atention": {}}}, "unknown mixer 'atention'.*Did you mean 'attention'"),
-    ({"mixers": {"attention": {"num_head": 2}}}, "mixer 'attention' has no option 'num_head'.*Did you mean 'num_heads'"),
+    (
+        {"mixers": {"attention": {"num_head": 2}}},
+        "no option 'num_head'.*Did you mean 'num_heads'",
+    ),
     ({"mixers": {"attention": {"num_heads": 3}}}, r"num_heads \(3\) must divide d_model \(32\)"),
     ({"pattern": "attention mamba", "depth": 3}, "a depth of 3 does not fit the pattern"),
     ({"d_model": 0}, "d_model must be positive, got 0"),

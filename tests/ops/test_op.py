@@ -40,7 +40,7 @@ def test_a_named_backend_runs_or_raises():
     assert used == {"linear_attention": {"recurrent_torch": 2, "chunk_torch": 1}}
     with pytest.raises(ValueError, match="unknown backend of linear_attention 'gpu'"):
         ops.linear_attention(**arguments(), backend="gpu")
-    with pytest.raises(BackendError, match="backend 'chunk_sdpa' cannot serve this call: .*window"):
+    with pytest.raises(BackendError, match=r"backend 'chunk_sdpa' cannot serve this call: .*window"):
         ops.attention(**arguments(), backend="chunk_sdpa")
 
 
@@ -52,7 +52,7 @@ def test_use_backends_changes_auto_within_the_block_only():
         ops.linear_attention(**arguments())
     assert inside == {"linear_attention": {"recurrent_torch": 1}}
     assert outside == {"linear_attention": {"chunk_torch": 1}}
-    with pytest.raises(ValueError, match="unknown operation 'linear_atention'.*Did you mean 'linear_attention'"):
+    with pytest.raises(ValueError, match=r"unknown operation 'linear_atention'.*Did you mean 'linear_attention'"):
         ops.explain("linear_atention")
     with pytest.raises(ValueError, match="unknown operation 'linear'"), ops.use_backends(linear="chunk_torch"):
         pass
@@ -61,7 +61,7 @@ def test_use_backends_changes_auto_within_the_block_only():
 def test_a_backend_that_cannot_be_imported_says_why():
     op = Op("linear_attention", OPS["linear_attention"].prepare, order=("chunk_gpu",), reference="recurrent_torch")
     assert "chunk_gpu" in (op.backends["chunk_gpu"].unavailable() or "")
-    with pytest.raises(BackendError, match="(?s)no backend would run.*chunk_gpu: No module named"):
+    with pytest.raises(BackendError, match=r"(?s)no backend would run.*chunk_gpu: No module named"):
         op("auto", **arguments())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ def same_device_and_kind(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first[1].device} as {first[0]}")
 
 
-def sequence_offsets(op: str, cu_seqlens: Tensor | Sequence[int] | None, batch: int, length: int) -> tuple[int, ...] | None:
+def sequence_offsets(
+    op: str, cu_seqlens: Tensor | Sequence[int] | None, batch: int, length: int
+) -> tuple[int, ...] | None:
     """Check ``cu_seqlens`` and return it as plain integers (``None`` stays ``None``).
 
     Raises:
@@ -80,7 +83,7 @@ def sequence_offsets(op: str, cu_seqlens: Tensor | Sequence[int] | None, batch: 
         raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, got a batch of {batch}")
     if len(offsets) < 2 or offsets[0] != 0:
         raise ValueError(f"{op}: cu_seqlens must start at 0 and name at least one sequence, got {list(offsets)}")
-    for i, (left, right) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (left, right) in enumerate(pairwise(offsets)):
         if right < left:
             raise ValueError(f"{op}: cu_seqlens must not decrease, got {left} then {right} at entry {i + 1}")
     if offsets[-1] != length:

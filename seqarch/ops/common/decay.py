@@ -5,8 +5,8 @@ With ``L_t`` the sum of the log decays of a chunk's tokens up to and including t
 most 0, taken before the exponential, so nothing overflows; sums are float64, so that a weak decay after a strong one
 keeps its digits. Dividing by ``exp(L_j)`` instead overflows from ``L_j = -88`` on.
 
-Tensors are ``[B, N, G, R, C, ...]``: N chunks of C tokens; head h is row ``h % R`` of group ``h // R``, and the heads of
-a group share their queries and keys (R = 1 there). The batch of the decay may be 1.
+Tensors are ``[B, N, G, R, C, ...]``: N chunks of C tokens; head h is row ``h % R`` of group ``h // R``, and the heads
+of a group share their queries and keys (R = 1 there). The batch of the decay may be 1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ STRONGEST = -1000.0
 
 SUB_CHUNK = 16
 """Tokens whose pairwise decays are formed one by one where the decay is a vector; further pairs are matrix products."""
+
+
+def _above_diagonal(size: int, device: torch.device) -> Tensor:
+    """``[C, C]``, true where j > i: the pairs that causality excludes."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
 
 class NoDecay:
@@ -49,13 +54,14 @@ class ScalarDecay:
     def __init__(self, log_decay: Tensor, dtype: torch.dtype):
         self._dtype = dtype
         self._sums = log_decay.double().clamp(min=STRONGEST).cumsum(-1)
-        self._whole = self._sums[..., -1].to(dtype).exp()
+        self._whole = self._sums[..., -1, None, None].to(dtype).exp().unbind(1)
+        differences = (self._sums.unsqueeze(-1) - self._sums.unsqueeze(-2)).to(dtype)
+        self._between = differences.masked_fill(
+            _above_diagonal(self._sums.shape[-1], log_decay.device), -torch.inf
+        ).exp()
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        size = self._sums.shape[-1]
-        differences = (self._sums.unsqueeze(-1) - self._sums.unsqueeze(-2)).to(self._dtype)
-        above = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-        return (q @ k.mT) * differences.masked_fill(above, -torch.inf).exp()
+        return (q @ k.mT) * self._between
 
     def from_start(self, x: Tensor) -> Tensor:
         return x * self._sums.to(self._dtype).exp().unsqueeze(-1)
@@ -64,7 +70,7 @@ class ScalarDecay:
         return x * (self._sums[..., -1:] - self._sums).to(self._dtype).exp().unsqueeze(-1)
 
     def over(self, chunk: int, state: Tensor) -> Tensor:
-        return state * self._whole[:, chunk, ..., None, None]
+        return state * self._whole[chunk]
 
 
 class VectorDecay:
@@ -73,7 +79,7 @@ class VectorDecay:
     def __init__(self, log_decay: Tensor, dtype: torch.dtype):
         self._dtype = dtype
         self._sums = log_decay.double().clamp(min=STRONGEST).cumsum(-2)
-        self._whole = self._sums[..., -1, :].to(dtype).exp()
+        self._whole = self._sums[..., -1, :, None].to(dtype).exp().unbind(1)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Pairs in the same sub-chunk one by one, earlier keys by matrix products about the sub-chunk's start."""
@@ -89,8 +95,8 @@ class VectorDecay:
 
     def _near(self, q: Tensor, k: Tensor, sums: Tensor) -> Tensor:
         differences = (sums.unsqueeze(-2) - sums.unsqueeze(-3)).to(self._dtype)
-        above = torch.ones(SUB_CHUNK, SUB_CHUNK, dtype=torch.bool, device=q.device).triu(1)
-        decayed = k.unsqueeze(-3) * differences.masked_fill(above.unsqueeze(-1), -torch.inf).exp()
+        above = _above_diagonal(SUB_CHUNK, q.device).unsqueeze(-1)
+        decayed = k.unsqueeze(-3) * differences.masked_fill(above, -torch.inf).exp()
         return (decayed @ q.unsqueeze(-1)).squeeze(-1)
 
     def _far(self, q: Tensor, k: Tensor, start: int) -> Tensor:
@@ -107,7 +113,7 @@ class VectorDecay:
         return x * (self._sums[..., -1:, :] - self._sums).to(self._dtype).exp()
 
     def over(self, chunk: int, state: Tensor) -> Tensor:
-        return state * self._whole[:, chunk, ..., None]
+        return state * self._whole[chunk]
 
 
 Decay = NoDecay | ScalarDecay | VectorDecay

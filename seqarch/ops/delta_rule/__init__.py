@@ -63,7 +63,7 @@ def delta_rule(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The delta rule: ``P = exp(log_decay_t) S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``, ``o_t = scale q_t S_t``.
+    """``P = exp(log_decay_t) S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``, ``o_t = scale q_t S_t``.
 
     Args:
         q, k: ``[B, T, G, K]``; head h of v uses head ``h // (H / G)``. Keys are expected to have unit norm.

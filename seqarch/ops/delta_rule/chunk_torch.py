@@ -1,4 +1,4 @@
-"""Chunks of 64 tokens in the WY form (Yang et al. 2024, "Parallelizing Linear Transformers", section 3).
+"""Chunks of 32 tokens in the WY form (Yang et al. 2024, "Parallelizing Linear Transformers", section 3).
 
 Within a chunk that starts from state S, step t writes ``k_t^T u_t`` with
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from seqarch.ops.common.decay import chunk_decay, chunk_heads, join_heads
 from seqarch.ops.common.packed import Chunks
 
-CHUNK = 64
+CHUNK = 32
 
 
 def run(
@@ -38,19 +38,19 @@ def run(
     system = rate * decay.scores(kc, kc).tril(-1)
     right = torch.cat([rate * vc, rate * decay.from_start(kc)], dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    values, recall = solved.split([vc.shape[-1], kc.shape[-1]], dim=-1)
+    values, recall = (part.unbind(1) for part in solved.split([vc.shape[-1], kc.shape[-1]], dim=-1))
 
-    writes = decay.to_end(kc).mT.expand(*rate.shape[:4], -1, -1)
+    keys = decay.to_end(kc).mT.unbind(1)
     state = state.unflatten(1, (groups, -1))
     before: list[Tensor] = [torch.zeros_like(state[:batch])] * chunks.count
-    corrected = list(values.unbind(1))
+    corrected = list(values)
     last = []
     for rows, members in chunks.segments:
         carried = state[rows]
         for n in members:
             before[n] = carried
-            corrected[n] = values[:, n] - recall[:, n] @ carried
-            carried = decay.over(n, carried) + writes[:, n] @ corrected[n]
+            corrected[n] = values[n] - recall[n] @ carried
+            carried = decay.over(n, carried) + keys[n] @ corrected[n]
         last.append(carried)
     o = decay.scores(qc, kc) @ torch.stack(corrected, dim=1) + decay.from_start(qc) @ torch.stack(before, dim=1)
     return join_heads(o, chunks).to(v.dtype), torch.cat(last).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Chunks of 64 tokens: matrix products inside a chunk, one state update a chunk (Yang et al. 2023, section 4)."""
+"""Chunks of 32 tokens: matrix products inside a chunk, one state update a chunk (Yang et al. 2023, section 4)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from seqarch.ops.common.decay import chunk_decay, chunk_heads, join_heads
 from seqarch.ops.common.packed import Chunks
 
-CHUNK = 64
+CHUNK = 32
 
 
 def run(
@@ -25,15 +25,15 @@ def run(
     decay = chunk_decay(log_decay, chunks, groups, state.dtype)
     qc, kc, vc = (chunk_heads(x, chunks, groups, state.dtype) for x in (q, k, v))
     qc = qc * scale
-    writes = decay.to_end(kc).mT @ vc
+    writes = (decay.to_end(kc).mT @ vc).unbind(1)
     state = state.unflatten(1, (groups, -1))
-    before: list[Tensor] = [torch.zeros_like(writes[:, 0])] * chunks.count
+    before: list[Tensor] = [torch.zeros_like(writes[0])] * chunks.count
     last = []
     for rows, members in chunks.segments:
         carried = state[rows]
         for n in members:
             before[n] = carried
-            carried = decay.over(n, carried) + writes[:, n]
+            carried = decay.over(n, carried) + writes[n]
         last.append(carried)
     o = decay.scores(qc, kc) @ vc + decay.from_start(qc) @ torch.stack(before, dim=1)
     return join_heads(o, chunks).to(v.dtype), torch.cat(last).flatten(1, 2)
