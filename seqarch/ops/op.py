@@ -1,7 +1,8 @@
 """Op, Backend, dispatch: how a public operation picks the code that computes it.
 
 An operation is a folder ``seqarch/ops/NAME``. A backend of it is a module in that folder, named by its form and its
-engine (``chunk_torch``), which is imported when it is first asked about and holds
+engine (``chunk_torch``). It is imported with the operation, so it imports a vendor's package no sooner than it needs
+it, and holds
 
 - ``run(*arguments)``: computes the operation on the arguments that the op's ``prepare`` returned;
 - ``refuse(*arguments) -> str | None``, optional: why it cannot serve this call;
@@ -29,40 +30,37 @@ _chosen: dict[str, str] = {}
 _recorders: list[dict[str, dict[str, int]]] = []
 
 
+@dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation; its module is imported on first use."""
+    """One way to compute an operation: its module, or why that cannot be imported."""
 
-    def __init__(self, op: str, name: str):
-        self.op, self.name = op, name
-        self._module: ModuleType | None = None
-        self._missing: str | None = None
+    name: str
+    module: ModuleType | None
+    missing: str | None = None
 
-    def _load(self) -> ModuleType | None:
-        if self._module is None and self._missing is None:
-            try:
-                self._module = importlib.import_module(f"seqarch.ops.{self.op}.{self.name}")
-            except ImportError as error:
-                self._missing = str(error)
-        return self._module
+    @classmethod
+    def load(cls, op: str, name: str) -> Backend:
+        """The backend in ``seqarch/ops/OP/NAME.py``."""
+        try:
+            return cls(name, importlib.import_module(f"seqarch.ops.{op}.{name}"))
+        except ImportError as error:
+            return cls(name, None, str(error))
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine, or ``None`` if it can."""
-        module = self._load()
-        if module is None:
-            return self._missing
-        return module.unavailable() if hasattr(module, "unavailable") else None
+        if self.module is None:
+            return self.missing
+        return self.module.unavailable() if hasattr(self.module, "unavailable") else None
 
     def refuse(self, *arguments: Any) -> str | None:
         """Why this backend cannot serve a call with these prepared arguments, or ``None`` if it can."""
         reason = self.unavailable()
-        if reason is None and hasattr(self._module, "refuse"):
-            reason = self._module.refuse(*arguments)  # type: ignore[union-attr]
+        if reason is None and hasattr(self.module, "refuse"):
+            reason = self.module.refuse(*arguments)  # type: ignore[union-attr]
         return reason
 
     def run(self, *arguments: Any) -> Any:
-        module = self._load()
-        assert module is not None
-        return module.run(*arguments)
+        return self.module.run(*arguments)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Op:
 
     def __post_init__(self):
         names = dict.fromkeys((*self.order, *self.step_order, self.reference))
-        object.__setattr__(self, "backends", {name: Backend(self.name, name) for name in names})
+        object.__setattr__(self, "backends", {name: Backend.load(self.name, name) for name in names})
 
     def __call__(self, backend: str, *args: Any, **kwargs: Any) -> Any:
         arguments = self.prepare(*args, **kwargs)

@@ -1,0 +1,99 @@
+"""docs/extending.md, followed to the letter in a copy of the project."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seqarch.ops import OPS
+from tests.laws import LAWS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+FOLDERS = ("seqarch", "configs", "experiments")
+TESTS = ("__init__.py", "conftest.py", "laws.py", "layers/__init__.py", "layers/test_laws.py")
+FILES = ("pyproject.toml", *(f"tests/{name}" for name in TESTS))
+SITE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
+"""
+"""Run by Python as it starts: takes away an editable install, which would import this checkout and not the copy."""
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """The page's code blocks of a language whose first line is a comment with a path: that path, and what follows."""
+    found = re.findall(rf"^```{language}\n# (\S+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    assert found, f"docs/extending.md has no {language} block that names its file"
+    return found
+
+
+def insert(text: str, patch: str) -> str:
+    """Put each added line of a block behind the context line above it, which must be there exactly once."""
+    context = ""
+    for line in patch.splitlines():
+        if line.startswith("+"):
+            assert text.count(f"{context}\n") == 1, f"expected one line {context!r}"
+            text = text.replace(f"{context}\n", f"{context}\n{line[1:]}\n")
+            context = line[1:]
+        else:
+            context = line[1:]
+    return text
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The project as it is after steps 1 to 3 of the page."""
+    root = tmp_path_factory.mktemp("copy")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in FILES:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, root / file)
+    (root / "sitecustomize.py").write_text(SITE)
+    for path, content in [*blocks("python"), *blocks("yaml")]:
+        assert not (root / path).exists(), f"the page's example is in the project already: {path}"
+        (root / path).write_text(content)
+    for path, patch in blocks("diff"):
+        (root / path).write_text(insert((root / path).read_text(), patch))
+    return root
+
+
+def follow(root: Path, command: str, *more: str) -> str:
+    """Run a command of the page in the copy."""
+    assert f"\n{command}\n" in PAGE, f"docs/extending.md does not say: {command}"
+    words = [sys.executable, *shlex.split(command)[1:], *more]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_new_mixer_obeys_the_laws(copy):
+    said = follow(copy, "python -m pytest tests/layers/test_laws.py -k simple_gla", "-p", "no:cacheprovider")
+    assert f"{len(LAWS) * len(OPS['linear_attention'].backends)} passed" in said
+
+
+def test_the_new_mixer_trains_through_its_yaml(copy):
+    command = "python -m experiments.run experiment=mqar model=simple_gla train.steps=1"
+    follow(copy, command, "train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
+    (record,) = copy.glob("runs/mqar/simple_gla-seed0-*/run.json")
+    run = json.loads(record.read_text())
+    assert run["status"] == "finished"
+    assert run["backends"].keys() == {"linear_attention"}
+
+
+def test_bad_options_of_the_new_mixer_are_refused(copy):
+    program = "from seqarch.layers import build_mixer; build_mixer('simple_gla', d_model=64, temprature=1.0)"
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode
+    assert "'simple_gla' has no option 'temprature'" in done.stderr
+    assert "Did you mean 'temperature'?" in done.stderr

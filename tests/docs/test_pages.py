@@ -1,0 +1,113 @@
+"""What README.md and the pages of docs/ say: the code in them runs, what they name exists, and nothing is stale."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from docs import tables
+from docs.docstrings import entries, markdown, source, split_sections
+from seqarch.ops import OPS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+GENERATED = [*tables.BLOCKS, *(Path("docs/ops") / f"{name}.md" for name in OPS)]
+generated = cache(tables.pages)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_code_on_the_page_runs(page, capsys):
+    code = re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE)
+    assert code
+    exec(compile("\n".join(code), page, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", GENERATED, ids=str)
+def test_generated_parts_are_up_to_date(page):
+    assert (ROOT / page).read_text(encoding="utf-8") == generated()[page], "stale: run `python -m docs.tables`"
+
+
+def test_every_operation_has_a_page_and_no_page_is_left_over():
+    assert {path.stem for path in (ROOT / "docs" / "ops").glob("*")} == set(OPS)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_make_targets_exist(page):
+    targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"(?:^|`)make ([a-z][a-z-]*)", TEXTS[page], re.MULTILINE)
+    assert set(named) <= set(targets)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_choices_of_configurations_exist(page):
+    groups = "|".join(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
+    for group, names in re.findall(rf"(?<![\w.])({groups})=([\w,]+)", TEXTS[page]):
+        example = {"simple_gla"} if page == "docs/extending.md" else set()
+        for name in set(names.split(",")) - example:
+            assert (ROOT / "configs" / group / f"{name}.yaml").exists(), f"{group}={name}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_modules_that_are_to_be_run_exist(page):
+    for module in re.findall(r"python -m ((?:experiments|docs|seqarch)[\w.]*)", TEXTS[page]):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def anchors(text: str) -> set[str]:
+    """Those that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert path.exists(), f"{page} links to {link}"
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{page} links to {link}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_paths_that_are_named_exist(page):
+    """Paths in backquotes below the folders of the house; capitals such as NAME stand for any."""
+    named = re.findall(r"`((?:seqarch|experiments|configs|tests|docs|csrc)/[\w./-]+)`", TEXTS[page])
+    for path in named:
+        if not re.search(r"[A-Z]{2}", path) and "simple_gla" not in path:
+            assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_decisions_are_numbered_without_gaps():
+    pages = sorted((ROOT / "docs" / "adr").glob("*.md"))
+    assert [int(path.name[:4]) for path in pages] == list(range(1, len(pages) + 1))
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(f"# {int(path.name[:4])}. ")
+        assert all(f"## {part}" in text for part in ("Context", "Decision", "Consequences")), path.name
+
+
+def test_docstrings_become_markdown():
+    text = "One.\n\n.. math::\n    a \\\\\n    b\n\nSee :func:`~x.y` and ``z``."
+    assert markdown(text) == "One.\n\n```math\na \\\\\nb\n```\n\nSee `x.y` and `z`."
+
+
+def test_sections_and_entries_of_a_docstring():
+    prose, sections = split_sections(
+        "Does.\n\nArgs:\n    a, b: first\n        and more.\n    c: last.\n\nReturns:\n    x.\n"
+    )
+    assert prose == "Does."
+    assert entries(sections["Args"]) == {"a, b": "first and more.", "c": "last."}
+    assert sections["Returns"] == "x."
+
+
+def test_a_docstring_without_a_source_is_an_error():
+    assert source('As in Gu and\nDao 2023, "Mamba", figure 3.', "mamba") == 'Gu and Dao 2023, "Mamba"'
+    with pytest.raises(ValueError, match="docstring of nothing names no source"):
+        source("A layer.", "nothing")

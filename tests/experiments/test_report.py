@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from experiments import report as report_module
+from experiments.errors import RunnerError
+from experiments.figures import bytes_text
+from experiments.page import table_rows
+from experiments.reading import compare, read_runs
+from experiments.report import main, report
+from experiments.style import COLOURS, FAMILIES, RULES, family, spread
+from seqarch.layers import MIXERS
+
+
+def record_run(root: Path, model: str, seed: int, test: float, *, pattern=None, experiment="recall", lr=3e-3,
+               validation=None, status="finished", curve=None, depth=2) -> Path:  # fmt: skip
+    """A run folder as the runner leaves it."""
+    folder = root / experiment / f"{model}-seed{seed}-{lr}-{depth}"
+    folder.mkdir(parents=True)
+    higher = curve is None
+    metric = {
+        "name": "accuracy" if higher else "bits_per_byte",
+        "label": "Recall accuracy" if higher else "Bits per byte",
+        "unit": "" if higher else "bits/byte",
+        "higher_is_better": higher,
+        "chance": 0.125 if higher else 4.7,
+        "chance_label": "guessing",
+    }
+    config = {
+        "experiment": experiment,
+        "seed": seed,
+        "runs": str(root),
+        "model": {"name": model, "pattern": pattern or model, "d_model": 64, "depth": depth, "mixers": {}},
+        "task": {"name": "mqar", "length": 64},
+        "train": {"lr": lr, "weight_decay": 0.1},
+    }
+    record = {
+        "status": status,
+        "name": folder.name,
+        "command": "python -m experiments.run --multirun experiment=recall",
+        "code": {"commit": "a" * 40, "dirty": False},
+        "environment": {"python": "3.11.7", "packages": {"torch": "2.13.0"}},
+        "hardware": {"cpu": "A CPU", "cores": 2, "threads": 1},
+        "data": {"task": "mqar", "source": "generated", "hash": "ab" * 32},
+        "task": {"title": "Associative recall", "reading": "Read it like this."},
+        "metric": metric,
+        "model": {"parameters": 67264, "state_bytes": 70144 if "attention" in model else 20000, "state_length": 64},
+        "cost": {"steps": 20, "flops": 2.9e10, "flops_formula": "three forwards", "tokens_per_second": 31000.0},
+    }
+    if status == "finished":
+        record["results"] = {"test": test, "validation": test if validation is None else validation}
+        if curve:
+            record["results"]["curve"] = curve
+    else:
+        record["reason"] = "the loss is nan"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "run.json").write_text(json.dumps(record))
+    lines = [{"step": step, f"validation_{metric['name']}": test * step / 20} for step in (10, 20)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def curve(level: float) -> dict:
+    x = [float(2**power) for power in range(13)]
+    y = [level - 0.1 * power for power in range(13)]
+    return {"x": x, "y": y, "x_end": 4096, "x_label": "Position in the file", "x_unit": "bytes", "trained_to": 512}
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    for seed in (0, 1, 2):
+        record_run(tmp_path, "attention", seed, 0.99 + seed / 300)
+        record_run(tmp_path, "hybrid", seed, 0.95 + seed / 100, pattern="attention mamba2/moe")
+        record_run(tmp_path, "linear_attention", seed, 0.12 + seed / 100)
+    for model, level in (("attention", 3.5), ("mamba2", 3.4), ("delta_net", 3.39)):
+        record_run(tmp_path, model, 0, level, experiment="text", curve=curve(level))
+    return tmp_path
+
+
+def test_the_whole_report(recorded, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["report", str(recorded)])
+    assert main() == 0
+    target = recorded / "report"
+    stems = ["overview"]
+    stems += [f"recall-{kind}" for kind in ("ranking", "training", "state")]
+    stems += [f"text-{kind}" for kind in ("position", "ranking", "training", "state")]
+    expected = {"index.md", "results.csv", *(f"{stem}.{ending}" for stem in stems for ending in ("png", "svg"))}
+    assert {path.name for path in target.iterdir()} == expected
+    image = plt.imread(target / "overview.png")
+    assert image.shape[1] > 1500
+    assert image[..., :3].std() > 0.05
+    page = (target / "index.md").read_text()
+    for words in ("![", "| attention | 0.993 (0.990 to 0.997) | 3 of 3 |", "ab" * 32, "python -m experiments.run",
+                  "Read it like this.", "A CPU, 2 cores", "0.125 (guessing)", "68.5 KiB"):  # fmt: skip
+        assert words in page
+    pictures = [part.partition(")")[0] for part in page.split("](")[1:]]
+    assert all((target / picture).exists() for picture in pictures)
+    shown = capsys.readouterr().out
+    assert "attention" in shown
+    assert "0.993 (0.990 to 0.997)" in shown
+    assert str(target / "index.md") in shown
+
+
+def test_the_same_runs_draw_the_same_bytes(recorded, tmp_path):
+    before = {}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (comparison,) = compare([run for run in read_runs(recorded)[0] if run.config["experiment"] == "text"])
+        report_module.draw(comparison, tmp_path / name)
+        drawn = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        assert drawn == (before or drawn)
+        before = drawn
+    assert len(before) == 8
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take seconds, and some tests look at the words alone."""
+    monkeypatch.setattr(report_module, "draw", lambda comparison, target: [(comparison.name, "nothing")])
+    monkeypatch.setattr(report_module, "draw_overview", lambda comparisons, target: None)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_results_csv_has_a_line_a_run_with_failures(recorded):
+    record_run(recorded, "mamba2", 1, 0.0, status="failed")
+    report(recorded)
+    rows = list(csv.DictReader((recorded / "report" / "results.csv").read_text().splitlines()))
+    assert len(rows) == 13
+    (failed,) = [row for row in rows if row["status"] == "failed"]
+    assert (failed["model"], failed["reason"], failed["test"]) == ("mamba2", "the loss is nan", "")
+    assert {row["state_bytes"] for row in rows if row["model"] == "hybrid"} == {"20000"}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_missing_failed_and_damaged_runs_are_told(recorded):
+    record_run(recorded, "delta_net", 0, 0.9)
+    record_run(recorded, "delta_net", 1, 0.9, status="failed")
+    record_run(recorded, "retention", 0, 0.9, status="running")
+    damaged = record_run(recorded, "mamba", 0, 0.9)
+    (damaged / "run.json").write_text("{")
+    hollow = record_run(recorded, "mamba", 1, 0.9)
+    (hollow / "run.json").write_text('{"status": "finished", "results": {"test": null}}')
+    foreign = recorded / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"a": 1}')
+    target, _ = report(recorded)
+    page = (target / "index.md").read_text()
+    for words in ("delta_net, seed 1: failed, the loss is nan", "delta_net, seed 2: missing", "1 of 3, 1 failed",
+                  "retention, seed 0: running", "| retention | none finished", str(damaged), str(hollow),
+                  f"{foreign}: its config.json is not that of a run"):  # fmt: skip
+        assert words in page
+
+
+def test_the_learning_rate_is_chosen_on_validation(tmp_path):
+    for lr, validation, test in ((1e-3, 0.5, 0.9), (3e-3, 0.8, 0.7)):
+        for seed in (0, 1):
+            record_run(tmp_path, "attention", seed, test, lr=lr, validation=validation)
+    (comparison,) = compare(read_runs(tmp_path)[0])
+    (variant,) = comparison.variants
+    assert [run.config["train"]["lr"] for run in variant.runs] == [3e-3, 3e-3]
+    assert table_rows(comparison)[1][-1] == "0.003 (of 0.001, 0.003)"
+    assert table_rows(comparison)[1][1] == "0.700 (0.700 to 0.700)"
+
+
+def test_variants_of_a_model_are_kept_apart_by_what_differs(tmp_path):
+    for depth in (2, 4):
+        record_run(tmp_path, "attention", 0, depth / 10, depth=depth)
+    (comparison,) = compare(read_runs(tmp_path)[0])
+    assert [variant.label for variant in comparison.variants] == ["attention (depth=4)", "attention (depth=2)"]
+
+
+def test_less_is_better_where_the_metric_says_so(recorded):
+    recall, text = compare(read_runs(recorded)[0])
+    assert [variant.label for variant in recall.variants] == ["attention", "hybrid", "linear_attention"]
+    assert [variant.label for variant in text.variants] == ["delta_net", "mamba2", "attention"]
+
+
+@pytest.mark.parametrize("prepare", ["nothing", "empty", "unfinished"])
+def test_nothing_to_report_is_one_clear_error(tmp_path, prepare, capsys, monkeypatch):
+    root = tmp_path / "runs"
+    if prepare != "nothing":
+        root.mkdir()
+    if prepare == "unfinished":
+        record_run(root, "attention", 0, 0.5, status="interrupted")
+    monkeypatch.setattr("sys.argv", ["report", str(root)])
+    assert main() == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert str(root) in told
+    expected = {"nothing": "is no folder", "empty": "no recorded run", "unfinished": "seed 0: interrupted"}
+    assert expected[prepare] in told
+
+
+def test_a_report_that_cannot_be_written_is_named(recorded):
+    (recorded / "report").write_text("mine")
+    with pytest.raises(RunnerError, match=r"cannot write .*report"):
+        report(recorded)
+
+
+def test_no_text_covers_another(recorded, monkeypatch):
+    """In every figure, among the texts that are shown; ticks beyond the axes are not."""
+    overlapping = []
+
+    def ticks(axis):
+        low, high = sorted(axis.get_view_interval())
+        shown = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        return [tick.label1 for tick in shown if tick.label1.get_visible()]
+
+    def check(drawing, *_, **__):
+        renderer = drawing.canvas.get_renderer()
+        drawing.draw(renderer)
+        texts = [text for axes in drawing.axes for text in (*axes.texts, axes._left_title)]
+        texts += [text for axes in drawing.axes for axis in (axes.xaxis, axes.yaxis) for text in ticks(axis)]
+        boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+        for index, (one, box) in enumerate(boxes):
+            for other, second in boxes[index + 1 :]:
+                if box.padded(-1).overlaps(second.padded(-1)):
+                    overlapping.append((one, other))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", check)
+    report_module.report(recorded)
+    assert overlapping == []
+
+
+def test_every_mixer_has_a_family_and_every_family_its_colour():
+    assert {mixer for members in FAMILIES.values() for mixer in members} <= set(MIXERS)
+    assert {*FAMILIES, "hybrid", "other"} == set(COLOURS)
+    assert len(set(COLOURS.values())) == len(COLOURS)
+    assert RULES["savefig.dpi"] >= 150
+    assert family("3*mamba2 attention") == "hybrid"
+    assert family("2*(mamba2/moe)") == "state space"
+    assert family("sliding_window") == "attention"
+    assert family("brand_new") == "other"
+
+
+def test_spread_keeps_order_and_distance():
+    wanted = [0.5, 0.5, 0.51, 0.9, 0.0]
+    placed = spread(wanted, 0.1, 0.0, 1.0)
+    assert np.diff(sorted(placed)).min() > 0.1 - 1e-6
+    assert np.argsort(placed, kind="stable").tolist() == np.argsort(wanted, kind="stable").tolist()
+    assert min(placed) >= 0
+    assert max(placed) <= 1
+    assert spread([0.2, 0.8], 0.1, 0.0, 1.0) == [0.2, 0.8]
+
+
+@pytest.mark.parametrize(("value", "text"), [(512, "512 B"), (65536, "64 KiB"), (4 * 2**20, "4 MiB"), (2**30, "1 GiB")])
+def test_bytes(value, text):
+    assert bytes_text(value) == text
