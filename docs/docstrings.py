@@ -1,0 +1,76 @@
+"""This project's docstrings as Markdown: what ``docs.tables`` builds its pages from."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+SECTIONS = ("Args", "Attributes", "Returns", "Raises")
+_SOURCE = re.compile(r'[A-Z][A-Za-z]+(?: et al\.| and [A-Z][a-z]+)? \d{4}(?:, "[^"]+")?')
+_MATH = re.compile(r"^\.\. math::\n((?:[ \t]+\S.*\n?|\n)+)", re.MULTILINE)
+
+
+def markdown(text: str) -> str:
+    """reStructuredText, as far as the docstrings use it, as GitHub's Markdown."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text.replace("``", "`"))
+    return _MATH.sub(lambda match: f"```math\n{textwrap.dedent(match[1]).strip()}\n```\n\n", text)
+
+
+def cell(text: str) -> str:
+    """One line of Markdown that may stand in a table."""
+    return " ".join(markdown(text).split()).replace("|", r"\|")
+
+
+def split_sections(docstring: str) -> tuple[str, dict[str, str]]:
+    """The prose of a docstring, and the text of each of its sections, dedented."""
+    header = re.compile(rf"^({'|'.join(SECTIONS)}):\n", re.MULTILINE)
+    prose, *rest = header.split(inspect.cleandoc(docstring))
+    bodies = {}
+    for name, body in zip(rest[::2], rest[1::2], strict=True):
+        bodies[name] = textwrap.dedent(body).strip()
+    return prose.strip(), bodies
+
+
+def entries(section: str) -> dict[str, str]:
+    """``name: text`` entries of a section; a head such as ``q, k`` stays one entry."""
+    found: dict[str, str] = {}
+    head = ""
+    for line in section.splitlines():
+        if line.startswith(" ") or not line.strip():
+            found[head] += " " + line.strip()
+        else:
+            head, _, text = line.partition(": ")
+            found[head] = text
+    return found
+
+
+def first_sentence(docstring: str) -> str:
+    """A docstring's first paragraph, on one line."""
+    return " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
+
+
+def source(docstring: str, what: str) -> str:
+    """The first paper that a docstring names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    match = _SOURCE.search(" ".join(docstring.split()))
+    if match is None:
+        raise ValueError(f'the docstring of {what} names no source, such as: Sun et al. 2023, "Retentive Network"')
+    return match.group()
+
+
+def module_docstring(path: Path) -> str:
+    """That of a file, which is read and not imported: it may need what this machine lacks.
+
+    Raises:
+        ValueError: it has none.
+    """
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if not docstring:
+        raise ValueError(f"{path} has no docstring")
+    return docstring

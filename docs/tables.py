@@ -1,0 +1,186 @@
+"""The generated parts of the documentation: ``python -m docs.tables`` writes them, a test fails where they are stale.
+
+README.md and docs/mixers.md hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the pages of
+docs/ops/ are generated whole. All of it comes from the registries and the docstrings, so it is the same on every
+machine, whatever backends run there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from docs.docstrings import cell, entries, first_sentence, markdown, module_docstring, source, split_sections
+from seqarch import ops
+from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, Mixer, build_channel_mixer, build_mixer
+from seqarch.ops import OPS, Op
+
+ROOT = Path(__file__).resolve().parents[1]
+MIXERS_PAGE = Path("docs/mixers.md")
+Layer = type[Mixer] | type[ChannelMixer]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def layers() -> dict[str, Layer]:
+    return {**MIXERS, **CHANNEL_MIXERS}
+
+
+def operations(name: str) -> list[str]:
+    """The operations that a layer with its default options calls, as recorded on a few tokens."""
+    build = build_mixer if name in MIXERS else build_channel_mixer
+    layer = build(name, d_model=32)
+    with torch.no_grad(), ops.record_backends() as used:
+        layer(torch.zeros(1, 4, 32))
+    return sorted(used)
+
+
+def op_link(name: str, folder: str) -> str:
+    return f"[`{name}`]({folder}/{name}.md)"
+
+
+def layer_table(registry: dict[str, Any], folder: str) -> str:
+    rows = []
+    for name, layer in registry.items():
+        used = ", ".join(op_link(op, f"{folder}/ops") for op in operations(name)) or "torch alone"
+        rows.append((f"[`{name}`]({folder}/mixers.md#{name})", cell(source(layer.__doc__, name)), used))
+    return table(("name", "source", "operations"), rows)
+
+
+def mixer_table() -> str:
+    return layer_table(MIXERS, "docs")
+
+
+def channel_table() -> str:
+    return layer_table(CHANNEL_MIXERS, "docs")
+
+
+def backend_order(op: Op) -> list[str]:
+    """The names, in the order in which ``"auto"`` tries them for more than one token; the reference is marked."""
+    return [f"`{name}`" + (" (reference)" if name == op.reference else "") for name in op.backends]
+
+
+def operation_table() -> str:
+    users = {name: operations(name) for name in layers()}
+    rows = []
+    for name, op in OPS.items():
+        on_it = ", ".join(f"`{layer}`" for layer, used in users.items() if name in used)
+        rows.append((op_link(name, "docs/ops"), ", ".join(backend_order(op)), on_it))
+    return table(("operation", "backends, in the order in which `auto` tries them", "layers on it"), rows)
+
+
+def options(layer: Layer) -> str:
+    """The options of a layer's config, with their defaults and what its docstrings say of them."""
+    told: dict[str, str] = {}
+    for config in reversed(layer.Config.__mro__[:-1]):
+        _, sections = split_sections(config.__doc__ or "")
+        for head, text in entries(sections.get("Attributes", "")).items():
+            told.update(dict.fromkeys(head.split(", "), text))
+    rows = []
+    for field in fields(layer.Config):
+        if field.name != "d_model":
+            default = f"{field.default:g}" if isinstance(field.default, float) else repr(field.default)
+            rows.append((f"`{field.name}`", f"`{default}`", cell(told[field.name])))
+    return table(("option", "default", "meaning"), rows)
+
+
+def layer_sections() -> str:
+    parts = []
+    for title, registry in (("Mixers", MIXERS), ("Channel mixers", CHANNEL_MIXERS)):
+        parts.append(f"## {title}")
+        for name, layer in registry.items():
+            prose = markdown(inspect.cleandoc(layer.__doc__))
+            used = ", ".join(op_link(op, "ops") for op in operations(name)) or "none, torch alone"
+            parts += [f"### {name}", prose, f"Operations, with the default options: {used}.", options(layer)]
+    return "\n\n".join(parts)
+
+
+BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
+    Path("README.md"): {"mixers": mixer_table, "channel mixers": channel_table, "operations": operation_table},
+    MIXERS_PAGE: {"layers": layer_sections},
+}
+
+
+def fill(text: str, blocks: dict[str, Callable[[], str]]) -> str:
+    """A page with its generated blocks renewed.
+
+    Raises:
+        ValueError: a block's markers are missing.
+    """
+    for name, make in blocks.items():
+        marker = f"<!-- generated: {name} -->"
+        pattern = re.compile(rf"{re.escape(marker)}\n.*?<!-- end -->", re.DOTALL)
+        content = f"{marker}\n\n{make()}\n\n<!-- end -->"
+        text, found = pattern.subn(lambda _, content=content: content, text)
+        if found != 1:
+            raise ValueError(f"expected one block between {marker} and <!-- end -->, found {found}")
+    return text
+
+
+def signature(name: str) -> str:
+    """The public function's signature without its annotations, which the table of arguments says better."""
+    call = inspect.signature(getattr(ops, name))
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in call.parameters.values()]
+    shown = call.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+    return f"ops.{name}{shown}".replace("'", '"')
+
+
+def backend_list(op: Op) -> str:
+    folder = ROOT / "seqarch" / "ops" / op.name
+    rows = []
+    for name, shown in zip(op.backends, backend_order(op), strict=True):
+        rows.append((shown, cell(first_sentence(module_docstring(folder / f"{name}.py")))))
+    text = table(("backend", "what it does"), rows)
+    if op.step_order:
+        text += f"\n\nCalls of one token try {', '.join(f'`{name}`' for name in op.step_order)} in this order."
+    return text
+
+
+def op_page(name: str) -> str:
+    """A page of docs/ops/, from the docstrings of the operation's folder."""
+    op = OPS[name]
+    module = module_docstring(ROOT / "seqarch" / "ops" / name / "__init__.py")
+    _, sections = split_sections(getattr(ops, name).__doc__)
+    arguments = table(("argument", "meaning"), ((f"`{k}`", cell(v)) for k, v in entries(sections["Args"]).items()))
+    errors = "\n".join(f"- `{k}`: {cell(v)}" for k, v in entries(sections["Raises"]).items())
+    users = [layer for layer in layers() if name in operations(layer)]
+    links = ", ".join(f"[`{layer}`](../mixers.md#{layer})" for layer in users)
+    return "\n\n".join(
+        (
+            f"<!-- Generated by `python -m docs.tables` from seqarch/ops/{name}. Change the docstrings there. -->",
+            f"# {name}",
+            markdown(module).strip(),
+            f"## Call\n\n```python\n{signature(name)}\n```",
+            arguments,
+            f"Returns {cell(sections['Returns'])}",
+            f"Raises\n\n{errors}",
+            f"## Backends\n\nIn the order in which `auto` tries them:\n\n{backend_list(op)}",
+            f"## Layers on it\n\nWith their default options: {links}.\n",
+        )
+    )
+
+
+def pages() -> dict[Path, str]:
+    """Every page with generated parts, by its path below the repository, as it should be."""
+    filled = {path: fill((ROOT / path).read_text(encoding="utf-8"), blocks) for path, blocks in BLOCKS.items()}
+    return filled | {Path("docs/ops") / f"{name}.md": op_page(name) for name in OPS}
+
+
+def main() -> None:
+    for path, text in pages().items():
+        (ROOT / path).write_text(text, encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
