@@ -38,7 +38,8 @@ def test_every_operation_has_a_page_and_no_page_is_left_over():
 @pytest.mark.parametrize("page", TEXTS)
 def test_make_targets_exist(page):
     targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    named = re.findall(r"(?:^|`)make ([a-z][a-z-]*)", TEXTS[page], re.MULTILINE)
+    fenced = "".join(re.findall(r"^```\w*\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE))
+    named = re.findall(r"^make ([a-z-]+)", fenced, re.MULTILINE) + re.findall(r"`make ([a-z-]+)", TEXTS[page])
     assert set(named) <= set(targets)
 
 
