@@ -80,7 +80,7 @@ def test_every_mixer_task_and_tracker_has_its_file():
 
 def test_hybrids_inherit_the_options_of_their_parts():
     """An option set for a mixer reaches every model that has it."""
-    for model in ("attention", "hybrid", "hybrid_mamba2"):
+    for model in ("attention", "hybrid", "hybrid_delta"):
         config = configured("experiment=mqar", f"model={model}")
         assert config.model.mixers["attention"]["conv_width"] == 4
 

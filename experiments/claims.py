@@ -1,0 +1,129 @@
+"""Who is at work in a folder: a file that only one process can create, and that outlives nobody.
+
+The file names the process, its machine and when it started, and is renewed every few seconds. A claim whose process is
+gone (same machine) or that was not renewed for a minute (another machine) is dead, and the next process takes it over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import RunnerError, writing
+from experiments.files import read_json
+
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 60.0
+TAKEOVER_ATTEMPTS = 5
+
+
+class Claim:
+    """The claim in a file; nothing is written before :meth:`take`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def take(self) -> None:
+        """Become the one process that works here.
+
+        Raises:
+            RunnerError: another live process does.
+            StorageError: the file cannot be written.
+        """
+        for _ in range(TAKEOVER_ATTEMPTS):
+            if self._create():
+                return
+            holder = _read(self.path)
+            if holder is not None and self._is_live(holder):
+                raise RunnerError(
+                    f"{self.path.parent} is being trained by process {holder.get('pid')} on {holder.get('host')}; "
+                    f"wait for it, or end it and start again"
+                )
+            self._remove_dead(holder)
+        raise RunnerError(f"{self.path} belongs to a dead process and others keep taking it over; try again")
+
+    def is_held(self) -> bool:
+        holder = _read(self.path)
+        return holder is not None and self._is_live(holder)
+
+    def renew(self) -> None:
+        with writing(self.path):
+            os.utime(self.path)
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        # Linking a whole file into place is as exclusive as O_EXCL, and no reader ever meets a claim without content.
+        aside = self.path.with_name(f".claim.{uuid.uuid4().hex}.tmp")
+        try:
+            with writing(self.path):
+                aside.write_text(json.dumps(process_identity(os.getpid())))
+                try:
+                    os.link(aside, self.path)
+                except FileExistsError:
+                    return False
+            return True
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _remove_dead(self, holder: dict[str, Any] | None) -> None:
+        """Take a dead claim away. One of several takers succeeds; one who got hold of a fresh claim puts it back."""
+        aside = self.path.with_name(f".claim.{uuid.uuid4().hex}.dead")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return
+        if _read(aside) != holder:
+            os.link(aside, self.path)
+        aside.unlink()
+
+    def _is_live(self, holder: Mapping[str, Any]) -> bool:
+        if "pid" not in holder:
+            return False
+        if holder.get("host") == socket.gethostname():
+            return is_alive(holder)
+        try:
+            return time.time() - self.path.stat().st_mtime < STALE_SECONDS
+        except FileNotFoundError:
+            return False
+
+
+def process_identity(pid: int) -> dict[str, Any]:
+    """A process, told apart from a later one with the same number and from those of other machines."""
+    return {"pid": pid, "host": socket.gethostname(), "started": _start_of(pid)}
+
+
+def is_alive(identity: Mapping[str, Any]) -> bool:
+    """Whether a process of :func:`process_identity` still runs; on another machine nobody can tell, so yes."""
+    if identity.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(int(identity["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return identity.get("started") == _start_of(int(identity["pid"]))
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process started, in ticks since boot; ``None`` where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Who holds a claim; ``{}`` where the file says nothing that can be read."""
+    try:
+        return read_json(path)
+    except RunnerError:
+        return {}

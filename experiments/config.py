@@ -1,0 +1,177 @@
+"""What a run is, as typed dataclasses.
+
+Hydra only composes a dictionary; :func:`run_config` makes it typed or fails with the full path of what is wrong.
+A run's identity is the hash of everything that can change its result, so the same configuration always finds the
+same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import ConfigError, choices_hint
+from experiments.strict import convert
+from experiments.tasks import TASKS
+from experiments.trackers import TRACKERS
+
+NOT_IDENTITY = ("runs", "tracker")
+"""Keys that change where a run is kept or who else hears of it, and never what comes out."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model but for its vocabulary, which the task gives.
+
+    Attributes:
+        name: how tables and plots call it; also part of the folder's name.
+        pattern: the mixers of the layers, as ``seqarch.models`` reads it.
+        mixers, channels: options by name, ``{"attention": {"num_heads": 2}}``; those the pattern does not use are
+            checked and left out.
+    """
+
+    name: str
+    pattern: str
+    d_model: int
+    depth: int
+    channel: str = "swiglu"
+    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    channels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tie_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains.
+
+    Attributes:
+        steps: optimizer steps at most.
+        batch_size: sequences a step, each of the task's training length.
+        lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, then falls along a
+            cosine to ``final_lr_ratio * lr`` at ``steps``.
+        grad_clip: bound on the norm of the gradient; 0 for none.
+        eval_every: steps between two looks at the validation split.
+        target: stop once the validation metric is this good.
+        patience: stop after so many looks without a better validation metric; 0 for never.
+        select: the checkpoint that is tested at the end, the ``best`` on validation or the ``last``.
+        threads: CPU threads; 0 leaves it to torch.
+        device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is one).
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    weight_decay: float = 0.1
+    warmup: int = 0
+    final_lr_ratio: float = 0.1
+    grad_clip: float = 1.0
+    eval_every: int = 100
+    target: float | None = None
+    patience: int = 0
+    select: str = "best"
+    threads: int = 0
+    device: str = "auto"
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "warmup", "final_lr_ratio", "grad_clip", "patience", "threads"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, choices in (("select", ("best", "last")), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, {choices_hint(getattr(self, name), choices)}")
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Where metrics go beside the run's own files.
+
+    Attributes:
+        name: a key of ``TRACKERS``.
+        options: passed to that tracker, which checks them.
+    """
+
+    name: str = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.name not in TRACKERS:
+            raise ValueError(f"unknown tracker {self.name!r}, {choices_hint(self.name, TRACKERS)}")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A task's name and the options of that task, an instance of ``TASKS[name].Config``."""
+
+    name: str
+    options: Any
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what ``config.json`` holds.
+
+    Attributes:
+        experiment: the folder below ``runs``, such as ``mqar`` or ``demo/recall``.
+        runs: the root of all run folders.
+    """
+
+    experiment: str
+    seed: int
+    model: ModelConfig
+    task: TaskConfig
+    train: TrainConfig
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    runs: str = "runs"
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        for name, text in (("experiment", self.experiment), ("model.name", self.model.name)):
+            if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*" if name == "experiment" else r"[\w.+-]+", text):
+                raise ValueError(f"{name} must be usable as a folder's name, got {text!r}")
+            if ".." in text.split("/"):
+                raise ValueError(f"{name} must not lead out of the runs folder, got {text!r}")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run: the resolved configuration without :data:`NOT_IDENTITY`."""
+        return {key: value for key, value in to_dict(self).items() if key not in NOT_IDENTITY}
+
+    def folder(self) -> Path:
+        text = json.dumps(self.identity(), sort_keys=True, allow_nan=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        return Path(self.runs) / self.experiment / f"{self.model.name}-seed{self.seed}-{digest}"
+
+
+def run_config(composed: Mapping[str, Any]) -> RunConfig:
+    """The typed form of a composed configuration.
+
+    Raises:
+        ConfigError: naming the full path of a wrong key, type or value and the nearest right one.
+    """
+    composed = dict(composed)
+    if isinstance(composed.get("task"), Mapping):
+        composed["task"] = _task_config(composed["task"])
+    return convert(RunConfig, composed)
+
+
+def _task_config(task: Mapping[str, Any]) -> TaskConfig:
+    options = dict(task)
+    name = options.pop("name", None)
+    if name not in TASKS:
+        raise ConfigError(f"task.name: unknown task {name!r}, {choices_hint(name, TASKS)}")
+    return TaskConfig(name, convert(TASKS[name].Config, options, "task"))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The inverse of :func:`run_config`, ready for JSON."""
+    plain = asdict(config)
+    task = plain["task"]
+    return {**plain, "task": {"name": task["name"], **task["options"]}}

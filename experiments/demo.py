@@ -1,0 +1,53 @@
+"""The demo, ``make demo``: two sweeps through Hydra and the report on them.
+
+Runs the commands that a person could type, and prints them. Finished runs are not done again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+MODELS = "attention,linear_attention,mamba2,delta_net,hybrid"
+COMMANDS = (
+    f"-m experiments.run --multirun experiment=demo_recall model={MODELS} seed=0,1,2 launcher=joblib",
+    f"-m experiments.run --multirun experiment=demo_text model={MODELS} seed=0 launcher=joblib",
+    "-m experiments.report runs/demo",
+)
+
+
+def main() -> int:
+    """Run the commands in order; the code of the first that was stopped, else the worst."""
+    started, worst = time.monotonic(), 0
+    for command in COMMANDS:
+        print(f"\n$ python {command}", flush=True)
+        code = run_to_the_end([sys.executable, *shlex.split(command)])
+        if code == 130:
+            print("stopped; the same command goes on with what is missing")
+            return code
+        worst = max(worst, code)
+    print(f"The demo took {time.monotonic() - started:.0f} seconds.")
+    return worst
+
+
+def run_to_the_end(command: list[str]) -> int:
+    """Like ``subprocess.call``, but a signal is passed on and waited for: the sweep ends its runs in order."""
+    process = subprocess.Popen(command)
+
+    def pass_on(number: int, _: object) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

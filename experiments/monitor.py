@@ -1,0 +1,147 @@
+"""Shows a sweep while it runs: one bar per active run on a terminal, plain lines now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from experiments.board import DONE, Board
+from experiments.errors import RunnerError
+from experiments.files import read_json
+from experiments.records import RunFolder
+
+LOOK_SECONDS = 0.5
+LINE_SECONDS = 10.0
+WORDS = {"kept": "finished before", "waiting": "not started", "busy": "being trained elsewhere"}
+
+
+class Monitor:
+    """Watches a board from a thread until it is closed.
+
+    Args:
+        board: where the jobs post.
+        total: how many jobs there will be, ``None`` if nobody knows.
+    """
+
+    def __init__(self, board: Board, total: int | None, console: Console | None = None):
+        self._board, self._total = board, total
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._told: dict[int, str] = {}
+        self._over = threading.Event()
+        self._display = Bars(self._console) if self._console.is_terminal else Lines(self._console)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        entries = self._board.entries()
+        for entry in entries:
+            if self._told.get(entry["job"]) != entry["status"]:
+                self._told[entry["job"]] = entry["status"]
+                if entry["status"] not in ("running", "waiting", "refused"):
+                    self._console.print(_sentence(entry), markup=False)
+        active = [(entry, _progress(entry)) for entry in entries if entry["status"] == "running"]
+        ended = [entry for entry in entries if entry["status"] not in ("running", "waiting")]
+        failed = sum(entry["status"] not in DONE for entry in ended)
+        self._display.show(active, len(ended), failed, self._total)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Stop watching, print how many runs came to what, and return the last entries."""
+        self._over.set()
+        self._thread.join()
+        self._look()
+        self._display.close()
+        entries = self._board.entries()
+        counts = Counter(entry["status"] for entry in entries)
+        if len(entries) > 1:
+            told = ", ".join(f"{number} {WORDS.get(status, status)}" for status, number in counts.items())
+            self._console.print(f"{len(entries)} runs: {told}", markup=False)
+        # A whole sweep is often refused for one and the same mistake, which is to be read once.
+        for message, number in Counter(e["message"] for e in entries if e["status"] == "refused").items():
+            print(f"error: {message}" + (f" ({number} runs)" if number > 1 else ""), file=sys.stderr)
+        return entries
+
+
+class Bars:
+    """A bar a run, and one for the sweep."""
+
+    def __init__(self, console: Console):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._rows: dict[int, Any] = {}
+        self._sweep = self._progress.add_task("runs", total=None, note="")
+        self._progress.start()
+
+    def show(self, active: list[tuple[dict, dict]], ended: int, failed: int, total: int | None) -> None:
+        note = f"{failed} failed" if failed else ""
+        self._progress.update(self._sweep, completed=ended, total=total, note=note)
+        jobs = {entry["job"] for entry, _ in active}
+        for job in [job for job in self._rows if job not in jobs]:
+            self._progress.remove_task(self._rows.pop(job))
+        for entry, progress in active:
+            if entry["job"] not in self._rows:
+                self._rows[entry["job"]] = self._progress.add_task(entry["name"], total=None, note="starting")
+            if progress:
+                row = self._rows[entry["job"]]
+                self._progress.update(row, completed=progress["step"], total=progress["steps"], note=_note(progress))
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class Lines:
+    """A line a run every ten seconds."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._last = time.monotonic()
+
+    def show(self, active: list[tuple[dict, dict]], ended: int, failed: int, total: int | None) -> None:
+        if time.monotonic() - self._last < LINE_SECONDS:
+            return
+        self._last = time.monotonic()
+        for entry, progress in active:
+            if progress:
+                where = f"step {progress['step']} of {progress['steps']}, {_note(progress)}"
+                runs = f"run {entry['job'] + 1}" + (f" of {total}" if total else "")
+                self._console.print(f"{runs}, {entry['name']}: {where}", markup=False)
+
+    def close(self) -> None: ...
+
+
+def _note(progress: dict[str, Any]) -> str:
+    speed = f"{progress['tokens_per_second'] / 1000:.1f}k tokens/s"
+    return f"loss {progress['loss']:.3f}, {speed}, {_duration(progress['seconds_left'])} left at most"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _sentence(entry: dict[str, Any]) -> str:
+    status = WORDS.get(entry["status"], entry["status"])
+    message = entry.get("message", "")
+    return f"{entry['name']}: {status}" + (f", {message}" if message else "")
+
+
+def _progress(entry: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read_json(RunFolder(entry["folder"]).progress_file) or {}
+    except RunnerError:
+        return {}

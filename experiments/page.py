@@ -1,0 +1,124 @@
+"""The report as a page, ``index.md``: what was run, the pictures, the tables, and how to read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.figures import bytes_text, test_of
+from experiments.files import write_atomic
+from experiments.reading import Comparison, Variant
+
+
+def table_rows(comparison: Comparison) -> list[list[str]]:
+    """The table of a comparison, its header first."""
+    metric, length = comparison.sample["metric"], comparison.sample["model"]["state_length"]
+    header = [
+        "Model",
+        f"{metric['label']}, median (min to max)",
+        "Seeds",
+        "Parameters",
+        "Training FLOPs",
+        f"State at {length:,}",
+        "Tokens/s",
+        "Learning rate",
+    ]
+    return [header, *(_row(variant, len(comparison.seeds)) for variant in comparison.variants)]
+
+
+def _row(variant: Variant, seeds: int) -> list[str]:
+    if not variant.finished:
+        return [variant.label, "none finished", f"0 of {seeds}", "", "", "", "", _rate(variant)]
+    record, values = variant.finished[0].record, variant.values(test_of)
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    failed = sum(run.status == "failed" for run in variant.runs)
+    return [
+        variant.label,
+        f"{variant.median(test_of):.3f}{spread}",
+        f"{len(values)} of {seeds}" + (f", {failed} failed" if failed else ""),
+        f"{record['model']['parameters']:,}",
+        f"{variant.median(lambda run: run.record['cost']['flops']):.1e}".replace("e+", "e"),
+        bytes_text(record["model"]["state_bytes"]),
+        f"{variant.median(lambda run: run.record['cost']['tokens_per_second']):,.0f}",
+        _rate(variant),
+    ]
+
+
+def _rate(variant: Variant) -> str:
+    tried = variant.grid["train.lr"]
+    rate = f"{variant.runs[0].config['train']['lr']:g}"
+    return rate if len(tried) < 2 else f"{rate} (of {', '.join(f'{other:g}' for other in tried)})"
+
+
+def write_page(
+    path: Path,
+    root: Path,
+    comparisons: list[Comparison],
+    pictures: dict[str, list[tuple[str, str]]],
+    problems: list[str],
+) -> None:
+    parts = ["# " + " and ".join(dict.fromkeys(c.sample["task"]["title"] for c in comparisons if c.shown))]
+    if len(pictures) > 1:
+        parts.append("![All comparisons at a glance](overview.png)")
+    for comparison in comparisons:
+        parts += _section(comparison, pictures.get(comparison.name, []), len(comparisons) > 1)
+    if problems:
+        parts += ["## Folders that could not be read", "\n".join(f"- {problem}" for problem in problems)]
+    parts += _machine(comparisons)
+    parts += ["## Drawn again", f"```\npython -m experiments.report {root}\n```"]
+    parts.append("One line a run: [results.csv](results.csv).")
+    write_atomic(path, "\n\n".join(parts) + "\n")
+
+
+def _section(comparison: Comparison, pictures: list[tuple[str, str]], titled: bool) -> list[str]:
+    if not comparison.shown:
+        return [f"## {comparison.name}", "No run is finished yet.", *_remarks(comparison)]
+    sample, metric = comparison.sample, comparison.sample["metric"]
+    parts = [f"## {sample['task']['title']} (`{comparison.name}`)"] if titled else []
+    parts.append(sample["task"]["reading"])
+    parts += [f"![{sample['task']['title']}: {shows}]({name}.png)" for name, shows in pictures[:1]]
+    parts.append(_markdown_table(table_rows(comparison)))
+    better = "More" if metric["higher_is_better"] else "Less"
+    seeds = ", ".join(map(str, comparison.seeds))
+    parts.append(
+        f"{better} is better; chance is {metric['chance']:.3g} ({metric['chance_label']}). Seeds: {seeds}. Every run"
+        " was tested once, with the checkpoint that validation chose; where several learning rates were run, the median"
+        " on validation chose. Training FLOPs and tokens per second are medians over seeds. FLOPs are"
+        f" {sample['cost']['flops_formula']}."
+    )
+    parts += _remarks(comparison)
+    parts += [f"![{sample['task']['title']}: {shows}]({name}.png)" for name, shows in pictures[1:]]
+    data = {key: value for key, value in sample["data"].items() if key != "task"}
+    parts.append("Data: " + "; ".join(f"{key} {value}" for key, value in data.items() if key != "hash") + ".")
+    hashes = sorted({run.record["data"]["hash"] for variant in comparison.shown for run in variant.finished})
+    parts.append("Data manifest: " + ", ".join(f"`{value}`" for value in hashes) + ".")
+    if len(hashes) > 1:
+        parts.append("**These runs were judged on different data and cannot be compared.**")
+    commands = dict.fromkeys(run.record["command"] for variant in comparison.shown for run in variant.finished)
+    parts.append("Run by:\n\n```\n" + "\n".join(commands) + "\n```")
+    return parts
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    if not comparison.remarks:
+        return []
+    return ["Missing or failed:\n\n" + "\n".join(f"- {remark}" for remark in comparison.remarks)]
+
+
+def _machine(comparisons: list[Comparison]) -> list[str]:
+    lines = []
+    for comparison in comparisons:
+        for run in [run for variant in comparison.shown for run in variant.finished]:
+            hardware, software = run.record["hardware"], run.record["environment"]
+            device = hardware.get("gpu", hardware["cpu"])
+            line = f"{device}, {hardware['cores']} cores, {hardware['threads']} threads a run"
+            line += f"; Python {software['python']}, torch {software['packages']['torch']}"
+            code = run.record["code"]
+            commit = (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
+            lines.append(f"- {line}; code {commit}")
+    return ["## Machine", "\n".join(dict.fromkeys(lines))] if lines else []
+
+
+def _markdown_table(rows: list[list[str]]) -> str:
+    header, *body = rows
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

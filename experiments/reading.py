@@ -1,0 +1,195 @@
+"""Recorded runs, read from their folders alone, and grouped into what a report compares."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import RunnerError
+from experiments.files import read_json
+from experiments.records import RunFolder, flat
+from experiments.style import family
+
+TUNED = ("train.lr", "train.weight_decay")
+"""What a comparison may choose for each model, by the median validation metric over seeds."""
+
+NUMBERS = {
+    "results": ("test", "validation"),
+    "cost": ("flops", "tokens_per_second", "steps"),
+    "model": ("parameters", "state_bytes", "state_length"),
+    "metric": ("chance",),
+}
+"""What the record of every finished run holds."""
+
+
+@dataclass
+class RecordedRun:
+    """One folder: its configuration, record and metrics, as plain dictionaries."""
+
+    path: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def status(self) -> str:
+        return self.record.get("status", "not started")
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    def result(self, name: str) -> float:
+        return self.record["results"][name]
+
+
+@dataclass
+class Variant:
+    """One model of a comparison: the runs that differ in nothing but the seed.
+
+    Attributes:
+        grid: what was chosen among, ``{"train.lr": [0.001, 0.003]}``.
+    """
+
+    label: str
+    pattern: str
+    runs: list[RecordedRun]
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        return family(self.pattern)
+
+    @property
+    def finished(self) -> list[RecordedRun]:
+        return [run for run in self.runs if run.finished]
+
+    def values(self, get: Callable[[RecordedRun], float]) -> list[float]:
+        return [get(run) for run in self.finished]
+
+    def median(self, get: Callable[[RecordedRun], float]) -> float:
+        return statistics.median(self.values(get))
+
+
+@dataclass
+class Comparison:
+    """The runs of one experiment.
+
+    Attributes:
+        seeds: those that any of its runs has.
+        remarks: what is missing or failed, a sentence each.
+    """
+
+    name: str
+    variants: list[Variant]
+    seeds: list[int]
+    remarks: list[str]
+
+    @property
+    def shown(self) -> list[Variant]:
+        return [variant for variant in self.variants if variant.finished]
+
+    @property
+    def sample(self) -> dict[str, Any]:
+        """The record of some finished run, for what all have in common."""
+        return self.shown[0].finished[0].record
+
+
+def read_runs(root: Path) -> tuple[list[RecordedRun], list[str]]:
+    """Every run below a folder, and a sentence on each folder that could not be read."""
+    runs, problems = [], []
+    for config_file in sorted(root.rglob("config.json")):
+        folder = RunFolder(config_file.parent)
+        try:
+            config, record = read_json(config_file) or {}, folder.record()
+            _require(config, folder.path)
+            run = RecordedRun(folder.path, config, record, folder.metrics())
+            if run.finished:
+                _require_results(run)
+            runs.append(run)
+        except (RunnerError, KeyError, TypeError, ValueError) as error:
+            said = str(error) if isinstance(error, RunnerError) else f"{folder.path}: its record is damaged ({error!r})"
+            problems.append(said)
+    return runs, problems
+
+
+def _require(config: dict[str, Any], path: Path) -> None:
+    missing = [key for key in ("experiment", "seed", "model", "task", "train") if key not in config]
+    if missing or "pattern" not in config["model"]:
+        raise RunnerError(f"{path}: its config.json is not that of a run, it lacks {', '.join(missing) or 'a pattern'}")
+
+
+def _require_results(run: RecordedRun) -> None:
+    """Raise ``KeyError`` or ``TypeError`` unless a finished run's record has the numbers that reports show."""
+    numbers = [run.record[part][key] for part, keys in NUMBERS.items() for key in keys]
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise TypeError("a number is missing")
+
+
+def compare(runs: list[RecordedRun]) -> list[Comparison]:
+    """One comparison an experiment, the best model first."""
+    names = sorted({run.config["experiment"] for run in runs})
+    return [_comparison(name, [run for run in runs if run.config["experiment"] == name]) for name in names]
+
+
+def _comparison(name: str, runs: list[RecordedRun]) -> Comparison:
+    variants = _choose(_variants(runs))
+    higher = next((run.record["metric"]["higher_is_better"] for run in runs if run.finished), True)
+    variants.sort(key=lambda variant: _goodness(variant, "test", higher), reverse=True)
+    seeds = sorted({run.config["seed"] for run in runs})
+    remarks = []
+    for variant in variants:
+        for seed in seeds:
+            run = next((run for run in variant.runs if run.config["seed"] == seed), None)
+            if run is None:
+                remarks.append(f"{variant.label}, seed {seed}: missing")
+            elif not run.finished:
+                reason = run.record.get("reason")
+                remarks.append(f"{variant.label}, seed {seed}: {run.status}" + (f", {reason}" if reason else ""))
+    return Comparison(name, variants, seeds, remarks)
+
+
+def _variants(runs: list[RecordedRun]) -> list[Variant]:
+    """Runs that share all but the seed, labelled by the model's name and whatever else tells them apart."""
+    ignored = ("seed", "runs", "tracker")
+    groups: dict[str, list[RecordedRun]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        kept = {key: value for key, value in flat(run.config).items() if key.split(".")[0] not in ignored}
+        groups.setdefault(repr(sorted(kept.items())), []).append(run)
+        settings[repr(sorted(kept.items()))] = kept
+    variants = []
+    for key, members in groups.items():
+        model = members[0].config["model"]
+        rivals = [other for other in settings.values() if other["model.name"] == model["name"]]
+        own = settings[key]
+        differing = {name for rival in rivals for name in {**rival, **own} if rival.get(name) != own.get(name)}
+        told = [f"{name.rpartition('.')[2]}={own.get(name)}" for name in sorted(differing) if name not in TUNED]
+        label = model["name"] + (f" ({', '.join(told)})" if told else "")
+        variants.append(Variant(label, model["pattern"], sorted(members, key=lambda run: run.config["seed"])))
+    return variants
+
+
+def _choose(variants: list[Variant]) -> list[Variant]:
+    """Of the variants that differ in tuned settings alone, the best on validation."""
+    chosen = []
+    for label in dict.fromkeys(variant.label for variant in variants):
+        rivals = [variant for variant in variants if variant.label == label]
+        finished = next((run for variant in rivals for run in variant.finished), None)
+        higher = finished is None or finished.record["metric"]["higher_is_better"]
+        best = max(rivals, key=lambda variant: _goodness(variant, "validation", higher))
+        for name in TUNED:
+            tried = sorted({flat(variant.runs[0].config)[name] for variant in rivals})
+            best.grid[name] = tried
+        chosen.append(best)
+    return chosen
+
+
+def _goodness(variant: Variant, name: str, higher: bool) -> float:
+    if not variant.finished:
+        return float("-inf")
+    median = variant.median(lambda run: run.result(name))
+    return median if higher else -median

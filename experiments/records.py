@@ -1,0 +1,110 @@
+"""The folder of a run and what is in it.
+
+``config.json``     the resolved configuration
+``run.json``        the record: status, code, environment, hardware, data, backends, cost, results
+``metrics.jsonl``   one JSON object a line, appended while training
+``progress.json``   where training is now, for whoever watches
+``checkpoints/``    ``last.pt`` and ``best.pt``
+``train.log``       what the training process printed
+``code.diff``       how the code differed from the commit, if it did
+``claim.json``      who is at work here; gone when nobody is
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.claims import Claim
+from experiments.config import RunConfig, run_config, to_dict
+from experiments.errors import ConfigError, RunnerError, writing
+from experiments.files import read_json, write_atomic, write_json
+
+
+class RunFolder:
+    """A run's folder by path; nothing is touched before :meth:`create`."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.run_file = self.path / "run.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.progress_file = self.path / "progress.json"
+        self.log_file = self.path / "train.log"
+        self.diff_file = self.path / "code.diff"
+        self.last_checkpoint = self.path / "checkpoints" / "last.pt"
+        self.best_checkpoint = self.path / "checkpoints" / "best.pt"
+        self.claim = Claim(self.path / "claim.json")
+
+    def config(self) -> RunConfig:
+        stored = read_json(self.config_file)
+        if stored is None:
+            raise RunnerError(f"{self.path} is no run folder: it has no {self.config_file.name}")
+        return run_config(stored)
+
+    def check(self, wanted: RunConfig) -> None:
+        """Raise unless the folder is new, or holds this very configuration.
+
+        Raises:
+            ConfigError: naming the first differing keys, with both values.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, and a run's folder is wanted there")
+        stored = read_json(self.config_file)
+        if stored is None:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ConfigError(f"{self.path} exists, is not empty and has no config.json: it was left untouched")
+            return
+        there, here = flat(run_config(stored).identity()), flat(wanted.identity())
+        differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        if differing:
+            shown = ", ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} wanted" for key in differing[:3])
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ConfigError(f"{self.path} holds another configuration: {shown}{more}. It was left untouched")
+
+    def create(self, config: RunConfig) -> None:
+        with writing(self.path):
+            self.last_checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if not self.config_file.exists():
+            write_json(self.config_file, to_dict(config))
+
+    def record(self) -> dict[str, Any]:
+        return read_json(self.run_file) or {}
+
+    def status(self) -> str | None:
+        return self.record().get("status")
+
+    def update(self, **changes: Any) -> None:
+        """Set top-level entries of ``run.json``."""
+        write_json(self.run_file, {**self.record(), **changes})
+
+    def append_metrics(self, **values: Any) -> None:
+        with writing(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; a last line cut short by a crash is passed over."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
+        return [json.loads(line) for line in whole]
+
+    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the other lines."""
+        kept = [line for line in self.metrics() if wanted(line)]
+        write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def leave(self) -> None:
+        """The training process ends: nobody is at work here any more."""
+        self.progress_file.unlink(missing_ok=True)
+        self.claim.release()
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one: ``{"train": {"lr": 1}}`` is ``{"train.lr": 1}``."""
+    if isinstance(value, Mapping) and value:
+        return {name: item for key, inner in value.items() for name, item in flat(inner, f"{path}.{key}").items()}
+    return {path.lstrip("."): value}

@@ -1,0 +1,133 @@
+"""Compose configurations with Hydra and bring each one's run to its end.
+
+    python -m experiments.run experiment=mqar model=attention seed=0
+    python -m experiments.run --multirun experiment=mqar model=attention,mamba2,hybrid seed=0,1,2 launcher=joblib
+
+Running the same command again does only what is missing. Exit codes: 0 every run is finished, 1 one is not,
+130 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.board import DONE, Board
+from experiments.errors import RunnerError
+from experiments.monitor import Monitor
+from experiments.supervise import execute
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+INTERRUPTED = 130
+_monitors: list[tuple[Board, Monitor]] = []
+"""The board and monitor of the sweep that this process started, once Hydra has composed where it lies."""
+
+
+def job(composed: DictConfig) -> None:
+    """One job of a sweep, in whatever process the launcher put it."""
+    this = HydraConfig.get()
+    number = 0 if OmegaConf.is_missing(this.job, "num") else this.job.num
+    if not _monitors:
+        # A worker: Ctrl-C in a terminal reaches it too, and would tear it down while it waits for its run to end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    execute({str(key): value for key, value in plain.items()}, Board(this.runtime.output_dir), number)
+
+
+class SweepCallback(Callback):
+    """Puts up the board and the monitor, in the process that starts the sweep."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        _open(Path(config.hydra.run.dir), 1)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        total = 1
+        for override in overrides:
+            total *= len(list(override.sweep_iterator())) if override.is_sweep_override() else 1
+        _open(Path(config.hydra.sweep.dir), total)
+
+
+def _open(path: Path, total: int | None) -> None:
+    board = Board(path)
+    try:
+        board.create()
+    except RunnerError as error:
+        # Hydra turns an exception of a callback into a warning and goes on; without a board nothing can go on.
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    _monitors.append((board, Monitor(board, total)))
+
+
+def as_override(argument: str) -> str:
+    """Let Hydra pass every ``key=value`` on, so that the typed configuration judges it.
+
+    Hydra knows only the keys that some YAML mentions: it would refuse an option left at its default, and name no
+    near key for a misspelt one. Groups, ``hydra.*`` and arguments with a sign of their own stay as they are.
+    """
+    key = argument.partition("=")[0]
+    is_value = re.fullmatch(r"[A-Za-z_][\w.]*", key) and "=" in argument
+    is_group = (CONFIGS / key).is_dir() or key.partition(".")[0] == "hydra"
+    return f"++{argument}" if is_value and not is_group else argument
+
+
+def watch_signals() -> threading.Event:
+    """From here on SIGINT and SIGTERM stop the sweep in order, and a second one ends this process at once."""
+    stopped = threading.Event()
+    first = [0.0]
+
+    def stop(*received: object) -> None:
+        # Ctrl-C often comes twice, from the terminal and passed on by whoever started this process.
+        if not _monitors or (stopped.is_set() and time.monotonic() - first[0] > 1):
+            os._exit(INTERRUPTED)
+        if not stopped.is_set():
+            first[0] = time.monotonic()
+            stopped.set()
+            os.write(2, b"stopping: what is in training keeps its last checkpoint; once more to leave at once\n")
+            for board, _ in _monitors:
+                board.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return stopped
+
+
+def main() -> int:
+    os.environ["SEQARCH_COMMAND"] = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
+    sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
+    os.environ["SEQARCH_SWEEP"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    stopped = watch_signals()
+    code = 0
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:  # From a worker that had not begun its job yet.
+        code = INTERRUPTED
+    for board, monitor in _monitors:
+        entries = monitor.close()
+        board.remove()
+        if any(entry["status"] not in DONE for entry in entries):
+            code = code or 1
+    return INTERRUPTED if stopped.is_set() else code
+
+
+if __name__ == "__main__":
+    # Under its own name, so that workers import the job instead of receiving a copy of this module.
+    from experiments import run
+
+    sys.exit(run.main())

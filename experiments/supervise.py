@@ -1,0 +1,154 @@
+"""One job of a sweep: from the composed configuration to a finished run, in a process of its own."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from experiments.board import Board
+from experiments.config import RunConfig, run_config
+from experiments.errors import RunnerError
+from experiments.records import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_SECONDS = 0.2
+STOP_SECONDS = 15.0
+"""How long an interrupted run may take to write its record before it is killed."""
+TAIL_LINES = 12
+
+
+def execute(composed: Mapping[str, Any], board: Board, job: int) -> None:
+    """Do the run of this configuration unless it is done, and post what became of it."""
+    if board.should_stop():
+        board.post(job, status="waiting", name=_name(composed))
+        return
+    try:
+        config = _resolve(composed)
+        folder = RunFolder(config.folder())
+        folder.check(config)
+        posted = {"name": folder.path.name, "folder": str(folder.path)}
+        if folder.status() == "finished":
+            board.post(job, status="kept", message=_summary(folder), **posted)
+        elif folder.claim.is_held():
+            board.post(job, status="busy", message="another sweep is training it", **posted)
+        else:
+            folder.create(config)
+            board.post(job, status="running", **posted)
+            status, message = _train(folder, config, board)
+            board.post(job, status=status, message=message, **posted)
+    except RunnerError as error:
+        board.post(job, status="refused", name=_name(composed), message=str(error))
+
+
+def _resolve(composed: Mapping[str, Any]) -> RunConfig:
+    config = run_config(composed)
+    from experiments.building import resolve  # Imports torch, which a wrong key need not wait for.
+
+    return resolve(config)
+
+
+def _train(folder: RunFolder, config: RunConfig, board: Board) -> tuple[str, str]:
+    """Run the training process to its end; its status and a sentence on it."""
+    command = [sys.executable, "-u", "-m", "experiments.train", str(folder.path), "--parent", str(os.getpid())]
+    process = subprocess.Popen(
+        command,
+        env=_environment(config.train.threads),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        # Ctrl-C in a terminal reaches whoever started the sweep, who stops the runs one by one and in order.
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+    drain = threading.Thread(target=_drain, args=(process.stdout, folder.log_file, tail), daemon=True)
+    drain.start()
+    try:
+        _wait(process, board)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    drain.join()
+    return _outcome(folder, process.returncode, list(tail))
+
+
+def _environment(threads: int) -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if threads:
+        environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    return environment
+
+
+def _wait(process: subprocess.Popen[str], board: Board) -> None:
+    while True:
+        try:
+            process.wait(POLL_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            if not board.should_stop():
+                continue
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return
+
+
+def _drain(output: IO[str], log_file: Path, tail: collections.deque[str]) -> None:
+    """Copy what the process prints to its log, and keep the end of it even where the disk is full."""
+    with output:
+        for line in output:
+            tail.append(line.rstrip("\n"))
+            with contextlib.suppress(OSError), open(log_file, "a", encoding="utf-8") as log:
+                log.write(line)
+
+
+def _outcome(folder: RunFolder, code: int, tail: list[str]) -> tuple[str, str]:
+    record = folder.record()
+    status = record.get("status")
+    if code == 0 and status == "finished":
+        return "finished", _summary(folder)
+    if folder.claim.is_held():
+        return "busy", "another sweep took it"
+    last = tail[-1] if tail else "it printed nothing"
+    if status not in ("failed", "interrupted"):
+        status, record["reason"] = "failed", f"{_ending(code)}; its last line: {last}"
+        # Where the disk is full this fails too, and the last line printed already says so.
+        with contextlib.suppress(RunnerError):
+            folder.update(status=status, reason=record["reason"])
+    reason = record.get("reason", last)
+    return status, "\n".join([reason, *(f"    {line}" for line in tail)]) if status == "failed" else reason
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"the training process ended with exit code {code}"
+    name = signal.Signals(-code).name
+    guess = ", perhaps because memory ran out" if name == "SIGKILL" else ""
+    return f"the training process was ended by {name}{guess}"
+
+
+def _summary(folder: RunFolder) -> str:
+    record = folder.record()
+    results, metric, cost = record.get("results", {}), record.get("metric", {}), record.get("cost", {})
+    name, value = metric.get("label", "metric").lower(), results.get("test", float("nan"))
+    return f"test {name} {value:.4g} after {cost.get('steps')} steps"
+
+
+def _name(composed: Mapping[str, Any]) -> str:
+    model = composed.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else None
+    return f"{name or 'run'}-seed{composed.get('seed')}"

@@ -1,0 +1,120 @@
+"""What every task is: a pure function from (seed, split, index) to examples, and how outputs are judged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+IGNORED = -100
+"""The target of a position that is not asked about."""
+
+
+class Batch(NamedTuple):
+    """``tokens, targets: [B, T]`` int64; ``targets[b, t]`` is what position t should predict, or ``IGNORED``."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The number a task is judged by.
+
+    Attributes:
+        name: its key in the results.
+        label: how an axis calls it.
+        unit: ``""`` for a share between 0 and 1.
+        higher_is_better: whether more is better.
+    """
+
+    name: str
+    label: str
+    unit: str
+    higher_is_better: bool
+
+
+class Task:
+    """A task, made from ``Config``; no torch in here, so that data can be made anywhere.
+
+    Attributes:
+        name: its key in ``TASKS``.
+        title, reading: its name for people, and how to read its results, for reports.
+        metric: what it is judged by.
+        vocab_size: number of tokens.
+        length: tokens of a training sequence.
+        longest: tokens of the longest sequence it is judged on.
+    """
+
+    Config: ClassVar[type]
+    name: ClassVar[str]
+    title: ClassVar[str]
+    reading: ClassVar[str]
+    metric: ClassVar[Metric]
+    config: Any
+    vocab_size: int
+    length: int
+    longest: int
+
+    def __init__(self, config: Any):
+        raise TypeError(f"{type(self).__name__} defines no __init__")
+
+    def train_batch(self, seed: int, start: int, size: int) -> Batch:
+        """Training examples ``start`` to ``start + size`` of the stream of ``seed``."""
+        raise TypeError(f"{type(self).__name__} defines no train_batch")
+
+    def evaluation(self, split: str) -> Iterator[Batch]:
+        """The whole validation or test split, the same for every run."""
+        raise TypeError(f"{type(self).__name__} defines no evaluation")
+
+    def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
+        """The metrics of a split.
+
+        Args:
+            targets: ``[N, T]`` as :meth:`evaluation` gave them.
+            losses: ``[N, T]``, minus the natural logarithm of the probability of each target.
+            hits: ``[N, T]``, whether the target was the likeliest token.
+
+        Returns:
+            Numbers by name, ``metric.name`` among them. An optional ``"curve"`` holds ``x``, ``y`` (lists of equal
+            length), ``x_end``, ``x_label``, ``x_unit`` and ``trained_to``: the metric along something.
+        """
+        raise TypeError(f"{type(self).__name__} defines no score")
+
+    def chance(self) -> tuple[float, str]:
+        """What a model that learnt nothing of the task's point reaches, and in words who that is."""
+        raise TypeError(f"{type(self).__name__} defines no chance")
+
+    def manifest(self) -> dict[str, Any]:
+        """What the data is, with a ``hash`` over all that runs are judged on."""
+        raise TypeError(f"{type(self).__name__} defines no manifest")
+
+
+def stream(seed: int, split: str, purpose: str = "") -> np.random.Philox:
+    """A counter-based generator of its own for each (seed, split, purpose).
+
+    Example ``i`` owns a fixed stretch of the counter, so it is the same however examples are dealt out to workers.
+    """
+    digest = hashlib.sha256(f"{seed}/{split}/{purpose}".encode()).digest()
+    return np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+
+
+def uniforms(generator: np.random.Philox, start: int, size: int, each: int) -> np.ndarray:
+    """``[size, each]`` doubles in (0, 1): those of examples ``start`` to ``start + size``."""
+    blocks = -(-each // 4)  # A Philox counter step yields four words.
+    generator.advance(start * blocks)
+    words = generator.random_raw(size * blocks * 4).reshape(size, blocks * 4)[:, :each]
+    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def digest_batches(config: Any, batches: Iterator[Batch]) -> str:
+    """A hash over a task's options and examples."""
+    digest = hashlib.sha256(repr(sorted(asdict(config).items())).encode())
+    for batch in batches:
+        digest.update(np.ascontiguousarray(batch.tokens, "<i8").tobytes())
+        digest.update(np.ascontiguousarray(batch.targets, "<i8").tobytes())
+    return digest.hexdigest()
