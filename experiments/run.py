@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -55,6 +56,8 @@ class SweepCallback(Callback):
         _open(Path(config.hydra.run.dir), 1)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if config.hydra.launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
+            _refuse("launcher=submitit needs Slurm, and there is no srun here; launcher=joblib runs on this machine")
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         total = 1
         for override in overrides:
@@ -67,10 +70,14 @@ def _open(path: Path, total: int | None) -> None:
     try:
         board.create()
     except RunnerError as error:
-        # Hydra turns an exception of a callback into a warning and goes on; without a board nothing can go on.
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        _refuse(str(error))
     _monitors.append((board, Monitor(board, total)))
+
+
+def _refuse(reason: str) -> NoReturn:
+    """End before any job begins. Hydra would turn another exception of a callback into a warning and go on."""
+    print(f"error: {reason}", file=sys.stderr)
+    raise SystemExit(1)
 
 
 def as_override(argument: str) -> str:

@@ -97,9 +97,11 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
         (["task=mqra"], "Could not find 'task/mqra'"),
         (["launcher=job"], "Could not find 'launcher/job'"),
         (["runs=occupied"], "error: cannot write occupied/.sweeps"),
+        (["--multirun", "launcher=submitit", "hydra.launcher.partition=none"], "error: launcher=submitit needs Slurm"),
     ],
 )
-def test_a_mistake_is_one_clear_error(tmp_path, arguments, told):
+def test_a_mistake_is_one_clear_error(tmp_path, monkeypatch, arguments, told):
+    monkeypatch.setenv("PATH", "")
     (tmp_path / "occupied").write_text("mine")
     done = call("experiments.run", *arguments, cwd=tmp_path)
     assert done.returncode == 1
