@@ -1,4 +1,4 @@
-"""Set-up of every test: few threads, fixed seeds, and uninitialised memory full of NaN."""
+"""Set-up of every test: one thread, fixed seeds, and uninitialised memory full of NaN."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils import deterministic
 def determinism() -> Iterator[None]:
     """Seed torch, and fill what ``torch.empty`` returns with NaN, so that a value never written shows."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # threads of many small calls on shared cores wait for one another longer than they work
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = True
     yield

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -147,7 +148,7 @@ class Attention(Mixer):
             o, cache = self._attend(q, k, v, cache)
         else:
             o, cache = self._attend_packed(q, k, v, cache, offsets)
-        return self.output(o.flatten(-2)), AttentionState(conv, cache)
+        return self.output(rearrange(o, "b t h v -> b t (h v)")), AttentionState(conv, cache)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache]:
         start = None if cache is None else cache.first_held(self.keep)

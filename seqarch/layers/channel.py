@@ -59,7 +59,8 @@ class MlpConfig(HiddenConfig):
 
 
 class Mlp(ChannelMixer):
-    """``y = act(x W_in) W_out``, the feed-forward layer of the Transformer (Vaswani et al. 2017, section 3.3).
+    """``y = act(x W_in) W_out``, the feed-forward layer of the Transformer (Vaswani et al. 2017, "Attention Is All You
+    Need", section 3.3).
 
     GELU as in GPT (Radford et al. 2018) in place of ReLU; no biases, unlike both. ``nn.Linear``'s initialisation.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from seqarch import ops
@@ -63,7 +64,7 @@ class DeltaNet(RecurrentMixer):
         (q, k, v), conv = self.heads(x, conv, cu_seqlens)
         beta = self.beta(x).sigmoid() * (2 if self.config.negative_eigenvalues else 1)
         o, memory = ops.delta_rule(l2_normalise(q), l2_normalise(k), v, beta, state=memory, cu_seqlens=cu_seqlens)
-        return self.output(self.norm(o).flatten(-2)), RecurrentState(conv, memory)
+        return self.output(rearrange(self.norm(o), "b t h v -> b t (h v)")), RecurrentState(conv, memory)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length

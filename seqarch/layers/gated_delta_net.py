@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,8 +89,8 @@ class GatedDeltaNet(RecurrentMixer):
         o, memory = ops.delta_rule(
             l2_normalise(q), l2_normalise(k), v, beta, log_decay, state=memory, cu_seqlens=cu_seqlens
         )
-        o = self.norm(o, self.gate(x).view_as(o))
-        return self.output(o.flatten(-2)), RecurrentState(conv, memory)
+        o = self.norm(o, rearrange(self.gate(x), "b t (h v) -> b t h v", v=o.shape[-1]))
+        return self.output(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from seqarch.layers.mixer import linear_flops
@@ -40,7 +41,7 @@ class HeadProjection(nn.Module):
         elif self.activation == "silu":
             x = nn.functional.silu(x)
         pieces = zip(x.split(self.sizes, dim=-1), self.parts, strict=True)
-        return [piece.unflatten(-1, part) for piece, part in pieces], state
+        return [rearrange(piece, "b t (h k) -> b t h k", h=heads) for piece, (heads, _) in pieces], state
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         conv = 0 if self.conv is None else self.conv.flops(length, batch_size)

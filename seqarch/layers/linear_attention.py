@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,7 +92,7 @@ class LinearAttention(RecurrentMixer):
             o, memory = ops.linear_attention(q, k, v, state=memory, cu_seqlens=cu_seqlens)
         if self.norm is not None:
             o = self.norm(o)
-        return self.output(o.flatten(-2)), RecurrentState(conv, memory)
+        return self.output(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,15 +91,15 @@ class Mamba2(RecurrentMixer):
         xbc, conv = self.conv(xbc, conv, cu_seqlens)
         shared = self.config.n_groups * self.config.d_state
         u, B, C = xbc.split([self.inner, shared, shared], dim=-1)
-        u = u.unflatten(-1, (-1, self.config.head_dim))
-        B, C = (m.unflatten(-1, (self.config.n_groups, -1)) for m in (B, C))
+        u = rearrange(u, "b t (h p) -> b t h p", p=self.config.head_dim)
+        B, C = (rearrange(m, "b t (g n) -> b t g n", g=self.config.n_groups) for m in (B, C))
         wide = self.memory_dtype
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         values = (u * dt.unsqueeze(-1)).to(u.dtype)
         log_decay = -self.A_log.to(wide).exp() * dt
         y, memory = ops.linear_attention(C, B, values, log_decay, scale=1.0, state=memory, cu_seqlens=cu_seqlens)
         y = y + self.D.to(u.dtype).unsqueeze(-1) * u
-        return self.output(self.norm(y.flatten(-2), z)), RecurrentState(conv, memory)
+        return self.output(self.norm(rearrange(y, "b t h p -> b t (h p)"), z)), RecurrentState(conv, memory)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         tokens = batch_size * length

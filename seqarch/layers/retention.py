@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,7 +95,7 @@ class Retention(RecurrentMixer):
         heads = torch.arange(self.memory_shape[0], dtype=self.memory_dtype, device=x.device)
         log_decay = torch.log1p(-torch.exp2(-5 - heads))
         o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=cu_seqlens)
-        o = F.rms_norm(o, o.shape[-1:], eps=1e-6).flatten(-2)
+        o = rearrange(F.rms_norm(o, o.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
         return self.output(o * F.silu(self.gate(x))), RetentionState(conv, memory, seen)
 
     def init_state(

@@ -58,6 +58,12 @@ def test_use_backends_changes_auto_within_the_block_only():
         pass
 
 
+def test_what_needs_no_more_than_torch_is_available_everywhere():
+    plain = [(op, name) for op in OPS for name in OPS[op].backends if name.endswith(("_torch", "_sdpa"))]
+    assert len(plain) >= 2 * len(OPS) - 1
+    assert [(op, name) for op, name in plain if OPS[op].backends[name].unavailable()] == []
+
+
 def test_a_backend_that_cannot_be_imported_says_why():
     op = Op("linear_attention", OPS["linear_attention"].prepare, order=("chunk_gpu",), reference="recurrent_torch")
     assert "chunk_gpu" in (op.backends["chunk_gpu"].unavailable() or "")

@@ -13,8 +13,8 @@ def _convolve(history: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[B, T + W - 1, D]`` to ``[B, T, D]``.
 
     As a two-dimensional convolution of height 1, whose channels-last layout is what ``history`` already has: on a CPU
-    several times faster than ``conv1d``, which wants channels first. In float64, for which torch has but a loop that is
-    a hundred times slower, as a matrix product of the windows.
+    several times faster than ``conv1d``, which wants channels first. In float64, where torch has a slow loop
+    for it, as a matrix product of the windows.
     """
     if weight.dtype == torch.float64:
         windows = history.unfold(1, weight.shape[1], 1).permute(2, 0, 1, 3)

@@ -80,6 +80,7 @@ def delta_rule(
 
     Raises:
         ValueError: shapes disagree, heads do not divide, offsets are wrong, or no backend has that name.
+        TypeError: an input is not floating point.
         BackendError: the named backend cannot serve the call.
     """
     return OP(backend, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)

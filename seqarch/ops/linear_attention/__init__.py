@@ -74,6 +74,7 @@ def linear_attention(
 
     Raises:
         ValueError: shapes disagree, heads do not divide, offsets are wrong, or no backend has that name.
+        TypeError: an input is not floating point.
         BackendError: the named backend cannot serve the call.
     """
     return OP(backend, q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)

@@ -103,6 +103,7 @@ def selective_scan(
 
     Raises:
         ValueError: shapes disagree, groups do not divide, offsets are wrong, or no backend has that name.
+        TypeError: an input is not floating point.
         BackendError: the named backend cannot serve the call.
     """
     return OP(
