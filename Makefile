@@ -1,11 +1,11 @@
-# make demo | test | lint | bench: each sets up what it needs in .venv, from nothing but this checkout.
+# make demo | test | lint | bench | docs: each sets up what it needs in .venv, from nothing but this checkout.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests that build the package or take long"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      time the kernels of this machine: runs/bench"
+	@echo "make docs       renew the generated parts of README.md and docs"
 	@echo "make clean      remove the virtual environment and the build, not the runs"
 	@echo "PYTHON=python3.12 names the Python, 3.11 to 3.13, that the virtual environment is made with"
 
@@ -45,6 +46,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m experiments.bench
+
+docs: $(INSTALLED)
+	$(BIN)/python -m docs.tables
 
 clean:
 	rm -rf $(VENV) build
