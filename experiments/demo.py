@@ -14,7 +14,7 @@ import time
 MODELS = "attention,linear_attention,mamba2,delta_net,hybrid"
 COMMANDS = (
     f"-m experiments.run --multirun experiment=demo_recall model={MODELS} seed=0,1,2 launcher=joblib",
-    f"-m experiments.run --multirun experiment=demo_text model={MODELS} seed=0 launcher=joblib",
+    f"-m experiments.run --multirun experiment=demo_text model={MODELS} seed=0,1 launcher=joblib",
     "-m experiments.report runs/demo",
 )
 

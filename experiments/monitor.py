@@ -34,7 +34,8 @@ class Monitor:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._told: dict[int, str] = {}
         self._over = threading.Event()
-        self._display = Bars(self._console) if self._console.is_terminal else Lines(self._console)
+        can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._display = Bars(self._console) if can_redraw else Lines(self._console)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 

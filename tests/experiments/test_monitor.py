@@ -49,10 +49,17 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: train.lrr: unknown key (2 runs)\n"
 
 
-def test_bars_on_a_terminal(tmp_path):
+def test_bars_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     shown = watch(sweep(tmp_path), force_terminal=True)
     for words in ("attention-seed0-abc", "30/120", "loss 1.250, 43.2k tokens/s, 1:15 left", "3/4", "3 failed"):
         assert words in shown
+
+
+def test_lines_on_a_terminal_that_cannot_redraw(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(monitor, "LINE_SECONDS", 0.1)
+    assert "step 30 of 120" in watch(sweep(tmp_path), force_terminal=True)
 
 
 def test_the_demo_passes_signals_on_and_waits(tmp_path):
