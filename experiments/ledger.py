@@ -43,7 +43,6 @@ def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Run]) -
     try:
         _open(folder, config)
         status, ending = _train(folder, make)
-        _ignore_interrupts()
         folder.update(status=status, ended=now(), **ending)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -188,8 +188,13 @@ def _choose(variants: list[Variant]) -> list[Variant]:
     return chosen
 
 
-def _goodness(variant: Variant, name: str, higher: bool) -> float:
-    if not variant.finished:
-        return float("-inf")
-    median = variant.median(lambda run: run.result(name))
-    return median if higher else -median
+def _goodness(variant: Variant, name: str, higher: bool) -> tuple[float, int]:
+    """The median over seeds, larger is better; where that is equal, the number of finished seeds.
+
+    A failed seed counts as the worst: a setting that diverges on most seeds must not win by the one on which it does
+    not.
+    """
+    worst, sign = float("-inf"), 1 if higher else -1
+    failed = [worst for run in variant.runs if run.status == "failed"]
+    finished = [sign * run.result(name) for run in variant.finished]
+    return statistics.median([*failed, *finished] or [worst]), len(finished)

@@ -119,7 +119,7 @@ def _drain(output: IO[str], log_file: Path, tail: collections.deque[str]) -> Non
 def _outcome(folder: RunFolder, code: int, tail: list[str]) -> tuple[str, str]:
     record = folder.record()
     status = record.get("status")
-    if code == 0 and status == "finished":
+    if status == "finished":  # Whatever the exit code: by another sweep perhaps, while this process waited for it.
         return "finished", _summary(folder)
     if folder.claim.is_held():
         return "busy", "another sweep took it"

@@ -56,7 +56,7 @@ class Run:
         if self.folder.last_checkpoint.exists():
             self.state = load_checkpoint(self.folder.last_checkpoint, self.device, self.model, self.optimizer)
             self.saved_step = self.state.step
-            self.folder.keep_metrics(lambda line: line.get("step", 0) <= self.state.step)
+        self.folder.keep_metrics(lambda line: line["step"] <= self.state.step)
         config = self.train_config
         progress = ProgressFile(self.folder, config.steps, self.state.step)
         while self.state.step < config.steps and not self.is_done():
@@ -105,10 +105,11 @@ class Run:
         self.state.validation = value
         plain = {f"validation_{name}": score for name, score in scores.items() if isinstance(score, float)}
         line = {"step": self.state.step, **values, **plain, **self.model.router_metrics()}
-        paths = [self.folder.last_checkpoint, *([self.folder.best_checkpoint] if improved else [])]
+        # last.pt comes last: torn before it, the run goes on from the look before and writes all three again.
+        self.folder.append_metrics(**line)
+        paths = [*([self.folder.best_checkpoint] if improved else []), self.folder.last_checkpoint]
         save_checkpoint(paths, self.model, self.optimizer, self.state)
         self.saved_step = self.state.step
-        self.folder.append_metrics(**line)
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         self.tracker.log(self.state.step, numbers)
         print(" ".join(f"{name} {value:.5g}" for name, value in numbers.items()), flush=True)
@@ -197,6 +198,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     with Heartbeat(folder, arguments.parent):
+        if folder.status() == "finished":  # By another sweep, after this one had looked.
+            return 0
         return keep_ledger(folder, config, lambda: Run(config, folder))
 
 

@@ -80,8 +80,9 @@ class Task:
             hits: ``[N, T]``, whether the target was the likeliest token.
 
         Returns:
-            Numbers by name, ``metric.name`` among them. An optional ``"curve"`` holds ``x``, ``y`` (lists of equal
-            length), ``x_end``, ``x_label``, ``x_unit`` and ``trained_to``: the metric along something.
+            Numbers by name, ``metric.name`` and ``loss`` (the mean over what is asked, in nats) among them. An optional
+            ``"curve"`` holds ``x``, ``y`` (lists of equal length), ``x_end``, ``x_label``, ``x_unit`` and
+            ``trained_to``: the metric along something.
         """
         raise TypeError(f"{type(self).__name__} defines no score")
 

@@ -168,6 +168,14 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path):
     assert table_rows(comparison)[1][1] == "0.700 (0.700 to 0.700)"
 
 
+def test_a_rate_that_fails_on_most_seeds_is_not_chosen_for_the_seed_it_survives(tmp_path):
+    for seed in (0, 1, 2):
+        record_run(tmp_path, "attention", seed, 0.6, lr=1e-3)
+        record_run(tmp_path, "attention", seed, 0.9, lr=1e-2, status="finished" if seed == 1 else "failed")
+    (comparison,) = compare(read_runs(tmp_path)[0])
+    assert {run.config["train"]["lr"] for run in comparison.variants[0].runs} == {1e-3}
+
+
 def test_variants_of_a_model_are_kept_apart_by_what_differs(tmp_path):
     for depth in (2, 4):
         record_run(tmp_path, "attention", 0, depth / 10, depth=depth)

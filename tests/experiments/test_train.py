@@ -16,7 +16,7 @@ from experiments.errors import RunnerError
 from experiments.files import read_json
 from experiments.progress import ProgressFile
 from experiments.records import RunFolder
-from experiments.train import Run, choose_device, learning_rate
+from experiments.train import Run, choose_device, learning_rate, main
 
 from .conftest import ROOT, command_line, tiny_config, train_here
 
@@ -83,6 +83,45 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
     assert all(torch.equal(one[name], two[name]) for name in one)
     for ours, theirs in zip(whole.metrics(), torn.metrics(), strict=True):
         assert ours | {"tokens_per_second": 0} == theirs | {"tokens_per_second": 0}
+
+
+@pytest.mark.parametrize("file", ["best.pt", "last.pt"])
+def test_a_look_torn_between_its_files_leaves_no_trace(tmp_path, monkeypatch, file):
+    """Every look is better than the one before, so each writes a line of metrics and both checkpoints."""
+
+    def looks(scores):
+        monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+
+    looks(iter([0.1, 0.2, 0.3, 0.3]))
+    whole = train_here(tiny_config(tmp_path / "whole", train__steps=15))[1]
+    config, replace, writes = tiny_config(tmp_path / "torn", train__steps=15), os.replace, []
+
+    def torn_at_the_second(source, target):
+        writes.append(target.name)
+        if target.name == file and writes.count(file) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("experiments.files.os.replace", torn_at_the_second)
+    looks(iter([0.1, 0.2]))
+    assert train_here(config)[0] == 130
+    looks(iter([0.2, 0.3, 0.3]))
+    code, torn = train_here(config)
+    assert code == 0
+    assert [line["step"] for line in torn.metrics()] == [5, 10, 15]
+    assert torn.record()["results"] == whole.record()["results"]
+    for checkpoint in ("best_checkpoint", "last_checkpoint"):
+        one, two = weights(getattr(whole, checkpoint)), weights(getattr(torn, checkpoint))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_that_another_sweep_has_finished_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    _, folder = train_here(tiny_config(tmp_path))
+    record = folder.run_file.read_bytes()
+    monkeypatch.setattr("sys.argv", ["train", str(folder.path)])
+    assert main() == 0
+    assert folder.run_file.read_bytes() == record
+    assert not folder.claim.path.exists()
 
 
 def test_a_diverging_run_fails_and_names_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
