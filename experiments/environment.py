@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import socket
@@ -14,10 +13,12 @@ from typing import Any
 
 import torch
 
+from seqarch.ops.common import native
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "einops", "triton", "hydra-core", "omegaconf", "wandb")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-VARIABLES = (*THREADS, "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "TRITON_INTERPRET")
+VARIABLES = (*THREADS, "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "SEQARCH_ISA", "TRITON_INTERPRET")
 """Environment variables that change results or speed; no others are recorded, as they may hold secrets."""
 
 
@@ -34,11 +35,10 @@ def code_version() -> tuple[dict[str, Any], str]:
 
 
 def compiled_library() -> dict[str, str]:
-    """Names and hashes of the compiled kernels beside the package."""
-    import seqarch
-
-    libraries = sorted(path for root in seqarch.__path__ for path in Path(root).rglob("*.so"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in libraries}
+    """The instruction set and the hash of the compiled kernels that run here, or why none do."""
+    if (reason := native.unavailable()) is not None:
+        return {"absent": reason}
+    return {"isa": native.chosen_isa(), "sha256": native.library_hash()}
 
 
 def software() -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The compiled library ``csrc``, loaded and called through ctypes. Only backends that call it import this module.
+"""The compiled library ``csrc``, loaded and called through ctypes. Only backends that call it import this module,
+and what tells people about it.
 
 It is built once for every instruction set (``baseline``, ``avx2``, ``avx512``), each a shared library with the same
 plain C interface (``csrc/include/seqarch.h``). The kernels of the best one that the processor runs are called; the
