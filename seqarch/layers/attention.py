@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers import kv_cache
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.kv_cache import KVCache, PackedKV
 from seqarch.layers.mixer import LayerConfig, Mixer, choose_heads, linear_flops
+from seqarch.layers.norms import HeadNorm
 from seqarch.layers.positions import token_positions
 from seqarch.layers.rotary import rotary_tables, rotate
 from seqarch.ops.attention import flops as attention_flops
@@ -93,13 +93,6 @@ class AttentionState(NamedTuple):
 
     conv: Tensor | None
     cache: KVCache | PackedKV
-
-
-class HeadNorm(nn.RMSNorm):
-    """An RMS norm whose weights take the dtype of the input, so that it keeps the projections' dtype under autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(Mixer):

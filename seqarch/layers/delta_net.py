@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.mixer import LayerConfig, choose_heads, linear_flops
-from seqarch.layers.norms import l2_normalise
+from seqarch.layers.norms import HeadNorm, l2_normalise
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.ops.delta_rule import flops as recurrence_flops
 
@@ -53,7 +53,7 @@ class DeltaNet(RecurrentMixer):
         width = config.d_model // num_heads
         self.heads = HeadProjection(config.d_model, [(num_heads, width)] * 3, config.conv_width, "silu")
         self.beta = nn.Linear(config.d_model, num_heads, bias=False)
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = HeadNorm(width, eps=1e-5)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
         self.memory_shape = (num_heads, width, width)
 

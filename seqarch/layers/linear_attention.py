@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.mixer import LayerConfig, choose_heads, linear_flops
+from seqarch.layers.norms import HeadNorm
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.ops.common.checks import unknown_name
 from seqarch.ops.linear_attention import flops as recurrence_flops
@@ -73,7 +74,7 @@ class LinearAttention(RecurrentMixer):
         num_heads = choose_heads(config.d_model, config.num_heads)
         width = config.d_model // num_heads
         self.heads = HeadProjection(config.d_model, [(num_heads, width)] * 3, config.conv_width)
-        self.norm = nn.RMSNorm(width) if config.normaliser == "rms" else None
+        self.norm = HeadNorm(width) if config.normaliser == "rms" else None
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
         self.memory_shape = (num_heads, width, width + (config.normaliser == "sum"))
 

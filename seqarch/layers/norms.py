@@ -1,4 +1,4 @@
-"""Normalisations that torch does not have: gated, and by head."""
+"""Normalisations that torch does not have: gated, by head, and to unit length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from seqarch.ops.common.checks import accumulation_dtype
 
 
 class GatedRMSNorm(nn.Module):
@@ -34,6 +36,17 @@ class GatedRMSNorm(nn.Module):
         return normed if self.gate == "before" else normed * F.silu(z)
 
 
+class HeadNorm(nn.RMSNorm):
+    """An RMS norm whose weights take the dtype of the input, so that it keeps the projections' dtype under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Unit norm along the last axis: ``x / sqrt(|x|^2 + eps)``, as in the release of DeltaNet; 0 stays 0."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    """Unit norm along the last axis: ``x / sqrt(|x|^2 + eps)``, as in the release of DeltaNet; 0 stays 0.
+
+    In float32 at least: a norm rounded to bfloat16 may exceed 1 by 0.4%, and with beta near 2 the state then grows.
+    """
+    wide = x.to(accumulation_dtype(x))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

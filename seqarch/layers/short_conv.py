@@ -36,12 +36,7 @@ class ShortConvolution(nn.Module):
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         return ops.causal_conv1d(
-            x,
-            self.weight.to(x.dtype),
-            self.bias if self.bias is None else self.bias.to(x.dtype),
-            activation=self.activation,
-            state=state,
-            cu_seqlens=cu_seqlens,
+            x, self.weight, self.bias, activation=self.activation, state=state, cu_seqlens=cu_seqlens
         )
 
     def init_state(

@@ -16,8 +16,9 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
+
+import torch
 
 from seqarch.ops.common.checks import unknown_name
 
@@ -32,10 +33,10 @@ _recorders: list[dict[str, dict[str, int]]] = []
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation: its module, or why that cannot be imported."""
+    """One way to compute an operation: its module, or ``None`` and why that cannot be imported."""
 
     name: str
-    module: ModuleType | None
+    module: Any
     missing: str | None = None
 
     @classmethod
@@ -56,11 +57,11 @@ class Backend:
         """Why this backend cannot serve a call with these prepared arguments, or ``None`` if it can."""
         reason = self.unavailable()
         if reason is None and hasattr(self.module, "refuse"):
-            reason = self.module.refuse(*arguments)  # type: ignore[union-attr]
+            reason = self.module.refuse(*arguments)
         return reason
 
     def run(self, *arguments: Any) -> Any:
-        return self.module.run(*arguments)  # type: ignore[union-attr]
+        return self.module.run(*arguments)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Op:
         order: the backends in the order in which ``"auto"`` tries them.
         reference: the backend that defines what is right.
         step_order: the order for calls of one token, where it differs.
+        autocast: whether ``torch.autocast`` may lower the dtype of this operation's products. Where it may not, as in
+            recurrences, which add up thousands of them, the backends compute as if there were none.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Op:
     order: tuple[str, ...]
     reference: str
     step_order: tuple[str, ...] = ()
+    autocast: bool = False
     backends: dict[str, Backend] = field(init=False)
 
     def __post_init__(self):
@@ -106,7 +110,11 @@ class Op:
         for recorder in _recorders:
             counts = recorder.setdefault(self.name, {})
             counts[chosen.name] = counts.get(chosen.name, 0) + 1
-        return chosen.run(*arguments)
+        device = arguments[0].device.type
+        if self.autocast or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return chosen.run(*arguments)
+        with torch.autocast(device, enabled=False):
+            return chosen.run(*arguments)
 
     def auto_order(self, arguments: tuple[Any, ...]) -> tuple[str, ...]:
         one_token = bool(self.step_order) and arguments[0].shape[1] == 1

@@ -67,7 +67,13 @@ def _check_key_start(key_start: Tensor, packed: bool, device: torch.device) -> N
         raise ValueError(f"{NAME}: key_start is on {key_start.device}, expected {device} as q")
 
 
-OP = Op(NAME, prepare, order=("chunk_sdpa", "parallel_sdpa", "recurrent_torch"), reference="recurrent_torch")
+OP = Op(
+    NAME,
+    prepare,
+    order=("chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
+    reference="recurrent_torch",
+    autocast=True,
+)
 
 
 def attention(
@@ -101,6 +107,7 @@ def attention(
     Raises:
         ValueError: shapes disagree, heads do not divide, offsets are wrong, ``window`` is below 1 or not causal,
             or no backend has that name.
+        TypeError: an input is not floating point, or ``key_start`` not an integer.
         BackendError: the named backend cannot serve the call.
     """
     return OP(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqarch.ops.attention.sequences import over_sequences
+from seqarch.ops.common.packed import each_sequence
 
 
 def run(
@@ -22,7 +22,7 @@ def run(
     def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _attend(q, k, v, causal, window, scale, key_start)
 
-    return over_sequences(one, offsets, q, k, v)
+    return each_sequence(one, offsets, q, k, v)
 
 
 def _attend(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.attention.sequences import over_sequences
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.packed import each_sequence
 
 
 def run(
@@ -41,4 +41,4 @@ def run(
         each = zip(q.split(1), k.split(1), v.split(1), key_start.tolist(), strict=True)
         return torch.cat([rows(*row) for row in each])
 
-    return over_sequences(all_rows, offsets, q.to(wide), k.to(wide), v.to(wide)).to(v.dtype)
+    return each_sequence(all_rows, offsets, q.to(wide), k.to(wide), v.to(wide)).to(v.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -10,10 +10,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def split_sequences(offsets: tuple[int, ...], *inputs: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Each packed sequence's part of the inputs ``[1, T, ...]``; ``None`` stays ``None``."""
+    lengths = [end - start for start, end in pairwise(offsets)]
+    # split, not slices: the backward pass joins the pieces once instead of adding full-length buffers
+    nothing = [None] * len(lengths)
+    return zip(*(nothing if tensor is None else tensor.split(lengths, dim=1) for tensor in inputs), strict=True)
+
+
+def each_sequence(run: Callable[..., Tensor], offsets: tuple[int, ...] | None, *inputs: Tensor) -> Tensor:
+    """``run(*inputs)`` on each packed sequence, joined along time; on everything at once without ``offsets``."""
+    if offsets is None:
+        return run(*inputs)
+    return torch.cat([run(*pieces) for pieces in split_sequences(offsets, *inputs)], dim=1)
+
+
 def over_sequences(
     run: Callable[..., tuple[Tensor, Tensor]], offsets: tuple[int, ...] | None, state: Tensor, *inputs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``run(state, *inputs)`` on each packed sequence: outputs joined along time, states along rows.
+    """``run(state, *inputs)`` on each packed sequence and its own state: outputs joined along time, states along rows.
 
     Args:
         offsets: boundaries of the sequences, or ``None`` to run once on everything.
@@ -22,10 +37,7 @@ def over_sequences(
     """
     if offsets is None:
         return run(state, *inputs)
-    parts = []
-    for row, (start, end) in enumerate(pairwise(offsets)):
-        pieces = (None if tensor is None else tensor[:, start:end] for tensor in inputs)
-        parts.append(run(state[row : row + 1], *pieces))
+    parts = [run(row, *pieces) for row, pieces in zip(state.split(1), split_sequences(offsets, *inputs), strict=True)]
     outputs, states = zip(*parts, strict=True)
     return torch.cat(outputs, dim=1), torch.cat(states, dim=0)
 

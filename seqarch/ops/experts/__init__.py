@@ -71,7 +71,7 @@ def _check_index(expert_index: Tensor, experts: int, device: torch.device) -> No
             raise ValueError(f"{NAME}: expert_index holds {wrong}, expected 0 to {experts - 1} for {experts} experts")
 
 
-OP = Op(NAME, prepare, order=("grouped_torch", "parallel_torch"), reference="parallel_torch")
+OP = Op(NAME, prepare, order=("grouped_torch", "parallel_torch"), reference="parallel_torch", autocast=True)
 
 
 def experts(
@@ -102,6 +102,7 @@ def experts(
     Raises:
         ValueError: shapes disagree, an index is out of range, or no activation or backend has that name.
         TypeError: ``expert_index`` is not int64, or another input not floating point.
+        BackendError: the named backend cannot serve the call.
     """
     y = OP(backend, x, w_in, w_out, expert_index, expert_weight, w_gate=w_gate, activation=activation)
     return y.reshape(x.shape)

@@ -1,0 +1,46 @@
+"""Every mixer trains under autocast, and what a recurrence adds up stays in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from seqarch import ops
+from seqarch.layers import MIXERS, build_mixer
+from seqarch.layers.mixer import Mixer
+from seqarch.layers.recurrent import RecurrentMixer
+from seqarch.ops import OPS
+from tests import laws
+
+CASES = [(name, options) for name in MIXERS for options in ({}, *laws.VARIANTS.get(name, []))]
+
+
+def run(mixer: Mixer, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the gradients of the input and all parameters in one vector."""
+    x = laws.inputs(70, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y, state = mixer(x)
+        more, _ = mixer(x[:, :1], state)
+    if isinstance(mixer, RecurrentMixer):
+        assert state.memory.dtype == torch.float32
+    total = (y.float() * laws.inputs(70, dtype=torch.float32, seed=2)).sum() + more.float().sum()
+    gradients = torch.autograd.grad(total, [x, *mixer.parameters()])
+    return y, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_mixer_trains_within_the_rounding_of_its_projections(name: str, options: dict[str, Any]):
+    mixer = build_mixer(name, d_model=laws.D_MODEL, **options)
+    for found, expected in zip(run(mixer, True), run(mixer, False), strict=True):
+        laws.assert_close(found, expected, laws.BFLOAT16_ERROR)
+
+
+@pytest.mark.parametrize("backend", OPS["linear_attention"].backends)
+def test_a_recurrence_is_the_same_under_autocast(backend: str):
+    q, k, v = torch.randn(3, 1, 70, 2, 8)
+    expected = ops.linear_attention(q, k, v, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.linear_attention(q, k, v, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
