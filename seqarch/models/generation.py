@@ -20,7 +20,7 @@ def _as_rows(prompt: Prompts, vocab_size: int, device: torch.device) -> list[Ten
     """The prompts as 1-D tensors.
 
     Raises:
-        ValueError: there is no prompt, one is empty, or a token is not in the vocabulary.
+        ValueError: there is no prompt, one is empty, or a token is no integer or not in the vocabulary.
     """
     if isinstance(prompt, Tensor):
         rows = list(prompt) if prompt.ndim == 2 else [prompt]
@@ -28,17 +28,19 @@ def _as_rows(prompt: Prompts, vocab_size: int, device: torch.device) -> list[Ten
         rows = list(prompt)
     else:
         rows = [prompt]
-    tensors = [torch.as_tensor(row, dtype=torch.int64, device=device) for row in rows]
+    tensors = [torch.as_tensor(row, device=device) for row in rows]
     if not tensors:
         raise ValueError("generate: no prompt was given, expected at least one")
     for i, row in enumerate(tensors):
         if row.ndim != 1 or row.numel() == 0:
             raise ValueError(f"generate: prompt {i} has shape {list(row.shape)}, expected at least one token [T]")
+        if row.dtype.is_floating_point:
+            raise ValueError(f"generate: prompt {i} has dtype {row.dtype}, expected integers")
         if not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
             raise ValueError(
                 f"generate: prompt {i} has tokens {int(row.min())} to {int(row.max())}, expected 0 to {vocab_size - 1}"
             )
-    return tensors
+    return [row.long() for row in tensors]
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -51,7 +53,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # overflows to -inf alone
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
@@ -111,12 +114,12 @@ def generate(
 def _read_prompts(model: LanguageModel, rows: list[Tensor], max_new_tokens: int) -> tuple[Tensor, StackState]:
     """Logits ``[B, vocab]`` after each prompt, and the state with a row a prompt."""
     lengths = [len(row) for row in rows]
+    state = model.init_state(len(rows), max_length=max(lengths) + max_new_tokens)
     if len(set(lengths)) == 1:
-        state = model.init_state(len(rows), max_length=lengths[0] + max_new_tokens)
         features, state = model.features(torch.stack(rows), state)
         return model.head(features[:, -1]), state
     offsets = [0, *accumulate(lengths)]
-    features, state = model.features(torch.cat(rows).unsqueeze(0), cu_seqlens=offsets)
+    features, state = model.features(torch.cat(rows).unsqueeze(0), state, cu_seqlens=offsets)
     return model.head(features[0, [offset - 1 for offset in offsets[1:]]]), state
 
 

@@ -63,6 +63,7 @@ def test_sampling_follows_the_distribution():
     squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
     assert torch.allclose(cold, squares / squares.sum(), atol=0.02)
     assert (sample(logits, 0.0, 1.0) == 0).all()
+    assert (sample(logits, 1e-40, 1.0, generator) == 0).all()
 
 
 def test_sampling_is_repeatable():
@@ -78,6 +79,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ([], {}, "prompt 0 has shape .0., expected at least one token"),
     ([[1, 2], []], {}, "prompt 1 has shape .0., expected at least one token"),
     (torch.empty(0, 3, dtype=torch.int64), {}, "no prompt was given"),
+    ([[1.5, 2.0]], {}, "prompt 0 has dtype torch.float32, expected integers"),
     ([1, 11], {}, "prompt 0 has tokens 1 to 11, expected 0 to 10"),
     ([1], {"temperature": -1.0}, "expected temperature >= 0"),
     ([1], {"top_p": 0.0}, r"top_p in \(0, 1\], got 0.0 and 0.0"),
