@@ -1,10 +1,10 @@
 /* seqarch's compiled kernels: the whole interface.
  *
- * Plain C over raw pointers, sizes and strides. It knows neither Python nor torch, so it compiles in about a second
+ * Plain C over raw pointers, sizes and strides. It knows neither Python nor torch, so it compiles in seconds
  * and outlives every torch release. The caller allocates; a kernel writes every element of its outputs.
  *
  * Conventions
- *   - Every kernel returns SEQARCH_OK or one of the codes below, and then has written nothing of use.
+ *   - Every kernel returns SEQARCH_OK, or one of the codes below and has then written nothing of use.
  *   - Sizes, strides and offsets are int64_t. Strides count elements, not bytes. The last dimension has stride 1;
  *     a tensor without stated strides is contiguous.
  *   - `dtype` is the type of the activations. Parameters, their gradients and all sums have the accumulation type:
