@@ -13,7 +13,7 @@ from seqarch.layers.mixer import (
     ChannelMixer,
     LayerConfig,
     Mixer,
-    build_config,
+    build_layer,
     clone_state,
     measured_state_bytes,
 )
@@ -47,16 +47,14 @@ def build_mixer(name: str, *, d_model: int, **options: Any) -> Mixer:
     """
     if name not in MIXERS:
         raise unknown_name("mixer", name, MIXERS)
-    mixer = MIXERS[name]
-    return mixer(build_config("mixer", name, mixer.Config, {"d_model": d_model, **options}))
+    return build_layer("mixer", name, MIXERS[name], {"d_model": d_model, **options})
 
 
 def build_channel_mixer(name: str, *, d_model: int, **options: Any) -> ChannelMixer:
     """The channel mixer of that name; errors as in :func:`build_mixer`."""
     if name not in CHANNEL_MIXERS:
         raise unknown_name("channel mixer", name, CHANNEL_MIXERS)
-    mixer = CHANNEL_MIXERS[name]
-    return mixer(build_config("channel mixer", name, mixer.Config, {"d_model": d_model, **options}))
+    return build_layer("channel mixer", name, CHANNEL_MIXERS[name], {"d_model": d_model, **options})
 
 
 __all__ = [

@@ -52,16 +52,12 @@ class AttentionConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"head_dim must be positive, got {self.head_dim}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"num_kv_heads ({self.kv_heads}) must divide num_heads ({self.heads})")
         if self.position not in POSITIONS:
             raise checks.unknown_name("position", self.position, POSITIONS)
         if self.position == "rotary" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head width, got {self.head_width}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window counts the token itself and must be at least 1 or None, got {self.window}")
 
     @property
     def heads(self) -> int:

@@ -32,8 +32,6 @@ class HiddenConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"hidden must be positive, got {self.hidden}")
         if self.expansion <= 0:
             raise ValueError(f"expansion must be positive, got {self.expansion}")
 

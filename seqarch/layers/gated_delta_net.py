@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
-from seqarch.layers.initialisation import exempt_from_decay, step_size_bias
+from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.mixer import LayerConfig, choose_heads, linear_flops
 from seqarch.layers.norms import GatedRMSNorm, l2_normalise
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
@@ -44,8 +44,6 @@ class GatedDeltaNetConfig(LayerConfig):
     def __post_init__(self):
         super().__post_init__()
         choose_heads(self.d_model, self.num_heads)
-        if self.key_width is not None and self.key_width < 1:
-            raise ValueError(f"key_width must be positive, got {self.key_width}")
 
 
 class GatedDeltaNet(RecurrentMixer):
@@ -70,9 +68,9 @@ class GatedDeltaNet(RecurrentMixer):
         self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu")
         self.gate = nn.Linear(config.d_model, num_heads * values, bias=False)
         self.rates = nn.Linear(config.d_model, 2 * num_heads, bias=False)
-        self.A_log = exempt_from_decay(nn.Parameter(torch.empty(num_heads).uniform_(1e-3, 16).log()))
+        self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(1e-3, 16).log())
         bias = step_size_bias(num_heads, config.dt_min, config.dt_max, config.dt_floor)
-        self.dt_bias = exempt_from_decay(nn.Parameter(bias))
+        self.dt_bias = nn.Parameter(bias)
         self.norm = GatedRMSNorm(values, gate="after")
         self.output = nn.Linear(num_heads * values, config.d_model, bias=False)
         self.memory_shape = (num_heads, keys, values)

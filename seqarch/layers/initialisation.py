@@ -1,21 +1,11 @@
-"""Initial values that several mixers share, and which parameters take no weight decay."""
+"""Initial values that several mixers share."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor, nn
-
-
-def exempt_from_decay(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter that its paper trains without weight decay, for ``seqarch.models.parameter_groups``."""
-    parameter.no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
-
-
-def is_exempt_from_decay(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "no_weight_decay", False)
+from torch import Tensor
 
 
 def step_size_bias(size: int, dt_min: float, dt_max: float, dt_floor: float) -> Tensor:

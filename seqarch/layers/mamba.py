@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqarch import ops
-from seqarch.layers.initialisation import exempt_from_decay, step_size_bias
+from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.mixer import LayerConfig, linear_flops
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.layers.short_conv import ShortConvolution
@@ -48,6 +48,7 @@ class Mamba(RecurrentMixer):
     """
 
     Config = MambaConfig
+    no_weight_decay = ("A_log",)
 
     def __init__(self, config: MambaConfig):
         super().__init__()
@@ -62,10 +63,9 @@ class Mamba(RecurrentMixer):
         with torch.no_grad():
             self.dt.weight.uniform_(-(rank**-0.5), rank**-0.5)
             self.dt.bias.copy_(step_size_bias(self.inner, config.dt_min, config.dt_max, config.dt_floor))
-        exempt_from_decay(self.dt.bias)
         A = torch.arange(1, config.d_state + 1).float().repeat(self.inner, 1)
-        self.A_log = exempt_from_decay(nn.Parameter(A.log()))
-        self.D = exempt_from_decay(nn.Parameter(torch.ones(self.inner)))
+        self.A_log = nn.Parameter(A.log())
+        self.D = nn.Parameter(torch.ones(self.inner))
         self.output = nn.Linear(self.inner, config.d_model, bias=False)
         self.memory_shape = (self.inner, config.d_state)
 

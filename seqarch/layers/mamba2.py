@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.initialisation import exempt_from_decay, step_size_bias
+from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.mixer import LayerConfig, linear_flops
 from seqarch.layers.norms import GatedRMSNorm
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
@@ -47,10 +47,10 @@ class Mamba2Config(LayerConfig):
     def __post_init__(self):
         super().__post_init__()
         inner = self.expand * self.d_model
-        if self.head_dim < 1 or inner % self.head_dim:
+        if inner % self.head_dim:
             raise ValueError(f"head_dim ({self.head_dim}) must divide expand * d_model ({inner})")
         heads = inner // self.head_dim
-        if self.n_groups < 1 or heads % self.n_groups:
+        if heads % self.n_groups:
             raise ValueError(f"n_groups ({self.n_groups}) must divide the number of heads ({heads})")
 
 
@@ -75,10 +75,10 @@ class Mamba2(RecurrentMixer):
         self.input = nn.Linear(config.d_model, sum(self.sizes), bias=False)
         self.conv = ShortConvolution(self.sizes[1], config.conv_width, "silu", bias=True)
         A = torch.empty(num_heads).uniform_(config.A_min, config.A_max)
-        self.A_log = exempt_from_decay(nn.Parameter(A.log()))
+        self.A_log = nn.Parameter(A.log())
         bias = step_size_bias(num_heads, config.dt_min, config.dt_max, config.dt_floor)
-        self.dt_bias = exempt_from_decay(nn.Parameter(bias))
-        self.D = exempt_from_decay(nn.Parameter(torch.ones(num_heads)))
+        self.dt_bias = nn.Parameter(bias)
+        self.D = nn.Parameter(torch.ones(num_heads))
         self.norm = GatedRMSNorm(self.inner, gate="before", groups=config.n_groups)
         self.output = nn.Linear(self.inner, config.d_model, bias=False)
         self.memory_shape = (num_heads, config.d_state, config.head_dim)

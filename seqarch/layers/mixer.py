@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +27,25 @@ class LayerConfig:
 
     d_model: int
 
+    may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width",)
+    """Whole numbers among the options for which 0 means "none"; all others are at least 1."""
+
     def __post_init__(self):
-        if self.d_model < 1:
-            raise ValueError(f"d_model must be positive, got {self.d_model}")
+        """Check the type of every option, and that whole numbers are positive."""
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            value, expected = getattr(self, option.name), hints[option.name]
+            kinds = get_args(expected) or (expected,)
+            fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and bool not in kinds):
+                shown = expected.__name__ if isinstance(expected, type) else str(expected)
+                raise ValueError(f"{option.name} must be {shown}, got {value!r}")
+            least = 0 if option.name in self.may_be_zero else 1
+            if int in kinds and isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ValueError(f"{option.name} must be at least {least}, got {value}")
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """Mixes along time: ``y, state = mixer(x, state)`` with ``x, y: [B, T, D]``; a step is a call with T = 1.
 
     Any split of a sequence into calls gives the same outputs. A state passed in is consumed: to branch, clone it first
@@ -38,12 +53,16 @@ class Mixer(nn.Module):
     """
 
     Config: ClassVar[type[LayerConfig]]
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
 
+    @abstractmethod
     def forward(
         self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, State]:
-        raise TypeError(f"{type(self).__name__} defines no forward")
+        """Mix ``x: [B, T, D]`` from a state on; the outputs ``[B, T, D]`` and the state after them."""
 
+    @abstractmethod
     def init_state(
         self,
         batch_size: int,
@@ -58,42 +77,66 @@ class Mixer(nn.Module):
             max_length: tokens to reserve room for, in states that grow; ``None`` lets them grow as they go.
             device, dtype: default to those of the parameters.
         """
-        raise TypeError(f"{type(self).__name__} defines no init_state")
 
+    @abstractmethod
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
         """Bytes of the state after ``length`` tokens."""
-        raise TypeError(f"{type(self).__name__} defines no state_bytes")
 
+    @abstractmethod
     def flops(self, length: int, batch_size: int = 1) -> int:
         """FLOPs of the forward pass over ``length`` tokens from an empty state.
 
         Two a multiply-add, in matrix products, convolutions and recurrences; elementwise work is not counted.
         """
-        raise TypeError(f"{type(self).__name__} defines no flops")
 
 
-class ChannelMixer(nn.Module):
+class ChannelMixer(nn.Module, ABC):
     """Mixes along channels, each token for itself: ``y = channel(x)`` with ``x, y: [B, T, D]``."""
 
     Config: ClassVar[type[LayerConfig]]
 
+    @abstractmethod
     def flops(self, length: int, batch_size: int = 1) -> int:
         """FLOPs of the forward pass over ``length`` tokens, counted as in :meth:`Mixer.flops`."""
-        raise TypeError(f"{type(self).__name__} defines no flops")
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What training adds to the loss for the last forward pass, weighted: a scalar, or ``None`` for nothing."""
+        return None
+
+    def router_metrics(self) -> dict[str, Any]:
+        """How the last forward pass was routed; empty where nothing is."""
+        return {}
 
 
 def build_config(kind: str, name: str, config_class: type[LayerConfig], options: dict[str, Any]) -> Any:
-    """``config_class(**options)``, where a wrong option is an error that lists the right ones."""
+    """``config_class(**options)``, where a wrong option is an error that lists the right ones.
+
+    Raises:
+        ValueError: there is no such option, or a value is of the wrong type or out of range; it names the layer.
+    """
     right = [field.name for field in fields(config_class)]
     for option in options:
         if option not in right:
             near = difflib.get_close_matches(option, right, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{kind} {name!r} has no option {option!r}: it has {', '.join(right)}.{hint}")
-    try:
+    with _naming(kind, name):
         return config_class(**options)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{kind} {name!r}: {error}") from error
+
+
+def build_layer(kind: str, name: str, layer: Any, options: dict[str, Any]) -> Any:
+    """The layer with these options of its config; errors as in :func:`build_config`."""
+    config = build_config(kind, name, layer.Config, options)
+    with _naming(kind, name):
+        return layer(config)
+
+
+@contextmanager
+def _naming(kind: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{kind} {name!r}: {error}") from error
 
 
 def choose_heads(d_model: int, num_heads: int | None) -> int:

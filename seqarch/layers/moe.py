@@ -31,6 +31,8 @@ class MixtureOfExpertsConfig(LayerConfig):
         load_balance_weight, router_z_weight: what :meth:`MixtureOfExperts.auxiliary_loss` weighs its parts by.
     """
 
+    may_be_zero = ("shared_experts",)
+
     num_experts: int = 8
     top_k: int = 2
     hidden: int | None = None
@@ -41,14 +43,8 @@ class MixtureOfExpertsConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts must be positive, got {self.num_experts}")
-        if not 1 <= self.top_k <= self.num_experts:
+        if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be 1 to num_experts ({self.num_experts}), got {self.top_k}")
-        if self.shared_experts < 0:
-            raise ValueError(f"shared_experts must be 0 or more, got {self.shared_experts}")
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"hidden must be positive, got {self.hidden}")
         if self.normalise_weights and self.top_k == 1:
             raise ValueError(
                 "top_k=1 with normalise_weights=True weighs every expert 1, so its router cannot learn: give False"

@@ -90,11 +90,12 @@ class LanguageModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def auxiliary_loss(self) -> Tensor:
-        """The weighted losses of the routers in the last forward pass; 0 without any."""
+        """What the channel mixers add to the loss of the last forward pass (the routers' losses); 0 without any."""
+        losses = [channel.auxiliary_loss() for channel in self.stack.channels().values()]
         zero = torch.zeros((), device=self.head.weight.device)
-        return sum((experts.auxiliary_loss() for experts in self.stack.experts().values()), zero)
+        return sum((loss for loss in losses if loss is not None), zero)
 
     def router_metrics(self) -> dict[str, Any]:
         """Load and confidence of each router in the last forward pass, by ``layer_I/metric``."""
-        found = {name: experts.router_metrics() for name, experts in self.stack.experts().items()}
+        found = {name: channel.router_metrics() for name, channel in self.stack.channels().items()}
         return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer
-from seqarch.layers.initialisation import exempt_from_decay
+from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, build_channel_mixer, build_mixer
 from seqarch.layers.mixer import State
-from seqarch.layers.moe import MixtureOfExperts
 from seqarch.models.pattern import LayerPattern, tile_pattern
 from seqarch.ops.common.checks import unknown_name
 
@@ -42,7 +40,7 @@ class StackConfig:
 
     def __post_init__(self):
         if self.d_model < 1:
-            raise ValueError(f"d_model must be positive, got {self.d_model}")
+            raise ValueError(f"d_model must be at least 1, got {self.d_model}")
         layers = tile_pattern(self.pattern, self.depth)
         for name in (*self.mixers, *(name for layer in layers for name in layer.mixers)):
             if name not in MIXERS:
@@ -59,6 +57,8 @@ class StackLayer(nn.Module):
     channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3, without its norm of each branch).
     """
 
+    no_weight_decay = ("branch_weights",)
+
     def __init__(self, config: StackConfig, pattern: LayerPattern):
         super().__init__()
         width = config.d_model
@@ -68,7 +68,7 @@ class StackLayer(nn.Module):
         )
         branches = len(self.mixers)
         weights = torch.full((branches, width), 1 / branches)
-        self.branch_weights = exempt_from_decay(nn.Parameter(weights)) if branches > 1 else None
+        self.branch_weights = nn.Parameter(weights) if branches > 1 else None
         channel = pattern.channel or config.channel
         self.channel_norm, self.channel = None, None
         if channel != "none":
@@ -137,7 +137,7 @@ class Stack(nn.Module):
         parts = [part for layer in self._layers() for part in (*layer.mixers, layer.channel) if part is not None]
         return sum(part.flops(length, batch_size) for part in parts)  # type: ignore[operator]
 
-    def experts(self) -> dict[str, MixtureOfExperts]:
-        """The mixtures of experts in the stack, by ``layer_I``."""
+    def channels(self) -> dict[str, ChannelMixer]:
+        """The channel mixers, by ``layer_I``."""
         channels = {f"layer_{i}": layer.channel for i, layer in enumerate(self._layers())}
-        return {name: channel for name, channel in channels.items() if isinstance(channel, MixtureOfExperts)}
+        return {name: channel for name, channel in channels.items() if channel is not None}

@@ -231,11 +231,11 @@ def test_defaults_of_heads():
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"window": 0}, "mixer 'attention': window counts the token itself and must be at least 1 or None, got 0"),
+        ({"window": 0}, "mixer 'attention': window must be at least 1, got 0"),
         ({"num_heads": 3}, r"num_heads \(3\) must divide d_model \(32\)"),
         ({"num_heads": 4, "num_kv_heads": 3}, r"num_kv_heads \(3\) must divide num_heads \(4\)"),
-        ({"num_kv_heads": 0}, r"num_kv_heads \(0\)"),
-        ({"head_dim": 0}, "head_dim must be positive, got 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"head_dim": 64}, "num_heads must be positive, got 0"),
         ({"head_dim": 5, "num_heads": 2}, "even head width, got 5"),
         ({"position": "rotery"}, "Did you mean 'rotary'"),

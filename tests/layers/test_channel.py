@@ -220,14 +220,14 @@ def test_default_experts_cost_a_token_what_a_swiglu_does():
     ("name", "chosen", "message"),
     [
         ("mlp", {"activation": "gleu"}, "Did you mean 'gelu'"),
-        ("mlp", {"hidden": 0}, "hidden must be positive, got 0"),
+        ("mlp", {"hidden": 0}, "hidden must be at least 1, got 0"),
         ("swiglu", {"expansion": 0.0}, "expansion must be positive, got 0.0"),
         ("swiglu", {"activation": "relu"}, "has no option 'activation'"),
         ("moe", {"top_k": 9}, r"top_k must be 1 to num_experts \(8\), got 9"),
-        ("moe", {"num_experts": 0}, "num_experts must be positive, got 0"),
+        ("moe", {"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ("moe", {"top_k": 1}, "its router cannot learn"),
-        ("moe", {"shared_experts": -1}, "shared_experts must be 0 or more, got -1"),
-        ("moe", {"hidden": 0}, "hidden must be positive, got 0"),
+        ("moe", {"shared_experts": -1}, "shared_experts must be at least 0, got -1"),
+        ("moe", {"hidden": 0}, "hidden must be at least 1, got 0"),
         ("moe", {"router_z_weight": -1.0}, "must be 0 or more"),
     ],
 )

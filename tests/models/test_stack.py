@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -100,7 +101,18 @@ def test_weight_decay_spares_what_the_papers_spare():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
 
 
+def test_the_marks_of_weight_decay_survive_a_copy():
+    model = LanguageModel(LMConfig(vocab_size=11, d_model=32, pattern="mamba+attention", depth=1))
+    sizes = [[len(group["params"]) for group in parameter_groups(m, 0.1)] for m in (model, copy.deepcopy(model))]
+    assert sizes[0] == sizes[1]
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"mixers": {"attention": {"num_heads": "2"}}}, r"attention': num_heads must be int \| None, got '2'"),
+    ({"mixers": {"attention": {"qk_norm": 1}}}, "attention': qk_norm must be bool, got 1"),
+    ({"mixers": {"attention": {"conv_width": 9}}}, "attention': .* width of 2 to 8, got 9"),
+    ({"pattern": "mamba2", "mixers": {"mamba2": {"d_state": 0}}}, "mamba2': d_state must be at least 1, got 0"),
+    ({"pattern": "retention", "mixers": {"retention": {"expand_v": 0}}}, "expand_v must be at least 1, got 0"),
     ({"pattern": "mamba3"}, "unknown mixer 'mamba3': expected one of attention, .*Did you mean 'mamba'"),
     ({"pattern": "attention/swigul"}, "unknown channel mixer 'swigul'.*Did you mean 'swiglu'"),
     ({"channel": "mpl"}, "unknown channel mixer 'mpl'.*Did you mean 'mlp'"),
@@ -111,7 +123,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"mixers": {"attention": {"num_heads": 3}}}, r"num_heads \(3\) must divide d_model \(32\)"),
     ({"pattern": "attention mamba", "depth": 3}, "a depth of 3 does not fit the pattern"),
-    ({"d_model": 0}, "d_model must be positive, got 0"),
+    ({"d_model": 0}, "d_model must be at least 1, got 0"),
 ]
 
 

@@ -40,7 +40,7 @@ def prepare(
     key_start: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Check the arguments; what every backend takes: ``q, k, v, causal, window, scale, offsets, key_start``."""
-    checks.same_device_and_kind(NAME, q=q, k=k, v=v)
+    checks.floating_on_one_device(NAME, q=q, k=k, v=v)
     sizes = checks.match_shapes(
         NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B")
     )

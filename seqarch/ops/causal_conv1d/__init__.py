@@ -21,9 +21,9 @@ from torch import Tensor
 
 from seqarch.ops.common.checks import (
     accumulation_dtype,
+    floating_on_one_device,
     initial_state,
     match_shapes,
-    same_device_and_kind,
     sequence_offsets,
     unknown_name,
 )
@@ -50,7 +50,7 @@ def prepare(
     """
     name = "causal_conv1d"
     sizes = match_shapes(name, x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
-    same_device_and_kind(name, x=x, weight=weight, bias=bias, state=state)
+    floating_on_one_device(name, x=x, weight=weight, bias=bias, state=state)
     if sizes["W"] not in WIDTHS:
         raise ValueError(f"{name}: weight has width {sizes['W']}, expected {WIDTHS.start} to {WIDTHS.stop - 1}")
     if activation is not None and activation not in ACTIVATIONS:

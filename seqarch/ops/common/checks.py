@@ -48,7 +48,7 @@ def divides(op: str, few: int, few_name: str, many: int, many_name: str) -> None
         raise ValueError(f"{op}: {many_name} ({many}) must be a multiple of {few_name} ({few})")
 
 
-def same_device_and_kind(op: str, **tensors: Tensor | None) -> None:
+def floating_on_one_device(op: str, **tensors: Tensor | None) -> None:
     """Raise unless all tensors are floating point and on one device."""
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():

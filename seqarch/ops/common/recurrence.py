@@ -28,7 +28,7 @@ def prepare_recurrence(
         ValueError: shapes disagree, heads do not divide, or the offsets are wrong.
         TypeError: an input is not floating point.
     """
-    checks.same_device_and_kind(op, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
+    checks.floating_on_one_device(op, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
     if log_decay is not None and log_decay.ndim not in DECAY_PATTERNS:
         shapes = "[H], [B, T, H] or [B, T, H, K]"
         raise ValueError(f"{op}: log_decay has shape {list(log_decay.shape)}, expected {shapes}")
@@ -45,5 +45,5 @@ def prepare_recurrence(
     offsets = checks.sequence_offsets(op, cu_seqlens, sizes["B"], sizes["T"])
     rows = sizes["B"] if offsets is None else len(offsets) - 1
     shape = (rows, sizes["H"], sizes["K"], sizes["V"])
-    state = checks.initial_state(op, state, shape, checks.accumulation_dtype(q, k, v), v.device)
+    state = checks.initial_state(op, state, shape, checks.accumulation_dtype(q, k, v, beta, log_decay, state), v.device)
     return sizes["K"] ** -0.5 if scale is None else scale, state, offsets

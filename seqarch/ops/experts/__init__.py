@@ -39,7 +39,7 @@ def prepare(
     What every backend takes: ``x [N, D], w_in, w_out, expert_index [N, k], expert_weight [N, k], w_gate, activation``,
     the last a function.
     """
-    checks.same_device_and_kind(NAME, x=x, w_in=w_in, w_out=w_out, expert_weight=expert_weight, w_gate=w_gate)
+    checks.floating_on_one_device(NAME, x=x, w_in=w_in, w_out=w_out, expert_weight=expert_weight, w_gate=w_gate)
     tokens = "B T" if x.ndim == 3 else "N"
     sizes = checks.match_shapes(
         NAME,

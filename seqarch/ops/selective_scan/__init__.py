@@ -38,7 +38,7 @@ def prepare(
     cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
     """Check the arguments; what every backend takes, with B and C as ``[B, T, G, N]``."""
-    checks.same_device_and_kind(NAME, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
+    checks.floating_on_one_device(NAME, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
     B, C = (m.unsqueeze(2) if m.ndim == 3 else m for m in (B, C))
     sizes = checks.match_shapes(
         NAME,
@@ -54,7 +54,7 @@ def prepare(
     checks.divides(NAME, sizes["G"], "the groups of B and C", sizes["D"], "the channels")
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["T"])
     rows = sizes["B"] if offsets is None else len(offsets) - 1
-    dtype = checks.accumulation_dtype(x, dt, A)
+    dtype = checks.accumulation_dtype(x, dt, A, B, C, D, z, dt_bias, state)
     state = checks.initial_state(NAME, state, (rows, sizes["D"], sizes["N"]), dtype, x.device)
     return x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, offsets
 

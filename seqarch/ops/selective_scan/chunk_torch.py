@@ -18,6 +18,9 @@ from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size
 CHUNK_ELEMENTS = 2**18
 """Numbers in one chunk's states: with their decays and gradients they should stay in a core's cache."""
 
+LEAST = 8
+"""Tokens of the shortest chunk, however large the states: one state a chunk is kept for the backward pass."""
+
 
 def run(
     x: Tensor,
@@ -75,7 +78,7 @@ class _Scan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        size = max(1, min(64, CHUNK_ELEMENTS // max(1, state.numel())))
+        size = max(LEAST, min(64, CHUNK_ELEMENTS // max(1, state.numel())))
         outputs, starts = [], []
         for first in range(0, x.shape[0], size):
             part = slice(first, first + size)
