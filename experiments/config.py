@@ -95,15 +95,11 @@ class TrackerConfig:
 
     Attributes:
         name: a key of ``TRACKERS``.
-        options: passed to that tracker, which checks them.
+        options: an instance of ``TRACKERS[name].Config``.
     """
 
     name: str = "none"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.name not in TRACKERS:
-            raise ValueError(f"unknown tracker {self.name!r}, {choices_hint(self.name, TRACKERS)}")
+    options: Any = field(default_factory=TRACKERS["none"].Config)
 
 
 @dataclass(frozen=True)
@@ -157,8 +153,9 @@ def run_config(composed: Mapping[str, Any]) -> RunConfig:
         ConfigError: naming the full path of a wrong key, type or value and the nearest right one.
     """
     composed = dict(composed)
-    if isinstance(composed.get("task"), Mapping):
-        composed["task"] = _task_config(composed["task"])
+    for name, typed in (("task", _task_config), ("tracker", _tracker_config)):
+        if isinstance(composed.get(name), Mapping):
+            composed[name] = typed(composed[name])
     return convert(RunConfig, composed)
 
 
@@ -168,6 +165,14 @@ def _task_config(task: Mapping[str, Any]) -> TaskConfig:
     if name not in TASKS:
         raise ConfigError(f"task.name: unknown task {name!r}, {choices_hint(name, TASKS)}")
     return TaskConfig(name, convert(TASKS[name].Config, options, "task"))
+
+
+def _tracker_config(tracker: Mapping[str, Any]) -> TrackerConfig:
+    name = tracker.get("name", TrackerConfig.name)
+    if name not in TRACKERS:
+        raise ConfigError(f"tracker.name: unknown tracker {name!r}, {choices_hint(name, TRACKERS)}")
+    options = convert(TRACKERS[name].Config, tracker.get("options", {}), "tracker.options")
+    return convert(TrackerConfig, {**tracker, "options": options}, "tracker")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

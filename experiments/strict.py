@@ -1,7 +1,7 @@
 """Plain dictionaries to typed dataclasses, strictly: a wrong key or type fails with its full path.
 
 Understands what configurations are made of: dataclasses, ``bool``, ``int``, ``float``, ``str``, ``X | None``,
-``dict[str, ...]`` and ``Any``. An int is welcome where a float is expected; nothing else is converted.
+``dict[str, ...]``, ``list[...]`` and ``Any``. An int is welcome where a float is expected; nothing else is converted.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ def convert(kind: Any, value: Any, path: str = "") -> Any:
         if not isinstance(value, Mapping):
             raise _wrong_type(path, "a mapping", value)
         return {str(key): convert(arguments[1], item, _join(path, str(key))) for key, item in value.items()}
+    if origin is list:
+        if not isinstance(value, list):
+            raise _wrong_type(path, "a list", value)
+        return [convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)]
     return _convert_scalar(kind, value, path)
 
 
@@ -61,7 +65,8 @@ def _convert_dataclass(kind: Any, value: Any, path: str) -> Any:
     names = [field.name for field in fields(kind) if field.init]
     for key in value:
         if key not in names:
-            raise ConfigError(f"{_join(path, str(key))}: unknown key, {choices_hint(key, names)}")
+            known = choices_hint(key, names) if names else "nothing can be set here"
+            raise ConfigError(f"{_join(path, str(key))}: unknown key, {known}")
     missing = [
         field.name
         for field in fields(kind)

@@ -4,34 +4,67 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.errors import choices_hint
+
+
+@dataclass(frozen=True)
+class TrackerOptions:
+    """No options."""
+
 
 class Tracker:
-    """Hears of a run. This one keeps nothing; others override what they need."""
+    """Hears of a run. This one keeps nothing; others override what they need.
+
+    Args:
+        options: an instance of ``Config``, into which a run's ``tracker.options`` are converted before it starts.
+        folder: the run's folder.
+        config: its configuration.
+    """
+
+    Config: type[Any] = TrackerOptions
+
+    def __init__(self, options: Any, folder: Path, config: Mapping[str, Any]): ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def finish(self, status: str, results: Mapping[str, Any]) -> None: ...
 
 
-class WandbTracker(Tracker):
-    """Weights & Biases; offline unless told otherwise, with its files in the run's folder under ``wandb/``.
-
-    Options: ``project``, ``mode`` (``offline`` or ``online``), ``entity``, ``tags``.
+@dataclass(frozen=True)
+class WandbOptions:
+    """
+    Attributes:
+        mode: ``offline`` or ``online``.
+        entity: the user or team whose project it is; ``None`` for the default of the account.
     """
 
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], *, project="seqarch", mode: Any = "offline", entity=None, tags=()
-    ):
+    project: str = "seqarch"
+    mode: Any = "offline"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.mode not in ("offline", "online"):
+            raise ValueError(f"mode is {self.mode!r}, {choices_hint(self.mode, ('offline', 'online'))}")
+
+
+class WandbTracker(Tracker):
+    """Weights & Biases; offline unless told otherwise, with its files in the run's folder under ``wandb/``."""
+
+    Config = WandbOptions
+
+    def __init__(self, options: WandbOptions, folder: Path, config: Mapping[str, Any]):
         import wandb
 
         self._run = wandb.init(
-            project=project,
-            entity=entity,
-            tags=list(tags),
-            mode=mode,
+            project=options.project,
+            entity=options.entity,
+            tags=options.tags,
+            mode=options.mode,
             dir=folder,
             name=folder.name,
             group=config["experiment"],
@@ -78,8 +111,6 @@ TRACKERS: dict[str, type[Tracker]] = {
 }
 
 
-def make_tracker(name: str, options: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """The tracker of that name, guarded; ``none`` needs no guard."""
-    if name == "none":
-        return Tracker()
-    return Guarded(name, lambda: TRACKERS[name](folder, config, **options))  # type: ignore[call-arg]
+def make_tracker(name: str, options: Any, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """The tracker of that name, guarded, with options that are an instance of its ``Config``."""
+    return Guarded(name, lambda: TRACKERS[name](options, folder, config))

@@ -90,6 +90,7 @@ class Run:
 
     def look(self, values: dict[str, float]) -> None:
         """Judge the model on the validation split, write it down and keep a checkpoint."""
+        routing = self.model.router_metrics()  # Of the training batch: each forward pass replaces them.
         started = time.perf_counter()
         scores = evaluate(self.model, self.task, "validation", self.device)
         self.state.eval_seconds += time.perf_counter() - started
@@ -104,7 +105,7 @@ class Run:
             self.state.stale += 1
         self.state.validation = value
         plain = {f"validation_{name}": score for name, score in scores.items() if isinstance(score, float)}
-        line = {"step": self.state.step, **values, **plain, **self.model.router_metrics()}
+        line = {"step": self.state.step, **values, **plain, **routing}
         # last.pt comes last: torn before it, the run goes on from the look before and writes all three again.
         self.folder.append_metrics(**line)
         paths = [*([self.folder.best_checkpoint] if improved else []), self.folder.last_checkpoint]

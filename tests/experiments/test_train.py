@@ -313,3 +313,20 @@ def test_sigterm_interrupts_and_a_second_process_is_kept_out(tmp_path):
     assert folder.status() == "interrupted"
     assert not folder.progress_file.exists()
     folder.claim.take()
+
+
+def test_routing_is_recorded_of_the_training_batch(tmp_path, monkeypatch):
+    """Not of the last validation batch, on which the model is judged in between."""
+    config = tiny_config(tmp_path, model__channel="moe", train__steps=1)
+    folder, look, seen = RunFolder(config.folder()), Run.look, {}
+
+    def watched(run, values):
+        seen.update(run.model.router_metrics())
+        look(run, values)
+        assert run.model.router_metrics() != seen
+
+    monkeypatch.setattr(Run, "look", watched)
+    assert train_here(config)[0] == 0
+    (line,) = folder.metrics()
+    assert seen
+    assert {name: line[name] for name in seen} == seen
