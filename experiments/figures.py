@@ -5,29 +5,38 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import chain, count
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from experiments.reading import Comparison, RecordedRun, Variant
-from experiments.style import COLOURS, DASHES, FAMILIES, INK, QUIET, pattern_mixers, spread
+from experiments.style import DASHES, FAMILIES, INK, MARKERS, QUIET, pattern_mixers, spread
 
 LABEL_WIDTH = 0.22
 """Names closer than this share of the axis may cover one another."""
 
 
-def colour(variant: Variant) -> str:
-    return COLOURS[variant.family]
+def strokes(comparison: Comparison) -> dict[str, int]:
+    """By label, a number that tells a variant from all others of its colour: its dash and, beyond those, its marker.
+
+    The first variant of a mixer has the dash of that mixer, the same in every figure.
+    """
+    taken: dict[str, int] = {}
+    for variant in sorted(comparison.shown, key=lambda variant: variant.label):
+        members = FAMILIES.get(variant.family, ())
+        own = [members.index(mixer) for mixer in pattern_mixers(variant.pattern) if mixer in members]
+        used = {taken[other.label] for other in comparison.shown
+                if other.label in taken and other.colour == variant.colour}  # fmt: skip
+        taken[variant.label] = next(number for number in chain(own, count(len(members))) if number not in used)
+    return taken
 
 
-def dash(variant: Variant, comparison: Comparison):
-    """Members of one family share its colour and differ in their dashes, the same in every figure."""
-    if variant.family in FAMILIES:
-        (mixer,) = pattern_mixers(variant.pattern)
-        return DASHES[FAMILIES[variant.family].index(mixer)]
-    kin = sorted({other.label for other in comparison.shown if other.family == variant.family})
-    return DASHES[kin.index(variant.label) % len(DASHES)]
+def line_look(number: int) -> dict[str, Any]:
+    marker = MARKERS[number // len(DASHES) % len(MARKERS)]
+    return {"linestyle": DASHES[number % len(DASHES)], "marker": marker, "markersize": 5, "markevery": 0.1}
 
 
 def test_of(run: RecordedRun) -> float:
@@ -49,12 +58,12 @@ def draw_ranking(axes: Axes, comparison: Comparison) -> None:
     for row, variant in enumerate(reversed(shown)):
         values = variant.values(test_of)
         jitter = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else [0.0]
-        axes.plot([min(values), max(values)], [row, row], color=colour(variant), alpha=0.35, linewidth=6,
+        axes.plot([min(values), max(values)], [row, row], color=variant.colour, alpha=0.35, linewidth=6,
                   solid_capstyle="round")  # fmt: skip
-        axes.plot(values, row + np.asarray(jitter), "o", color=colour(variant), markersize=6, markeredgecolor="white",
+        axes.plot(values, row + np.asarray(jitter), "o", color=variant.colour, markersize=6, markeredgecolor="white",
                   markeredgewidth=0.8)  # fmt: skip
         middle = statistics.median(values)
-        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=colour(variant), linewidth=2.4)
+        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=variant.colour, linewidth=2.4)
         text = f"{middle:.3f}" if _is_share(comparison) else f"{middle:.2f}"
         axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(shown)), [variant.label for variant in reversed(shown)])
@@ -97,10 +106,10 @@ def draw_training(panels: Sequence[Axes], comparison: Comparison) -> None:
             for run in other.finished:
                 _draw_steps(axes, run, key, color="#DDDDDD", linewidth=0.9, zorder=1.5)
         for run in variant.finished:
-            _draw_steps(axes, run, key, color=colour(variant), linewidth=1.6, zorder=3)
+            _draw_steps(axes, run, key, color=variant.colour, linewidth=1.6, zorder=3)
             steps, values = _steps(run, key)
-            axes.plot(steps[-1:], values[-1:], "o", color=colour(variant), markeredgecolor="white", zorder=4)
-        axes.set_title(variant.label, color=colour(variant), fontsize=10)
+            axes.plot(steps[-1:], values[-1:], "o", color=variant.colour, markeredgecolor="white", zorder=4)
+        axes.set_title(variant.label, color=variant.colour, fontsize=10)
         axes.set_xlabel("Training step")
         axes.set_xlim(left=0)
         if _is_share(comparison):
@@ -124,14 +133,14 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
     """The metric along the task's own axis, such as the position in the file: seeds thin, their median thick."""
     drawn = [variant for variant in comparison.shown if "curve" in variant.finished[0].record["results"]]
     first = drawn[0].finished[0].record["results"]["curve"]
-    ends = []
+    ends, numbers = [], strokes(comparison)
     for variant in drawn:
         curves = [run.record["results"]["curve"] for run in variant.finished]
         x, middle = curves[0]["x"], np.median([curve["y"] for curve in curves], axis=0)
         if len(curves) > 1:
             for curve in curves:
-                axes.plot(x, curve["y"], color=colour(variant), alpha=0.35, linewidth=0.8)
-        axes.plot(x, middle, color=colour(variant), linestyle=dash(variant, comparison))
+                axes.plot(x, curve["y"], color=variant.colour, alpha=0.35, linewidth=0.8)
+        axes.plot(x, middle, color=variant.colour, **line_look(numbers[variant.label]))
         ends.append((x[-1], float(middle[-1])))
     axes.set_xscale("log", base=2)
     axes.set_xlim(first["x"][0], first["x_end"])
@@ -139,7 +148,7 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlabel(f"{first['x_label']} ({first['x_unit']}, logarithmic)")
     axes.set_ylabel(metric_label(comparison))
     _mark_chance(axes, comparison, vertical=False)
-    _label_ends(axes, [variant.label for variant in drawn], [colour(variant) for variant in drawn], ends)
+    _label_ends(axes, [variant.label for variant in drawn], [variant.colour for variant in drawn], ends)
     trained_to = first.get("trained_to")
     if trained_to and trained_to < first["x"][-1]:
         axes.axvline(trained_to, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
@@ -173,10 +182,10 @@ def draw_cost(axes: Axes, comparison: Comparison) -> None:
     sizes = [variant.finished[0].record["model"]["state_bytes"] for variant in shown]
     for variant, size in zip(shown, sizes, strict=True):
         values = variant.values(test_of)
-        axes.plot([size] * len(values), values, "-", color=colour(variant), alpha=0.35, linewidth=4,
+        axes.plot([size] * len(values), values, "-", color=variant.colour, alpha=0.35, linewidth=4,
                   solid_capstyle="round")  # fmt: skip
         middle = statistics.median(values)
-        axes.plot([size], [middle], "o", color=colour(variant), markersize=8, markeredgecolor="white")
+        axes.plot([size], [middle], "o", color=variant.colour, markersize=8, markeredgecolor="white")
     axes.set_xscale("log", base=2)
     room = max(max(sizes) / min(sizes), 4) ** 0.18
     axes.set_xlim(min(sizes) / room, max(sizes) * room)
@@ -203,7 +212,7 @@ def _label_points(axes: Axes, shown: Sequence[Variant], sizes: Sequence[float]) 
         crowded = any(abs(x - other) < LABEL_WIDTH and abs(above - y) < line for other, y in taken)
         y = below if crowded else above
         taken.append((x, y))
-        axes.annotate(variant.label, (size, y), ha="center", va="center", fontsize=9, color=colour(variant))
+        axes.annotate(variant.label, (size, y), ha="center", va="center", fontsize=9, color=variant.colour)
 
 
 def _line_height(axes: Axes) -> float:

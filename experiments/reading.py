@@ -11,7 +11,7 @@ from typing import Any
 from experiments.errors import RunnerError
 from experiments.files import read_json
 from experiments.records import RunFolder, flat
-from experiments.style import family
+from experiments.style import colours, family
 
 TUNED = ("train.lr", "train.weight_decay")
 """What a comparison may choose for each model, by the median validation metric over seeds."""
@@ -51,11 +51,13 @@ class Variant:
     """One model of a comparison: the runs that differ in nothing but the seed.
 
     Attributes:
+        colour: that of the family, or of the mixer's own where it has none; the same throughout a report.
         grid: what was chosen among, ``{"train.lr": [0.001, 0.003]}``.
     """
 
     label: str
     pattern: str
+    colour: str
     runs: list[RecordedRun]
     grid: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -132,11 +134,12 @@ def _require_results(run: RecordedRun) -> None:
 def compare(runs: list[RecordedRun]) -> list[Comparison]:
     """One comparison an experiment, the best model first."""
     names = sorted({run.config["experiment"] for run in runs})
-    return [_comparison(name, [run for run in runs if run.config["experiment"] == name]) for name in names]
+    colour_of = colours(run.config["model"]["pattern"] for run in runs)
+    return [_comparison(name, [run for run in runs if run.config["experiment"] == name], colour_of) for name in names]
 
 
-def _comparison(name: str, runs: list[RecordedRun]) -> Comparison:
-    variants = _choose(_variants(runs))
+def _comparison(name: str, runs: list[RecordedRun], colour_of: dict[str, str]) -> Comparison:
+    variants = _choose(_variants(runs, colour_of))
     higher = next((run.record["metric"]["higher_is_better"] for run in runs if run.finished), True)
     variants.sort(key=lambda variant: _goodness(variant, "test", higher), reverse=True)
     seeds = sorted({run.config["seed"] for run in runs})
@@ -152,7 +155,7 @@ def _comparison(name: str, runs: list[RecordedRun]) -> Comparison:
     return Comparison(name, variants, seeds, remarks)
 
 
-def _variants(runs: list[RecordedRun]) -> list[Variant]:
+def _variants(runs: list[RecordedRun], colour_of: dict[str, str]) -> list[Variant]:
     """Runs that share all but the seed, labelled by the model's name and whatever else tells them apart."""
     ignored = ("seed", "runs", "tracker")
     groups: dict[str, list[RecordedRun]] = {}
@@ -169,7 +172,8 @@ def _variants(runs: list[RecordedRun]) -> list[Variant]:
         differing = {name for rival in rivals for name in {**rival, **own} if rival.get(name) != own.get(name)}
         told = [f"{name.rpartition('.')[2]}={own.get(name)}" for name in sorted(differing) if name not in TUNED]
         label = model["name"] + (f" ({', '.join(told)})" if told else "")
-        variants.append(Variant(label, model["pattern"], sorted(members, key=lambda run: run.config["seed"])))
+        ordered = sorted(members, key=lambda run: run.config["seed"])
+        variants.append(Variant(label, model["pattern"], colour_of[model["pattern"]], ordered))
     return variants
 
 

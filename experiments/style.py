@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,14 @@ COLOURS = {
     "state space": "#009E73",
     "delta rule": "#CC79A7",
     "hybrid": "#D55E00",
-    "other": "#56B4E9",
 }
+RESERVE = ("#56B4E9", "#882255", "#999933", "#332288", "#8C564B", "#5E7C8A")
+"""For mixers of no family, one each."""
+
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+MARKERS = ("", "o", "s", "^", "D")
+"""For lines of one colour when the dashes are used up."""
+
 INK, QUIET = "#222222", "#767676"
 
 RULES: dict[Any, Any] = {
@@ -82,6 +87,19 @@ def family(pattern: str) -> str:
     if len(mixers) > 1:
         return "hybrid"
     return next((name for name, members in FAMILIES.items() if mixers <= set(members)), "other")
+
+
+def colours(patterns: Iterable[str]) -> dict[str, str]:
+    """The colour of each pattern of a report: that of its family, or of its own from the reserve."""
+    kinds = {pattern: family(pattern) for pattern in patterns}
+    unlisted = sorted(
+        {mixer for pattern, kind in kinds.items() if kind == "other" for mixer in pattern_mixers(pattern)}
+    )
+    reserve = {mixer: RESERVE[index % len(RESERVE)] for index, mixer in enumerate(unlisted)}
+    return {
+        pattern: COLOURS[kind] if kind in COLOURS else reserve[min(pattern_mixers(pattern))]
+        for pattern, kind in kinds.items()
+    }
 
 
 def pattern_mixers(pattern: str) -> set[str]:

@@ -10,11 +10,11 @@ import pytest
 
 from experiments import report as report_module
 from experiments.errors import RunnerError
-from experiments.figures import bytes_text
+from experiments.figures import bytes_text, line_look, strokes
 from experiments.page import table_rows
 from experiments.reading import compare, read_runs
 from experiments.report import main, report
-from experiments.style import COLOURS, FAMILIES, RULES, family, spread
+from experiments.style import COLOURS, FAMILIES, RESERVE, RULES, family, spread
 from seqarch.layers import MIXERS
 
 
@@ -238,13 +238,37 @@ def test_no_text_covers_another(recorded, monkeypatch):
 
 def test_every_mixer_has_a_family_and_every_family_its_colour():
     assert {mixer for members in FAMILIES.values() for mixer in members} <= set(MIXERS)
-    assert {*FAMILIES, "hybrid", "other"} == set(COLOURS)
-    assert len(set(COLOURS.values())) == len(COLOURS)
+    assert {*FAMILIES, "hybrid"} == set(COLOURS)
+    assert len({*COLOURS.values(), *RESERVE}) == len(COLOURS) + len(RESERVE)
     assert RULES["savefig.dpi"] >= 150
     assert family("3*mamba2 attention") == "hybrid"
     assert family("2*(mamba2/moe)") == "state space"
     assert family("sliding_window") == "attention"
     assert family("brand_new") == "other"
+
+
+def test_a_mixer_of_no_family_has_a_colour_of_its_own_throughout_a_report(tmp_path):
+    for experiment, models in (("one", ["b_new", "attention"]), ("two", ["a_new", "b_new", "mamba2"])):
+        for model in models:
+            record_run(tmp_path, model, 0, 0.5, experiment=experiment)
+    comparisons = compare(read_runs(tmp_path)[0])
+    found = {(variant.pattern, variant.colour) for comparison in comparisons for variant in comparison.variants}
+    expected = {"a_new": RESERVE[0], "b_new": RESERVE[1], "attention": COLOURS["attention"]}
+    assert found == {*expected.items(), ("mamba2", COLOURS["state space"])}
+
+
+def test_no_two_lines_of_a_figure_look_alike(tmp_path):
+    for depth in range(7):
+        record_run(tmp_path, "linear_attention", 0, 0.5, depth=depth)
+        record_run(tmp_path, "hybrid", 0, 0.5, depth=depth, pattern="attention mamba2")
+        record_run(tmp_path, "brand_new", 0, 0.5, depth=depth)
+    record_run(tmp_path, "retention", 0, 0.5)
+    (comparison,) = compare(read_runs(tmp_path)[0])
+    numbers = strokes(comparison)
+    looks = {(variant.colour, str(line_look(numbers[variant.label]))) for variant in comparison.shown}
+    assert len(looks) == len(comparison.shown) == 22
+    assert numbers["retention"] == FAMILIES["linear attention"].index("retention")
+    assert numbers["linear_attention (depth=0)"] == FAMILIES["linear attention"].index("linear_attention")
 
 
 def test_spread_keeps_order_and_distance():
