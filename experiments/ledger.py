@@ -11,20 +11,20 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from experiments import environment
+from experiments.checkpoints import TrainState
 from experiments.config import RunConfig
 from experiments.errors import RunnerError
 from experiments.files import write_atomic, write_json
 from experiments.records import RunFolder
-from experiments.trackers import Guarded
+from experiments.tasks import Task
+from experiments.trackers import Guarded, Tracker
+from seqarch.models import LanguageModel
 from seqarch.ops import record_backends
-
-if TYPE_CHECKING:
-    from experiments.train import Run
 
 INTERRUPTED = 130
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": INTERRUPTED}
@@ -34,11 +34,28 @@ FLOPS_FORMULA = (
 )
 
 
+class Training(Protocol):
+    """What the record needs of a run in training."""
+
+    config: RunConfig
+    device: torch.device
+    task: Task
+    model: LanguageModel
+    state: TrainState
+    tracker: Tracker
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end and return the results."""
+        ...
+
+    def tokens_per_second(self) -> float: ...
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Run]) -> int:
+def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Training]) -> int:
     """Train, with the record written before and after, however it ends; returns the exit code."""
     try:
         _open(folder, config)
@@ -72,7 +89,7 @@ def _open(folder: RunFolder, config: RunConfig) -> None:
     write_json(folder.run_file, record)
 
 
-def _train(folder: RunFolder, make: Callable[[], Run]) -> tuple[str, dict[str, Any]]:
+def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[str, Any]]:
     """How training ended, and what is to be recorded of it."""
     run, ending, status = None, {}, "failed"
     with record_backends() as backends:
@@ -98,7 +115,7 @@ def _train(folder: RunFolder, make: Callable[[], Run]) -> tuple[str, dict[str, A
     return status, ending
 
 
-def _describe(run: Run) -> dict[str, Any]:
+def _describe(run: Training) -> dict[str, Any]:
     value, words = run.task.chance()
     return {
         "hardware": environment.hardware(run.device),
@@ -113,7 +130,7 @@ def _describe(run: Run) -> dict[str, Any]:
     }
 
 
-def _cost(run: Run) -> dict[str, Any]:
+def _cost(run: Training) -> dict[str, Any]:
     config, steps = run.config.train, run.state.step
     cost = {
         "steps": steps,
