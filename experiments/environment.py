@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,17 +22,62 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 VARIABLES = (*THREADS, "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "SEQARCH_ISA", "TRITON_INTERPRET")
 """Environment variables that change results or speed; no others are recorded, as they may hold secrets."""
 
+SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".yaml", ".yml", ".toml", ".sh")
+"""Endings of the untracked files whose content a diff holds: other files may be large, or hold secrets."""
+
+DIFF_BYTES = 2**20
+"""Of untracked files together."""
+
 
 def code_version() -> tuple[dict[str, Any], str]:
-    """The commit and whether the files differ from it; and how they differ, as a diff."""
+    """The commit and whether the files differ from it; and how they differ, as a diff that ``git apply`` takes.
+
+    Files that git neither tracks nor ignores are part of the code: ``untracked`` names them, the diff adds those that
+    are sources, and ``left_out`` names those that it does not hold.
+    """
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "dirty": None, "library": compiled_library()}, ""
     changed = _git("status", "--porcelain") or ""
     diff = (_git("diff", "HEAD") or "") if changed.strip() else ""
-    untracked = [line[3:] for line in changed.splitlines() if line.startswith("??")]
+    untracked = [name for name in (_git("ls-files", "--others", "--exclude-standard", "-z") or "").split("\0") if name]
+    added, left_out = untracked_diff(ROOT, untracked)
     code = {"commit": commit.strip(), "dirty": bool(changed.strip()), "library": compiled_library()}
-    return code | ({"untracked": untracked} if untracked else {}), diff
+    lists = {"untracked": untracked, "left_out": left_out}
+    return code | {name: files for name, files in lists.items() if files}, diff + added
+
+
+def untracked_diff(root: Path, names: Sequence[str]) -> tuple[str, list[str]]:
+    """A diff that adds the sources among some files, as far as :data:`DIFF_BYTES` allow; and the names of the rest."""
+    parts, left_out, room = [], [], DIFF_BYTES
+    for name in names:
+        text = _source_text(root / name, room)
+        if text is None:
+            left_out.append(name)
+            continue
+        room -= len(text.encode())
+        parts.append(_addition(name, text))
+    return "".join(parts), left_out
+
+
+def _source_text(path: Path, room: int) -> str | None:
+    """The text of a source of at most so many bytes; ``None`` for any other file."""
+    try:
+        if path.suffix not in SOURCES or path.is_symlink() or not path.is_file() or path.stat().st_size > room:
+            return None
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _addition(name: str, text: str) -> str:
+    header = f"diff --git a/{name} b/{name}\nnew file mode 100644\n"
+    if not text:
+        return header
+    lines = text.removesuffix("\n").split("\n")
+    body = "".join(f"+{line}\n" for line in lines)
+    open_end = "" if text.endswith("\n") else "\\ No newline at end of file\n"
+    return f"{header}--- /dev/null\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n{body}{open_end}"
 
 
 def compiled_library() -> dict[str, str]:

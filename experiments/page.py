@@ -81,7 +81,7 @@ def _section(comparison: Comparison, pictures: list[tuple[str, str]], titled: bo
     seeds = ", ".join(map(str, comparison.seeds))
     parts.append(
         f"{better} is better; chance is {metric['chance']:.3g} ({metric['chance_label']}). Seeds: {seeds}. Every run"
-        " was tested once, with the checkpoint that validation chose; where several learning rates were run, the median"
+        f" was tested once, with {_tested(comparison)}; where several learning rates were run, the median"
         " on validation chose. Training FLOPs and tokens per second are medians over seeds. FLOPs are"
         f" {sample['cost']['flops_formula']}."
     )
@@ -96,6 +96,17 @@ def _section(comparison: Comparison, pictures: list[tuple[str, str]], titled: bo
     commands = dict.fromkeys(run.record["command"] for variant in comparison.shown for run in variant.finished)
     parts.append("Run by:\n\n```\n" + "\n".join(commands) + "\n```")
     return parts
+
+
+def _tested(comparison: Comparison) -> str:
+    """Which checkpoint the numbers of a comparison are of."""
+    chosen = "the checkpoint that validation chose"
+    last = [v.label for v in comparison.shown if any(r.config["train"].get("select") == "last" for r in v.finished)]
+    if not last:
+        return chosen
+    if len(last) == len(comparison.shown):
+        return "its last checkpoint"
+    return f"{chosen}, or its last checkpoint ({', '.join(last)})"
 
 
 def _remarks(comparison: Comparison) -> list[str]:

@@ -6,7 +6,7 @@
 ``progress.json``   where training is now, for whoever watches
 ``checkpoints/``    ``last.pt`` and ``best.pt``
 ``train.log``       what the training process printed
-``code.diff``       how the code differed from the commit, if it did
+``code.diff``       how the code differed from the commit, if it did; new source files are in it
 ``claim.json``      who is at work here; gone when nobody is
 """
 

@@ -127,7 +127,7 @@ class Run:
         return bool(config.patience) and self.state.stale >= config.patience
 
     def test(self) -> dict[str, Any]:
-        """The test split, looked at once, with the checkpoint that validation chose."""
+        """The test split, looked at once, with the best checkpoint on validation or the last, as ``select`` says."""
         chosen = self.folder.best_checkpoint if self.train_config.select == "best" else self.folder.last_checkpoint
         tested = load_checkpoint(chosen, self.device, self.model)
         name = self.task.metric.name

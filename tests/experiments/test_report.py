@@ -271,6 +271,25 @@ def test_no_two_lines_of_a_figure_look_alike(tmp_path):
     assert numbers["linear_attention (depth=0)"] == FAMILIES["linear attention"].index("linear_attention")
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_says_which_checkpoint_was_tested(tmp_path):
+    def page():
+        return (report(tmp_path)[0] / "index.md").read_text()
+
+    def choose(folder, select):
+        config = json.loads((folder / "config.json").read_text())
+        config["train"]["select"] = select
+        (folder / "config.json").write_text(json.dumps(config))
+
+    folders = [record_run(tmp_path, model, 0, 0.5) for model in ("attention", "mamba2")]
+    choose(folders[0], "best")
+    assert "with the checkpoint that validation chose;" in page()
+    choose(folders[1], "last")
+    assert "with the checkpoint that validation chose, or its last checkpoint (mamba2);" in page()
+    choose(folders[0], "last")
+    assert "with its last checkpoint;" in page()
+
+
 def test_spread_keeps_order_and_distance():
     wanted = [0.5, 0.5, 0.51, 0.9, 0.0]
     placed = spread(wanted, 0.1, 0.0, 1.0)
