@@ -32,8 +32,6 @@ class HiddenConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.expansion <= 0:
-            raise ValueError(f"expansion must be positive, got {self.expansion}")
 
     @property
     def hidden_width(self) -> int:

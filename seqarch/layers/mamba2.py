@@ -49,6 +49,8 @@ class Mamba2Config(LayerConfig):
         inner = self.expand * self.d_model
         if inner % self.head_dim:
             raise ValueError(f"head_dim ({self.head_dim}) must divide expand * d_model ({inner})")
+        if self.A_min > self.A_max:
+            raise ValueError(f"A_min ({self.A_min}) must not be above A_max ({self.A_max})")
         heads = inner // self.head_dim
         if heads % self.n_groups:
             raise ValueError(f"n_groups ({self.n_groups}) must divide the number of heads ({heads})")

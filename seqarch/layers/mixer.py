@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,10 @@ class LayerConfig:
     d_model: int
 
     may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width",)
-    """Whole numbers among the options for which 0 means "none"; all others are at least 1."""
+    """The numbers among the options that 0 turns off; all others are positive."""
 
     def __post_init__(self):
-        """Check the type of every option, and that whole numbers are positive."""
+        """Check the type of every option, and that numbers are finite and positive."""
         hints = get_type_hints(type(self))
         for option in fields(self):
             value, expected = getattr(self, option.name), hints[option.name]
@@ -40,9 +41,11 @@ class LayerConfig:
             if not fits or (isinstance(value, bool) and bool not in kinds):
                 shown = expected.__name__ if isinstance(expected, type) else str(expected)
                 raise ValueError(f"{option.name} must be {shown}, got {value!r}")
-            least = 0 if option.name in self.may_be_zero else 1
-            if int in kinds and isinstance(value, int) and not isinstance(value, bool) and value < least:
-                raise ValueError(f"{option.name} must be at least {least}, got {value}")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                zero = option.name in self.may_be_zero
+                if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+                    least = "at least 0" if zero else "at least 1" if int in kinds else "positive"
+                    raise ValueError(f"{option.name} must be {least}, got {value}")
 
 
 class Mixer(nn.Module, ABC):

@@ -31,7 +31,7 @@ class MixtureOfExpertsConfig(LayerConfig):
         load_balance_weight, router_z_weight: what :meth:`MixtureOfExperts.auxiliary_loss` weighs its parts by.
     """
 
-    may_be_zero = ("shared_experts",)
+    may_be_zero = ("shared_experts", "load_balance_weight", "router_z_weight")
 
     num_experts: int = 8
     top_k: int = 2
@@ -49,9 +49,6 @@ class MixtureOfExpertsConfig(LayerConfig):
             raise ValueError(
                 "top_k=1 with normalise_weights=True weighs every expert 1, so its router cannot learn: give False"
             )
-        if min(self.load_balance_weight, self.router_z_weight) < 0:
-            given = f"{self.load_balance_weight} and {self.router_z_weight}"
-            raise ValueError(f"load_balance_weight and router_z_weight must be 0 or more, got {given}")
 
     @property
     def hidden_width(self) -> int:

@@ -22,9 +22,11 @@ def _as_rows(prompt: Prompts, vocab_size: int, device: torch.device) -> list[Ten
     Raises:
         ValueError: there is no prompt, one is empty, or a token is no integer or not in the vocabulary.
     """
+    if not isinstance(prompt, Tensor) and not len(prompt):
+        raise ValueError("generate: no prompt was given, expected at least one")
     if isinstance(prompt, Tensor):
         rows = list(prompt) if prompt.ndim == 2 else [prompt]
-    elif len(prompt) and not isinstance(prompt[0], int):
+    elif not isinstance(prompt[0], int):
         rows = list(prompt)
     else:
         rows = [prompt]
@@ -92,7 +94,9 @@ def generate(
     """
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must not be negative, got {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if stop_token is not None and not 0 <= stop_token < self.config.vocab_size:
+        raise ValueError(f"generate: stop_token must be 0 to {self.config.vocab_size - 1}, got {stop_token}")
+    if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: expected temperature >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
     device = self.head.weight.device
     rows = _as_rows(prompt, self.config.vocab_size, device)

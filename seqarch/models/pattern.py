@@ -90,7 +90,7 @@ class _Parser:
 
     def item(self) -> list[LayerPattern]:
         count = 1
-        if self.peek().endswith("*"):
+        if self.peek().endswith("*") and self.peek() != "*":
             count = int(self.peek()[:-1])
             if count < 1:
                 raise self.error("a count of at least 1")

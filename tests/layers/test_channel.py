@@ -228,7 +228,7 @@ def test_default_experts_cost_a_token_what_a_swiglu_does():
         ("moe", {"top_k": 1}, "its router cannot learn"),
         ("moe", {"shared_experts": -1}, "shared_experts must be at least 0, got -1"),
         ("moe", {"hidden": 0}, "hidden must be at least 1, got 0"),
-        ("moe", {"router_z_weight": -1.0}, "must be 0 or more"),
+        ("moe", {"router_z_weight": -1.0}, "router_z_weight must be at least 0, got -1.0"),
     ],
 )
 def test_wrong_options_are_named(name, chosen, message):

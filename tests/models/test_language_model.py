@@ -76,7 +76,9 @@ def test_sampling_is_repeatable():
 
 
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
-    ([], {}, "prompt 0 has shape .0., expected at least one token"),
+    ([], {}, "no prompt was given"),
+    ([1], {"stop_token": 11}, "stop_token must be 0 to 10, got 11"),
+    ([1], {"temperature": float("nan")}, "expected temperature >= 0"),
     ([[1, 2], []], {}, "prompt 1 has shape .0., expected at least one token"),
     (torch.empty(0, 3, dtype=torch.int64), {}, "no prompt was given"),
     ([[1.5, 2.0]], {}, "prompt 0 has dtype torch.float32, expected integers"),

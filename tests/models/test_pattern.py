@@ -44,6 +44,7 @@ def test_writing_a_pattern_and_reading_it_again_is_the_identity():
         ("a/", "expected a channel mixer after '/', found the end"),
         ("(a b", r"expected '\)', found the end"),
         ("a) b", r"expected a mixer, found '\)' after 1 tokens"),
+        ("a*3 b", "expected a mixer, found '[*]' after 1 tokens"),
         ("a & b", "expected a mixer, found '&' after 1 tokens"),
         ("3mamba", "expected a mixer, found '3'"),
     ],

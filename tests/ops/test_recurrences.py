@@ -247,6 +247,8 @@ def test_wrong_arguments_are_named(op: str, changes: dict[str, Any], message: st
         ([0, 5, 3, 7], "must not decrease, got 5 then 3 at entry 2"),
         ([0, 5], "must end at the length 7, got 5"),
         ([1, 7], "must start at 0"),
+        ([0, 2.7, 7], "must be whole numbers, got .0, 2.7, 7."),
+        ("07", "must be whole numbers, got '07'"),
         (torch.tensor([0.0, 7.0]), "must be a 1-D int32 or int64 tensor, got torch.float32"),
     ],
 )

@@ -45,8 +45,9 @@ def prepare(
         NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B")
     )
     checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["H"], "the heads of q")
-    if window is not None and window < 1:
-        raise ValueError(f"{NAME}: window counts the token itself, expected at least 1 or None, got {window}")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        expected = "expected a whole number of at least 1 or None"
+        raise ValueError(f"{NAME}: window counts the token itself, {expected}, got {window!r}")
     if window is not None and not causal:
         raise ValueError(f"{NAME}: window={window} looks to the past only, expected causal=True with it")
     if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:

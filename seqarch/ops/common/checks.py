@@ -78,7 +78,9 @@ def sequence_offsets(
                 f" got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
             )
         cu_seqlens = cu_seqlens.tolist()
-    offsets = tuple(int(offset) for offset in cu_seqlens)
+    offsets = tuple(cu_seqlens)
+    if not all(isinstance(offset, int) for offset in offsets):
+        raise ValueError(f"{op}: cu_seqlens must be whole numbers, got {cu_seqlens!r}")
     if batch != 1:
         raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, got a batch of {batch}")
     if len(offsets) < 2 or offsets[0] != 0:

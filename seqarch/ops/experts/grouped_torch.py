@@ -23,8 +23,6 @@ def run(
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
     (tokens, top_k), width = expert_index.shape, x.shape[-1]
-    if not tokens * top_k:
-        return torch.zeros_like(x)
     chosen = expert_index.flatten()
     order = chosen.argsort(stable=True)
     counts = chosen.bincount(minlength=w_in.shape[0]).tolist()
@@ -32,8 +30,9 @@ def run(
     rows = x[:, None].expand(-1, top_k, -1).reshape(-1, width).index_select(0, order)
     # unbind: its backward stacks the experts' gradients once, where w[e] fills a full-size buffer for each e.
     gates = [None] * len(counts) if w_gate is None else w_gate.unbind()
-    groups = zip(rows.split(counts), w_in.unbind(), gates, w_out.unbind(), strict=True)
-    outputs = torch.cat([_expert(*group, activation) for group in groups if len(group[0])])
+    groups = list(zip(rows.split(counts), w_in.unbind(), gates, w_out.unbind(), strict=True))
+    busy = [group for group in groups if len(group[0])] or groups[:1]  # of no tokens the gradients are zeros
+    outputs = torch.cat([_expert(*group, activation) for group in busy])
     y = torch.empty_like(outputs).index_copy(0, order, outputs).view(tokens, top_k, width)
     wide = accumulation_dtype(y, expert_weight)
     return (y.to(wide) * expert_weight[..., None].to(wide)).sum(dim=1).to(x.dtype)
