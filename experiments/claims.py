@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from experiments.files import read_json
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 TAKEOVER_ATTEMPTS = 5
+
+
+class ClaimLost(RunnerError):
+    """Another process took the claim over."""
 
 
 class Claim:
@@ -53,11 +58,26 @@ class Claim:
         return holder is not None and self._is_live(holder)
 
     def renew(self) -> None:
+        """Show that this process still works here.
+
+        Raises:
+            ClaimLost: another process does by now.
+            StorageError: the file cannot be written.
+        """
+        holder = _read(self.path)
+        if holder and holder != process_identity(os.getpid()):
+            raise ClaimLost(f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}")
         with writing(self.path):
             os.utime(self.path)
 
+    def is_own(self) -> bool:
+        """Whether this process holds the claim."""
+        return _read(self.path) == process_identity(os.getpid())
+
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Give the claim up; that of another process stays."""
+        if self.is_own():
+            self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         # Linking a whole file into place is as exclusive as O_EXCL, and no reader ever meets a claim without content.
@@ -74,15 +94,23 @@ class Claim:
             aside.unlink(missing_ok=True)
 
     def _remove_dead(self, holder: dict[str, Any] | None) -> None:
-        """Take a dead claim away. One of several takers succeeds; one who got hold of a fresh claim puts it back."""
+        """Take a dead claim away. One of several takers succeeds; one who got hold of a fresh claim puts it back.
+
+        Where yet another process has claimed the folder meanwhile, its claim stands, and the holder of the fresh one
+        learns of its loss by :meth:`renew`.
+        """
         aside = self.path.with_name(f".claim.{uuid.uuid4().hex}.dead")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        if _read(aside) != holder:
-            os.link(aside, self.path)
-        aside.unlink()
+        with writing(self.path):
+            try:
+                os.rename(self.path, aside)
+            except FileNotFoundError:
+                return
+            try:
+                if _read(aside) != holder:
+                    with suppress(FileExistsError):
+                        os.link(aside, self.path)
+            finally:
+                aside.unlink()
 
     def _is_live(self, holder: Mapping[str, Any]) -> bool:
         if "pid" not in holder:

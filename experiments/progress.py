@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from experiments.claims import HEARTBEAT_SECONDS
+from experiments.claims import HEARTBEAT_SECONDS, ClaimLost
 from experiments.errors import StorageError
 from experiments.files import write_atomic
 from experiments.records import RunFolder
@@ -35,7 +35,7 @@ class ProgressFile:
 
 
 class Heartbeat:
-    """Renews a run's claim from a thread, and stops the process when the one that started it is gone.
+    """Renews a run's claim from a thread, and stops the process when it lost the claim or its parent is gone.
 
     Args:
         parent: number of the process that started this one; ``None`` to outlive it.
@@ -65,6 +65,10 @@ class Heartbeat:
                 renewed = time.monotonic()
                 try:
                     self._folder.claim.renew()
+                except ClaimLost as error:  # Two must not write here; the other one goes on.
+                    print(f"stopped: {error}", flush=True)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
                 except StorageError as error:  # The next write of the run itself will fail and say so.
                     print(f"the claim could not be renewed: {error}", flush=True)
 

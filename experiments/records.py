@@ -42,7 +42,13 @@ class RunFolder:
         stored = read_json(self.config_file)
         if stored is None:
             raise RunnerError(f"{self.path} is no run folder: it has no {self.config_file.name}")
-        return run_config(stored)
+        return self._typed(stored)
+
+    def _typed(self, stored: Mapping[str, Any]) -> RunConfig:
+        try:
+            return run_config(stored)
+        except ConfigError as error:
+            raise ConfigError(f"{self.config_file} is damaged or of another version: {error}") from error
 
     def check(self, wanted: RunConfig) -> None:
         """Raise unless the folder is new, or holds this very configuration.
@@ -54,10 +60,10 @@ class RunFolder:
             raise ConfigError(f"{self.path} is a file, and a run's folder is wanted there")
         stored = read_json(self.config_file)
         if stored is None:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and not all(_is_half_made(entry) for entry in self.path.iterdir()):
                 raise ConfigError(f"{self.path} exists, is not empty and has no config.json: it was left untouched")
             return
-        there, here = flat(run_config(stored).identity()), flat(wanted.identity())
+        there, here = flat(self._typed(stored).identity()), flat(wanted.identity())
         differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
         if differing:
             shown = ", ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} wanted" for key in differing[:3])
@@ -66,9 +72,11 @@ class RunFolder:
 
     def create(self, config: RunConfig) -> None:
         with writing(self.path):
-            self.last_checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         if not self.config_file.exists():
             write_json(self.config_file, to_dict(config))
+        with writing(self.path):
+            self.last_checkpoint.parent.mkdir(exist_ok=True)
 
     def record(self) -> dict[str, Any]:
         return read_json(self.run_file) or {}
@@ -98,9 +106,17 @@ class RunFolder:
         write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def leave(self) -> None:
-        """The training process ends: nobody is at work here any more."""
-        self.progress_file.unlink(missing_ok=True)
-        self.claim.release()
+        """The training process ends: nobody is at work here any more, unless another process took over."""
+        if self.claim.is_own():
+            self.progress_file.unlink(missing_ok=True)
+            self.claim.release()
+
+
+def _is_half_made(entry: Path) -> bool:
+    """Whether a process that ended within :meth:`RunFolder.create` may have left this before ``config.json``."""
+    if entry.name == "checkpoints":
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.match(".config.json.*.tmp")
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -48,6 +48,7 @@ def train_here(config: RunConfig) -> tuple[int, RunFolder]:
     """Train in this process; the exit code and the folder."""
     folder = RunFolder(config.folder())
     folder.create(config)
+    folder.claim.take()
     try:
         return keep_ledger(folder, config, lambda: Run(config, folder)), folder
     finally:

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import files
 from experiments.board import Board
-from experiments.claims import STALE_SECONDS, Claim, process_identity
+from experiments.claims import STALE_SECONDS, Claim, ClaimLost, process_identity
 from experiments.errors import ConfigError, RunnerError, StorageError
 from experiments.files import read_json, write_atomic
 from experiments.records import RunFolder
@@ -52,6 +52,37 @@ class TestFolder:
         (config.folder() / "notes.txt").write_text("mine")
         with pytest.raises(ConfigError, match=r"not empty and has no config\.json"):
             RunFolder(config.folder()).check(config)
+
+    @pytest.mark.parametrize("left", [["checkpoints"], [".config.json.12.tmp"], ["checkpoints", ".config.json.12.tmp"]])
+    def test_a_folder_half_made_is_made_whole(self, tmp_path, left):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.path.mkdir(parents=True)
+        for name in left:
+            (folder.path / name).write_text("{") if name.endswith(".tmp") else (folder.path / name).mkdir()
+        folder.check(config)
+        folder.create(config)
+        assert folder.config() == config
+        assert folder.last_checkpoint.parent.is_dir()
+
+    def test_checkpoints_without_a_configuration_are_left_untouched(self, tmp_path):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.last_checkpoint.parent.mkdir(parents=True)
+        folder.last_checkpoint.write_bytes(b"mine")
+        with pytest.raises(ConfigError, match=r"not empty and has no config\.json"):
+            folder.check(config)
+
+    def test_a_wrong_key_in_a_stored_config_is_told_with_its_file(self, tmp_path):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        folder.config_file.write_text(folder.config_file.read_text().replace('"lr"', '"lrr"'))
+        for read in (folder.config, lambda: folder.check(config)):
+            with pytest.raises(
+                ConfigError, match=r"config\.json is damaged or of another version: train\.lrr: unknown"
+            ):
+                read()
 
     def test_a_file_where_the_folder_should_be(self, tmp_path):
         config = tiny_config(tmp_path)
@@ -148,10 +179,41 @@ class TestClaim:
         old = time.time() - STALE_SECONDS - 1
         os.utime(claim.path, (old, old))
         assert not claim.is_held()
-        claim.renew()
+        os.utime(claim.path)
         assert claim.is_held()
         os.utime(claim.path, (old, old))
         claim.take()
+
+    def test_a_claim_that_was_taken_over_is_neither_renewed_nor_released(self, tmp_path):
+        folder = RunFolder(tmp_path)
+        folder.claim.take()
+        folder.claim.renew()
+        other = json.dumps({"pid": 1, "host": "elsewhere", "started": "1"})
+        folder.claim.path.write_text(other)
+        folder.progress_file.write_text("{}")
+        with pytest.raises(ClaimLost, match="taken over by process 1 on elsewhere"):
+            folder.claim.renew()
+        folder.claim.release()
+        folder.leave()
+        assert folder.claim.path.read_text() == other
+        assert folder.progress_file.exists()
+
+    def test_a_third_process_amid_a_takeover_keeps_its_claim(self, tmp_path, monkeypatch, dead_pid):
+        """While this one looks at a dead claim, a second process replaces it, and a third claims the gap."""
+        claim, rename = Claim(tmp_path / "claim.json"), os.rename
+        claim.path.write_text(json.dumps({**process_identity(os.getpid()), "pid": dead_pid}))
+        third = json.dumps({"pid": 3, "host": "elsewhere", "started": "3"})
+
+        def amid(source, target):
+            claim.path.write_text(json.dumps({"pid": 2, "host": "elsewhere", "started": "2"}))
+            rename(source, target)
+            claim.path.write_text(third)
+
+        monkeypatch.setattr("experiments.claims.os.rename", amid)
+        with pytest.raises(RunnerError, match="trained by process 3 on elsewhere"):
+            claim.take()
+        assert claim.path.read_text() == third
+        assert list(tmp_path.iterdir()) == [claim.path]
 
     def test_a_damaged_claim_holds_nothing(self, tmp_path):
         claim = Claim(tmp_path / "claim.json")

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -14,7 +15,7 @@ from experiments.checkpoints import load_checkpoint
 from experiments.config import TrainConfig
 from experiments.errors import RunnerError
 from experiments.files import read_json
-from experiments.progress import ProgressFile
+from experiments.progress import Heartbeat, ProgressFile
 from experiments.records import RunFolder
 from experiments.train import Run, choose_device, learning_rate, main
 
@@ -330,3 +331,15 @@ def test_routing_is_recorded_of_the_training_batch(tmp_path, monkeypatch):
     (line,) = folder.metrics()
     assert seen
     assert {name: line[name] for name in seen} == seen
+
+
+def test_a_process_whose_claim_was_taken_over_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.progress.HEARTBEAT_SECONDS", 0.0)
+    folder = RunFolder(tmp_path)
+    folder.claim.take()
+    stopped = threading.Event()
+    monkeypatch.setattr("experiments.progress.os.kill", lambda pid, number: stopped.set())
+    with Heartbeat(folder, parent=None):
+        folder.claim.path.write_text(other := '{"pid": 1, "host": "elsewhere", "started": "1"}')
+        assert stopped.wait(10)
+    assert folder.claim.path.read_text() == other
