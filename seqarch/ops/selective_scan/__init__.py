@@ -5,7 +5,8 @@ r"""The selective scan of a diagonal state-space model.
 
 with a step size a channel, ``Delta_t = softplus(dt_t + dt_bias)`` or dt as given (Gu and Dao 2023, "Mamba", algorithm 2
 and section 3.2; the input is discretised by the Euler rule as in the reference release, not by zero-order hold). With
-N = 1 it is any elementwise gated recurrence (RG-LRU, HGRN).
+N = 1 it is any elementwise gated recurrence ``h_t = f_t h_{t-1} + i_t`` (RG-LRU, HGRN): ``A = -1``, ``B = C = 1``,
+``dt = -log f`` and ``x = i / dt``, where f is held below 1 by the least dt that the division bears.
 
 Work is ``O(T D N)``. ``Delta_t A`` from 0 to -inf is right.
 """
