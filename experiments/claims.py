@@ -64,11 +64,15 @@ class Claim:
             ClaimLost: another process does by now.
             StorageError: the file cannot be written.
         """
+        self.check()
+        with writing(self.path):
+            os.utime(self.path)
+
+    def check(self) -> None:
+        """Raise ``ClaimLost`` if another process took over."""
         holder = _read(self.path)
         if holder and holder != process_identity(os.getpid()):
             raise ClaimLost(f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}")
-        with writing(self.path):
-            os.utime(self.path)
 
     def is_own(self) -> bool:
         """Whether this process holds the claim."""

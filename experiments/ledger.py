@@ -60,10 +60,11 @@ def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Trainin
     try:
         _open(folder, config)
         status, ending = _train(folder, make)
+        folder.claim.check()  # The record is that of whoever took over.
         folder.update(status=status, ended=now(), **ending)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except RunnerError as error:  # Such as a full disk: earlier files stand, and the exit code tells.
+    except RunnerError as error:  # Such as a full disk: what is written stands, and the exit code tells.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CODES["failed"]
     if status != "finished":

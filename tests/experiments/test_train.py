@@ -343,3 +343,19 @@ def test_a_process_whose_claim_was_taken_over_stops(tmp_path, monkeypatch):
         folder.claim.path.write_text(other := '{"pid": 1, "host": "elsewhere", "started": "1"}')
         assert stopped.wait(10)
     assert folder.claim.path.read_text() == other
+
+
+def test_a_run_that_was_taken_over_leaves_the_record_to_the_other(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path)
+    folder, train = RunFolder(config.folder()), Run.train
+
+    def overtaken(run):
+        results = train(run)
+        folder.claim.path.write_text('{"pid": 1, "host": "elsewhere", "started": "1"}')
+        folder.update(status="running", attempt=2)
+        return results
+
+    monkeypatch.setattr(Run, "train", overtaken)
+    assert train_here(config)[0] == 1
+    assert (folder.status(), folder.record()["attempt"]) == ("running", 2)
+    assert "was taken over by process 1 on elsewhere" in capsys.readouterr().err
