@@ -57,6 +57,7 @@ def _resolve(composed: Mapping[str, Any]) -> RunConfig:
 
 def _train(folder: RunFolder, config: RunConfig, board: Board) -> tuple[str, str]:
     """Run the training process to its end; its status and a sentence on it."""
+    earlier = folder.record().get("attempt")
     command = [sys.executable, "-u", "-m", "experiments.train", str(folder.path), "--parent", str(os.getpid())]
     process = subprocess.Popen(
         command,
@@ -74,12 +75,13 @@ def _train(folder: RunFolder, config: RunConfig, board: Board) -> tuple[str, str
     drain = threading.Thread(target=_drain, args=(process.stdout, folder.log_file, tail), daemon=True)
     drain.start()
     try:
-        _wait(process, board)
+        stopped = _wait(process, board)
     finally:
         if process.poll() is None:
             process.kill()
     drain.join()
-    return _outcome(folder, process.returncode, list(tail))
+    ending = "stopped from outside" if stopped else _ending(process.returncode)
+    return _outcome(folder, earlier, stopped, ending, list(tail))
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -90,21 +92,23 @@ def _environment(threads: int) -> dict[str, str]:
     return environment
 
 
-def _wait(process: subprocess.Popen[str], board: Board) -> None:
+def _wait(process: subprocess.Popen[str], board: Board) -> bool:
+    """Until the process has ended; whether it was asked to."""
     while True:
         try:
             process.wait(POLL_SECONDS)
-            return
+            return False
         except subprocess.TimeoutExpired:
             if not board.should_stop():
                 continue
-        process.send_signal(signal.SIGINT)
+        # Not SIGINT: a launcher's worker ignores it, and so does its child until the child has set its own handlers.
+        process.terminate()
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        return
+        return True
 
 
 def _drain(output: IO[str], log_file: Path, tail: collections.deque[str]) -> None:
@@ -116,7 +120,13 @@ def _drain(output: IO[str], log_file: Path, tail: collections.deque[str]) -> Non
                 log.write(line)
 
 
-def _outcome(folder: RunFolder, code: int, tail: list[str]) -> tuple[str, str]:
+def _outcome(folder: RunFolder, earlier: int | None, stopped: bool, ending: str, tail: list[str]) -> tuple[str, str]:
+    """What the ended process left: its own record or, where it came to none, one written for it.
+
+    Args:
+        earlier: the attempt on record before the process began; its status tells nothing about this one.
+        stopped: whether the process was asked to end.
+    """
     record = folder.record()
     status = record.get("status")
     if status == "finished":  # Whatever the exit code: by another sweep perhaps, while this process waited for it.
@@ -124,8 +134,9 @@ def _outcome(folder: RunFolder, code: int, tail: list[str]) -> tuple[str, str]:
     if folder.claim.is_held():
         return "busy", "another sweep took it"
     last = tail[-1] if tail else "it printed nothing"
-    if status not in ("failed", "interrupted"):
-        status, record["reason"] = "failed", f"{_ending(code)}; its last line: {last}"
+    if status not in ("failed", "interrupted") or record.get("attempt") == earlier:
+        status = "interrupted" if stopped else "failed"
+        record["reason"] = ending if stopped else f"{ending}; its last line: {last}"
         # Where the disk is full this fails too, and the last line printed already says so.
         with contextlib.suppress(RunnerError):
             folder.update(status=status, reason=record["reason"])

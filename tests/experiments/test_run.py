@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -158,6 +159,27 @@ class TestJob:
         execute(to_dict(tiny_config(tmp_path)), board, 0)
         assert [entry["status"] for entry in board.entries()] == ["waiting"]
         assert not tiny_config(tmp_path).folder().exists()
+
+    def test_a_run_stopped_before_it_trains_is_interrupted_at_once(self, tmp_path, monkeypatch):
+        """As in a launcher's worker: the process inherits that SIGINT is ignored, and has no handlers yet."""
+        config, board = tiny_config(tmp_path), self.board(tmp_path)
+        popen = subprocess.Popen
+        sleeper = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up'); time.sleep(60)"
+
+        def sleeping(command, **options):
+            threading.Timer(0.5, board.stop).start()
+            return popen([command[0], "-c", sleeper], **options)
+
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        folder.update(status="failed", reason="of an earlier attempt", attempt=1)
+        monkeypatch.setattr("experiments.supervise.subprocess.Popen", sleeping)
+        started = time.monotonic()
+        execute(to_dict(config), board, 0)
+        assert time.monotonic() - started < 10
+        (entry,) = board.entries()
+        assert (entry["status"], entry["message"]) == ("interrupted", "stopped from outside")
+        assert (folder.status(), folder.record()["reason"]) == ("interrupted", "stopped from outside")
 
     def test_a_process_that_cannot_write_is_told_with_the_path(self, tmp_path, monkeypatch):
         """The disk is full from the first byte: nothing can be recorded, so the job itself has to tell."""
