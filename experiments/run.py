@@ -9,6 +9,7 @@ Running the same command again does only what is missing. Exit codes: 0 every ru
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -17,14 +18,17 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.board import DONE, Board
 from experiments.errors import RunnerError
@@ -46,7 +50,10 @@ def job(composed: DictConfig) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
-    execute({str(key): value for key, value in plain.items()}, Board(this.runtime.output_dir), number)
+    try:
+        execute({str(key): value for key, value in plain.items()}, Board(this.runtime.output_dir), number)
+    except RunnerError as error:  # The board itself cannot be written, so here is the only place to tell.
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 class SweepCallback(Callback):
@@ -65,7 +72,7 @@ class SweepCallback(Callback):
         _open(Path(config.hydra.sweep.dir), total)
 
 
-def _open(path: Path, total: int | None) -> None:
+def _open(path: Path, total: int) -> None:
     board = Board(path)
     try:
         board.create()
@@ -104,7 +111,9 @@ def watch_signals() -> threading.Event:
         if not stopped.is_set():
             first[0] = time.monotonic()
             stopped.set()
-            os.write(2, b"stopping: what is in training keeps its last checkpoint; once more to leave at once\n")
+            os.write(
+                2, b"stopping: what is in training keeps its last evaluation's checkpoint; once more to leave at once\n"
+            )
             for board, _ in _monitors:
                 board.stop()
 
@@ -118,19 +127,54 @@ def main() -> int:
     sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
     os.environ["SEQARCH_SWEEP"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     stopped = watch_signals()
-    code = 0
+    code, killed = 0, False
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
+        _compose_and_run()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:  # From a worker that had not begun its job yet.
         code = INTERRUPTED
+    except BrokenProcessPool:
+        code, killed = 1, True
     for board, monitor in _monitors:
+        if killed:
+            _give_up(board)
         entries = monitor.close()
         board.remove()
-        if any(entry["status"] not in DONE for entry in entries):
+        done = sum(entry["status"] in DONE for entry in entries)
+        if killed and not stopped.is_set():
+            print(
+                f"error: a worker of the sweep was killed, perhaps because memory ran out: of {monitor.total} runs,"
+                f" {monitor.total - len(entries)} were not started and {len(entries) - done} not finished."
+                " The same command goes on with them",
+                file=sys.stderr,
+            )
+        if done < monitor.total:
             code = code or 1
     return INTERRUPTED if stopped.is_set() else code
+
+
+def _compose_and_run() -> None:
+    """Hydra's own main, with errors told here: left to itself, it prints a traceback for a worker that was killed."""
+    wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        if wanted:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            print(error.__cause__, file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _give_up(board: Board) -> None:
+    """Runs whose worker is gone are in training no more: without its parent, a training process stops by itself."""
+    for entry in board.entries():
+        if entry["status"] == "running":
+            with contextlib.suppress(RunnerError):  # A full disk: what was posted before stands.
+                board.post(**{**entry, "status": "interrupted", "message": "its worker was killed"})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments import run
 from experiments.board import Board
 from experiments.config import to_dict
+from experiments.errors import StorageError
 from experiments.records import RunFolder
 from experiments.supervise import execute
 
@@ -89,6 +91,47 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
     assert {folder.status() for folder in folders(runs).values()} == {"finished"}
     assert len(folders(runs)) == 3
     assert folders(runs)["attention-seed1"].run_file.read_bytes() == kept
+
+
+def test_a_killed_worker_is_one_clear_error(tmp_path):
+    arguments = [*TINY, "train.steps=100000", "seed=0,1,2", "launcher=joblib", "hydra.launcher.n_jobs=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log", "w") as log:
+        command = command_line("experiments.run", "--multirun", *arguments)
+        options = {"cwd": tmp_path, "env": environment, "stdout": log, "stderr": log}
+        sweep = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        until(lambda: len(folders(tmp_path / "runs")) == 2)
+        until(lambda: all(folder.claim.is_held() for folder in folders(tmp_path / "runs").values()))
+        folder = next(iter(folders(tmp_path / "runs").values()))
+        training = json.loads(folder.claim.path.read_text())["pid"]
+        worker = int(Path(f"/proc/{training}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(worker, signal.SIGKILL)
+        assert sweep.wait(40) == 1
+    finally:
+        sweep.kill()
+    shown = (tmp_path / "log").read_text()
+    assert "error: a worker of the sweep was killed, perhaps because memory ran out: of 3 runs, 1 were" in shown
+    assert "Traceback" not in shown
+    until(lambda: not any(folder.claim.is_held() for folder in folders(tmp_path / "runs").values()))
+
+
+def test_a_board_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, capfd):
+    """The disk is full after the sweep began."""
+
+    def full(self, job, **values):
+        raise StorageError("cannot write job-0.json: No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Board, "post", full)
+    monkeypatch.setattr(run, "_monitors", [])
+    monkeypatch.setattr("sys.argv", ["run", *TINY, "train.steps=5"])
+    for name in ("SEQARCH_COMMAND", "SEQARCH_SWEEP", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "")
+    assert run.main() == 1
+    shown = capfd.readouterr()
+    assert shown.err == "error: cannot write job-0.json: No space left on device\n"
+    assert "Traceback" not in shown.out
 
 
 @pytest.mark.parametrize(
