@@ -9,7 +9,8 @@ from collections import Counter
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from experiments.board import DONE, Board
 from experiments.errors import RunnerError
@@ -18,6 +19,9 @@ from experiments.records import RunFolder
 
 LOOK_SECONDS = 0.5
 LINE_SECONDS = 10.0
+BAR_FROM_WIDTH = 96
+"""Below this many columns a bar would leave no room for the numbers."""
+FAILED = ("failed", "refused")
 WORDS = {"kept": "finished before", "waiting": "not started", "busy": "being trained elsewhere"}
 
 
@@ -26,16 +30,16 @@ class Monitor:
 
     Args:
         board: where the jobs post.
-        total: how many jobs there will be, ``None`` if nobody knows.
+        total: how many jobs there will be.
     """
 
-    def __init__(self, board: Board, total: int | None, console: Console | None = None):
-        self._board, self._total = board, total
+    def __init__(self, board: Board, total: int, console: Console | None = None):
+        self._board, self.total = board, total
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._told: dict[int, str] = {}
         self._over = threading.Event()
         can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._display = Bars(self._console) if can_redraw else Lines(self._console)
+        self._display = Bars(self._console, total) if can_redraw else Lines(self._console)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -51,9 +55,7 @@ class Monitor:
                 if entry["status"] not in ("running", "waiting", "refused"):
                     self._console.print(_sentence(entry), markup=False)
         active = [(entry, _progress(entry)) for entry in entries if entry["status"] == "running"]
-        ended = [entry for entry in entries if entry["status"] not in ("running", "waiting")]
-        failed = sum(entry["status"] not in DONE for entry in ended)
-        self._display.show(active, len(ended), failed, self._total)
+        self._display.show(active, Counter(entry["status"] for entry in entries), self.total)
 
     def close(self) -> list[dict[str, Any]]:
         """Stop watching, print how many runs came to what, and return the last entries."""
@@ -73,32 +75,39 @@ class Monitor:
 
 
 class Bars:
-    """A bar a run, and one for the sweep."""
+    """A bar a run, and one for the sweep. Where the terminal is narrow, numbers matter more than bars and names."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, total: int):
+        bar = BarColumn(bar_width=24, complete_style="cyan", finished_style="green")
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            # Names alone may be cut, since the others are not to wrap.
+            TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),
+            *([bar] if console.width >= BAR_FROM_WIDTH else []),
+            TextColumn("{task.fields[count]}", justify="right"),
             TextColumn("{task.fields[note]}"),
         )
         self._progress = Progress(*columns, console=console, transient=True)
         self._rows: dict[int, Any] = {}
-        self._sweep = self._progress.add_task("runs", total=None, note="")
+        self._sweep = self._progress.add_task("runs", total=total, count=f"0/{total}", note="")
         self._progress.start()
 
-    def show(self, active: list[tuple[dict, dict]], ended: int, failed: int, total: int | None) -> None:
-        note = f"{failed} failed" if failed else ""
-        self._progress.update(self._sweep, completed=ended, total=total, note=note)
+    def show(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
+        ended = sum(counts[status] for status in (*DONE, *FAILED))
+        shown = {"failed": sum(counts[status] for status in FAILED), "interrupted": counts["interrupted"]}
+        shown[WORDS["busy"]] = counts["busy"]
+        note = ", ".join(f"{number} {word}" for word, number in shown.items() if number)
+        self._progress.update(self._sweep, completed=ended, count=f"{ended}/{total}", note=note)
         jobs = {entry["job"] for entry, _ in active}
         for job in [job for job in self._rows if job not in jobs]:
             self._progress.remove_task(self._rows.pop(job))
         for entry, progress in active:
             if entry["job"] not in self._rows:
-                self._rows[entry["job"]] = self._progress.add_task(entry["name"], total=None, note="starting")
+                row = self._progress.add_task(entry["name"], total=1, count="", note="starting")
+                self._rows[entry["job"]] = row
             if progress:
-                row = self._rows[entry["job"]]
-                self._progress.update(row, completed=progress["step"], total=progress["steps"], note=_note(progress))
+                step, steps, row = progress["step"], progress["steps"], self._rows[entry["job"]]
+                note = _note(progress)
+                self._progress.update(row, completed=step, total=steps, count=f"{step}/{steps}", note=note)
 
     def close(self) -> None:
         self._progress.stop()
@@ -111,22 +120,21 @@ class Lines:
         self._console = console
         self._last = time.monotonic()
 
-    def show(self, active: list[tuple[dict, dict]], ended: int, failed: int, total: int | None) -> None:
+    def show(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
         if time.monotonic() - self._last < LINE_SECONDS:
             return
         self._last = time.monotonic()
         for entry, progress in active:
             if progress:
-                where = f"step {progress['step']} of {progress['steps']}, {_note(progress)}"
-                runs = f"run {entry['job'] + 1}" + (f" of {total}" if total else "")
-                self._console.print(f"{runs}, {entry['name']}: {where}", markup=False)
+                where = f"step {progress['step']} of {progress['steps']}, {_note(progress)} at most"
+                self._console.print(f"run {entry['job'] + 1} of {total}, {entry['name']}: {where}", markup=False)
 
     def close(self) -> None: ...
 
 
 def _note(progress: dict[str, Any]) -> str:
     speed = f"{progress['tokens_per_second'] / 1000:.1f}k tokens/s"
-    return f"loss {progress['loss']:.3f}, {speed}, {_duration(progress['seconds_left'])} left at most"
+    return f"loss {progress['loss']:.3f}, {speed}, {_duration(progress['seconds_left'])} left"
 
 
 def _duration(seconds: float) -> str:

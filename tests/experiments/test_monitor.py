@@ -32,7 +32,7 @@ def sweep(tmp_path) -> Board:
 
 def watch(board: Board, **console) -> str:
     output = io.StringIO()
-    watching = Monitor(board, 4, Console(file=output, width=120, highlight=False, **console))
+    watching = Monitor(board, 4, Console(file=output, highlight=False, **{"width": 120, **console}))
     time.sleep(3 * monitor.LOOK_SECONDS)
     watching.close()
     return output.getvalue()
@@ -54,6 +54,42 @@ def test_bars_on_a_terminal(tmp_path, monkeypatch):
     shown = watch(sweep(tmp_path), force_terminal=True)
     for words in ("attention-seed0-abc", "30/120", "loss 1.250, 43.2k tokens/s, 1:15 left", "3/4", "3 failed"):
         assert words in shown
+
+
+def test_numbers_are_whole_at_80_columns(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    board = sweep(tmp_path)
+    folder = RunFolder(tmp_path / "gated_delta_net-seed0-0123456789")
+    folder.path.mkdir()
+    progress = {"step": 12345, "steps": 20000, "loss": 1.25, "tokens_per_second": 123456.0, "seconds_left": 4500.0}
+    write_json(folder.progress_file, progress)
+    board.post(4, status="running", name=folder.path.name, folder=str(folder.path))
+    shown = watch(board, force_terminal=True, width=80, color_system=None)
+    row = next(line for line in shown.splitlines() if line.startswith("gated_delta_net") and "loss" in line)
+    assert "12345/20000 loss 1.250, 123.5k tokens/s, 1:15:00 left" in row
+    assert len(row.rstrip()) <= 80
+
+
+def test_an_interrupted_run_is_not_counted_as_done_or_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    board = Board(tmp_path / "board")
+    board.create()
+    board.post(0, status="interrupted", name="attention-seed0-abc", message="stopped from outside")
+    shown = watch(board, force_terminal=True, color_system=None)
+    assert "0/4 1 interrupted" in shown
+    assert "1/4" not in shown
+    assert "failed" not in shown
+
+
+def test_nothing_looks_unknown_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    board = Board(tmp_path / "board")
+    board.create()
+    board.post(0, status="running", name="attention-seed0-abc", folder=str(tmp_path))
+    shown = watch(board, force_terminal=True, color_system=None)
+    assert "0/4" in shown
+    assert "starting" in shown
+    assert "?" not in shown.replace("\x1b[?25", "")
 
 
 def test_lines_on_a_terminal_that_cannot_redraw(tmp_path, monkeypatch):
