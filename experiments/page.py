@@ -82,7 +82,8 @@ def _section(comparison: Comparison, pictures: list[tuple[str, str]], titled: bo
     parts.append(
         f"{better} is better; chance is {metric['chance']:.3g} ({metric['chance_label']}). Seeds: {seeds}. Every run"
         f" was tested once, with {_tested(comparison)}; where several learning rates were run, the median"
-        " on validation chose. Training FLOPs and tokens per second are medians over seeds. FLOPs are"
+        " on validation chose. Training FLOPs and tokens per second are medians over seeds; tokens per second are by"
+        " the clock, on the machine as it was, with whatever else ran there. FLOPs are"
         f" {sample['cost']['flops_formula']}."
     )
     parts += _remarks(comparison)
