@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import torch
 
 from experiments.errors import RunnerError
 from experiments.files import write_atomic
+
+DAMAGE = (
+    *(OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError),
+    *(pickle.UnpicklingError, struct.error),
+)
+"""What reading a file raises that is cut short, or holds something else."""
 
 
 @dataclass
@@ -67,5 +74,13 @@ def load_checkpoint(
             if device.type == "cuda":
                 torch.cuda.set_rng_state_all(content["rng"]["cuda"])
         return TrainState(**content["state"])
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise RunnerError(f"cannot load checkpoint {path}: {error}") from error
+    except DAMAGE as error:
+        said = str(error).partition("\n")[0].partition(". ")[0] or "it is empty"
+        raise RunnerError(f"cannot load checkpoint {path}: {type(error).__name__}, {said}. {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    best = path.with_name("best.pt")
+    if path != best and best.exists():
+        return f"Copy {best.name} over it to go on from there, or delete {path.parent} to start from the beginning"
+    return f"Delete {path.parent} to start from the beginning"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,27 @@ from experiments.style import colours, family
 TUNED = ("train.lr", "train.weight_decay")
 """What a comparison may choose for each model, by the median validation metric over seeds."""
 
-NUMBERS = {
-    "results": ("test", "validation"),
-    "cost": ("flops", "tokens_per_second", "steps"),
-    "model": ("parameters", "state_bytes", "state_length"),
-    "metric": ("chance",),
-}
-"""What the record of every finished run holds."""
+NUMBER = (int, float)
+OF_CONFIG = {
+    "experiment": str, "seed": int, "model.name": str, "model.pattern": str, "task": dict, "train.lr": NUMBER,
+    "train.weight_decay": NUMBER,
+}  # fmt: skip
+"""By path, what the configuration of every run holds."""
+
+OF_RECORD = {
+    "results.test": NUMBER, "results.validation": NUMBER,
+    "cost.flops": NUMBER, "cost.tokens_per_second": NUMBER, "cost.steps": NUMBER, "cost.flops_formula": str,
+    "model.parameters": NUMBER, "model.state_bytes": NUMBER, "model.state_length": NUMBER,
+    "metric.name": str, "metric.label": str, "metric.unit": str, "metric.higher_is_better": bool,
+    "metric.chance": NUMBER, "metric.chance_label": str,
+    "task.title": str, "task.reading": str, "data.hash": str, "command": str,
+    "hardware.cpu": str, "hardware.cores": NUMBER, "hardware.threads": NUMBER,
+    "environment.python": str, "environment.packages.torch": str, "code.commit": (str, type(None)), "code.dirty": bool,
+}  # fmt: skip
+"""By path, what the record of every finished run holds."""
+
+PARTS = ("results", "cost", "model", "metric", "data", "code")
+"""Mappings of a record that is not finished, where they are there."""
 
 
 @dataclass
@@ -106,29 +120,27 @@ def read_runs(root: Path) -> tuple[list[RecordedRun], list[str]]:
     for config_file in sorted(root.rglob("config.json")):
         folder = RunFolder(config_file.parent)
         try:
-            config, record = read_json(config_file) or {}, folder.record()
-            _require(config, folder.path)
-            run = RecordedRun(folder.path, config, record, folder.metrics())
-            if run.finished:
-                _require_results(run)
+            config = read_json(config_file) or {}
+            _require(config, OF_CONFIG, f"{folder.path}: its config.json is not that of a run")
+            run = RecordedRun(folder.path, config, folder.record(), folder.metrics())
+            wanted = OF_RECORD if run.finished else {part: dict for part in PARTS if part in run.record}
+            _require(run.record, wanted, f"{folder.path}: its record is damaged")
             runs.append(run)
-        except (RunnerError, KeyError, TypeError, ValueError) as error:
-            said = str(error) if isinstance(error, RunnerError) else f"{folder.path}: its record is damaged ({error!r})"
-            problems.append(said)
+        except RunnerError as error:
+            problems.append(str(error))
     return runs, problems
 
 
-def _require(config: dict[str, Any], path: Path) -> None:
-    missing = [key for key in ("experiment", "seed", "model", "task", "train") if key not in config]
-    if missing or "pattern" not in config["model"]:
-        raise RunnerError(f"{path}: its config.json is not that of a run, it lacks {', '.join(missing) or 'a pattern'}")
-
-
-def _require_results(run: RecordedRun) -> None:
-    """Raise ``KeyError`` or ``TypeError`` unless a finished run's record has the numbers that reports show."""
-    numbers = [run.record[part][key] for part, keys in NUMBERS.items() for key in keys]
-    if not all(isinstance(number, (int, float)) for number in numbers):
-        raise TypeError("a number is missing")
+def _require(value: dict[str, Any], kinds: Mapping[str, Any], otherwise: str) -> None:
+    """Raise an error that begins with ``otherwise`` unless each path leads to a value of its kind."""
+    for path, kind in kinds.items():
+        found: Any = value
+        for key in path.split("."):
+            if not isinstance(found, dict) or key not in found:
+                raise RunnerError(f"{otherwise}, it lacks {path}")
+            found = found[key]
+        if not isinstance(found, kind):
+            raise RunnerError(f"{otherwise}, {path} is {found!r}")
 
 
 def compare(runs: list[RecordedRun]) -> list[Comparison]:

@@ -79,7 +79,19 @@ class RunFolder:
             self.last_checkpoint.parent.mkdir(exist_ok=True)
 
     def record(self) -> dict[str, Any]:
-        return read_json(self.run_file) or {}
+        """What ``run.json`` holds.
+
+        Raises:
+            RunnerError: it cannot be read, or says that the run is finished and has no results.
+        """
+        record = read_json(self.run_file) or {}
+        results = record.get("results")
+        if record.get("status") == "finished" and not (isinstance(results, dict) and "test" in results):
+            raise RunnerError(
+                f"cannot read {self.run_file}: it says that the run is finished and holds no results; delete it, and"
+                " the run's command goes on from the last checkpoint"
+            )
+        return record
 
     def status(self) -> str | None:
         return self.record().get("status")
@@ -93,12 +105,19 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last line cut short by a crash is passed over."""
+        """The lines of ``metrics.jsonl``; a last line cut short by a crash is passed over.
+
+        Raises:
+            RunnerError: another line is damaged.
+        """
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
-        return [json.loads(line) for line in whole]
+        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        parsed = [_metrics_line(line) for line in lines]
+        damaged = [number for number, values in enumerate(parsed, 1) if values is None and number < len(lines)]
+        if damaged:
+            raise RunnerError(f"line {damaged[0]} of {self.metrics_file} is damaged; delete that line")
+        return [values for values in parsed if values is not None]
 
     def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the other lines."""
@@ -110,6 +129,15 @@ class RunFolder:
         if self.claim.is_own():
             self.progress_file.unlink(missing_ok=True)
             self.claim.release()
+
+
+def _metrics_line(line: str) -> dict[str, Any] | None:
+    """The values of a line, ``None`` where it is damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _is_half_made(entry: Path) -> bool:

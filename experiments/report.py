@@ -27,8 +27,8 @@ TERMINAL_HEADER = ("Seeds", "Parameters", "FLOPs", "State", "Tokens/s", "LR")
 """Short names of the table's later columns; ``index.md`` has the long ones."""
 
 
-def report(root: Path) -> tuple[Path, list[Comparison]]:
-    """Write the report of all runs below ``root``; returns its folder and what it compares.
+def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
+    """Write the report of all runs below ``root``; returns its folder, what it compares and what could not be read.
 
     Raises:
         RunnerError: there is no run, none is finished, or the report cannot be written.
@@ -49,9 +49,10 @@ def report(root: Path) -> tuple[Path, list[Comparison]]:
         write_atomic(target / "results.csv", results_csv(runs))
         write_page(target / "index.md", root, comparisons, pictures, problems)
     if not pictures:
-        remarks = "".join(f"\n    {remark}" for comparison in comparisons for remark in comparison.remarks)
+        told = [*(remark for comparison in comparisons for remark in comparison.remarks), *problems]
+        remarks = "".join(f"\n    {line}" for line in told)
         raise RunnerError(f"no run below {root} is finished yet, so there is nothing to draw{remarks}")
-    return target, comparisons
+    return target, comparisons, problems
 
 
 def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
@@ -130,7 +131,7 @@ def results_csv(runs: list[RecordedRun]) -> str:
     return text.getvalue()
 
 
-def show(comparisons: list[Comparison], target: Path) -> None:
+def show(comparisons: list[Comparison], problems: list[str], target: Path) -> None:
     """The tables, in the terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -148,6 +149,8 @@ def show(comparisons: list[Comparison], target: Path) -> None:
             console.print(table)
         for remark in comparison.remarks:
             console.print(f"{comparison.name}: {remark}", markup=False)
+    for problem in problems:
+        console.print(f"not read: {problem}", markup=False, soft_wrap=True)
     console.print(f"The plots and the whole report: {target / 'index.md'}", markup=False, soft_wrap=True)
 
 
@@ -155,11 +158,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Draw and tell what recorded runs show.")
     parser.add_argument("root", type=Path, help="a folder that holds runs at any depth, such as runs/mqar")
     try:
-        target, comparisons = report(parser.parse_args().root)
+        target, comparisons, problems = report(parser.parse_args().root)
     except RunnerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    show(comparisons, target)
+    show(comparisons, problems, target)
     return 0
 
 

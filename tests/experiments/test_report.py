@@ -138,23 +138,39 @@ def test_results_csv_has_a_line_a_run_with_failures(recorded):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_missing_failed_and_damaged_runs_are_told(recorded):
+def test_missing_failed_and_damaged_runs_are_told(recorded, capsys, monkeypatch):
     record_run(recorded, "delta_net", 0, 0.9)
     record_run(recorded, "delta_net", 1, 0.9, status="failed")
     record_run(recorded, "retention", 0, 0.9, status="running")
     damaged = record_run(recorded, "mamba", 0, 0.9)
     (damaged / "run.json").write_text("{")
     hollow = record_run(recorded, "mamba", 1, 0.9)
-    (hollow / "run.json").write_text('{"status": "finished", "results": {"test": null}}')
+    (hollow / "run.json").write_text('{"status": "finished", "results": {"test": 1}}')
     foreign = recorded / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"a": 1}')
-    target, _ = report(recorded)
+    untitled = record_run(recorded, "rwkv", 0, 0.9)
+    record = json.loads((untitled / "run.json").read_text())
+    (untitled / "run.json").write_text(json.dumps({**record, "task": None}))
+    rateless = record_run(recorded, "rwkv", 1, 0.9)
+    (rateless / "config.json").write_text((rateless / "config.json").read_text().replace('"lr"', '"rate"'))
+    garbled = record_run(recorded, "rwkv", 2, 0.9)
+    with open(garbled / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5 oops}\n{"step": 6}\n')
+    monkeypatch.setattr("sys.argv", ["report", str(recorded)])
+    assert main() == 0
+    terminal = capsys.readouterr().out
+    target = recorded / "report"
     page = (target / "index.md").read_text()
     for words in ("delta_net, seed 1: failed, the loss is nan", "delta_net, seed 2: missing", "1 of 3, 1 failed",
                   "retention, seed 0: running", "| retention | none finished", str(damaged), str(hollow),
                   f"{foreign}: its config.json is not that of a run"):  # fmt: skip
         assert words in page
+    for words in (f"cannot read {damaged}", f"{hollow}: its record is damaged, it lacks results.validation",
+                  f"{untitled}: its record is damaged, it lacks task.title", f"{rateless}: its config.json is not that",
+                  f"line 3 of {garbled}"):  # fmt: skip
+        assert words in page
+        assert f"not read: {words}" in terminal
 
 
 def test_the_learning_rate_is_chosen_on_validation(tmp_path):

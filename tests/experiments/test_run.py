@@ -196,6 +196,17 @@ class TestJob:
         assert self.outcome(tmp_path, config)["status"] == "busy"
         assert folder.claim.is_held()
 
+    def test_a_run_finished_without_results_is_not_taken_for_done(self, tmp_path):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        folder.run_file.write_text('{"status": "finished"}')
+        entry = self.outcome(tmp_path, config)
+        assert entry["status"] == "refused"
+        assert (
+            f"cannot read {folder.run_file}: it says that the run is finished and holds no results" in entry["message"]
+        )
+
     def test_no_job_begins_after_the_sweep_was_stopped(self, tmp_path):
         board = self.board(tmp_path)
         board.stop()

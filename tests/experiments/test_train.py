@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -249,14 +250,38 @@ def test_a_disk_too_full_for_the_record_is_told_on_the_terminal(tmp_path, monkey
     assert capsys.readouterr().err.startswith(f"error: cannot write {config.folder() / 'run.json'}: No space left")
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+@pytest.mark.parametrize("content", ["nothing", "junk", "torn", "list"])
+def test_a_damaged_checkpoint_is_named_and_the_remedy_works(tmp_path, name, content):
     config = tiny_config(tmp_path)
     folder = train_here(config)[1]
-    folder.last_checkpoint.write_bytes(b"PK")
+    path = folder.last_checkpoint.with_name(name)
+    if content == "list":
+        torch.save([1], path)
+    else:
+        path.write_bytes({"nothing": b"", "junk": b"junk", "torn": path.read_bytes()[:1000]}[content])
     folder.run_file.unlink()
-    code, _ = train_here(config)
-    assert code == 1
-    assert f"cannot load checkpoint {folder.last_checkpoint}" in folder.record()["reason"]
+    assert train_here(config)[0] == 1
+    reason = folder.record()["reason"]
+    assert f"cannot load checkpoint {path}: " in reason
+    if name == "last.pt":
+        assert "Copy best.pt over it" in reason
+        path.write_bytes(folder.best_checkpoint.read_bytes())
+    else:
+        assert f"Delete {path.parent} to start from the beginning" in reason
+        shutil.rmtree(path.parent)
+    assert train_here(config)[0] == 0
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    folder = train_here(config)[1]
+    whole = folder.metrics_file.read_text()
+    folder.metrics_file.write_text('{"step": 1 oops}\n' + whole)
+    folder.run_file.unlink()
+    assert train_here(config)[0] == 1
+    assert folder.record()["reason"] == f"line 1 of {folder.metrics_file} is damaged; delete that line"
+    assert "Traceback" not in capsys.readouterr().out
 
 
 def test_no_cuda_here_is_said(monkeypatch):
