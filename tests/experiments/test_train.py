@@ -310,12 +310,27 @@ def test_a_training_process_stops_when_the_one_that_started_it_is_gone(tmp_path)
     config = tiny_config(tmp_path, train__steps=10**6)
     folder = RunFolder(config.folder())
     folder.create(config)
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    command = command_line("experiments.train", str(folder.path), "--parent", str(gone.pid))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 130
+    parent = subprocess.Popen(["sleep", "120"])
+    command = command_line("experiments.train", str(folder.path), "--parent", str(parent.pid))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_training(folder, process)
+        parent.kill()
+        parent.wait()
+        assert process.wait(30) == 130
+    finally:
+        parent.kill()
+        process.kill()
     assert not folder.claim.is_held()
+
+
+def wait_for_training(folder: RunFolder, process: subprocess.Popen) -> None:
+    """Until the run has written its first checkpoint."""
+    deadline = time.monotonic() + 60
+    while not folder.last_checkpoint.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_sigterm_interrupts_and_a_second_process_is_kept_out(tmp_path):
@@ -325,11 +340,7 @@ def test_sigterm_interrupts_and_a_second_process_is_kept_out(tmp_path):
     command = command_line("experiments.train", str(folder.path))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while not folder.last_checkpoint.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_training(folder, process)
         with pytest.raises(RunnerError, match=f"trained by process {process.pid}"):
             folder.claim.take()
         process.send_signal(signal.SIGTERM)
