@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,10 @@ from experiments.trackers import TRACKERS
 
 NOT_IDENTITY = ("runs", "tracker")
 """Keys that change where a run is kept or who else hears of it, and never what comes out."""
+
+
+MOST_THREADS = 1024
+"""More CPU threads than this are a slip of the hand, and torch crashes on them."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,12 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "weight_decay", "warmup", "final_lr_ratio", "grad_clip", "patience", "threads"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number and not negative, got {getattr(self, name)}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"target must be a finite number or null, got {self.target}")
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
         for name, choices in (("select", ("best", "last")), ("device", ("auto", "cpu", "cuda"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, {choices_hint(getattr(self, name), choices)}")
@@ -128,8 +137,8 @@ class RunConfig:
     runs: str = "runs"
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
         for name, text in (("experiment", self.experiment), ("model.name", self.model.name)):
             if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*" if name == "experiment" else r"[\w.+-]+", text):
                 raise ValueError(f"{name} must be usable as a folder's name, got {text!r}")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -310,18 +311,19 @@ def test_a_training_process_stops_when_the_one_that_started_it_is_gone(tmp_path)
     config = tiny_config(tmp_path, train__steps=10**6)
     folder = RunFolder(config.folder())
     folder.create(config)
-    parent = subprocess.Popen(["sleep", "120"])
-    command = command_line("experiments.train", str(folder.path), "--parent", str(parent.pid))
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = command_line("experiments.train", str(folder.path), "--parent")
+    code = f"import os, subprocess; subprocess.run([*{command!r}, str(os.getpid())])"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
-        wait_for_training(folder, process)
-        parent.kill()
-        parent.wait()
-        assert process.wait(30) == 130
+        wait_for_training(folder, parent)
     finally:
         parent.kill()
-        process.kill()
-    assert not folder.claim.is_held()
+        parent.wait()
+    deadline = time.monotonic() + 30
+    while folder.claim.is_held():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert folder.status() == "interrupted"
 
 
 def wait_for_training(folder: RunFolder, process: subprocess.Popen) -> None:
