@@ -108,7 +108,8 @@ def draw_training(panels: Sequence[Axes], comparison: Comparison) -> None:
         for run in variant.finished:
             _draw_steps(axes, run, key, color=variant.colour, linewidth=1.6, zorder=3)
             steps, values = _steps(run, key)
-            axes.plot(steps[-1:], values[-1:], "o", color=variant.colour, markeredgecolor="white", zorder=4, clip_on=False)
+            last = (steps[-1:], values[-1:], "o")
+            axes.plot(*last, color=variant.colour, markeredgecolor="white", zorder=4, clip_on=False)
         axes.set_title(variant.label, color=variant.colour, fontsize=10)
         axes.set_xlabel("Training step")
         axes.set_xlim(left=0)
