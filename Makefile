@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test test-slow lint bench docs clean
+.PHONY: help demo test test-slow sanitize lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train small stacks on two tasks and compare them: runs/demo/report (8 minutes on two cores)"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that build the package or take long"
+	@echo "make sanitize   the compiled kernels under the address and undefined behaviour sanitizers (a minute)"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      time the kernels of this machine: runs/bench"
 	@echo "make docs       renew the generated parts of README.md and docs"
@@ -37,7 +38,17 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS)
+
+# Each element that a kernel must write is looked at, too; no Python takes part.
+SANITIZED := build/sanitize/kernels
+$(SANITIZED): $(wildcard csrc/include/*.h csrc/cpu/* tests/sanitize/*)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc/include \
+	  -Itests/sanitize $(filter %.cpp,$^) -o $@
+
+sanitize: $(SANITIZED)
+	$<
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,9 +4,9 @@
 // and channels whose rows stay in the first-level cache. The cut depends on the sizes alone, and weight gradients are
 // summed block by block in a fixed order, so results do not depend on the number of threads.
 #include <algorithm>
-#include <new>
 #include <vector>
 
+#include "dtypes.h"
 #include "numbers.h"
 #include "seqarch.h"
 
@@ -14,6 +14,7 @@ namespace {
 
 using seqarch::load;
 using seqarch::store;
+using seqarch::with_dtype;
 
 constexpr int64_t kChannelBlock = 256;
 constexpr int64_t kTimeBlock = 128;
@@ -221,21 +222,6 @@ void backward(const Problem<T>& p, const Gradients<T>& g) {
     for (int64_t c = 0; c < p.channels; ++c)
         for (int64_t w = 0; w < p.width; ++w) g.dweight[c * p.width + w] = total[w * p.channels + c];
     if (g.dbias) std::copy_n(total.data() + p.width * p.channels, p.channels, g.dbias);
-}
-
-// Calls f with a null pointer of the activation type, and turns a failed allocation into its code.
-template <class F>
-int32_t with_dtype(int32_t dtype, F f) {
-    try {
-        switch (dtype) {
-            case SEQARCH_FLOAT32: f(static_cast<float*>(nullptr)); return SEQARCH_OK;
-            case SEQARCH_BFLOAT16: f(static_cast<seqarch::bfloat16*>(nullptr)); return SEQARCH_OK;
-            case SEQARCH_FLOAT64: f(static_cast<double*>(nullptr)); return SEQARCH_OK;
-            default: return SEQARCH_BAD_ARGUMENT;
-        }
-    } catch (const std::bad_alloc&) {
-        return SEQARCH_OUT_OF_MEMORY;
-    }
 }
 
 }  // namespace

@@ -64,9 +64,46 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
+// 2^x for x up to 127, to 1 ulp; exactly 1 at 0 and exactly 0 from -127 down.
+inline float power_of_two(float x) {
+    x = std::max(x, -127.0f);
+    // Leaves the nearest integer n to x, plus the exponent's bias, in the low bits of the sum.
+    const float shifted = x + 12583039.0f;  // 1.5 * 2^23 + 127
+    const float r = x - (shifted - 12583039.0f);
+    float series = 1.5321155e-4f;
+    series = series * r + 1.3390160e-3f;
+    series = series * r + 9.6185263e-3f;
+    series = series * r + 5.5503622e-2f;
+    series = series * r + 2.4022648e-1f;
+    series = series * r + 6.9314718e-1f;
+    series = series * r + 1.0f;
+    return series * __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, shifted) << 23);
+}
+inline double power_of_two(double x) { return std::exp2(x); }
+
 template <class A>
 inline A sigmoid(A x) {
     return A(1) / (A(1) + exponential(-x));
+}
+
+// log(1 + exp(x)), which is x from 20 on.
+inline float softplus(float x) {
+    // log(1 + e) = 2 artanh(s) with s = e / (2 + e), at most 1/3
+    const float e = exponential(-std::fabs(x)), s = e / (2.0f + e), q = s * s;
+    float series = 1.2144895e-1f;
+    series = series * q + 1.0715342e-1f;
+    series = series * q + 1.4308301e-1f;
+    series = series * q + 1.9999444e-1f;
+    series = series * q + 3.3333337e-1f;
+    const float tail = 2.0f * (s + s * q * series);
+    return x > 20.0f ? x : x > 0.0f ? x + tail : tail;
+}
+inline double softplus(double x) { return x > 20.0 ? x : std::log1p(std::exp(x)); }
+
+// Its derivative.
+template <class A>
+inline A softplus_slope(A x) {
+    return x > A(20) ? A(1) : sigmoid(x);
 }
 
 }  // namespace seqarch

@@ -26,10 +26,25 @@ extern "C" {
 #define SEQARCH_API __attribute__((visibility("default")))
 
 /* Raised with every change of a declaration below; seqarch/ops/common/native.py holds the same number. */
-#define SEQARCH_INTERFACE 1
+#define SEQARCH_INTERFACE 3
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
+
+/* Activations over time, of a type of their own. The row of sequence s at step t starts s batch_stride + t time_stride
+ * elements after data (packed: t time_stride, t counted through all sequences); its elements lie side by side. */
+typedef struct {
+    void* data;
+    int64_t batch_stride, time_stride;
+    int32_t dtype;
+} seqarch_rows;
+
+/* A tensor [batch, time, heads, width] whose last dimension has stride 1, or [batch, time, heads]. Where `offsets` are
+ * given, batch is 1. */
+typedef struct seqarch_heads {
+    const void* data;
+    int64_t batch_stride, time_stride, head_stride;
+} seqarch_heads;
 
 /* SEQARCH_INTERFACE as this library was built. */
 SEQARCH_API int32_t seqarch_interface(void);
@@ -67,6 +82,85 @@ SEQARCH_API int32_t seqarch_causal_conv1d_backward(
     const void* state, const void* dy, int64_t dy_batch_stride, int64_t dy_time_stride, const void* dstate_out,
     void* dx, void* dweight, void* dbias, void* dstate, const int64_t* offsets, int64_t sequences, int64_t length,
     int64_t channels, int64_t width, int32_t silu, int32_t num_threads);
+
+/* Selective scan of a diagonal state-space model (T = length, D = channels, N = state_width, G = groups):
+ *
+ *   delta = softplus ? log(1 + exp(dt + dt_bias)) : dt + dt_bias,   u = scale_input ? delta x : x,
+ *   h[t, d, n] = exp(delta[t, d] A[d, n]) h[t - 1, d, n] + u[t, d] B[t, g, n],   g = d G / D,
+ *   y[t, d] = (sum_n C[t, g, n] h[t, d, n] + D[d] x[t, d]) (z ? z sigmoid(z) : 1)
+ *
+ *   dtype              the type of A, D, dt_bias, the states and all sums: SEQARCH_FLOAT32 or SEQARCH_FLOAT64
+ *   x, dt, z, y        rows of D elements; z may be NULL
+ *   B, C               rows of G N elements
+ *   A, D, dt_bias      [D, N], at most 0, and [D]; the last two may be NULL. -inf counts as the lowest finite number.
+ *   state, state_out   [S, D, N]; state may be NULL: zeros
+ *   starts             the state before every `chunk` steps of every sequence, sequence after sequence, each [N, D];
+ *                      NULL where no backward pass follows
+ */
+SEQARCH_API int32_t seqarch_selective_scan_forward(
+    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
+    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
+    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
+    int32_t scale_input, const void* state, const seqarch_rows* y, void* state_out, void* starts, int32_t num_threads);
+
+/* Its gradients, from dy and dstate_out: each like what it is of. dB and dC may both be NULL, and so may dD, ddt_bias;
+ * dz is NULL where z is. */
+SEQARCH_API int32_t seqarch_selective_scan_backward(
+    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
+    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
+    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
+    int32_t scale_input, const void* starts, const seqarch_rows* dy, const void* dstate_out, const seqarch_rows* dx,
+    const seqarch_rows* ddt, const seqarch_rows* dB, const seqarch_rows* dC, const seqarch_rows* dz, void* dA, void* dD,
+    void* ddt_bias, void* dstate, int32_t num_threads);
+
+/* Linear attention with any diagonal decay (T = length, G = groups, H = heads, a multiple of G, K = keys, V = values,
+ * S = sequences); head h uses the queries and keys h / (H / G):
+ *
+ *   S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t,   o_t = scale q_t S_t.
+ *
+ *   q, k             [S, T, G, K] or packed [1, total, G, K]; so are the others
+ *   v                [S, T, H, V]
+ *   log_decay        accumulation type, at most 0: [S, T, H, K] if decay_per_key, else [S, T, H]; NULL: no decay
+ *   state, state_out [S, H, K, V], accumulation type
+ *   o                like v, contiguous
+ */
+SEQARCH_API int32_t seqarch_linear_attention_forward(
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v,
+    const seqarch_heads* log_decay, int32_t decay_per_key, double scale, const void* state, void* o, void* state_out,
+    const int64_t* offsets, int64_t sequences, int64_t length, int64_t groups, int64_t heads, int64_t keys,
+    int64_t values, int32_t num_threads);
+
+/* Its gradients, from dout (like o, with strides of its own) and dstate_out (like state_out): dq, dk, dv, dlog_decay and
+ * dstate, like what they are the gradients of, contiguous. dlog_decay is NULL where log_decay is. */
+SEQARCH_API int32_t seqarch_linear_attention_backward(
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v,
+    const seqarch_heads* log_decay, int32_t decay_per_key, double scale, const void* state, const seqarch_heads* dout,
+    const void* dstate_out, void* dq, void* dk, void* dv, void* dlog_decay, void* dstate, const int64_t* offsets,
+    int64_t sequences, int64_t length, int64_t groups, int64_t heads, int64_t keys, int64_t values,
+    int32_t num_threads);
+
+/* The delta rule with any diagonal decay; letters, shapes and types as in linear attention:
+ *
+ *   P = exp(log_decay_t) S_{t-1},   S_t = P + beta_t (k_t^T v_t - erase_t^T (read_t P)),   o_t = scale q_t S_t.
+ *
+ *   beta             [S, T, H], accumulation type
+ *   read, erase      like k; NULL: k itself
+ */
+SEQARCH_API int32_t seqarch_delta_rule_forward(
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const seqarch_heads* beta,
+    const seqarch_heads* log_decay, int32_t decay_per_key, const seqarch_heads* read, const seqarch_heads* erase,
+    double scale, const void* state, void* o, void* state_out, const int64_t* offsets, int64_t sequences,
+    int64_t length, int64_t groups, int64_t heads, int64_t keys, int64_t values, int32_t num_threads);
+
+/* Its gradients, from dout (like o, with strides of its own) and dstate_out (like state_out), each contiguous and like
+ * what it is the gradient of. dlog_decay, dread and derase are not written where log_decay, read and erase are NULL; the
+ * gradient through k then holds what they would. */
+SEQARCH_API int32_t seqarch_delta_rule_backward(
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const seqarch_heads* beta,
+    const seqarch_heads* log_decay, int32_t decay_per_key, const seqarch_heads* read, const seqarch_heads* erase,
+    double scale, const void* state, const seqarch_heads* dout, const void* dstate_out, void* dq, void* dk, void* dv,
+    void* dbeta, void* dlog_decay, void* dread, void* derase, void* dstate, const int64_t* offsets, int64_t sequences,
+    int64_t length, int64_t groups, int64_t heads, int64_t keys, int64_t values, int32_t num_threads);
 
 #ifdef __cplusplus
 }

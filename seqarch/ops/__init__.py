@@ -9,6 +9,8 @@ from typing import Any
 
 from seqarch.ops.attention import OP as _attention
 from seqarch.ops.attention import attention
+from seqarch.ops.block_sparse_attention import OP as _block_sparse_attention
+from seqarch.ops.block_sparse_attention import block_sparse_attention
 from seqarch.ops.causal_conv1d import OP as _causal_conv1d
 from seqarch.ops.causal_conv1d import causal_conv1d
 from seqarch.ops.common.checks import unknown_name
@@ -18,12 +20,13 @@ from seqarch.ops.experts import OP as _experts
 from seqarch.ops.experts import experts
 from seqarch.ops.linear_attention import OP as _linear_attention
 from seqarch.ops.linear_attention import linear_attention
-from seqarch.ops.op import BackendError, Explanation, Op, choose_backends, record_backends
+from seqarch.ops.op import BackendError, Call, Explanation, Op, choose_backends, record_backends, record_calls
 from seqarch.ops.selective_scan import OP as _selective_scan
 from seqarch.ops.selective_scan import selective_scan
 
 OPS: dict[str, Op] = {
     "attention": _attention,
+    "block_sparse_attention": _block_sparse_attention,
     "causal_conv1d": _causal_conv1d,
     "delta_rule": _delta_rule,
     "experts": _experts,
@@ -63,15 +66,18 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 __all__ = [
     "OPS",
     "BackendError",
+    "Call",
     "Explanation",
     "Op",
     "attention",
+    "block_sparse_attention",
     "causal_conv1d",
     "delta_rule",
     "experts",
     "explain",
     "linear_attention",
     "record_backends",
+    "record_calls",
     "selective_scan",
     "use_backends",
 ]

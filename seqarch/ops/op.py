@@ -27,8 +27,19 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation: its public arguments, the backend that served it and what that returned."""
+
+    op: str
+    backend: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
 _chosen: dict[str, str] = {}
-_recorders: list[dict[str, dict[str, int]]] = []
+_observers: list[Callable[[Call], None]] = []
 
 
 @dataclass(frozen=True)
@@ -107,9 +118,12 @@ class Op:
     def __call__(self, backend: str, *args: Any, **kwargs: Any) -> Any:
         arguments = self.prepare(*args, **kwargs)
         chosen = self.select(backend, arguments)
-        for recorder in _recorders:
-            counts = recorder.setdefault(self.name, {})
-            counts[chosen.name] = counts.get(chosen.name, 0) + 1
+        result = self._run(chosen, arguments)
+        for observe in _observers:
+            observe(Call(self.name, chosen.name, args, kwargs, result))
+        return result
+
+    def _run(self, chosen: Backend, arguments: tuple[Any, ...]) -> Any:
         device = arguments[0].device.type
         if self.autocast or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return chosen.run(*arguments)
@@ -173,11 +187,30 @@ def choose_backends(choices: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
+def _observed_by(observe: Callable[[Call], None]) -> Iterator[None]:
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers[:] = [other for other in _observers if other is not observe]
+
+
+@contextmanager
 def record_backends() -> Iterator[dict[str, dict[str, int]]]:
     """Collect, per operation, how often each backend really ran within the block."""
     record: dict[str, dict[str, int]] = {}
-    _recorders.append(record)
-    try:
+
+    def count(call: Call) -> None:
+        counts = record.setdefault(call.op, {})
+        counts[call.backend] = counts.get(call.backend, 0) + 1
+
+    with _observed_by(count):
         yield record
-    finally:
-        _recorders[:] = [other for other in _recorders if other is not record]
+
+
+@contextmanager
+def record_calls() -> Iterator[list[Call]]:
+    """Collect the calls of operations within the block, arguments and results included."""
+    calls: list[Call] = []
+    with _observed_by(calls.append):
+        yield calls

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
-from seqarch.ops.experts import flops
+from seqarch.ops.experts import flops, groups
 
 BACKENDS = list(ops.OPS["experts"].backends)
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 13, 6, 5, 7, 3
@@ -49,14 +49,15 @@ def with_gradients(function, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"y": y.detach(), **{name: x.grad for name, x in given.items() if x.requires_grad and x.grad is not None}}
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "squared_relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "squared_relu"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_equals_a_loop_over_the_tokens(backend, gated, activation):
     given = make()
     if not gated:
         del given["w_gate"]
-    function = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": lambda x: F.relu(x) ** 2}[activation]
+    functions = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": lambda x: F.relu(x) ** 2}
+    function = {**functions, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
     expected = with_gradients(lambda **g: each_token(activation=function, **g), given)
     found = with_gradients(lambda **g: ops.experts(activation=activation, backend=backend, **g), given)
     assert set(expected) == {"y", *given} - {"expert_index"}
@@ -81,6 +82,47 @@ def test_an_expert_named_twice_counts_twice(backend):
     found = with_gradients(lambda **g: ops.experts(backend=backend, **g), given)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_choice_of_no_expert_adds_nothing(backend):
+    given = make()
+    index = given["expert_index"]
+    none = torch.rand(index.shape) < 0.3
+    none[3] = True
+    unweighted = {**given, "expert_weight": given["expert_weight"].masked_fill(none, 0)}
+    expected = with_gradients(each_token, unweighted)
+    expected["expert_weight"].masked_fill_(none, 0)
+    given["expert_index"] = index.masked_fill(none, -1)
+    found = with_gradients(lambda **g: ops.experts(backend=backend, **g), given)
+    assert found["y"][3].count_nonzero() == 0
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
+
+
+def test_compiles_whole_and_is_checked_there_too():
+    given = make()
+    compiled = torch.compile(ops.experts, fullgraph=True, backend="aot_eager")
+    expected = with_gradients(ops.experts, given)
+    found = with_gradients(compiled, given)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
+    given["expert_index"][0, 0] = EXPERTS
+    with pytest.raises(ValueError, match="expert_index holds 7"):
+        compiled(**given)
+
+
+def test_operators_keep_their_word():
+    chosen = torch.tensor([2, 0, 0, 3, -1, 2])
+    rows, right = (torch.randn(6, width, dtype=torch.float64, requires_grad=True) for width in (4, 3))
+    weight = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
+    order, starts = groups.sort_by_expert(chosen, 5)
+    assert order.tolist() == [4, 1, 2, 0, 5, 3]
+    assert starts.tolist() == [1, 3, 3, 5, 6, 6]
+    torch.library.opcheck(groups.sort_by_expert, (chosen, 5))
+    torch.library.opcheck(groups.grouped_matmul, (rows, weight, starts))
+    torch.library.opcheck(groups.grouped_outer, (rows, right, starts))
+    assert torch.autograd.gradgradcheck(lambda *x: groups.grouped_matmul(*x, starts), (rows, weight))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -137,14 +179,13 @@ def test_repeating_the_call_gives_the_same_bits():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gated", [True, False])
-def test_flops_equal_those_of_the_chosen_experts(backend, gated):
+def test_flops_equal_those_of_the_chosen_experts(gated):
     given = make()
     if not gated:
         del given["w_gate"]
     with FlopCounterMode(display=False) as counter:
-        ops.experts(**given, backend=backend)
+        ops.experts(**given, backend="parallel_torch")
     assert counter.get_total_flops() == flops(TOKENS, TOP_K, WIDTH, HIDDEN, gated)
     assert counter.get_total_flops() == 2 * (3 if gated else 2) * WIDTH * HIDDEN * TOP_K * TOKENS
 

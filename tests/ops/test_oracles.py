@@ -24,6 +24,7 @@ BOUND = {torch.float32: 2e-6, torch.float64: 1e-6}
 RECORDS = {
     "causal_conv1d": "causal_conv1d",
     "delta_rule": "delta_rule",
+    "delta_rule_dplr": "delta_rule",
     "delta_rule_scalar_decay": "delta_rule",
     "delta_rule_vector_decay": "delta_rule",
     "linear_attention_head_decay": "linear_attention",
@@ -31,6 +32,7 @@ RECORDS = {
     "linear_attention_scalar_decay": "linear_attention",
     "linear_attention_vector_decay": "linear_attention",
     "linear_attention_vector_decay_strong": "linear_attention",
+    "native_sparse_attention": "block_sparse_attention",
     "selective_scan": "selective_scan",
     "ssd": "linear_attention",
 }
@@ -49,6 +51,12 @@ def compute(record: str, backend: str, scale: float, x: dict[str, Tensor]) -> di
     if record == "selective_scan":
         x = {"B" if name == "Bm" else name: tensor for name, tensor in x.items()}
         return dict(zip(("y", "state"), ops.selective_scan(**x, dt_softplus=True, backend=backend), strict=True))
+    if record == "native_sparse_attention":
+        q, k, v = x["q"], x["k"], x["v"]
+        selected = ops.block_sparse_attention(q, k, v, x["block_index"], 16, scale=scale, backend=backend)
+        compressed = over_means(q, k, v, 16, scale)
+        o = x["g_cmp"].unsqueeze(-1) * compressed + x["g_slc"].unsqueeze(-1) * selected
+        return {"selected": selected, "compressed": compressed, "o": o}
     if record == "ssd":
         y, state = ops.linear_attention(
             x["C"], x["Bm"], x["x"], x["log_decay"], scale=1.0, state=x["state"], backend=backend
@@ -57,8 +65,21 @@ def compute(record: str, backend: str, scale: float, x: dict[str, Tensor]) -> di
     if record == "linear_attention_head_decay":
         decay = 1 - 2.0 ** (-5 - torch.arange(x["q"].shape[2], dtype=x["q"].dtype))
         x = {**x, "log_decay": decay.log()}
+    if record == "delta_rule_dplr":  # its correction is added, and reads the state before the decay
+        read = -x["a"] * (-x["log_decay"]).exp()
+        kept = {name: tensor for name, tensor in x.items() if name not in ("a", "b")}
+        x = {**kept, "read": read, "erase": x["b"]}
     op = {"delta_rule": ops.delta_rule, "linear_attention": ops.linear_attention}[RECORDS[record]]
     return dict(zip(("o", "state"), op(**x, scale=scale, backend=backend), strict=True))
+
+
+def over_means(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float) -> Tensor:
+    """Attention over the means of the keys and values of blocks that are over."""
+    k, v = (m.unflatten(1, (-1, size)).mean(2).repeat_interleave(q.shape[2] // m.shape[2], 2) for m in (k, v))
+    over = (torch.arange(k.shape[1]) + 1) * size <= torch.arange(1, q.shape[1] + 1)[:, None]
+    scores = torch.einsum("bthk,bnhk->bhtn", q, k) * scale
+    weights = scores.masked_fill(~over, -1e9).softmax(-1) * over
+    return torch.einsum("bhtn,bnhv->bthv", weights, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -70,8 +91,8 @@ def test_values_and_gradients(record: str, backend: str, dtype: torch.dtype):
     parts = {part: {} for part in ("in", "out", "cotangent", "grad")}
     for name, tensor in tensors.items():
         part, _, key = name.partition(".")
-        parts[part][key] = tensor.to(dtype)
-    inputs = {name: tensor.requires_grad_() for name, tensor in parts["in"].items()}
+        parts[part][key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    inputs = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in parts["in"].items()}
     outputs = compute(record, backend, scale, inputs)
     for name, expected in parts["out"].items():
         assert_close(outputs[name], expected, BOUND[dtype], name)

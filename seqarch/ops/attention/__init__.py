@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seqarch.ops.common import checks
@@ -52,20 +51,10 @@ def prepare(
         raise ValueError(f"{NAME}: window={window} looks to the past only, expected causal=True with it")
     if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
         raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
-    if key_start is not None:
-        _check_key_start(key_start, cu_seqlens is not None, q.device)
+    checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
     scale = sizes["K"] ** -0.5 if scale is None else scale
     return q, k, v, causal, window, scale, offsets, key_start
-
-
-def _check_key_start(key_start: Tensor, packed: bool, device: torch.device) -> None:
-    if packed:
-        raise ValueError(f"{NAME}: key_start is for rows of a batch, cu_seqlens for packed sequences; give one of them")
-    if key_start.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{NAME}: key_start has dtype {key_start.dtype}, expected int32 or int64")
-    if key_start.device != device:
-        raise ValueError(f"{NAME}: key_start is on {key_start.device}, expected {device} as q")
 
 
 OP = Op(

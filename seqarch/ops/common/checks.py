@@ -93,6 +93,18 @@ def sequence_offsets(
     return offsets
 
 
+def key_start(op: str, start: Tensor | None, packed: bool, device: torch.device) -> None:
+    """Raise unless ``start`` may be the first key of each row that is not padding."""
+    if start is None:
+        return
+    if packed:
+        raise ValueError(f"{op}: key_start is for rows of a batch, cu_seqlens for packed sequences; give one of them")
+    if start.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: key_start has dtype {start.dtype}, expected int32 or int64")
+    if start.device != device:
+        raise ValueError(f"{op}: key_start is on {start.device}, expected {device} as q")
+
+
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any input is float64, else float32: the dtype of recurrent states and sums."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)

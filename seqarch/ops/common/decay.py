@@ -138,10 +138,3 @@ def chunk_decay(log_decay: Tensor | None, chunks: Chunks, groups: int, dtype: to
 def join_heads(x: Tensor, chunks: Chunks) -> Tensor:
     """``[B, N, G, R, C, D]`` back to ``[B, T, H, D]``."""
     return chunks.join(x.flatten(2, 3).movedim(3, 2))
-
-
-def per_step_decay(log_decay: Tensor, t: int) -> Tensor:
-    """``exp`` of step t's log decay, shaped to multiply a state ``[B, H, K, V]``."""
-    if log_decay.ndim == 1:
-        return log_decay.exp()[:, None, None]
-    return log_decay[:, t].exp()[(...,) + (None,) * (5 - log_decay.ndim)]

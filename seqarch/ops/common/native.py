@@ -6,8 +6,9 @@ plain C interface (``csrc/include/seqarch.h``). The kernels of the best one that
 environment variable ``SEQARCH_ISA`` names an older one. That a library is missing or stale is a reason which
 :func:`unavailable` tells, never an error on import.
 
-A kernel's argument types: :class:`Pointer` takes a tensor or ``None``, :class:`Offsets` a sequence of integers or
-``None``, ``int32`` and ``int64`` an integer.
+A kernel's argument types: :class:`Pointer`, :class:`Rows` and :class:`Heads` take a tensor or ``None``, the last two
+with its strides, :class:`Offsets` a sequence of integers or ``None``, ``int32`` and ``int64`` an integer, ``float64`` a
+float.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch import Tensor
 import seqarch
 from seqarch.ops.common.checks import unknown_name
 
-INTERFACE = 1
+INTERFACE = 3
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
 
 ISAS = ("baseline", "avx2", "avx512")
@@ -36,7 +38,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 ERRORS = {1: (ValueError, "an argument is outside its domain"), 2: (MemoryError, "out of memory")}
 
-int32, int64 = ctypes.c_int32, ctypes.c_int64
+int32, int64, float64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 
 
 class Pointer:
@@ -45,6 +47,41 @@ class Pointer:
     @classmethod
     def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class _RowsStructure(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("batch_stride", int64), ("time_stride", int64), ("dtype", int32))
+
+
+class Rows:
+    """Argument type: ``seqarch_rows`` of a tensor ``[B, T, ...]`` whose dimensions after the second lie side by side;
+    null for ``None``."""
+
+    @classmethod
+    def from_param(cls, tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        rows = _RowsStructure(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), DTYPES[tensor.dtype])
+        return ctypes.byref(rows)
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", int64),
+        ("time_stride", int64),
+        ("head_stride", int64),
+    ]
+
+
+class Heads:
+    """Argument type: a tensor ``[B, T, H]`` or ``[B, T, H, D]`` with its strides, D's being 1; null for ``None``."""
+
+    @classmethod
+    def from_param(cls, tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        return ctypes.byref(_Heads(tensor.data_ptr(), *tensor.stride()[:3]))
 
 
 class Offsets:
@@ -178,3 +215,24 @@ class Kernel:
         if code:
             error, text = ERRORS[code]
             raise error(f"the compiled kernel {self.name} returned {code}: {text}")
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if the numbers of its last dimension lie side by side, else a copy in which they do."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def like(tensor: Tensor) -> Tensor:
+    """Room for a contiguous tensor of this shape and dtype."""
+    return tensor.new_empty(tensor.shape)
+
+
+def activation_dtype(state: Tensor, *inputs: Tensor) -> torch.dtype:
+    """The dtype in which a recurrence takes these inputs: bfloat16 if they all are, else that of its state."""
+    narrow = state.dtype == torch.float32 and all(tensor.dtype == torch.bfloat16 for tensor in inputs)
+    return torch.bfloat16 if narrow else state.dtype
+
+
+def stepwise(log_decay: Tensor, v: Tensor) -> Tensor:
+    """``[H]`` as a view ``[B, T, H]``; other decays as they are."""
+    return log_decay.expand(v.shape[:3]) if log_decay.ndim == 1 else log_decay

@@ -1,12 +1,14 @@
-"""What the matrix-state recurrences (linear attention, the delta rule) check alike."""
+"""What the matrix-state recurrences (linear attention, the delta rule) do alike: checks, and the reference's loop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from seqarch.ops.common import checks
+from seqarch.ops.common.packed import over_sequences
 
 DECAY_PATTERNS = {1: "H", 3: "B T H", 4: "B T H K"}
 
@@ -21,14 +23,18 @@ def prepare_recurrence(
     state: Tensor | None,
     cu_seqlens: Tensor | Sequence[int] | None,
     beta: Tensor | None = None,
+    **keys: Tensor | None,
 ) -> tuple[float, Tensor, tuple[int, ...] | None]:
     """Check the arguments that these operations share; the scale, the state ``[B, H, K, V]`` and the offsets.
+
+    Args:
+        keys: further tensors of the shape of ``k``, by name.
 
     Raises:
         ValueError: shapes disagree, heads do not divide, or the offsets are wrong.
         TypeError: an input is not floating point.
     """
-    checks.floating_on_one_device(op, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state)
+    checks.floating_on_one_device(op, q=q, k=k, v=v, log_decay=log_decay, beta=beta, state=state, **keys)
     if log_decay is not None and log_decay.ndim not in DECAY_PATTERNS:
         shapes = "[H], [B, T, H] or [B, T, H, K]"
         raise ValueError(f"{op}: log_decay has shape {list(log_decay.shape)}, expected {shapes}")
@@ -40,10 +46,52 @@ def prepare_recurrence(
         v=(v, "B T H V"),
         beta=(beta, "B T H"),
         log_decay=(log_decay, pattern),
+        **{name: (key, "B T G K") for name, key in keys.items()},
     )
     checks.divides(op, sizes["G"], "the heads of q and k", sizes["H"], "the heads of v")
     offsets = checks.sequence_offsets(op, cu_seqlens, sizes["B"], sizes["T"])
     rows = sizes["B"] if offsets is None else len(offsets) - 1
     shape = (rows, sizes["H"], sizes["K"], sizes["V"])
-    state = checks.initial_state(op, state, shape, checks.accumulation_dtype(q, k, v, beta, log_decay, state), v.device)
+    dtype = checks.accumulation_dtype(q, k, v, beta, log_decay, state, *keys.values())
+    state = checks.initial_state(op, state, shape, dtype, v.device)
     return sizes["K"] ** -0.5 if scale is None else scale, state, offsets
+
+
+def recur(
+    write: Callable[..., Tensor],
+    q: Tensor,
+    inputs: Sequence[Tensor],
+    log_decay: Tensor | None,
+    scale: float,
+    state: Tensor,
+    offsets: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    """One step after the other: decay the state, ``write`` into it, read it with q.
+
+    Args:
+        write: takes the state ``[B, H, K, V]`` and each input's ``[B, H, 1, ...]`` at one token; the state after it.
+        inputs: ``[B, T, G, ...]`` each; head h uses row ``h // (H / G)``.
+
+    Returns:
+        outputs ``[B, T, H, V]`` in the state's dtype and the last state.
+    """
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = log_decay.expand(1, q.shape[1], -1)
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = log_decay.unsqueeze(-1)
+
+    def each_head(x: Tensor) -> Tensor:
+        return x.to(state.dtype).repeat_interleave(state.shape[1] // x.shape[2], dim=2).unsqueeze(-2)
+
+    def one(state: Tensor, log_decay: Tensor | None, q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for t in range(q.shape[1]):
+            if log_decay is not None:
+                state = state * log_decay[:, t, ..., None].exp()
+            state = write(state, *(x[:, t] for x in inputs))
+            outputs.append((q[:, t] @ state).squeeze(-2))
+        empty = state.new_empty(*q.shape[:3], state.shape[-1]) if not outputs else None
+        return torch.stack(outputs, dim=1) if empty is None else empty + 0 * sum(x.sum() for x in (q, *inputs)), state
+
+    log_decay = None if log_decay is None else log_decay.to(state.dtype)
+    return over_sequences(one, offsets, state, log_decay, each_head(q) * scale, *(each_head(x) for x in inputs))

@@ -4,11 +4,20 @@ r"""The delta rule: linear attention that overwrites what a key held before.
     P = \mathrm{decay}_t \cdot S_{t-1}, \qquad S_t = P + \beta_t k_t^\top (v_t - k_t P), \qquad
     o_t = \mathrm{scale} \cdot q_t S_t
 
-Without decay: DeltaNet (Schlag et al. 2021, eq. 24-25; Yang et al. 2024, "Parallelizing Linear Transformers with the
-Delta Rule", section 2.2). One decay a head and step: Gated DeltaNet (Yang et al. 2024, "Gated Delta Networks", eq.
-10). One a key dimension: Kimi delta attention (Kimi team 2025, eq. 1). With keys of unit norm the eigenvalues of a
-step along k_t are ``1 - beta_t``: beta in (0, 1) forgets, beta in (1, 2) makes them negative (Grazzi et al. 2024),
-beyond 2 the state grows.
+and with what is read, erased and written given apart
+
+.. math::
+    S_t = P + \beta_t \big(k_t^\top v_t - \mathrm{erase}_t^\top (\mathrm{read}_t P)\big)
+
+Without decay: DeltaNet (Schlag et al. 2021, "Linear Transformers Are Secretly Fast Weight Programmers", eq. 24; Yang
+et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", section 2.2). One decay a head and step: Gated
+DeltaNet (Yang et al. 2024, "Gated Delta Networks", eq. 10). One a key dimension: Kimi delta attention (Zhang et al.
+2025, "Kimi Linear", eq. 1). With a vector ``read`` of its own: Gated DeltaNet-2 (Hatamizadeh et al. 2026, "Gated
+DeltaNet-2"). With ``erase`` as well: RWKV-7 (Peng et al. 2025, "RWKV-7 Goose", eq. 17), whose correction reads the
+state before its decay, so that its ``read`` is divided by the decay.
+
+With keys of unit norm the eigenvalue of a step along k_t is ``1 - beta_t``: beta in (0, 1) forgets, beta in (1, 2)
+makes it negative (Grazzi et al. 2024), beyond 2 the state grows.
 
 Work is ``O(T K V)`` a head, ``O(T C (K + V + C))`` more in chunks of C tokens. Any log decay from 0 to -inf is right.
 """
@@ -30,24 +39,34 @@ def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None = None,
     log_decay: Tensor | None = None,
     *,
+    read: Tensor | None = None,
+    erase: Tensor | None = None,
     scale: float | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
-    """Check the arguments; what every backend takes: ``q, k, v, beta, log_decay, scale, state, offsets``."""
-    scale, state, offsets = prepare_recurrence(NAME, q, k, v, log_decay, scale, state, cu_seqlens, beta)
-    return q, k, v, beta, log_decay, scale, state, offsets
+    """Check the arguments; what every backend takes.
+
+    Returns:
+        ``q, k, v, beta, log_decay, read, erase, scale, state, offsets``, with beta and ``read`` filled in; ``erase`` is
+        ``None`` where it is k.
+    """
+    scale, state, offsets = prepare_recurrence(
+        NAME, q, k, v, log_decay, scale, state, cu_seqlens, beta, read=read, erase=erase
+    )
+    beta = v.new_ones(v.shape[:3]) if beta is None else beta
+    return q, k, v, beta, log_decay, k if read is None else read, erase, scale, state, offsets
 
 
 OP = Op(
     NAME,
     prepare,
-    order=("chunk_torch", "recurrent_torch"),
+    order=("chunk_cpp", "chunk_torch", "recurrent_torch"),
     reference="recurrent_torch",
-    step_order=("recurrent_torch", "chunk_torch"),
+    step_order=("chunk_cpp", "recurrent_torch", "chunk_torch"),
 )
 
 
@@ -55,21 +74,24 @@ def delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor,
+    beta: Tensor | None = None,
     log_decay: Tensor | None = None,
     *,
+    read: Tensor | None = None,
+    erase: Tensor | None = None,
     scale: float | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``P = exp(log_decay_t) S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``, ``o_t = scale q_t S_t``.
+    """``P = exp(log_decay_t) S_{t-1}``, ``S_t = P + beta_t (k_t^T v_t - erase_t^T (read_t P))``, ``o_t = q_t S_t``.
 
     Args:
         q, k: ``[B, T, G, K]``; head h of v uses head ``h // (H / G)``. Keys are expected to have unit norm.
         v: ``[B, T, H, V]``, H a multiple of G.
-        beta: ``[B, T, H]``, in (0, 2): how much of the old value is replaced.
+        beta: ``[B, T, H]``, in (0, 2): how much of the old value is replaced; ones if ``None``.
         log_decay: natural logarithms, at most 0: ``None``, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``.
+        read, erase: ``[B, T, G, K]``, what reads the old value and where it is removed; k if ``None``.
         scale: defaults to ``K ** -0.5``.
         state: ``[B, H, K, V]`` before the first token (a row a sequence under ``cu_seqlens``); zeros if ``None``.
         cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T.
@@ -83,9 +105,14 @@ def delta_rule(
         TypeError: an input is not floating point.
         BackendError: the named backend cannot serve the call.
     """
-    return OP(backend, q, k, v, beta, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    return OP(
+        backend, q, k, v, beta, log_decay, read=read, erase=erase, scale=scale, state=state, cu_seqlens=cu_seqlens
+    )
 
 
-def flops(length: int, heads: int, key_width: int, value_width: int, batch_size: int = 1) -> int:
-    """FLOPs of the recurrence: ``2 K V`` each to recall, to write and to read, a head and token."""
-    return 6 * batch_size * length * heads * key_width * value_width
+def flops(
+    length: int, heads: int, key_width: int, value_width: int, batch_size: int = 1, erase_apart: bool = False
+) -> int:
+    """FLOPs of the recurrence: ``2 K V`` each to recall, to write, to erase where that is apart, and to read, a head
+    and token."""
+    return (8 if erase_apart else 6) * batch_size * length * heads * key_width * value_width

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from seqarch.ops.common.decay import per_step_decay
-from seqarch.ops.common.packed import over_sequences
+from seqarch.ops.common.recurrence import recur
 
 
 def run(
@@ -15,31 +13,21 @@ def run(
     v: Tensor,
     beta: Tensor,
     log_decay: Tensor | None,
+    read: Tensor,
+    erase: Tensor | None,
     scale: float,
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    repeats = v.shape[2] // q.shape[2]
-    wide = state.dtype
-    q = q.to(wide).repeat_interleave(repeats, dim=2) * scale
-    k = k.to(wide).repeat_interleave(repeats, dim=2)
-    log_decay = None if log_decay is None else log_decay.to(wide)
-    per_head = None if log_decay is None or log_decay.ndim > 1 else log_decay
-    per_step = None if log_decay is None or log_decay.ndim == 1 else log_decay
+    def overwrite(state: Tensor, k: Tensor, v: Tensor, beta: Tensor, read: Tensor) -> Tensor:
+        return state + k.mT @ (beta * (v - read @ state))
 
-    def one(
-        state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, per_step: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        outputs = []
-        decay = per_head if per_step is None else per_step
-        for t in range(q.shape[1]):
-            if decay is not None:
-                state = state * per_step_decay(decay, t)
-            recalled = k[:, t, :, None, :] @ state
-            correction = beta[:, t, :, None, None] * (v[:, t, :, None, :] - recalled)
-            state = state + k[:, t, :, :, None] @ correction
-            outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
-        return torch.stack(outputs, dim=1) if outputs else v, state
+    def write_apart(state: Tensor, k: Tensor, v: Tensor, beta: Tensor, read: Tensor, erase: Tensor) -> Tensor:
+        return state + k.mT @ (beta * v) - erase.mT @ (beta * (read @ state))
 
-    o, state = over_sequences(one, offsets, state, q, k, v.to(wide), beta.to(wide), per_step)
+    inputs = (k, v, beta.unsqueeze(-1), read)
+    if erase is None:
+        o, state = recur(overwrite, q, inputs, log_decay, scale, state, offsets)
+    else:
+        o, state = recur(write_apart, q, (*inputs, erase), log_decay, scale, state, offsets)
     return o.to(v.dtype), state

@@ -1,4 +1,4 @@
-r"""Routed experts, dropless: each token goes through its own k of E small MLPs.
+r"""Routed experts: each token goes through its own k of E small MLPs.
 
 .. math::
     y = \sum_{j=1}^{k} \mathrm{weight}_j\,
@@ -7,7 +7,8 @@ r"""Routed experts, dropless: each token goes through its own k of E small MLPs.
 or ``act(x W_in) W_out`` without a gate. Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 1, with every
 token kept, as in Gale et al. 2022, "MegaBlocks", section 4; the gated form: Shazeer 2020, "GLU Variants", section 2.
 
-Work is ``O(k D F)`` a token, whatever E. An expert without tokens costs nothing and gets a zero gradient.
+The index -1 names no expert: such a choice, one dropped by the caller, costs and adds nothing. Work is ``O(k D F)`` a
+token, whatever E. An expert without tokens costs nothing and gets a zero gradient.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def prepare(
     w_gate: Tensor | None = None,
     activation: str = "silu",
 ) -> tuple[Any, ...]:
-    """Check the arguments and flatten the tokens.
+    """Check the arguments and flatten the tokens; the backends check the index's range, as they wait for it anyway.
 
     What every backend takes: ``x [N, D], w_in, w_out, expert_index [N, k], expert_weight [N, k], w_gate, activation``,
     the last a function.
     """
     checks.floating_on_one_device(NAME, x=x, w_in=w_in, w_out=w_out, expert_weight=expert_weight, w_gate=w_gate)
     tokens = "B T" if x.ndim == 3 else "N"
-    sizes = checks.match_shapes(
+    checks.match_shapes(
         NAME,
         x=(x, f"{tokens} D"),
         w_in=(w_in, "E D F"),
@@ -52,23 +53,13 @@ def prepare(
     )
     if activation not in ACTIVATIONS:
         raise checks.unknown_name("activation", activation, ACTIVATIONS)
-    _check_index(expert_index, sizes["E"], x.device)
+    if expert_index.dtype != torch.int64:
+        raise TypeError(f"{NAME}: expert_index has dtype {expert_index.dtype}, expected torch.int64")
+    if expert_index.device != x.device:
+        raise ValueError(f"{NAME}: expert_index is on {expert_index.device}, expected {x.device} as x")
     flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, expert_index, expert_weight))
     x, expert_index, expert_weight = flat
     return x, w_in, w_out, expert_index, expert_weight, w_gate, ACTIVATIONS[activation]
-
-
-def _check_index(expert_index: Tensor, experts: int, device: torch.device) -> None:
-    """Waits for a GPU, which the fast forms do in any case for the number of tokens of each expert."""
-    if expert_index.dtype != torch.int64:
-        raise TypeError(f"{NAME}: expert_index has dtype {expert_index.dtype}, expected torch.int64")
-    if expert_index.device != device:
-        raise ValueError(f"{NAME}: expert_index is on {expert_index.device}, expected {device} as x")
-    if expert_index.numel():
-        lowest, highest = torch.stack(expert_index.aminmax()).tolist()
-        if lowest < 0 or highest >= experts:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"{NAME}: expert_index holds {wrong}, expected 0 to {experts - 1} for {experts} experts")
 
 
 OP = Op(NAME, prepare, order=("grouped_torch", "parallel_torch"), reference="parallel_torch", autocast=True)
@@ -85,15 +76,16 @@ def experts(
     activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """The weighted sum of each token's k experts; no token is dropped.
+    """The weighted sum of each token's k experts.
 
     Args:
         x: ``[B, T, D]`` or ``[N, D]``.
         w_in, w_gate: ``[E, D, F]``; without ``w_gate`` the experts are plain MLPs.
         w_out: ``[E, F, D]``.
-        expert_index: ``[B, T, k]`` or ``[N, k]`` int64, from 0 to E - 1; an expert named twice counts twice.
+        expert_index: ``[B, T, k]`` or ``[N, k]`` int64, from 0 to E - 1, or -1 for no expert; an expert named
+            twice counts twice.
         expert_weight: of the same shape, floating point.
-        activation: ``"silu"``, ``"gelu"``, ``"relu"`` or ``"squared_relu"``.
+        activation: ``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"squared_relu"``.
         backend: a name, or ``"auto"``.
 
     Returns:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.experts.groups import grouped_matmul, sort_by_expert
 
 
 def run(
@@ -23,24 +24,25 @@ def run(
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
     (tokens, top_k), width = expert_index.shape, x.shape[-1]
-    chosen = expert_index.flatten()
-    order = chosen.argsort(stable=True)
-    counts = chosen.bincount(minlength=w_in.shape[0]).tolist()
+    order, starts = sort_by_expert(expert_index.flatten(), w_in.shape[0])
     # Copying each token k times first makes the gather a permutation, whose backward adds no two rows.
     rows = x[:, None].expand(-1, top_k, -1).reshape(-1, width).index_select(0, order)
-    # unbind: its backward stacks the experts' gradients once, where w[e] fills a full-size buffer for each e.
-    gates = [None] * len(counts) if w_gate is None else w_gate.unbind()
-    groups = list(zip(rows.split(counts), w_in.unbind(), gates, w_out.unbind(), strict=True))
-    busy = [group for group in groups if len(group[0])] or groups[:1]  # of no tokens the gradients are zeros
-    outputs = torch.cat([_expert(*group, activation) for group in busy])
+    dtype = _product_dtype(x)
+    rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
+    hidden = grouped_matmul(rows, w_in, starts)
+    if w_gate is None:
+        hidden = activation(hidden)
+    else:
+        hidden = activation(grouped_matmul(rows, w_gate.to(dtype), starts)) * hidden
+    outputs = grouped_matmul(hidden, w_out, starts)
     y = torch.empty_like(outputs).index_copy(0, order, outputs).view(tokens, top_k, width)
     wide = accumulation_dtype(y, expert_weight)
     return (y.to(wide) * expert_weight[..., None].to(wide)).sum(dim=1).to(x.dtype)
 
 
-def _expert(
-    rows: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, activation: Callable[[Tensor], Tensor]
-) -> Tensor:
-    hidden = rows @ w_in.to(rows.dtype)
-    hidden = activation(hidden) if w_gate is None else activation(rows @ w_gate.to(rows.dtype)) * hidden
-    return hidden @ w_out.to(rows.dtype)
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The products' dtype: x's, or autocast's, which does not see into a custom operator."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x.dtype
+    return torch.get_autocast_dtype(device)

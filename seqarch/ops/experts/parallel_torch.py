@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.experts.groups import check_range
 
 
 def run(
@@ -19,6 +20,9 @@ def run(
     w_gate: Tensor | None,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
+    if expert_index.numel():
+        lowest, highest = torch.stack(expert_index.aminmax()).tolist()
+        check_range(lowest, highest, w_in.shape[0])
     wide = accumulation_dtype(x, w_in, w_out, expert_weight)
     tokens, weight = x.to(wide), expert_weight.to(wide)
     y = torch.zeros_like(tokens)

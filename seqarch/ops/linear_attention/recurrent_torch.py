@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from seqarch.ops.common.decay import per_step_decay
-from seqarch.ops.common.packed import over_sequences
+from seqarch.ops.common.recurrence import recur
 
 
 def run(
@@ -18,23 +16,8 @@ def run(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    repeats = v.shape[2] // q.shape[2]
-    wide = state.dtype
-    q = q.to(wide).repeat_interleave(repeats, dim=2) * scale
-    k = k.to(wide).repeat_interleave(repeats, dim=2)
-    log_decay = None if log_decay is None else log_decay.to(wide)
-    per_head = None if log_decay is None or log_decay.ndim > 1 else log_decay
-    per_step = None if log_decay is None or log_decay.ndim == 1 else log_decay
+    def write(state: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return state + k.mT @ v
 
-    def one(state: Tensor, q: Tensor, k: Tensor, v: Tensor, per_step: Tensor | None) -> tuple[Tensor, Tensor]:
-        outputs = []
-        decay = per_head if per_step is None else per_step
-        for t in range(q.shape[1]):
-            if decay is not None:
-                state = state * per_step_decay(decay, t)
-            state = state + k[:, t, :, :, None] @ v[:, t, :, None, :]
-            outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
-        return torch.stack(outputs, dim=1) if outputs else v, state
-
-    o, state = over_sequences(one, offsets, state, q, k, v.to(wide), per_step)
+    o, state = recur(write, q, (k, v), log_decay, scale, state, offsets)
     return o.to(v.dtype), state

@@ -4,9 +4,9 @@ r"""The selective scan of a diagonal state-space model.
     h_t = \exp(\Delta_t A) \odot h_{t-1} + \Delta_t B_t x_t, \qquad y_t = (C_t h_t + D x_t) \cdot \mathrm{silu}(z_t)
 
 with a step size a channel, ``Delta_t = softplus(dt_t + dt_bias)`` or dt as given (Gu and Dao 2023, "Mamba", algorithm 2
-and section 3.2; the input is discretised by the Euler rule as in the reference release, not by zero-order hold). With
-N = 1 it is any elementwise gated recurrence ``h_t = f_t h_{t-1} + i_t`` (RG-LRU, HGRN): ``A = -1``, ``B = C = 1``,
-``dt = -log f`` and ``x = i / dt``, where f is held below 1 by the least dt that the division bears.
+and section 3.2; the input is discretised by the Euler rule as in the reference release, not by zero-order hold).
+Without the factor Delta on the input (``scale_input=False``) and with N = 1 it is any elementwise gated recurrence
+``h_t = f_t h_{t-1} + i_t`` (RG-LRU, HGRN, minGRU): ``A = -1``, ``B = C = 1``, ``dt = -log f`` and ``x = i``.
 
 Work is ``O(T D N)``. ``Delta_t A`` from 0 to -inf is right.
 """
@@ -35,6 +35,7 @@ def prepare(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    scale_input: bool = True,
     state: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
@@ -57,15 +58,15 @@ def prepare(
     rows = sizes["B"] if offsets is None else len(offsets) - 1
     dtype = checks.accumulation_dtype(x, dt, A, B, C, D, z, dt_bias, state)
     state = checks.initial_state(NAME, state, (rows, sizes["D"], sizes["N"]), dtype, x.device)
-    return x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, offsets
+    return x, dt, A, B, C, D, z, dt_bias, dt_softplus, scale_input, state, offsets
 
 
 OP = Op(
     NAME,
     prepare,
-    order=("chunk_torch", "recurrent_torch"),
+    order=("chunk_cpp", "chunk_torch", "recurrent_torch"),
     reference="recurrent_torch",
-    step_order=("recurrent_torch", "chunk_torch"),
+    step_order=("chunk_cpp", "recurrent_torch", "chunk_torch"),
 )
 
 
@@ -80,6 +81,7 @@ def selective_scan(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    scale_input: bool = True,
     state: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     backend: str = "auto",
@@ -95,6 +97,7 @@ def selective_scan(
         z: gate ``[B, T, D]``, applied as ``silu(z)``; ``None`` for no gate.
         dt_bias: ``[D]``, added to dt.
         dt_softplus: whether the step size is ``softplus(dt + dt_bias)``.
+        scale_input: whether x is multiplied by the step size as it enters the state.
         state: ``[B, D, N]`` before the first token (a row a sequence under ``cu_seqlens``); zeros if ``None``.
         cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T.
         backend: a name, or ``"auto"``.
@@ -113,6 +116,7 @@ def selective_scan(
         z=z,
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
+        scale_input=scale_input,
         state=state,
         cu_seqlens=cu_seqlens,
     )

@@ -1,7 +1,8 @@
 """A few tokens at a time: everything that does not wait for the state in one call, one fused step a token for the rest.
 
 The backward pass recomputes each chunk's states from the one kept at its start, so that memory is
-``O(T D + T D N / C)``. It is written out because autograd would keep several ``[B, T, D, N]`` tensors.
+``O(T D + T D N / C)``. It is written out because autograd would keep several ``[B, T, D, N]`` tensors. To torch.compile
+the scan is one operator: traced, its loop would be a graph of several nodes a token, which take minutes to compile.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqarch.ops.common.packed import over_sequences
-from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size
+from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size, written
 
 CHUNK_ELEMENTS = 2**18
 """Numbers in one chunk's states: with their decays and gradients they should stay in a core's cache."""
@@ -32,6 +32,7 @@ def run(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    scale_input: bool,
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
@@ -39,17 +40,16 @@ def run(
     delta = step_size(dt, dt_bias, dt_softplus, wide)
     rate = A.to(wide)
 
-    def one(state: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        time_first = (m.transpose(0, 1).contiguous() for m in (x, delta, B, C))
-        y, last = _Scan.apply(*time_first, rate, state)
-        return y.transpose(0, 1), last
+    def one(state: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        y, last, _ = scan(u, delta, B, C, rate, state)
+        return y, last
 
-    y, state = over_sequences(one, offsets, state, x.to(wide), delta, B.to(wide), C.to(wide))
+    y, state = over_sequences(one, offsets, state, written(x, delta, scale_input), delta, B.to(wide), C.to(wide))
     return skip_and_gate(y, x, D, z), state
 
 
 def _states(u: Tensor, delta: Tensor, B: Tensor, A: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays and states ``[C, B, D, N]`` of one chunk; ``u`` is ``delta x``."""
+    """Decays and states ``[C, B, D, N]`` of one chunk, into which B writes ``u``."""
     decay = torch.mul(delta.unsqueeze(-1), A).exp_()
     groups = B.shape[2]
     h = (u.unflatten(2, (groups, -1)).unsqueeze(-1) * B.unsqueeze(-2)).flatten(2, 3)
@@ -71,47 +71,86 @@ def _over_channels(states: Tensor, weights: Tensor, groups: int) -> Tensor:
     return (weights @ states.unflatten(2, (groups, -1))).squeeze(-2)
 
 
-class _Scan(torch.autograd.Function):
-    """``x, delta [T, B, D]``, ``B, C [T, B, G, N]``, ``A [D, N]``, ``state [B, D, N]`` to y and the last state."""
+def _chunk_size(state: Tensor) -> int:
+    return max(LEAST, min(64, CHUNK_ELEMENTS // max(1, state.numel())))
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        size = max(LEAST, min(64, CHUNK_ELEMENTS // max(1, state.numel())))
-        outputs, starts = [], []
-        for first in range(0, x.shape[0], size):
-            part = slice(first, first + size)
-            starts.append(state)
-            _, h = _states(delta[part] * x[part], delta[part], B[part], A, state)
-            outputs.append(_read(h, C[part]))
-            state = h[-1].clone()
-        ctx.size, ctx.chunks = size, len(starts)
-        ctx.save_for_backward(x, delta, B, C, A, *starts)
-        return torch.cat(outputs) if outputs else torch.zeros_like(x), state.clone() if not starts else state
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
-        x, delta, B, C, A, *starts = ctx.saved_tensors
-        dx, ddelta, dB, dC = (torch.empty_like(m) for m in (x, delta, B, C))
-        dA = torch.zeros_like(A)
-        for chunk in reversed(range(ctx.chunks)):
-            part = slice(chunk * ctx.size, (chunk + 1) * ctx.size)
-            u = delta[part] * x[part]
-            decay, h = _states(u, delta[part], B[part], A, starts[chunk])
-            dC[part] = _over_channels(h, dy[part], C.shape[2])
-            g = _states_gradient(dy[part], C[part], decay, carried)
-            carried = decay[0] * g[0]
-            through_decay = decay.mul_(g)
-            through_decay[1:] *= h[:-1]
-            through_decay[0] *= starts[chunk]
-            dA += (through_decay * delta[part].unsqueeze(-1)).sum((0, 1))
-            du = _read(g, B[part])
-            dB[part] = _over_channels(g, u, B.shape[2])
-            dx[part] = du * delta[part]
-            ddelta[part] = du * x[part] + through_decay.mul_(A).sum(-1)
-        return dx, ddelta, dB, dC, dA, carried
+def _time_first(*inputs: Tensor) -> list[Tensor]:
+    """Each in the layout in which a token is one block; free for a batch of 1."""
+    return [m.transpose(0, 1).contiguous() for m in inputs]
+
+
+def _room(u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for y, the last state and the state before each chunk."""
+    chunks = -(-u.shape[1] // _chunk_size(state))
+    return u.new_empty(u.shape), state.new_empty(state.shape), state.new_empty(chunks, *state.shape)
+
+
+@torch.library.custom_op("seqarch::selective_scan_chunk", mutates_args=())
+def scan(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``u, delta [B, T, D]``, ``B, C [B, T, G, N]``, ``A [D, N]``, ``state [B, D, N]`` to y, the last state and those
+    before each chunk."""
+    y, last, starts = _room(u, state)
+    u, delta, B, C = _time_first(u, delta, B, C)
+    size = _chunk_size(state)
+    for chunk, start in enumerate(starts):
+        part = slice(chunk * size, (chunk + 1) * size)
+        start.copy_(state)
+        _, h = _states(u[part], delta[part], B[part], A, state)
+        y[:, part] = _read(h, C[part]).transpose(0, 1)
+        state = h[-1]
+    return y, last.copy_(state), starts
+
+
+@scan.register_fake
+def _(u, delta, B, C, A, state):
+    return _room(u, state)
+
+
+@torch.library.custom_op("seqarch::selective_scan_chunk_backward", mutates_args=())
+def scan_backward(
+    u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, starts: Tensor, dy: Tensor, dlast: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of all that :func:`scan` takes."""
+    du, ddelta, dB, dC, dA, carried = _gradients(u, delta, B, C, A, dlast)
+    u, delta, B, C, dy = _time_first(u, delta, B, C, dy)
+    dA.zero_()
+    carried.copy_(dlast)
+    size = _chunk_size(carried)
+    for chunk in reversed(range(starts.shape[0])):
+        part = slice(chunk * size, (chunk + 1) * size)
+        decay, h = _states(u[part], delta[part], B[part], A, starts[chunk])
+        dC[:, part] = _over_channels(h, dy[part], C.shape[2]).transpose(0, 1)
+        g = _states_gradient(dy[part], C[part], decay, carried)
+        torch.mul(decay[0], g[0], out=carried)
+        through_decay = decay.mul_(g)
+        through_decay[1:] *= h[:-1]
+        through_decay[0] *= starts[chunk]
+        dA += (through_decay * delta[part].unsqueeze(-1)).sum((0, 1))
+        du[:, part] = _read(g, B[part]).transpose(0, 1)
+        dB[:, part] = _over_channels(g, u[part], B.shape[2]).transpose(0, 1)
+        ddelta[:, part] = through_decay.mul_(A).sum(-1).transpose(0, 1)
+    return du, ddelta, dB, dC, dA, carried
+
+
+def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(m.new_empty(m.shape) for m in inputs)
+
+
+@scan_backward.register_fake
+def _(u, delta, B, C, A, starts, dy, dlast):
+    return _gradients(u, delta, B, C, A, dlast)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:-1], output[-1])
+
+
+def _differentiate(ctx: Any, dy: Tensor, dlast: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    return scan_backward(*ctx.saved_tensors, dy, dlast)
+
+
+scan.register_autograd(_differentiate, setup_context=_save)
 
 
 def _states_gradient(dy: Tensor, C: Tensor, decay: Tensor, carried: Tensor) -> Tensor:

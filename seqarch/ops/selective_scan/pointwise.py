@@ -15,6 +15,11 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torc
     return F.softplus(dt) if dt_softplus else dt
 
 
+def written(x: Tensor, delta: Tensor, scale_input: bool) -> Tensor:
+    """What B writes into the state, ``[B, T, D]`` in delta's dtype: ``delta x``, or x."""
+    return delta * x.to(delta.dtype) if scale_input else x.to(delta.dtype)
+
+
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     """``(y + D x) silu(z)`` in x's dtype, computed in y's."""
     if D is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common.packed import over_sequences
-from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size
+from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size, written
 
 
 def run(
@@ -19,6 +19,7 @@ def run(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    scale_input: bool,
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
@@ -29,10 +30,10 @@ def run(
     def one(h: Tensor, delta: Tensor, u: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
         for t in range(u.shape[1]):
-            written = u[:, t].unflatten(1, (groups, -1)).unsqueeze(-1) @ B[:, t].unsqueeze(-2)
-            h = (delta[:, t].unsqueeze(-1) * rate).exp() * h + written.flatten(1, 2)
+            write = u[:, t].unflatten(1, (groups, -1)).unsqueeze(-1) @ B[:, t].unsqueeze(-2)
+            h = (delta[:, t].unsqueeze(-1) * rate).exp() * h + write.flatten(1, 2)
             outputs.append((h.unflatten(1, (groups, -1)) @ C[:, t].unsqueeze(-1)).flatten(1))
         return torch.stack(outputs, dim=1) if outputs else u, h
 
-    y, state = over_sequences(one, offsets, state, delta, delta * x.to(wide), B.to(wide), C.to(wide))
+    y, state = over_sequences(one, offsets, state, delta, written(x, delta, scale_input), B.to(wide), C.to(wide))
     return skip_and_gate(y, x, D, z), state

@@ -1,0 +1,25 @@
+// Memory that kernels work in.
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+namespace seqarch {
+
+// Room for `count` numbers, not set, aligned to a vector of any instruction set. Throws std::bad_alloc.
+template <class A>
+class Buffer {
+  public:
+    explicit Buffer(int64_t count) : data_(static_cast<A*>(::operator new(count * sizeof(A), kAlignment))) {}
+    Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { ::operator delete(data_, kAlignment); }
+    operator A*() const { return data_; }
+
+  private:
+    static constexpr std::align_val_t kAlignment{64};
+    A* data_;
+};
+
+}  // namespace seqarch

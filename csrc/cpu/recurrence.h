@@ -1,0 +1,183 @@
+// What the recurrences with a state [K, V] share: sizes, where rows lie, and how the work is cut into tasks.
+#pragma once
+
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "decay.h"
+#include "dtypes.h"
+#include "seqarch.h"
+
+namespace seqarch {
+
+template <class T>
+using Acc = typename accumulation<T>::type;
+
+struct Sizes {
+    const int64_t* offsets;
+    int64_t sequences, length, groups, heads, keys, values;
+    DecayKind decay;
+    int64_t longest;                           // steps of the longest sequence
+    int64_t heads_per_task, tasks_per_group;   // heads of one group that a task takes
+
+    static constexpr int64_t kFewTasks = 8;
+    static constexpr int64_t kSmallWork = 1 << 18;  // fewer multiply-adds than starting the threads is worth
+
+    Sizes(const int64_t* offsets, int64_t sequences, int64_t length, int64_t groups, int64_t heads, int64_t keys,
+          int64_t values, const void* log_decay, bool decay_per_key)
+        : offsets(offsets),
+          sequences(sequences),
+          length(length),
+          groups(groups),
+          heads(heads),
+          keys(keys),
+          values(values),
+          decay(!log_decay ? DecayKind::none : decay_per_key ? DecayKind::per_key : DecayKind::per_head),
+          longest(offsets ? 0 : length) {
+        for (int64_t s = 0; offsets && s < sequences; ++s) longest = std::max(longest, offsets[s + 1] - offsets[s]);
+        const int64_t sharing = heads / groups, wanted = kFewTasks / std::max<int64_t>(1, sequences * groups);
+        heads_per_task = std::max<int64_t>(1, wanted > 1 ? sharing / wanted : sharing);
+        tasks_per_group = heads_per_task ? (sharing + heads_per_task - 1) / heads_per_task : 0;
+    }
+
+    int64_t steps(int64_t sequence) const {
+        return offsets ? offsets[sequence + 1] - offsets[sequence] : length;
+    }
+    int64_t tokens() const { return offsets ? length : sequences * length; }
+    bool worth_threads() const { return tokens() * heads * keys * values > kSmallWork; }
+};
+
+// A token: its batch row and its place in it, and its place among all tokens.
+struct Row {
+    int64_t batch, time, token;
+    Row later(int64_t steps) const { return {batch, time + steps, token + steps}; }
+};
+
+template <class T>
+struct Heads {
+    const T* data = nullptr;
+    int64_t batch = 0, time = 0, head = 0;
+
+    explicit Heads(const seqarch_heads* heads) {
+        if (!heads) return;
+        data = static_cast<const T*>(heads->data);
+        batch = heads->batch_stride;
+        time = heads->time_stride;
+        head = heads->head_stride;
+    }
+    const T* at(const Row& row, int64_t h) const { return data + row.batch * batch + row.time * time + h * head; }
+};
+
+struct Task {
+    int64_t sequence, steps, group, first_head, last_head, first_value, last_value, part;
+    Row row;  // its first token
+};
+
+inline std::vector<Task> head_tasks(const Sizes& z) {
+    std::vector<Task> tasks;
+    const int64_t sharing = z.heads / z.groups;
+    for (int64_t s = 0; s < z.sequences; ++s)
+        for (int64_t g = 0; g < z.groups; ++g)
+            for (int64_t h = 0, part = 0; h < sharing; h += z.heads_per_task, ++part) {
+                const Row row = z.offsets ? Row{0, z.offsets[s], z.offsets[s]} : Row{s, 0, s * z.length};
+                const int64_t first = g * sharing + h;
+                const int64_t last = first + std::min(z.heads_per_task, sharing - h);
+                tasks.push_back({s, z.steps(s), g, first, last, 0, z.values, part, row});
+            }
+    return tasks;
+}
+
+// Where there are fewer tasks than threads, each also takes a part of the values only: no result depends on it.
+template <class A>
+std::vector<Task> forward_tasks(const Sizes& z, int num_threads) {
+    const std::vector<Task> whole = head_tasks(z);
+    const int64_t count = static_cast<int64_t>(whole.size());
+    if (count == 0 || count >= num_threads) return whole;
+    const int64_t parts = num_threads / count;
+    const int64_t width = padded<A>(std::max<int64_t>((z.values + parts - 1) / parts, 2 * kLanes<A>));
+    std::vector<Task> tasks;
+    for (Task task : whole)
+        for (int64_t v = 0; v < std::max<int64_t>(z.values, 1); v += width) {
+            task.first_value = v;
+            task.last_value = std::min(v + width, z.values);
+            tasks.push_back(task);
+        }
+    return tasks;
+}
+
+// A gradient [tokens, groups, keys] that the tasks of a group share: each writes its own part, which are added up.
+template <class T>
+struct Shared {
+    T* to;
+    std::vector<Acc<T>> parts;
+
+    explicit Shared(T* to) : to(to) {}
+    void allocate(const Sizes& z) {
+        if (to && z.tasks_per_group > 1) parts.resize(z.tasks_per_group * z.tokens() * z.groups * z.keys);
+    }
+    void write(const Sizes& z, const Row& row, const Task& task, int64_t n, const Acc<T>* from, int64_t from_row,
+               Acc<T> factor) const {
+        const int64_t offset = (row.token * z.groups + task.group) * z.keys, stride = z.groups * z.keys;
+        if (parts.empty()) return unpack(n, z.keys, from, from_row, factor, to + offset, stride);
+        auto* part = const_cast<Acc<T>*>(parts.data()) + task.part * z.tokens() * stride;
+        unpack(n, z.keys, from, from_row, factor, part + offset, stride);
+    }
+    void add_up(const Sizes& z, int num_threads) const {
+        if (parts.empty()) return;
+        const int64_t width = z.groups * z.keys, tokens = z.tokens();
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t x = 0; x < width; ++x) {
+                Acc<T> sum = 0;
+                for (int64_t part = 0; part < z.tasks_per_group; ++part)
+                    sum += parts[(part * tokens + t) * width + x];
+                store(to + t * width + x, sum);
+            }
+    }
+};
+
+// A state [K, V] as a buffer [V, K], by way of the buffer `between`.
+template <class A>
+void load_turned(const Sizes& z, const A* state, A* between, A* to) {
+    const int64_t values_row = padded<A>(z.values), keys_row = padded<A>(z.keys);
+    pack(z.keys, z.values, state, z.values, A(1), between, values_row);
+    std::fill_n(between + z.keys * values_row, (keys_row - z.keys) * values_row, A(0));
+    transpose(z.keys, z.values, between, values_row, to, keys_row);
+}
+
+// Runs the tasks on threads, each with buffers of its own that `lay_out` takes from an arena. All memory is taken
+// before the threads start, where a failure can still be told.
+template <class A, class LayOut, class Run>
+void run_tasks(const Sizes& z, const std::vector<Task>& tasks, int num_threads, LayOut lay_out, Run run) {
+    const int64_t count = static_cast<int64_t>(tasks.size());
+    if (!z.worth_threads()) num_threads = 1;
+    const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(count, num_threads)));
+    Arena<A> counting;
+    lay_out(counting);
+    const int64_t each = counting.used;
+    constexpr int64_t kLine = 64 / sizeof(A);
+    const std::unique_ptr<A[]> memory(new A[each * threads + kLine]);
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    A* base = memory.get() + (64 - address % 64) % 64 / sizeof(A);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int own = omp_get_thread_num();
+#else
+        const int own = 0;
+#endif
+        const FlushDenormals flush;
+        Arena<A> arena(base + own * each);
+        auto scratch = lay_out(arena);
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < count; ++t) run(tasks[t], scratch);
+    }
+}
+
+}  // namespace seqarch

@@ -1,0 +1,252 @@
+// Small dense products on buffers in the cache, and what goes with them: packing, transposing.
+//
+// A buffer holds rows of accumulation type, each padded with zeros to whole vectors, so that no inner loop has a
+// remainder. Rows beyond those in use may hold anything; results that would read them are masked.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#include "numbers.h"
+
+namespace seqarch {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kTileVectors = 4;  // 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kTileVectors = 3;  // 16 registers
+#else
+constexpr int kVectorBytes = 16, kTileVectors = 3;
+#endif
+constexpr int kTileRows = 4;
+
+template <class A>
+struct vector_of {
+    typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vector = typename vector_of<A>::type;
+template <class A>
+constexpr int64_t kLanes = kVectorBytes / sizeof(A);
+
+template <class A>
+constexpr int64_t padded(int64_t n) {
+    return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+template <class A>
+inline Vector<A> load_vector(const A* from) {
+    Vector<A> x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+template <class A>
+inline void store_vector(A* to, Vector<A> x) {
+    std::memcpy(to, &x, sizeof x);
+}
+template <class A>
+inline Vector<A> splat(A x) {
+    return x - Vector<A>{};
+}
+// 0, 1, 2, ...
+template <class A>
+inline Vector<A> lane_numbers() {
+    Vector<A> x{};
+    for (int64_t i = 0; i < kLanes<A>; ++i) x[i] = A(i);
+    return x;
+}
+
+// While one lives, results too small for a normal number are 0: states that decay towards 0 stay fast.
+class FlushDenormals {
+#ifdef __SSE2__
+    unsigned before = _mm_getcsr();
+
+  public:
+    FlushDenormals() { _mm_setcsr(before | 0x8040u); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#else
+  public:
+    FlushDenormals() {}
+#endif
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
+
+// Hands out parts of one allocation, each at a cache line and full of zeros; without memory it only counts.
+template <class A>
+class Arena {
+    A* base;
+
+  public:
+    int64_t used = 0;
+    explicit Arena(A* base = nullptr) : base(base) {}
+    A* take(int64_t count) {
+        A* part = take_unwritten(count);
+        if (part) std::fill_n(part, count, A(0));
+        return part;
+    }
+    A* take_unwritten(int64_t count) {
+        constexpr int64_t kLine = 64 / sizeof(A);
+        A* part = base ? base + used : nullptr;
+        used += (count + kLine - 1) / kLine * kLine;
+        return part;
+    }
+};
+
+// The left factor of a product: its element (i, p) is data[i row + p step].
+template <class A>
+struct Left {
+    const A* data;
+    int64_t row, step;
+};
+template <class A>
+inline Left<A> as_is(const A* x, int64_t row) {
+    return {x, row, 1};
+}
+template <class A>
+inline Left<A> transposed(const A* x, int64_t row) {
+    return {x, 1, row};
+}
+
+template <class A, int Rows, int Vectors>
+inline void tile(int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c, int64_t c_row, bool add) {
+    constexpr int64_t L = kLanes<A>;
+    Vector<A> sum[Rows][Vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = add ? load_vector(c + r * c_row + v * L) : Vector<A>{};
+    for (int64_t p = 0; p < depth; ++p) {
+        Vector<A> right[Vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) right[v] = load_vector(b + p * b_row + v * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const Vector<A> left = splat(a.data[r * a.row + p * a.step]);
+#pragma GCC unroll 8
+            for (int v = 0; v < Vectors; ++v) sum[r][v] += left * right[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) store_vector(c + r * c_row + v * L, sum[r][v]);
+}
+
+template <class A, int Rows, int Vectors>
+void tile_of(int64_t rows, int64_t vectors, int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c,
+             int64_t c_row, bool add) {
+    if constexpr (Rows > 1)
+        if (rows < Rows) return tile_of<A, Rows - 1, Vectors>(rows, vectors, depth, a, b, b_row, c, c_row, add);
+    if constexpr (Vectors > 1)
+        if (vectors < Vectors) return tile_of<A, Rows, Vectors - 1>(rows, vectors, depth, a, b, b_row, c, c_row, add);
+    tile<A, Rows, Vectors>(depth, a, b, b_row, c, c_row, add);
+}
+
+// What of a product has to be computed: all of it; only the results (i, j) with j <= i; or all results where the left
+// factor's elements (i, p) are zero for p > i, or for p < i.
+enum class Shape { full, lower_result, lower_left, upper_left };
+
+// c [m, n] = (add ? c : 0) + a [m, depth] b [depth, n]; n is rounded up to whole vectors. Zeros are skipped by blocks
+// of kTileRows rows, so the elements of such a block beside its diagonal are read, or written.
+template <class A>
+void multiply(Shape shape, int64_t m, int64_t n, int64_t depth, Left<A> a, const A* b, int64_t b_row, A* c,
+              int64_t c_row, bool add) {
+    constexpr int64_t L = kLanes<A>, kPanel = kTileVectors * L;
+    n = padded<A>(n);
+    for (int64_t j = 0; j < n; j += kPanel)
+        for (int64_t i = 0; i < m; i += kTileRows) {
+            const int64_t rows = std::min<int64_t>(kTileRows, m - i), end = i + rows;
+            const int64_t right = shape == Shape::lower_result ? padded<A>(end) : n;
+            if (j >= right) continue;
+            const int64_t first = shape == Shape::upper_left ? i : 0;
+            const int64_t last = shape == Shape::lower_left ? std::min(depth, end) : depth;
+            const Left<A> part{a.data + i * a.row + first * a.step, a.row, a.step};
+            tile_of<A, kTileRows, kTileVectors>(rows, std::min(kPanel, right - j) / L, last - first, part,
+                                                b + first * b_row + j, b_row, c + i * c_row + j, c_row, add);
+        }
+}
+
+// One step of a transposition of L rows of L lanes: swaps the off-diagonal blocks of Distance x Distance.
+template <class A, int Distance>
+inline void swap_blocks(Vector<A>* rows) {
+    constexpr int L = kLanes<A>;
+    typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Int;
+    Vector<Int> low{}, high{};
+    for (int x = 0; x < L; ++x) {
+        low[x] = x & Distance ? L + x - Distance : x;
+        high[x] = x & Distance ? L + x : x + Distance;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+        if (i & Distance) continue;
+        const Vector<A> first = rows[i], second = rows[i + Distance];
+        rows[i] = __builtin_shuffle(first, second, low);
+        rows[i + Distance] = __builtin_shuffle(first, second, high);
+    }
+}
+
+// to [columns, rows] = from [rows, columns] turned, in whole blocks of vectors: both buffers have padded rows.
+template <class A>
+void transpose(int64_t rows, int64_t columns, const A* from, int64_t from_row, A* to, int64_t to_row) {
+    constexpr int L = kLanes<A>;
+    for (int64_t i = 0; i < rows; i += L)
+        for (int64_t j = 0; j < columns; j += L) {
+            Vector<A> block[L];
+#pragma GCC unroll 16
+            for (int r = 0; r < L; ++r) block[r] = load_vector(from + (i + r) * from_row + j);
+            if constexpr (L >= 16) swap_blocks<A, 8>(block);
+            if constexpr (L >= 8) swap_blocks<A, 4>(block);
+            if constexpr (L >= 4) swap_blocks<A, 2>(block);
+            swap_blocks<A, 1>(block);
+#pragma GCC unroll 16
+            for (int r = 0; r < L; ++r) store_vector(to + (j + r) * to_row + i, block[r]);
+        }
+}
+
+// Rows of any number type into a buffer, times `factor`.
+template <class T, class A>
+void pack(int64_t rows, int64_t columns, const T* from, int64_t from_row, A factor, A* to, int64_t to_row) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const T* __restrict in = from + i * from_row;
+        A* __restrict out = to + i * to_row;
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) out[j] = factor * load(in[j]);
+        for (int64_t j = columns; j < to_row; ++j) out[j] = 0;
+    }
+}
+
+template <class T, class A>
+void unpack(int64_t rows, int64_t columns, const A* from, int64_t from_row, A factor, T* to, int64_t to_row) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const A* __restrict in = from + i * from_row;
+        T* __restrict out = to + i * to_row;
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) store(out + j, factor * in[j]);
+    }
+}
+
+// The sum of x y over whole vectors.
+template <class A>
+inline A dot(int64_t n, const A* x, const A* y) {
+    Vector<A> sum{};
+    for (int64_t i = 0; i < n; i += kLanes<A>) sum += load_vector(x + i) * load_vector(y + i);
+    A total = 0;
+    for (int64_t i = 0; i < kLanes<A>; ++i) total += sum[i];
+    return total;
+}
+
+// to += x y, elementwise over whole vectors.
+template <class A>
+inline void add_product(int64_t n, const A* x, const A* y, A* to) {
+    for (int64_t i = 0; i < n; i += kLanes<A>)
+        store_vector(to + i, load_vector(to + i) + load_vector(x + i) * load_vector(y + i));
+}
+
+}  // namespace seqarch

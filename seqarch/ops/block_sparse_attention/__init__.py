@@ -1,0 +1,137 @@
+r"""Causal softmax attention over listed blocks of keys alone, a list for each query and head of lists.
+
+.. math::
+    o_i = \sum_{j \in \mathrm{visible}(i)} \frac{e^{\mathrm{scale}\, q_i \cdot k_j}}
+          {\sum_{l \in \mathrm{visible}(i)} e^{\mathrm{scale}\, q_i \cdot k_l}}\, v_j, \qquad
+    \mathrm{visible}(i) = \{\, j \le i : \lfloor j / b \rfloor \in \mathrm{list}_i \ \text{or}\ i - j < w \,\}
+
+Zaheer et al. 2020, "Big Bird", section 2, with lists that may depend on the data, as in Yuan et al. 2025, "Native
+Sparse Attention", section 3.3.2; the window is that of Beltagy et al. 2020, "Longformer", to the past only.
+
+Blocks have ``block_size`` tokens and count from each sequence's own first token. The last query stands at the last
+key: of Tq queries and Tk keys, query i has position ``i + Tk - Tq``. A block listed twice counts once, -1 is no block,
+and what lies after the query is not seen, listed or not. A query that sees no key gives 0, with gradient 0.
+
+Work is ``O(Tq S b (K + V))`` a query head for lists of S blocks, and no tensor of a call, forward or backward, holds
+all pairs of queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.common import checks
+from seqarch.ops.op import Op
+
+NAME = "block_sparse_attention"
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_size: int,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    key_start: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """Check the arguments; for every backend ``q, k, v, block_index, block_size, window, scale, offsets, key_start``.
+
+    The window is 0 for none.
+    """
+    checks.floating_on_one_device(NAME, q=q, k=k, v=v)
+    sizes = checks.match_shapes(
+        NAME,
+        q=(q, "B Tq H K"),
+        k=(k, "B Tk G K"),
+        v=(v, "B Tk G V"),
+        block_index=(block_index, "B Tq I S"),
+        key_start=(key_start, "B"),
+    )
+    checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["I"], "the heads of block_index")
+    checks.divides(NAME, sizes["I"], "the heads of block_index", sizes["H"], "the heads of q")
+    if block_index.dtype != torch.int64 or block_index.device != q.device:
+        given = f"{block_index.dtype} on {block_index.device}"
+        raise TypeError(f"{NAME}: block_index is {given}, expected torch.int64 on {q.device}")
+    for name, count in (("block_size", block_size), ("window", 1 if window is None else window)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{NAME}: {name} counts tokens, expected a whole number of at least 1, got {count!r}")
+    if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
+        raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
+    checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
+    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    return q, k, v, block_index, block_size, window or 0, scale, offsets, key_start
+
+
+OP = Op(
+    NAME,
+    prepare,
+    order=("grouped_torch", "chunk_torch", "recurrent_torch"),
+    reference="recurrent_torch",
+    step_order=("chunk_torch", "recurrent_torch"),
+)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_size: int,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    key_start: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of each query over the tokens up to its own in the blocks listed for it.
+
+    Args:
+        q: ``[B, Tq, H, K]``.
+        k, v: ``[B, Tk, G, K]`` and ``[B, Tk, G, V]``; query head h uses head ``h // (H / G)``.
+        block_index: ``[B, Tq, I, S]``, int64: the blocks of each query, -1 for none, in any order. G divides I and I
+            divides H; query head h uses list ``h // (H / I)``.
+        block_size: tokens of a block.
+        window: a query also sees its own key and the ``window - 1`` before it; ``None`` for listed blocks alone.
+        scale: defaults to ``K ** -0.5``.
+        cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T; needs Tq = Tk. Blocks count from the
+            start of each sequence.
+        key_start: ``[B]``, the first key of each row that is not padding: for rows of different lengths that end
+            together, as in a cache. Blocks count from it.
+        backend: a name, or ``"auto"``.
+
+    Returns:
+        o ``[B, Tq, H, V]`` in v's dtype.
+
+    Raises:
+        ValueError: shapes disagree, heads do not divide, offsets are wrong, ``block_size`` or ``window`` is below 1, or
+            no backend has that name.
+        TypeError: an input is not floating point, or ``block_index`` or ``key_start`` of the wrong dtype.
+        BackendError: the named backend cannot serve the call.
+    """
+    return OP(
+        backend,
+        q,
+        k,
+        v,
+        block_index,
+        block_size,
+        window=window,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        key_start=key_start,
+    )
+
+
+def flops(pairs: int, key_width: int, value_width: int) -> int:
+    """FLOPs of so many visible pairs of a query and a key, summed over the query heads: ``2 K + 2 V`` a pair."""
+    return 2 * pairs * (key_width + value_width)

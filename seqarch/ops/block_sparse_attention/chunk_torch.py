@@ -1,0 +1,116 @@
+"""Some queries at a time: their keys and values are gathered, and the rest is small dense products.
+
+The backward pass gathers again and computes the weights from the kept logarithms of the softmax's sums (Dao 2023,
+"FlashAttention-2", section 3.1), so that memory is the inputs' and outputs' and one chunk's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.block_sparse_attention import lists
+from seqarch.ops.block_sparse_attention.lists import differentiable, hidden, outputs, rows
+
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+"""Numbers gathered or scored at a time: on a CPU they should stay near a core's cache."""
+
+
+class _Chunks:
+    """Queries, all rows one after the other, cut so that what is gathered for a chunk is bounded."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int):
+        batch, queries, heads = q.shape[:3]
+        lists = entries.shape[2]
+        self.entries, self.keys = entries.flatten(0, 1), k.shape[1]
+        self.first = first.expand(batch, queries).reshape(-1, 1, 1)
+        self.at = torch.arange(self.keys - queries, self.keys, device=q.device).repeat(batch)[:, None, None]
+        self.row = torch.arange(batch, device=q.device).repeat_interleave(queries)[:, None, None]
+        self.head = torch.arange(lists, device=q.device)[:, None] // (lists // k.shape[2])
+        self.inside = torch.arange(block_size, device=q.device)
+        gathered = entries.shape[3] * block_size * (q.shape[3] + v.shape[3] + heads // lists) * lists
+        self.size = max(1, CHUNK_ELEMENTS.get(q.device.type, 2**22) // gathered)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of each chunk the queries, the entries of their lists a token ``[C, I, S b]``, and where the tokens stand."""
+        for start in range(0, len(self.entries), self.size):
+            part = slice(start, start + self.size)
+            entries = self.entries[part].unsqueeze(-1)
+            times = self.first[part].unsqueeze(-1) + (entries >> 1) * len(self.inside) + self.inside
+            yield part, entries.expand_as(times).flatten(2), times.flatten(2)
+
+    def place(self, part: slice, times: Tensor, steps: tuple[int, ...]) -> Tensor:
+        """The rows of memory in which those tokens lie."""
+        times = times.clamp(0, self.keys - 1)
+        return (self.row[part] * steps[0] + times * steps[1] + self.head * steps[2]).flatten()
+
+
+def _by_lists(x: Tensor, count: int) -> Tensor:
+    """``[B, T, H, ...]`` to ``[B T, I, H / I, ...]``."""
+    return x.flatten(0, 1).unflatten(1, (count, -1))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    o, log_sum = outputs(q, k, v)
+    if not q.numel() * k.numel() * v.numel() * entries.numel():
+        return o, log_sum
+    wide, count = log_sum.dtype, entries.shape[2]
+    chunks = _Chunks(q, k, v, entries, first, block_size)
+    queries, o_lists, log_lists = _by_lists(q, count), _by_lists(o, count), _by_lists(log_sum, count)
+    (key_rows, key_steps), (value_rows, value_steps) = rows(k), rows(v)
+    for part, inside, times in chunks:
+        keys = key_rows.index_select(0, chunks.place(part, times, key_steps)).to(wide)
+        scores = (queries[part].to(wide) * scale) @ keys.view(*times.shape, -1).mT
+        scores.masked_fill_(hidden(inside, times, chunks.at[part], window).unsqueeze(2), -torch.inf)
+        largest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True).clamp(min=1)  # it is 1 or more, or 0 where nothing is seen
+        values = value_rows.index_select(0, chunks.place(part, times, value_steps)).to(wide)
+        o_lists[part] = (weights @ values.view(*times.shape, -1) / total).to(o.dtype)
+        log_lists[part] = (largest + total.log()).squeeze(-1)
+    return o, log_sum
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    entries: Tensor,
+    first: Tensor,
+    o: Tensor,
+    log_sum: Tensor,
+    block_size: int,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not q.numel() * k.numel() * v.numel() * entries.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    wide, count = log_sum.dtype, entries.shape[2]
+    chunks = _Chunks(q, k, v, entries, first, block_size)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    queries, o, do, log_sum = (_by_lists(x, count) for x in (q, o, do, log_sum))
+    dq_lists, (dk_rows, steps), (dv_rows, _) = _by_lists(dq, count), rows(dk), rows(dv)
+    key_rows, value_rows = (rows(x.contiguous())[0] for x in (k, v))
+    for part, inside, times in chunks:
+        place = chunks.place(part, times, steps)
+        keys, values = (x.index_select(0, place).to(wide).view(*times.shape, -1) for x in (key_rows, value_rows))
+        query, upstream = queries[part].to(wide) * scale, do[part].to(wide)
+        unseen = hidden(inside, times, chunks.at[part], window).unsqueeze(2)
+        weights = (query @ keys.mT).sub_(log_sum[part].unsqueeze(-1)).masked_fill_(unseen, -torch.inf).exp_()
+        dv_rows.index_add_(0, place, (weights.mT @ upstream).flatten(0, 2))
+        own = (upstream * o[part].to(wide)).sum(-1, keepdim=True)
+        dscores = (upstream @ values.mT).sub_(own).mul_(weights)
+        dq_lists[part] = dscores @ keys * scale
+        dk_rows.index_add_(0, place, (dscores.mT @ query).flatten(0, 2))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+NAME = "block_sparse_attention_chunk"
+attend = differentiable(NAME, forward, backward)
+run = partial(lists.run, attend)

@@ -1,0 +1,183 @@
+"""Some blocks at a time, each with the queries that list it: a block is read once for many queries, in dense products.
+
+A first pass over the blocks finds the logarithm of each softmax's sum, so that a second can add up outputs without
+keeping one a block (Lu et al. 2025, "MoBA", algorithm 1, keeps them). The backward pass computes the weights again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.block_sparse_attention import lists
+from seqarch.ops.block_sparse_attention.lists import differentiable, hidden, outputs
+
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+"""Numbers gathered or scored at a time."""
+
+TILE = 128
+"""Rows of one product: queries times the heads that share a list."""
+
+LEAST_BLOCK = 16
+
+
+def refuse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_size: int,
+    window: int,
+    scale: float,
+    offsets: tuple[int, ...] | None,
+    key_start: Tensor | None,
+) -> str | None:
+    if block_size < LEAST_BLOCK:
+        return f"blocks of {block_size} tokens are too short for products of their own, expected {LEAST_BLOCK} or more"
+    return None
+
+
+class _Chunk(NamedTuple):
+    """C tiles of n queries, each with one block.
+
+    Attributes:
+        pairs: ``[C n]``, the entry of the lists that each query stands for; their number where a tile is not full.
+        lists: ``[C n]``, the list of each query, counted over rows, queries and heads of lists.
+        keys: ``[C b]``, where the block's keys stand in k laid out as ``[B Tk G, K]``.
+        hidden: ``[C, n, 1, b]``, the keys that a query does not see.
+    """
+
+    pairs: Tensor
+    lists: Tensor
+    keys: Tensor
+    hidden: Tensor
+
+
+class _Tiles:
+    """Every entry of the lists, sorted by block and cut into tiles of queries that share one."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int):
+        _, self.queries, self.heads, self.listed = entries.shape
+        self.key_shape, self.window, shared = k.shape, window, q.shape[2] // self.heads
+        self.size = max(1, min(TILE // shared, self.queries))
+        self.entries = entries.flatten()
+        self.inside = torch.arange(block_size, device=q.device)
+        pairs = (self.entries >= 0).nonzero().squeeze(1)
+        starts = (first[..., None, None] + (entries >> 1) * block_size).flatten()[pairs]
+        row, head = pairs // (self.listed * self.heads * self.queries), pairs // self.listed % self.heads
+        blocks = (row * self.heads + head) * k.shape[1] + starts
+        blocks, order = blocks.sort(stable=True)
+        blocks, counts = blocks.unique_consecutive(return_counts=True)
+        tiles = (counts + self.size - 1) // self.size
+        padding = (tiles * self.size - counts).cumsum(0) - (tiles * self.size - counts)
+        slots = torch.arange(len(pairs), device=q.device) + padding.repeat_interleave(counts)
+        self.blocks = blocks.repeat_interleave(tiles)
+        self.table = pairs.new_full((len(self.blocks) * self.size,), len(self.entries))
+        self.table[slots] = pairs[order]
+        widths = q.shape[3] + v.shape[3]
+        numbers = self.size * shared * (widths + block_size) + block_size * widths
+        self.chunk = max(1, CHUNK_ELEMENTS.get(q.device.type, 2**22) // numbers)
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        tables = self.table.split(self.chunk * self.size)
+        return map(self._chunk, self.blocks.split(self.chunk), tables) if len(self.blocks) else iter(())
+
+    def _chunk(self, blocks: Tensor, pairs: Tensor) -> _Chunk:
+        _, length, key_heads, _ = self.key_shape
+        times = (blocks % length)[:, None] + self.inside
+        heads = (blocks // length)[:, None]
+        row, head = heads // self.heads, heads % self.heads * key_heads // self.heads
+        keys = (row * length + times.clamp(max=length - 1)) * key_heads + head
+        some = pairs.clamp(max=len(self.entries) - 1)
+        of_list = some // self.listed
+        at = of_list // self.heads % self.queries + length - self.queries
+        entries = self.entries[some].masked_fill(pairs == len(self.entries), -1)
+        entries, at = (x.view(len(blocks), -1, 1) for x in (entries, at))
+        unseen = hidden(entries, times.unsqueeze(1), at, self.window)
+        return _Chunk(pairs, of_list, keys.flatten(), unseen.unsqueeze(2))
+
+
+def _flat(x: Tensor, count: int) -> Tensor:
+    """``[B, T, H, ...]`` to a row a list, ``[B T I, ...]``."""
+    return x.reshape(x.shape[0] * x.shape[1] * count, -1)
+
+
+def _scores(chunk: _Chunk, q: Tensor, k: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[C, n H / I, K]``, keys ``[C, b, K]`` and scores ``[C, n, H / I, b]``, -inf where hidden."""
+    tiles, size = chunk.hidden.shape[:2]
+    query = q.index_select(0, chunk.lists).view(tiles, -1, width)
+    keys = k.index_select(0, chunk.keys).view(tiles, -1, width)
+    scores = (query @ keys.mT).unflatten(1, (size, -1))
+    return query, keys, scores.masked_fill_(chunk.hidden, -torch.inf)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    o, log_sum = outputs(q, k, v)
+    if not q.numel() * k.numel() * v.numel() * entries.numel():
+        return o, log_sum
+    wide, count = log_sum.dtype, entries.shape[2]
+    tiles = _Tiles(q, k, v, entries, first, block_size, window)
+    query_rows, key_rows, value_rows = (
+        _flat(q.to(wide) * scale, count),
+        *(x.to(wide).reshape(-1, x.shape[3]) for x in (k, v)),
+    )
+    each = log_sum.new_full((entries.numel() + 1, q.shape[2] // count), -torch.inf)
+    for chunk in tiles:
+        *_, scores = _scores(chunk, query_rows, key_rows, q.shape[3])
+        each[chunk.pairs] = scores.logsumexp(-1).flatten(0, 1)
+    total = each[:-1].view(-1, entries.shape[3], each.shape[1]).logsumexp(1).clamp(min=torch.finfo(wide).min)
+    o_rows = torch.zeros(len(total), each.shape[1] * v.shape[3], dtype=wide, device=v.device)
+    for chunk in tiles:
+        *_, scores = _scores(chunk, query_rows, key_rows, q.shape[3])
+        weights = scores.sub_(total[chunk.lists].view(*scores.shape[:3], 1)).exp_().flatten(1, 2)
+        values = value_rows.index_select(0, chunk.keys).view(len(scores), -1, v.shape[3])
+        o_rows.index_add_(0, chunk.lists, (weights @ values).view(len(chunk.lists), -1))
+    return o_rows.view(o.shape).to(o.dtype), total.view(log_sum.shape)
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    entries: Tensor,
+    first: Tensor,
+    o: Tensor,
+    log_sum: Tensor,
+    block_size: int,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, count = log_sum.dtype, entries.shape[2]
+    if not q.numel() * k.numel() * v.numel() * entries.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    tiles = _Tiles(q, k, v, entries, first, block_size, window)
+    query_rows, key_rows, value_rows = (
+        _flat(q.to(wide) * scale, count),
+        *(x.to(wide).reshape(-1, x.shape[3]) for x in (k, v)),
+    )
+    upstream = do.to(wide)
+    own = _flat((upstream * o).sum(-1), count)
+    total, upstream = _flat(log_sum, count), _flat(upstream, count)
+    dq, dk, dv = (torch.zeros_like(x) for x in (query_rows, key_rows, value_rows))
+    for chunk in tiles:
+        query, keys, scores = _scores(chunk, query_rows, key_rows, q.shape[3])
+        weights = scores.sub_(total[chunk.lists].view(*scores.shape[:3], 1)).exp_().flatten(1, 2)
+        values = value_rows.index_select(0, chunk.keys).view(len(scores), -1, v.shape[3])
+        grad = upstream.index_select(0, chunk.lists).view(len(scores), -1, v.shape[3])
+        dv.index_add_(0, chunk.keys, (weights.mT @ grad).flatten(0, 1))
+        dscores = (grad @ values.mT).sub_(own[chunk.lists].view(len(scores), -1, 1)).mul_(weights)
+        dq.index_add_(0, chunk.lists, (dscores @ keys).view(len(chunk.lists), -1))
+        dk.index_add_(0, chunk.keys, (dscores.mT @ query).flatten(0, 1))
+    return dq.mul_(scale).view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+
+
+NAME = "block_sparse_attention_grouped"
+attend = differentiable(NAME, forward, backward)
+run = partial(lists.run, attend)

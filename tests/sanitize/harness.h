@@ -1,0 +1,115 @@
+// Random shapes and exactly sized memory for calls of the kernels' C functions.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "seqarch.h"
+
+class Random {
+  public:
+    explicit Random(uint64_t seed) : engine_(seed) {}
+    double normal() { return std::normal_distribution<double>()(engine_); }
+    bool coin() { return pick({0, 1}) != 0; }
+    int64_t pick(std::initializer_list<int64_t> choices) {
+        return choices.begin()[std::uniform_int_distribution<size_t>(0, choices.size() - 1)(engine_)];
+    }
+
+  private:
+    std::mt19937_64 engine_;
+};
+
+// Numbers of one dtype in heap memory of exactly their size, so that the sanitizer sees the first byte beyond.
+class Numbers {
+  public:
+    Numbers(int32_t dtype, int64_t count) : dtype_(dtype), count_(count), bytes_(new char[count * size()]) {
+        for (int64_t i = 0; i < count; ++i) set(i, __builtin_nan(""));
+    }
+    Numbers(int32_t dtype, int64_t count, Random& random) : Numbers(dtype, count) {
+        for (int64_t i = 0; i < count; ++i) set(i, random.normal());
+    }
+    void* data() const { return bytes_.get(); }
+    int64_t count() const { return count_; }
+    void set(int64_t i, double value) {
+        const float narrow = static_cast<float>(value);
+        if (dtype_ == SEQARCH_FLOAT64) reinterpret_cast<double*>(data())[i] = value;
+        if (dtype_ == SEQARCH_FLOAT32) reinterpret_cast<float*>(data())[i] = narrow;
+        if (dtype_ == SEQARCH_BFLOAT16)
+            reinterpret_cast<uint16_t*>(data())[i] = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, narrow) >> 16);
+    }
+    double get(int64_t i) const {
+        if (dtype_ == SEQARCH_FLOAT64) return reinterpret_cast<double*>(data())[i];
+        if (dtype_ == SEQARCH_FLOAT32) return reinterpret_cast<float*>(data())[i];
+        return __builtin_bit_cast(float, static_cast<uint32_t>(reinterpret_cast<uint16_t*>(data())[i]) << 16);
+    }
+
+  private:
+    int64_t size() const { return dtype_ == SEQARCH_FLOAT64 ? 8 : dtype_ == SEQARCH_FLOAT32 ? 4 : 2; }
+    int32_t dtype_;
+    int64_t count_;
+    std::unique_ptr<char[]> bytes_;
+};
+
+// Sequences of a batch, of `steps` each, or packed into one row.
+struct Sequences {
+    int64_t count, steps;
+    std::vector<int64_t> offsets;
+
+    explicit Sequences(Random& random)
+        : count(random.pick({0, 1, 2, 3})), steps(random.pick({0, 1, 2, 3, 7, 31, 32, 33, 65, 130})) {
+        if (count == 0 || random.coin()) return;
+        offsets.push_back(0);
+        for (int64_t s = 0; s < count; ++s) offsets.push_back(offsets.back() + random.pick({0, 1, 5, 33}));
+        steps = offsets.back();
+    }
+    const int64_t* packed() const { return offsets.empty() ? nullptr : offsets.data(); }
+    int64_t rows() const { return offsets.empty() ? count : 1; }
+    int64_t length(int64_t s) const { return offsets.empty() ? steps : offsets[s + 1] - offsets[s]; }
+};
+
+// Activations [B, T, width], with gaps between rows where they are inputs.
+class Rows {
+  public:
+    Rows(int32_t dtype, const Sequences& s, int64_t width, Random& random)
+        : Rows(dtype, s, width, width + random.pick({0, 1, 5}), random.pick({0, 3}), &random) {}
+    Rows(int32_t dtype, const Sequences& s, int64_t width) : Rows(dtype, s, width, width, 0, nullptr) {}
+    const seqarch_rows* operator&() const { return &rows_; }
+    const seqarch_rows& operator*() const { return rows_; }
+    Numbers numbers;
+
+  private:
+    Rows(int32_t dtype, const Sequences& s, int64_t width, int64_t stride, int64_t gap, Random* random)
+        : Rows(dtype, extent(s, width, stride, s.steps * stride + gap), random, s.steps * stride + gap, stride) {}
+    Rows(int32_t dtype, int64_t count, Random* random, int64_t batch_stride, int64_t stride)
+        : numbers(random ? Numbers(dtype, count, *random) : Numbers(dtype, count)),
+          rows_{numbers.data(), batch_stride, stride, dtype} {}
+    static int64_t extent(const Sequences& s, int64_t width, int64_t stride, int64_t batch_stride) {
+        if (!s.rows() || !s.steps) return 0;
+        return (s.rows() - 1) * batch_stride + (s.steps - 1) * stride + width;
+    }
+    seqarch_rows rows_;
+};
+
+inline void require(bool holds, const char* what) {
+    if (holds) return;
+    std::fprintf(stderr, "%s\n", what);
+    std::exit(1);
+}
+
+inline void all_written(const Numbers& numbers, const char* name) {
+    for (int64_t i = 0; i < numbers.count(); ++i) {
+        if (numbers.get(i) == numbers.get(i)) continue;
+        std::fprintf(stderr, "%s: element %lld of %lld is NaN\n", name, static_cast<long long>(i),
+                     static_cast<long long>(numbers.count()));
+        std::exit(1);
+    }
+}
+
+// One call of each kernel's functions on random sizes.
+void causal_conv1d(Random& random);
+void selective_scan(Random& random);

@@ -1,0 +1,12 @@
+// Calls the C functions of every kernel over random shapes, under the address and undefined behaviour sanitizers.
+#include "harness.h"
+
+int main(int count, char** arguments) {
+    const int rounds = count > 1 ? std::atoi(arguments[1]) : 300;
+    for (int seed = 0; seed < rounds; ++seed) {
+        Random random(seed);
+        causal_conv1d(random);
+        selective_scan(random);
+    }
+    std::printf("%d rounds: no error\n", rounds);
+}
