@@ -7,6 +7,7 @@ RMS of the reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqarch import ops
 from seqarch.layers import MIXERS, build_mixer, clone_state, measured_state_bytes
 from seqarch.layers.mixer import Mixer
-from seqarch.ops import OPS, BackendError
+from seqarch.ops import OPS, Call
 
 D_MODEL = 32
 LENGTHS = (1, 2, 63, 64, 65, 130)
@@ -28,14 +29,73 @@ FLOAT64_ERROR = 1e-10
 BFLOAT16_ERROR = 0.05
 """Parameters, inputs and states in bfloat16 (8 bits of mantissa) against the same rounded parameters in float32."""
 
+
+def _transform(length: int, numbers: int) -> int:
+    """A real transform of n numbers counts as 2.5 n log2 n."""
+    return round(2.5 * length * math.log2(length)) * numbers // length
+
+
+FFT_FLOPS: dict[Any, Any] = {
+    torch.ops.aten._fft_r2c: lambda x, dims, *_, out_shape, **__: _transform(x[dims[0]], math.prod(x)),
+    torch.ops.aten._fft_c2r: lambda x, dims, *_, out_shape, **__: _transform(out_shape[dims[0]], math.prod(out_shape)),
+}
+"""What torch's counter does not know."""
+
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "attention": [{"num_kv_heads": 1, "num_heads": 4, "qk_norm": True}, {"conv_width": 4, "position": "none"}],
+    "attention": [
+        {"num_kv_heads": 1, "num_heads": 4, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.5},
+        {"conv_width": 4, "position": "none", "output_bias": True},
+    ],
+    "based": [{"num_heads": 2, "key_width": 4, "window": 16}],
+    "big_bird": [{"block_size": 16, "num_heads": 2, "window_blocks": 2, "global_blocks": 1, "random_blocks": 2}],
+    "block_mixture": [{"block_size": 16, "num_heads": 4, "num_kv_heads": 2}],
+    "deepseek_sparse": [
+        {"num_heads": 4, "num_kv_heads": 2, "top_k": 3},
+        {"top_k": 2, "position": "none", "rotary_fraction": 0.5},
+    ],
     "delta_net": [{"num_heads": 2, "negative_eigenvalues": True}, {"conv_width": 0}],
-    "gated_delta_net": [{"num_heads": 2, "key_width": 8, "negative_eigenvalues": True}],
+    "gated_delta_net": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "negative_eigenvalues": True}],
+    "gated_delta_net_2": [{"num_heads": 2, "num_key_heads": 1, "expand_v": 0.5, "negative_eigenvalues": True}],
+    "gated_delta_product": [{"num_heads": 2, "num_key_heads": 1, "steps": 3, "negative_eigenvalues": False}],
+    "gla": [{"num_heads": 2, "temperature": 1.0, "conv_width": 3, "negative_eigenvalues": True}],
+    "hgrn": [{"lower_bound": 0.5, "complex_state": False}],
+    "hgrn2": [{"num_heads": 2, "lower_bound": 0.5, "conv_width": 3}],
+    "hyena": [{"order": 3, "length": 16, "filter_width": 8, "filter_features": 2}],
+    "kimi_delta": [{"num_heads": 2, "key_width": 8, "expand_v": 2.0, "gate_rank": 3, "negative_eigenvalues": True}],
+    "latent_attention": [
+        {"num_heads": 2, "latent_rank": 24, "query_rank": 5, "value_width": 8, "position": "none"},
+        {"num_heads": 2, "latent_rank": 10},
+    ],
     "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
+    "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
     "mamba": [{"d_state": 4, "dt_rank": 1}],
-    "mamba2": [{"d_state": 8, "head_dim": 16, "n_groups": 2}],
+    "mamba2": [
+        {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "A_min": 8.0, "dt_min": 0.05},
+        {"inner": 96, "head_dim": 32, "output_norm": "none"},
+    ],
+    "mamba3": [
+        {"d_state": 8, "head_dim": 16, "n_groups": 2, "rotary_fraction": 1.0},
+        {"d_state": 8, "head_dim": 16, "mimo_rank": 3, "output_norm": True},
+    ],
+    "min_gru": [{"expand": 2, "candidate": "positive", "negative_eigenvalues": True}],
+    "mlstm": [{"num_heads": 2, "forget_gate": "exponential", "gate_cap": 0.0, "conv_width": 3}],
+    "native_sparse": [
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "compressed_length": 8,
+            "compressed_stride": 4,
+            "block_size": 8,
+            "selected_blocks": 3,
+            "local_blocks": 1,
+            "window": 16,
+        }
+    ],
     "retention": [{"num_heads": 2, "conv_width": 4}],
+    "rwkv6": [{"num_heads": 2, "mix_rank": 3, "decay_rank": 5}],
+    "rwkv7": [{"num_heads": 2, "decay_rank": 3, "rate_rank": 4, "gate_rank": 5}],
+    "rg_lru": [{"inner": 48, "num_heads": 4, "scale_first": True, "negative_eigenvalues": True}],
+    "s4d": [{"d_state": 4, "init": "legs"}],
     "sliding_window": [{"window": 2}, {"window": 16, "num_heads": 2}],
 }
 """Options beyond the defaults under which a mixer is tried."""
@@ -43,7 +103,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A mixer with options, one of whose operations is computed by ``backend``."""
+    """A mixer with options, one of whose operations (``""`` if it uses none) is computed by ``backend``."""
 
     mixer: str
     op: str
@@ -60,7 +120,7 @@ class Case:
 
     def active(self) -> AbstractContextManager[None]:
         """The case's backend for its operation, the default for others."""
-        return ops.use_backends(**{self.op: self.backend})
+        return ops.use_backends(**({self.op: self.backend} if self.op else {}))
 
 
 def reference() -> AbstractContextManager[None]:
@@ -73,20 +133,21 @@ def cases() -> Iterator[Case]:
     for name in MIXERS:
         for options in ({}, *VARIANTS.get(name, [])):
             mixer = build_mixer(name, d_model=D_MODEL, **options)
-            with ops.record_backends() as used, torch.no_grad():
-                mixer(inputs(4, dtype=torch.float32))
+            with ops.record_calls() as calls, torch.no_grad():
+                mixer(inputs(40, dtype=torch.float32))
+            used = dict.fromkeys(call.op for call in calls)
+            if not used:
+                yield Case(name, "", "", options)
             for op in used:
-                found = [Case(name, op, backend, options) for backend in OPS[op].backends]
-                yield from (case for case in found if _serves(case))
+                own = [call for call in calls if call.op == op]
+                for backend in OPS[op].backends:
+                    if all(_serves(backend, call) for call in own):
+                        yield Case(name, op, backend, options)
 
 
-def _serves(case: Case) -> bool:
-    try:
-        with case.active(), torch.no_grad():
-            case.build(torch.float32)(inputs(130, dtype=torch.float32))
-    except BackendError:
-        return False
-    return True
+def _serves(backend: str, call: Call) -> bool:
+    op = OPS[call.op]
+    return op.backends[backend].refuse(*op.prepare(*call.args, **call.kwargs)) is None
 
 
 def inputs(length: int, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
@@ -185,7 +246,7 @@ def _gradients(case: Case) -> dict[str, Tensor]:
     before = pytree.tree_map_only(Tensor, lambda m: m.requires_grad_() if m.is_floating_point() else m, before)
     starts = float_leaves(before)
     y, after = mixer(x, before)
-    total = (y * inputs(70, seed=3)).sum()
+    total = (y * inputs(70, seed=3)).sum() + (0 if (extra := mixer.auxiliary_loss()) is None else extra)
     for leaf in float_leaves(after):
         weights = torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).cos().view_as(leaf)
         total = total + (leaf * weights).sum()
@@ -194,7 +255,7 @@ def _gradients(case: Case) -> dict[str, Tensor]:
 
 
 def accounting(case: Case) -> None:
-    """5. ``state_bytes`` equals the state's tensors, ``flops`` what a counter sees on the reference."""
+    """5. ``state_bytes`` equals the state's tensors, ``flops`` and ``step_flops`` what a counter sees."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         mixer = case.build(dtype)
         for length in (1, 3, 70):
@@ -205,9 +266,12 @@ def accounting(case: Case) -> None:
             assert measured_state_bytes(reserved) == mixer.state_bytes(length, 2), f"{length} reserved in {dtype}"
     mixer = case.build()
     for length in (1, 37):
-        with reference(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            mixer(inputs(length))
+        with reference(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FFT_FLOPS) as counter:
+            _, state = mixer(inputs(length))
         assert counter.get_total_flops() == mixer.flops(length, 2), f"FLOPs of {length} tokens"
+        with reference(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FFT_FLOPS) as counter:
+            mixer(inputs(1, seed=2), state)
+        assert counter.get_total_flops() == mixer.step_flops(length, 2), f"FLOPs of a token after {length}"
 
 
 def lengths(case: Case) -> None:

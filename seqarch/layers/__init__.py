@@ -3,34 +3,89 @@
 from typing import Any
 
 from seqarch.layers.attention import Attention, SlidingWindow
+from seqarch.layers.based import Based
+from seqarch.layers.big_bird import BigBird
+from seqarch.layers.block_mixture import BlockMixture
 from seqarch.layers.channel import Mlp, SwiGlu
+from seqarch.layers.deepseek_sparse import DeepseekSparse
 from seqarch.layers.delta_net import DeltaNet
 from seqarch.layers.gated_delta_net import GatedDeltaNet
+from seqarch.layers.gated_delta_net_2 import GatedDeltaNet2
+from seqarch.layers.gated_delta_product import GatedDeltaProduct
+from seqarch.layers.gla import Gla
+from seqarch.layers.hgrn import Hgrn
+from seqarch.layers.hgrn2 import Hgrn2
+from seqarch.layers.hyena import Hyena
+from seqarch.layers.kimi_delta import KimiDelta
+from seqarch.layers.latent_attention import LatentAttention
 from seqarch.layers.linear_attention import LinearAttention
+from seqarch.layers.longformer import Longformer
 from seqarch.layers.mamba import Mamba
 from seqarch.layers.mamba2 import Mamba2
+from seqarch.layers.mamba3 import Mamba3
+from seqarch.layers.materialize import materialize
+from seqarch.layers.min_gru import MinGru
 from seqarch.layers.mixer import (
     ChannelMixer,
+    Layer,
     LayerConfig,
     Mixer,
     build_layer,
     clone_state,
     measured_state_bytes,
 )
+from seqarch.layers.mlstm import Mlstm
 from seqarch.layers.moe import MixtureOfExperts
+from seqarch.layers.native_sparse import NativeSparse
 from seqarch.layers.retention import Retention
+from seqarch.layers.rg_lru import RgLru
+from seqarch.layers.rwkv6 import Rwkv6
+from seqarch.layers.rwkv7 import Rwkv7
+from seqarch.layers.s4d import S4d
 from seqarch.ops.common.checks import unknown_name
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "based": Based,
+    "big_bird": BigBird,
+    "block_mixture": BlockMixture,
+    "deepseek_sparse": DeepseekSparse,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "gated_delta_net_2": GatedDeltaNet2,
+    "gated_delta_product": GatedDeltaProduct,
+    "gla": Gla,
+    "hgrn": Hgrn,
+    "hgrn2": Hgrn2,
+    "hyena": Hyena,
+    "kimi_delta": KimiDelta,
+    "latent_attention": LatentAttention,
     "linear_attention": LinearAttention,
+    "longformer": Longformer,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
+    "min_gru": MinGru,
+    "mlstm": Mlstm,
+    "native_sparse": NativeSparse,
     "retention": Retention,
+    "rg_lru": RgLru,
+    "rwkv6": Rwkv6,
+    "rwkv7": Rwkv7,
+    "s4d": S4d,
     "sliding_window": SlidingWindow,
 }
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "attention": ("attention", "sliding_window", "latent_attention"),
+    "sparse attention": ("big_bird", "block_mixture", "deepseek_sparse", "longformer", "native_sparse"),
+    "linear attention": ("linear_attention", "retention", "based", "gla", "hgrn2", "mlstm", "rwkv6"),
+    "state space": ("mamba2", "mamba", "mamba3"),
+    "delta rule": ("gated_delta_net", "delta_net", "kimi_delta", "gated_delta_net_2", "gated_delta_product", "rwkv7"),
+    "recurrence": ("rg_lru", "hgrn", "min_gru"),
+    "convolution": ("hyena", "s4d"),
+}
+"""The mixers by kind, for tables and plots; the order is that in which they are shown."""
 
 CHANNEL_MIXERS: dict[str, type[ChannelMixer]] = {
     "mlp": Mlp,
@@ -59,12 +114,15 @@ def build_channel_mixer(name: str, *, d_model: int, **options: Any) -> ChannelMi
 
 __all__ = [
     "CHANNEL_MIXERS",
+    "FAMILIES",
     "MIXERS",
     "ChannelMixer",
+    "Layer",
     "LayerConfig",
     "Mixer",
     "build_channel_mixer",
     "build_mixer",
     "clone_state",
+    "materialize",
     "measured_state_bytes",
 ]

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seqarch.layers.mixer import ChannelMixer, LayerConfig, linear_flops
 from seqarch.ops.common.checks import unknown_name
@@ -20,18 +19,22 @@ def round_up(width: float, multiple: int = 32) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenConfig(LayerConfig):
-    """Options that say how wide a channel mixer is inside.
+    """Options that say how wide a channel mixer is inside, and what stands there.
 
     Attributes:
         hidden: the inner width F.
         expansion: where ``hidden`` is not given, F is ``expansion * D``, rounded up to a multiple of 32.
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"squared_relu"``.
     """
 
     hidden: int | None = None
     expansion: float = 4.0
+    activation: str = "gelu"
 
     def __post_init__(self):
         super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
 
     @property
     def hidden_width(self) -> int:
@@ -40,18 +43,7 @@ class HiddenConfig(LayerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MlpConfig(HiddenConfig):
-    """Options of :class:`Mlp`.
-
-    Attributes:
-        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"squared_relu"``.
-    """
-
-    activation: str = "gelu"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.activation not in ACTIVATIONS:
-            raise unknown_name("activation", self.activation, ACTIVATIONS)
+    """Options of :class:`Mlp`: those of :class:`HiddenConfig`."""
 
 
 class Mlp(ChannelMixer):
@@ -78,15 +70,22 @@ class Mlp(ChannelMixer):
 
 @dataclass(frozen=True, kw_only=True)
 class SwiGluConfig(HiddenConfig):
-    """Options of :class:`SwiGlu`: ``8 / 3`` times D inside has the parameters of an MLP of ``4 D``."""
+    """Options of :class:`SwiGlu`, whose ``8 / 3`` times D inside have the parameters of an MLP of ``4 D``.
+
+    Attributes:
+        bias: whether each of the three linear maps has a bias.
+    """
 
     expansion: float = 8 / 3
+    activation: str = "silu"
+    bias: bool = False
 
 
 class SwiGlu(ChannelMixer):
     """``y = (silu(x W_gate) * (x W_in)) W_out`` (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6).
 
-    One matrix holds both ``W_gate`` (first) and ``W_in``; no biases, as in the paper. ``nn.Linear``'s initialisation.
+    One matrix holds both ``W_gate`` (first) and ``W_in``; no biases, as in the paper, unless asked for. Another
+    ``activation`` makes it another gated unit of the paper, ``"gelu"`` GEGLU. ``nn.Linear``'s initialisation.
     """
 
     Config = SwiGluConfig
@@ -94,12 +93,12 @@ class SwiGlu(ChannelMixer):
     def __init__(self, config: SwiGluConfig):
         super().__init__()
         self.config = config
-        self.input = nn.Linear(config.d_model, 2 * config.hidden_width, bias=False)
-        self.output = nn.Linear(config.hidden_width, config.d_model, bias=False)
+        self.input = nn.Linear(config.d_model, 2 * config.hidden_width, bias=config.bias)
+        self.output = nn.Linear(config.hidden_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.input(x).chunk(2, dim=-1)
-        return self.output(F.silu(gate) * value)
+        return self.output(ACTIVATIONS[self.config.activation](gate) * value)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqarch.layers.mixer import linear_flops
 from seqarch.layers.short_conv import ShortConvolution
 
 
@@ -42,7 +41,3 @@ class HeadProjection(nn.Module):
             x = nn.functional.silu(x)
         pieces = zip(x.split(self.sizes, dim=-1), self.parts, strict=True)
         return [rearrange(piece, "b t (h k) -> b t h k", h=heads) for piece, (heads, _) in pieces], state
-
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        conv = 0 if self.conv is None else self.conv.flops(length, batch_size)
-        return linear_flops(self.linear, batch_size * length) + conv

@@ -1,7 +1,8 @@
 """The keys and values that attention carries from call to call.
 
 Rows of different lengths end together: they are aligned to the right, and ``start`` says where each begins. With
-``keep``, only the last that many keys of each row are held (a window of w needs w - 1 earlier keys).
+``keep``, only that many keys of each row are held: its ``first`` ones, and otherwise the last (a window of w needs
+w - 1 earlier keys).
 """
 
 from __future__ import annotations
@@ -61,16 +62,21 @@ class PackedKV(NamedTuple):
     offsets: tuple[int, ...]
 
 
-def as_rows(cache: KVCache | PackedKV, keep: int | None, capacity: int = 0) -> KVCache:
+def as_rows(cache: KVCache | PackedKV, keep: int | None, capacity: int = 0, first: int = 0) -> KVCache:
     """A row a sequence, right-aligned."""
     if isinstance(cache, KVCache):
         return cache
     lengths = [end - start for start, end in pairwise(cache.offsets)]
-    return right_aligned(cache.keys[0].split(lengths), cache.values[0].split(lengths), lengths, keep, capacity)
+    return right_aligned(cache.keys[0].split(lengths), cache.values[0].split(lengths), lengths, keep, capacity, first)
 
 
 def right_aligned(
-    keys: Sequence[Tensor], values: Sequence[Tensor], lengths: list[int], keep: int | None, capacity: int = 0
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    lengths: list[int],
+    keep: int | None,
+    capacity: int = 0,
+    first: int = 0,
 ) -> KVCache:
     """A cache from each row's last keys ``[held, G, K]`` and values, with room for at least ``capacity``.
 
@@ -79,8 +85,7 @@ def right_aligned(
     """
 
     def rows(pieces: Sequence[Tensor]) -> Tensor:
-        if keep is not None:
-            pieces = [piece[max(0, len(piece) - keep) :] for piece in pieces]
+        pieces = [_held(piece[None], keep, first)[0] for piece in pieces]
         stacked = pad_sequence(list(pieces), batch_first=True, padding_side="left")
         return F.pad(stacked, (0, 0, 0, 0, 0, max(0, capacity - stacked.shape[1])))
 
@@ -90,27 +95,69 @@ def right_aligned(
     return KVCache(rows(keys), rows(values), longest, start)
 
 
-def extend(cache: KVCache | None, k: Tensor, v: Tensor, keep: int | None) -> tuple[Tensor, Tensor, KVCache]:
-    """Append ``k: [B, T, G, K]`` and ``v`` to every row: all held keys and values, old and new, and the cache after."""
+def split_rows(cache: KVCache, keep: int | None) -> list[KVCache]:
+    """Each row as a cache of its own, without padding: views. For caches of the last keys alone."""
+    starts, lengths = [0] * len(cache.keys), [cache.length] * len(cache.keys)
+    if (first := cache.first_held(keep)) is not None:
+        starts, lengths = first.tolist(), cache.lengths().tolist()
+    return [
+        KVCache(cache.keys[i : i + 1, start:], cache.values[i : i + 1, start:], length)
+        for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+
+
+def join_rows(rows: Sequence[KVCache], keep: int | None) -> KVCache:
+    """The caches of one row each as one, right-aligned, with room for as much as the longest."""
+    held = [(row.keys[0, : row.held(keep)], row.values[0, : row.held(keep)]) for row in rows]
+    keys, values = zip(*held, strict=True)
+    return right_aligned(keys, values, [row.length for row in rows], keep, max(row.capacity for row in rows))
+
+
+def extend(
+    cache: KVCache | None, k: Tensor, v: Tensor, keep: int | None, first: int = 0
+) -> tuple[Tensor, Tensor, KVCache]:
+    """Append ``k: [B, T, G, K]`` and ``v`` to every row: all held keys and values, old and new, and the cache after.
+
+    Those come back in the dtypes of k and v, whatever the cache holds.
+    """
     if cache is None or not cache.capacity:
         start = None if cache is None else cache.start
         length = 0 if cache is None else cache.length
-        return k, v, KVCache(_last(k, keep), _last(v, keep), length + k.shape[1], start)
+        return k, v, KVCache(_held(k, keep, first, start), _held(v, keep, first, start), length + k.shape[1], start)
     held = cache.held(keep)
     end = held + k.shape[1]
     if end <= cache.capacity:
         keys, values = _write(cache.keys, k, held), _write(cache.values, v, held)
         after = KVCache(keys, values, cache.length + k.shape[1], cache.start)
-        return keys[:, :end], values[:, :end], after
+        return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype), after
     keys = torch.cat([cache.keys[:, :held], k], dim=1)
     values = torch.cat([cache.values[:, :held], v], dim=1)
-    after = KVCache(_last(keys, keep), _last(values, keep), cache.length + k.shape[1], cache.start)
-    return keys, values, after
+    start = cache.first_held(keep)
+    length = cache.length + k.shape[1]
+    return (
+        keys.to(k.dtype),
+        values.to(v.dtype),
+        KVCache(_held(keys, keep, first, start), _held(values, keep, first, start), length, cache.start),
+    )
 
 
-def _last(x: Tensor, keep: int | None) -> Tensor:
-    """The last ``keep`` along time, as a tensor of their own: a view would hold the memory of all the others."""
-    return x if keep is None or x.shape[1] <= keep else x[:, x.shape[1] - keep :].clone()
+def _held(x: Tensor, keep: int | None, first: int, start: Tensor | None = None) -> Tensor:
+    """What is kept of ``x [B, T, ...]``, as a tensor of its own: a view would hold the memory of all the others.
+
+    Args:
+        start: ``[B]``, where each row begins in x; ``None`` for 0.
+    """
+    if keep is None or x.shape[1] <= keep:
+        return x
+    dropped = x.shape[1] - keep
+    last = x[:, dropped + first :]
+    if not first:
+        return last.clone()
+    if start is None:
+        return torch.cat([x[:, :first], last], dim=1)
+    # a row no longer than ``keep`` loses its padding alone
+    at = start.clamp(max=dropped)[:, None] + torch.arange(first, device=x.device)
+    return torch.cat([x[torch.arange(len(x), device=x.device)[:, None], at], last], dim=1)
 
 
 def _write(buffer: Tensor, x: Tensor, at: int) -> Tensor:
@@ -123,7 +170,7 @@ def _write(buffer: Tensor, x: Tensor, at: int) -> Tensor:
 
 
 def extend_packed(
-    cache: KVCache, k: Tensor, v: Tensor, offsets: tuple[int, ...], keep: int | None
+    cache: KVCache, k: Tensor, v: Tensor, offsets: tuple[int, ...], keep: int | None, first: int = 0
 ) -> tuple[list[Tensor], list[Tensor], KVCache]:
     """Append packed ``k: [1, T, G, K]`` and ``v``, sequence i to row i.
 
@@ -131,8 +178,8 @@ def extend_packed(
         each row's keys and values, ``[held and new, G, K]``, and the cache after.
     """
     added = [end - start for start, end in pairwise(offsets)]
-    first = cache.first_held(keep)
-    starts = [0] * len(added) if first is None else first.tolist()
+    start = cache.first_held(keep)
+    starts = [0] * len(added) if start is None else start.tolist()
     seen = cache.lengths().expand(len(added)).tolist()
     held = cache.held(keep)
 
@@ -142,4 +189,5 @@ def extend_packed(
 
     keys, values = join(cache.keys, k), join(cache.values, v)
     lengths = [before + new for before, new in zip(seen, added, strict=True)]
-    return keys, values, right_aligned(keys, values, lengths, keep, cache.capacity)
+    after = right_aligned(keys, values, lengths, keep, cache.capacity, first)
+    return [key.to(k.dtype) for key in keys], [value.to(v.dtype) for value in values], after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,19 +12,35 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
-from seqarch.layers.mixer import LayerConfig, choose_heads, linear_flops
+from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.ops.common.checks import unknown_name
 from seqarch.ops.linear_attention import flops as recurrence_flops
+
+
+def taylor(x: Tensor) -> Tensor:
+    """The map with ``phi(q) . phi(k) = 1 + s + s^2 / 2``, ``s = q . k / sqrt(K)``, of width ``(K + 1) (K + 2) / 2``.
+
+    It holds each pair of channels once, where Arora et al. 2024 hold ``1 + K + K^2`` channels for the same products.
+    """
+    width = x.shape[-1]
+    x = x * width**-0.25
+    first, second = torch.triu_indices(width, width, device=x.device)
+    weights = torch.where(first == second, 0.5, 1.0).to(x.dtype).sqrt()
+    pairs = weights * x.index_select(-1, first) * x.index_select(-1, second)
+    return torch.cat([torch.ones_like(x[..., :1]), x, pairs], dim=-1)
+
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda x: F.elu(x) + 1,
     "relu": F.relu,
     "softmax": lambda x: x.softmax(dim=-1),
     "identity": lambda x: x,
+    "taylor": taylor,
 }
-"""By name: ``elu(x) + 1`` (Katharopoulos et al. 2020, eq. 7), ReLU, softmax over the head's width, none."""
+"""By name: ``elu(x) + 1`` (Katharopoulos et al. 2020, eq. 7), ReLU, softmax over the head's width, none, the second
+order of the exponential (Arora et al. 2024)."""
 
 NORMALISERS = ("sum", "rms", "none")
 
@@ -35,14 +51,16 @@ class LinearAttentionConfig(LayerConfig):
 
     Attributes:
         num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
+        key_width: width of the queries and keys before the feature map; by default ``D / H``.
         feature_map: a key of ``FEATURE_MAPS``, applied to queries and keys.
         normaliser: ``"sum"`` divides by the summed kernel, which needs a feature map that is not negative; ``"rms"``
-            takes an RMS norm a head instead (Qin et al. 2022, "The Devil in Linear Transformer", section 3.2);
-            ``"none"`` does neither.
+            takes an RMS norm a head instead (Qin et al. 2022, "The Devil in Linear Transformer"); ``"none"`` does
+            neither.
         conv_width: width of a short convolution over queries, keys and values; 0 for none.
     """
 
     num_heads: int | None = None
+    key_width: int | None = None
     feature_map: str = "elu"
     normaliser: str = "sum"
     conv_width: int = 0
@@ -62,8 +80,9 @@ class LinearAttention(RecurrentMixer):
     """Attention with a kernel in place of the exponential: ``S_t = S_{t-1} + phi(k_t)^T v_t``, ``o_t = phi(q_t) S_t``.
 
     Divided by ``phi(q_t) . sum_s phi(k_s)`` under the default normaliser, whose sum is kept as one more value channel,
-    so the memory is ``[B, H, K, V + 1]``. Katharopoulos et al. 2020, "Transformers are RNNs", eq. 16-20. It never
-    forgets: not to be confused with retention or Mamba-2, which decay. Projections have ``nn.Linear``'s initialisation.
+    so the memory is ``[B, H, K, V + 1]``, K the width of phi. Katharopoulos et al. 2020, "Transformers are RNNs", eq.
+    16-20. It never forgets: not to be confused with retention or Mamba-2, which decay. Projections have ``nn.Linear``'s
+    initialisation.
     """
 
     Config = LinearAttentionConfig
@@ -73,13 +92,16 @@ class LinearAttention(RecurrentMixer):
         self.config = config
         num_heads = choose_heads(config.d_model, config.num_heads)
         width = config.d_model // num_heads
-        self.heads = HeadProjection(config.d_model, [(num_heads, width)] * 3, config.conv_width)
+        keys = config.key_width or width
+        parts = [(num_heads, keys), (num_heads, keys), (num_heads, width)]
+        self.heads = HeadProjection(config.d_model, parts, config.conv_width)
         self.norm = HeadNorm(width) if config.normaliser == "rms" else None
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.memory_shape = (num_heads, width, width + (config.normaliser == "sum"))
+        features = FEATURE_MAPS[config.feature_map](torch.empty(keys, device="meta")).shape[-1]
+        self.memory_shape = (num_heads, features, width + (config.normaliser == "sum"))
 
     def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
     ) -> tuple[Tensor, RecurrentState]:
         conv, memory = (None, None) if state is None else state
         (q, k, v), conv = self.heads(x, conv, cu_seqlens)
@@ -95,7 +117,5 @@ class LinearAttention(RecurrentMixer):
             o = self.norm(o)
         return self.output(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
 
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        tokens = batch_size * length
-        own = linear_flops(self.output, tokens) + self.heads.flops(length, batch_size)
-        return own + recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.initialisation import step_size_bias
-from seqarch.layers.mixer import LayerConfig, linear_flops
+from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.layers.short_conv import ShortConvolution
 from seqarch.ops.selective_scan import flops as scan_flops
@@ -70,7 +69,7 @@ class Mamba(RecurrentMixer):
         self.memory_shape = (self.inner, config.d_state)
 
     def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
     ) -> tuple[Tensor, RecurrentState]:
         conv, memory = (None, None) if state is None else state
         u, z = self.input(x).chunk(2, dim=-1)
@@ -82,8 +81,5 @@ class Mamba(RecurrentMixer):
         )
         return self.output(y), RecurrentState(conv, memory)
 
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        tokens = batch_size * length
-        own = sum(linear_flops(linear, tokens) for linear in (self.input, self.select, self.dt, self.output))
-        scan = scan_flops(length, *self.memory_shape, batch_size=batch_size)
-        return own + self.conv.flops(length, batch_size) + scan
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return scan_flops(length, *self.memory_shape, batch_size=batch_size)

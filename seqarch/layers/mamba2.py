@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -12,11 +12,19 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.initialisation import step_size_bias
-from seqarch.layers.mixer import LayerConfig, linear_flops
+from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.norms import GatedRMSNorm
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.layers.short_conv import ShortConvolution
+from seqarch.layers.signs import signed_linear_attention
+from seqarch.ops.common.checks import unknown_name
 from seqarch.ops.linear_attention import flops as recurrence_flops
+
+OUTPUT_NORMS: dict[str, Literal["before", "after"] | None] = {
+    "gate_first": "before",
+    "gate_last": "after",
+    "none": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +35,14 @@ class Mamba2Config(LayerConfig):
         d_state: N, the state's width (the key width of the dual form).
         head_dim: P, channels a head.
         expand: the inner width is ``expand D``.
+        inner: the inner width itself, in place of ``expand``.
         n_groups: G, groups of heads that share B and C.
         conv_width: width of the short convolution over x, B and C.
+        output_norm: ``"gate_first"``: ``norm(y silu(z))``; ``"gate_last"``: ``norm(y) silu(z)``; ``"none"``:
+            ``y silu(z)``, as in Falcon-H1.
+        norm_eps: added to the mean square in that norm.
+        negative_eigenvalues: moves the decay to ``2 exp(dt A) - 1`` in (-1, 1), which lets the model track state
+            (Grazzi et al. 2024).
         A_min, A_max: range of the initial ``-A``, uniform.
         dt_min, dt_max, dt_floor: range of the initial step sizes.
     """
@@ -36,8 +50,12 @@ class Mamba2Config(LayerConfig):
     d_state: int = 128
     head_dim: int = 64
     expand: int = 2
+    inner: int | None = None
     n_groups: int = 1
     conv_width: int = 4
+    output_norm: str = "gate_first"
+    norm_eps: float = 1e-5
+    negative_eigenvalues: bool = False
     A_min: float = 1.0
     A_max: float = 16.0
     dt_min: float = 0.001
@@ -46,20 +64,25 @@ class Mamba2Config(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        inner = self.expand * self.d_model
-        if inner % self.head_dim:
-            raise ValueError(f"head_dim ({self.head_dim}) must divide expand * d_model ({inner})")
+        if self.inner_width % self.head_dim:
+            raise ValueError(f"head_dim ({self.head_dim}) must divide the inner width ({self.inner_width})")
+        if self.output_norm not in OUTPUT_NORMS:
+            raise unknown_name("output_norm", self.output_norm, OUTPUT_NORMS)
         if self.A_min > self.A_max:
             raise ValueError(f"A_min ({self.A_min}) must not be above A_max ({self.A_max})")
-        heads = inner // self.head_dim
+        heads = self.inner_width // self.head_dim
         if heads % self.n_groups:
             raise ValueError(f"n_groups ({self.n_groups}) must divide the number of heads ({heads})")
+
+    @property
+    def inner_width(self) -> int:
+        return self.expand * self.d_model if self.inner is None else self.inner
 
 
 class Mamba2(RecurrentMixer):
     """A state-space model with one decay a head: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = C_t h + D x_t``.
 
-    Run as linear attention with q = C, k = B, v = dt x; the output is ``norm(y silu(z))``. Dao and Gu 2024,
+    Run as linear attention with q = C, k = B, v = dt x; the output is ``norm(y silu(z))`` by default. Dao and Gu 2024,
     "Transformers are SSMs", section 7. Not :class:`Mamba`, whose decay differs by channel and state. Projections have
     ``nn.Linear``'s initialisation, A and dt_bias the release's, A_log, D and dt_bias no weight decay. The state is
     ``[B, H, N, P]``; the norm acts in groups where there are several, as in the release.
@@ -70,7 +93,7 @@ class Mamba2(RecurrentMixer):
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.config = config
-        self.inner = config.expand * config.d_model
+        self.inner = config.inner_width
         num_heads = self.inner // config.head_dim
         shared = config.n_groups * config.d_state
         self.sizes = [self.inner, self.inner + 2 * shared, num_heads]
@@ -81,12 +104,13 @@ class Mamba2(RecurrentMixer):
         bias = step_size_bias(num_heads, config.dt_min, config.dt_max, config.dt_floor)
         self.dt_bias = nn.Parameter(bias)
         self.D = nn.Parameter(torch.ones(num_heads))
-        self.norm = GatedRMSNorm(self.inner, gate="before", groups=config.n_groups)
+        gate = OUTPUT_NORMS[config.output_norm]
+        self.norm = GatedRMSNorm(self.inner, gate, config.n_groups, config.norm_eps) if gate else None
         self.output = nn.Linear(self.inner, config.d_model, bias=False)
         self.memory_shape = (num_heads, config.d_state, config.head_dim)
 
     def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
     ) -> tuple[Tensor, RecurrentState]:
         conv, memory = (None, None) if state is None else state
         z, xbc, dt = self.input(x).split(self.sizes, dim=-1)
@@ -99,15 +123,11 @@ class Mamba2(RecurrentMixer):
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         values = (u * dt.unsqueeze(-1)).to(u.dtype)
         log_decay = -self.A_log.to(wide).exp() * dt
-        y, memory = ops.linear_attention(C, B, values, log_decay, scale=1.0, state=memory, cu_seqlens=cu_seqlens)
-        y = y + self.D.to(u.dtype).unsqueeze(-1) * u
-        return self.output(self.norm(rearrange(y, "b t h p -> b t (h p)"), z)), RecurrentState(conv, memory)
+        attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
+        y, memory = attend(C, B, values, log_decay, scale=1.0, state=memory, cu_seqlens=cu_seqlens)
+        y = rearrange(y + self.D.to(u.dtype).unsqueeze(-1) * u, "b t h p -> b t (h p)")
+        gated = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        return self.output(gated), RecurrentState(conv, memory)
 
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        tokens = batch_size * length
-        own = linear_flops(self.input, tokens) + linear_flops(self.output, tokens)
-        return (
-            own
-            + self.conv.flops(length, batch_size)
-            + recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
-        )
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

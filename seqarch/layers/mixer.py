@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from seqarch.layers.short_conv import ShortConvolution
+
+CuSeqlens = Tensor | Sequence[int] | None
+"""Boundaries of the sequences packed into ``B = 1``, from 0 to T; ``None`` where nothing is packed."""
+
 State = Any
 """A pytree (named tuples) of tensors: whatever one mixer carries from token to token."""
 
@@ -48,21 +53,44 @@ class LayerConfig:
                     raise ValueError(f"{option.name} must be {least}, got {value}")
 
 
-class Mixer(nn.Module, ABC):
-    """Mixes along time: ``y, state = mixer(x, state)`` with ``x, y: [B, T, D]``; a step is a call with T = 1.
-
-    Any split of a sequence into calls gives the same outputs. A state passed in is consumed: to branch, clone it first
-    (:func:`clone_state`). ``cu_seqlens`` packs several sequences into ``B = 1``; the state then has a row a sequence.
-    """
+class Layer(nn.Module, ABC):
+    """What mixers and channel mixers have in common: a config, a cost, and what training adds to the loss."""
 
     Config: ClassVar[type[LayerConfig]]
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
 
     @abstractmethod
-    def forward(
-        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
-    ) -> tuple[Tensor, State]:
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of the forward pass over ``length`` tokens from an empty state.
+
+        Two a multiply-add, in matrix products, convolutions and recurrences; ``2.5 n log2 n`` a real FFT of n numbers.
+        Elementwise work is not counted.
+        """
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What training adds to the loss for the last forward pass, weighted: a scalar, or ``None`` for nothing."""
+        return None
+
+
+class Mixer(Layer):
+    """Mixes along time: ``y, state = mixer(x, state)`` with ``x, y: [B, T, D]``; a step is a call with T = 1.
+
+    Any split of a sequence into calls gives the same outputs. A state passed in is consumed: to branch, clone it first
+    (:func:`clone_state`). ``cu_seqlens`` packs several sequences into ``B = 1``; the state then has a row a sequence.
+    """
+
+    config: Any
+
+    def __call__(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]:
+        width = self.config.d_model
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+            given = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{type(self).__name__}: x is {given}, expected floating point [B, T, {width}]")
+        return super().__call__(x, state, cu_seqlens)
+
+    @abstractmethod
+    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]:
         """Mix ``x: [B, T, D]`` from a state on; the outputs ``[B, T, D]`` and the state after them."""
 
     @abstractmethod
@@ -86,29 +114,35 @@ class Mixer(nn.Module, ABC):
         """Bytes of the state after ``length`` tokens."""
 
     @abstractmethod
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        """The part of :meth:`flops` that is neither a linear map nor a short convolution: the operation along time."""
+
+    @property
+    def short_conv(self) -> ShortConvolution | None:
+        """The short convolution inside this mixer, wherever it stands."""
+        return next((module for module in self.modules() if isinstance(module, ShortConvolution)), None)
+
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """FLOPs of the forward pass over ``length`` tokens from an empty state.
+        own = sum(linear_flops(m, batch_size * length) for m in self.modules() if isinstance(m, nn.Linear))
+        convolutions = (m for m in self.modules() if isinstance(m, ShortConvolution))
+        own += sum(convolution.flops(length, batch_size) for convolution in convolutions)
+        return own + self.sequence_flops(length, batch_size)
 
-        Two a multiply-add, in matrix products, convolutions and recurrences; elementwise work is not counted.
-        """
+    def step_flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of one more token after ``length`` of them, counted as in :meth:`flops`."""
+        return self.flops(length + 1, batch_size) - self.flops(length, batch_size)
 
 
-class ChannelMixer(nn.Module, ABC):
+class ChannelMixer(Layer):
     """Mixes along channels, each token for itself: ``y = channel(x)`` with ``x, y: [B, T, D]``."""
-
-    Config: ClassVar[type[LayerConfig]]
-
-    @abstractmethod
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        """FLOPs of the forward pass over ``length`` tokens, counted as in :meth:`Mixer.flops`."""
-
-    def auxiliary_loss(self) -> Tensor | None:
-        """What training adds to the loss for the last forward pass, weighted: a scalar, or ``None`` for nothing."""
-        return None
 
     def router_metrics(self) -> dict[str, Any]:
         """How the last forward pass was routed; empty where nothing is."""
         return {}
+
+    def update_router(self) -> None:
+        """What a router learns without a gradient, once an optimizer step, after it; nothing where there is none."""
+        return
 
 
 def build_config(kind: str, name: str, config_class: type[LayerConfig], options: dict[str, Any]) -> Any:

@@ -12,28 +12,37 @@ from seqarch.ops.common.checks import accumulation_dtype
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm over the last axis with a SiLU gate of the same shape.
+    """RMS norm over the last axis with a gate of the same shape.
 
     Args:
         width: size of the last axis.
         gate: ``"before"``: ``norm(x silu(z))`` (Mamba-2); ``"after"``: ``norm(x) silu(z)`` (Gated DeltaNet).
         groups: normalise the last axis in this many equal parts.
         eps: added to the mean square.
+        activation: of the gate: ``"silu"``, or ``"sigmoid"`` (Kimi delta attention).
     """
 
-    def __init__(self, width: int, gate: Literal["before", "after"], groups: int = 1, eps: float = 1e-5):
+    def __init__(
+        self,
+        width: int,
+        gate: Literal["before", "after"],
+        groups: int = 1,
+        eps: float = 1e-5,
+        activation: Literal["silu", "sigmoid"] = "silu",
+    ):
         super().__init__()
         if width % groups:
             raise ValueError(f"a norm of width {width} cannot be cut into {groups} groups")
         self.gate, self.groups, self.eps = gate, groups, eps
+        self.activation = F.silu if activation == "silu" else torch.sigmoid
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         if self.gate == "before":
-            x = x * F.silu(z)
+            x = x * self.activation(z)
         parts = x.unflatten(-1, (self.groups, -1))
         normed = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
-        return normed if self.gate == "before" else normed * F.silu(z)
+        return normed if self.gate == "before" else normed * self.activation(z)
 
 
 class HeadNorm(nn.RMSNorm):

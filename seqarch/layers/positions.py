@@ -1,4 +1,4 @@
-"""Where each token stands in its own sequence."""
+"""Where each token stands in its own sequence, and what stands before it."""
 
 from __future__ import annotations
 
@@ -33,3 +33,9 @@ def token_positions(
     starts = torch.tensor(offsets[:-1], device=before.device)
     shift = (before - starts).repeat_interleave(lengths)
     return (shift + steps).unsqueeze(0), before + lengths
+
+
+def tokens_before(last: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands before each of ``x: [B, T, ...]``, with ``last: [B, ...]`` before the first; and the last of x."""
+    joined = torch.cat([last.unsqueeze(1).to(x.dtype), x], dim=1)
+    return joined[:, :-1], joined[:, -1]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqarch.layers.mixer import Mixer
-from seqarch.layers.short_conv import ShortConvolution
+from seqarch.layers.mixer import Mixer, measured_state_bytes
 
 
 class RecurrentState(NamedTuple):
@@ -27,15 +25,11 @@ class RecurrentState(NamedTuple):
 class RecurrentMixer(Mixer):
     """A mixer whose state is :class:`RecurrentState`, of the same size at every length.
 
-    Subclasses set ``memory_shape``, the shape of one row of the memory, and hold at most one short convolution.
+    Subclasses set ``memory_shape``, the shape of one row of the memory, and hold at most one short convolution. One
+    whose state holds further tensors has a named tuple of its own and overrides :meth:`init_state` alone.
     """
 
     memory_shape: tuple[int, ...]
-
-    @property
-    def short_conv(self) -> ShortConvolution | None:
-        """The short convolution inside this mixer, wherever it stands."""
-        return next((module for module in self.modules() if isinstance(module, ShortConvolution)), None)
 
     @property
     def memory_dtype(self) -> torch.dtype:
@@ -56,6 +50,4 @@ class RecurrentMixer(Mixer):
         return RecurrentState(None if conv is None else conv.init_state(batch_size, device, dtype), memory)
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
-        memory = batch_size * math.prod(self.memory_shape) * self.memory_dtype.itemsize
-        conv = self.short_conv
-        return memory + (0 if conv is None else conv.state_bytes(length, batch_size))
+        return batch_size * measured_state_bytes(self.init_state(1, device="meta"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
-from seqarch.layers.mixer import LayerConfig, choose_heads, linear_flops
+from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
 from seqarch.layers.positions import token_positions
 from seqarch.layers.recurrent import RecurrentMixer
 from seqarch.layers.rotary import apply_rotary
@@ -62,8 +61,8 @@ class Retention(RecurrentMixer):
 
     The output is ``group_norm(o) silu(W_g x)``, the norm an RMS norm a head without weights, as in the release.
     Sun et al. 2023, "Retentive Network", eq. 6-8; the scale of xPos is the decay itself, so only its rotation remains.
-    Not Mamba-2 or GLA, whose decays depend on the input. Xavier initialisation with gain ``2^-2.5`` (output ``2^-1``),
-    as released.
+    Wavelengths are RoFormer's; the release spaces them a little wider, up to the base itself. Not Mamba-2 or GLA, whose
+    decays depend on the input. Xavier initialisation with gain ``2^-2.5`` (output ``2^-1``), as released.
     """
 
     Config = RetentionConfig
@@ -84,7 +83,7 @@ class Retention(RecurrentMixer):
         self.memory_shape = (num_heads, width, values)
 
     def forward(
-        self, x: Tensor, state: RetentionState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+        self, x: Tensor, state: RetentionState | None = None, cu_seqlens: CuSeqlens = None
     ) -> tuple[Tensor, RetentionState]:
         rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         start = (None, None, torch.zeros(rows, dtype=torch.int64, device=x.device))
@@ -108,14 +107,5 @@ class Retention(RecurrentMixer):
         conv, memory = super().init_state(batch_size, max_length, device, dtype)
         return RetentionState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))
 
-    def state_bytes(self, length: int, batch_size: int = 1) -> int:
-        return super().state_bytes(length, batch_size) + batch_size * torch.int64.itemsize
-
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        tokens = batch_size * length
-        own = linear_flops(self.gate, tokens) + linear_flops(self.output, tokens)
-        return (
-            own
-            + self.heads.flops(length, batch_size)
-            + recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
-        )
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

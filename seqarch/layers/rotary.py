@@ -35,11 +35,15 @@ def rotary_tables(positions: Tensor, width: int, base: float = 10000.0) -> tuple
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn ``x: [B, T, H, K]`` by :func:`rotary_tables`; computed in float32 or wider, returned in x's dtype."""
+    """Turn ``x: [B, T, H, K]`` by :func:`rotary_tables`; computed in float32 or wider, returned in x's dtype.
+
+    Tables of a smaller width turn that many of the first channels.
+    """
     wide = accumulation_dtype(x)
     cos, sin = (table.to(wide) for table in tables)
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = x.to(wide).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 
 
 def apply_rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:

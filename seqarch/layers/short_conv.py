@@ -26,7 +26,7 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, width: int, activation: str | None = None, bias: bool = False):
         super().__init__()
         if not 2 <= width <= 8:
-            raise ValueError(f"a short convolution has a width of 2 to 8, got {width}")
+            raise ValueError(f"conv_width: a short convolution has a width of 2 to 8, got {width}")
         self.activation = activation
         bound = width**-0.5
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))

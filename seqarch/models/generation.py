@@ -110,7 +110,7 @@ def generate(
             running &= tokens != stop_token
         if len(new) < max_new_tokens:
             features, state = self.features(tokens.unsqueeze(1), state)
-            logits = self.head(features[:, 0])
+            logits = self.logits(features[:, 0])
     following = torch.stack(new, dim=1) if new else torch.empty(len(rows), 0, dtype=torch.int64, device=device)
     return [torch.cat([row, _until(tokens, stop_token)]) for row, tokens in zip(rows, following, strict=True)]
 
@@ -121,10 +121,10 @@ def _read_prompts(model: LanguageModel, rows: list[Tensor], max_new_tokens: int)
     state = model.init_state(len(rows), max_length=max(lengths) + max_new_tokens)
     if len(set(lengths)) == 1:
         features, state = model.features(torch.stack(rows), state)
-        return model.head(features[:, -1]), state
+        return model.logits(features[:, -1]), state
     offsets = [0, *accumulate(lengths)]
     features, state = model.features(torch.cat(rows).unsqueeze(0), state, cu_seqlens=offsets)
-    return model.head(features[0, [offset - 1 for offset in offsets[1:]]]), state
+    return model.logits(features[0, [offset - 1 for offset in offsets[1:]]]), state
 
 
 def _until(tokens: Tensor, stop_token: int | None) -> Tensor:

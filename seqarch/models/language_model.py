@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seqarch.layers import Layer
 from seqarch.models.generation import generate
 from seqarch.models.stack import Stack, StackConfig, StackState
 
@@ -20,15 +21,21 @@ class LMConfig(StackConfig):
     Attributes:
         vocab_size: number of tokens.
         tie_embeddings: whether the head uses the embedding's weights.
+        embedding_scale: what the embedding is multiplied by before the first layer; ``sqrt(d_model)`` in Gemma.
+        logit_cap: bounds the logits softly, ``cap tanh(logits / cap)`` (Gemma Team 2024, "Gemma 2", section 2).
     """
 
     vocab_size: int
     tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be positive, got {self.vocab_size}")
+        if self.logit_cap is not None and self.logit_cap <= 0:
+            raise ValueError(f"logit_cap must be positive, got {self.logit_cap}")
 
 
 class LanguageModel(nn.Module):
@@ -46,7 +53,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.stack = Stack(config)
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -55,7 +62,7 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, StackState]:
         features, after = self.features(tokens, state, cu_seqlens)
-        return self.head(features), after
+        return self.logits(features), after
 
     def features(
         self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
@@ -63,8 +70,16 @@ class LanguageModel(nn.Module):
         """What the head reads: ``[B, T, D]``, and the state."""
         if tokens.ndim != 2 or tokens.dtype.is_floating_point:
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {list(tokens.shape)}")
-        x, after = self.stack(self.embedding(tokens), state, cu_seqlens)
+        embedded = self.embedding(tokens)
+        if self.config.embedding_scale != 1:
+            embedded = embedded * self.config.embedding_scale
+        x, after = self.stack(embedded, state, cu_seqlens)
         return self.norm(x), after
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The head on what :meth:`features` returns, or on some of its tokens: ``[..., vocab_size]``."""
+        logits, cap = self.head(features), self.config.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def init_state(
         self,
@@ -90,8 +105,8 @@ class LanguageModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def auxiliary_loss(self) -> Tensor:
-        """What the channel mixers add to the loss of the last forward pass (the routers' losses); 0 without any."""
-        losses = [channel.auxiliary_loss() for channel in self.stack.channels().values()]
+        """What the layers add to the loss of the last forward pass (such as routers' losses); 0 without any."""
+        losses = [layer.auxiliary_loss() for layer in self.stack.modules() if isinstance(layer, Layer)]
         zero = torch.zeros((), device=self.head.weight.device)
         return sum((loss for loss in losses if loss is not None), zero)
 
@@ -99,3 +114,8 @@ class LanguageModel(nn.Module):
         """Load and confidence of each router in the last forward pass, by ``layer_I/metric``."""
         found = {name: channel.router_metrics() for name, channel in self.stack.channels().items()}
         return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
+
+    def update_routers(self) -> None:
+        """Move the routers' biases: to be called once an optimizer step, after it, however many its micro-batches."""
+        for channel in self.stack.channels().values():
+            channel.update_router()

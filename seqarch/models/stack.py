@@ -29,6 +29,8 @@ class StackConfig:
         channel: channel mixer of the layers for which the pattern names none; ``"none"`` leaves it out.
         mixers: options by mixer name, as ``{"mamba2": {"d_state": 64}}``.
         channels: options by channel mixer name.
+        norm_eps: added to the mean square in the norms of the residual stream.
+        branch_norm: an RMS norm of each branch, without weights, before branches side by side are summed.
     """
 
     d_model: int
@@ -37,10 +39,14 @@ class StackConfig:
     channel: str = "swiglu"
     mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
     channels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    norm_eps: float = 1e-5
+    branch_norm: bool = False
 
     def __post_init__(self):
         if self.d_model < 1:
             raise ValueError(f"d_model must be at least 1, got {self.d_model}")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
         layers = tile_pattern(self.pattern, self.depth)
         for name in (*self.mixers, *(name for layer in layers for name in layer.mixers)):
             if name not in MIXERS:
@@ -54,7 +60,8 @@ class StackLayer(nn.Module):
     """``x + mix(norm(x))``, then ``x + channel(norm(x))``.
 
     Mixers side by side read the same normalised input; their outputs are summed with one learnt weight a branch and
-    channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3, without its norm of each branch).
+    channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3; its norm of each branch is
+    ``branch_norm``, here after the branch's output projection).
     """
 
     no_weight_decay = ("branch_weights",)
@@ -62,17 +69,19 @@ class StackLayer(nn.Module):
     def __init__(self, config: StackConfig, pattern: LayerPattern):
         super().__init__()
         width = config.d_model
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = nn.RMSNorm(width, eps=config.norm_eps)
         self.mixers = nn.ModuleList(
             build_mixer(name, d_model=width, **config.mixers.get(name, {})) for name in pattern.mixers
         )
         branches = len(self.mixers)
         weights = torch.full((branches, width), 1 / branches)
         self.branch_weights = nn.Parameter(weights) if branches > 1 else None
+        normed = config.branch_norm and branches > 1
+        self.branch_norm = nn.RMSNorm(width, config.norm_eps, elementwise_affine=False) if normed else nn.Identity()
         channel = pattern.channel or config.channel
         self.channel_norm, self.channel = None, None
         if channel != "none":
-            self.channel_norm = nn.RMSNorm(width, eps=1e-5)
+            self.channel_norm = nn.RMSNorm(width, eps=config.norm_eps)
             self.channel = build_channel_mixer(channel, d_model=width, **config.channels.get(channel, {}))
 
     def forward(
@@ -84,7 +93,7 @@ class StackLayer(nn.Module):
             x = x + results[0][0]
         else:
             for (y, _), weight in zip(results, self.branch_weights.unbind(0), strict=True):
-                x = x + weight.to(y.dtype) * y
+                x = x + weight.to(y.dtype) * self.branch_norm(y)
         if self.channel is not None and self.channel_norm is not None:
             x = x + self.channel(self.channel_norm(x))
         return x, tuple(state for _, state in results)

@@ -86,6 +86,17 @@ def test_the_layer_is_its_equation():
     same(mixer(x)[0], torch.cat(heads, dim=-1) @ mixer.output.weight.T)
 
 
+def test_the_gate_the_bias_and_the_channels_that_do_not_turn():
+    mixer, x = build(num_heads=2, rotary_fraction=0.25, output_gate=True, output_bias=True), inputs(9)
+    q, k, v = (part.unflatten(-1, (2, 16)) for part in (x @ mixer.heads.linear.weight.T).chunk(3, dim=-1))
+    q, k = (torch.cat([apply_rotary(m[..., :4], torch.arange(9)), m[..., 4:]], dim=-1) for m in (q, k))
+    q, k, v = (m.transpose(1, 2) for m in (q, k, v))
+    scores = (q @ k.transpose(2, 3) / 4).masked_fill(torch.ones(9, 9).tril() == 0, -torch.inf)
+    o = (F.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+    gated = o / (1 + (-x @ mixer.gate.weight.T).exp())
+    same(mixer(x)[0], gated @ mixer.output.weight.T + mixer.output.bias)
+
+
 @options
 @pytest.mark.parametrize("sizes", [[1, 12], [4, 0, 1, 8], [1] * 13, [6, 7]])
 def test_split_anywhere_with_gradients_through_the_state(chosen, sizes):
@@ -237,10 +248,12 @@ def test_defaults_of_heads():
         ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"head_dim": 64}, "num_heads must be positive, got 0"),
-        ({"head_dim": 5, "num_heads": 2}, "even head width, got 5"),
+        ({"head_dim": 5, "num_heads": 2}, "an even number of channels, got 5 of 5"),
+        ({"rotary_fraction": 0.01}, "an even number of channels, got 0 of 32"),
+        ({"rotary_fraction": 2}, "rotary_fraction must be at most 1, got 2"),
         ({"position": "rotery"}, "Did you mean 'rotary'"),
         ({"windw": 3}, "Did you mean 'window'"),
-        ({"conv_width": 9}, "width of 2 to 8, got 9"),
+        ({"conv_width": 9}, "conv_width: .* width of 2 to 8, got 9"),
     ],
 )
 def test_wrong_options_are_named(chosen, message):

@@ -22,10 +22,15 @@ def run(mixer: Mixer, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
     x = laws.inputs(70, dtype=torch.float32).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         y, state = mixer(x)
+        loss = mixer.auxiliary_loss()
         more, _ = mixer(x[:, :1], state)
     if isinstance(mixer, RecurrentMixer):
         assert state.memory.dtype == torch.float32
-    total = (y.float() * laws.inputs(70, dtype=torch.float32, seed=2)).sum() + more.float().sum()
+    total = (
+        (y.float() * laws.inputs(70, dtype=torch.float32, seed=2)).sum()
+        + more.float().sum()
+        + (0 if loss is None else loss)
+    )
     gradients = torch.autograd.grad(total, [x, *mixer.parameters()])
     return y, torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -44,3 +49,33 @@ def test_a_recurrence_is_the_same_under_autocast(backend: str):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = ops.linear_attention(q, k, v, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+CACHED: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "based": {"window": 6},
+    "block_mixture": {"block_size": 4},
+    "deepseek_sparse": {"top_k": 5},
+    "latent_attention": {},
+    "longformer": {"window": 6, "global_tokens": 4, "block_size": 2},
+    "native_sparse": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 6},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("name", CACHED)
+def test_a_cache_may_have_another_dtype_than_the_module(name: str, packed: bool):
+    mixer, x = build_mixer(name, d_model=laws.D_MODEL, **CACHED[name]), laws.inputs(12, dtype=torch.float32)
+    with torch.no_grad():
+        expected = mixer(x)[0]
+        for reserved in (0, 5, 20):
+            for dtype in (torch.bfloat16, torch.float64):
+                state = mixer.init_state(2, reserved, dtype=dtype)
+                part, offsets = x[:, :9], [0, 9, 18] if packed else None
+                y, state = mixer(part.reshape(1, 18, -1) if packed else part, state, offsets)
+                steps = [y.reshape(part.shape)]
+                for t in range(9, 12):
+                    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=t == 10):
+                        y, state = mixer(x[:, t : t + 1], state)
+                    steps.append(y.float())
+                laws.assert_close(torch.cat(steps, dim=1), expected, laws.BFLOAT16_ERROR, f"{reserved} {dtype}")

@@ -106,6 +106,20 @@ def test_tied_embeddings_are_one_parameter():
     assert tied.head.weight is tied.embedding.weight
 
 
+def test_the_embedding_is_scaled_and_the_logits_are_bounded():
+    plain, changed = model(), model(embedding_scale=3.0, logit_cap=0.5)
+    tokens = torch.tensor([PROMPTS[2]])
+    logits = plain.head(plain.norm(plain.stack(3 * plain.embedding(tokens))[0]))
+    assert logits.abs().max() > 0.5
+    assert torch.allclose(changed(tokens)[0], 0.5 * torch.tanh(logits / 0.5), rtol=0, atol=1e-12)
+    prompt = PROMPTS[2]
+    for _ in range(3):
+        prompt = [*prompt, int(changed(torch.tensor([prompt]))[0][0, -1].argmax())]
+    assert changed.generate(PROMPTS[2], 3)[0].tolist() == prompt
+    with pytest.raises(ValueError, match="logit_cap must be positive, got 0"):
+        model(logit_cap=0)
+
+
 def test_the_routers_losses_and_metrics_are_per_layer():
     lm = model("attention/moe mamba2/moe", 2)
     lm(torch.randint(0, 11, (2, 16)))
@@ -120,18 +134,20 @@ def test_the_routers_losses_and_metrics_are_per_layer():
 
 @pytest.mark.parametrize("pattern", MIXERS)
 def test_every_mixer_learns(pattern: str):
-    """A few steps of AdamW memorise one short sequence: gradients reach where they should."""
+    """A few steps of AdamW, at a falling rate, memorise one short sequence: gradients reach where they should."""
     lm = model(pattern, 1).float()
     start = copy.deepcopy(lm.state_dict())
-    tokens = torch.randint(0, 11, (1, 24))
+    tokens = torch.randint(0, 11, (1, 34))
     optimiser = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, total_iters=60)
     losses = []
     for _ in range(60):
         logits, _ = lm(tokens[:, :-1])
         loss = F.cross_entropy(logits[0], tokens[0, 1:])
         optimiser.zero_grad()
-        loss.backward()
+        (loss + lm.auxiliary_loss()).backward()
         optimiser.step()
+        schedule.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 < 1.5 < losses[0]
     unmoved = [name for name, value in lm.state_dict().items() if torch.equal(value, start[name])]

@@ -57,6 +57,26 @@ def test_the_accounting_of_a_stack_is_that_of_its_parts():
     assert measured_state_bytes(state) == model.state_bytes(21, 2)
 
 
+def test_branches_are_normalised_where_asked():
+    pattern, x = "attention+mamba2", torch.randn(2, 9, 32, dtype=torch.float64)
+    model = stack(pattern, 1, channel="none", branch_norm=True)
+    layer = model.layers[0]
+    branches = [mixer(layer.norm(x))[0] for mixer in layer.mixers]  # type: ignore[operator, union-attr]
+    normed = [y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() for y in branches]
+    assert_close(model(x)[0] - x, sum(normed) / 2, 1e-10)  # type: ignore[arg-type]
+    assert stack(pattern, 1, branch_norm=True).state_dict().keys() == stack(pattern, 1).state_dict().keys()
+
+
+def test_the_norms_of_the_residual_stream_take_their_eps():
+    x = 1e-3 * torch.randn(2, 9, 32, dtype=torch.float64)
+    model = stack("attention", 1, channel="mlp", norm_eps=1e-2)
+    layer = model.layers[0]
+    assert layer.norm.eps == layer.channel_norm.eps == 1e-2  # type: ignore[union-attr]
+    assert (model(x)[0] - x).norm() < 0.1 * (stack("attention", 1, channel="mlp")(x)[0] - x).norm()
+    with pytest.raises(ValueError, match="norm_eps must be a small positive number, got 0"):
+        stack(norm_eps=0)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("channel", CHANNEL_MIXERS)
 def test_initialisation_survives_the_stack(mixer: str, channel: str, monkeypatch: pytest.MonkeyPatch):
@@ -116,7 +136,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"pattern": "mamba", "mixers": {"mamba": {"dt_floor": float("nan")}}}, "dt_floor must be positive, got nan"),
     ({"pattern": "mamba2", "mixers": {"mamba2": {"A_min": 20.0}}}, r"A_min .20.0. must not be above A_max .16.0."),
     ({"mixers": {"attention": {"rotary_base": 0.0}}}, "rotary_base must be positive, got 0.0"),
-    ({"pattern": "mamba3"}, "unknown mixer 'mamba3': expected one of attention, .*Did you mean 'mamba'"),
+    ({"pattern": "mamba4"}, "unknown mixer 'mamba4': expected one of attention, .*Did you mean 'mamba'"),
     ({"pattern": "attention/swigul"}, "unknown channel mixer 'swigul'.*Did you mean 'swiglu'"),
     ({"channel": "mpl"}, "unknown channel mixer 'mpl'.*Did you mean 'mlp'"),
     ({"mixers": {"atention": {}}}, "unknown mixer 'atention'.*Did you mean 'attention'"),

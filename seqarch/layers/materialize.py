@@ -1,0 +1,93 @@
+"""The T x T matrices that a mixer applies to its values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqarch import ops
+from seqarch.layers.mixer import Mixer
+from seqarch.ops import OPS, Call
+
+VALUES = {
+    "attention": 2,
+    "block_sparse_attention": 2,
+    "delta_rule": 2,
+    "linear_attention": 2,
+    "selective_scan": 0,
+}
+"""Operations that are linear in one of their arguments, the values, once the others are given: its place."""
+
+
+class Materialized(NamedTuple):
+    """What one call of an operation did with its values.
+
+    Attributes:
+        op: the operation.
+        matrix: ``[B, H, T, T]``: row t holds the weights of the values in output t. ``H`` are channels in
+            ``selective_scan``.
+        values: ``[B, T, H, V]`` (``[B, T, D]`` in ``selective_scan``).
+        output: of the same shape: ``matrix @ values``, head by head.
+    """
+
+    op: str
+    matrix: Tensor
+    values: Tensor
+    output: Tensor
+
+
+@torch.no_grad()
+def materialize(mixer: Mixer, x: Tensor) -> list[Materialized]:
+    """The matrices by which a mixer turns values into outputs, given an input ``x: [B, T, D]``.
+
+    Attention, the selective scan, linear attention and the delta rule are all linear in their values, with weights that
+    depend on the rest of the input (Dao and Gu 2024, "Transformers are SSMs", section 3). One entry for each call of
+    such an operation, in order; short convolutions, norms and gates stand outside. Work and memory grow as ``T^2``
+    times the operation's own: for tests and pictures, at small T.
+
+    Raises:
+        ValueError: the mixer calls no such operation.
+    """
+    with ops.record_calls() as calls:
+        mixer(x)
+    found = [_materialize(call) for call in calls if call.op in VALUES]
+    if not found:
+        used = ", ".join(dict.fromkeys(call.op for call in calls)) or "none"
+        raise ValueError(
+            f"materialize: {type(mixer).__name__} calls no operation that is linear in its values: expected one of"
+            f" {', '.join(VALUES)}, it calls {used}"
+        )
+    return found
+
+
+def _materialize(call: Call) -> Materialized:
+    place = VALUES[call.op]
+    values = call.args[place]
+    output = call.result if isinstance(call.result, Tensor) else call.result[0]
+    if call.op == "selective_scan":
+        return Materialized(call.op, _scan_matrix(call), values, output)
+    length, heads = values.shape[1:3]
+    units = torch.eye(length, dtype=values.dtype, device=values.device)
+    units = units[None, :, None].expand(len(values), -1, heads, -1)
+    return Materialized(call.op, _again(call, place, units).permute(0, 2, 1, 3), values, output)
+
+
+def _scan_matrix(call: Call) -> Tensor:
+    """One call a token s, whose values are 1 at s and 0 elsewhere: column s of every channel's matrix."""
+    values = call.args[0]
+    columns = []
+    for s in range(values.shape[1]):
+        unit = torch.zeros_like(values)
+        unit[:, s] = 1
+        columns.append(_again(call, 0, unit))
+    return torch.stack(columns, dim=-1).transpose(1, 2)
+
+
+def _again(call: Call, place: int, values: Tensor) -> Tensor:
+    """The outputs of the call with other values, from an empty state."""
+    args = (*call.args[:place], values, *call.args[place + 1 :])
+    kwargs = {key: value for key, value in call.kwargs.items() if key != "state"}
+    result = OPS[call.op]("auto", *args, **kwargs)
+    return result if isinstance(result, Tensor) else result[0]

@@ -1,0 +1,65 @@
+"""Decays in (-1, 1): a recurrence with negative decays as one with positive decays and signs beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqarch import ops
+from seqarch.layers.mixer import CuSeqlens
+
+
+def signed_decay(decay: Tensor, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Split decays in (-1, 1) into magnitudes and the running product of their signs.
+
+    With ``c_t`` that product, ``S_t = a_t S_{t-1} + k_t^T v_t`` is ``c_t`` times the recurrence that decays by
+    ``|a_t|`` and writes ``c_t k_t``: give that recurrence ``c_t k_t`` and ``c_t q_t``, and multiply its last state by
+    the last ``c_t`` of each row. Negative decays let a model track state (Grazzi et al. 2024, "Unlocking
+    State-Tracking in Linear RNNs Through Negative Eigenvalues").
+
+    Args:
+        decay: ``[B, T, ...]``, in (-1, 1).
+        cu_seqlens: boundaries of the sequences packed into ``B = 1``: each starts again with a product of 1.
+
+    Returns:
+        ``log|decay|`` and the products c, both like ``decay``, and the last c of each row, ``[B, ...]`` (a row a
+        sequence under ``cu_seqlens``; 1 for a sequence without tokens).
+    """
+    signs = torch.where(decay < 0, -1.0, 1.0).to(decay.dtype)
+    log_decay = decay.abs().clamp(min=torch.finfo(decay.dtype).tiny).log()
+    # the product before each token, with that before the first
+    one = signs.new_ones(signs.shape[0], 1, *signs.shape[2:])
+    before = torch.cat([one, signs.cumprod(1)], dim=1)
+    if cu_seqlens is None:
+        return log_decay, before[:, 1:], before[:, -1]
+    offsets = torch.as_tensor(cu_seqlens, device=decay.device)
+    starts = before[0, offsets[:-1]]
+    own = starts.repeat_interleave(offsets.diff(), dim=0, output_size=decay.shape[1])
+    return log_decay, before[:, 1:] * own, before[0, offsets[1:]] * starts
+
+
+def signed_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: CuSeqlens = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`ops.linear_attention` with each decay ``a`` in (0, 1) moved to ``2 a - 1`` in (-1, 1).
+
+    ``log_decay``, the logarithm of a, is ``[B, T, H]`` or ``[B, T, H, K]``; the rest as there.
+    """
+    # in float64: decays near 1 lose what makes them differ from it
+    wide, signs, last = signed_decay(2 * log_decay.double().exp() - 1, cu_seqlens)
+    log_decay, signs, last = wide.to(log_decay.dtype), signs.to(v.dtype), last.to(log_decay.dtype)
+    if log_decay.ndim == 4:
+        q, k = signs * q, signs * k
+        o, state = ops.linear_attention(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+        return o, last.unsqueeze(-1) * state
+    # one sign a head goes to the values as well, and heads may go on sharing q and k
+    signs = signs.unsqueeze(-1)
+    o, state = ops.linear_attention(q, k, signs * v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    return signs * o, last[..., None, None] * state
