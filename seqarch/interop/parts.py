@@ -1,0 +1,66 @@
+"""Rules that several families share, under the names that most of them use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, shift, split, squeeze, transpose, under
+from seqarch.models import LMConfig
+
+
+def norm(theirs: str, ours: str = "norm.weight", zero_centred: bool = False) -> Rule:
+    """An RMS norm's weights; a zero-centred norm multiplies by ``1 + weight``."""
+    return rule(theirs, ours, *([shift(1.0)] if zero_centred else []))
+
+
+def short_convolution(theirs: str, ours: str, bias: bool) -> list[Rule]:
+    """A depthwise ``nn.Conv1d``, whose weight is ``[D, 1, W]``."""
+    rules = [rule(f"{theirs}.weight", f"{ours}.weight", squeeze(1))]
+    return [*rules, rule(f"{theirs}.bias", f"{ours}.bias")] if bias else rules
+
+
+def gated_mlp(hidden: int, theirs: str = "mlp.", ours: str = "channel.", bias: bool = False) -> list[Rule]:
+    """``gate_proj``, ``up_proj`` and ``down_proj`` as a ``swiglu``."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    join = concatenate(hidden, hidden)
+    rules = [rule([f"{theirs}gate_proj.{k}", f"{theirs}up_proj.{k}"], f"{ours}input.{k}", join) for k in kinds]
+    return [*rules, *(rule(f"{theirs}down_proj.{kind}", f"{ours}output.{kind}") for kind in kinds)]
+
+
+def experts(hidden: int) -> list[Rule]:
+    """A router and fused experts as a ``moe``."""
+    return [
+        rule("mlp.gate.weight", "channel.router.weight"),
+        rule(
+            "mlp.experts.gate_up_proj",
+            ("channel.w_gate", "channel.w_in"),
+            *(transpose(1, 2), split(hidden, hidden, dim=2)),
+        ),
+        rule("mlp.experts.down_proj", "channel.w_out", transpose(1, 2)),
+    ]
+
+
+def head_sizes(options: dict[str, Any]) -> tuple[int, int, int]:
+    """Rows of the projections to queries, keys and values in an ``attention`` with these options."""
+    width = options["head_dim"]
+    return options["num_heads"] * width, options["num_kv_heads"] * width, options["num_kv_heads"] * width
+
+
+def attention(options: dict[str, Any]) -> list[Rule]:
+    """``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as an ``attention`` with these options."""
+    rules = [
+        rule([f"{part}_proj.weight" for part in "qkv"], "heads.linear.weight", concatenate(*head_sizes(options))),
+        rule("o_proj.weight", "output.weight"),
+    ]
+    return [*rules, rule("o_proj.bias", "output.bias")] if options.get("output_bias") else rules
+
+
+def model(
+    config: LMConfig, layers: Sequence[list[Rule]], embedding: str, last_norm: Rule, prefix: str = "model.layers"
+) -> WeightMap:
+    """A language model of these layers, whose rules name what is inside one of theirs and one of ours."""
+    rules = [rule(embedding, "embedding.weight"), last_norm, rule("lm_head.weight", "head.weight")]
+    for i, layer in enumerate(layers):
+        rules += under(f"{prefix}.{i}.", f"stack.layers.{i}.", layer)
+    return WeightMap(rules, {"lm_head.weight": embedding} if config.tie_embeddings else {})

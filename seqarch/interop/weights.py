@@ -1,0 +1,222 @@
+"""Tables of invertible rules between another library's state dict and ours.
+
+A rule takes some of their tensors to some of ours by steps, each of which knows its inverse. All of it is made of torch
+operations, so gradients pass through a table as well. Steps that move numbers only (rename, concatenate, split,
+reorder, transpose, squeeze, reshape) come back bit for bit; ``scale`` and ``shift`` round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+_Change = Callable[[list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change of tensors, there and back."""
+
+    to_ours: _Change
+    to_theirs: _Change
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Their tensors of these names are our tensors of those, after the steps; see :func:`rule`."""
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    steps: tuple[Step, ...] = ()
+
+    def to_ours(self, weights: Mapping[str, Tensor]) -> Weights:
+        return self._apply(weights, self.theirs, self.ours, [step.to_ours for step in self.steps])
+
+    def to_theirs(self, weights: Mapping[str, Tensor]) -> Weights:
+        return self._apply(weights, self.ours, self.theirs, [step.to_theirs for step in reversed(self.steps)])
+
+    def _apply(
+        self, weights: Mapping[str, Tensor], taken: Sequence[str], made: Sequence[str], changes: list[_Change]
+    ) -> Weights:
+        tensors = [weights[name] for name in taken]
+        try:
+            for change in changes:
+                tensors = change(tensors)
+        except ValueError as error:
+            raise ValueError(f"{' + '.join(taken)}: {error}") from error
+        except (IndexError, RuntimeError) as error:
+            shapes = ", ".join(str(list(weights[name].shape)) for name in taken)
+            raise ValueError(f"{' + '.join(taken)}: the shape {shapes} does not fit: {error}") from error
+        return dict(zip(made, tensors, strict=True))
+
+
+def rule(theirs: str | Sequence[str], ours: str | Sequence[str], *steps: Step) -> Rule:
+    """``theirs`` are ``ours`` after ``steps``: one name or several on either side."""
+    names = [(name,) if isinstance(name, str) else tuple(name) for name in (theirs, ours)]
+    return Rule(names[0], names[1], steps)
+
+
+def under(theirs: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
+    """The rules with a prefix to the names of each side."""
+    return [
+        Rule(tuple(theirs + name for name in rule.theirs), tuple(ours + name for name in rule.ours), rule.steps)
+        for rule in rules
+    ]
+
+
+def concatenate(*sizes: int, dim: int = 0) -> Step:
+    """Several tensors of these sizes along ``dim`` are one of ours."""
+
+    def join(parts: list[Tensor]) -> list[Tensor]:
+        _expect([part.shape[dim] for part in parts], list(sizes), f"sizes along dimension {dim}")
+        return [torch.cat(parts, dim)]
+
+    def cut(whole: list[Tensor]) -> list[Tensor]:
+        _expect(whole[0].shape[dim], sum(sizes), f"a size along dimension {dim}")
+        return list(whole[0].split(list(sizes), dim))
+
+    return Step(join, cut)
+
+
+def split(*sizes: int, dim: int = 0) -> Step:
+    """One tensor is several of ours, of these sizes along ``dim``."""
+    return _inverse(concatenate(*sizes, dim=dim))
+
+
+def reorder(order: Sequence[int], dim: int = 0) -> Step:
+    """Our entry i along ``dim`` is their entry ``order[i]``."""
+    index = torch.tensor(order, device="cpu")
+
+    def pick(tensor: Tensor, index: Tensor) -> Tensor:
+        _expect(tensor.shape[dim], len(order), f"a size along dimension {dim}")
+        return tensor.index_select(dim, index.to(tensor.device))
+
+    return Step(_each(lambda tensor: pick(tensor, index)), _each(lambda tensor: pick(tensor, index.argsort())))
+
+
+def transpose(first: int = 0, second: int = 1) -> Step:
+    """Two dimensions change places."""
+    swap = _each(lambda tensor: tensor.transpose(first, second).contiguous())
+    return Step(swap, swap)
+
+
+def squeeze(dim: int) -> Step:
+    """A dimension of size 1 of theirs is none of ours."""
+
+    def drop(tensor: Tensor) -> Tensor:
+        _expect(tensor.shape[dim], 1, f"a size along dimension {dim}")
+        return tensor.squeeze(dim)
+
+    return Step(_each(drop), _each(lambda tensor: tensor.unsqueeze(dim)))
+
+
+def reshape(theirs: Sequence[int], ours: Sequence[int]) -> Step:
+    """The same numbers in another shape."""
+
+    def change(tensor: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+        _expect(list(tensor.shape), list(before), "the shape")
+        return tensor.reshape(tuple(after))
+
+    return Step(_each(lambda tensor: change(tensor, theirs, ours)), _each(lambda tensor: change(tensor, ours, theirs)))
+
+
+def scale(*factors: float) -> Step:
+    """Ours are theirs times a constant each."""
+    return Step(
+        lambda tensors: [t * factor for t, factor in zip(tensors, factors, strict=True)],
+        lambda tensors: [t / factor for t, factor in zip(tensors, factors, strict=True)],
+    )
+
+
+def shift(constant: float) -> Step:
+    """Ours are theirs plus a constant, as where a norm multiplies by ``1 + weight``."""
+    return Step(_each(lambda tensor: tensor + constant), _each(lambda tensor: tensor - constant))
+
+
+def constant(name: str, value: float, shape: Sequence[int]) -> Rule:
+    """Our tensor ``name`` has no counterpart of theirs and must be ``value`` throughout."""
+
+    def check(tensors: list[Tensor]) -> list[Tensor]:
+        if not bool((tensors[0] == value).all()):
+            raise ValueError(f"expected {value} throughout, which the other model has built in; it was changed")
+        return []
+
+    return rule((), name, Step(lambda _: [torch.full(tuple(shape), value)], check))
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """A whole model's rules.
+
+    Attributes:
+        rules: every tensor of both sides stands in exactly one of them.
+        tied: names of theirs that repeat another tensor of theirs, as ``{copy: original}``: a state dict may leave the
+            copies out, or holds the same numbers twice.
+    """
+
+    rules: Sequence[Rule]
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for side in ([name for rule in self.rules for name in names(rule)] for names in (_theirs, _ours)):
+            twice = sorted({name for name in side if side.count(name) > 1}) if len(set(side)) < len(side) else []
+            if twice:
+                raise ValueError(f"these tensors stand in two rules: {', '.join(twice)}")
+
+    def to_seqarch(self, state_dict: Mapping[str, Tensor]) -> Weights:
+        """Our state dict from theirs.
+
+        Raises:
+            ValueError: tensors are missing or left over (all are listed), of another shape, or tied ones differ.
+        """
+        given = dict(state_dict)
+        for copy, original in self.tied.items():
+            if original in given:
+                given.setdefault(copy, given[original])
+        _account(given, [name for rule in self.rules for name in rule.theirs], "the state dict to read")
+        self._check_tied(given)
+        return {name: tensor for rule in self.rules for name, tensor in rule.to_ours(given).items()}
+
+    def to_transformers(self, state_dict: Mapping[str, Tensor]) -> Weights:
+        """Their state dict from ours; errors as in :meth:`to_seqarch`."""
+        _account(state_dict, [name for rule in self.rules for name in rule.ours], "seqarch's state dict")
+        made = {name: tensor for rule in self.rules for name, tensor in rule.to_theirs(state_dict).items()}
+        self._check_tied(made)
+        return made
+
+    def _check_tied(self, weights: Weights) -> None:
+        for copy, original in self.tied.items():
+            if weights[copy] is not weights[original] and not torch.equal(weights[copy], weights[original]):
+                raise ValueError(f"{copy} and {original} are one tensor in the other model, but differ here")
+
+
+def _theirs(rule: Rule) -> tuple[str, ...]:
+    return rule.theirs
+
+
+def _ours(rule: Rule) -> tuple[str, ...]:
+    return rule.ours
+
+
+def _account(given: Mapping[str, Tensor], expected: Sequence[str], what: str) -> None:
+    sides = {"missing": set(expected) - set(given), "left over": set(given) - set(expected)}
+    lines = [f"  {kind}: {name}" for kind, names in sides.items() for name in sorted(names)]
+    if lines:
+        raise ValueError("\n".join([f"{what} does not match this model's configuration:", *lines]))
+
+
+def _expect(got: object, expected: object, what: str) -> None:
+    if got != expected:
+        raise ValueError(f"expected {what} of {expected}, got {got}")
+
+
+def _each(change: Callable[[Tensor], Tensor]) -> _Change:
+    return lambda tensors: [change(tensor) for tensor in tensors]
+
+
+def _inverse(step: Step) -> Step:
+    return Step(step.to_theirs, step.to_ours)

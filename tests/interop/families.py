@@ -1,0 +1,156 @@
+"""Tiny models of the other library, with random weights everywhere: norms, biases, decays and buffers too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+SMALL = {"vocab_size": 53, "hidden_size": 32, "num_hidden_layers": 2}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
+EPS = 0.1
+"""For norms of what a recurrence reads: where that is near 0, dividing by its size multiplies the rounding of both."""
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+def mamba(**changes: Any) -> Any:
+    return transformers.MambaConfig(**{**SMALL, **SPECIAL, "state_size": 4, **changes})
+
+
+def mamba2(**changes: Any) -> Any:
+    options = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16}
+    return transformers.Mamba2Config(**{**SMALL, **SPECIAL, **options, **changes})
+
+
+def mixtral(**changes: Any) -> Any:
+    options = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.MixtralConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
+def falcon_h1(**changes: Any) -> Any:
+    options = {
+        "intermediate_size": 40,
+        "mamba_d_ssm": 48,
+        "mamba_n_heads": 6,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 16,
+        "lm_head_multiplier": 0.7,
+        "embedding_multiplier": 3.0,
+        "mlp_multipliers": [0.8, 1.3],
+        "key_multiplier": 0.6,
+        "attention_out_multiplier": 0.9,
+        "attention_in_multiplier": 1.2,
+        "ssm_multipliers": [0.5, 1.1, 0.9, 1.3, 0.7],
+        "ssm_in_multiplier": 1.25,
+        "ssm_out_multiplier": 0.4,
+    }
+    return transformers.FalconH1Config(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
+def qwen3_next(**changes: Any) -> Any:
+    options = {
+        "num_hidden_layers": 3,
+        "rms_norm_eps": EPS,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "intermediate_size": 40,
+        "head_dim": 16,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 8,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "mlp_only_layers": [1],
+    }
+    return transformers.Qwen3NextConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
+def recurrent_gemma(**changes: Any) -> Any:
+    options = {
+        "num_hidden_layers": 3,
+        "intermediate_size": 48,
+        "num_key_value_heads": 1,
+        "lru_width": 48,
+        "attention_window_size": 7,
+        "logits_soft_cap": 2.0,
+    }
+    return transformers.RecurrentGemmaConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
+def kimi_linear(**changes: Any) -> Any:
+    options = {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "intermediate_size": 40,
+        "moe_intermediate_size": 12,
+        "n_shared_experts": 2,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 6,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 10,
+        "linear_head_dim": 16,
+        "linear_num_heads": 3,
+        "rms_norm_eps": EPS,
+    }
+    return transformers.KimiLinearConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
+VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
+    "MambaForCausalLM": (mamba, [{}, {"tie_word_embeddings": False, "expand": 3, "time_step_rank": 5}]),
+    "Mamba2ForCausalLM": (mamba2, [{}, {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-2}]),
+    "MixtralForCausalLM": (mixtral, [{}, {"sliding_window": 5, "head_dim": 12, "rms_norm_eps": 1e-2}]),
+    "FalconH1ForCausalLM": (
+        falcon_h1,
+        [
+            {},
+            {"tie_word_embeddings": True, "mamba_rms_norm": True, "rms_norm_eps": EPS},
+            {
+                "rms_norm_eps": EPS,
+                "mamba_rms_norm": True,
+                "mamba_norm_before_gate": False,
+                "mamba_d_ssm": None,
+                "mamba_n_heads": 8,
+            },
+        ],
+    ),
+    "KimiLinearForCausalLM": (
+        kimi_linear,
+        [{}, {"q_lora_rank": 14, "norm_topk_prob": False, "mlp_layer_types": ["sparse", "dense", "sparse"]}],
+    ),
+    "RecurrentGemmaForCausalLM": (
+        recurrent_gemma,
+        [{}, {"tie_word_embeddings": False, "block_types": ["attention", "recurrent"], "lru_width": None}],
+    ),
+    "Qwen3NextForCausalLM": (qwen3_next, [{}, {"norm_topk_prob": False, "decoder_sparse_step": 2, "head_dim": 8}]),
+}
+"""For each class, what makes its configuration, and settings under which it is tried."""
+
+CASES = [(name, changes) for name, (_, variants) in VARIANTS.items() for changes in variants]
+
+
+def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
+    """The configuration and the model, with random parameters and buffers."""
+    torch.manual_seed(0)
+    config = VARIANTS[name][0](**changes)
+    model = getattr(transformers, name)(config).train(False)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith("A_log"):
+                tensor.uniform_(-3, 0)  # a memory of many tokens: outputs near 0 would let the norm after them round
+            elif tensor.ndim >= 2 and "conv" not in key:
+                tensor.normal_(std=tensor.shape[-1] ** -0.5)
+            elif "conv" in key:
+                tensor.normal_()
+            else:
+                tensor.add_(0.3 * torch.randn_like(tensor))
+    return config, model

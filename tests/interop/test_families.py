@@ -1,0 +1,193 @@
+"""Whole models against ``transformers``: logits, gradients, generation, and the tables of weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.func import functional_call
+
+from seqarch.interop import FAMILIES, from_transformers, lm_config, to_transformers, weight_map
+from seqarch.models import LanguageModel
+from tests.interop.families import CASES, VARIANTS, build
+from tests.laws import assert_close
+
+BOUND = 1e-5
+"""RMS of the difference over the RMS of what is expected, in float32."""
+
+SMALLEST = 0.1
+"""Gradients are measured against no less than this share of the median of a model's: of parameters with a few numbers,
+such as a decay a head, they are small sums of large terms, whose rounding stays."""
+
+ROUNDED = ("FalconH1ForCausalLM", "Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM")
+"""Families whose tables multiply or add."""
+
+cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
+TOKENS = torch.randint(3, 53, (2, 37), generator=torch.Generator().manual_seed(1))
+
+
+@cases
+def test_logits_and_gradients_are_theirs(name: str, changes: dict[str, Any]):
+    """Ours are computed on a differentiable function of their parameters, so the gradients pass through the table."""
+    config, theirs = build(name, changes)
+    leaves = dict(theirs.named_parameters())
+    expected = theirs(TOKENS, use_cache=False).logits
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad((expected * weights).sum(), list(leaves.values()))
+
+    model = LanguageModel(lm_config(config)).train(False)
+    buffers = {key: tensor for key, tensor in theirs.state_dict().items() if key in dict(theirs.named_buffers())}
+    got, _ = functional_call(model, weight_map(config).to_seqarch({**buffers, **leaves}), (TOKENS,))
+    assert_close(got, expected, BOUND, "logits")
+    found = torch.autograd.grad((got * weights).sum(), list(leaves.values()))
+    sizes = torch.stack([wanted.square().mean().sqrt() for wanted in gradients])
+    for key, gradient, wanted, size in zip(leaves, found, gradients, sizes, strict=True):
+        assert size > 0, key
+        bound = BOUND * max(1.0, float(SMALLEST * sizes.median() / size))
+        assert_close(gradient, wanted, bound, f"gradient of {key}")
+
+
+@cases
+@torch.no_grad()
+def test_the_imported_model_computes_and_generates_what_theirs_does(name: str, changes: dict[str, Any]):
+    """In steps too: each greedy token is the likeliest by their pass over all tokens before it."""
+    config, theirs = build(name, changes)
+    ours = from_transformers(config, theirs.state_dict()).train(False)
+    state, logits = ours.init_state(2, max_length=37), []
+    for piece in TOKENS.split([20, 1, 1, 15], dim=1):
+        some, state = ours(piece, state)
+        logits.append(some)
+    expected = theirs(TOKENS, use_cache=False).logits
+    assert_close(torch.cat(logits, dim=1), expected, BOUND, "logits in pieces")
+    for row in ours.generate(TOKENS[:, :9], 6):
+        read = theirs(row[None], use_cache=False).logits[0]
+        assert row[9:].tolist() == read[8:-1].argmax(-1).tolist()
+
+
+@cases
+def test_the_weights_come_back(name: str, changes: dict[str, Any]):
+    """Bit for bit, but for rounding where a constant is added to them or multiplies them."""
+    config, theirs = build(name, changes)
+    state = theirs.state_dict()
+    back = to_transformers(config, from_transformers(config, state))
+    assert back.keys() == state.keys()
+    rounded = [key for key, tensor in state.items() if not torch.equal(back[key], tensor)]
+    assert all(torch.allclose(back[key], state[key], rtol=1e-6, atol=1e-7) for key in rounded)
+    assert not rounded or name in ROUNDED
+    assert all("norm" in key for key in rounded) or name == "FalconH1ForCausalLM"
+
+
+@cases
+def test_a_config_json_says_the_same(name: str, changes: dict[str, Any]):
+    config = VARIANTS[name][0](**changes)
+    assert lm_config(json.loads(config.to_json_string(use_diff=False))) == lm_config(config)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_released_sizes_fit(name: str):
+    """The defaults of their configurations are released models', up to 80 billion parameters; here without memory."""
+    config = type(VARIANTS[name][0]())()
+    with torch.device("meta"):
+        theirs = getattr(transformers, name)(config)
+        expected = LanguageModel(lm_config(config)).state_dict()
+        own = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}  # each tied tensor once
+        made = weight_map(config).to_seqarch({key: own[key] for key in theirs.state_dict() if key in own})
+    assert {key: tensor.shape for key, tensor in made.items()} == {key: t.shape for key, t in expected.items()}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tensors_that_do_not_belong_are_all_named(name: str):
+    config, theirs = build(name, {})
+    state = theirs.state_dict()
+    first, last = (key for key in (list(state)[1], list(state)[-2]))
+    state["model.rotary.inv_freq"] = torch.ones(2)
+    del state[first], state[last]
+    with pytest.raises(ValueError, match="does not match this model's configuration") as caught:
+        from_transformers(config, state)
+    assert caught.value.args[0].splitlines()[1:] == [
+        *(f"  missing: {key}" for key in sorted([first, last])),
+        "  left over: model.rotary.inv_freq",
+    ]
+
+
+@pytest.mark.parametrize("name", ["MambaForCausalLM", "MixtralForCausalLM"])
+def test_tensors_of_another_shape_are_errors(name: str):
+    config, theirs = build(name, {})
+    state = theirs.state_dict()
+    for key in (key for key in state if "layers" in key):
+        tensor = state[key]
+        for other in (tensor[:-1], tensor.reshape(-1) if tensor.ndim > 1 else tensor[None]):
+            with pytest.raises(ValueError, match=r"expected|shape"):
+                from_transformers(config, {**state, key: other})
+
+
+UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
+    ("MambaForCausalLM", {"use_bias": True, "hidden_act": "relu"}, "hidden_act='relu' .only 'silu'., use_bias=True"),
+    ("Mamba2ForCausalLM", {"time_step_limit": (0.0, 1.0)}, r"time_step_limit=\(0.0, 1.0\)"),
+    ("MixtralForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    ("FalconH1ForCausalLM", {"projectors_bias": True}, "falcon_h1: these settings .* projectors_bias=True"),
+    ("Qwen3NextForCausalLM", {"shared_expert_intermediate_size": 20}, "shared_expert_intermediate_size=20"),
+    ("RecurrentGemmaForCausalLM", {"hidden_activation": "relu"}, "recurrent_gemma: .* hidden_activation='relu'"),
+    ("KimiLinearForCausalLM", {"n_group": 2}, "kimi_linear: these settings .* num_expert_group=2 .only 1."),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), UNSUPPORTED)
+def test_settings_without_a_counterpart_are_named(name: str, changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        lm_config(VARIANTS[name][0](**changes))
+
+
+def test_unknown_families_and_missing_settings_are_named():
+    with pytest.raises(ValueError, match=r"unknown model_type 'mamba3'.* Did you mean 'mamba'\?"):
+        lm_config({"model_type": "mamba3"})
+    with pytest.raises(ValueError, match="the configuration has no setting model_type"):
+        lm_config({})
+    with pytest.raises(ValueError, match="the configuration has no setting state_size"):
+        lm_config({"model_type": "mamba"})
+
+
+def test_every_family_is_tried():
+    assert {VARIANTS[name][0]().model_type for name in VARIANTS} == set(FAMILIES)
+
+
+def test_what_their_model_cannot_hold_is_named():
+    config, theirs = build("FalconH1ForCausalLM", {})
+    ours = from_transformers(config, theirs.state_dict())
+    with torch.no_grad():
+        ours.stack.layers[1].branch_weights[0, 3] = 0.5  # type: ignore[index, union-attr]
+    with pytest.raises(ValueError, match=r"stack\.layers\.1\.branch_weights: expected 1\.0 throughout"):
+        to_transformers(config, ours)
+
+
+def test_the_first_release_of_kimi_linear_names_its_layers_otherwise():
+    config = json.loads(VARIANTS["KimiLinearForCausalLM"][0]().to_json_string(use_diff=False))
+    expected = lm_config(config)
+    for key in [key for key in config if key.startswith("linear_") or key.endswith("layer_types")]:
+        del config[key]
+    config["linear_attn_config"] = {
+        "full_attn_layers": [2],
+        "kda_layers": [1, 3],
+        "head_dim": 16,
+        "num_heads": 3,
+        "short_conv_kernel_size": 4,
+    }
+    assert lm_config({**config, "first_k_dense_replace": 1}) == expected
+
+
+def test_earlier_names_of_the_rotary_settings_are_read():
+    config = {**json.loads(VARIANTS["MixtralForCausalLM"][0]().to_json_string(use_diff=False))}
+    del config["rope_parameters"]
+    assert lm_config({**config, "rope_theta": 500.0}).mixers["attention"]["rotary_base"] == 500.0
+    assert lm_config(config).mixers["attention"]["rotary_base"] == 1e6
+    for name, fraction in (("Qwen3NextForCausalLM", 0.25), ("RecurrentGemmaForCausalLM", 0.5)):
+        other = json.loads(VARIANTS[name][0]().to_json_string(use_diff=False))
+        del other["rope_parameters"]
+        for given, expected in (({}, fraction), ({"partial_rotary_factor": 0.75}, 0.75)):
+            mixers = lm_config({**other, **given}).mixers.values()
+            assert [options["rotary_fraction"] for options in mixers if "rotary_fraction" in options] == [expected]
+    with pytest.raises(ValueError, match="rope_type='yarn'"):
+        lm_config({**config, "rope_scaling": {"type": "yarn", "factor": 4.0}})
