@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
-_SOURCE = re.compile(r'[A-Z][A-Za-z]+(?: et al\.| and [A-Z][a-z]+)? \d{4}(?:, "[^"]+")?')
+_SOURCE = re.compile(r'[A-Z][A-Za-z-]+(?: et al\.| and [A-Z][a-z]+)? \d{4}(?:, "[^"]+")?')
 _MATH = re.compile(r"^\.\. math::\n((?:[ \t]+\S.*\n?|\n)+)", re.MULTILINE)
 
 

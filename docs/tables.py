@@ -11,15 +11,19 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from docs.costs import costs
 from docs.docstrings import cell, entries, first_sentence, markdown, module_docstring, source, split_sections
 from seqarch import ops
-from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, Mixer, build_channel_mixer, build_mixer
+from seqarch.layers import CHANNEL_MIXERS, FAMILIES, MIXERS, ChannelMixer, Mixer, build_channel_mixer, build_mixer
 from seqarch.ops import OPS, Op
+from tests.laws import LAWS
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXERS_PAGE = Path("docs/mixers.md")
@@ -36,12 +40,16 @@ def layers() -> dict[str, Layer]:
     return {**MIXERS, **CHANNEL_MIXERS}
 
 
+@cache
 def operations(name: str) -> list[str]:
-    """The operations that a layer with its default options calls, as recorded on a few tokens."""
+    """The operations that a layer with its default options calls, as recorded on a few tokens.
+
+    On more than 2048 of them where attention is sparse: below, one of these mixers chooses all tokens.
+    """
     build = build_mixer if name in MIXERS else build_channel_mixer
     layer = build(name, d_model=32)
     with torch.no_grad(), ops.record_backends() as used:
-        layer(torch.zeros(1, 4, 32))
+        layer(torch.zeros(1, 2100 if name in FAMILIES["sparse attention"] else 4, 32))
     return sorted(used)
 
 
@@ -57,8 +65,40 @@ def layer_table(registry: dict[str, Any], folder: str) -> str:
     return table(("name", "source", "operations"), rows)
 
 
-def mixer_table() -> str:
-    return layer_table(MIXERS, "docs")
+def families() -> dict[str, tuple[str, ...]]:
+    """The mixers by family; those that none lists come last."""
+    listed = set(chain(*FAMILIES.values()))
+    rest = tuple(name for name in MIXERS if name not in listed)
+    return FAMILIES | ({"other": rest} if rest else {})
+
+
+def family_table() -> str:
+    rows = [
+        (family, ", ".join(f"[`{name}`](docs/mixers.md#{name})" for name in members))
+        for family, members in families().items()
+    ]
+    return table(("family", "mixers"), rows)
+
+
+def cost_table() -> str:
+    """Every mixer: its paper, what it costs, what computes it, and how many of the laws it passes."""
+    rows, laws = [], f"{len(LAWS) + 1} of {len(LAWS) + 1}"  # the suite tries all laws on all mixers: none may fail
+    for name in chain(*families().values()):
+        used = operations(name)
+        backends = dict.fromkeys(backend for op in used for backend in OPS[op].backends)
+        rows.append(
+            (
+                f"[`{name}`](#{name})",
+                cell(source(MIXERS[name].__doc__ or "", name)),
+                *costs(name),
+                ", ".join(f"`{backend}`" for backend in backends) or "torch alone",
+                laws,
+            )
+        )
+    return table(
+        ("mixer", "paper", "parameters", "training", "decoding", "state", "backends", "laws"),
+        rows,
+    )
 
 
 def channel_table() -> str:
@@ -106,8 +146,8 @@ def layer_sections() -> str:
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
-    Path("README.md"): {"mixers": mixer_table, "channel mixers": channel_table, "operations": operation_table},
-    MIXERS_PAGE: {"layers": layer_sections},
+    Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
+    MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},
 }
 
 

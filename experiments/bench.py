@@ -74,8 +74,55 @@ def _padded_conv1d(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> 
     return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
 
 
+def _matrix_inputs(length: int = 2048) -> Inputs:
+    shape = 1, length, 8, 64
+    q, k = (F.normalize(torch.randn(shape), dim=-1) for _ in range(2))
+    return {"q": q, "k": k, "v": torch.randn(shape), "log_decay": -torch.rand(shape[:3])}
+
+
+def _delta_inputs() -> Inputs:
+    inputs = _matrix_inputs()
+    return inputs | {"beta": torch.rand(inputs["v"].shape[:3])}
+
+
+def _sums_between(x: Tensor) -> Tensor:
+    """``[..., C, C]``: the sum of ``x[j + 1 .. i]`` for ``i >= j``, else -inf."""
+    size = x.shape[-1]
+    below, upto = (torch.ones(size, size, dtype=torch.bool).tril(diagonal) for diagonal in (-1, 0))
+    sums = x.unsqueeze(-1).expand(*x.shape, size).masked_fill(~below, 0).cumsum(-2)
+    return sums.masked_fill(~upto, -torch.inf)
+
+
+def _minimal_ssd(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = 64) -> Tensor:
+    """Dao and Gu 2024, "Transformers are SSMs", listing 1: chunks, and a product over all of them for the states."""
+    C, B, X, A = (m.unflatten(1, (-1, chunk)) for m in (q * q.shape[-1] ** -0.5, k, v, log_decay))
+    A = A.permute(0, 3, 1, 2)
+    sums = A.cumsum(-1)
+    inside = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, _sums_between(A).exp(), X)
+    to_end = (sums[..., -1:] - sums).exp()
+    states = torch.einsum("bclhn,bhcl,bclhp->bchpn", B, to_end, X)
+    states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
+    between = _sums_between(F.pad(sums[..., -1], (1, 0))).exp()
+    states = torch.einsum("bhzc,bchpn->bzhpn", between, states)[:, :-1]
+    return (inside + torch.einsum("bclhn,bchpn,bhcl->bclhp", C, states, sums.exp())).flatten(1, 2)
+
+
+def _transformers_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    return torch_chunk_gated_delta_rule(q, k, v, log_decay, beta)[0]
+
+
 CONTESTS = {
     "causal_conv1d": Contest("x [4, 2048, 512] float32, W = 4", _conv_inputs, {"torch conv1d": _padded_conv1d}),
+    "linear_attention": Contest(
+        "v [1, 2048, 8, 64] float32, one decay a head and step", _matrix_inputs, {"minimal SSD": _minimal_ssd}
+    ),
+    "delta_rule": Contest(
+        "v [1, 2048, 8, 64] float32, one decay a head and step",
+        _delta_inputs,
+        {"transformers": _transformers_delta_rule},
+    ),
 }
 
 

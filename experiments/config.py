@@ -38,6 +38,8 @@ class ModelConfig:
         pattern: the mixers of the layers, as ``seqarch.models`` reads it.
         mixers, channels: options by name, ``{"attention": {"num_heads": 2}}``; those the pattern does not use are
             checked and left out.
+
+    The rest is as in :class:`seqarch.models.LMConfig`.
     """
 
     name: str
@@ -47,7 +49,11 @@ class ModelConfig:
     channel: str = "swiglu"
     mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
     channels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    norm_eps: float = 1e-5
+    branch_norm: bool = False
     tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from experiments.reading import Comparison, RecordedRun, Variant
-from experiments.style import DASHES, FAMILIES, INK, MARKERS, QUIET, pattern_mixers, spread
+from experiments.style import DASHES, INK, MARKERS, QUIET, pattern_mixers, spread
+from seqarch.layers import FAMILIES
 
 LABEL_WIDTH = 0.22
 """Names closer than this share of the axis may cover one another."""

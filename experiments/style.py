@@ -16,20 +16,19 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-FAMILIES = {
-    "attention": ("attention", "sliding_window"),
-    "linear attention": ("linear_attention", "retention"),
-    "state space": ("mamba2", "mamba"),
-    "delta rule": ("gated_delta_net", "delta_net"),
-}
+from seqarch.layers import FAMILIES
+
 COLOURS = {
     "attention": "#0072B2",
+    "sparse attention": "#56B4E9",
     "linear attention": "#E69F00",
     "state space": "#009E73",
     "delta rule": "#CC79A7",
+    "recurrence": "#882255",
+    "convolution": "#332288",
     "hybrid": "#D55E00",
 }
-RESERVE = ("#56B4E9", "#882255", "#999933", "#332288", "#8C564B", "#5E7C8A")
+RESERVE = ("#999933", "#8C564B", "#5E7C8A")
 """For mixers of no family, one each."""
 
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))

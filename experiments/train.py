@@ -86,6 +86,7 @@ class Run:
         if not math.isfinite(total.item()) or not math.isfinite(norm.item()):
             raise self.diverged(f"the loss is {total.item()} and the gradient's norm {norm.item()}")
         self.optimizer.step()
+        self.model.update_routers()
         return {"loss": loss.item(), "grad_norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}
 
     def look(self, values: dict[str, float]) -> None:

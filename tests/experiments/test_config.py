@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from experiments.building import resolve
-from experiments.config import TrainConfig, run_config, to_dict
+from experiments.config import ModelConfig, TrainConfig, run_config, to_dict
 from experiments.errors import ConfigError
 from experiments.strict import convert
+from seqarch.models import LMConfig
 
 from .conftest import tiny_config
 
@@ -114,3 +117,11 @@ def test_the_folder_names_what_changes_results_and_nothing_else(tmp_path):
 def test_resolving_twice_is_resolving_once(tmp_path):
     config = tiny_config(tmp_path, model__mixers={"attention": {"num_heads": 2}, "mamba2": {}})
     assert resolve(config) == config
+
+
+def test_every_option_of_a_language_model_but_its_vocabulary_can_be_configured():
+    """With the same defaults: a run and the library mean the same by saying nothing."""
+    library = {option.name: option for option in fields(LMConfig) if option.name != "vocab_size"}
+    runner = {option.name: option for option in fields(ModelConfig) if option.name != "name"}
+    assert runner.keys() == library.keys()
+    assert all(runner[name].default == library[name].default for name in library)

@@ -371,6 +371,32 @@ def test_routing_is_recorded_of_the_training_batch(tmp_path, monkeypatch):
     assert {name: line[name] for name in seen} == seen
 
 
+def test_a_routers_bias_moves_once_a_step_and_is_kept(tmp_path, monkeypatch):
+    moe = {"moe": {"expert_bias": True, "bias_rate": 1.0}}
+    config, whole = (
+        tiny_config(tmp_path / name, model__channel="moe", model__channels=moe, train__steps=10)
+        for name in ("torn", "whole")
+    )
+    step = Run.step
+
+    def interrupted_at_7(run):
+        if run.state.step == 7:
+            raise KeyboardInterrupt
+        return step(run)
+
+    monkeypatch.setattr(Run, "step", interrupted_at_7)
+    code, folder = train_here(config)
+    (bias,) = (value for name, value in weights(folder.last_checkpoint).items() if name.endswith("expert_bias"))
+    assert code == 130
+    assert bias.any()
+    assert (bias.abs() <= 5).all()  # steps of 1, and the checkpoint is of step 5
+    assert torch.equal(bias, bias.round())
+    monkeypatch.setattr(Run, "step", step)
+    assert train_here(config)[0] == 0
+    one, two = weights(train_here(whole)[1].last_checkpoint), weights(folder.last_checkpoint)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_process_whose_claim_was_taken_over_stops(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.progress.HEARTBEAT_SECONDS", 0.0)
     folder = RunFolder(tmp_path)
