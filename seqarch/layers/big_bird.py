@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqarch.layers.block_sparse import BlockSparse, BlockSparseConfig
+from seqarch.layers.positions import block_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class BigBird(BlockSparse):
     def select(
         self, q: Tensor, k: Tensor, positions: Tensor, length: int, offsets: tuple[int, ...] | None, *memory: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        config, own = self.config, positions // self.config.block_size
+        config, own = self.config, block_of(positions, self.config.block_size)
         near = own[..., None] - torch.arange(config.window_blocks, device=own.device)
         first = torch.arange(config.global_blocks, device=own.device).expand(*own.shape, -1)
         fixed = torch.cat([near, first], dim=-1).unsqueeze(2).expand(-1, -1, config.kv_heads, -1)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch.layers.block_sparse import BlockSparse, BlockSparseConfig
 from seqarch.layers.kv_cache import KVCache, PackedKV
+from seqarch.layers.positions import block_of
 from seqarch.ops.common.checks import accumulation_dtype
 
 
@@ -62,7 +63,7 @@ class BlockMixture(BlockSparse):
     def select(
         self, q: Tensor, k: Tensor, positions: Tensor, length: int, offsets: tuple[int, ...] | None, *memory: Any
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        own = positions // self.config.block_size
+        own = block_of(positions, self.config.block_size)
         count = -(-length // self.config.block_size)
         if offsets is None:
             (sums,) = memory or self._no_sums(k, k.shape[0])

@@ -35,6 +35,15 @@ def token_positions(
     return (shift + steps).unsqueeze(0), before + lengths
 
 
+def block_of(positions: Tensor, size: int) -> Tensor:
+    """The block of ``size`` tokens that each position lies in: ``positions // size``, as compiled code gets it right.
+
+    By way of float64, exact below 2^53: from an integer division of counted positions, torch 2.13's CPU compiler makes
+    loops that leave out an unfinished last block (``torch.compile(lambda: (torch.arange(40) // 16).clone())``).
+    """
+    return (positions.double() / size).floor().long()
+
+
 def tokens_before(last: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """What stands before each of ``x: [B, T, ...]``, with ``last: [B, ...]`` before the first; and the last of x."""
     joined = torch.cat([last.unsqueeze(1).to(x.dtype), x], dim=1)

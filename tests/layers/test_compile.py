@@ -10,8 +10,8 @@ from seqarch.layers import MIXERS, Mixer
 from seqarch.models import Stack, StackConfig
 from tests.laws import VARIANTS, assert_close
 
-BOUND = 1e-5
-"""float32: a compiler adds up in another order."""
+BOUND = 1e-4
+"""float32: a compiler adds up in another order, which gradients magnify where a decay in (-1, 1) is near 0."""
 
 WIDTH, LENGTH = 32, 40
 
