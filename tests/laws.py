@@ -145,6 +145,11 @@ def cases() -> Iterator[Case]:
                         yield Case(name, op, backend, options)
 
 
+def available(op: str) -> list[str]:
+    """The backends of an operation whose packages are here."""
+    return [name for name, backend in OPS[op].backends.items() if backend.unavailable() is None]
+
+
 def _serves(backend: str, call: Call) -> bool:
     op = OPS[call.op]
     return op.backends[backend].refuse(*op.prepare(*call.args, **call.kwargs)) is None

@@ -11,7 +11,6 @@ from seqarch import ops
 from seqarch.layers import MIXERS, build_mixer
 from seqarch.layers.mixer import Mixer
 from seqarch.layers.recurrent import RecurrentMixer
-from seqarch.ops import OPS
 from tests import laws
 
 CASES = [(name, options) for name in MIXERS for options in ({}, *laws.VARIANTS.get(name, []))]
@@ -42,7 +41,7 @@ def test_a_mixer_trains_within_the_rounding_of_its_projections(name: str, option
         laws.assert_close(found, expected, laws.BFLOAT16_ERROR)
 
 
-@pytest.mark.parametrize("backend", OPS["linear_attention"].backends)
+@pytest.mark.parametrize("backend", laws.available("linear_attention"))
 def test_a_recurrence_is_the_same_under_autocast(backend: str):
     q, k, v = torch.randn(3, 1, 70, 2, 8)
     expected = ops.linear_attention(q, k, v, backend=backend)

@@ -14,8 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from seqarch import ops
-from seqarch.ops import OPS
-from tests.laws import assert_close
+from tests.laws import assert_close, available
 
 ORACLES = Path(__file__).parents[1] / "data" / "oracles"
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-6}
@@ -36,12 +35,7 @@ RECORDS = {
     "selective_scan": "selective_scan",
     "ssd": "linear_attention",
 }
-CASES = [
-    (record, name)
-    for record, op in RECORDS.items()
-    for name, backend in OPS[op].backends.items()
-    if backend.unavailable() is None
-]
+CASES = [(record, name) for record, op in RECORDS.items() for name in available(op)]
 
 
 def compute(record: str, backend: str, scale: float, x: dict[str, Tensor]) -> dict[str, Tensor]:

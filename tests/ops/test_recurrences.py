@@ -18,7 +18,7 @@ from seqarch.ops.delta_rule import flops as delta_flops
 from seqarch.ops.linear_attention import flops as linear_flops
 from seqarch.ops.selective_scan import chunk_torch
 from seqarch.ops.selective_scan import flops as scan_flops
-from tests.laws import LENGTHS, assert_close
+from tests.laws import LENGTHS, assert_close, available
 
 B, H, K, V, D, N = 2, 4, 6, 5, 12, 3
 DECAYS = ("none", "head", "step", "key")
@@ -79,12 +79,7 @@ VARIANTS = [
     *(_matrix_state("delta_rule", kind, groups) for kind in DECAYS for groups in (H, 1)),
     *(_scan(kind, groups) for kind, groups in (("bare", None), ("full", None), ("full", 3))),
 ]
-EACH = [
-    (variant, name)
-    for variant in VARIANTS
-    for name, backend in OPS[variant.op].backends.items()
-    if backend.unavailable() is None
-]
+EACH = [(variant, name) for variant in VARIANTS for name in available(variant.op)]
 IDS = [f"{variant}-{backend}" for variant, backend in EACH]
 each = pytest.mark.parametrize(("variant", "backend"), EACH, ids=IDS)
 
@@ -190,7 +185,7 @@ def test_strong_decay_is_finite_and_right(op: str, strength: float, kind: str):
         return y, state, *torch.autograd.grad(y.square().sum() + state.square().sum(), list(leaves.values()))
 
     exact = run("recurrent_torch", torch.float64)
-    for backend in (name for name, each in OPS[op].backends.items() if each.unavailable() is None):
+    for backend in available(op):
         for got, expected in zip(run(backend, torch.float32), exact, strict=True):
             assert_close(got, expected, 2e-5, f"{op}, {backend}, {kind} decay of exp(-{strength})")
 
