@@ -11,7 +11,7 @@ from torch import Tensor
 from seqarch.layers.attention import SlidingWindow, SlidingWindowConfig
 from seqarch.layers.cached_attention import AttentionState
 from seqarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, Mixer, choose_heads
+from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, choose_heads
 from seqarch.layers.recurrent import RecurrentState
 
 
@@ -77,13 +77,7 @@ class Based(Mixer):
         near, window = self.window(x, window, cu_seqlens)
         return distant + near, BasedState(linear, window)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> BasedState:
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> BasedState:
         linear = self.linear.init_state(batch_size, max_length, device, dtype)
         window = self.window.init_state(batch_size, max_length, device, dtype)
         return BasedState(linear, window)

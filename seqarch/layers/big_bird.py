@@ -48,6 +48,7 @@ class BigBird(BlockSparse):
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         config, own = self.config, block_of(positions, self.config.block_size)
         near = own[..., None] - torch.arange(config.window_blocks, device=own.device)
+        near = near.clamp(min=-1)
         first = torch.arange(config.global_blocks, device=own.device).expand(*own.shape, -1)
         fixed = torch.cat([near, first], dim=-1).unsqueeze(2).expand(-1, -1, config.kv_heads, -1)
         blocks = torch.cat([fixed, self._random_blocks(own)], dim=-1)

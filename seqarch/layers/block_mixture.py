@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch.layers.block_sparse import BlockSparse, BlockSparseConfig
 from seqarch.layers.kv_cache import KVCache, PackedKV
+from seqarch.layers.mixer import Device
 from seqarch.layers.positions import block_of
 from seqarch.ops.common.checks import accumulation_dtype
 
@@ -94,16 +95,12 @@ class BlockMixture(BlockSparse):
         own = own[..., None, None].expand(*q.shape[:3], 1)
         return torch.cat([own, blocks.masked_fill(best == -torch.inf, -1)], dim=-1)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+    def new_state(
+        self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None
     ) -> BlockMixtureState:
-        conv, cache = super().init_state(batch_size, max_length, device, dtype)
+        conv, cache = super().new_state(batch_size, max_length, device, dtype)
         (sums,) = self._no_sums(cache.keys, batch_size)
-        return BlockMixtureState(conv, cache, F.pad(sums, (0, 0, 0, 0, 0, self._blocks(max_length or 0))))
+        return BlockMixtureState(conv, cache, F.pad(sums, (0, 0, 0, 0, 0, self._blocks(max_length))))
 
     def _blocks(self, length: int) -> int:
         return -(-length // self.config.block_size)

@@ -42,6 +42,8 @@ class BlockSparse(CachedAttention):
         key_start: Tensor | None = None,
     ) -> Tensor:
         (block_index,), size = selection, self.config.block_size
+        # a fixed pattern lists blocks that have not begun
+        block_index = block_index.masked_fill(block_index >= -(-k.shape[1] // size), -1)
         return ops.block_sparse_attention(
             q, k, v, block_index, size, window=self.window, cu_seqlens=cu_seqlens, key_start=key_start
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seqarch.layers import kv_cache
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.kv_cache import KVCache, PackedKV
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, Mixer, choose_heads
+from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, choose_heads
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.positions import token_positions
 from seqarch.layers.rotary import rotary_tables, rotate
@@ -181,7 +181,7 @@ class CacheMixer(Mixer):
         conv, cache, *memory = (None, None) if state is None else state
         if cache is not None:
             cache = kv_cache.as_rows(cache, self.keep, first=self.first)
-            _match_rows(cache, x.shape[0] if offsets is None else len(offsets) - 1)
+            _check_cache(cache, x.shape[0] if offsets is None else len(offsets) - 1, self.keep)
         positions = _positions(cache, x, offsets)
         (q, k, v), conv = self.project(x, positions, conv, offsets)
         length = _longest(x, offsets) + (0 if cache is None else cache.length)
@@ -215,17 +215,11 @@ class CacheMixer(Mixer):
         rows = zip(keys, values, *(part.split(lengths, dim=1) for part in queries), strict=True)
         return torch.cat([self.attend(q, key[None], value[None], *s) for key, value, q, *s in rows], dim=1), cache
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Any:
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
         weight = self.output.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         heads, *widths = self.cache_shape
-        shape = (batch_size, self._held(max_length or 0), heads)
+        shape = (batch_size, self._held(max_length), heads)
         keys, values = (torch.zeros(*shape, width, device=device, dtype=dtype) for width in widths)
         conv = self.short_conv
         return AttentionState(
@@ -272,9 +266,14 @@ class CachedAttention(CacheMixer):
         return (q, k, v), conv
 
 
-def _match_rows(cache: KVCache, rows: int) -> None:
+def _check_cache(cache: KVCache, rows: int, keep: int | None) -> None:
+    """What only the cache itself tells: rows of packed sequences, and keys that a shorter memory than ours has lost."""
     if cache.keys.shape[0] != rows:
         raise ValueError(f"attention: the state has {cache.keys.shape[0]} rows, the call {rows} sequences")
+    if cache.capacity < cache.held(keep):
+        raise ValueError(
+            f"attention: the state holds {cache.capacity} keys, expected {cache.held(keep)}: another mixer's?"
+        )
 
 
 def _positions(cache: KVCache | None, x: Tensor, offsets: tuple[int, ...] | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from seqarch.layers import long_conv
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, Mixer, linear_flops, measured_state_bytes
+from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, linear_flops, measured_state_bytes
 from seqarch.layers.short_conv import ShortConvolution
 from seqarch.ops.common.checks import sequence_offsets
 
@@ -96,9 +96,9 @@ class Hyena(Mixer):
         )
         lengths = tuple(seen + new for seen, new in zip(state.lengths, added, strict=True))
         with torch.autocast(x.device.type, enabled=False):
-            filters = self.filters(max(lengths), step=x.shape[1] == 1)
+            filters = self.filters(max(lengths, default=x.shape[1]), step=x.shape[1] == 1)
             if offsets is None:
-                y, inputs = self._mix(u, last(state.inputs, max(state.lengths)), filters)
+                y, inputs = self._mix(u, last(state.inputs, max(state.lengths, default=0)), filters)
             else:
                 rows = zip(u.split(added, dim=1), state.inputs.split(1), state.lengths, strict=True)
                 parts = [self._mix(piece, last(row, seen), filters) for piece, row, seen in rows]
@@ -116,15 +116,9 @@ class Hyena(Mixer):
             z = (gate * (long + skip * z)).to(u.dtype)
         return z, torch.stack(inputs, dim=1)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> HyenaState:
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> HyenaState:
         conv = self.conv.init_state(batch_size, device, dtype)
-        shape = batch_size, self.config.order, max_length or 0, self.config.d_model
+        shape = batch_size, self.config.order, max_length, self.config.d_model
         return HyenaState(conv, conv.new_zeros(shape), (0,) * batch_size)
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:

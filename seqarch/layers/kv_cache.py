@@ -161,9 +161,9 @@ def _held(x: Tensor, keep: int | None, first: int, start: Tensor | None = None) 
 
 
 def _write(buffer: Tensor, x: Tensor, at: int) -> Tensor:
-    """``buffer`` with ``x`` at a time: in place, except where autograd still needs what was there."""
+    """``buffer`` with ``x`` at a time: in place, except where autograd may still need what was there."""
     end = at + x.shape[1]
-    if torch.is_grad_enabled() and (buffer.requires_grad or x.requires_grad):
+    if torch.is_grad_enabled() or buffer.requires_grad:
         return torch.cat([buffer[:, :at], x.to(buffer.dtype), buffer[:, end:]], dim=1)
     buffer[:, at:end] = x
     return buffer

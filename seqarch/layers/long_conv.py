@@ -32,8 +32,8 @@ def long_conv(x: Tensor, filters: Tensor, before: Tensor | None = None) -> Tenso
         products = x.to(wide) * filters.to(wide).flip(0)
         return products.new_ones(1, x.shape[1]) @ products
     total = x.shape[1]
-    if not length:
-        return x[:, :0].to(wide)
+    if not x.shape[0] * length:
+        return x[:, total - length :].to(wide) * filters[total - length :]
     # what wraps around must not reach the last T outputs
     size = fft_length(total + length)
     # time last: torch transforms other axes several times slower

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.initialisation import step_size_bias
-from seqarch.layers.mixer import CuSeqlens, LayerConfig
+from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig
 from seqarch.layers.norms import GatedRMSNorm, HeadNorm
 from seqarch.layers.positions import tokens_before
 from seqarch.layers.recurrent import RecurrentMixer
@@ -192,14 +192,8 @@ class Mamba3(RecurrentMixer):
         y = y * self.mimo_y.to(y.dtype) if several else y
         return rearrange(y.sum(-2), "b t h p -> b t (h p)")
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Mamba3State:
-        config, memory = self.config, super().init_state(batch_size, max_length, device).memory
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Mamba3State:
+        config, memory = self.config, super().new_state(batch_size, max_length, device, dtype).memory
         like = {"device": memory.device, "dtype": dtype or self.output.weight.dtype}
         key = torch.zeros(batch_size, config.heads, config.mimo_rank, config.d_state, **like)
         value = torch.zeros(batch_size, config.heads, config.head_dim, **like)

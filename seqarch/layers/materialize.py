@@ -77,12 +77,12 @@ def _materialize(call: Call) -> Materialized:
 def _scan_matrix(call: Call) -> Tensor:
     """One call a token s, whose values are 1 at s and 0 elsewhere: column s of every channel's matrix."""
     values = call.args[0]
-    columns = []
+    matrix = values.new_empty(*values.shape, values.shape[1])
     for s in range(values.shape[1]):
         unit = torch.zeros_like(values)
         unit[:, s] = 1
-        columns.append(_again(call, 0, unit))
-    return torch.stack(columns, dim=-1).transpose(1, 2)
+        matrix[..., s] = _again(call, 0, unit)
+    return matrix.transpose(1, 2)
 
 
 def _again(call: Call, place: int, values: Tensor) -> Tensor:

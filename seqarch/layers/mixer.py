@@ -8,16 +8,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_args, get_type_hints
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from seqarch.layers.short_conv import ShortConvolution
+from seqarch.ops.common.checks import annotated_kinds, fits, sequence_offsets, show, show_kinds
 
 CuSeqlens = Tensor | Sequence[int] | None
 """Boundaries of the sequences packed into ``B = 1``, from 0 to T; ``None`` where nothing is packed."""
+
+Device = torch.device | str | None
 
 State = Any
 """A pytree (named tuples) of tensors: whatever one mixer carries from token to token."""
@@ -38,18 +42,15 @@ class LayerConfig:
 
     def __post_init__(self):
         """Check the type of every option, and that numbers are finite and positive."""
-        hints = get_type_hints(type(self))
+        kinds = annotated_kinds(type(self))
         for option in fields(self):
-            value, expected = getattr(self, option.name), hints[option.name]
-            kinds = get_args(expected) or (expected,)
-            fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-            if not fits or (isinstance(value, bool) and bool not in kinds):
-                shown = expected.__name__ if isinstance(expected, type) else str(expected)
-                raise ValueError(f"{option.name} must be {shown}, got {value!r}")
+            value, expected = getattr(self, option.name), kinds[option.name]
+            if not fits(value, expected):
+                raise ValueError(f"{option.name} must be {show_kinds(expected)}, got {value!r}")
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 zero = option.name in self.may_be_zero
                 if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-                    least = "at least 0" if zero else "at least 1" if int in kinds else "positive"
+                    least = "at least 0" if zero else "at least 1" if int in expected else "positive"
                     raise ValueError(f"{option.name} must be {least}, got {value}")
 
 
@@ -57,6 +58,7 @@ class Layer(nn.Module, ABC):
     """What mixers and channel mixers have in common: a config, a cost, and what training adds to the loss."""
 
     Config: ClassVar[type[LayerConfig]]
+    config: Any
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
 
@@ -67,6 +69,13 @@ class Layer(nn.Module, ABC):
         Two a multiply-add, in matrix products, convolutions and recurrences; ``2.5 n log2 n`` a real FFT of n numbers.
         Elementwise work is not counted.
         """
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise unless x is floating point ``[B, T, D]``."""
+        width = self.config.d_model
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+            given = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{type(self).__name__}: x is {given}, expected floating point [B, T, {width}]")
 
     def auxiliary_loss(self) -> Tensor | None:
         """What training adds to the loss for the last forward pass, weighted: a scalar, or ``None`` for nothing."""
@@ -80,26 +89,35 @@ class Mixer(Layer):
     (:func:`clone_state`). ``cu_seqlens`` packs several sequences into ``B = 1``; the state then has a row a sequence.
     """
 
-    config: Any
-
     def __call__(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]:
-        width = self.config.d_model
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
-            given = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{type(self).__name__}: x is {given}, expected floating point [B, T, {width}]")
-        return super().__call__(x, state, cu_seqlens)
+        self.check_input(x)
+        offsets = sequence_offsets(type(self).__name__, cu_seqlens, x.shape[0], x.shape[1])
+        if state is not None and not torch.compiler.is_compiling():
+            self.check_state(state, x.shape[0] if offsets is None else len(offsets) - 1)
+        return super().__call__(x, state, offsets)
+
+    def check_state(self, state: State, rows: int) -> None:
+        """Raise unless the state is one of this mixer's, with so many rows.
+
+        Raises:
+            ValueError: it is of another type or shape.
+        """
+        name, form = type(self).__name__, self._state_form
+        if type(state) is not form.kind:
+            given = type(state).__name__
+            raise ValueError(f"{name}: state is {given}, expected {form.kind.__name__}, as this mixer returns")
+        form.check(name, "state", state, rows)
+
+    @cached_property
+    def _state_form(self) -> StateForm:
+        return StateForm(self.init_state(1, 0, "meta"), self.init_state(1, 1 << 40, "meta"))
 
     @abstractmethod
     def forward(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]:
         """Mix ``x: [B, T, D]`` from a state on; the outputs ``[B, T, D]`` and the state after them."""
 
-    @abstractmethod
     def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, batch_size: int, max_length: int | None = None, device: Device = None, dtype: torch.dtype | None = None
     ) -> State:
         """The state before the first token.
 
@@ -107,7 +125,18 @@ class Mixer(Layer):
             batch_size: rows of the state.
             max_length: tokens to reserve room for, in states that grow; ``None`` lets them grow as they go.
             device, dtype: default to those of the parameters.
+
+        Raises:
+            ValueError: ``batch_size`` or ``max_length`` is no whole number of at least 0.
         """
+        for name, count in (("batch_size", batch_size), ("max_length", 0 if max_length is None else max_length)):
+            if not fits(count, (int,)) or count < 0:
+                raise ValueError(f"{type(self).__name__}: {name} is {show(count)}, expected an int of at least 0")
+        return self.new_state(batch_size, max_length or 0, device, dtype)
+
+    @abstractmethod
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> State:
+        """What :meth:`init_state` returns, of checked arguments; a named tuple of tensors with the rows first."""
 
     @abstractmethod
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
@@ -135,6 +164,10 @@ class Mixer(Layer):
 
 class ChannelMixer(Layer):
     """Mixes along channels, each token for itself: ``y = channel(x)`` with ``x, y: [B, T, D]``."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        return super().__call__(x)
 
     def router_metrics(self) -> dict[str, Any]:
         """How the last forward pass was routed; empty where nothing is."""
@@ -174,6 +207,43 @@ def _naming(kind: str, name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{kind} {name!r}: {error}") from error
+
+
+class StateForm:
+    """What a mixer's states look like, by two without data and of one row: of no token, and of very many.
+
+    A size that is the same in both is fixed; another lies between the two.
+    """
+
+    def __init__(self, least: State, most: State):
+        self.kind = type(most)
+        self.sizes: dict[str, tuple[tuple[int, int], ...]] = {}
+        self.parts: dict[str, StateForm] = {}
+        for name, low, high in zip(most._fields, least, most, strict=True):
+            if isinstance(high, Tensor):
+                self.sizes[name] = tuple(zip(low.shape[1:], high.shape[1:], strict=True))
+            elif hasattr(high, "_fields"):
+                self.parts[name] = StateForm(low, high)
+
+    def check(self, mixer: str, path: str, state: State, rows: int) -> None:
+        """Raise unless the state looks so and has so many rows; what may stand in for a part is passed over."""
+        for name, bounds in self.sizes.items():
+            shape = getattr(getattr(state, name), "shape", ())
+            if len(shape) == len(bounds) + 1 and shape[0] != rows:
+                raise ValueError(f"{mixer}: the state has {shape[0]} rows, the call {rows} sequences")
+            if len(shape) != len(bounds) + 1 or any(
+                not a <= n <= b for n, (a, b) in zip(shape[1:], bounds, strict=True)
+            ):
+                sizes = ", ".join([str(rows), *(_show_bounds(*each) for each in bounds)])
+                given = f"of shape {list(shape)}" if shape else show(getattr(state, name))
+                raise ValueError(f"{mixer}: {path}.{name} is {given}, expected [{sizes}]")
+        for name, form in self.parts.items():
+            if type(part := getattr(state, name)) is form.kind:
+                form.check(mixer, f"{path}.{name}", part, rows)
+
+
+def _show_bounds(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} or more" if most > 1 << 32 else f"{least} to {most}"
 
 
 def choose_heads(d_model: int, num_heads: int | None) -> int:

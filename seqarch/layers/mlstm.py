@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
-from seqarch.layers.mixer import CuSeqlens, LayerConfig
+from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig
 from seqarch.layers.recurrent import RecurrentMixer
 from seqarch.ops.common.checks import sequence_offsets, unknown_name
 from seqarch.ops.common.packed import over_sequences
@@ -121,14 +121,8 @@ class Mlstm(RecurrentMixer):
         log_i, log_f = logits.chunk(2, dim=-1)
         return log_i, F.logsigmoid(log_f) if self.config.forget_gate == "sigmoid" else log_f
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> MlstmState:
-        conv, memory = super().init_state(batch_size, max_length, device, dtype)
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> MlstmState:
+        conv, memory = super().new_state(batch_size, max_length, device, dtype)
         return MlstmState(conv, memory, memory.new_zeros(batch_size, self.config.num_heads))
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:

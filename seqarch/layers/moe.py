@@ -77,11 +77,11 @@ class MixtureOfExperts(ChannelMixer):
         self._routing = routing if self.training and not _in_backward() else routing.detach()
         index = routing.index if routing.kept is None else routing.index.masked_fill(~routing.kept, -1)
         tokens = x.reshape(-1, x.shape[-1])
-        y = ops.experts(tokens, self.w_in, self.w_out, index, weight, w_gate=self.w_gate)
-        if self.shared is not None:
-            shared = self.shared(tokens)
-            y = y + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
-        return y.view_as(x)
+        y = ops.experts(tokens, self.w_in, self.w_out, index, weight, w_gate=self.w_gate).view_as(x)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        return y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
 
     def auxiliary_loss(self) -> Tensor:
         """The weighted load-balance and router z-losses of the last forward pass: a scalar, 0 unless in training.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqarch.layers.mixer import Mixer, measured_state_bytes
+from seqarch.layers.mixer import Device, Mixer, measured_state_bytes
 
 
 class RecurrentState(NamedTuple):
@@ -36,13 +36,7 @@ class RecurrentMixer(Mixer):
         """The dtype of the memory: float64 in a float64 module, else float32."""
         return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> RecurrentState:
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RecurrentState:
         """Zeros; ``dtype`` is that of the convolution's inputs, the memory is never narrower than float32."""
         device = device or next(self.parameters()).device
         memory = torch.zeros(batch_size, *self.memory_shape, dtype=self.memory_dtype, device=device)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
+from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, choose_heads
 from seqarch.layers.positions import token_positions
 from seqarch.layers.recurrent import RecurrentMixer
 from seqarch.layers.rotary import apply_rotary
@@ -97,14 +97,8 @@ class Retention(RecurrentMixer):
         o = rearrange(F.rms_norm(o, o.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
         return self.output(o * F.silu(self.gate(x))), RetentionState(conv, memory, seen)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> RetentionState:
-        conv, memory = super().init_state(batch_size, max_length, device, dtype)
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RetentionState:
+        conv, memory = super().new_state(batch_size, max_length, device, dtype)
         return RetentionState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:

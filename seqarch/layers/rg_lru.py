@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.elementwise import ElementwiseMixer, elementwise_scan
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
+from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, choose_heads
 from seqarch.layers.positions import token_positions
 from seqarch.layers.short_conv import ShortConvolution
 
@@ -115,14 +115,8 @@ class RgLru(ElementwiseMixer):
         gate = F.gelu(self.gate(x), approximate="tanh")
         return self.output(h.to(gate.dtype) * gate), RgLruState(conv, memory, seen)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> RgLruState:
-        conv, memory = super().init_state(batch_size, max_length, device, dtype)
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RgLruState:
+        conv, memory = super().new_state(batch_size, max_length, device, dtype)
         return RgLruState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:

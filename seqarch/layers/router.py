@@ -171,7 +171,8 @@ class Router(nn.Module):
         config, by_time = self.config, index.transpose(0, -2)
         assert config.capacity_factor is not None
         # 1e-6 less: 1.1 * 100 / 10 is above 11 in floating point
-        capacity = math.ceil(config.capacity_factor * index.numel() / config.num_experts - 1e-6)
+        share = config.capacity_factor * index.numel() / config.num_experts - 1e-6
+        capacity = max(1, math.ceil(min(share, index.numel())))
         experts, order = by_time.flatten().sort(stable=True)
         place = torch.arange(len(order), device=order.device) - torch.searchsorted(experts, experts)
         kept = torch.empty_like(order, dtype=torch.bool).scatter(0, order, place < capacity)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqarch.layers import kv_cache
 from seqarch.layers.kv_cache import KVCache
-from seqarch.layers.mixer import CuSeqlens, Mixer
+from seqarch.layers.mixer import CuSeqlens, Device, Mixer
 from seqarch.layers.rotary import rotary_tables, rotate
 from seqarch.ops.common import checks
 
@@ -55,15 +55,19 @@ class RowAttention(Mixer):
         offsets = checks.sequence_offsets(type(self).__name__, cu_seqlens, x.shape[0], x.shape[1])
         rows = x.shape[0] if offsets is None else len(offsets) - 1
         state = self.init_state(rows, dtype=x.dtype) if state is None else state
-        given = state[0].keys.shape[0] if isinstance(state, self.State) else len(state)
-        if given != rows:
-            raise ValueError(f"{type(self).__name__}: the state has {given} rows, the call {rows} sequences")
         if offsets is None:
             return self.mix(x, state if isinstance(state, self.State) else self.join(state))
         states = self.split(state) if isinstance(state, self.State) else state
         pieces = x.split([end - start for start, end in pairwise(offsets)], dim=1)
         outputs, after = zip(*map(self.mix, pieces, states), strict=True)
         return torch.cat(outputs, dim=1), after
+
+    def check_state(self, state: Any, rows: int) -> None:
+        if isinstance(state, self.State) or not isinstance(state, tuple) or len(state) != rows:
+            return super().check_state(state, rows)
+        for row in state:
+            super().check_state(row, 1)
+        return None
 
     def split(self, state: Any) -> list[Any]:
         """A state of one row for each row, without padding."""
@@ -84,17 +88,11 @@ class RowAttention(Mixer):
         tables = rotary_tables(at, width, self.config.rotary_base)
         return [rotate(each, tables) for each in heads]
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Any:
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
         weight = next(self.parameters())
         device, dtype = device or weight.device, dtype or weight.dtype
         caches = []
-        for held, heads, key_width, value_width, _, wide in self.caches(max_length or 0):
+        for held, heads, key_width, value_width, _, wide in self.caches(max_length):
             kind = checks.accumulation_dtype(weight.new_empty(0, dtype=dtype)) if wide else dtype
             shapes = ((batch_size, held, heads, width) for width in (key_width, value_width))
             keys, values = (torch.zeros(shape, device=device, dtype=kind) for shape in shapes)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.common.checks import typed, unknown_name
 
 
 class BackendError(RuntimeError):
@@ -113,6 +113,7 @@ class Op:
 
     def __post_init__(self):
         names = dict.fromkeys((*self.order, *self.step_order, self.reference))
+        object.__setattr__(self, "prepare", typed(self.name, self.prepare))
         object.__setattr__(self, "backends", {name: Backend.load(self.name, name) for name in names})
 
     def __call__(self, backend: str, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +144,7 @@ class Op:
         """
         name = _chosen.get(self.name, backend) if backend == "auto" else backend
         if name != "auto":
-            if name not in self.backends:
+            if not isinstance(name, str) or name not in self.backends:
                 raise unknown_name(f"backend of {self.name}", name, [*self.backends, "auto"])
             reason = self.backends[name].refuse(*arguments)
             if reason is not None:

@@ -56,7 +56,7 @@ def test_moe_equals_a_loop_over_the_tokens(normalise, shared, deepseek):
             p[e] / total * (F.silu(token @ mixer.w_gate[e]) * (token @ mixer.w_in[e])) @ mixer.w_out[e] for e in best
         )
         if mixer.shared is not None and mixer.shared_gate is not None:
-            y = y + (mixer.shared_gate.weight @ token).sigmoid() * mixer.shared(token)
+            y = y + (mixer.shared_gate.weight @ token).sigmoid() * mixer.shared(token[None, None])[0, 0]
         rows.append(y)
     same(mixer(x), torch.stack(rows).view_as(x))
     assert (mixer.shared is None) == (shared == 0)

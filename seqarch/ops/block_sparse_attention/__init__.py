@@ -61,10 +61,11 @@ def prepare(
         given = f"{block_index.dtype} on {block_index.device}"
         raise TypeError(f"{NAME}: block_index is {given}, expected torch.int64 on {q.device}")
     for name, count in (("block_size", block_size), ("window", 1 if window is None else window)):
-        if not isinstance(count, int) or count < 1:
+        if count < 1:
             raise ValueError(f"{NAME}: {name} counts tokens, expected a whole number of at least 1, got {count!r}")
     if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
         raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
+    checks.entries_within(NAME, "block_index", block_index, -1, -(-sizes["Tk"] // block_size) - 1)
     checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
     scale = sizes["K"] ** -0.5 if scale is None else scale
@@ -99,7 +100,8 @@ def block_sparse_attention(
         q: ``[B, Tq, H, K]``.
         k, v: ``[B, Tk, G, K]`` and ``[B, Tk, G, V]``; query head h uses head ``h // (H / G)``.
         block_index: ``[B, Tq, I, S]``, int64: the blocks of each query, -1 for none, in any order. G divides I and I
-            divides H; query head h uses list ``h // (H / I)``.
+            divides H; query head h uses list ``h // (H / I)``. That entries are below ``ceil(Tk / block_size)`` is
+            checked on a CPU outside of ``torch.compile`` alone; elsewhere a block that does not exist is no block.
         block_size: tokens of a block.
         window: a query also sees its own key and the ``window - 1`` before it; ``None`` for listed blocks alone.
         scale: defaults to ``K ** -0.5``.
@@ -113,8 +115,8 @@ def block_sparse_attention(
         o ``[B, Tq, H, V]`` in v's dtype.
 
     Raises:
-        ValueError: shapes disagree, heads do not divide, offsets are wrong, ``block_size`` or ``window`` is below 1, or
-            no backend has that name.
+        ValueError: shapes disagree, heads do not divide, offsets are wrong, ``block_size`` or ``window`` is below 1, a
+            block does not exist, or no backend has that name.
         TypeError: an input is not floating point, or ``block_index`` or ``key_start`` of the wrong dtype.
         BackendError: the named backend cannot serve the call.
     """

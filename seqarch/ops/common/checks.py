@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import functools
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,6 +20,51 @@ def unknown_name(kind: str, given: str, choices: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"unknown {kind} {given!r}: expected one of {', '.join(names)}.{hint}")
+
+
+Kinds = tuple[type, ...]
+
+
+def annotated_kinds(annotated: Any) -> dict[str, Kinds]:
+    """What each parameter of a function, or attribute of a class, may be an instance of, by its annotation."""
+    hints = get_type_hints(annotated)
+    hints.pop("return", None)
+    parts = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
+    return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in parts.items()}
+
+
+def fits(value: Any, kinds: Kinds) -> bool:
+    """Whether a value is of one of these kinds: an integer is a float too, but ``True`` is no number."""
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+
+def show_kinds(kinds: Kinds) -> str:
+    return " | ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+
+
+def show(value: Any) -> str:
+    """A value and its type, shortened."""
+    return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+def typed(op: str, prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """``prepare``, after a check that its arguments are what they are annotated to be.
+
+    Raises:
+        TypeError: one is of another type.
+    """
+    kinds = annotated_kinds(prepare)
+
+    @functools.wraps(prepare)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, value in (*zip(kinds, args, strict=False), *kwargs.items()):
+            if name in kinds and not fits(value, kinds[name]):
+                raise TypeError(f"{op}: {name} is {show(value)}, expected {show_kinds(kinds[name])}")
+        return prepare(*args, **kwargs)
+
+    return checked
 
 
 def match_shapes(op: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -91,6 +140,15 @@ def sequence_offsets(
     if offsets[-1] != length:
         raise ValueError(f"{op}: cu_seqlens must end at the length {length}, got {offsets[-1]}")
     return offsets
+
+
+def entries_within(op: str, name: str, index: Tensor, least: int, most: int) -> None:
+    """Raise unless all entries are in ``least..most``; only on a CPU and not in a trace, where nothing has to wait."""
+    if index.device.type != "cpu" or type(index) is not Tensor or torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = (int(end) for end in index.aminmax())
+    if low < least or high > most:
+        raise ValueError(f"{op}: {name} has entries from {low} to {high}, expected {least} to {most}")
 
 
 def key_start(op: str, start: Tensor | None, packed: bool, device: torch.device) -> None:
