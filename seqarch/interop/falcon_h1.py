@@ -66,7 +66,7 @@ def _ssm(settings: Settings, options: dict[str, Any]) -> list[Rule]:
     shared = options["n_groups"] * options["d_state"]
     sizes = (options["inner"], options["inner"], shared, shared, options["inner"] // options["head_dim"])
     outer = settings.get("ssm_in_multiplier", default=1.0)
-    factors = [outer * factor for factor in settings.get("ssm_multipliers", default=[1.0] * 5)]
+    factors = [outer * factor for factor in settings.factors("ssm_multipliers", 5)]
     return [
         rule("in_proj.weight", "input.weight", split(*sizes), scale(*factors), concatenate(*sizes)),
         *mamba2.mixer(normed=options["output_norm"] != "none"),
@@ -75,7 +75,7 @@ def _ssm(settings: Settings, options: dict[str, Any]) -> list[Rule]:
 
 
 def _mlp(settings: Settings, hidden: int) -> list[Rule]:
-    gate, down = settings.get("mlp_multipliers", default=[1.0, 1.0])
+    gate, down = settings.factors("mlp_multipliers", 2)
     return [
         rule(
             ("gate_proj.weight", "up_proj.weight"),

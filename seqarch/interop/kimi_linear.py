@@ -53,10 +53,8 @@ def _layers(settings: Settings) -> list[tuple[str, str]]:
     full = _first_release(settings).get("full_attn_layers", default=())  # counted from 1
     kinds = ["full_attention" if i + 1 in full else "linear_attention" for i in range(depth)]
     channels = ["dense" if i < dense else "sparse" for i in range(depth)]
-    found = zip(
-        settings.get("layer_types", default=kinds), settings.get("mlp_layer_types", default=channels), strict=True
-    )
-    return [(MIXERS[mixer], CHANNELS[channel]) for mixer, channel in found]
+    mixers = settings.chosen("layer_types", MIXERS, kinds, depth)
+    return list(zip(mixers, settings.chosen("mlp_layer_types", CHANNELS, channels, depth), strict=True))
 
 
 def _first_release(settings: Settings) -> Settings:

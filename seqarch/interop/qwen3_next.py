@@ -47,7 +47,7 @@ def _mixers(settings: Settings) -> list[str]:
     depth, every = settings.get("num_hidden_layers"), settings.get("full_attention_interval", default=4)
     default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(depth)]
     names = {"linear_attention": "gated_delta_net", "full_attention": "attention"}
-    return [names[kind] for kind in settings.get("layer_types", default=default)]
+    return settings.chosen("layer_types", names, default, depth)
 
 
 def _channels(settings: Settings) -> list[str]:

@@ -49,8 +49,8 @@ def _rounded(scale: float) -> float:
 
 
 def _mixers(settings: Settings) -> list[str]:
-    kinds, depth = settings.get("block_types"), settings.get("num_hidden_layers")
-    return [MIXERS[kinds[i % len(kinds)]] for i in range(depth)]
+    mixers = settings.chosen("block_types", MIXERS)
+    return [mixers[i % len(mixers)] for i in range(settings.get("num_hidden_layers"))]
 
 
 def weights(settings: Settings) -> WeightMap:

@@ -203,7 +203,8 @@ def _ours(rule: Rule) -> tuple[str, ...]:
 
 
 def _account(given: Mapping[str, Tensor], expected: Sequence[str], what: str) -> None:
-    sides = {"missing": set(expected) - set(given), "left over": set(given) - set(expected)}
+    others = {name for name, tensor in given.items() if not isinstance(tensor, Tensor)}
+    sides = {"missing": set(expected) - set(given), "left over": set(given) - set(expected), "not a tensor": others}
     lines = [f"  {kind}: {name}" for kind, names in sides.items() for name in sorted(names)]
     if lines:
         raise ValueError("\n".join([f"{what} does not match this model's configuration:", *lines]))

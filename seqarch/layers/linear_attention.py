@@ -69,7 +69,7 @@ class LinearAttentionConfig(LayerConfig):
         super().__post_init__()
         choose_heads(self.d_model, self.num_heads)
         if self.feature_map not in FEATURE_MAPS:
-            raise unknown_name("feature map", self.feature_map, FEATURE_MAPS)
+            raise unknown_name("feature_map", self.feature_map, FEATURE_MAPS)
         if self.normaliser not in NORMALISERS:
             raise unknown_name("normaliser", self.normaliser, NORMALISERS)
         if self.normaliser == "sum" and self.feature_map == "identity":

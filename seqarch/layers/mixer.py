@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,17 +42,25 @@ class LayerConfig:
     """The numbers among the options that 0 turns off; all others are positive."""
 
     def __post_init__(self):
-        """Check the type of every option, and that numbers are finite and positive."""
-        kinds = annotated_kinds(type(self))
-        for option in fields(self):
-            value, expected = getattr(self, option.name), kinds[option.name]
-            if not fits(value, expected):
-                raise ValueError(f"{option.name} must be {show_kinds(expected)}, got {value!r}")
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                zero = option.name in self.may_be_zero
-                if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-                    least = "at least 0" if zero else "at least 1" if int in expected else "positive"
-                    raise ValueError(f"{option.name} must be {least}, got {value}")
+        check_options(self, self.may_be_zero)
+
+
+def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
+    """Check the type of every field of a dataclass, and that numbers are finite and positive.
+
+    Raises:
+        ValueError: one is not; it is named.
+    """
+    kinds = annotated_kinds(type(config))
+    for option in fields(config):
+        value, expected = getattr(config, option.name), kinds[option.name]
+        if not fits(value, expected):
+            raise ValueError(f"{option.name} must be {show_kinds(expected)}, got {value!r}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            zero = option.name in may_be_zero
+            if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+                least = "at least 0" if zero else "at least 1" if int in expected else "positive"
+                raise ValueError(f"{option.name} must be {least}, got {value}")
 
 
 class Layer(nn.Module, ABC):
@@ -190,23 +199,24 @@ def build_config(kind: str, name: str, config_class: type[LayerConfig], options:
             near = difflib.get_close_matches(option, right, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{kind} {name!r} has no option {option!r}: it has {', '.join(right)}.{hint}")
-    with _naming(kind, name):
+    with _naming(kind, name, options):
         return config_class(**options)
 
 
 def build_layer(kind: str, name: str, layer: Any, options: dict[str, Any]) -> Any:
     """The layer with these options of its config; errors as in :func:`build_config`."""
     config = build_config(kind, name, layer.Config, options)
-    with _naming(kind, name):
+    with _naming(kind, name, options):
         return layer(config)
 
 
 @contextmanager
-def _naming(kind: str, name: str) -> Iterator[None]:
+def _naming(kind: str, name: str, options: dict[str, Any]) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{kind} {name!r}: {error}") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        given = ", ".join(f"{option}={reprlib.repr(value)}" for option, value in options.items())
+        raise ValueError(f"{kind} {name!r}: {str(error).splitlines()[0]} (given {given})") from error
 
 
 class StateForm:

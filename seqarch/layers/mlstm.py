@@ -44,7 +44,7 @@ class MlstmConfig(LayerConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.forget_gate not in FORGET_GATES:
-            raise unknown_name("forget gate", self.forget_gate, FORGET_GATES)
+            raise unknown_name("forget_gate", self.forget_gate, FORGET_GATES)
         for name, width in (("d_model", self.d_model), ("expand_k * d_model", self.expand_k * self.d_model)):
             if width % self.num_heads:
                 raise ValueError(f"num_heads ({self.num_heads}) must divide {name} ({width:g})")

@@ -30,13 +30,6 @@ class LMConfig(StackConfig):
     embedding_scale: float = 1.0
     logit_cap: float | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be positive, got {self.vocab_size}")
-        if self.logit_cap is not None and self.logit_cap <= 0:
-            raise ValueError(f"logit_cap must be positive, got {self.logit_cap}")
-
 
 class LanguageModel(nn.Module):
     """``logits, state = model(tokens, state, cu_seqlens)``: tokens ``[B, T]``, logits ``[B, T, vocab_size]``.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, build_channel_mixer, build_mixer
-from seqarch.layers.mixer import State
+from seqarch.layers.mixer import State, check_options
 from seqarch.models.pattern import LayerPattern, tile_pattern
 from seqarch.ops.common.checks import unknown_name
 
@@ -43,9 +43,8 @@ class StackConfig:
     branch_norm: bool = False
 
     def __post_init__(self):
-        if self.d_model < 1:
-            raise ValueError(f"d_model must be at least 1, got {self.d_model}")
-        if not 0 < self.norm_eps < 1:
+        check_options(self)
+        if self.norm_eps >= 1:
             raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
         layers = tile_pattern(self.pattern, self.depth)
         for name in (*self.mixers, *(name for layer in layers for name in layer.mixers)):

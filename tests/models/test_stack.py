@@ -73,7 +73,7 @@ def test_the_norms_of_the_residual_stream_take_their_eps():
     layer = model.layers[0]
     assert layer.norm.eps == layer.channel_norm.eps == 1e-2  # type: ignore[union-attr]
     assert (model(x)[0] - x).norm() < 0.1 * (stack("attention", 1, channel="mlp")(x)[0] - x).norm()
-    with pytest.raises(ValueError, match="norm_eps must be a small positive number, got 0"):
+    with pytest.raises(ValueError, match="norm_eps must be positive, got 0"):
         stack(norm_eps=0)
 
 
