@@ -26,7 +26,7 @@ class RecurrentMixer(Mixer):
     """A mixer whose state is :class:`RecurrentState`, of the same size at every length.
 
     Subclasses set ``memory_shape``, the shape of one row of the memory, and hold at most one short convolution. One
-    whose state holds further tensors has a named tuple of its own and overrides :meth:`init_state` alone.
+    whose state holds further tensors has a named tuple of its own and overrides :meth:`new_state` alone.
     """
 
     memory_shape: tuple[int, ...]

@@ -63,11 +63,11 @@ class RowAttention(Mixer):
         return torch.cat(outputs, dim=1), after
 
     def check_state(self, state: Any, rows: int) -> None:
-        if isinstance(state, self.State) or not isinstance(state, tuple) or len(state) != rows:
-            return super().check_state(state, rows)
-        for row in state:
-            super().check_state(row, 1)
-        return None
+        packed = type(state) is tuple and bool(state)
+        if packed and len(state) != rows:
+            raise ValueError(f"{type(self).__name__}: the state has {len(state)} rows, the call {rows} sequences")
+        for part in state if packed else (state,):
+            super().check_state(part, 1 if packed else rows)
 
     def split(self, state: Any) -> list[Any]:
         """A state of one row for each row, without padding."""

@@ -96,13 +96,6 @@ def test_s4d_in_float32_stays_near_float64_over_thousands_of_tokens():
     assert_close(state.memory, wide.memory, 1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_s4d_takes_no_state_of_other_rows(rows: int):
-    mixer = build("s4d", d_state=4)
-    with pytest.raises(ValueError, match=rf"s4d: state has shape \[{rows}, 32, 2, 2\], expected \[2, 32, 2, 2\]"):
-        mixer(inputs(3), mixer.init_state(rows))
-
-
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_hyena_is_its_equation(order: int):
     mixer, x = build("hyena", order=order, length=50, filter_features=3), inputs(40)

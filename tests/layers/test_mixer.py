@@ -1,14 +1,22 @@
-"""What every mixer says of what it is given."""
+"""What every layer says of what it is given: inputs, states and options."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import fields
 
 import pytest
 import torch
 
-from seqarch.layers import MIXERS, build_mixer
+from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer, clone_state, materialize
+from seqarch.layers.kv_cache import KVCache
+from seqarch.layers.materialize import VALUES
+from seqarch.ops import record_calls
+
+LAYERS = {**dict.fromkeys(MIXERS, build_mixer), **dict.fromkeys(CHANNEL_MIXERS, build_channel_mixer)}
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(
     ("x", "given"),
     [
@@ -21,7 +29,111 @@ from seqarch.layers import MIXERS, build_mixer
 )
 def test_inputs_of_another_kind_are_refused(name, x, given):
     with pytest.raises(ValueError, match=rf"x is {given}, expected floating point \[B, T, 32\]"):
-        build_mixer(name, d_model=32)(x)
+        LAYERS[name](name, d_model=32)(x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_wrong_option_is_an_error_that_names_it(name):
+    for option in (field.name for field in fields({**MIXERS, **CHANNEL_MIXERS}[name].Config)):
+        for value in (0, -1, 1.5, 7, 1000, 1e300, math.nan, math.inf, "x", None, True, [1]):
+            with torch.device("meta"):
+                try:
+                    LAYERS[name](name, **{"d_model": 64, option: value})
+                except ValueError as error:
+                    message = str(error)
+                    assert option in message and name in message, message
+                else:
+                    assert value != [1]
+                    assert value in (None, "x") or math.isfinite(value)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_states_of_another_mixer_width_or_batch_are_named(name):
+    mixer, wide, x = build_mixer(name, d_model=32), build_mixer(name, d_model=64), torch.randn(2, 5, 32)
+    other = build_mixer("mamba" if hasattr(mixer(x)[1], "cache") else "attention", d_model=32)
+    wrong = [
+        (other(x)[1], "state is .*, expected .*State, as this mixer returns"),
+        (x, "state is Tensor, expected .*State"),
+        ((), "state is tuple, expected .*State"),
+        (wide(torch.randn(2, 5, 64))[1], r"state\..* is of shape \[2, .*\], expected \[2, "),
+        (mixer(torch.randn(3, 5, 32))[1], "the state has 3 rows, the call 2 sequences"),
+        (mixer(torch.randn(1, 5, 32))[1], "the state has 1 rows, the call 2 sequences"),
+    ]
+    for state, message in wrong:
+        with pytest.raises(ValueError, match=f"{type(mixer).__name__}: {message}"):
+            mixer(x, state)
+    packed = mixer(torch.randn(1, 10, 32), None, [0, 4, 10])[1]
+    with pytest.raises(ValueError, match="the state has 2 rows, the call 1 sequences"):
+        mixer(x[:1], packed)
+    assert mixer(x, packed)[0].shape == x.shape
+
+
+def test_an_attention_does_not_take_a_window_for_all_keys_nor_all_keys_for_a_window():
+    full, window = build_mixer("attention", d_model=32), build_mixer("sliding_window", d_model=32, window=4)
+    x = torch.randn(1, 9, 32)
+    with pytest.raises(ValueError, match=r"keys is of shape \[1, 9, 1, 32\], expected \[1, 0 to 3, 1, 32\]"):
+        window(x, full(x)[1])
+    with pytest.raises(ValueError, match="the state holds 3 keys, expected 9"):
+        full(x, window(x)[1])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_sizes_of_states_are_checked(name):
+    mixer = build_mixer(name, d_model=32)
+    for wrong in (-1, 1.5, "2", True, None):
+        with pytest.raises(ValueError, match=f"batch_size is .*{wrong}.*, expected an int of at least 0"):
+            mixer.init_state(wrong)  # pyright: ignore[reportArgumentType]
+        if wrong is not None:
+            with pytest.raises(ValueError, match=f"max_length is .*{wrong}.*, expected an int of at least 0"):
+                mixer.init_state(1, wrong)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0), (0, 1)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_rows_and_no_tokens_are_empty_outputs(name, shape):
+    layer, x = LAYERS[name](name, d_model=32), torch.randn(*shape, 32, requires_grad=True)
+    if name in CHANNEL_MIXERS:
+        y = layer(x)
+    else:
+        y, state = layer(x)
+        y = y + layer(x, layer(x, state)[1])[0]
+        y = y + layer(x, layer.init_state(shape[0], max_length=9))[0]
+    assert y.shape == (*shape, 32)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_materialize_of_no_tokens_is_empty(name):
+    mixer, x = build_mixer(name, d_model=32), torch.randn(2, 0, 32)
+    with record_calls() as calls:
+        mixer(x)
+    if any(call.op in VALUES for call in calls):
+        assert all(found.matrix.shape[-2:] == (0, 0) for found in materialize(mixer, x))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_step_without_gradients_leaves_earlier_graphs_alone(name):
+    mixer, x = build_mixer(name, d_model=32), torch.randn(2, 5, 32)
+    y, state = mixer(x, mixer.init_state(2, max_length=20))
+    with torch.no_grad():
+        _, after = mixer(x, clone_state(state))
+        _, same = mixer(x, state)
+    y.sum().backward()
+    kept = [leaf for part in after for leaf in (part if isinstance(part, KVCache) else (part,))]
+    again = [leaf for part in same for leaf in (part if isinstance(part, KVCache) else (part,))]
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True) if isinstance(a, torch.Tensor))
+
+
+def test_a_cache_that_queries_alone_learn_from_is_not_written_in_place():
+    mixer, x = build_mixer("attention", d_model=32, position="none"), torch.randn(2, 5, 32)
+    for parameter in mixer.parameters():
+        parameter.requires_grad_(False)
+    mixer.query_norm = torch.nn.RMSNorm(32)
+    y, state = mixer(x, mixer.init_state(2, max_length=20))
+    again, _ = mixer(x, state)
+    (y + again).sum().backward()
+    assert mixer.query_norm.weight.grad is not None
 
 
 @pytest.mark.parametrize("width", [32, 96, 160, 256])

@@ -346,6 +346,15 @@ def test_capacity_serves_the_earliest_first(factor):
     assert mixer.router.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("factor", "served"), [(1e300, 20), (1e-9, 1), (1e-300, 1)])
+def test_capacity_is_one_choice_to_all_of_them(factor, served):
+    mixer = moe(num_experts=2, top_k=1, normalise_weights=False, capacity_factor=factor)
+    with torch.no_grad():
+        mixer.router.weight.zero_()
+    mixer(inputs(10))
+    assert mixer.router_metrics()["dropped_share"] == pytest.approx(1 - served / 20)
+
+
 def test_capacity_rounds_up_and_not_for_rounding_errors():
     mixer = moe(num_experts=10, top_k=1, normalise_weights=False, capacity_factor=1.1)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections import Counter
@@ -83,3 +84,54 @@ print([name for name in {heavy.split()!r} if name in sys.modules])
 """
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+EXAMPLES: dict[str, dict[str, object]] = {
+    "attention": dict(arguments()),
+    "block_sparse_attention": {
+        **arguments(),
+        "block_index": torch.zeros(1, 5, 2, 1, dtype=torch.int64),
+        "block_size": 2,
+    },
+    "causal_conv1d": {"x": torch.randn(1, 5, 3), "weight": torch.randn(3, 4)},
+    "delta_rule": dict(arguments()),
+    "experts": {
+        "x": torch.randn(5, 3),
+        "w_in": torch.randn(2, 3, 3),
+        "w_out": torch.randn(2, 3, 3),
+        "expert_index": torch.zeros(5, 1, dtype=torch.int64),
+        "expert_weight": torch.ones(5, 1),
+    },
+    "linear_attention": dict(arguments()),
+    "selective_scan": {
+        **{name: torch.randn(1, 5, 3) for name in ("x", "dt")},
+        "A": -torch.ones(3, 2),
+        **{name: torch.randn(1, 5, 2) for name in ("B", "C")},
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_arguments_of_another_type_are_named(name):
+    op, given = getattr(ops, name), EXAMPLES[name]
+    op(**given)
+    for argument, parameter in inspect.signature(op).parameters.items():
+        if argument == "backend":
+            continue
+        wrong = [{1.5}, "x", True, 3, None]
+        if "Sequence" in parameter.annotation:
+            wrong.remove("x")
+        for kind, value in (("bool", True), ("int", 3), ("float", 3), ("None", None), ("str", "x")):
+            if kind in parameter.annotation and value in wrong:
+                wrong.remove(value)
+        for value in wrong:
+            with pytest.raises(TypeError, match=rf"{name}: {argument} is .*expected"):
+                op(**{**given, argument: value})
+            with pytest.raises(TypeError, match=rf"{name}: {argument} is .*expected"):
+                ops.explain(name, **{**given, argument: value})
+
+
+@pytest.mark.parametrize("backend", [None, 3, ["auto"]])
+def test_backends_are_names(backend):
+    with pytest.raises(ValueError, match="unknown backend of attention"):
+        ops.attention(**arguments(), backend=backend)
