@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.selection import Blocks, importance, positions, query_chunks, select_blocks, whole
+from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype
 
 
@@ -78,7 +79,7 @@ def compressed_attention(
         o ``[B, T, H, V]`` and the lists ``[B, T, G, S]``, int64.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):  # in bfloat16 other blocks would be chosen
+    with without_autocast(q.device):  # in bfloat16 other blocks would be chosen
         return _attend(q, k, v, start, before, blocks, scale)
 
 

@@ -19,6 +19,7 @@ from seqarch.layers.mixer import CuSeqlens
 from seqarch.layers.row_attention import CacheShape, RowAttention
 from seqarch.layers.selection import largest, positions, query_chunks, whole
 from seqarch.ops.attention import flops as attention_flops
+from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype
 
 
@@ -115,7 +116,7 @@ class DeepseekSparse(RowAttention):
         (q, k, v), _ = self.heads(x)
         q, k = self.rotate(q, k, at=at)
         k, v, cache = kv_cache.extend(state.cache, k, v, None)
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 other tokens would be chosen
+        with without_autocast(x.device):  # in bfloat16 other tokens would be chosen
             index_q, index_k, weight = self._index(x, at)
             index_k, _, index = kv_cache.extend(state.index, index_k, index_k[..., :0], None)
             chosen = None

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from seqarch.layers import long_conv
 from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, linear_flops, measured_state_bytes
 from seqarch.layers.short_conv import ShortConvolution
+from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import sequence_offsets
 
 SLOWEST, FASTEST = math.log(100) / 1.5, math.log(100) / 0.3
@@ -89,13 +90,13 @@ class Hyena(Mixer):
         offsets = sequence_offsets("hyena", cu_seqlens, x.shape[0], x.shape[1])
         if state is None:
             rows = x.shape[0] if offsets is None else len(offsets) - 1
-            state = self.init_state(rows, device=x.device, dtype=x.dtype)
+            state = self.new_state(rows, 0, x.device, x.dtype)
         u, conv = self.conv(self.input(x), state.conv, cu_seqlens)
         added = (
             [x.shape[1]] * len(state.lengths) if offsets is None else [end - start for start, end in pairwise(offsets)]
         )
         lengths = tuple(seen + new for seen, new in zip(state.lengths, added, strict=True))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             filters = self.filters(max(lengths, default=x.shape[1]), step=x.shape[1] == 1)
             if offsets is None:
                 y, inputs = self._mix(u, last(state.inputs, max(state.lengths, default=0)), filters)

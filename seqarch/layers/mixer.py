@@ -238,7 +238,7 @@ class StateForm:
     def check(self, mixer: str, path: str, state: State, rows: int) -> None:
         """Raise unless the state looks so and has so many rows; what may stand in for a part is passed over."""
         for name, bounds in self.sizes.items():
-            shape = getattr(getattr(state, name), "shape", ())
+            shape: tuple[int, ...] = getattr(getattr(state, name), "shape", ())
             if len(shape) == len(bounds) + 1 and shape[0] != rows:
                 raise ValueError(f"{mixer}: the state has {shape[0]} rows, the call {rows} sequences")
             if len(shape) != len(bounds) + 1 or any(

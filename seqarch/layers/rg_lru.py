@@ -101,7 +101,7 @@ class RgLru(ElementwiseMixer):
     ) -> tuple[Tensor, RgLruState]:
         if state is None:
             rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-            state = self.init_state(rows, device=x.device, dtype=x.dtype)
+            state = self.new_state(rows, 0, x.device, x.dtype)
         positions, seen = token_positions(state.seen, x.shape[1], cu_seqlens)
         u, conv = self.conv(self.input(x), state.conv, cu_seqlens)
         wide, signed = self.memory_dtype, self.config.negative_eigenvalues

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.mixer import LayerConfig
+from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype, unknown_name
 
 _NONZERO = 1e-20
@@ -163,7 +164,7 @@ class Router(nn.Module):
 
     def _logits(self, tokens: Tensor) -> Tensor:
         wide = accumulation_dtype(tokens, self.weight)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             return F.linear(tokens.to(wide), self.weight.to(wide))
 
     def _find_room(self, index: Tensor) -> Tensor:

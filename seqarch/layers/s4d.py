@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from seqarch.layers import long_conv
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
+from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import initial_state, sequence_offsets, unknown_name
 from seqarch.ops.common.packed import over_sequences
 
@@ -100,7 +101,7 @@ class S4d(RecurrentMixer):
         if state is not None:
             memory = initial_state("s4d", state.memory, (rows, *self.memory_shape), self.memory_dtype, x.device)
         wide = x.to(self.memory_dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             y, memory = over_sequences(self._system().run, offsets, memory, wide)
         y = (y + self.D.to(wide.dtype) * wide).to(x.dtype)
         return F.glu(self.output(F.gelu(y)), dim=-1), RecurrentState(None, memory)

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import typed, unknown_name
 
 
@@ -125,10 +124,7 @@ class Op:
         return result
 
     def _run(self, chosen: Backend, arguments: tuple[Any, ...]) -> Any:
-        device = arguments[0].device.type
-        if self.autocast or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return chosen.run(*arguments)
-        with torch.autocast(device, enabled=False):
+        with nullcontext() if self.autocast else without_autocast(arguments[0].device):
             return chosen.run(*arguments)
 
     def auto_order(self, arguments: tuple[Any, ...]) -> tuple[str, ...]:

@@ -150,23 +150,31 @@ def test_unknown_families_and_missing_settings_are_named():
         lm_config({"model_type": "mamba"})
 
 
+def refusal(config: dict[str, Any]) -> str | None:
+    try:
+        weight_map(config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_settings_of_another_type_are_named(name: str):
     config = json.loads(VARIANTS[name][0]().to_json_string(use_diff=False))
     weight_map(config)
     for key in config:
         for value in ("x", "64", 0, -1, 1.5, True, [], ["x"], {}, float("nan")):
-            try:
-                weight_map({**config, key: value})
-            except ValueError as error:
-                assert key in str(error) or str(error).startswith("norm_eps must be a small positive number")
+            message = refusal({**config, key: value})
+            assert message is None or key in message or message.startswith("norm_eps must be a small positive number")
 
 
 def test_lists_of_layers_are_as_long_as_the_model_is_deep():
     config = json.loads(VARIANTS["Qwen3NextForCausalLM"][0]().to_json_string(use_diff=False))
     with pytest.raises(ValueError, match="qwen3_next: layer_types has 1 entries, expected 3, one a layer"):
         lm_config({**config, "layer_types": ["full_attention"]})
-    with pytest.raises(ValueError, match="unknown entry of layer_types 'ful_attention'.*Did you mean 'full_attention'"):
+    with pytest.raises(
+        ValueError, match=r"unknown entry of layer_types 'ful_attention'.*Did you mean 'full_attention'"
+    ):
         lm_config({**config, "layer_types": ["ful_attention"] * 3})
 
 

@@ -144,7 +144,8 @@ def sequence_offsets(
 
 def entries_within(op: str, name: str, index: Tensor, least: int, most: int) -> None:
     """Raise unless all entries are in ``least..most``; only on a CPU and not in a trace, where nothing has to wait."""
-    if index.device.type != "cpu" or type(index) is not Tensor or torch.compiler.is_compiling() or not index.numel():
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)  # type: ignore[attr-defined]
+    if traced or type(index) is not Tensor or index.device.type != "cpu" or not index.numel():
         return
     low, high = (int(end) for end in index.aminmax())
     if low < least or high > most:

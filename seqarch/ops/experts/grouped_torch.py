@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from seqarch.ops.common.autocast import autocast_is_on
 from seqarch.ops.common.checks import accumulation_dtype
 from seqarch.ops.experts.groups import grouped_matmul, sort_by_expert
 
@@ -42,7 +43,6 @@ def run(
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The products' dtype: x's, or autocast's, which does not see into a custom operator."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if x.dtype == torch.float64 or not autocast_is_on(x.device):
         return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)

@@ -1,0 +1,16 @@
+"""Whether ``torch.autocast`` is on, and how to leave it: on devices too that have none, such as ``meta``."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within the block, products have the dtype of their factors."""
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
