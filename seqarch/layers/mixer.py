@@ -238,15 +238,16 @@ class StateForm:
     def check(self, mixer: str, path: str, state: State, rows: int) -> None:
         """Raise unless the state looks so and has so many rows; what may stand in for a part is passed over."""
         for name, bounds in self.sizes.items():
-            shape: tuple[int, ...] = getattr(getattr(state, name), "shape", ())
+            given = getattr(state, name)
+            shape = given.shape if isinstance(given, Tensor) else []
             if len(shape) == len(bounds) + 1 and shape[0] != rows:
                 raise ValueError(f"{mixer}: the state has {shape[0]} rows, the call {rows} sequences")
             if len(shape) != len(bounds) + 1 or any(
                 not a <= n <= b for n, (a, b) in zip(shape[1:], bounds, strict=True)
             ):
                 sizes = ", ".join([str(rows), *(_show_bounds(*each) for each in bounds)])
-                given = f"of shape {list(shape)}" if shape else show(getattr(state, name))
-                raise ValueError(f"{mixer}: {path}.{name} is {given}, expected [{sizes}]")
+                shown = f"of shape {list(shape)}" if isinstance(given, Tensor) else show(given)
+                raise ValueError(f"{mixer}: {path}.{name} is {shown}, expected [{sizes}]")
         for name, form in self.parts.items():
             if type(part := getattr(state, name)) is form.kind:
                 form.check(mixer, f"{path}.{name}", part, rows)
