@@ -119,6 +119,7 @@ struct Shared {
 
     explicit Shared(T* to) : to(to) {}
     void allocate(const Sizes& z) {
+        if (to && z.tasks_per_group == 0) std::fill_n(to, z.tokens() * z.groups * z.keys, T{});
         if (to && z.tasks_per_group > 1) parts.resize(z.tasks_per_group * z.tokens() * z.groups * z.keys);
     }
     void write(const Sizes& z, const Row& row, const Task& task, int64_t n, const Acc<T>* from, int64_t from_row,

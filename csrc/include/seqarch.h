@@ -26,7 +26,7 @@ extern "C" {
 #define SEQARCH_API __attribute__((visibility("default")))
 
 /* Raised with every change of a declaration below; seqarch/ops/common/native.py holds the same number. */
-#define SEQARCH_INTERFACE 3
+#define SEQARCH_INTERFACE 4
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -55,6 +55,11 @@ SEQARCH_API const char* seqarch_best_isa(void);
 
 /* The OpenMP version (_OPENMP, a date such as 201511) that this library was built with, 0 without OpenMP. */
 SEQARCH_API int32_t seqarch_openmp(void);
+
+/* A linear map of a few rows, y = x weight^T + bias: x [rows, depth], weight [width, depth], bias [width] or NULL and y
+ * [rows, width], all of `dtype`, with sums of accumulation type. */
+SEQARCH_API int32_t seqarch_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y,
+                                   int64_t rows, int64_t depth, int64_t width, int32_t num_threads);
 
 /* Causal depthwise convolution over time (T = length, D = channels, W = width, 2 <= W <= 8, S = sequences):
  *

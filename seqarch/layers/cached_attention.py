@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from seqarch.layers import kv_cache
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.kv_cache import KVCache, PackedKV
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, choose_heads
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.positions import token_positions
@@ -251,8 +252,8 @@ class CachedAttention(CacheMixer):
         self.heads = HeadProjection(config.d_model, parts, config.conv_width)
         self.query_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.gate = nn.Linear(config.d_model, heads * width, bias=False) if config.output_gate else None
-        self.output = nn.Linear(heads * width, config.d_model, bias=config.output_bias)
+        self.gate = Linear(config.d_model, heads * width, bias=False) if config.output_gate else None
+        self.output = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)
 
     def project(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import ChannelMixer, LayerConfig, linear_flops
 from seqarch.ops.common.checks import unknown_name
 from seqarch.ops.experts.activations import ACTIVATIONS
@@ -58,8 +59,8 @@ class Mlp(ChannelMixer):
     def __init__(self, config: MlpConfig):
         super().__init__()
         self.config = config
-        self.input = nn.Linear(config.d_model, config.hidden_width, bias=False)
-        self.output = nn.Linear(config.hidden_width, config.d_model, bias=False)
+        self.input = Linear(config.d_model, config.hidden_width, bias=False)
+        self.output = Linear(config.hidden_width, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(ACTIVATIONS[self.config.activation](self.input(x)))
@@ -93,8 +94,8 @@ class SwiGlu(ChannelMixer):
     def __init__(self, config: SwiGluConfig):
         super().__init__()
         self.config = config
-        self.input = nn.Linear(config.d_model, 2 * config.hidden_width, bias=config.bias)
-        self.output = nn.Linear(config.hidden_width, config.d_model, bias=config.bias)
+        self.input = Linear(config.d_model, 2 * config.hidden_width, bias=config.bias)
+        self.output = Linear(config.hidden_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.input(x).chunk(2, dim=-1)

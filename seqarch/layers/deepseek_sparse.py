@@ -15,6 +15,7 @@ from seqarch.layers import kv_cache
 from seqarch.layers.cached_attention import HeadsConfig
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.kv_cache import KVCache
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens
 from seqarch.layers.row_attention import CacheShape, RowAttention
 from seqarch.layers.selection import largest, positions, query_chunks, whole
@@ -95,11 +96,11 @@ class DeepseekSparse(RowAttention):
         self.config = config
         heads, width = config.heads, config.head_width
         self.heads = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 2])
-        self.index_query = nn.Linear(config.d_model, config.index_heads * config.index_width, bias=False)
-        self.index_key = nn.Linear(config.d_model, config.index_width, bias=False)
+        self.index_query = Linear(config.d_model, config.index_heads * config.index_width, bias=False)
+        self.index_key = Linear(config.d_model, config.index_width, bias=False)
         self.index_norm = nn.LayerNorm(config.index_width)
-        self.index_weight = nn.Linear(config.d_model, config.index_heads, bias=False)
-        self.output = nn.Linear(heads * width, config.d_model, bias=False)
+        self.index_weight = Linear(config.d_model, config.index_heads, bias=False)
+        self.output = Linear(heads * width, config.d_model, bias=False)
         self._losses: list[Tensor] = []
 
     def forward(

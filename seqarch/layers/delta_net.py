@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers.delta_rule import DeltaRuleConfig, DeltaRuleMixer
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens
 from seqarch.layers.norms import HeadNorm
 
@@ -30,9 +31,9 @@ class DeltaNet(DeltaRuleMixer):
 
     def __init__(self, config: DeltaNetConfig):
         super().__init__(config)
-        self.beta = nn.Linear(config.d_model, config.key_shape[0], bias=False)
+        self.beta = Linear(config.d_model, config.key_shape[0], bias=False)
         self.norm = HeadNorm(config.key_shape[1], eps=config.norm_eps)
-        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.output = Linear(config.d_model, config.d_model, bias=False)
 
     def recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.delta_rule import DeltaRuleMixer, GatedDeltaRuleConfig
 from seqarch.layers.initialisation import step_size_bias
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens
 from seqarch.layers.norms import GatedRMSNorm
 
@@ -44,12 +45,12 @@ class GatedDeltaNet(DeltaRuleMixer):
     def __init__(self, config: GatedDeltaNetConfig, steps: int = 1):
         super().__init__(config, steps)
         heads, values = config.value_shape
-        self.gate = nn.Linear(config.d_model, heads * values, bias=False)
-        self.rates = nn.Linear(config.d_model, (1 + steps) * heads, bias=False)
+        self.gate = Linear(config.d_model, heads * values, bias=False)
+        self.rates = Linear(config.d_model, (1 + steps) * heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1e-3, 16).log())
         self.dt_bias = nn.Parameter(step_size_bias(heads, config.dt_min, config.dt_max, config.dt_floor))
         self.norm = GatedRMSNorm(values, gate="after", eps=config.norm_eps)
-        self.output = nn.Linear(heads * values, config.d_model, bias=False)
+        self.output = Linear(heads * values, config.d_model, bias=False)
 
     def recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.norms import GatedRMSNorm
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
@@ -75,11 +76,11 @@ class Gla(RecurrentMixer):
         parts = [(heads, keys), (heads, keys), (heads, values)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
         self.decay = nn.Sequential(
-            nn.Linear(config.d_model, config.gate_rank, bias=False), nn.Linear(config.gate_rank, heads * keys)
+            Linear(config.d_model, config.gate_rank, bias=False), Linear(config.gate_rank, heads * keys)
         )
-        self.gate = nn.Linear(config.d_model, heads * values, bias=False)
+        self.gate = Linear(config.d_model, heads * values, bias=False)
         self.norm = GatedRMSNorm(values, gate="after")
-        self.output = nn.Linear(heads * values, config.d_model, bias=False)
+        self.output = Linear(heads * values, config.d_model, bias=False)
         self.memory_shape = (heads, keys, values)
 
     def forward(

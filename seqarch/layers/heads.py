@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
+from seqarch.layers.linear import Linear
 from seqarch.layers.short_conv import ShortConvolution
 
 
@@ -26,7 +27,7 @@ class HeadProjection(nn.Module):
         super().__init__()
         self.parts = tuple(parts)
         self.sizes = [heads * width for heads, width in self.parts]
-        self.linear = nn.Linear(d_model, sum(self.sizes), bias=False)
+        self.linear = Linear(d_model, sum(self.sizes), bias=False)
         self.conv = ShortConvolution(sum(self.sizes), conv_width, activation) if conv_width else None
         self.activation = None if self.conv is not None else activation
 

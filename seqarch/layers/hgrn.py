@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.elementwise import ElementwiseMixer, elementwise_scan
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.positions import token_positions
 from seqarch.layers.recurrent import RecurrentState
@@ -55,13 +56,13 @@ class Hgrn(ElementwiseMixer):
         self.config = config
         width = config.d_model
         gates = 1 if config.complex_state else 2
-        self.input = nn.Linear(width, 2 * width)
-        self.forget = nn.Linear(width, gates * width)
-        self.gate = nn.Linear(width, 2 * width)
+        self.input = Linear(width, 2 * width)
+        self.forget = Linear(width, gates * width)
+        self.gate = Linear(width, 2 * width)
         if config.complex_state:
             self.theta = nn.Parameter(10000.0 ** (-2 / width * torch.arange(width)))
         self.norm = nn.LayerNorm(2 * width)
-        self.output = nn.Linear(2 * width, width)
+        self.output = Linear(2 * width, width)
         self.memory_shape = (2 * width, 1)
 
     def forward(

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
@@ -64,7 +65,7 @@ class Hgrn2(RecurrentMixer):
         width = config.d_model // config.heads
         self.heads = HeadProjection(config.d_model, [(config.heads, width)] * 3, config.conv_width)
         self.norm = HeadNorm(config.d_model, eps=1e-5)
-        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.output = Linear(config.d_model, config.d_model, bias=False)
         self.memory_shape = (config.heads, width, width)
 
     def forward(

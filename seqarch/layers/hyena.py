@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from seqarch.layers import long_conv
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, linear_flops, measured_state_bytes
 from seqarch.layers.short_conv import ShortConvolution
 from seqarch.ops.common.autocast import without_autocast
@@ -78,11 +79,11 @@ class Hyena(Mixer):
         super().__init__()
         self.config = config
         width = config.d_model
-        self.input = nn.Linear(width, (config.order + 1) * width)
+        self.input = Linear(width, (config.order + 1) * width)
         self.conv = ShortConvolution((config.order + 1) * width, config.conv_width, bias=True)
         self.filters = ImplicitFilters(config)
         self.skip = nn.Parameter(torch.randn(config.order, width))
-        self.output = nn.Linear(width, width)
+        self.output = Linear(width, width)
 
     def forward(
         self, x: Tensor, state: HyenaState | None = None, cu_seqlens: CuSeqlens = None
@@ -147,10 +148,10 @@ class ImplicitFilters(nn.Module):
         super().__init__()
         self.config = config
         hidden, outputs = config.filter_width, config.order * config.d_model
-        self.first = nn.Linear(2 * config.filter_features + 1, hidden)
-        self.second, self.third = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+        self.first = Linear(2 * config.filter_features + 1, hidden)
+        self.second, self.third = Linear(hidden, hidden), Linear(hidden, hidden)
         self.frequency = nn.Parameter(torch.full((hidden,), float(config.filter_frequency)))
-        self.last = nn.Linear(hidden, outputs, bias=False)
+        self.last = Linear(hidden, outputs, bias=False)
         # the sum over t of (w . sines)^2 exp(-2 a t / L), where a sine's mean square is 1/2, is 1
         self._kept: tuple[Tensor, Tensor] | None = None
         energy = self.rates().repeat(config.order).reciprocal() * config.length / 2 * hidden / 2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.delta_rule import DeltaRuleMixer, GatedDeltaRuleConfig
 from seqarch.layers.initialisation import step_size_bias
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens
 from seqarch.layers.norms import GatedRMSNorm
 
@@ -42,13 +43,13 @@ class KimiDelta(DeltaRuleMixer):
         super().__init__(config)
         d_model, (heads, values), keys = config.d_model, config.value_shape, config.key_shape[1]
         rank = config.gate_rank or values
-        self.decay = nn.Sequential(nn.Linear(d_model, rank, bias=False), nn.Linear(rank, heads * keys, bias=False))
-        self.gate = nn.Sequential(nn.Linear(d_model, rank, bias=False), nn.Linear(rank, heads * values, bias=False))
-        self.rates = nn.Linear(d_model, rates or heads, bias=False)
+        self.decay = nn.Sequential(Linear(d_model, rank, bias=False), Linear(rank, heads * keys, bias=False))
+        self.gate = nn.Sequential(Linear(d_model, rank, bias=False), Linear(rank, heads * values, bias=False))
+        self.rates = Linear(d_model, rates or heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(step_size_bias(heads * keys, config.dt_min, config.dt_max, config.dt_floor))
         self.norm = GatedRMSNorm(values, gate="after", eps=config.norm_eps, activation="sigmoid")
-        self.output = nn.Linear(heads * values, d_model, bias=False)
+        self.output = Linear(heads * values, d_model, bias=False)
 
     def decays(self, x: Tensor) -> Tensor:
         """The log decays, ``[B, T, H, K]``."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.cached_attention import POSITIONS, CacheMixer
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads, linear_flops
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.rotary import rotary_tables, rotate
@@ -98,18 +99,18 @@ class LatentAttention(CacheMixer):
         heads, keys, values, d_model = config.heads, config.keys, config.values, config.d_model
         width = heads * (keys + config.shared)
         if config.query_rank is None:
-            self.query = nn.Linear(d_model, width, bias=False)
+            self.query = Linear(d_model, width, bias=False)
         else:
             self.query = nn.Sequential(
-                nn.Linear(d_model, config.query_rank, bias=False),
+                Linear(d_model, config.query_rank, bias=False),
                 HeadNorm(config.query_rank, eps=config.norm_eps),
-                nn.Linear(config.query_rank, width, bias=False),
+                Linear(config.query_rank, width, bias=False),
             )
-        self.compress = nn.Linear(d_model, config.rank + config.shared, bias=False)
+        self.compress = Linear(d_model, config.rank + config.shared, bias=False)
         self.norm = HeadNorm(config.rank, eps=config.norm_eps)
-        self.expand = nn.Linear(config.rank, heads * (keys + values), bias=False)
+        self.expand = Linear(config.rank, heads * (keys + values), bias=False)
         self.gate = None
-        self.output = nn.Linear(heads * values, d_model, bias=False)
+        self.output = Linear(heads * values, d_model, bias=False)
         self.cache_shape = (1, config.rank + config.shared, 0)
 
     def project(

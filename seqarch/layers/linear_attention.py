@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
@@ -96,7 +97,7 @@ class LinearAttention(RecurrentMixer):
         parts = [(num_heads, keys), (num_heads, keys), (num_heads, width)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width)
         self.norm = HeadNorm(width) if config.normaliser == "rms" else None
-        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.output = Linear(config.d_model, config.d_model, bias=False)
         features = FEATURE_MAPS[config.feature_map](torch.empty(keys, device="meta")).shape[-1]
         self.memory_shape = (num_heads, features, width + (config.normaliser == "sum"))
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.initialisation import step_size_bias
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.norms import GatedRMSNorm
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
@@ -97,7 +98,7 @@ class Mamba2(RecurrentMixer):
         num_heads = self.inner // config.head_dim
         shared = config.n_groups * config.d_state
         self.sizes = [self.inner, self.inner + 2 * shared, num_heads]
-        self.input = nn.Linear(config.d_model, sum(self.sizes), bias=False)
+        self.input = Linear(config.d_model, sum(self.sizes), bias=False)
         self.conv = ShortConvolution(self.sizes[1], config.conv_width, "silu", bias=True)
         A = torch.empty(num_heads).uniform_(config.A_min, config.A_max)
         self.A_log = nn.Parameter(A.log())
@@ -106,7 +107,7 @@ class Mamba2(RecurrentMixer):
         self.D = nn.Parameter(torch.ones(num_heads))
         gate = OUTPUT_NORMS[config.output_norm]
         self.norm = GatedRMSNorm(self.inner, gate, config.n_groups, config.norm_eps) if gate else None
-        self.output = nn.Linear(self.inner, config.d_model, bias=False)
+        self.output = Linear(self.inner, config.d_model, bias=False)
         self.memory_shape = (num_heads, config.d_state, config.head_dim)
 
     def forward(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.initialisation import step_size_bias
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig
 from seqarch.layers.norms import GatedRMSNorm, HeadNorm
 from seqarch.layers.positions import tokens_before
@@ -117,7 +118,7 @@ class Mamba3(RecurrentMixer):
         heads, rank, size = config.heads, config.mimo_rank, config.d_state
         shared = rank * config.n_groups * size
         self.sizes = [config.inner, config.inner, shared, shared, heads, heads, heads, config.angles]
-        self.input = nn.Linear(config.d_model, sum(self.sizes), bias=False)
+        self.input = Linear(config.d_model, sum(self.sizes), bias=False)
         self.dt_bias = nn.Parameter(step_size_bias(heads, config.dt_min, config.dt_max, config.dt_floor))
         self.B_norm, self.C_norm = HeadNorm(size, eps=1e-5), HeadNorm(size, eps=1e-5)
         self.B_bias = nn.Parameter(torch.ones(heads, rank, size))
@@ -128,7 +129,7 @@ class Mamba3(RecurrentMixer):
             self.mimo_z = nn.Parameter(torch.ones(heads, rank, config.head_dim))
             self.mimo_y = nn.Parameter(torch.full((heads, rank, config.head_dim), 1 / rank))
         self.norm = GatedRMSNorm(config.inner, "after", heads) if config.output_norm else None
-        self.output = nn.Linear(config.inner, config.d_model, bias=False)
+        self.output = Linear(config.inner, config.d_model, bias=False)
         self.memory_shape = (heads, size, config.head_dim)
 
     def forward(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.elementwise import ElementwiseMixer, elementwise_scan
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.recurrent import RecurrentState
 from seqarch.ops.common.checks import unknown_name
@@ -54,8 +55,8 @@ class MinGru(ElementwiseMixer):
         super().__init__()
         self.config = config
         inner = config.expand * config.d_model
-        self.input = nn.Linear(config.d_model, 2 * inner)
-        self.output = nn.Identity() if config.expand == 1 else nn.Linear(inner, config.d_model, bias=False)
+        self.input = Linear(config.d_model, 2 * inner)
+        self.output = nn.Identity() if config.expand == 1 else Linear(inner, config.d_model, bias=False)
         self.memory_shape = (inner, 1)
 
     def forward(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig
 from seqarch.layers.recurrent import RecurrentMixer
 from seqarch.ops.common.checks import sequence_offsets, unknown_name
@@ -86,14 +87,14 @@ class Mlstm(RecurrentMixer):
         keys = int(config.expand_k * config.d_model) // heads
         parts = [(heads, keys), (heads, keys), (heads, values)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
-        self.gates = nn.Linear(config.d_model, 2 * heads)
+        self.gates = Linear(config.d_model, 2 * heads)
         nn.init.zeros_(self.gates.weight)
         forget = torch.linspace(3, 6, heads)
         forget = forget if config.forget_gate == "sigmoid" else F.logsigmoid(forget)
         self.gates.bias = nn.Parameter(torch.cat([torch.randn(heads) * 0.1, forget]))
         self.norm_weight = nn.Parameter(torch.ones(config.d_model))
-        self.gate = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.gate = Linear(config.d_model, config.d_model, bias=False)
+        self.output = Linear(config.d_model, config.d_model, bias=False)
         self.memory_shape = (heads, keys, values + 1)
 
     def forward(

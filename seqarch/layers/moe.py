@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.channel import SwiGlu, SwiGluConfig, round_up
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import ChannelMixer, linear_flops
 from seqarch.layers.router import Router, RouterConfig, Routing, load_balance_loss, router_z_loss, routing_metrics
 from seqarch.ops.experts import flops as experts_flops
@@ -69,7 +70,7 @@ class MixtureOfExperts(ChannelMixer):
         self.w_out = _expert_weights(count, hidden, width)
         shared = SwiGluConfig(d_model=width, hidden=hidden * config.shared_experts) if config.shared_experts else None
         self.shared = None if shared is None else SwiGlu(shared)
-        self.shared_gate = nn.Linear(width, 1, bias=False) if config.shared_gate else None
+        self.shared_gate = Linear(width, 1, bias=False) if config.shared_gate else None
         self._routing: Routing | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
@@ -17,6 +17,7 @@ from seqarch.layers.compression import BlockCompressor, compressed_attention
 from seqarch.layers.compression import flops as compressed_flops
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.kv_cache import KVCache
+from seqarch.layers.linear import Linear
 from seqarch.layers.row_attention import CacheShape, RowAttention
 from seqarch.layers.selection import Blocks, positions
 from seqarch.ops.attention import flops as window_flops
@@ -121,8 +122,8 @@ class NativeSparse(RowAttention):
         self.heads = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 6])
         block = (width, config.compressed_length, config.compressed_stride, config.compressed_hidden or 2 * width)
         self.compress_key, self.compress_value = BlockCompressor(*block), BlockCompressor(*block)
-        self.gate = nn.Linear(config.d_model, 3 * heads, bias=False)
-        self.output = nn.Linear(heads * width, config.d_model, bias=False)
+        self.gate = Linear(config.d_model, 3 * heads, bias=False)
+        self.output = Linear(heads * width, config.d_model, bias=False)
 
     def mix(self, x: Tensor, state: NativeSparseState) -> tuple[Tensor, NativeSparseState]:
         blocks, (before, start) = self.config.blocks, (state.selected.length, state.selected.start)

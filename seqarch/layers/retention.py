@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, choose_heads
 from seqarch.layers.positions import token_positions
 from seqarch.layers.recurrent import RecurrentMixer
@@ -75,8 +76,8 @@ class Retention(RecurrentMixer):
         values = config.expand_v * width
         parts = [(num_heads, width), (num_heads, width), (num_heads, values)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width)
-        self.gate = nn.Linear(config.d_model, num_heads * values, bias=False)
-        self.output = nn.Linear(num_heads * values, config.d_model, bias=False)
+        self.gate = Linear(config.d_model, num_heads * values, bias=False)
+        self.output = Linear(num_heads * values, config.d_model, bias=False)
         for matrix in (*self.heads.linear.weight.split(self.heads.sizes), self.gate.weight):
             nn.init.xavier_uniform_(matrix.detach(), gain=2**-2.5)
         nn.init.xavier_uniform_(self.output.weight, gain=2**-1)

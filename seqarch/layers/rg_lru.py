@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.elementwise import ElementwiseMixer, elementwise_scan
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, choose_heads
 from seqarch.layers.positions import token_positions
 from seqarch.layers.short_conv import ShortConvolution
@@ -86,14 +87,14 @@ class RgLru(ElementwiseMixer):
         super().__init__()
         self.config = config
         width = config.width
-        self.gate = nn.Linear(config.d_model, width)
-        self.input = nn.Linear(config.d_model, width)
+        self.gate = Linear(config.d_model, width)
+        self.input = Linear(config.d_model, width)
         self.conv = ShortConvolution(width, config.conv_width, bias=True)
         self.write_gate = BlockLinear(width, config.heads)
         self.decay_gate = BlockLinear(width, config.heads)
         decay = torch.empty(width).uniform_(0.9, 0.999)
         self.Lambda = nn.Parameter(torch.expm1(-decay.log() / SHARPNESS).log())
-        self.output = nn.Linear(width, config.d_model)
+        self.output = Linear(width, config.d_model)
         self.memory_shape = (width, 1)
 
     def forward(

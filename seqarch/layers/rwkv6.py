@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
 from seqarch.layers.positions import tokens_before
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
@@ -68,7 +69,7 @@ class Rwkv6(RecurrentMixer):
         for maps in (*self.shares, self.decay):
             nn.init.uniform_(maps.get_parameter("2.weight"), -0.01, 0.01)
         self.receptance, self.key, self.value, self.gate, self.output = (
-            nn.Linear(size, size, bias=False) for _ in range(5)
+            Linear(size, size, bias=False) for _ in range(5)
         )
         bonus = DEPTH * (1 - line) + 0.1 * ((channels + 1) % 3 - 1)
         self.bonus = nn.Parameter(bonus.view(heads, -1))

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqarch import ops
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
 from seqarch.layers.norms import l2_normalise
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
@@ -99,7 +100,7 @@ class Rwkv7(RecurrentMixer):
         self.bonus = nn.Parameter(torch.full((heads, width), -0.04))
         self.norm = nn.GroupNorm(heads, size, eps=1e-5 * width)
         nn.init.constant_(self.norm.weight, DEPTH**0.7)
-        self.output = nn.Linear(size, size, bias=False)
+        self.output = Linear(size, size, bias=False)
         self.memory_shape = (heads, width, width)
 
     def forward(
@@ -127,15 +128,15 @@ class Rwkv7(RecurrentMixer):
 
 
 def _uniform(size: int, bound: float) -> nn.Linear:
-    linear = nn.Linear(size, size, bias=False)
+    linear = Linear(size, size, bias=False)
     nn.init.uniform_(linear.weight, -bound * size**-0.5, bound * size**-0.5)
     return linear
 
 
 def low_rank(size: int, rank: int, between: nn.Module, bias: Tensor | None = None) -> nn.Sequential:
     """A map of D channels to D by way of ``rank``; orthogonal at first on its way out, as in the release."""
-    outer = nn.Linear(rank, size, bias=bias is not None)
+    outer = Linear(rank, size, bias=bias is not None)
     nn.init.orthogonal_(outer.weight, gain=0.1 * max(1.0, rank / size) ** 0.5)
     if bias is not None:
         outer.bias = nn.Parameter(bias)
-    return nn.Sequential(nn.Linear(size, rank, bias=False), between, outer)
+    return nn.Sequential(Linear(size, rank, bias=False), between, outer)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers import long_conv
+from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.ops.common.autocast import without_autocast
@@ -88,7 +89,7 @@ class S4d(RecurrentMixer):
         self.A_imag = nn.Parameter(FREQUENCIES[config.init](states).float().repeat(width, 1))
         self.C = nn.Parameter(torch.randn(width, states, 2) / math.sqrt(2))
         self.D = nn.Parameter(torch.randn(width))
-        self.output = nn.Linear(width, 2 * width)
+        self.output = Linear(width, 2 * width)
         self.memory_shape = (width, states, 2)
 
     def forward(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqarch.layers import Layer
+from seqarch.layers.linear import Linear
 from seqarch.models.generation import generate
 from seqarch.models.stack import Stack, StackConfig, StackState
 
@@ -47,7 +48,7 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.stack = Stack(config)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 

@@ -84,6 +84,13 @@ def test_packed_sequences_with_gradients(op: str):
 
 
 @pytest.mark.parametrize("op", COMPILED if ISAS else ())
+def test_without_heads_of_values_the_gradients_are_0(op: str):
+    inputs = make(op, "step", H=0, dtype=torch.float32)
+    for name, found in gradients(op, "chunk_cpp", inputs).items():
+        assert torch.equal(found, torch.zeros_like(found)), name
+
+
+@pytest.mark.parametrize("op", COMPILED if ISAS else ())
 def test_results_do_not_depend_on_the_number_of_threads(op: str):
     before = torch.get_num_threads()
     for decay in DECAYS:

@@ -13,7 +13,10 @@ import torch
 import seqarch
 from seqarch import ops
 from seqarch.ops.causal_conv1d import parallel_cpp
-from seqarch.ops.common import native
+from seqarch.ops.common import linear_cpp, native
+from seqarch.ops.delta_rule import chunk_cpp as delta_cpp
+from seqarch.ops.linear_attention import chunk_cpp as attention_cpp
+from seqarch.ops.selective_scan import chunk_cpp as scan_cpp
 
 INPUTS = torch.ones(1, 2, 3), torch.ones(3, 2)
 
@@ -82,3 +85,19 @@ def test_return_codes_become_errors():
     for isa in native.supported_isas():
         with native.use_isa(isa), pytest.raises(ValueError, match="causal_conv1d_forward returned 1: an argument"):
             parallel_cpp.forward(x, torch.ones(3, 9), None, state, False, None)
+
+
+def test_running_out_of_memory_is_an_error():
+    huge, x, empty = 2**45, torch.ones(1, 1, 1, 1), torch.empty(0)
+    for isa in native.supported_isas():
+        with native.use_isa(isa):
+            with pytest.raises(MemoryError, match="linear returned 2: out of memory"):
+                linear_cpp._linear(0, empty, empty, None, empty, huge, 1, 0)
+            problem = 0, x, x, x, x, None, empty, None, None, None, 1, 1, 1, huge, 1, 1, False, True
+            with pytest.raises(MemoryError, match="selective_scan_forward returned 2"):
+                scan_cpp._forward(*problem, empty, x, empty, None)
+            sizes = None, 1, 1, 1, 1, huge, 1
+            with pytest.raises(MemoryError, match="linear_attention_forward returned 2"):
+                attention_cpp._forward(0, x, x, x, None, False, 1.0, empty, empty, empty, *sizes)
+            with pytest.raises(MemoryError, match="delta_rule_forward returned 2"):
+                delta_cpp._forward(0, x, x, x, x, None, False, None, None, 1.0, empty, empty, empty, *sizes)

@@ -1,6 +1,7 @@
 // Random shapes and exactly sized memory for calls of the kernels' C functions.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -95,6 +96,37 @@ class Rows {
     seqarch_rows rows_;
 };
 
+// Inputs [B, T, H, width], with gaps between heads, steps and sequences; a width of 1 stands for [B, T, H].
+class HeadInputs {
+  public:
+    HeadInputs(int32_t dtype, const Sequences& s, int64_t heads, int64_t width, Random& random)
+        : HeadInputs(dtype, s, heads, width, Strides(s, heads, width, random), random) {}
+    const seqarch_heads* operator&() const { return &heads_; }
+    Numbers numbers;
+
+  private:
+    struct Strides {
+        int64_t head, time, batch;
+        Strides(const Sequences& s, int64_t heads, int64_t width, Random& random)
+            : head(width + random.pick({0, 1, 5})), time(heads * head + random.pick({0, 2})),
+              batch(s.steps * time + random.pick({0, 3})) {}
+    };
+    HeadInputs(int32_t dtype, const Sequences& s, int64_t heads, int64_t width, const Strides& by, Random& random)
+        : numbers(dtype, extent(s, heads, width, by), random), heads_{numbers.data(), by.batch, by.time, by.head} {}
+    static int64_t extent(const Sequences& s, int64_t heads, int64_t width, const Strides& by) {
+        if (!s.rows() || !s.steps || !heads || !width) return 0;
+        return (s.rows() - 1) * by.batch + (s.steps - 1) * by.time + (heads - 1) * by.head + width;
+    }
+    seqarch_heads heads_;
+};
+
+// Log decays from 0 to -inf.
+inline void make_log_decays(Numbers& decays, Random& random) {
+    const double extremes[] = {0.0, -1e-9, -1e4, -HUGE_VAL};
+    for (int64_t i = 0; i < decays.count(); ++i)
+        decays.set(i, random.pick({0, 0, 1}) ? extremes[random.pick({0, 1, 2, 3})] : -std::fabs(random.normal()));
+}
+
 inline void require(bool holds, const char* what) {
     if (holds) return;
     std::fprintf(stderr, "%s\n", what);
@@ -112,4 +144,7 @@ inline void all_written(const Numbers& numbers, const char* name) {
 
 // One call of each kernel's functions on random sizes.
 void causal_conv1d(Random& random);
+void delta_rule(Random& random);
+void linear(Random& random);
+void linear_attention(Random& random);
 void selective_scan(Random& random);

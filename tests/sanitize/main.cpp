@@ -6,6 +6,9 @@ int main(int count, char** arguments) {
     for (int seed = 0; seed < rounds; ++seed) {
         Random random(seed);
         causal_conv1d(random);
+        delta_rule(random);
+        linear(random);
+        linear_attention(random);
         selective_scan(random);
     }
     std::printf("%d rounds: no error\n", rounds);

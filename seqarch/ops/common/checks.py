@@ -80,15 +80,20 @@ def match_shapes(op: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int
     for name, (tensor, pattern) in tensors.items():
         if tensor is None:
             continue
-        letters = pattern.split()
-        shown = f"{op}: {name} has shape {list(tensor.shape)}, expected [{', '.join(letters)}]"
-        if tensor.ndim != len(letters):
-            raise ValueError(f"{shown}, {len(letters)} dimensions")
-        for letter, size in zip(letters, tensor.shape, strict=True):
-            if sizes.setdefault(letter, size) != size:
+        letters, shape = pattern.split(), tensor.shape
+        if len(shape) != len(letters):
+            raise ValueError(f"{_shown(op, name, shape, letters)}, {len(letters)} dimensions")
+        for letter, size in zip(letters, shape, strict=True):
+            if letter not in sizes:
+                sizes[letter], owner[letter] = size, name
+            elif sizes[letter] != size:
+                shown = _shown(op, name, shape, letters)
                 raise ValueError(f"{shown} with {letter} = {sizes[letter]} as in {owner[letter]}")
-            owner.setdefault(letter, name)
     return sizes
+
+
+def _shown(op: str, name: str, shape: Sequence[int], letters: list[str]) -> str:
+    return f"{op}: {name} has shape {list(shape)}, expected [{', '.join(letters)}]"
 
 
 def divides(op: str, few: int, few_name: str, many: int, many_name: str) -> None:

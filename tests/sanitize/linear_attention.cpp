@@ -1,0 +1,39 @@
+#include "harness.h"
+
+void linear_attention(Random& random) {
+    const int32_t dtype = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16, SEQARCH_FLOAT64}));
+    const int32_t wide = dtype == SEQARCH_FLOAT64 ? SEQARCH_FLOAT64 : SEQARCH_FLOAT32;
+    const int64_t G = random.pick({1, 1, 2, 3}), H = G * random.pick({0, 1, 2, 5});
+    const int64_t K = random.pick({1, 3, 16, 17, 40}), V = random.pick({0, 1, 5, 16, 33, 70});
+    const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3})), per_key = random.coin();
+    const bool has_decay = random.coin();
+    const Sequences s(random);
+    const int64_t states = s.count * H * K * V, tokens = s.rows() * s.steps;
+
+    const HeadInputs q(dtype, s, G, K, random), k(dtype, s, G, K, random), v(dtype, s, H, V, random);
+    const HeadInputs dout(dtype, s, H, V, random);
+    HeadInputs decay(wide, s, H, per_key ? K : 1, random);
+    make_log_decays(decay.numbers, random);
+    const Numbers state(wide, states, random), dlast(wide, states, random);
+    const Numbers o(dtype, tokens * H * V), last(wide, states), dstate(wide, states);
+    const Numbers dq(dtype, tokens * G * K), dk(dtype, tokens * G * K), dv(dtype, tokens * H * V);
+    const Numbers ddecay(wide, tokens * H * (per_key ? K : 1));
+
+    const seqarch_heads* log_decay = has_decay ? &decay : nullptr;
+    require(seqarch_linear_attention_forward(dtype, &q, &k, &v, log_decay, per_key, 0.5, state.data(), o.data(),
+                                             last.data(), s.packed(), s.count, s.steps, G, H, K, V,
+                                             threads) == SEQARCH_OK,
+            "linear_attention_forward refused");
+    all_written(o, "linear_attention o");
+    all_written(last, "linear_attention state");
+    require(seqarch_linear_attention_backward(dtype, &q, &k, &v, log_decay, per_key, 0.5, state.data(), &dout,
+                                              dlast.data(), dq.data(), dk.data(), dv.data(),
+                                              has_decay ? ddecay.data() : nullptr, dstate.data(), s.packed(), s.count,
+                                              s.steps, G, H, K, V, threads) == SEQARCH_OK,
+            "linear_attention_backward refused");
+    all_written(dq, "linear_attention dq");
+    all_written(dk, "linear_attention dk");
+    all_written(dv, "linear_attention dv");
+    if (has_decay) all_written(ddecay, "linear_attention dlog_decay");
+    all_written(dstate, "linear_attention dstate");
+}
