@@ -1,0 +1,1 @@
+"""The bench: ``python -m experiments.bench`` times this machine's backends against what one would use without them."""

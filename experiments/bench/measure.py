@@ -1,0 +1,166 @@
+"""Measuring: rounds in which contestants take turns, within a budget of time; peak memory; this machine's ceilings."""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from experiments.bench.contest import Cost, Runner
+
+ROUNDS = 20
+WARM_UP = 64
+"""Tokens of the call that comes before a measurement of memory."""
+
+RESET = "/proc/self/clear_refs"
+"""Where Linux sets the high-water mark of resident memory back."""
+
+Point = tuple[str, str, str, int, str]
+"""Contest, contestant, way, length and the name of the dtype."""
+
+
+def alternate(runners: Mapping[str, Runner], budget: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each runner. They take turns, round after round, so that a machine that drifts treats all alike.
+
+    Two calls warm up, or one if that takes ten budgets. By the faster each is given as many of the rounds as fit into
+    ``budget`` seconds; where none does, it is what was measured.
+    """
+    first = {name: run() for name, run in runners.items()}
+    warm = {
+        name: min(first[name], run()) if first[name] < 10 * budget else first[name] for name, run in runners.items()
+    }
+    share = {name: min(rounds, int(budget / max(seconds, 1e-9))) for name, seconds in warm.items()}
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for index in range(max(share.values(), default=0)):
+        for name, run in runners.items():
+            if index < share[name]:
+                times[name].append(run())
+    return {name: found or [warm[name]] for name, found in times.items()}
+
+
+def expected(known: Mapping[int, float], length: int) -> float:
+    """Seconds, or bytes, that a length will take by the growth between the two longest before it; 0 if none is known.
+
+    In proportion at least and by the cube at most; by the square of the length where only one is known.
+    """
+    lengths = sorted(known)[-2:]
+    if not lengths:
+        return 0.0
+    power = 2.0
+    for short, long in pairwise(lengths):
+        power = min(max(1.0, math.log(known[long] / known[short], long / short)), 3.0)
+    return known[lengths[-1]] * (length / lengths[-1]) ** power
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """How many times faster, the median of the ratios of the rounds that both ran."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=False))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches at best, as measured with its own libraries.
+
+    Attributes:
+        flops: a second, in a product of square matrices of 2048, by the dtype's name.
+        bandwidth: bytes a second, read and written, in a copy of 256 MiB.
+    """
+
+    flops: dict[str, float]
+    bandwidth: float
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of each: on a shared machine a single measurement may be far too low."""
+        flops = {name: max(value, other.flops[name]) for name, value in self.flops.items()}
+        return Ceilings(flops, max(self.bandwidth, other.bandwidth))
+
+    def seconds(self, cost: Cost, dtype: str) -> tuple[float, str]:
+        """The least time for so much work, and the name of the ceiling that sets it."""
+        arithmetic, memory = cost.flops / self.flops[dtype], cost.bytes / self.bandwidth
+        return max((arithmetic, "arithmetic"), (memory, "bandwidth"))
+
+
+def ceilings(size: int = 2048, copied: int = 2**28, tries: int = 5) -> Ceilings:
+    square = torch.randn(size, size)
+    source = torch.ones(copied // 4)
+    target = torch.empty_like(source)
+    products = {str(dtype)[6:]: square.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    best = {name: _best(lambda m=matrix: m @ m, tries) for name, matrix in products.items()}
+    copy = _best(lambda: target.copy_(source), tries)
+    return Ceilings({name: 2 * size**3 / seconds for name, seconds in best.items()}, 2 * copied / copy)
+
+
+def _best(work: Callable[[], object], tries: int) -> float:
+    times = []
+    for _ in range(tries + 1):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+class Memory:
+    """Peaks of memory, measured in a process of its own, whose allocator hands back at once what is freed.
+
+    It is the system's high-water mark of resident memory, so kernels' own memory counts as torch's does. The process
+    lives until the block ends.
+    """
+
+    SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # noqa: RUF012
+
+    _pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def peak(self, point: Point) -> int | None:
+        """Bytes at the peak of a call, its inputs and weights included; ``None`` where they cannot be measured."""
+        if not os.access(RESET, os.W_OK):
+            return None
+        before = {name: os.environ.get(name) for name in self.SETTINGS}
+        os.environ.update(self.SETTINGS)  # for the process that starts: an allocator reads them once
+        try:
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            return self._pool.submit(_peak_of, point, torch.get_num_threads()).result()
+        except BrokenProcessPool:  # killed, as happens where memory runs out: the next call starts another
+            self._pool = None
+            return None
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _peak_of(point: Point, threads: int) -> int:
+    from experiments.bench.contests import CONTESTS
+
+    name, contestant, way, length, dtype = point
+    contest, kind = CONTESTS[name], getattr(torch, dtype)
+    torch.set_num_threads(threads)
+    contest.runner(contestant, way, contest.inputs(WARM_UP, kind))()  # loads code, starts threads
+    gc.collect()
+    before = _resident("VmRSS")
+    run = contest.runner(contestant, way, contest.inputs(length, kind))
+    Path(RESET).write_text("5")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(kind: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,161 @@
+"""What one would use without this library: torch's own attention, published loops, other packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.bench.contest import Absent, Call, Contestant, Inputs
+
+
+def _taking(call: Call, names: str, forward_only: bool = False) -> Contestant:
+    """A function of some of the contest's inputs, by the names that these have there."""
+
+    def enter(inputs: Inputs) -> tuple[Call, Inputs]:
+        return call, {name: inputs[name] for name in names.split()}
+
+    return Contestant(enter, forward_only)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads_first = (m.transpose(1, 2) for m in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+
+
+def _padded_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    channels, width = weight.shape
+    y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=width - 1, groups=channels)
+    return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
+
+
+def _sums_between(x: Tensor) -> Tensor:
+    """``[..., C, C]``: the sum of ``x[j + 1 .. i]`` for ``i >= j``, else -inf."""
+    size = x.shape[-1]
+    below, upto = (torch.ones(size, size, dtype=torch.bool).tril(diagonal) for diagonal in (-1, 0))
+    sums = x.unsqueeze(-1).expand(*x.shape, size).masked_fill(~below, 0).cumsum(-2)
+    return sums.masked_fill(~upto, -torch.inf)
+
+
+def _minimal_ssd(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = 64) -> Tensor:
+    """Dao and Gu 2024, "Transformers are SSMs", listing 1: chunks, and a product over all of them for the states."""
+    C, B, X, A = (m.unflatten(1, (-1, chunk)) for m in (q * q.shape[-1] ** -0.5, k, v, log_decay.to(v.dtype)))
+    A = A.permute(0, 3, 1, 2)
+    sums = A.cumsum(-1)
+    inside = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, _sums_between(A).exp(), X)
+    to_end = (sums[..., -1:] - sums).exp()
+    states = torch.einsum("bclhn,bhcl,bclhp->bchpn", B, to_end, X)
+    states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
+    between = _sums_between(F.pad(sums[..., -1], (1, 0))).exp()
+    states = torch.einsum("bhzc,bchpn->bzhpn", between, states)[:, :-1]
+    return (inside + torch.einsum("bclhn,bchpn,bhcl->bclhp", C, states, sums.exp())).flatten(1, 2)
+
+
+def _step_loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Gu and Dao 2023, "Mamba": as in the release's ``selective_scan_ref``, all steps discretised before the loop."""
+    decay = torch.exp(torch.einsum("btd,dn->bdtn", dt, A))
+    written = torch.einsum("btd,btn,btd->bdtn", dt, B, x)
+    state, outputs = torch.zeros_like(written[:, :, 0]), []
+    for t in range(x.shape[1]):
+        state = decay[:, :, t] * state + written[:, :, t]
+        outputs.append(torch.einsum("bdn,bn->bd", state, C[:, t]))
+    return torch.stack(outputs, dim=1)
+
+
+def _mambapy(inputs: Inputs) -> tuple[Call, Inputs]:
+    """Its scan alone, on steps that are discretised already: ``[B, T, D, N]``."""
+    from mambapy.pscan import pscan
+
+    decay = torch.exp(inputs["dt"].unsqueeze(-1) * inputs["A"])
+    written = (inputs["dt"] * inputs["x"]).unsqueeze(-1) * inputs["B"].unsqueeze(-2)
+    return lambda decay, written: pscan(decay, written), {"decay": decay, "written": written}
+
+
+def _transformers_delta_rule(inputs: Inputs) -> tuple[Call, Inputs]:
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    # Unwrapped, as what it is wrapped in prefers the GPU kernels of another package wherever that is installed.
+    rule = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    names = {"query": "q", "key": "k", "value": "v", "g": "log_decay", "beta": "beta"}
+    return lambda **own: rule(**own)[0], {name: inputs[ours] for name, ours in names.items()}
+
+
+def _dense_mlp(x: Tensor, w_in: Tensor, w_gate: Tensor, w_out: Tensor) -> Tensor:
+    """As many hidden units for every token as its experts have together."""
+    return (F.silu(x @ w_gate) * (x @ w_in)) @ w_out
+
+
+def _dense(inputs: Inputs) -> tuple[Call, Inputs]:
+    chosen = inputs["expert_index"].shape[-1]
+    wide = {name: inputs[name][:chosen].transpose(0, 1).flatten(1) for name in ("w_in", "w_gate")}
+    return _dense_mlp, {"x": inputs["x"], **wide, "w_out": inputs["w_out"][:chosen].flatten(0, 1)}
+
+
+def _flex_mask(length: int, window: int, block: int = 128) -> Any:
+    """The causal window as FlexAttention's blocks, made without a table of all pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    index = torch.arange(-(-length // block))
+    apart = (index[:, None] - index) * block
+    seen = (apart >= 0) & (apart - block + 1 < window)
+    whole = (apart > 0) & (apart + block - 1 < window)
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        order = blocks.int().argsort(stable=True, dim=-1, descending=True)
+        return blocks.sum(-1).int()[None, None], order.int()[None, None]
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < window)
+
+    lists = (*listed(seen & ~whole), *listed(whole))
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(length, length))
+
+
+def _flex(inputs: Inputs) -> tuple[Call, Inputs]:
+    """Compiled before it is timed, once a length; torch has no backward pass of it on a CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise Absent("torch.compile finds no C++ compiler")
+    length = inputs["q"].shape[1]
+    mask = _flex_mask(length, inputs.get("window") or length)
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return compiled(*(m.transpose(1, 2) for m in (q, k, v)), block_mask=mask).transpose(1, 2)
+
+    own = {name: inputs[name] for name in ("q", "k", "v")}
+    with torch.no_grad():
+        call(**own)
+    return call, own
+
+
+def without_gpu_kernels(enter: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse where ``transformers`` would pick kernels that do not run on a CPU, which happens as it is imported."""
+
+    def guarded(*arguments: Any) -> Any:
+        for package in ("fla", "mamba_ssm", "causal_conv1d"):
+            if importlib.util.find_spec(package):
+                raise Absent(f"transformers picks the GPU kernels of {package}, which is installed, on a CPU too")
+        return enter(*arguments)
+
+    return guarded
+
+
+SDPA = _taking(_sdpa, "q k v")
+CONV1D = _taking(_padded_conv1d, "x weight bias")
+MINIMAL_SSD = _taking(_minimal_ssd, "q k v log_decay")
+STEP_LOOP = _taking(_step_loop, "x dt A B C", forward_only=True)
+"""Its backward pass fills a tensor of all steps for every step."""
+
+MAMBAPY = Contestant(_mambapy)
+TRANSFORMERS_DELTA_RULE = Contestant(_transformers_delta_rule)
+DENSE_MLP = Contestant(_dense)
+FLEX = Contestant(_flex, forward_only=True)

@@ -1,0 +1,72 @@
+"""The plot of a contest: time against length, a line a contestant, and below them the least that the machine allows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from experiments.bench.contest import AUTO
+from experiments.bench.contests import CONTESTS
+from experiments.bench.record import Record, Row
+from experiments.style import COLOURS, DASHES, QUIET, RESERVE, Axes, figure, spread
+from seqarch.ops import OPS
+
+PALETTE = (*COLOURS.values(), *RESERVE)
+OURS = {"seqarch", *(name for op in OPS.values() for name in op.backends)}
+
+
+def draw(record: Record, folder: Path) -> Path | None:
+    """Write ``CONTEST.png``, a panel a way; nothing where there is one length alone."""
+    ways = list(dict.fromkeys(row.way for row in record.rows))
+    if len({row.length for row in record.rows}) < 2:
+        return None
+    path = folder / f"{record.file}.png"
+    with figure([path], columns=len(ways), size=(6.4 * len(ways), 4.2)) as (drawing, panels):
+        drawing.suptitle(f"{record.contest}, {record.dtype}: {record.title}", fontsize=11)
+        for axes, way in zip(panels, ways, strict=True):
+            _panel(axes, way, [row for row in record.rows if row.way == way], _looks(record.contest))
+    return path
+
+
+def _panel(axes: Axes, way: str, rows: list[Row], looks: dict[str, dict]) -> None:
+    lengths = sorted({row.length for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ends = []
+    for name in dict.fromkeys(row.contestant for row in rows):
+        own = [row for row in rows if row.contestant == name]
+        x, look = [row.length for row in own], looks[name]
+        axes.plot(x, [row.median_ms for row in own], **look)
+        axes.fill_between(x, *([getattr(row, f"quartile{n}_ms") for row in own] for n in (1, 3)),
+                          color=look["color"], alpha=0.2, linewidth=0)  # fmt: skip
+        ends.append((name, look["color"], x[-1], own[-1].median_ms))
+    least = {row.length: row.share * row.median_ms for row in rows}
+    axes.plot(lengths, [least[length] for length in lengths], color=QUIET, linestyle=(0, (1, 1)), linewidth=1.4)
+    ends.append(("ceiling", QUIET, lengths[-1], least[lengths[-1]]))
+    axes.set_xticks(lengths, [str(length) if length < 1024 else f"{length // 1024}k" for length in lengths])
+    axes.set_xticks([], minor=True)
+    axes.set_title(way)
+    axes.set_xlabel("Tokens")
+    axes.set_ylabel("Time of a call (ms)")
+    _label(axes, ends)
+
+
+def _label(axes: Axes, ends: list[tuple[str, str, int, float]]) -> None:
+    """Names right of the panel at the height where their lines end, moved apart where these are close."""
+    low, high = (math.log10(bound) for bound in axes.get_ylim())
+    wanted = [math.log10(y) for *_, y in ends]
+    heights = spread(wanted, 0.055 * (high - low), low, high)
+    for (name, colour, x, y), height in zip(ends, heights, strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 1}
+        axes.annotate(name, (x, y), xytext=(1.03, (height - low) / (high - low)), textcoords="axes fraction",
+                      color=colour, fontsize=9, va="center", annotation_clip=False, arrowprops=leader)  # fmt: skip
+
+
+def _looks(contest: str) -> dict[str, dict]:
+    """By contestant: ours are whole lines, the others broken ones; a colour each, the same in every panel."""
+    names = [name for name in CONTESTS[contest].contestants if name != AUTO]
+    return {
+        name: {"color": PALETTE[index % len(PALETTE)], "linestyle": DASHES[0 if name in OURS else 1], "marker": "o",
+               "markersize": 4}
+        for index, name in enumerate(names)
+    }  # fmt: skip

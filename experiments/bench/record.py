@@ -1,0 +1,163 @@
+"""One contest measured over lengths: its rows, who was left out and why, and the files that hold them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from experiments.bench.contest import WAYS, Absent, Contest, Inputs, Runner
+from experiments.bench.measure import Ceilings, Memory, alternate, expected, ratio
+from experiments.environment import code_version, hardware, software
+from experiments.errors import writing
+
+MEMORY_SHARE = 0.6
+"""Of the machine's memory, what a call may be expected to need."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant, one way, one length. Times are of one call; what was not measured is ``None``.
+
+    Attributes:
+        rounds: how many calls the median and the quartiles are of; with 1 there is no spread.
+        times_faster: than the contest's first contestant, the median over the rounds.
+        share: of the nearer ceiling, 1 being all that the machine can do.
+        ceiling: which one is nearer, ``"arithmetic"`` or ``"bandwidth"``.
+        moved_mb: inputs and outputs, with gradients on the way back; of a model, its weights.
+        peak_mb: memory at the call's peak, inputs included.
+    """
+
+    contestant: str
+    way: str
+    length: int
+    rounds: int
+    median_ms: float
+    quartile1_ms: float
+    quartile3_ms: float
+    times_faster: float | None
+    share: float
+    ceiling: str
+    moved_mb: float
+    peak_mb: float | None
+
+
+@dataclass
+class Record:
+    """The measurements of one contest in one dtype."""
+
+    contest: str
+    title: str
+    dtype: str
+    budget_s: float
+    ceilings: Ceilings
+    rows: list[Row] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def file(self) -> str:
+        return self.contest if self.dtype == "float32" else f"{self.contest}.{self.dtype}"
+
+    def save(self, folder: Path) -> None:
+        """Write ``CONTEST.json`` with everything and ``CONTEST.csv`` with the rows alone."""
+        machine = {"hardware": hardware(torch.device("cpu")), "software": software(), "code": code_version()[0]}
+        with writing(folder):
+            (folder / f"{self.file}.json").write_text(json.dumps(asdict(self) | machine, indent=1) + "\n")
+            with (folder / f"{self.file}.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, [entry.name for entry in fields(Row)])
+                writer.writeheader()
+                writer.writerows(asdict(row) for row in self.rows)
+
+
+class Measurement:
+    """Measures a contest: ways and lengths one after the other, contestants in turn."""
+
+    def __init__(self, contest: Contest, record: Record, memory: Memory):
+        self.contest, self.record, self.memory = contest, record, memory
+        self.times: dict[tuple[str, str], dict[int, float]] = {}
+        self.peaks: dict[tuple[str, str], dict[int, float]] = {}
+        self.memory_limit = MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def run(self, lengths: Sequence[int]) -> Record:
+        for way in self.contest.ways:
+            for length in (length for length in sorted(lengths) if length <= self.contest.longest):
+                self._length(way, length)
+        return self.record
+
+    def _length(self, way: str, length: int) -> None:
+        torch.manual_seed(0)
+        inputs = self.contest.inputs(length, getattr(torch, self.record.dtype))
+        runners = dict(self._runners(way, length, inputs))
+        times = alternate(runners, self.record.budget_s)
+        runners.clear()  # models and optimizers go before others measure their memory
+        cost = WAYS[way].cost(self.contest.cost(inputs))
+        least, ceiling = self.record.ceilings.seconds(cost, self.record.dtype)
+        first = times.get(self.contest.shown(way)[0])
+        for name, seconds in times.items():
+            low, median, high = quartiles(seconds)
+            self.times.setdefault((name, way), {})[length] = median
+            peak = self.memory.peak((self.record.contest, name, way, length, self.record.dtype))
+            if peak is not None:
+                self.peaks.setdefault((name, way), {})[length] = max(peak, 1)
+            faster = None if first is None else ratio(first, seconds)
+            shown = [None if value is None else _rounded(value) for value in (faster, least / median)]
+            milliseconds = [_rounded(1e3 * value) for value in (median, low, high)]
+            sizes = [_rounded(cost.bytes / 1e6), None if peak is None else _rounded(peak / 1e6)]
+            self.record.rows.append(Row(name, way, length, len(seconds), *milliseconds, *shown, ceiling, *sizes))
+
+    def _runners(self, way: str, length: int, inputs: Inputs) -> Iterator[tuple[str, Runner]]:
+        """Those who can take part, and are expected to end in time and to find room."""
+        for name in self.contest.shown(way):
+            seconds = expected(self.times.get((name, way), {}), length)
+            peak = expected(self.peaks.get((name, way), {}), length)
+            if name in self.record.absent:
+                continue
+            if seconds > self.record.budget_s or peak > self.memory_limit or self._gave_up(name, way):
+                why = {"expected_s": _rounded(seconds), "expected_peak_mb": _rounded(peak / 1e6)}
+                self.record.left_out.append({"contestant": name, "way": way, "length": length, **why})
+                continue
+            try:
+                yield name, self.contest.runner(name, way, inputs)
+            except Absent as reason:
+                self.record.absent[name] = str(reason)
+
+    def _gave_up(self, name: str, way: str) -> bool:
+        """Whether a shorter length was left out already."""
+        return any((one["contestant"], one["way"]) == (name, way) for one in self.record.left_out)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def table(record: Record, way: str) -> Table:
+    """What a person sees of one way."""
+    shown = Table(title=f"{record.contest}, {way}, {record.dtype}\n{record.title}", box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("T", justify="right")
+    shown.add_column("contestant", no_wrap=True)
+    for column in ("median, ms", "quartiles, ms", "calls", "ratio", "ceiling", "MB"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in (row for row in record.rows if row.way == way):
+        spread = f"{row.quartile1_ms:g} to {row.quartile3_ms:g}" if row.rounds > 1 else ""
+        ratio = "" if row.times_faster is None else f"{row.times_faster:.2f}"
+        peak = "?" if row.peak_mb is None else f"{row.peak_mb:.0f}"
+        numbers = (f"{row.median_ms:g}", spread, str(row.rounds), ratio, f"{row.share:.0%}", peak)
+        shown.add_row(str(row.length), row.contestant, *numbers)
+    return shown

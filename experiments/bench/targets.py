@@ -1,0 +1,203 @@
+"""What the project promises of a CPU, as claims about two measurements of one run: ``experiments.bench targets``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from experiments.bench.contest import AUTO, WAYS, Absent
+from experiments.bench.contests import CONTESTS
+from experiments.bench.measure import Memory, Point, alternate, ceilings, ratio
+from experiments.environment import code_version, hardware, software
+from experiments.errors import writing
+
+BUDGET = 2.0
+"""Seconds a contestant and claim; what takes longer is called once."""
+
+SHORT, LONG = 16384, 65536
+GROWS = ("linear_attention", "linear_attention_per_key", "delta_rule", "delta_rule_per_key", "selective_scan",
+         "window_attention", "block_sparse_attention", "causal_conv1d", "experts")  # fmt: skip
+"""The contests whose work is in proportion to the length."""
+
+PASSES = ("forward", "forward + backward")
+
+
+def point(contest: str, contestant: str, way: str, length: int, dtype: str = "float32") -> Point:
+    return contest, contestant, way, length, dtype
+
+
+@dataclass(frozen=True)
+class Result:
+    """A target's row; ``reached`` is ``None`` where it was not measured, and ``note`` says why."""
+
+    work: str
+    reached: float | None
+    bound: float
+    at_least: bool
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.reached is None:
+            return None
+        return self.reached >= self.bound if self.at_least else self.reached <= self.bound
+
+
+@dataclass(frozen=True)
+class Faster:
+    """The time of ``slow`` over that of ``fast``: at least, or at most, a bound."""
+
+    work: str
+    slow: Point
+    fast: Point
+    bound: float
+    at_least: bool = True
+
+    def measure(self, memory: Memory) -> Result:
+        try:
+            runners = {}
+            for key, (contest, contestant, way, length, dtype) in {"slow": self.slow, "fast": self.fast}.items():
+                torch.manual_seed(0)
+                inputs = CONTESTS[contest].inputs(length, getattr(torch, dtype))
+                runners[key] = CONTESTS[contest].runner(contestant, way, inputs)
+        except Absent as reason:
+            return Result(self.work, None, self.bound, self.at_least, str(reason))
+        times = alternate(runners, BUDGET)
+        rounds = min(len(found) for found in times.values())
+        note = f"{1e3 * min(times['fast']):.3g} ms, {rounds} {'round' if rounds == 1 else 'rounds'}"
+        return Result(self.work, ratio(times["slow"], times["fast"]), self.bound, self.at_least, note)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The peak of memory at the longer length: over that at the shorter, or over inputs and outputs."""
+
+    work: str
+    contest: str
+    way: str
+    growth: bool
+    bound: float
+
+    def measure(self, memory: Memory) -> Result:
+        peak = memory.peak(point(self.contest, AUTO, self.way, LONG))
+        contest = CONTESTS[self.contest]
+        base: float | None = WAYS[self.way].cost(contest.cost(contest.inputs(LONG, torch.float32))).bytes
+        if self.growth:
+            base = memory.peak(point(self.contest, AUTO, self.way, SHORT))
+        if peak is None or base is None:
+            return Result(self.work, None, self.bound, False, "not measured")
+        return Result(self.work, peak / base, self.bound, False, f"{peak / 1e6:.4g} MB")
+
+
+@dataclass(frozen=True)
+class OfBandwidth:
+    """The least time in which a model's weights are read, over that of a token."""
+
+    work: str
+    contest: str
+    length: int
+    bound: float
+
+    def measure(self, memory: Memory) -> Result:
+        torch.manual_seed(0)
+        contest = CONTESTS[self.contest]
+        inputs = contest.inputs(self.length, torch.float32)
+        run = contest.runner("seqarch", "one token", inputs)
+        times, bandwidth = alternate({"token": run}, 3 * BUDGET, rounds=100)["token"], ceilings().bandwidth
+        least = contest.cost(inputs).bytes / bandwidth
+        note = f"{1 / sorted(times)[len(times) // 2]:.3g} tokens/s, {bandwidth / 1e9:.3g} GB/s"
+        return Result(self.work, least / sorted(times)[len(times) // 2], self.bound, True, note)
+
+
+Target = Faster | Peak | OfBandwidth
+
+
+def _against(work: str, contest: str, peer: str, bound: float, length: int, ways: tuple[str, ...]) -> Iterator[Target]:
+    for way in ways:
+        slow, fast = (point(contest, name, way, length) for name in (peer, AUTO))
+        yield Faster(f"{work}, {way}, T = {length}, against {peer}", slow, fast, bound)
+
+
+def _recurrences() -> Iterator[Target]:
+    yield from _against("linear_attention", "linear_attention", "minimal SSD", 2.5, 2048, PASSES)
+    for length, bound in ((512, 1.0), (2048, 1.0), (SHORT, 20.0)):
+        yield from _against("linear_attention", "linear_attention", "SDPA", bound, length, PASSES)
+    for way in PASSES:
+        slow, fast = (point(f"linear_attention{name}", AUTO, way, 2048) for name in ("_per_key", ""))
+        yield Faster(f"decay a key dimension over a head's, {way}, T = 2048", slow, fast, 1.7, at_least=False)
+    yield from _against("delta_rule", "delta_rule", "transformers", 4.0, 2048, PASSES)
+    yield from _against("selective_scan", "selective_scan", "step loop", 15.0, 2048, PASSES[:1])
+    yield from _against("selective_scan", "selective_scan", "mambapy", 12.0, 2048, PASSES[1:])
+
+
+def _attention() -> Iterator[Target]:
+    yield from _against("window of 256", "window_attention", "SDPA", 10.0, 8192, PASSES[1:])
+    for length, bound in ((8192, 2.0), (32768, 6.0)):
+        yield from _against("16 blocks of 64", "block_sparse_attention", "SDPA", bound, length, PASSES[1:])
+
+
+def _models() -> Iterator[Target]:
+    for contest, peer, bound in (
+        ("training_mamba", "transformers, mambapy", 3.0),
+        ("training_mamba_lm", "transformers, mambapy", 3.0),
+        ("training_mamba", "transformers", 100.0),
+    ):
+        vocabulary = CONTESTS[contest].title.rpartition(", ")[2]
+        slow, fast = (point(contest, name, "training step", 1024) for name in (peer, "seqarch"))
+        yield Faster(f"training step, 2 layers of Mamba, {vocabulary}, T = 1024, against {peer}", slow, fast, bound)
+    yield OfBandwidth("one token of Mamba 130M, of the bound by bandwidth", "decoding_mamba_130m", 64, 0.85)
+
+
+def _growth() -> Iterator[Target]:
+    for contest in GROWS:
+        for way in PASSES:
+            slow, fast = (point(contest, AUTO, way, length) for length in (LONG, SHORT))
+            yield Faster(f"{contest}, {way}, time from T = {SHORT} to {LONG}", slow, fast, 4.3, at_least=False)
+            yield Peak(f"{contest}, {way}, peak of memory from T = {SHORT} to {LONG}", contest, way, True, 4.3)
+            yield Peak(f"{contest}, {way}, peak over inputs and outputs, T = {LONG}", contest, way, False, 4.0)
+
+
+def _bfloat16() -> Iterator[Target]:
+    for contest in (*GROWS, "attention"):
+        for way in PASSES:
+            slow, fast = (point(contest, AUTO, way, 2048, dtype) for dtype in ("float32", "bfloat16"))
+            yield Faster(f"{contest}, {way}, T = 2048, bfloat16 against float32", slow, fast, 1.0)
+
+
+def all_targets() -> list[Target]:
+    return [*_recurrences(), *_attention(), *_models(), *_bfloat16(), *_growth()]
+
+
+def table(results: list[Result]) -> Table:
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column, right in (("work", False), ("reached", True), ("bound", True), ("met", False), ("", False)):
+        shown.add_column(column, justify="right" if right else "left")
+    for row in results:
+        reached = "not measured" if row.reached is None else f"{row.reached:.3g}"
+        bound = f"{'at least' if row.at_least else 'at most'} {row.bound:g}"
+        shown.add_row(row.work, reached, bound, {True: "yes", False: "no", None: ""}[row.met], row.note)
+    return shown
+
+
+def run(console: Console, only: str, folder: Path) -> None:
+    """Measure the targets whose work has ``only`` in it, print each as it comes and write ``targets.json``."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    with Memory() as memory:
+        for target in all_targets():
+            if only in target.work:
+                results.append(target.measure(memory))
+                console.log(results[-1].work, results[-1].reached, log_locals=False)
+    console.print(table(results))
+    machine = {"hardware": hardware(torch.device("cpu")), "software": software(), "code": code_version()[0]}
+    rows = [asdict(result) | {"met": result.met} for result in results]
+    with writing(folder):
+        (folder / "targets.json").write_text(json.dumps({"targets": rows} | machine, indent=1) + "\n")
