@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -t
 	       "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --editable '.[experiments,dev]'
+	  --editable '.[experiments,peers,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

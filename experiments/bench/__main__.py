@@ -8,6 +8,7 @@ peak of memory. ``targets`` prints the project's table of targets instead, with 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from experiments.bench import plots, targets
 from experiments.bench.contest import LENGTHS
 from experiments.bench.contests import CONTESTS
-from experiments.bench.measure import Ceilings, Memory, ceilings
+from experiments.bench.measure import Ceilings, ceilings
 from experiments.bench.record import Measurement, Record, table
 from experiments.environment import hardware
 from experiments.errors import RunnerError, choices_hint, writing
@@ -45,7 +46,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for length in options.lengths or ():
         if length < 64 or length % 64:
             parser.error(f"--lengths has {length}, expected multiples of 64")
-    options.budget = options.budget or (0.5 if options.quick else 3.0)
+    if options.budget is None:
+        options.budget = 0.5 if options.quick else 3.0
+    if not 0 < options.budget < math.inf:
+        parser.error(f"--budget is {options.budget}, expected seconds, more than 0")
     options.lengths = options.lengths or (QUICK if options.quick else LENGTHS)
     return options
 
@@ -64,18 +68,17 @@ def run(options: argparse.Namespace) -> None:
     with writing(options.folder):  # before the work, not after it
         options.folder.mkdir(parents=True, exist_ok=True)
     found = ceilings()
-    with Memory() as memory:
-        for name in options.ops or CONTESTS:
-            contest, found = CONTESTS[name], found.best(ceilings())
-            describe(console, found)
-            record = Record(name, contest.title, options.dtype, options.budget, found)
-            Measurement(contest, record, memory).run(options.lengths)
-            for way in contest.ways:
-                console.print(table(record, way))
-            report(console, record)
-            record.save(options.folder)
-            plots.draw(record, options.folder)
-            console.print(f"written to {options.folder / record.file}.*")
+    for name in options.ops or CONTESTS:
+        contest, found = CONTESTS[name], found.best(ceilings())
+        describe(console, found)
+        record = Record(name, contest.title, options.dtype, options.budget, found)
+        Measurement(contest, record).run(options.lengths)
+        for way in contest.ways:
+            console.print(table(record, way))
+        report(console, record)
+        record.save(options.folder)
+        plots.draw(record, options.folder)
+        console.print(f"written to {options.folder / record.file}.*")
 
 
 def report(console: Console, record: Record) -> None:

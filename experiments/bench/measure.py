@@ -23,6 +23,7 @@ ROUNDS = 20
 WARM_UP = 64
 """Tokens of the call that comes before a measurement of memory."""
 
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 RESET = "/proc/self/clear_refs"
 """Where Linux sets the high-water mark of resident memory back."""
 
@@ -110,43 +111,29 @@ def _best(work: Callable[[], object], tries: int) -> float:
     return min(times[1:])
 
 
-class Memory:
-    """Peaks of memory, measured in a process of its own, whose allocator hands back at once what is freed.
+def peak_memory(point: Point) -> int | None:
+    """Bytes at the peak of a call, its inputs and weights included; ``None`` where they cannot be measured.
 
-    It is the system's high-water mark of resident memory, so kernels' own memory counts as torch's does. The process
-    lives until the block ends.
+    It is the system's high-water mark of resident memory, so kernels' own memory counts as torch's does, in a process
+    that does nothing else and whose allocator hands back what is freed.
     """
-
-    SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # noqa: RUF012
-
-    _pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Memory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def peak(self, point: Point) -> int | None:
-        """Bytes at the peak of a call, its inputs and weights included; ``None`` where they cannot be measured."""
-        if not os.access(RESET, os.W_OK):
-            return None
-        before = {name: os.environ.get(name) for name in self.SETTINGS}
-        os.environ.update(self.SETTINGS)  # for the process that starts: an allocator reads them once
-        try:
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-            return self._pool.submit(_peak_of, point, torch.get_num_threads()).result()
-        except BrokenProcessPool:  # killed, as happens where memory runs out: the next call starts another
-            self._pool = None
-            return None
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+    if not os.access(RESET, os.W_OK):
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.bench.contests", "torch._dynamo"])
+    before = {name: os.environ.get(name) for name in ALLOCATOR}
+    os.environ.update(ALLOCATOR)  # read once, by the server that starts with the first call
+    try:
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_peak_here, point, torch.get_num_threads()).result()
+    except BrokenProcessPool:  # killed, as happens where memory runs out
+        return None
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _peak_of(point: Point, threads: int) -> int:
+def _peak_here(point: Point, threads: int) -> int:
     from experiments.bench.contests import CONTESTS
 
     name, contestant, way, length, dtype = point

@@ -25,8 +25,8 @@ def _taking(call: Call, names: str, forward_only: bool = False) -> Contestant:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads_first = (m.transpose(1, 2) for m in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    q, k, v = (m.transpose(1, 2) for m in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def _padded_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -129,7 +129,8 @@ def _flex(inputs: Inputs) -> tuple[Call, Inputs]:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(*(m.transpose(1, 2) for m in (q, k, v)), block_mask=mask).transpose(1, 2)
+        q, k, v = (m.transpose(1, 2) for m in (q, k, v))
+        return compiled(q, k, v, block_mask=mask).transpose(1, 2)
 
     own = {name: inputs[name] for name in ("q", "k", "v")}
     with torch.no_grad():

@@ -37,8 +37,8 @@ def _panel(axes: Axes, way: str, rows: list[Row], looks: dict[str, dict]) -> Non
         own = [row for row in rows if row.contestant == name]
         x, look = [row.length for row in own], looks[name]
         axes.plot(x, [row.median_ms for row in own], **look)
-        axes.fill_between(x, *([getattr(row, f"quartile{n}_ms") for row in own] for n in (1, 3)),
-                          color=look["color"], alpha=0.2, linewidth=0)  # fmt: skip
+        low, high = [row.quartile1_ms for row in own], [row.quartile3_ms for row in own]
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
         ends.append((name, look["color"], x[-1], own[-1].median_ms))
     least = {row.length: row.share * row.median_ms for row in rows}
     axes.plot(lengths, [least[length] for length in lengths], color=QUIET, linestyle=(0, (1, 1)), linewidth=1.4)
@@ -57,7 +57,7 @@ def _label(axes: Axes, ends: list[tuple[str, str, int, float]]) -> None:
     wanted = [math.log10(y) for *_, y in ends]
     heights = spread(wanted, 0.055 * (high - low), low, high)
     for (name, colour, x, y), height in zip(ends, heights, strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 1}
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 1}
         axes.annotate(name, (x, y), xytext=(1.03, (height - low) / (high - low)), textcoords="axes fraction",
                       color=colour, fontsize=9, va="center", annotation_clip=False, arrowprops=leader)  # fmt: skip
 

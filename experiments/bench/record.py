@@ -15,8 +15,8 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments.bench.contest import WAYS, Absent, Contest, Inputs, Runner
-from experiments.bench.measure import Ceilings, Memory, alternate, expected, ratio
+from experiments.bench.contest import WAYS, Absent, Contest, Cost, Inputs, Runner
+from experiments.bench.measure import Ceilings, alternate, expected, peak_memory, ratio
 from experiments.environment import code_version, hardware, software
 from experiments.errors import writing
 
@@ -82,8 +82,8 @@ class Record:
 class Measurement:
     """Measures a contest: ways and lengths one after the other, contestants in turn."""
 
-    def __init__(self, contest: Contest, record: Record, memory: Memory):
-        self.contest, self.record, self.memory = contest, record, memory
+    def __init__(self, contest: Contest, record: Record):
+        self.contest, self.record = contest, record
         self.times: dict[tuple[str, str], dict[int, float]] = {}
         self.peaks: dict[tuple[str, str], dict[int, float]] = {}
         self.memory_limit = MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -99,21 +99,35 @@ class Measurement:
         inputs = self.contest.inputs(length, getattr(torch, self.record.dtype))
         runners = dict(self._runners(way, length, inputs))
         times = alternate(runners, self.record.budget_s)
-        runners.clear()  # models and optimizers go before others measure their memory
+        runners.clear()  # models and optimizers go before memory is measured
         cost = WAYS[way].cost(self.contest.cost(inputs))
-        least, ceiling = self.record.ceilings.seconds(cost, self.record.dtype)
         first = times.get(self.contest.shown(way)[0])
         for name, seconds in times.items():
-            low, median, high = quartiles(seconds)
-            self.times.setdefault((name, way), {})[length] = median
-            peak = self.memory.peak((self.record.contest, name, way, length, self.record.dtype))
-            if peak is not None:
-                self.peaks.setdefault((name, way), {})[length] = max(peak, 1)
-            faster = None if first is None else ratio(first, seconds)
-            shown = [None if value is None else _rounded(value) for value in (faster, least / median)]
-            milliseconds = [_rounded(1e3 * value) for value in (median, low, high)]
-            sizes = [_rounded(cost.bytes / 1e6), None if peak is None else _rounded(peak / 1e6)]
-            self.record.rows.append(Row(name, way, length, len(seconds), *milliseconds, *shown, ceiling, *sizes))
+            self.record.rows.append(self._row(name, way, length, seconds, cost, first))
+
+    def _row(
+        self, name: str, way: str, length: int, seconds: list[float], cost: Cost, first: list[float] | None
+    ) -> Row:
+        low, median, high = quartiles(seconds)
+        least, ceiling = self.record.ceilings.seconds(cost, self.record.dtype)
+        peak = peak_memory((self.record.contest, name, way, length, self.record.dtype))
+        self.times.setdefault((name, way), {})[length] = median
+        if peak is not None:
+            self.peaks.setdefault((name, way), {})[length] = max(peak, 1)
+        return Row(
+            contestant=name,
+            way=way,
+            length=length,
+            rounds=len(seconds),
+            median_ms=_rounded(1e3 * median),
+            quartile1_ms=_rounded(1e3 * low),
+            quartile3_ms=_rounded(1e3 * high),
+            times_faster=None if first is None else _rounded(ratio(first, seconds)),
+            share=_rounded(least / median),
+            ceiling=ceiling,
+            moved_mb=_rounded(cost.bytes / 1e6),
+            peak_mb=None if peak is None else _rounded(peak / 1e6),
+        )
 
     def _runners(self, way: str, length: int, inputs: Inputs) -> Iterator[tuple[str, Runner]]:
         """Those who can take part, and are expected to end in time and to find room."""

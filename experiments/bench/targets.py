@@ -14,7 +14,7 @@ from rich.table import Table
 
 from experiments.bench.contest import AUTO, WAYS, Absent
 from experiments.bench.contests import CONTESTS
-from experiments.bench.measure import Memory, Point, alternate, ceilings, ratio
+from experiments.bench.measure import Point, alternate, ceilings, peak_memory, ratio
 from experiments.environment import code_version, hardware, software
 from experiments.errors import writing
 
@@ -60,7 +60,7 @@ class Faster:
     bound: float
     at_least: bool = True
 
-    def measure(self, memory: Memory) -> Result:
+    def measure(self) -> Result:
         try:
             runners = {}
             for key, (contest, contestant, way, length, dtype) in {"slow": self.slow, "fast": self.fast}.items():
@@ -85,12 +85,12 @@ class Peak:
     growth: bool
     bound: float
 
-    def measure(self, memory: Memory) -> Result:
-        peak = memory.peak(point(self.contest, AUTO, self.way, LONG))
+    def measure(self) -> Result:
+        peak = peak_memory(point(self.contest, AUTO, self.way, LONG))
         contest = CONTESTS[self.contest]
         base: float | None = WAYS[self.way].cost(contest.cost(contest.inputs(LONG, torch.float32))).bytes
         if self.growth:
-            base = memory.peak(point(self.contest, AUTO, self.way, SHORT))
+            base = peak_memory(point(self.contest, AUTO, self.way, SHORT))
         if peak is None or base is None:
             return Result(self.work, None, self.bound, False, "not measured")
         return Result(self.work, peak / base, self.bound, False, f"{peak / 1e6:.4g} MB")
@@ -105,7 +105,7 @@ class OfBandwidth:
     length: int
     bound: float
 
-    def measure(self, memory: Memory) -> Result:
+    def measure(self) -> Result:
         torch.manual_seed(0)
         contest = CONTESTS[self.contest]
         inputs = contest.inputs(self.length, torch.float32)
@@ -191,11 +191,9 @@ def run(console: Console, only: str, folder: Path) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     results = []
-    with Memory() as memory:
-        for target in all_targets():
-            if only in target.work:
-                results.append(target.measure(memory))
-                console.log(results[-1].work, results[-1].reached, log_locals=False)
+    for target in (target for target in all_targets() if only in target.work):
+        results.append(target.measure())
+        console.log(results[-1].work, results[-1].reached)
     console.print(table(results))
     machine = {"hardware": hardware(torch.device("cpu")), "software": software(), "code": code_version()[0]}
     rows = [asdict(result) | {"met": result.met} for result in results]
