@@ -1,8 +1,8 @@
 """The generated parts of the documentation: ``python -m docs.tables`` writes them, a test fails where they are stale.
 
-README.md and docs/mixers.md hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the pages of
-docs/ops/ are generated whole. All of it comes from the registries and the docstrings, so it is the same on every
-machine, whatever backends run there.
+README.md, docs/bench.md and docs/mixers.md hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the
+pages of docs/ops/ are generated whole. All of it comes from the registries, the docstrings and the measurements kept in
+docs/results, so it is the same on every machine, whatever backends run there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from docs.benchmarks import bench_tables
 from docs.costs import costs
 from docs.docstrings import cell, entries, first_sentence, markdown, module_docstring, source, split_sections
 from seqarch import ops
@@ -147,6 +148,7 @@ def layer_sections() -> str:
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
+    Path("docs/bench.md"): {"bench": bench_tables},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ from seqarch.ops.linear_attention import flops as linear_flops
 from seqarch.ops.selective_scan import flops as scan_flops
 
 HEADS, WIDTH = 8, 64
-CHANNELS, STATES = 1024, 16
+CHANNELS, STATES, TAPS = 1024, 16, 4
 WINDOW = 256
 BLOCK, BLOCKS = 64, 16
 EXPERTS, CHOSEN, MODEL, HIDDEN = 8, 2, 512, 1024
@@ -37,8 +39,8 @@ def _key_decay(length: int, dtype: torch.dtype) -> Inputs:
     return _heads(length, dtype) | {"log_decay": -torch.rand(1, length, HEADS, WIDTH)}
 
 
-def _rates(length: int) -> Inputs:
-    return {"beta": torch.rand(1, length, HEADS)}
+def _with_rates(inputs: Callable[[int, torch.dtype], Inputs]) -> Callable[[int, torch.dtype], Inputs]:
+    return lambda length, dtype: inputs(length, dtype) | {"beta": torch.rand(1, length, HEADS)}
 
 
 def _window(length: int, dtype: torch.dtype) -> Inputs:
@@ -63,7 +65,7 @@ def _scan(length: int, dtype: torch.dtype) -> Inputs:
 
 
 def _conv(length: int, dtype: torch.dtype) -> Inputs:
-    weight, bias = torch.randn(CHANNELS, 4).to(dtype), torch.randn(CHANNELS).to(dtype)
+    weight, bias = torch.randn(CHANNELS, TAPS).to(dtype), torch.randn(CHANNELS).to(dtype)
     return {"x": torch.randn(1, length, CHANNELS).to(dtype), "weight": weight, "bias": bias, "activation": "silu"}
 
 
@@ -79,120 +81,66 @@ def _experts(length: int, dtype: torch.dtype) -> Inputs:
     }
 
 
-def _matrix_flops(inputs: Inputs) -> float:
-    return linear_flops(inputs["v"].shape[1], HEADS, WIDTH, WIDTH)
+def _of_length(flops: Callable[..., int], *sizes: int, **options: int) -> Callable[[Inputs], int]:
+    """An operation's own count, of the inputs' length and these sizes."""
+    return lambda inputs: flops(next(iter(inputs.values())).shape[1], *sizes, **options)
 
 
-def _delta_flops(inputs: Inputs) -> float:
-    return delta_flops(inputs["v"].shape[1], HEADS, WIDTH, WIDTH)
-
-
-def _attention_flops(inputs: Inputs) -> float:
+def _attention_flops(inputs: Inputs) -> int:
     length = inputs["v"].shape[1]
     return attention_flops(length, length, HEADS, WIDTH, WIDTH, window=inputs.get("window"))
 
 
-def _block_flops(inputs: Inputs) -> float:
+def _block_flops(inputs: Inputs) -> int:
     """A query sees its listed blocks whole, but of its own block no more than what comes up to it."""
     listed = (inputs["block_index"] >= 0).sum().item() * BLOCK
     unseen = sum(BLOCK - 1 - time % BLOCK for time in range(inputs["v"].shape[1])) * HEADS
     return pair_flops(listed - unseen, WIDTH, WIDTH)
 
 
-def _scan_flops(inputs: Inputs) -> float:
-    return scan_flops(inputs["x"].shape[1], CHANNELS, STATES)
-
-
-def _conv_flops(inputs: Inputs) -> float:
-    return conv_flops(inputs["x"].shape[1], *inputs["weight"].shape)
-
-
-def _expert_flops(inputs: Inputs) -> float:
-    return expert_flops(inputs["x"].shape[1], CHOSEN, MODEL, HIDDEN)
-
-
 MATRICES = f"B = 1, H = {HEADS}, K = V = {WIDTH}"
+PER_HEAD, PER_KEY = f"{MATRICES}, one decay a head and step", f"{MATRICES}, one decay a key dimension and step"
+LINEAR = _of_length(linear_flops, HEADS, WIDTH, WIDTH)
+DELTA = _of_length(delta_flops, HEADS, WIDTH, WIDTH)
+SOFTMAX = {"SDPA": peers.SDPA, "FlexAttention": peers.FLEX}
 
 CONTESTS: dict[str, Contest] = {
     "linear_attention": of_operation(
-        "linear_attention",
-        f"{MATRICES}, one decay a head and step",
-        _head_decay,
-        _matrix_flops,
-        {"minimal SSD": peers.MINIMAL_SSD, "SDPA": peers.SDPA},
-        output="v",
+        "linear_attention", PER_HEAD, _head_decay, LINEAR, {"minimal SSD": peers.MINIMAL_SSD, "SDPA": peers.SDPA}, "v"
     ),
     "linear_attention_per_key": of_operation(
-        "linear_attention",
-        f"{MATRICES}, one decay a key dimension and step",
-        _key_decay,
-        _matrix_flops,
-        {"SDPA": peers.SDPA},
-        output="v",
+        "linear_attention", PER_KEY, _key_decay, LINEAR, {"SDPA": peers.SDPA}, "v"
     ),
     "delta_rule": of_operation(
-        "delta_rule",
-        f"{MATRICES}, one decay a head and step",
-        lambda length, dtype: _head_decay(length, dtype) | _rates(length),
-        _delta_flops,
+        *("delta_rule", PER_HEAD, _with_rates(_head_decay), DELTA),
         {"transformers": peers.TRANSFORMERS_DELTA_RULE, "SDPA": peers.SDPA},
-        output="v",
+        "v",
     ),
     "delta_rule_per_key": of_operation(
-        "delta_rule",
-        f"{MATRICES}, one decay a key dimension and step",
-        lambda length, dtype: _key_decay(length, dtype) | _rates(length),
-        _delta_flops,
-        {"SDPA": peers.SDPA},
-        output="v",
+        "delta_rule", PER_KEY, _with_rates(_key_decay), DELTA, {"SDPA": peers.SDPA}, "v"
     ),
     "selective_scan": of_operation(
-        "selective_scan",
-        f"B = 1, D = {CHANNELS}, N = {STATES}",
-        _scan,
-        _scan_flops,
+        *("selective_scan", f"B = 1, D = {CHANNELS}, N = {STATES}", _scan, _of_length(scan_flops, CHANNELS, STATES)),
         {"mambapy": peers.MAMBAPY, "step loop": peers.STEP_LOOP},
-        output="x",
+        "x",
     ),
-    "attention": of_operation(
-        "attention",
-        f"{MATRICES}, causal",
-        _heads,
-        _attention_flops,
-        {"SDPA": peers.SDPA, "FlexAttention": peers.FLEX},
-        output="v",
-    ),
+    "attention": of_operation("attention", f"{MATRICES}, causal", _heads, _attention_flops, SOFTMAX, "v"),
     "window_attention": of_operation(
-        "attention",
-        f"{MATRICES}, causal, window of {WINDOW}",
-        _window,
-        _attention_flops,
-        {"SDPA": peers.SDPA, "FlexAttention": peers.FLEX},
-        output="v",
+        "attention", f"{MATRICES}, causal, window of {WINDOW}", _window, _attention_flops, SOFTMAX, "v"
     ),
     "block_sparse_attention": of_operation(
-        "block_sparse_attention",
-        f"{MATRICES}, {BLOCKS} blocks of {BLOCK} a query and head",
-        _blocks,
-        _block_flops,
+        *("block_sparse_attention", f"{MATRICES}, {BLOCKS} blocks of {BLOCK} a query and head", _blocks, _block_flops),
         {"SDPA": peers.SDPA},
-        output="v",
+        "v",
     ),
     "causal_conv1d": of_operation(
-        "causal_conv1d",
-        f"B = 1, D = {CHANNELS}, W = 4, SiLU",
-        _conv,
-        _conv_flops,
+        *("causal_conv1d", f"B = 1, D = {CHANNELS}, W = {TAPS}, SiLU", _conv, _of_length(conv_flops, CHANNELS, TAPS)),
         {"torch conv1d": peers.CONV1D},
-        output="x",
+        "x",
     ),
     "experts": of_operation(
-        "experts",
-        f"D = {MODEL}, F = {HIDDEN}, {CHOSEN} of {EXPERTS} experts, gated",
-        _experts,
-        _expert_flops,
-        {"dense MLP": peers.DENSE_MLP},
-        output="x",
+        *("experts", f"D = {MODEL}, F = {HIDDEN}, {CHOSEN} of {EXPERTS} experts, gated", _experts),
+        *(_of_length(expert_flops, CHOSEN, MODEL, HIDDEN), {"dense MLP": peers.DENSE_MLP}, "x"),
     ),
     **models.CONTESTS,
 }

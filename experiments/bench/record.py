@@ -70,13 +70,19 @@ class Record:
 
     def save(self, folder: Path) -> None:
         """Write ``CONTEST.json`` with everything and ``CONTEST.csv`` with the rows alone."""
-        machine = {"hardware": hardware(torch.device("cpu")), "software": software(), "code": code_version()[0]}
         with writing(folder):
-            (folder / f"{self.file}.json").write_text(json.dumps(asdict(self) | machine, indent=1) + "\n")
+            (folder / f"{self.file}.json").write_text(json.dumps(asdict(self) | machine(), indent=1) + "\n")
             with (folder / f"{self.file}.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, [entry.name for entry in fields(Row)])
                 writer.writeheader()
                 writer.writerows(asdict(row) for row in self.rows)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers are of; the load tells whether others worked at the same time."""
+    found = hardware(torch.device("cpu")) | {"load": os.getloadavg()[0]}
+    found.pop("host")
+    return {"hardware": found, "software": software(), "code": code_version()[0]}
 
 
 class Measurement:

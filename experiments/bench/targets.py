@@ -15,7 +15,7 @@ from rich.table import Table
 from experiments.bench.contest import AUTO, WAYS, Absent
 from experiments.bench.contests import CONTESTS
 from experiments.bench.measure import Point, alternate, ceilings, peak_memory, ratio
-from experiments.environment import code_version, hardware, software
+from experiments.bench.record import machine
 from experiments.errors import writing
 
 BUDGET = 2.0
@@ -23,7 +23,7 @@ BUDGET = 2.0
 
 SHORT, LONG = 16384, 65536
 GROWS = ("linear_attention", "linear_attention_per_key", "delta_rule", "delta_rule_per_key", "selective_scan",
-         "window_attention", "block_sparse_attention", "causal_conv1d", "experts")  # fmt: skip
+         "window_attention", "causal_conv1d", "experts", "block_sparse_attention")  # fmt: skip
 """The contests whose work is in proportion to the length."""
 
 PASSES = ("forward", "forward + backward")
@@ -48,6 +48,10 @@ class Result:
         if self.reached is None:
             return None
         return self.reached >= self.bound if self.at_least else self.reached <= self.bound
+
+    @property
+    def said(self) -> str:
+        return "not measured" if self.reached is None else f"{self.reached:.3g}"
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def _bfloat16() -> Iterator[Target]:
 
 
 def all_targets() -> list[Target]:
-    return [*_recurrences(), *_attention(), *_models(), *_bfloat16(), *_growth()]
+    return [*_recurrences(), *_bfloat16(), *_models(), *_attention(), *_growth()]
 
 
 def table(results: list[Result]) -> Table:
@@ -180,22 +184,19 @@ def table(results: list[Result]) -> Table:
     for column, right in (("work", False), ("reached", True), ("bound", True), ("met", False), ("", False)):
         shown.add_column(column, justify="right" if right else "left")
     for row in results:
-        reached = "not measured" if row.reached is None else f"{row.reached:.3g}"
         bound = f"{'at least' if row.at_least else 'at most'} {row.bound:g}"
-        shown.add_row(row.work, reached, bound, {True: "yes", False: "no", None: ""}[row.met], row.note)
+        shown.add_row(row.work, row.said, bound, {True: "yes", False: "no", None: ""}[row.met], row.note)
     return shown
 
 
 def run(console: Console, only: str, folder: Path) -> None:
-    """Measure the targets whose work has ``only`` in it, print each as it comes and write ``targets.json``."""
+    """Measure the targets whose work has ``only`` in it; ``targets.json`` is renewed with each, the table is last."""
+    results: list[Result] = []
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for target in (target for target in all_targets() if only in target.work):
-        results.append(target.measure())
-        console.log(results[-1].work, results[-1].reached)
+        for target in (target for target in all_targets() if only in target.work):
+            results.append(target.measure())
+            console.print(f"{len(results)}. {results[-1].work}: {results[-1].said}", highlight=False)
+            rows = [asdict(result) | {"met": result.met} for result in results]
+            (folder / "targets.json").write_text(json.dumps({"targets": rows} | machine(), indent=1) + "\n")
     console.print(table(results))
-    machine = {"hardware": hardware(torch.device("cpu")), "software": software(), "code": code_version()[0]}
-    rows = [asdict(result) | {"met": result.met} for result in results]
-    with writing(folder):
-        (folder / "targets.json").write_text(json.dumps({"targets": rows} | machine, indent=1) + "\n")

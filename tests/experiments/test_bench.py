@@ -165,9 +165,8 @@ def test_the_nearer_ceiling():
 
 
 def test_peak_memory_counts_inputs_outputs_and_gradients():
-    ways = CONTESTS["causal_conv1d"].ways
-    peak = {way: measure.peak_memory(("causal_conv1d", "parallel_cpp", way, 4096, "float32")) for way in ways}
-    contest = CONTESTS["causal_conv1d"]
+    contest = CONTESTS["linear_attention"]
+    peak = {way: measure.peak_memory(("linear_attention", "SDPA", way, 4096, "float32")) for way in contest.ways}
     once = contest.cost(contest.inputs(4096, torch.float32)).bytes
     assert peak["forward"] == pytest.approx(once, rel=0.1)
     assert peak["forward + backward"] == pytest.approx(2 * once, rel=0.1)
