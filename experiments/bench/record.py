@@ -34,7 +34,7 @@ class Row:
         share: of the nearer ceiling, 1 being all that the machine can do.
         ceiling: which one is nearer, ``"arithmetic"`` or ``"bandwidth"``.
         moved_mb: inputs and outputs, with gradients on the way back; of a model, its weights.
-        peak_mb: memory at the call's peak, inputs included.
+        peak_mb: memory at the call's peak, inputs included; not measured where one call takes longer than the budget.
     """
 
     contestant: str
@@ -116,7 +116,8 @@ class Measurement:
     ) -> Row:
         low, median, high = quartiles(seconds)
         least, ceiling = self.record.ceilings.seconds(cost, self.record.dtype)
-        peak = peak_memory((self.record.contest, name, way, length, self.record.dtype))
+        point = self.record.contest, name, way, length, self.record.dtype
+        peak = peak_memory(point) if median <= self.record.budget_s else None
         self.times.setdefault((name, way), {})[length] = median
         if peak is not None:
             self.peaks.setdefault((name, way), {})[length] = max(peak, 1)
