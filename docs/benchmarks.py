@@ -33,7 +33,7 @@ def _section(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds and, in brackets, the share of the nearer ceiling; a line is a length that would take too long."""
+    """Milliseconds and, in brackets, the share of the nearer ceiling; a dash is a length that was left out."""
     lengths = sorted({row["length"] for row in rows})
     header = ["", "contestant", *(f"T = {length}" for length in lengths)]
     lines = [header, ["---", "---", *["--:"] * len(lengths)]]

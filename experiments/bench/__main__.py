@@ -86,8 +86,8 @@ def report(console: Console, record: Record) -> None:
         console.print(f"{name} is absent: {reason}")
     for one in record.left_out:
         console.print(
-            f"{one['contestant']}, {one['way']}, T = {one['length']} is left out: it would take about"
-            f" {one['expected_s']:g} s and {one['expected_peak_mb']:g} MB"
+            f"{one['contestant']}, {one['way']}, T = {one['length']} is left out: expected are about"
+            f" {one['expected_s']:g} s" + (f" and {one['expected_peak_mb']:g} MB" if one["expected_peak_mb"] else "")
         )
 
 

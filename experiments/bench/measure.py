@@ -53,12 +53,12 @@ def alternate(runners: Mapping[str, Runner], budget: float, rounds: int = ROUNDS
 def expected(known: Mapping[int, float], length: int) -> float:
     """Seconds, or bytes, that a length will take by the growth between the two longest before it; 0 if none is known.
 
-    In proportion at least and by the cube at most; by the square of the length where only one is known.
+    In proportion at least, and where only one is known; by the cube at most.
     """
     lengths = sorted(known)[-2:]
     if not lengths:
         return 0.0
-    power = 2.0
+    power = 1.0
     for short, long in pairwise(lengths):
         power = min(max(1.0, math.log(known[long] / known[short], long / short)), 3.0)
     return known[lengths[-1]] * (length / lengths[-1]) ** power

@@ -18,18 +18,18 @@ OURS = {"seqarch", *(name for op in OPS.values() for name in op.backends)}
 def draw(record: Record, folder: Path) -> Path | None:
     """Write ``CONTEST.png``, a panel a way; nothing where there is one length alone."""
     ways = list(dict.fromkeys(row.way for row in record.rows))
-    if len({row.length for row in record.rows}) < 2:
+    lengths = sorted({row.length for row in record.rows})
+    if len(lengths) < 2:
         return None
     path = folder / f"{record.file}.png"
     with figure([path], columns=len(ways), size=(6.4 * len(ways), 4.2)) as (drawing, panels):
         drawing.suptitle(f"{record.contest}, {record.dtype}: {record.title}", fontsize=11)
         for axes, way in zip(panels, ways, strict=True):
-            _panel(axes, way, [row for row in record.rows if row.way == way], _looks(record.contest))
+            _panel(axes, way, [row for row in record.rows if row.way == way], lengths, _looks(record.contest))
     return path
 
 
-def _panel(axes: Axes, way: str, rows: list[Row], looks: dict[str, dict]) -> None:
-    lengths = sorted({row.length for row in rows})
+def _panel(axes: Axes, way: str, rows: list[Row], lengths: list[int], looks: dict[str, dict]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ends = []
@@ -41,8 +41,9 @@ def _panel(axes: Axes, way: str, rows: list[Row], looks: dict[str, dict]) -> Non
         axes.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
         ends.append((name, look["color"], x[-1], own[-1].median_ms))
     least = {row.length: row.share * row.median_ms for row in rows}
-    axes.plot(lengths, [least[length] for length in lengths], color=QUIET, linestyle=(0, (1, 1)), linewidth=1.4)
-    ends.append(("ceiling", QUIET, lengths[-1], least[lengths[-1]]))
+    axes.plot(list(least), list(least.values()), color=QUIET, linestyle=(0, (1, 1)), linewidth=1.4)
+    ends.append(("ceiling", QUIET, *max(least.items())))
+    axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 1.15)
     axes.set_xticks(lengths, [str(length) if length < 1024 else f"{length // 1024}k" for length in lengths])
     axes.set_xticks([], minor=True)
     axes.set_title(way)
