@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "key_sums.h"
 #include "softmax_tiles.h"
-#include "tasks.h"
 
 namespace {
 
@@ -124,8 +124,8 @@ void forward_tile(const Inputs<T>& in, const Sequence& sequence, const Tile& til
     each_keys(in, sequence, tile, s.seen, s.keys, [&](int64_t) { attend(s.seen, s.keys, columns); });
     for (int64_t c = 0; c < tile.columns; ++c) {
         const int64_t place = tile.place(in.z, sequence, c), width = in.z.value_width;
-        columns.write(c, o + place * width);
-        log_sum[place] = columns.log_sum(c);
+        write_outputs(width, columns.o + c * padded<A>(width), columns.total[c], o + place * width);
+        log_sum[place] = log_of(columns.largest[c], columns.total[c]);
     }
 }
 
@@ -167,10 +167,10 @@ struct Gradients {
     T *dq, *dk, *dv;
 };
 
-// Some tiles of one sequence and group, with sums of their own for the gradients of the keys [first_key, last_key).
+// Some tiles of one sequence and group, and the keys that they see.
 struct TilesPart {
-    int64_t sequence, group, first_tile, last_tile, first_key, last_key, rows_before;
-    int64_t rows() const { return last_key - first_key; }
+    int64_t first, last;
+    KeyPart keys;
 };
 
 std::vector<TilesPart> cut(const Sizes& z, int64_t tiles_a_part) {
@@ -183,8 +183,8 @@ std::vector<TilesPart> cut(const Sizes& z, int64_t tiles_a_part) {
             for (int64_t t = 0; t < tiles; t += tiles_a_part) {
                 const int64_t end = std::min(t + tiles_a_part, tiles), first = Tile(z, sequence, g, t).first_key;
                 const int64_t last = std::max(first, Tile(z, sequence, g, end - 1).last_key);
-                parts.push_back({s, g, t, end, first, last, rows});
-                rows += last - first;
+                parts.push_back({t, end, {s, g, first, last, rows}});
+                rows = parts.back().keys.end();
             }
     }
     return parts;
@@ -197,8 +197,7 @@ std::vector<TilesPart> cut(const Sizes& z) {
     const int64_t most = 2 * z.key_tokens() * z.groups + z.query_tokens() * z.heads;
     for (int64_t tiles_a_part = std::max<int64_t>((tiles + kParts - 1) / kParts, 1);; tiles_a_part *= 2) {
         std::vector<TilesPart> parts = cut(z, tiles_a_part);
-        const int64_t rows = parts.empty() ? 0 : parts.back().rows_before + parts.back().rows();
-        if (rows <= most || tiles_a_part >= tiles) return parts;
+        if (parts.empty() || parts.back().keys.end() <= most || tiles_a_part >= tiles) return parts;
     }
 }
 
@@ -211,75 +210,20 @@ struct BackwardScratch : Scratch<A> {
 
 template <class T>
 void backward_tile(const Inputs<T>& in, const Gradients<T>& g, const Sequence& sequence, const Tile& tile,
-                   int64_t first_row, Acc<T>* dk, Acc<T>* dv, BackwardScratch<Acc<T>>& s) {
+                   const PartSums<Acc<T>>& sums, BackwardScratch<Acc<T>>& s) {
     using A = Acc<T>;
     const Sizes& z = in.z;
-    const int64_t keys_row = padded<A>(z.key_width), values_row = padded<A>(z.value_width);
     s.columns.load(tile.columns, in.factor, [&](int64_t c) { return tile.at(in.q, sequence, c); });
     s.gradients.load(
         s.columns, [&](int64_t c) { return tile.at(g.dout, sequence, c); },
-        [&](int64_t c) { return tile.at(g.o, sequence, c); },
+        [&](int64_t c) { return product(z.value_width, tile.at(g.o, sequence, c), tile.at(g.dout, sequence, c)); },
         [&](int64_t c) { return g.log_sum[tile.place(z, sequence, c)]; });
-    each_keys(in, sequence, tile, s.seen, s.keys, [&](int64_t key) {
-        const int64_t row = key - first_row;
-        attend_backward(s.seen, s.keys, s.columns, s.gradients, dk + row * keys_row, dv + row * values_row);
-    });
+    each_keys(in, sequence, tile, s.seen, s.keys,
+              [&](int64_t key) { attend_backward(s.seen, s.keys, s.columns, s.gradients, sums.dk(key), sums.dv(key)); });
     const A scale = in.factor * A(kLn2);
     for (int64_t c = 0; c < tile.columns; ++c)
-        unpack(1, z.key_width, s.gradients.dq + c * keys_row, 0, scale, g.dq + tile.place(z, sequence, c) * z.key_width,
-               0);
-}
-
-struct KeyRows {
-    int64_t sequence, first, last;
-};
-
-std::vector<KeyRows> key_rows(const Sizes& z) {
-    std::vector<KeyRows> blocks;
-    for (int64_t s = 0; s < z.sequences; ++s) {
-        const int64_t keys = Sequence(z, s).keys;
-        for (int64_t key = 0; key < keys; key += kTileKeys)
-            blocks.push_back({s, key, std::min(key + kTileKeys, keys)});
-    }
-    return blocks;
-}
-
-// Adds up the parts' sums for the keys of all sequences and groups.
-template <class T>
-void add_parts(const Inputs<T>& in, const Gradients<T>& g, const std::vector<TilesPart>& parts, const Acc<T>* dk,
-               const Acc<T>* dv) {
-    using A = Acc<T>;
-    const Sizes& z = in.z;
-    std::vector<size_t> first(z.sequences * z.groups + 1, parts.size());  // part of each sequence and group
-    for (size_t p = parts.size(); p-- > 0;) first[parts[p].sequence * z.groups + parts[p].group] = p;
-    for (size_t i = first.size() - 1; i-- > 0;) first[i] = std::min(first[i], first[i + 1]);
-    const auto add = [&](const Row& row, int64_t group, int64_t i, int64_t key, int64_t width, const A* from, A factor,
-                         A* sum, T* to) {
-        const int64_t stride = padded<A>(width);
-        std::fill_n(sum, stride, A(0));
-        for (size_t p = first[i]; p < first[i + 1]; ++p) {
-            if (key < parts[p].first_key || key >= parts[p].last_key) continue;
-            const A* part = from + (parts[p].rows_before + key - parts[p].first_key) * stride;
-            for (int64_t x = 0; x < stride; x += kLanes<A>)
-                store_vector(sum + x, load_vector(sum + x) + load_vector(part + x));
-        }
-        unpack(1, width, sum, 0, factor, to + (row.token * z.groups + group) * width, 0);
-    };
-    const int64_t width = padded<A>(std::max(z.key_width, z.value_width));
-    const std::vector<KeyRows> blocks = key_rows(z);
-    run_parallel<A>(
-        blocks.size(), threads_for(z, in.num_threads), [&](Arena<A>& arena) { return arena.take(width); },
-        [&](int64_t t, A* sum) {
-            const KeyRows& block = blocks[t];
-            const Sequence sequence(z, block.sequence);
-            for (int64_t key = block.first; key < block.last; ++key)
-                for (int64_t group = 0; group < z.groups; ++group) {
-                    const Row row = sequence.key.later(key);
-                    const int64_t i = block.sequence * z.groups + group;
-                    add(row, group, i, key, z.key_width, dk, A(kLn2), sum, g.dk);
-                    add(row, group, i, key, z.value_width, dv, A(1), sum, g.dv);
-                }
-        });
+        unpack(1, z.key_width, s.gradients.dq + c * padded<A>(z.key_width), 0, scale,
+               g.dq + tile.place(z, sequence, c) * z.key_width, 0);
 }
 
 template <class T>
@@ -287,22 +231,24 @@ void backward(const Inputs<T>& in, const Gradients<T>& g) {
     using A = Acc<T>;
     const Sizes& z = in.z;
     const std::vector<TilesPart> parts = cut(z);
-    const int64_t rows = parts.empty() ? 0 : parts.back().rows_before + parts.back().rows();
-    const int64_t keys_row = padded<A>(z.key_width), values_row = padded<A>(z.value_width);
-    const Buffer<A> dk(rows * keys_row), dv(rows * values_row);
+    std::vector<KeyPart> key_parts;
+    for (const TilesPart& part : parts) key_parts.push_back(part.keys);
+    std::vector<KeySpan> spans;
+    for (int64_t s = 0; s < z.sequences; ++s) spans.push_back({Sequence(z, s).key.token, 0, Sequence(z, s).keys});
+    const KeySums<T> dk(key_parts, z.key_width), dv(key_parts, z.value_width);
+    const int threads = threads_for(z, in.num_threads);
     run_parallel<A>(
-        parts.size(), threads_for(z, in.num_threads), [&](Arena<A>& arena) { return BackwardScratch<A>(z, arena); },
+        parts.size(), threads, [&](Arena<A>& arena) { return BackwardScratch<A>(z, arena); },
         [&](int64_t t, BackwardScratch<A>& scratch) {
             const TilesPart& part = parts[parts.size() - 1 - t];  // those with most keys first
-            const Sequence sequence(z, part.sequence);
-            A *own_dk = dk + part.rows_before * keys_row, *own_dv = dv + part.rows_before * values_row;
-            std::fill_n(own_dk, part.rows() * keys_row, A(0));
-            std::fill_n(own_dv, part.rows() * values_row, A(0));
-            for (int64_t tile = part.first_tile; tile < part.last_tile; ++tile)
-                backward_tile(in, g, sequence, Tile(z, sequence, part.group, tile), part.first_key, own_dk, own_dv,
-                              scratch);
+            const Sequence sequence(z, part.keys.span);
+            const PartSums<A> sums{dk.start(part.keys), dv.start(part.keys), dk.stride(), dv.stride(),
+                                   part.keys.first_key};
+            for (int64_t tile = part.first; tile < part.last; ++tile)
+                backward_tile(in, g, sequence, Tile(z, sequence, part.keys.group, tile), sums, scratch);
         });
-    add_parts<T>(in, g, parts, dk, dv);
+    dk.add_up(spans, z.groups, A(kLn2), g.dk, threads);
+    dv.add_up(spans, z.groups, A(1), g.dv, threads);
 }
 
 bool valid(const Sizes& z) {

@@ -128,15 +128,34 @@ struct Columns {
         std::fill_n(largest, kColumns, std::numeric_limits<A>::lowest());
         std::fill_n(total, kColumns, A(0));
     }
-    // A column's outputs: zeros where it has seen nothing.
-    template <class T>
-    void write(int64_t c, T* to) const {
-        const A divisor = total[c] == 0 ? A(1) : total[c];
-        unpack(1, value_width, o + c * padded<A>(value_width), 0, 1 / divisor, to, 0);
+    // A column's o, largest and total from those of column `at` of a longer array, and back.
+    template <class Sums>
+    void load_sums(int64_t c, const Sums& from, int64_t at) {
+        const int64_t row = padded<A>(value_width);
+        std::copy_n(from.o + at * row, row, o + c * row);
+        largest[c] = from.largest[at];
+        total[c] = from.total[at];
     }
-    // The base-2 logarithm of a column's sum; 0 where it has seen nothing.
-    A log_sum(int64_t c) const { return total[c] == 0 ? A(0) : largest[c] + std::log2(total[c]); }
+    template <class Sums>
+    void save_sums(int64_t c, Sums& to, int64_t at) const {
+        const int64_t row = padded<A>(value_width);
+        std::copy_n(o + c * row, row, to.o + at * row);
+        to.largest[at] = largest[c];
+        to.total[at] = total[c];
+    }
 };
+
+// A column's outputs: zeros where it has seen nothing.
+template <class A, class T>
+void write_outputs(int64_t width, const A* o, A total, T* to) {
+    unpack(1, width, o, 0, total == 0 ? A(1) : 1 / total, to, 0);
+}
+
+// The base-2 logarithm of a column's sum; 0 where it has seen nothing.
+template <class A>
+A log_of(A largest, A total) {
+    return total == 0 ? A(0) : largest + std::log2(total);
+}
 
 // A tile of keys and values.
 template <class A>
@@ -212,24 +231,38 @@ struct ColumnGradients {
     ColumnGradients(int64_t key_width, int64_t value_width, Arena<A>& arena)
         : dout(arena.take(kColumns * padded<A>(value_width))),
           turned_dout(arena.take(padded<A>(value_width) * kColumns)),
-          dq(arena.take(std::max(kColumns * padded<A>(key_width), padded<A>(value_width)))),
+          dq(arena.take(kColumns * padded<A>(key_width))),
           log_sum(arena.take(kColumns)),
           own(arena.take(kColumns)) {}
 
-    // Of the loaded columns: rows of o's gradient and of o, and the sums' logarithms; dq starts from zero.
-    template <class GradientOf, class OutputOf, class LogSumOf>
-    void load(const Columns<A>& columns, GradientOf gradient_of, OutputOf output_of, LogSumOf log_sum_of) {
-        const int64_t width = columns.value_width, row = padded<A>(width);
-        columns.load_rows(width, A(1), gradient_of, dout, turned_dout);
-        A* o = dq;  // room for a row of either width
+    // Of the loaded columns: rows of o's gradient, their products with o, the sums' logarithms; dq starts from zero.
+    template <class GradientOf, class OwnOf, class LogSumOf>
+    void load(const Columns<A>& columns, GradientOf gradient_of, OwnOf own_of, LogSumOf log_sum_of) {
+        columns.load_rows(columns.value_width, A(1), gradient_of, dout, turned_dout);
         for (int64_t c = 0; c < padded<A>(columns.count); ++c) {
-            const bool there = c < columns.count;
-            if (there) pack(1, width, output_of(c), 0, A(1), o, row);
-            own[c] = there ? dot(row, dout + c * row, o) : A(0);
-            log_sum[c] = there ? log_sum_of(c) : A(0);
+            own[c] = c < columns.count ? own_of(c) : A(0);
+            log_sum[c] = c < columns.count ? log_sum_of(c) : A(0);
         }
         std::fill_n(dq, kColumns * padded<A>(columns.key_width), A(0));
     }
+};
+
+// The sum of x y.
+template <class T>
+inline Acc<T> product(int64_t width, const T* x, const T* y) {
+    Acc<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; ++i) sum += load(x[i]) * load(y[i]);
+    return sum;
+}
+
+// A part's sums for its keys from `first_key` on, in rows of the strides.
+template <class A>
+struct PartSums {
+    A *dk_rows, *dv_rows;
+    int64_t dk_stride, dv_stride, first_key;
+    A* dk(int64_t key) const { return dk_rows + (key - first_key) * dk_stride; }
+    A* dv(int64_t key) const { return dv_rows + (key - first_key) * dv_stride; }
 };
 
 // Backward over one tile of keys: adds to dq, and to the rows of dk and dv, which are padded. dq lacks the scale, dk

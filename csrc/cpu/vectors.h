@@ -270,6 +270,12 @@ inline A dot(int64_t n, const A* x, const A* y) {
     return total;
 }
 
+// to += from over whole vectors.
+template <class A>
+inline void add_row(int64_t width, const A* from, A* to) {
+    for (int64_t x = 0; x < width; x += kLanes<A>) store_vector(to + x, load_vector(to + x) + load_vector(from + x));
+}
+
 // to += x y, elementwise over whole vectors.
 template <class A>
 inline void add_product(int64_t n, const A* x, const A* y, A* to) {
