@@ -1,6 +1,6 @@
 // Softmax attention over listed blocks, forward and backward. See seqarch.h for the equation and the arguments.
 //
-// The entries of all lists are sorted by block, so that a block's keys meet the queries that list it in tiles: gathered,
+// What all lists name is sorted by block, so that a block's keys meet the queries that list it in tiles: gathered,
 // scored as in softmax_tiles.h, and put back. A part of the work is some queries of one sequence and head of lists. It
 // goes over its blocks in order; sums for keys are the parts', added in order. What a part is depends on the sizes alone,
 // so results do not depend on the number of threads.
@@ -19,7 +19,7 @@ constexpr int64_t kFullTiles = 4;      // of queries a block that a part should 
 constexpr int64_t kSmallWork = 1 << 18;  // fewer multiply-adds than starting the threads is worth
 
 struct Sizes {
-    const int64_t *entries, *first;
+    const int64_t *index, *first;
     int64_t first_stride, listed, block_size, window;
     int64_t batch, queries, keys, groups, lists, heads, key_width, value_width;
 
@@ -28,8 +28,10 @@ struct Sizes {
     int64_t position(int64_t query) const { return query + keys - queries; }
     int64_t start(int64_t row, int64_t query) const { return first[row * first_stride + query]; }
     const int64_t* list_of(int64_t row, int64_t query, int64_t list) const {
-        return entries + ((row * queries + query) * lists + list) * listed;
+        return index + ((row * queries + query) * lists + list) * listed;
     }
+    // The most blocks that a query meets: those listed, and those that its window reaches.
+    int64_t most_blocks() const { return listed + (window ? (window + block_size - 2) / block_size + 1 : 0); }
 };
 
 // The queries [begin, end) of a row, all of one sequence whose keys begin at `first`.
@@ -85,7 +87,7 @@ std::vector<QueriesPart> cut(const Sizes& z, const std::vector<Run>& runs, int64
                 const KeyPart keys{static_cast<int64_t>(r), z.group_of(list), runs[r].first, last, rows};
                 parts.push_back({runs[r].row, list, t, end, keys, items, blocks});
                 rows = parts.back().keys.end();
-                items += (end - t) * z.listed;
+                items += (end - t) * z.most_blocks();
                 blocks += parts.back().blocks(z) + 1;
             }
     return parts;
@@ -96,7 +98,7 @@ std::vector<QueriesPart> cut(const Sizes& z, const std::vector<Run>& runs, int64
 std::vector<QueriesPart> cut(const Sizes& z, const std::vector<Run>& runs) {
     const int64_t most = 2 * z.batch * z.keys * z.groups + z.batch * z.queries * z.heads;
     const int64_t blocks = (z.keys + z.block_size - 1) / z.block_size, rows = z.batch * z.queries * z.lists;
-    const int64_t full = kFullTiles * kColumns * blocks / std::max<int64_t>(1, z.listed * z.sharing());
+    const int64_t full = kFullTiles * kColumns * blocks / std::max<int64_t>(1, z.most_blocks() * z.sharing());
     for (int64_t queries = std::max({full, rows / kParts, int64_t{1}});; queries *= 2) {
         std::vector<QueriesPart> parts = cut(z, runs, queries);
         if (parts.empty() || parts.back().keys.end() <= most || queries >= z.queries) return parts;
@@ -104,48 +106,64 @@ std::vector<QueriesPart> cut(const Sizes& z, const std::vector<Run>& runs) {
 }
 
 int threads_for(const Sizes& z, int num_threads) {
-    const int64_t pairs = z.batch * z.queries * z.heads * std::min(z.listed * z.block_size, z.keys);
+    const int64_t pairs = z.batch * z.queries * z.heads * std::min(z.most_blocks() * z.block_size, z.keys);
     return pairs * (z.key_width + z.value_width) > kSmallWork ? num_threads : 1;
 }
 
-// An entry of a list, seen from its block: the query, counted from the part's first, and whether only the window is seen.
+// A query, counted from the first of its part, that meets a block: it lists it, or its window alone reaches it.
 struct Item {
     uint32_t bits;
     int64_t query() const { return bits >> 1; }
     bool near() const { return bits & 1; }
 };
 
-// The lists' entries sorted by block, then by query: those of block b of a part are [starts[b], starts[b + 1]).
+// The queries that meet each block: of block b of a part, counted from the part's first key, the items
+// [starts[b], starts[b + 1]).
 class Sorted {
   public:
     Sorted(const Sizes& z, const std::vector<QueriesPart>& parts, int num_threads)
-        : items_(parts.empty() ? 0 : parts.back().items_before + (parts.back().end - parts.back().begin) * z.listed),
+        : items_(parts.empty() ? 0 : parts.back().items_before + most_items(z, parts.back())),
           starts_(parts.empty() ? 0 : parts.back().blocks_before + parts.back().blocks(z) + 1) {
-        run_parallel<float>(
-            parts.size(), num_threads, [](Arena<float>&) { return 0; },
-            [&](int64_t p, int) { sort(z, parts[p], items_ + parts[p].items_before, starts_ + parts[p].blocks_before); });
+        int64_t blocks = 0;
+        for (const QueriesPart& part : parts) blocks = std::max(blocks, part.blocks(z));
+        run_parallel<int64_t>(
+            parts.size(), num_threads, [&](Arena<int64_t>& arena) { return arena.take_unwritten(blocks); },
+            [&](int64_t p, int64_t* met) {
+                sort(z, parts[p], items_ + parts[p].items_before, starts_ + parts[p].blocks_before, met);
+            });
     }
     const Item* items(const QueriesPart& part) const { return items_ + part.items_before; }
     const int64_t* starts(const QueriesPart& part) const { return starts_ + part.blocks_before; }
 
   private:
-    // Calls f(block, item) for each entry that names a block, from the last query to the first.
+    static int64_t most_items(const Sizes& z, const QueriesPart& part) {
+        return (part.end - part.begin) * z.most_blocks();
+    }
+    // Calls f(block, item) once for each block that a query meets, from the last query to the first; met[block] is the
+    // last query that did.
     template <class F>
-    static void each_entry(const Sizes& z, const QueriesPart& part, F f) {
-        const int64_t blocks = part.blocks(z);
+    static void each_item(const Sizes& z, const QueriesPart& part, int64_t* met, F f) {
+        std::fill_n(met, part.blocks(z), -1);
         for (int64_t t = part.end; t-- > part.begin;) {
-            const int64_t* list = z.list_of(part.row, t, part.list);
-            for (int64_t e = 0; e < z.listed; ++e)
-                if (list[e] >= 0 && list[e] >> 1 < blocks)
-                    f(list[e] >> 1, Item{static_cast<uint32_t>((t - part.begin) << 1 | (list[e] & 1))});
+            const int64_t at = z.position(t) - part.keys.first_key, *list = z.list_of(part.row, t, part.list);
+            if (at < 0) continue;
+            const int64_t own = at / z.block_size;
+            const auto meet = [&](int64_t block, bool near) {
+                if (block < 0 || block > own || met[block] == t) return;
+                met[block] = t;
+                f(block, Item{static_cast<uint32_t>((t - part.begin) << 1 | near)});
+            };
+            for (int64_t e = 0; e < z.listed; ++e) meet(list[e], false);
+            for (int64_t b = std::max<int64_t>(at - z.window + 1, 0) / z.block_size; z.window && b <= own; ++b)
+                meet(b, true);
         }
     }
-    static void sort(const Sizes& z, const QueriesPart& part, Item* items, int64_t* starts) {
+    static void sort(const Sizes& z, const QueriesPart& part, Item* items, int64_t* starts, int64_t* met) {
         const int64_t blocks = part.blocks(z);
         std::fill_n(starts, blocks + 1, 0);
-        each_entry(z, part, [&](int64_t block, Item) { ++starts[block]; });
-        for (int64_t b = 0, sum = 0; b <= blocks; ++b) starts[b] = sum += starts[b];  // where each ends
-        each_entry(z, part, [&](int64_t block, Item item) { items[--starts[block]] = item; });
+        each_item(z, part, met, [&](int64_t block, Item) { ++starts[block]; });
+        for (int64_t b = 0, sum = 0; b <= blocks; ++b) starts[b] = sum += starts[b];  // where each block's items end
+        each_item(z, part, met, [&](int64_t block, Item item) { items[--starts[block]] = item; });
     }
     Buffer<Item> items_;
     Buffer<int64_t> starts_;
@@ -384,11 +402,11 @@ Inputs<T> inputs(const Sizes& z, const seqarch_heads* q, const seqarch_heads* k,
 }  // namespace
 
 int32_t seqarch_block_sparse_attention_forward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* entries,
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* index,
     int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale, void* o,
     void* log_sum, int64_t batch, int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads,
     int64_t key_width, int64_t value_width, int32_t num_threads) {
-    const Sizes z{entries, first, first_stride, listed, block_size, window,    batch,
+    const Sizes z{index,   first, first_stride, listed, block_size, window,    batch,
                   queries, keys,  groups,       lists,  heads,      key_width, value_width};
     if (!valid(z)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
@@ -398,12 +416,12 @@ int32_t seqarch_block_sparse_attention_forward(
 }
 
 int32_t seqarch_block_sparse_attention_backward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* entries,
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* index,
     int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale,
     const seqarch_heads* o, const void* log_sum, const seqarch_heads* dout, void* dq, void* dk, void* dv, int64_t batch,
     int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads, int64_t key_width, int64_t value_width,
     int32_t num_threads) {
-    const Sizes z{entries, first, first_stride, listed, block_size, window,    batch,
+    const Sizes z{index,   first, first_stride, listed, block_size, window,    batch,
                   queries, keys,  groups,       lists,  heads,      key_width, value_width};
     if (!valid(z)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {

@@ -198,21 +198,21 @@ SEQARCH_API int32_t seqarch_attention_backward(
 /* Softmax attention over listed blocks; letters, shapes and o as in attention, with I = lists, a multiple of G that divides
  * H. Head h uses list h / (H / I), whose keys and values are those of head h / (H / G).
  *
- *   entries          [S, Tq, I, E] with E = listed: 2 b for block b, 2 b + 1 for a block of which only the window is seen,
- *                    -1 for nothing. A list names no block twice.
- *   first            [S, Tq], or [1, Tq] with first_stride 0: the key with which a query's sequence begins. Block b has
- *                    the block_size keys from first + b block_size on. Never decreasing along a row.
- *   window           how many keys up to its own a query sees of a block of which only the window is seen
+ *   index            [S, Tq, I, listed]: the blocks of each query, in any order; negative for none. A block listed twice
+ *                    counts once, one that begins after the query not at all.
+ *   first            [S, Tq], or [1, Tq] with first_stride 0: the key with which a query's sequence begins, never
+ *                    decreasing along a row. Block b has the block_size keys from first + b block_size on.
+ *   window           if not 0, a query also sees its own key and the window - 1 before it
  */
 SEQARCH_API int32_t seqarch_block_sparse_attention_forward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* entries,
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* index,
     int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale,
     void* o, void* log_sum, int64_t batch, int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads,
     int64_t key_width, int64_t value_width, int32_t num_threads);
 
 /* Its gradients, from dout (like o, each with strides of its own): dq, dk and dv, contiguous. */
 SEQARCH_API int32_t seqarch_block_sparse_attention_backward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* entries,
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* index,
     int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale,
     const seqarch_heads* o, const void* log_sum, const seqarch_heads* dout, void* dq, void* dk, void* dv, int64_t batch,
     int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads, int64_t key_width,
