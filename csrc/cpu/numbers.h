@@ -64,19 +64,23 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
+// 2^r for |r| <= 1/2, of a number or a vector.
+template <class F>
+inline F power_of_two_series(F r) {
+    F series = 1.5321155e-4f * r + 1.3390160e-3f;
+    series = series * r + 9.6185263e-3f;
+    series = series * r + 5.5503622e-2f;
+    series = series * r + 2.4022648e-1f;
+    series = series * r + 6.9314718e-1f;
+    return series * r + 1.0f;
+}
+
 // 2^x for x up to 127, to 1 ulp; exactly 1 at 0 and exactly 0 from -127 down.
 inline float power_of_two(float x) {
     x = std::max(x, -127.0f);
     // Leaves the nearest integer n to x, plus the exponent's bias, in the low bits of the sum.
     const float shifted = x + 12583039.0f;  // 1.5 * 2^23 + 127
-    const float r = x - (shifted - 12583039.0f);
-    float series = 1.5321155e-4f;
-    series = series * r + 1.3390160e-3f;
-    series = series * r + 9.6185263e-3f;
-    series = series * r + 5.5503622e-2f;
-    series = series * r + 2.4022648e-1f;
-    series = series * r + 6.9314718e-1f;
-    series = series * r + 1.0f;
+    const float series = power_of_two_series(x - (shifted - 12583039.0f));
     return series * __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, shifted) << 23);
 }
 inline double power_of_two(double x) { return std::exp2(x); }

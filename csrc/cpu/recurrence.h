@@ -1,23 +1,17 @@
 // What the recurrences with a state [K, V] share: sizes, where rows lie, and how the work is cut into tasks.
 #pragma once
 
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "decay.h"
 #include "dtypes.h"
+#include "heads.h"
 #include "seqarch.h"
+#include "tasks.h"
 
 namespace seqarch {
-
-template <class T>
-using Acc = typename accumulation<T>::type;
 
 struct Sizes {
     const int64_t* offsets;
@@ -51,27 +45,6 @@ struct Sizes {
     }
     int64_t tokens() const { return offsets ? length : sequences * length; }
     bool worth_threads() const { return tokens() * heads * keys * values > kSmallWork; }
-};
-
-// A token: its batch row and its place in it, and its place among all tokens.
-struct Row {
-    int64_t batch, time, token;
-    Row later(int64_t steps) const { return {batch, time + steps, token + steps}; }
-};
-
-template <class T>
-struct Heads {
-    const T* data = nullptr;
-    int64_t batch = 0, time = 0, head = 0;
-
-    explicit Heads(const seqarch_heads* heads) {
-        if (!heads) return;
-        data = static_cast<const T*>(heads->data);
-        batch = heads->batch_stride;
-        time = heads->time_stride;
-        head = heads->head_stride;
-    }
-    const T* at(const Row& row, int64_t h) const { return data + row.batch * batch + row.time * time + h * head; }
 };
 
 struct Task {
@@ -152,33 +125,11 @@ void load_turned(const Sizes& z, const A* state, A* between, A* to) {
     transpose(z.keys, z.values, between, values_row, to, keys_row);
 }
 
-// Runs the tasks on threads, each with buffers of its own that `lay_out` takes from an arena. All memory is taken
-// before the threads start, where a failure can still be told.
+// Runs the tasks on threads, each with buffers of its own that `lay_out` takes from an arena.
 template <class A, class LayOut, class Run>
 void run_tasks(const Sizes& z, const std::vector<Task>& tasks, int num_threads, LayOut lay_out, Run run) {
-    const int64_t count = static_cast<int64_t>(tasks.size());
-    if (!z.worth_threads()) num_threads = 1;
-    const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(count, num_threads)));
-    Arena<A> counting;
-    lay_out(counting);
-    const int64_t each = counting.used;
-    constexpr int64_t kLine = 64 / sizeof(A);
-    const std::unique_ptr<A[]> memory(new A[each * threads + kLine]);
-    const auto address = reinterpret_cast<uintptr_t>(memory.get());
-    A* base = memory.get() + (64 - address % 64) % 64 / sizeof(A);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#ifdef _OPENMP
-        const int own = omp_get_thread_num();
-#else
-        const int own = 0;
-#endif
-        const FlushDenormals flush;
-        Arena<A> arena(base + own * each);
-        auto scratch = lay_out(arena);
-#pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < count; ++t) run(tasks[t], scratch);
-    }
+    run_parallel<A>(static_cast<int64_t>(tasks.size()), z.worth_threads() ? num_threads : 1, lay_out,
+                    [&](int64_t t, auto& scratch) { run(tasks[t], scratch); });
 }
 
 }  // namespace seqarch

@@ -62,6 +62,17 @@ inline Vector<A> lane_numbers() {
     return x;
 }
 
+// power_of_two of each lane.
+inline Vector<float> power_of_two(Vector<float> x) {
+    x = x < -127.0f ? splat(-127.0f) : x;
+    const Vector<float> shifted = x + 12583039.0f, series = power_of_two_series(x - (shifted - 12583039.0f));
+    return series * reinterpret_cast<Vector<float>>(reinterpret_cast<Vector<uint32_t>>(shifted) << 23);
+}
+inline Vector<double> power_of_two(Vector<double> x) {
+    for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = power_of_two(static_cast<double>(x[i]));
+    return x;
+}
+
 // While one lives, results too small for a normal number are 0: states that decay towards 0 stay fast.
 class FlushDenormals {
 #ifdef __SSE2__
@@ -149,8 +160,33 @@ void tile_of(int64_t rows, int64_t vectors, int64_t depth, const Left<A>& a, con
     tile<A, Rows, Vectors>(depth, a, b, b_row, c, c_row, add);
 }
 
-// What of a product has to be computed: all of it; only the results (i, j) with j <= i; or all results where the left
-// factor's elements (i, p) are zero for p > i, or for p < i.
+// What of some rows of a product is computed: the results in columns [left, right), whole vectors, as sums over the
+// depths [first, last).
+struct Part {
+    int64_t left, right, first, last;
+};
+
+// c [m, ...] = (add ? c : 0) + a b, of every kTileRows rows from i on what part(i, their end) says. Other results keep
+// what they held.
+template <class A, class PartOf>
+void multiply_parts(int64_t m, Left<A> a, const A* b, int64_t b_row, A* c, int64_t c_row, bool add, int64_t n,
+                    PartOf part_of) {
+    constexpr int64_t L = kLanes<A>, kPanel = kTileVectors * L;
+    for (int64_t j = 0; j < n; j += kPanel)
+        for (int64_t i = 0; i < m; i += kTileRows) {
+            const int64_t rows = std::min<int64_t>(kTileRows, m - i);
+            const Part part = part_of(i, i + rows);
+            const int64_t from = std::max(j, part.left), to = std::min(j + kPanel, part.right);
+            if (from >= to) continue;
+            const Left<A> left{a.data + i * a.row + part.first * a.step, a.row, a.step};
+            tile_of<A, kTileRows, kTileVectors>(rows, (to - from) / L, part.last - part.first, left,
+                                                b + part.first * b_row + from, b_row, c + i * c_row + from, c_row,
+                                                add);
+        }
+}
+
+// Which elements of a product's results or of its left factor matter: all; only the results (i, j) with j <= i; or all
+// results where the left factor's elements (i, p) are zero for p > i, or for p < i.
 enum class Shape { full, lower_result, lower_left, upper_left };
 
 // c [m, n] = (add ? c : 0) + a [m, depth] b [depth, n]; n is rounded up to whole vectors. Zeros are skipped by blocks
@@ -158,19 +194,11 @@ enum class Shape { full, lower_result, lower_left, upper_left };
 template <class A>
 void multiply(Shape shape, int64_t m, int64_t n, int64_t depth, Left<A> a, const A* b, int64_t b_row, A* c,
               int64_t c_row, bool add) {
-    constexpr int64_t L = kLanes<A>, kPanel = kTileVectors * L;
     n = padded<A>(n);
-    for (int64_t j = 0; j < n; j += kPanel)
-        for (int64_t i = 0; i < m; i += kTileRows) {
-            const int64_t rows = std::min<int64_t>(kTileRows, m - i), end = i + rows;
-            const int64_t right = shape == Shape::lower_result ? padded<A>(end) : n;
-            if (j >= right) continue;
-            const int64_t first = shape == Shape::upper_left ? i : 0;
-            const int64_t last = shape == Shape::lower_left ? std::min(depth, end) : depth;
-            const Left<A> part{a.data + i * a.row + first * a.step, a.row, a.step};
-            tile_of<A, kTileRows, kTileVectors>(rows, std::min(kPanel, right - j) / L, last - first, part,
-                                                b + first * b_row + j, b_row, c + i * c_row + j, c_row, add);
-        }
+    multiply_parts(m, a, b, b_row, c, c_row, add, n, [=](int64_t i, int64_t end) -> Part {
+        return {0, shape == Shape::lower_result ? std::min(padded<A>(end), n) : n, shape == Shape::upper_left ? i : 0,
+                shape == Shape::lower_left ? std::min(depth, end) : depth};
+    });
 }
 
 // One step of a transposition of L rows of L lanes: swaps the off-diagonal blocks of Distance x Distance.
@@ -240,6 +268,12 @@ inline A dot(int64_t n, const A* x, const A* y) {
     A total = 0;
     for (int64_t i = 0; i < kLanes<A>; ++i) total += sum[i];
     return total;
+}
+
+// to += from over whole vectors.
+template <class A>
+inline void add_row(int64_t width, const A* from, A* to) {
+    for (int64_t x = 0; x < width; x += kLanes<A>) store_vector(to + x, load_vector(to + x) + load_vector(from + x));
 }
 
 // to += x y, elementwise over whole vectors.

@@ -167,6 +167,57 @@ SEQARCH_API int32_t seqarch_delta_rule_backward(
     void* dbeta, void* dlog_decay, void* dread, void* derase, void* dstate, const int64_t* offsets, int64_t sequences,
     int64_t length, int64_t groups, int64_t heads, int64_t keys, int64_t values, int32_t num_threads);
 
+/* Softmax attention (Tq = queries, Tk = keys, G = groups, H = heads, a multiple of G, K = key_width, V = value_width,
+ * S = sequences); head h uses the keys and values h / (H / G):
+ *
+ *   o_i = sum_j w_ij v_j / sum_j w_ij,   w_ij = exp(scale q_i k_j),   over the keys j that query i sees.
+ *
+ * Query i stands at position p = i + Tk - Tq. With `causal` it sees keys up to p, with `window` > 0 (which needs
+ * `causal`) those after p - window. A query that sees none gives 0, with gradient 0.
+ *
+ *   q                [S, Tq, H, K] or packed [1, total, H, K], with `queries` and `keys` the total
+ *   k, v             [S, Tk, G, K] and [S, Tk, G, V], or packed
+ *   key_start        [S], the first key of each row that is seen; NULL: 0. NULL where `offsets` are given.
+ *   o                [S, Tq, H, V] in forward contiguous
+ *   log_sum          [S, Tq, H], accumulation type: the base-2 logarithm of sum_j w_ij; 0 where a query sees no key
+ */
+SEQARCH_API int32_t seqarch_attention_forward(
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, int32_t causal,
+    int64_t window, double scale, const int64_t* key_start, void* o, void* log_sum, const int64_t* offsets,
+    int64_t sequences, int64_t queries, int64_t keys, int64_t groups, int64_t heads, int64_t key_width,
+    int64_t value_width, int32_t num_threads);
+
+/* Its gradients, from dout (like o, each with strides of its own): dq, dk and dv, contiguous. */
+SEQARCH_API int32_t seqarch_attention_backward(
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, int32_t causal,
+    int64_t window, double scale, const int64_t* key_start, const seqarch_heads* o, const void* log_sum,
+    const seqarch_heads* dout, void* dq, void* dk, void* dv, const int64_t* offsets, int64_t sequences,
+    int64_t queries, int64_t keys, int64_t groups, int64_t heads, int64_t key_width, int64_t value_width,
+    int32_t num_threads);
+
+/* Softmax attention over listed blocks; letters, shapes and o as in attention, with I = lists, a multiple of G that divides
+ * H. Head h uses list h / (H / I), whose keys and values are those of head h / (H / G).
+ *
+ *   index            [S, Tq, I, listed]: the blocks of each query, in any order; negative for none. A block listed twice
+ *                    counts once, one that begins after the query not at all.
+ *   first            [S, Tq], or [1, Tq] with first_stride 0: the key with which a query's sequence begins, never
+ *                    decreasing along a row. Block b has the block_size keys from first + b block_size on.
+ *   window           if not 0, a query also sees its own key and the window - 1 before it
+ */
+SEQARCH_API int32_t seqarch_block_sparse_attention_forward(
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* index,
+    int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale,
+    void* o, void* log_sum, int64_t batch, int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads,
+    int64_t key_width, int64_t value_width, int32_t num_threads);
+
+/* Its gradients, from dout (like o, each with strides of its own): dq, dk and dv, contiguous. */
+SEQARCH_API int32_t seqarch_block_sparse_attention_backward(
+    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* index,
+    int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale,
+    const seqarch_heads* o, const void* log_sum, const seqarch_heads* dout, void* dq, void* dk, void* dv, int64_t batch,
+    int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads, int64_t key_width,
+    int64_t value_width, int32_t num_threads);
+
 #ifdef __cplusplus
 }
 #endif

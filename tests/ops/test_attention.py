@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
 from seqarch.ops.attention import chunk_sdpa, flops
+from seqarch.ops.common import native
+from tests.laws import available
 
-BACKENDS = list(ops.OPS["attention"].backends)
+BACKENDS = available("attention")
 
 CALLS = {
     "square": {"shape": (2, 6, 6, 4, 4, 8, 8)},
@@ -102,7 +104,7 @@ def test_every_backend_equals_a_dense_softmax(call):
     expected = with_gradients(lambda q, k, v: dense(q, k, v, **options), inputs)
     served = [backend for backend in BACKENDS if serves(backend, inputs, options)]
     assert ("chunk_sdpa" in served) == ("window" in options)
-    assert {"parallel_sdpa", "recurrent_torch"} <= set(served)
+    assert {*BACKENDS} - {"chunk_sdpa"} <= set(served)
     for backend in served:
         run = partial(ops.attention, backend=backend, **options)
         for name, a, b in zip(("o", "dq", "dk", "dv"), with_gradients(run, inputs), expected, strict=True):
@@ -156,7 +158,7 @@ def test_blocks_of_any_size_give_the_same(block, monkeypatch):
                 same(a, b)
 
 
-@pytest.mark.parametrize("backend", ["parallel_sdpa", "recurrent_torch"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "chunk_sdpa"])
 def test_packed_equals_separate_and_nothing_leaks(backend):
     (q, k, v), _ = make((1, 11, 11, 4, 2, 8, 8))
     o = ops.attention(q, k, v, cu_seqlens=torch.tensor([0, 4, 11], dtype=torch.int32), backend=backend)
@@ -177,7 +179,7 @@ def test_non_contiguous_inputs_and_a_future_that_does_not_matter(backend):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 4), (2, 0, 0), (2, 3, 0)])
-@pytest.mark.parametrize("backend", ["parallel_sdpa", "recurrent_torch"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "chunk_sdpa"])
 def test_nothing_to_attend_to(shape, backend):
     (q, k, v), _ = make((*shape, 4, 2, 8, 6))
     o = ops.attention(q, k, v, backend=backend)
@@ -198,8 +200,12 @@ def test_flops_equal_what_the_reference_does(queries, keys, causal, window):
     assert counter.get_total_flops() == 2 * pairs * 2 * 4 * (8 + 6)
 
 
-def test_auto_takes_blocks_for_a_window_only():
+def test_auto_takes_the_compiled_kernel_else_blocks_for_a_window_only(monkeypatch):
     (q, k, v), _ = make((1, 600, 600, 2, 2, 8, 8))
+    compiled = [name for name in BACKENDS if name.endswith("_cpp")]
+    assert ops.explain("attention", q, k, v, window=100).backend == (compiled or ["chunk_sdpa"])[0]
+    assert ops.explain("attention", q, k, v).backend == (compiled or ["parallel_sdpa"])[0]
+    monkeypatch.setattr(native, "_reason", "it was never built")
     assert ops.explain("attention", q, k, v, window=100).backend == "chunk_sdpa"
     full = ops.explain("attention", q, k, v)
     assert full.backend == "parallel_sdpa"
@@ -208,12 +214,13 @@ def test_auto_takes_blocks_for_a_window_only():
         ops.attention(q, k, v, backend="chunk_sdpa")
 
 
-def test_blocks_hold_nothing_as_long_as_all_pairs():
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("chunk")])
+def test_blocks_hold_nothing_as_long_as_all_pairs(backend):
     (q, k, v), _ = make((1, 2048, 2048, 1, 1, 4, 4), torch.float32)
     sizes: list[int] = []
     pack = torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x)
     with pack:
-        ops.attention(q.requires_grad_(), k, v, window=64, backend="chunk_sdpa")
+        ops.attention(q.requires_grad_(), k, v, window=64, backend=backend)
     assert 0 < max(sizes) <= 2048 * 2 * 64
 
 

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
 from seqarch.ops.block_sparse_attention import flops, lists
+from tests.laws import available
 
-BACKENDS = list(ops.OPS["block_sparse_attention"].backends)
+BACKENDS = available("block_sparse_attention")
 FAST = [name for name in BACKENDS if name != "recurrent_torch"]
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -199,9 +200,7 @@ class LargestTensor(TorchDispatchMode):
 
 INSIDE = {
     getattr(getattr(torch.ops.seqarch, name), "default"): getattr(module, form)  # noqa: B009 (an overload's name)
-    for module in (
-        op.module for name, op in ops.OPS["block_sparse_attention"].backends.items() if "recurrent" not in name
-    )
+    for module in (ops.OPS["block_sparse_attention"].backends[name].module for name in FAST)
     for form, name in (("forward", module.NAME), ("backward", f"{module.NAME}_backward"))
 }
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import seqarch
-from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.common.checks import accumulation_dtype, unknown_name
 
 INTERFACE = 4
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
@@ -225,6 +225,12 @@ def rows(tensor: Tensor) -> Tensor:
 def like(tensor: Tensor) -> Tensor:
     """Room for a contiguous tensor of this shape and dtype."""
     return tensor.new_empty(tensor.shape)
+
+
+def common_dtype(*inputs: Tensor) -> torch.dtype:
+    """The dtype in which a kernel takes these inputs: bfloat16 if they all are, else that of their sums."""
+    narrow = all(tensor.dtype == torch.bfloat16 for tensor in inputs)
+    return torch.bfloat16 if narrow else accumulation_dtype(*inputs)
 
 
 def activation_dtype(state: Tensor, *inputs: Tensor) -> torch.dtype:

@@ -1,0 +1,37 @@
+// Work on threads that each have buffers of their own.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "memory.h"
+#include "vectors.h"
+
+namespace seqarch {
+
+// run(task, scratch) for each of `count` tasks, in turn to whichever thread is free; `lay_out` takes a thread's scratch
+// from an arena. All memory is taken before the threads start, where a failure can still be told.
+template <class A, class LayOut, class Run>
+void run_parallel(int64_t count, int num_threads, LayOut lay_out, Run run) {
+    const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(count, num_threads)));
+    Arena<A> counting;
+    lay_out(counting);
+    const int64_t each = counting.used;
+    const Buffer<A> memory(each * threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int own = omp_get_thread_num();
+#else
+        const int own = 0;
+#endif
+        const FlushDenormals flush;
+        Arena<A> arena(memory + own * each);
+        auto scratch = lay_out(arena);
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < count; ++t) run(t, scratch);
+    }
+}
+
+}  // namespace seqarch
