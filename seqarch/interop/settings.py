@@ -15,9 +15,8 @@ _NAMES_BY_KIND: dict[tuple[type, ...], str] = {
     (float,): "layer_norm_epsilon logits_soft_cap partial_rotary_factor rms_norm_eps rope_theta routed_scaling_factor",
     (int, str): "time_step_rank",
     (str,): "model_type rope_type type",
-    (
-        tuple,
-    ): "block_types full_attn_layers layer_types mlp_layer_types mlp_multipliers mlp_only_layers ssm_multipliers",
+    (tuple,): "block_types full_attn_layers layer_types mlp_layer_types mlp_only_layers"
+    " mlp_multipliers ssm_multipliers",
     (Mapping,): "linear_attn_config rope_parameters rope_scaling",
 }
 KINDS = {name: kinds for kinds, names in _NAMES_BY_KIND.items() for name in names.split()}

@@ -121,8 +121,8 @@ class CacheMixer(Mixer):
     queries choose their keys writes :meth:`select` too; what it needs for that and carries from call to call follows
     ``conv`` and ``cache`` in its ``State``.
 
-    The state grows with the sequence. A state made with ``max_length`` is written in place while autograd is off; past
-    that length it grows.
+    The state grows with the sequence. A state made with ``max_length`` is written in place while autograd is off and
+    no gradient flows through it; past that length it grows.
     """
 
     State: ClassVar[Any] = AttentionState

@@ -36,8 +36,8 @@ class RouterConfig(LayerConfig):
         bias_rate: the length of each of the bias's steps (gamma).
         recentre_bias: whether the mean is taken off each step, so that the bias stays centred (not in the paper).
         capacity_factor: ``None`` keeps every choice. A number c lets each expert serve at most ``ceil(c N k / E)`` of
-            the N tokens of a call and drops choices beyond, those of the latest positions. Causal still, but what is
-            dropped depends on the call's length and other rows, so splitting a sequence changes outputs.
+            the N tokens of a call, at least one, and drops choices beyond, those of the latest positions. Causal still,
+            but what is dropped depends on the call's length and other rows, so splitting a sequence changes outputs.
     """
 
     num_experts: int = 8
