@@ -26,7 +26,7 @@ extern "C" {
 #define SEQARCH_API __attribute__((visibility("default")))
 
 /* Raised with every change of a declaration below; seqarch/ops/common/native.py holds the same number. */
-#define SEQARCH_INTERFACE 4
+#define SEQARCH_INTERFACE 5
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };

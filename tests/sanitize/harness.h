@@ -143,6 +143,8 @@ inline void all_written(const Numbers& numbers, const char* name) {
 }
 
 // One call of each kernel's functions on random sizes.
+void attention(Random& random);
+void block_sparse_attention(Random& random);
 void causal_conv1d(Random& random);
 void delta_rule(Random& random);
 void linear(Random& random);

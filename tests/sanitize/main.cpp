@@ -5,6 +5,8 @@ int main(int count, char** arguments) {
     const int rounds = count > 1 ? std::atoi(arguments[1]) : 300;
     for (int seed = 0; seed < rounds; ++seed) {
         Random random(seed);
+        attention(random);
+        block_sparse_attention(random);
         causal_conv1d(random);
         delta_rule(random);
         linear(random);

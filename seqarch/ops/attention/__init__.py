@@ -62,6 +62,7 @@ OP = Op(
     prepare,
     order=("chunk_cpp", "chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
     reference="recurrent_torch",
+    step_order=("chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
     autocast=True,
 )
 

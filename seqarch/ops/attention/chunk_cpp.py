@@ -62,7 +62,7 @@ def forward(
     key_start: Tensor | None,
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """o and the base-2 logarithms of the softmax's sums. ``q, k, v`` of one dtype, ``key_start`` int64, 0: no window."""
+    """o, and base-2 logarithms of the softmax's sums. ``q, k, v`` of one dtype, ``key_start`` int64, no window: 0."""
     outputs = _outputs(q, k, v)
     _forward(*_inputs(q, k, v, causal, window, scale, key_start), *outputs, *_problem(q, k, v, cu_seqlens))
     return outputs

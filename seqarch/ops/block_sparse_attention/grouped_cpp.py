@@ -1,4 +1,4 @@
-"""The compiled CPU kernel (``csrc/cpu/block_sparse_attention.cpp``): blocks with tiles of the queries that list them."""
+"""The compiled CPU kernel (``csrc/cpu/block_sparse_attention.cpp``): a block and the queries that list it, in tiles."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from torch import Tensor
 import seqarch
 from seqarch.ops.common.checks import accumulation_dtype, unknown_name
 
-INTERFACE = 4
+INTERFACE = 5
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
 
 ISAS = ("baseline", "avx2", "avx512")
