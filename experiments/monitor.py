@@ -93,7 +93,10 @@ class Bars:
 
     def show(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
         ended = sum(counts[status] for status in (*DONE, *FAILED))
-        shown = {"failed": sum(counts[status] for status in FAILED), "interrupted": counts["interrupted"]}
+        shown = {
+            "failed": sum(counts[status] for status in FAILED),
+            "interrupted": counts["interrupted"] + counts["preempted"],
+        }
         shown[WORDS["busy"]] = counts["busy"]
         note = ", ".join(f"{number} {word}" for word, number in shown.items() if number)
         self._progress.update(self._sweep, completed=ended, count=f"{ended}/{total}", note=note)

@@ -7,7 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
 
 from experiments.claims import HEARTBEAT_SECONDS, ClaimLost
 from experiments.errors import StorageError
@@ -24,13 +27,14 @@ class ProgressFile:
         self._path, self._steps, self._first, self._clock = folder.progress_file, steps, first_step, clock
         self._started, self._shown = clock(), -REFRESH_SECONDS
 
-    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def show(self, step: int, loss: float | Tensor, tokens_per_second: float) -> None:
+        """Where training is; a loss that is still on the device is waited for only where it is shown."""
         now = self._clock()
         if now - self._shown < REFRESH_SECONDS and step < self._steps:
             return
         self._shown = now
         seconds_left = (now - self._started) / max(step - self._first, 1) * (self._steps - step)
-        values = {"step": step, "steps": self._steps, "loss": loss, "tokens_per_second": tokens_per_second}
+        values = {"step": step, "steps": self._steps, "loss": float(loss), "tokens_per_second": tokens_per_second}
         write_atomic(self._path, json.dumps({**values, "seconds_left": seconds_left}), durable=False)
 
 
@@ -73,7 +77,31 @@ class Heartbeat:
                     print(f"the claim could not be renewed: {error}", flush=True)
 
 
-def obey_signals() -> None:
-    """Let SIGINT and SIGTERM raise ``KeyboardInterrupt``; a launcher's worker ignores them, which is inherited."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+class Preempted(KeyboardInterrupt):
+    """Asked to end by SIGTERM, as schedulers do before they take a machine away."""
+
+
+class Preemption:
+    """SIGTERM raises :class:`Preempted` at once, or within :meth:`delayed` sets ``requested`` and nothing else."""
+
+    def __init__(self):
+        self.requested = False
+        self._delayed = False
+
+    def obey(self) -> None:
+        """From here on. SIGINT raises ``KeyboardInterrupt``; a launcher's worker ignores it, which is inherited."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, self._receive)
+
+    @contextmanager
+    def delayed(self) -> Iterator[None]:
+        self._delayed = True
+        try:
+            yield
+        finally:
+            self._delayed = False
+
+    def _receive(self, *_: object) -> None:
+        self.requested = True
+        if not self._delayed:
+            raise Preempted("stopped by SIGTERM")

@@ -134,7 +134,7 @@ def _outcome(folder: RunFolder, earlier: int | None, stopped: bool, ending: str,
     if folder.claim.is_held():
         return "busy", "another sweep took it"
     last = tail[-1] if tail else "it printed nothing"
-    if status not in ("failed", "interrupted") or record.get("attempt") == earlier:
+    if status not in ("failed", "interrupted", "preempted") or record.get("attempt") == earlier:
         status = "interrupted" if stopped else "failed"
         record["reason"] = ending if stopped else f"{ending}; its last line: {last}"
         # Where the disk is full this fails too, and the last line printed already says so.

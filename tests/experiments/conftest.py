@@ -6,11 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from experiments.building import resolve
+from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig, run_config
 from experiments.ledger import keep_ledger
 from experiments.records import RunFolder
@@ -53,6 +57,28 @@ def train_here(config: RunConfig) -> tuple[int, RunFolder]:
         return keep_ledger(folder, config, lambda: Run(config, folder)), folder
     finally:
         folder.leave()
+
+
+def last(folder: RunFolder) -> Path:
+    """The latest checkpoint."""
+    return Checkpoints(folder.checkpoints, keep=1).newest_first()[0]
+
+
+def tensors(path: Path, part: str = "") -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, of the ``model``, the ``optimizer`` or everything."""
+    reader = dcp.FileSystemReader(path)
+    known = reader.read_metadata().state_dict_metadata.items()
+    content = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known}
+    content = {name: tensor for name, tensor in content.items() if name.startswith(part)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(content, storage_reader=reader, no_dist=True)
+    return content
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Whether two checkpoints hold the same bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.fixture(autouse=True)

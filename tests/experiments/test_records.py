@@ -63,13 +63,13 @@ class TestFolder:
         folder.check(config)
         folder.create(config)
         assert folder.config() == config
-        assert folder.last_checkpoint.parent.is_dir()
+        assert folder.checkpoints.is_dir()
 
     def test_checkpoints_without_a_configuration_are_left_untouched(self, tmp_path):
         config = tiny_config(tmp_path)
         folder = RunFolder(config.folder())
-        folder.last_checkpoint.parent.mkdir(parents=True)
-        folder.last_checkpoint.write_bytes(b"mine")
+        folder.checkpoints.mkdir(parents=True)
+        (folder.checkpoints / "mine").write_bytes(b"mine")
         with pytest.raises(ConfigError, match=r"not empty and has no config\.json"):
             folder.check(config)
 

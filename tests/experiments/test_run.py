@@ -82,7 +82,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
     assert "SIGKILL" in folders(runs)["attention-seed0"].record()["reason"]
     statuses = {name: folder.status() for name, folder in folders(runs).items()}
     assert statuses["attention-seed1"] == "finished"
-    assert set(statuses.values()) <= {"finished", "failed", "interrupted", None}
+    assert set(statuses.values()) <= {"finished", "failed", "interrupted", "preempted", None}
     assert not any(folder.claim.is_held() for folder in folders(runs).values())
     kept = folders(runs)["attention-seed1"].run_file.read_bytes()
 
