@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from experiments.checkpoints import verified
-from experiments.engine import choose_device
 from experiments.errors import RunnerError
 from experiments.files import read_json
 from experiments.progress import Heartbeat, ProgressFile
@@ -245,13 +244,6 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, capsys):
     assert train_here(config)[0] == 1
     assert folder.record()["reason"] == f"line 1 of {folder.metrics_file} is damaged; delete that line"
     assert "Traceback" not in capsys.readouterr().out
-
-
-def test_no_cuda_here_is_said(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RunnerError, match="torch sees no CUDA device"):
-        choose_device("cuda")
-    assert choose_device("auto") == torch.device("cpu")
 
 
 def test_progress_tells_what_is_left(tmp_path):
