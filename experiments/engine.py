@@ -55,10 +55,12 @@ class Engine:
         """The model on its device, recomputed, compiled and sharded layer by layer as the configuration says."""
         model = model.to(self.device)
         for layer in model.stack.layers:
-            if self.config.recompute:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            # Compiled inside what is recomputed: the other way round the compiler would leave out layers that keep
+            # something of their forward pass, as a mixture of experts keeps its routing.
             if self.config.compile:
                 layer.forward = torch.compile(layer.forward)
+            if self.config.recompute:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if processes.count() > 1:
             self._shard(model)
         return model

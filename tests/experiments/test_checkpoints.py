@@ -18,12 +18,7 @@ from experiments.records import RunFolder
 from experiments.train import Run
 
 from .conftest import ROOT, last, same, tensors, tiny_config, train_here
-
-STACKS = {
-    "recurrent": {"model__pattern": "mamba2, gated_delta_net", "model__depth": 2},
-    "sparse": {"model__pattern": "block_mixture, native_sparse", "model__depth": 2},
-    "moe": {"model__channel": "moe", "model__channels": {"moe": {"expert_bias": True}}},
-}
+from .stacks import STACKS
 
 
 def steps_of(folder: RunFolder) -> list[str]:

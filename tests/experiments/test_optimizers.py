@@ -122,6 +122,16 @@ def test_making_the_state_ahead_changes_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+def test_what_never_gets_a_gradient_has_its_state_too(tmp_path):
+    """Such as what compresses blocks that are longer than the sequence: a checkpoint has a place for it."""
+    model, optimizers = made(tmp_path)
+    before = optimizers.tensors().keys()
+    model.get_parameter("embedding.weight").grad = None
+    optimizers.step(0, torch.zeros(()))
+    assert optimizers.tensors().keys() == before
+    assert {name.rpartition("/")[0] for name in before} == {name for name, _ in model.named_parameters()}
+
+
 @pytest.mark.parametrize("changes", [{"train__optimizer": "muon"}, {"train__schedule": "wsd"}])
 def test_a_run_trains_with_it(tmp_path, changes):
     code, folder = train_here(tiny_config(tmp_path, train__steps=60, train__eval_every=30, **changes))
