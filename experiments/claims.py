@@ -146,9 +146,12 @@ def is_alive(identity: Mapping[str, Any]) -> bool:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started, in ticks since boot; ``None`` where the system does not say."""
+    """When a process started, in ticks since boot; ``None`` where the system does not say, or it has ended and its
+    parent has not asked how.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state == "Z" else rest[18]
     except (OSError, IndexError):
         return None
 

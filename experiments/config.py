@@ -221,7 +221,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run: the resolved configuration without :data:`NOT_IDENTITY`."""
-        return _without(to_dict(self), NOT_IDENTITY)
+        return without(to_dict(self), NOT_IDENTITY)
 
     def folder(self) -> Path:
         text = json.dumps(self.identity(), sort_keys=True, allow_nan=True)
@@ -229,11 +229,11 @@ class RunConfig:
         return Path(self.runs) / self.experiment / f"{self.model.name}-seed{self.seed}-{digest}"
 
 
-def _without(values: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+def without(values: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
     """Nested mappings without the entries at these dotted paths."""
     kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in paths}
     return {
-        key: _without(value, paths, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        key: without(value, paths, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in kept.items()
     }
 

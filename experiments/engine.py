@@ -75,11 +75,6 @@ class Engine:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    def precision(self) -> AbstractContextManager[object]:
-        """Autocast to ``train.precision``; parameters, their gradients and the optimizer stay float32."""
-        dtype = getattr(torch, self.config.precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
     def gradients(self, model: LanguageModel, batch: Batch) -> Tensor:
         """Set the gradients of the whole batch's loss, of which ``batch`` is this process's share.
 
@@ -92,7 +87,7 @@ class Engine:
         for rows, is_last in self._micro_batches(len(tokens)):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
-            with self.precision():
+            with autocast(self.device, self.config.precision):
                 logits, _ = model(tokens[rows])
             logits = logits.flatten(0, 1).to(accumulation_dtype(logits))
             part = F.cross_entropy(logits, targets[rows].flatten(), ignore_index=IGNORED, reduction="sum") / answers
@@ -128,7 +123,7 @@ class Engine:
         total, parts = len(batch.tokens), processes.count()
         rows = np.arange(processes.rank(), -(-total // parts) * parts, parts) % total
         tokens, targets = to_device(Batch(batch.tokens[rows], batch.targets[rows]), self.device)
-        with self.precision():
+        with autocast(self.device, self.config.precision):
             logits = model(tokens)[0]
         logits = logits.to(accumulation_dtype(logits))
         losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
@@ -136,6 +131,12 @@ class Engine:
         dealt = [np.stack(arrays, axis=1) for arrays in zip(*processes.gather(own), strict=True)]
         loss, hits = (array.reshape(-1, array.shape[-1])[:total] for array in dealt)
         return loss, hits
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Compute in ``precision``; parameters, their gradients and the optimizer stay float32."""
+    dtype = getattr(torch, precision)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,8 @@ class EnergyMeter:
     a busy processor takes a quarter of an hour for: one lap of them is made up for, so read more often than that.
     """
 
-    def __init__(self, device: torch.device, powercap: Path = POWERCAP):
-        self._counters = [*_packages(powercap), *_gpu(device)]
+    def __init__(self, device: torch.device, powercap: Path | None = None):
+        self._counters = [*_packages(powercap or POWERCAP), *_gpu(device)]
         self._last = [read() for read, _ in self._counters]
 
     def joules(self) -> float | None:

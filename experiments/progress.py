@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from experiments.claims import HEARTBEAT_SECONDS, ClaimLost
+from experiments.claims import HEARTBEAT_SECONDS, ClaimLost, is_alive, process_identity
 from experiments.errors import StorageError
 from experiments.files import write_atomic
 from experiments.records import RunFolder
@@ -42,11 +42,11 @@ class Heartbeat:
     """Renews a run's claim from a thread, and stops the process when it lost the claim or its parent is gone.
 
     Args:
-        parent: number of the process that started this one; ``None`` to outlive it.
+        parent: number of the process that started this one, itself or through torchrun; ``None`` to outlive it.
     """
 
     def __init__(self, folder: RunFolder, parent: int | None):
-        self._folder, self._parent = folder, parent
+        self._folder, self._parent = folder, None if parent is None else process_identity(parent)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -62,7 +62,7 @@ class Heartbeat:
     def _beat(self) -> None:
         renewed = time.monotonic()
         while not self._over.wait(0.5):
-            if self._parent is not None and os.getppid() != self._parent:
+            if self._parent is not None and not is_alive(self._parent):
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             if time.monotonic() - renewed >= HEARTBEAT_SECONDS:

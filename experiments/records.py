@@ -74,7 +74,7 @@ class RunFolder:
     def create(self, config: RunConfig) -> None:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config_file.exists():
+        if read_json(self.config_file) != to_dict(config):  # New, or differing in what makes no other run of it.
             write_json(self.config_file, to_dict(config))
         with writing(self.path):
             self.checkpoints.mkdir(exist_ok=True)

@@ -33,12 +33,18 @@ def execute(composed: Mapping[str, Any], board: Board, job: int) -> None:
     try:
         config = _resolve(composed)
         folder = RunFolder(config.folder())
+        if config.train.dry_run:
+            board.post(job, status="planned", name=folder.path.name, message=_plan(config))
+            return
         folder.check(config)
         posted = {"name": folder.path.name, "folder": str(folder.path)}
         if folder.status() == "finished":
             board.post(job, status="kept", message=_summary(folder), **posted)
         elif folder.claim.is_held():
             board.post(job, status="busy", message="another sweep is training it", **posted)
+        elif config.machine.processes == 0:
+            folder.create(config)
+            board.post(job, status="made", message=f"torchrun ... -m experiments.train {folder.path}", **posted)
         else:
             folder.create(config)
             board.post(job, status="running", **posted)
@@ -55,12 +61,19 @@ def _resolve(composed: Mapping[str, Any]) -> RunConfig:
     return resolve(config)
 
 
+def _plan(config: RunConfig) -> str:
+    from experiments.dry_run import plan  # Imports torch.
+
+    return f"nothing was trained\n{plan(config)}"
+
+
 def _train(folder: RunFolder, config: RunConfig, board: Board) -> tuple[str, str]:
     """Run the training process to its end; its status and a sentence on it."""
     earlier = folder.record().get("attempt")
-    command = [sys.executable, "-u", "-m", "experiments.train", str(folder.path), "--parent", str(os.getpid())]
+    training = ["-m", "experiments.train", str(folder.path), "--parent", str(os.getpid())]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.machine.processes)]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-u", *(torchrun if config.machine.processes > 1 else []), *training],
         env=_environment(config.train.threads),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def _signal_handlers_as_before():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def until(condition, seconds=90.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def command_line(*arguments: str) -> list[str]:

@@ -30,3 +30,5 @@ COMPARED = {
     "spikes": {"dtype": torch.float32, "train__spike": 2.0, "train__bad_step": "skip", **STACKS["moe"]},
 }
 """What two processes and one compute each, to be the same."""
+
+COMPILED = {"dtype": torch.float32, "train__compile": True, **STACKS["recurrent"]}

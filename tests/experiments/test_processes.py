@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.checkpoints import verified
 from experiments.records import RunFolder
 
-from .conftest import ROOT, last, same, tensors, tiny_config, train_here
-from .stacks import COMPARED, STACKS
+from .conftest import ROOT, TINY, command_line, last, same, tensors, tiny_config, train_here, until
+from .stacks import COMPARED, COMPILED, STACKS
 from .two_processes import compare, prepared
 
 BOUNDS = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-4, 1e-6)}
@@ -23,7 +24,7 @@ BOUNDS = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-4, 1e-6)}
 
 def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -124,3 +125,45 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path):
         torch.testing.assert_close(theirs[name], mine, rtol=1e-3, atol=1e-4)
     for mine, other in zip(alone.metrics(), folder.metrics(), strict=True):
         assert other["validation_loss"] == pytest.approx(mine["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_each_run_by_torchrun_and_sigterm_preempts_it(tmp_path):
+    """SIGTERM reaches torchrun alone, as from a scheduler; afterwards one process finishes what two began."""
+    arguments = [*TINY, "model=mamba2", "train.steps=100000", "train.save_every=50", "machine.processes=2"]
+    command = command_line("experiments.run", *arguments)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as log:
+        sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        until(lambda: list(tmp_path.glob("runs/mqar/*/checkpoints/step-*")))
+        sweep.terminate()
+        assert sweep.wait(60) == 130
+    finally:
+        sweep.kill()
+    (path,) = tmp_path.glob("runs/mqar/*")
+    folder = RunFolder(path)
+    assert folder.status() == "preempted", (tmp_path / "log").read_text()
+    step = verified(last(folder))["state"]["step"]
+    assert folder.record()["cost"]["steps"] == step
+    assert folder.record()["cost"]["processes"] == 2
+    assert not folder.claim.is_held()
+
+    folder.config_file.write_text(folder.config_file.read_text().replace("100000", str(step + 3)))
+    done = torchrun("-m", "experiments.train", str(path), processes=1)
+    assert done.returncode == 0, done.stderr
+    assert (folder.status(), folder.record()["cost"]["steps"]) == ("finished", step + 3)
+    assert folder.record()["attempt"] == 2
+
+
+@pytest.mark.slow
+def test_compiled_layers_on_two_processes(tmp_path):
+    done = torchrun("-m", "tests.experiments.two_processes", str(tmp_path), "compiled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rtol, atol = BOUNDS[torch.float32]
+    changes = {key: value for key, value in COMPILED.items() if key != "train__compile"}
+    ours, theirs = compare(tmp_path, {"train__micro_batch": 4, **changes}), torch.load(tmp_path / "compiled-0.pt")
+    for (loss, _, grads), (their_loss, _, their_grads) in zip(ours["steps"], theirs["steps"], strict=True):
+        assert their_loss == pytest.approx(loss, rel=rtol)
+        for mine, other in zip(grads, their_grads, strict=True):
+            torch.testing.assert_close(other, mine, rtol=rtol, atol=atol)

@@ -19,20 +19,13 @@ from experiments.errors import StorageError
 from experiments.records import RunFolder
 from experiments.supervise import execute
 
-from .conftest import ROOT, TINY, call, command_line, tiny_config
+from .conftest import ROOT, TINY, call, command_line, tiny_config, until
 
 
 def folders(runs: Path) -> dict[str, RunFolder]:
     """Run folders by ``model-seed``."""
     found = [RunFolder(path.parent) for path in runs.glob("*/*/config.json")]
     return {folder.path.name.rpartition("-")[0]: folder for folder in found}
-
-
-def until(condition, seconds=90.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):

@@ -19,7 +19,7 @@ from experiments.ledger import follow, keep_ledger
 from experiments.records import RunFolder
 from experiments.train import Run
 from tests.experiments.conftest import tiny_config
-from tests.experiments.stacks import COMPARED, STACKS
+from tests.experiments.stacks import COMPARED, COMPILED, STACKS
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,6 +93,10 @@ def main() -> None:
     warnings.simplefilter("error")
     torch.use_deterministic_algorithms(True)
     root = Path(sys.argv[1])
+    if sys.argv[2:] == ["compiled"]:
+        warnings.simplefilter("default")  # torch's own compiler warns
+        torch.save(compare(root, dict(COMPILED)), root / f"compiled-{processes.rank()}.pt")
+        return processes.leave()
     for name, changes in COMPARED.items():
         found = compare(root / "compared", dict(changes))
         torch.save(found, root / f"{name}-{processes.rank()}.pt")
