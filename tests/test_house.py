@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("seqarch", "experiments") for path in ROOT.glob(f"{top}/**/*.py")
 )
-TIERS = ("seqarch.ops", "seqarch.layers", "seqarch.models", "seqarch.interop", "experiments")
+TIERS = ("seqarch.ops", "seqarch.layers", "seqarch.models", "seqarch.parallel", "seqarch.interop", "experiments")
 LIBRARY = {"seqarch", "torch", "numpy", "einops", *sys.stdlib_module_names}
 """What any file of the library may import."""
 
