@@ -55,9 +55,13 @@ class Board:
 
     def should_stop(self) -> bool:
         """Whether somebody asked to, or the process that started the sweep is gone."""
+        return self._stop.exists() or self.is_abandoned()
+
+    def is_abandoned(self) -> bool:
+        """Whether the process that started the sweep is gone; on another machine nobody can tell."""
         if self._owner is None:
             self._owner = read_json(self.path / "owner.json")
-        return self._stop.exists() or (self._owner is not None and not is_alive(self._owner))
+        return self._owner is not None and not is_alive(self._owner)
 
     def remove(self) -> None:
         """Take the board down, unless a launcher keeps its own logs there."""

@@ -215,10 +215,13 @@ class TestClaim:
         assert claim.path.read_text() == third
         assert list(tmp_path.iterdir()) == [claim.path]
 
-    def test_a_damaged_claim_holds_nothing(self, tmp_path):
+    @pytest.mark.parametrize("pid", ['"12', '"many"', '"12"', "null", "[1]", "0", "-1", "1.5", "1e400", "9" * 30])
+    def test_a_damaged_claim_holds_nothing(self, tmp_path, pid):
         claim = Claim(tmp_path / "claim.json")
-        claim.path.write_text("{")
+        claim.path.write_text(f'{{"host": "{socket.gethostname()}", "pid": {pid}}}')
+        assert not claim.is_held()
         claim.take()
+        assert claim.is_own()
 
 
 class TestBoard:
