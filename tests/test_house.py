@@ -30,6 +30,7 @@ EDGES = {
     "hydra": {"experiments/run.py"},
     "omegaconf": {"experiments/run.py"},
     "wandb": {"experiments/trackers.py"},
+    "torch.utils.tensorboard": {"experiments/trackers.py"},
     "matplotlib": {"experiments/style.py", "experiments/figures.py"},
     "ctypes": {"seqarch/ops/common/native.py"},
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,11 @@ def call(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess[s
     return subprocess.run(
         command_line(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **options
     )
+
+
+def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    """Wait for it, and fail when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
