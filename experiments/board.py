@@ -15,11 +15,11 @@ from experiments.claims import is_alive, process_identity
 from experiments.errors import RunnerError, writing
 from experiments.files import read_json, write_json
 
-DONE = ("finished", "kept", "planned", "made")
-"""Statuses that leave nothing to do. ``kept`` was finished by an earlier sweep, ``planned`` was a dry run, and of
-``made`` only the folder was wanted. The others are ``running``, ``failed``, ``refused`` (the configuration is wrong),
-``busy`` (another sweep is at it), ``interrupted``, ``preempted`` (with a checkpoint of the very step) and ``waiting``
-(not started before the sweep was stopped)."""
+DONE = ("finished", "kept", "repeated", "planned", "made")
+"""Statuses that leave nothing to do. ``kept`` was finished by an earlier sweep, ``repeated`` is the same run as another
+of this sweep, ``planned`` was a dry run, and of ``made`` only the folder was wanted. The others are ``running``,
+``failed``, ``refused`` (the configuration is wrong), ``busy`` (another sweep is at it), ``interrupted``, ``preempted``
+(with a checkpoint of the very step) and ``waiting`` (not started before the sweep was stopped)."""
 
 
 class Board:

@@ -22,7 +22,12 @@ LINE_SECONDS = 10.0
 BAR_FROM_WIDTH = 96
 """Below this many columns a bar would leave no room for the numbers."""
 FAILED = ("failed", "refused")
-WORDS = {"kept": "finished before", "waiting": "not started", "busy": "being trained elsewhere"}
+WORDS = {
+    "kept": "finished before",
+    "waiting": "not started",
+    "busy": "being trained elsewhere",
+    "repeated": "twice in the sweep",
+}
 
 
 class Monitor:

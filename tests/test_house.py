@@ -27,8 +27,9 @@ ENGINES = {"triton": "triton", "mamba_ssm": "mamba_ssm", "selective_scan_cuda": 
 """Packages that only backends named for an engine import."""
 
 EDGES = {
-    "hydra": {"experiments/run.py"},
-    "omegaconf": {"experiments/run.py"},
+    "hydra": {"experiments/run.py", "experiments/overrides.py"},
+    "omegaconf": {"experiments/run.py", "experiments/overrides.py"},
+    "optuna": {"experiments/search.py"},
     "wandb": {"experiments/trackers.py"},
     "torch.utils.tensorboard": {"experiments/trackers.py"},
     "matplotlib": {"experiments/style.py", "experiments/figures.py"},

@@ -91,13 +91,6 @@ def _signal_handlers_as_before():
         signal.signal(number, handler)
 
 
-def until(condition, seconds=90.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def command_line(*arguments: str) -> list[str]:
     return [sys.executable, "-m", *arguments]
 
