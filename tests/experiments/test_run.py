@@ -200,6 +200,35 @@ class TestJob:
             f"cannot read {folder.run_file}: it says that the run is finished and holds no results" in entry["message"]
         )
 
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_a_run_that_the_sweep_names_twice_is_trained_once(self, tmp_path, first):
+        """Whichever of the two jobs begins first, and also while it is at it."""
+        config, board = tiny_config(tmp_path), self.board(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        board.post(first, status="running", name=folder.path.name, folder=str(folder.path))
+        folder.claim.take()
+        execute(to_dict(config), board, 1 - first)
+        twin = next(entry for entry in board.entries() if entry["job"] == 1 - first)
+        assert (twin["status"], twin["message"]) == ("repeated", f"as run {first + 1}")
+
+    def test_a_failed_run_is_tried_again_on_request_and_shown_as_failed(self, tmp_path):
+        config = tiny_config(tmp_path, train__lr=1e30, train__grad_clip=0.0)
+        board = self.board(tmp_path)
+        execute({**to_dict(config), "retry": 1}, board, 0)
+        (entry,) = board.entries()
+        assert entry["status"] == "failed"
+        assert entry["message"].startswith("tried 2 times: training diverged")
+        record = RunFolder(config.folder()).record()
+        assert (record["status"], record["attempt"]) == ("failed", 2)
+
+    @pytest.mark.parametrize("retry", [-1, "once", True, 0.5])
+    def test_retries_are_a_number(self, tmp_path, retry):
+        board = self.board(tmp_path)
+        execute({**to_dict(tiny_config(tmp_path)), "retry": retry}, board, 0)
+        (entry,) = board.entries()
+        assert (entry["status"], entry["message"].partition(":")[0]) == ("refused", "retry")
+
     def test_no_job_begins_after_the_sweep_was_stopped(self, tmp_path):
         board = self.board(tmp_path)
         board.stop()
