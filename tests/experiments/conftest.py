@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,25 @@ def tiny_config(runs: Path, **changes) -> RunConfig:
     return resolve(run_config(plain))
 
 
+@contextmanager
+def handlers_as_before() -> Iterator[None]:
+    """A run that is over ignores signals for good, which the processes that are started next would inherit."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train_here(config: RunConfig) -> tuple[int, RunFolder]:
     """Train in this process; the exit code and the folder."""
     folder = RunFolder(config.folder())
     folder.create(config)
     folder.claim.take()
     try:
-        return keep_ledger(folder, config, lambda: Run(config, folder)), folder
+        with handlers_as_before():
+            return keep_ledger(folder, config, lambda: Run(config, folder)), folder
     finally:
         folder.leave()
 
@@ -85,10 +98,8 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(autouse=True)
 def _signal_handlers_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with handlers_as_before():
+        yield
 
 
 def command_line(*arguments: str) -> list[str]:
