@@ -176,7 +176,10 @@ def close_boards() -> list[dict[str, Any]]:
 
 
 def _compose_and_run() -> None:
-    """Hydra's own main, with errors told here: left to itself, it prints a traceback for a worker that was killed."""
+    """Hydra's own main, with errors told here: left to itself, it prints a traceback for a worker that was killed.
+
+    Its own files, such as a sweep's ``multirun.yaml``, may be those that a full disk cannot take.
+    """
     wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -187,6 +190,12 @@ def _compose_and_run() -> None:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error.__cause__, OmegaConfBaseException):
             print(error.__cause__, file=sys.stderr)
+        raise SystemExit(1) from error
+    except OSError as error:
+        if wanted:
+            raise
+        where = error.filename or (_monitors[0][0].path if _monitors else "the folder of the sweep")
+        print(f"error: cannot write {where}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

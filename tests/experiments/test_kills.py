@@ -25,12 +25,16 @@ SWEEP = [
 
 
 @contextmanager
-def started(cwd: Path, *arguments: str, program: list[str] | None = None) -> Iterator[subprocess.Popen]:
+def started(
+    cwd: Path, *arguments: str, program: list[str] | None = None, told: int | None = None
+) -> Iterator[subprocess.Popen]:
     """A sweep in a session of its own, all of whose processes know ``cwd``; none of them is left in the end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SWEEP_OF": str(cwd)}
     with open(cwd / "log", "a") as log:
         command = [*program, *arguments] if program else command_line(*arguments)
-        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=told or log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         yield process
     finally:
@@ -137,9 +141,9 @@ def test_after_a_full_disk_one_repeat_completes_the_sweep(tmp_path, most):
         "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     )
     sweep = [*SWEEP, "model=attention", "launcher=basic"]
-    with started(tmp_path, *sweep, program=[sys.executable, "-B", "-c", limited]) as process:
-        assert process.wait(120) == 1
-    shown = (tmp_path / "log").read_text()
+    with started(tmp_path, *sweep, program=[sys.executable, "-B", "-c", limited], told=subprocess.PIPE) as process:
+        shown = process.communicate(timeout=280)[0].decode()  # a pipe, as no file could hold it
+        assert process.returncode == 1
     assert "error: cannot write" in shown or "failed, cannot write" in shown
     assert "Traceback" not in shown
     repeat(tmp_path, *sweep)
