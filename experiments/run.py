@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import shlex
 import shutil
@@ -87,10 +88,15 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
             _refuse("launcher=submitit needs Slurm, and there is no srun here; launcher=joblib runs on this machine")
-        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        total = 1
-        for override in overrides:
-            total *= len(list(override.sweep_iterator())) if override.is_sweep_override() else 1
+        sizes: dict[str, int] = {}
+        for override in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                _refuse(f"{override.input_line}: a sweep needs choices; experiments.search searches intervals")
+            # As in Hydra, the last one of a key counts.
+            sizes[override.get_key_element()] = (
+                len(list(override.sweep_iterator())) if override.is_sweep_override() else 1
+            )
+        total = math.prod(sizes.values())
         open_board(Path(config.hydra.sweep.dir), total)
 
 

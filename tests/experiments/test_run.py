@@ -29,7 +29,9 @@ def folders(runs: Path) -> dict[str, RunFolder]:
 
 
 def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
-    sweep = ["experiments.run", "--multirun", *TINY, "train.steps=10", "launcher=joblib", "model=attention"]
+    # The model is given twice, of which the last counts.
+    sweep = ["experiments.run", "--multirun", *TINY, "train.steps=10", "launcher=joblib", "model=mamba2,gla"]
+    sweep += ["model=attention"]
     first = call(*sweep, "train.lr=1e30,1e-3", "train.grad_clip=0", cwd=tmp_path)
     assert first.returncode == 1
     assert "2 runs: 1 failed, 1 finished" in first.stdout
@@ -134,6 +136,7 @@ def test_a_board_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch
         (["task=mqra"], "Could not find 'task/mqra'"),
         (["launcher=job"], "Could not find 'launcher/job'"),
         (["runs=occupied"], "error: cannot write occupied/.sweeps"),
+        (["--multirun", "train.lr=interval(0, 1)"], "experiments.search searches intervals"),
         (["--multirun", "launcher=submitit", "hydra.launcher.partition=none"], "error: launcher=submitit needs Slurm"),
     ],
 )
