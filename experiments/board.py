@@ -15,10 +15,11 @@ from experiments.claims import is_alive, process_identity
 from experiments.errors import RunnerError, writing
 from experiments.files import read_json, write_json
 
-DONE = ("finished", "kept")
-"""Statuses that leave nothing to do. ``kept`` was finished by an earlier sweep. The others are ``running``,
-``failed``, ``refused`` (the configuration is wrong), ``busy`` (another sweep is at it), ``interrupted`` and
-``waiting`` (not started before the sweep was stopped)."""
+DONE = ("finished", "kept", "repeated", "planned", "made")
+"""Statuses that leave nothing to do. ``kept`` was finished by an earlier sweep, ``repeated`` is the same run as another
+of this sweep, ``planned`` was a dry run, and of ``made`` only the folder was wanted. The others are ``running``,
+``failed``, ``refused`` (the configuration is wrong), ``busy`` (another sweep is at it), ``interrupted``, ``preempted``
+(with a checkpoint of the very step) and ``waiting`` (not started before the sweep was stopped)."""
 
 
 class Board:
@@ -54,9 +55,13 @@ class Board:
 
     def should_stop(self) -> bool:
         """Whether somebody asked to, or the process that started the sweep is gone."""
+        return self._stop.exists() or self.is_abandoned()
+
+    def is_abandoned(self) -> bool:
+        """Whether the process that started the sweep is gone; on another machine nobody can tell."""
         if self._owner is None:
             self._owner = read_json(self.path / "owner.json")
-        return self._stop.exists() or (self._owner is not None and not is_alive(self._owner))
+        return self._owner is not None and not is_alive(self._owner)
 
     def remove(self) -> None:
         """Take the board down, unless a launcher keeps its own logs there."""

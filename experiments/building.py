@@ -11,6 +11,7 @@ import torch
 from experiments.config import RunConfig
 from experiments.errors import ConfigError, choices_hint
 from experiments.tasks import TASKS, Task
+from experiments.trackers import require_tracker
 from seqarch.layers import CHANNEL_MIXERS, MIXERS
 from seqarch.layers.mixer import build_config
 from seqarch.models import LanguageModel, LMConfig, parse_pattern
@@ -24,8 +25,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """The configuration with the options of unused mixers checked and left out, sure to build a model.
 
     Raises:
-        ConfigError: no model can be built from it.
+        ConfigError: no model can be built from it, or its tracker is not installed.
     """
+    require_tracker(config.tracker.name)
     model = config.model
     try:
         layers = parse_pattern(model.pattern)

@@ -34,6 +34,12 @@ class Claim:
     def __init__(self, path: Path):
         self.path = path
 
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def take(self) -> None:
         """Become the one process that works here.
 
@@ -117,10 +123,10 @@ class Claim:
                 aside.unlink()
 
     def _is_live(self, holder: Mapping[str, Any]) -> bool:
-        if "pid" not in holder:
+        if not is_alive(holder):
             return False
         if holder.get("host") == socket.gethostname():
-            return is_alive(holder)
+            return True
         try:
             return time.time() - self.path.stat().st_mtime < STALE_SECONDS
         except FileNotFoundError:
@@ -133,22 +139,31 @@ def process_identity(pid: int) -> dict[str, Any]:
 
 
 def is_alive(identity: Mapping[str, Any]) -> bool:
-    """Whether a process of :func:`process_identity` still runs; on another machine nobody can tell, so yes."""
+    """Whether a process of :func:`process_identity` still runs; on another machine nobody can tell, so yes.
+
+    What is no process at all, such as a damaged file says, does not run.
+    """
+    pid = identity.get("pid")
+    if not isinstance(pid, int) or pid <= 0:  # 0 and below would address whole groups of processes
+        return False
     if identity.get("host") != socket.gethostname():
         return True
     try:
-        os.kill(int(identity["pid"]), 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return identity.get("started") == _start_of(int(identity["pid"]))
+    return identity.get("started") == _start_of(pid)
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started, in ticks since boot; ``None`` where the system does not say."""
+    """When a process started, in ticks since boot; ``None`` where the system does not say, or it has ended and its
+    parent has not asked how.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state == "Z" else rest[18]
     except (OSError, IndexError):
         return None
 

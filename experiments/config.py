@@ -21,12 +21,28 @@ from experiments.strict import convert
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 
-NOT_IDENTITY = ("runs", "tracker")
-"""Keys that change where a run is kept or who else hears of it, and never what comes out."""
+NOT_IDENTITY = ("runs", "tracker", "machine", "train.keep", "train.save_every", "train.dry_run")
+"""Keys that change where a run is kept, on what it runs or who else hears of it, and never what comes out of it but
+for rounding."""
 
 
 MOST_THREADS = 1024
 """More CPU threads than this are a slip of the hand, and torch crashes on them."""
+
+NOT_NEGATIVE = (
+    *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
+    *("micro_batch", "save_every", "patience", "threads"),
+)
+CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "wsd"),
+    "bad_step": ("stop", "skip"),
+    "precision": ("float32", "bfloat16"),
+    "gather": ("float32", "bfloat16"),
+    "select": ("best", "last"),
+    "device": ("auto", "cpu", "cuda"),
+}
+"""Of options of :class:`TrainConfig`."""
 
 
 @dataclass(frozen=True)
@@ -62,44 +78,74 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps at most.
-        batch_size: sequences a step, each of the task's training length.
-        lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, then falls along a
-            cosine to ``final_lr_ratio * lr`` at ``steps``.
+        batch_size: sequences a step, each of the task's training length, in all processes together.
+        micro_batch: sequences that one process takes at a time, their gradients summed; 0 for its whole share.
+        optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
+        lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, then falls along the
+            schedule to ``final_lr_ratio * lr`` at ``steps``.
+        schedule: ``cosine``, or ``wsd``: stable, then falling in a line over the last ``decay_share`` of the steps.
         grad_clip: bound on the norm of the gradient; 0 for none.
-        eval_every: steps between two looks at the validation split.
+        spike: a gradient norm above this many times its running mean is bad as one that is not finite is; 0 for never.
+        bad_step: ``stop`` at one, or ``skip`` its update. Its batch is kept in the run's folder ``bad`` either way.
+        precision: ``float32``, or ``bfloat16`` by autocast; parameters and optimizer are float32 throughout.
+        gather: with several processes, the type that parameters travel and are used in. ``bfloat16`` halves the
+            traffic and rounds every parameter, those of norms, decays and routers too.
+        recompute: keep only the layers' inputs for the backward pass, and run each layer's forward pass again there.
+        compile: run each layer through ``torch.compile``.
+        eval_every: steps between two looks at the validation split, each with a checkpoint.
+        save_every: steps between checkpoints besides; 0 for none.
+        keep: how many of the latest checkpoints stay; the best ones of these stay too.
         target: stop once the validation metric is this good.
         patience: stop after so many looks without a better validation metric; 0 for never.
         select: the checkpoint that is tested at the end, the ``best`` on validation or the ``last``.
         threads: CPU threads; 0 leaves it to torch.
         device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is one).
+        dry_run: print what the run would take, and train nothing.
     """
 
     steps: int
     batch_size: int
     lr: float
+    micro_batch: int = 0
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
     warmup: int = 0
     final_lr_ratio: float = 0.1
+    schedule: str = "cosine"
+    decay_share: float = 0.2
     grad_clip: float = 1.0
+    spike: float = 0.0
+    bad_step: str = "stop"
+    precision: str = "float32"
+    gather: str = "float32"
+    recompute: bool = False
+    compile: bool = False
     eval_every: int = 100
+    save_every: int = 0
+    keep: int = 2
     target: float | None = None
     patience: int = 0
     select: str = "best"
     threads: int = 0
     device: str = "auto"
+    dry_run: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "eval_every"):
+        for name in ("steps", "batch_size", "eval_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup", "final_lr_ratio", "grad_clip", "patience", "threads"):
+        for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number and not negative, got {getattr(self, name)}")
+        if self.decay_share > 1:
+            raise ValueError(f"decay_share must be at most 1, got {self.decay_share}")
+        if 0 < self.spike <= 1:
+            raise ValueError(f"spike must be above 1, or 0 for never, got {self.spike}")
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"target must be a finite number or null, got {self.target}")
         if self.threads > MOST_THREADS:
             raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
-        for name, choices in (("select", ("best", "last")), ("device", ("auto", "cpu", "cuda"))):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, {choices_hint(getattr(self, name), choices)}")
 
@@ -115,6 +161,27 @@ class TrackerConfig:
 
     name: str = "none"
     options: Any = field(default_factory=TRACKERS["none"].Config)
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What a run is given to run on, and what that costs.
+
+    Attributes:
+        processes: on this machine, started by torchrun to train each run together; 0 only makes the run's folder, for
+            a torchrun of one's own.
+        peak_flops: FLOPs a second of one process's device at ``train.precision``; 0 measures a matrix product.
+        price_per_hour: of all that a run occupies, in any currency; 0 where it costs nothing.
+    """
+
+    processes: int = 1
+    peak_flops: float = 0.0
+    price_per_hour: float = 0.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number and not negative, got {value}")
 
 
 @dataclass(frozen=True)
@@ -140,6 +207,7 @@ class RunConfig:
     task: TaskConfig
     train: TrainConfig
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
     runs: str = "runs"
 
     def __post_init__(self):
@@ -153,12 +221,21 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run: the resolved configuration without :data:`NOT_IDENTITY`."""
-        return {key: value for key, value in to_dict(self).items() if key not in NOT_IDENTITY}
+        return without(to_dict(self), NOT_IDENTITY)
 
     def folder(self) -> Path:
         text = json.dumps(self.identity(), sort_keys=True, allow_nan=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         return Path(self.runs) / self.experiment / f"{self.model.name}-seed{self.seed}-{digest}"
+
+
+def without(values: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings without the entries at these dotted paths."""
+    kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in paths}
+    return {
+        key: without(value, paths, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in kept.items()
+    }
 
 
 def run_config(composed: Mapping[str, Any]) -> RunConfig:

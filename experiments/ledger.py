@@ -15,19 +15,25 @@ from typing import Any, Protocol
 
 import torch
 
-from experiments import environment
+from experiments import environment, processes
 from experiments.checkpoints import TrainState
 from experiments.config import RunConfig
+from experiments.engine import Engine
 from experiments.errors import RunnerError
 from experiments.files import write_atomic, write_json
+from experiments.metering import measured_peak, price, utilisation
+from experiments.progress import Preempted
 from experiments.records import RunFolder
+from experiments.reporter import Silent
 from experiments.tasks import Task
-from experiments.trackers import Guarded, Tracker
+from experiments.trackers import Guarded
 from seqarch.models import LanguageModel
 from seqarch.ops import record_backends
 
 INTERRUPTED = 130
-EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": INTERRUPTED}
+EXIT_CODES = {"finished": 0, "failed": 1, "preempted": os.EX_TEMPFAIL, "interrupted": INTERRUPTED}
+"""``EX_TEMPFAIL`` is 75, by which sysexits.h says: try again later."""
+
 FLOPS_FORMULA = (
     "3 x the forward FLOPs of the model's matrix products, convolutions and recurrences (two a multiply-add; the "
     "backward counts as two forwards) x training tokens; elementwise work and evaluation are not counted"
@@ -38,17 +44,15 @@ class Training(Protocol):
     """What the record needs of a run in training."""
 
     config: RunConfig
-    device: torch.device
+    engine: Engine
     task: Task
     model: LanguageModel
     state: TrainState
-    tracker: Tracker
+    reporter: Silent
 
     def train(self) -> dict[str, Any]:
         """Train to the end and return the results."""
         ...
-
-    def tokens_per_second(self) -> float: ...
 
 
 def now() -> str:
@@ -62,14 +66,30 @@ def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Trainin
         status, ending = _train(folder, make)
         folder.claim.check()  # The record is that of whoever took over.
         folder.update(status=status, ended=now(), **ending)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return EXIT_CODES[_status_of(stop)]
     except RunnerError as error:  # Such as a full disk: what is written stands, and the exit code tells.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CODES["failed"]
     if status != "finished":
         print(f"{status}: {ending['reason']}", file=sys.stderr, flush=True)
     return EXIT_CODES[status]
+
+
+def follow(make: Callable[[], Training]) -> int:
+    """Train in a process that keeps no record, beside the one that does; returns the exit code."""
+    try:
+        make().train()
+    except KeyboardInterrupt as stop:
+        return EXIT_CODES[_status_of(stop)]
+    except RunnerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CODES["failed"]
+    return EXIT_CODES["finished"]
+
+
+def _status_of(stop: KeyboardInterrupt) -> str:
+    return "preempted" if isinstance(stop, Preempted) else "interrupted"
 
 
 def _open(folder: RunFolder, config: RunConfig) -> None:
@@ -99,8 +119,8 @@ def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[s
             folder.update(**_describe(run))
             ending["results"] = run.train()
             status = "finished"
-        except KeyboardInterrupt:
-            status, ending["reason"] = "interrupted", "stopped from outside"
+        except KeyboardInterrupt as stop:
+            status, ending["reason"] = _status_of(stop), str(stop) or "stopped from outside"
         except RunnerError as error:
             ending["reason"] = str(error)
         except Exception as error:  # A record of any failure; the whole of it goes to the log.
@@ -110,16 +130,17 @@ def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[s
     ending["backends"] = backends
     if run is not None:
         ending["cost"] = _cost(run)
-        run.tracker.finish(status, ending.get("results", {}))
-        if isinstance(run.tracker, Guarded) and run.tracker.error:
-            ending["tracker_error"] = run.tracker.error
+        tracker = run.reporter.tracker
+        tracker.finish(status, ending.get("results", {}))
+        if isinstance(tracker, Guarded) and tracker.error:
+            ending["tracker_error"] = tracker.error
     return status, ending
 
 
 def _describe(run: Training) -> dict[str, Any]:
     value, words = run.task.chance()
     return {
-        "hardware": environment.hardware(run.device),
+        "hardware": environment.hardware(run.engine.device),
         "data": {"task": run.task.name, **run.task.manifest()},
         "task": {"title": run.task.title, "reading": run.task.reading},
         "metric": {**asdict(run.task.metric), "chance": value, "chance_label": words},
@@ -132,19 +153,30 @@ def _describe(run: Training) -> dict[str, Any]:
 
 
 def _cost(run: Training) -> dict[str, Any]:
-    config, steps = run.config.train, run.state.step
+    config, state, device = run.config.train, run.state, run.engine.device
+    flops = 3 * run.model.flops(run.task.length, config.batch_size) * state.step
+    given = run.config.machine.peak_flops
+    peak = (given or measured_peak(device, config.precision)) * processes.count()
+    tokens = state.step * config.batch_size * run.task.length
     cost = {
-        "steps": steps,
-        "tokens": steps * config.batch_size * run.task.length,
-        "train_seconds": run.state.train_seconds,
-        "eval_seconds": run.state.eval_seconds,
-        "tokens_per_second": run.tokens_per_second(),
-        "flops": 3 * run.model.flops(run.task.length, config.batch_size) * steps,
+        "steps": state.step,
+        "bad_steps": state.bad_steps,
+        "tokens": tokens,
+        "processes": processes.count(),
+        "train_seconds": state.train_seconds,
+        "eval_seconds": state.eval_seconds,
+        "tokens_per_second": tokens / max(state.train_seconds, 1e-9),
+        "flops": flops,
         "flops_formula": FLOPS_FORMULA,
+        "peak_flops": peak,
+        "peak_flops_source": "given" if given else "a matrix product, measured",
+        "utilisation": utilisation(flops, state.train_seconds, peak),
+        "joules": state.joules,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **price(state.train_seconds + state.eval_seconds, run.config.machine.price_per_hour),
     }
-    if run.device.type == "cuda":
-        cost["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(run.device)
+    if device.type == "cuda":
+        cost["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return cost
 
 

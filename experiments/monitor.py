@@ -22,7 +22,12 @@ LINE_SECONDS = 10.0
 BAR_FROM_WIDTH = 96
 """Below this many columns a bar would leave no room for the numbers."""
 FAILED = ("failed", "refused")
-WORDS = {"kept": "finished before", "waiting": "not started", "busy": "being trained elsewhere"}
+WORDS = {
+    "kept": "finished before",
+    "waiting": "not started",
+    "busy": "being trained elsewhere",
+    "repeated": "twice in the sweep",
+}
 
 
 class Monitor:
@@ -93,7 +98,10 @@ class Bars:
 
     def show(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
         ended = sum(counts[status] for status in (*DONE, *FAILED))
-        shown = {"failed": sum(counts[status] for status in FAILED), "interrupted": counts["interrupted"]}
+        shown = {
+            "failed": sum(counts[status] for status in FAILED),
+            "interrupted": counts["interrupted"] + counts["preempted"],
+        }
         shown[WORDS["busy"]] = counts["busy"]
         note = ", ".join(f"{number} {word}" for word, number in shown.items() if number)
         self._progress.update(self._sweep, completed=ended, count=f"{ended}/{total}", note=note)

@@ -7,9 +7,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from experiments.claims import HEARTBEAT_SECONDS, ClaimLost
+from torch import Tensor
+
+from experiments.claims import HEARTBEAT_SECONDS, ClaimLost, is_alive, process_identity
 from experiments.errors import StorageError
 from experiments.files import write_atomic
 from experiments.records import RunFolder
@@ -24,13 +27,14 @@ class ProgressFile:
         self._path, self._steps, self._first, self._clock = folder.progress_file, steps, first_step, clock
         self._started, self._shown = clock(), -REFRESH_SECONDS
 
-    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def show(self, step: int, loss: float | Tensor, tokens_per_second: float) -> None:
+        """Where training is; a loss that is still on the device is waited for only where it is shown."""
         now = self._clock()
         if now - self._shown < REFRESH_SECONDS and step < self._steps:
             return
         self._shown = now
         seconds_left = (now - self._started) / max(step - self._first, 1) * (self._steps - step)
-        values = {"step": step, "steps": self._steps, "loss": loss, "tokens_per_second": tokens_per_second}
+        values = {"step": step, "steps": self._steps, "loss": float(loss), "tokens_per_second": tokens_per_second}
         write_atomic(self._path, json.dumps({**values, "seconds_left": seconds_left}), durable=False)
 
 
@@ -38,11 +42,11 @@ class Heartbeat:
     """Renews a run's claim from a thread, and stops the process when it lost the claim or its parent is gone.
 
     Args:
-        parent: number of the process that started this one; ``None`` to outlive it.
+        parent: number of the process that started this one, itself or through torchrun; ``None`` to outlive it.
     """
 
     def __init__(self, folder: RunFolder, parent: int | None):
-        self._folder, self._parent = folder, parent
+        self._folder, self._parent = folder, None if parent is None else process_identity(parent)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -58,7 +62,7 @@ class Heartbeat:
     def _beat(self) -> None:
         renewed = time.monotonic()
         while not self._over.wait(0.5):
-            if self._parent is not None and os.getppid() != self._parent:
+            if self._parent is not None and not is_alive(self._parent):
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             if time.monotonic() - renewed >= HEARTBEAT_SECONDS:
@@ -73,7 +77,31 @@ class Heartbeat:
                     print(f"the claim could not be renewed: {error}", flush=True)
 
 
-def obey_signals() -> None:
-    """Let SIGINT and SIGTERM raise ``KeyboardInterrupt``; a launcher's worker ignores them, which is inherited."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+class Preempted(KeyboardInterrupt):
+    """Asked to end by SIGTERM, as schedulers do before they take a machine away."""
+
+
+class Preemption:
+    """SIGTERM raises :class:`Preempted` at once, or within :meth:`delayed` sets ``requested`` and nothing else."""
+
+    def __init__(self):
+        self.requested = False
+        self._delayed = False
+
+    def obey(self) -> None:
+        """From here on. SIGINT raises ``KeyboardInterrupt``; a launcher's worker ignores it, which is inherited."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, self._receive)
+
+    @contextmanager
+    def delayed(self) -> Iterator[None]:
+        self._delayed = True
+        try:
+            yield
+        finally:
+            self._delayed = False
+
+    def _receive(self, *_: object) -> None:
+        self.requested = True
+        if not self._delayed:
+            raise Preempted("stopped by SIGTERM")

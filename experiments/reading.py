@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.config import NOT_IDENTITY, without
 from experiments.errors import RunnerError
 from experiments.files import read_json
 from experiments.records import RunFolder, flat
@@ -169,11 +170,10 @@ def _comparison(name: str, runs: list[RecordedRun], colour_of: dict[str, str]) -
 
 def _variants(runs: list[RecordedRun], colour_of: dict[str, str]) -> list[Variant]:
     """Runs that share all but the seed, labelled by the model's name and whatever else tells them apart."""
-    ignored = ("seed", "runs", "tracker")
     groups: dict[str, list[RecordedRun]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for run in runs:
-        kept = {key: value for key, value in flat(run.config).items() if key.split(".")[0] not in ignored}
+        kept = flat(without(run.config, ("seed", *NOT_IDENTITY)))
         groups.setdefault(repr(sorted(kept.items())), []).append(run)
         settings[repr(sorted(kept.items()))] = kept
     variants = []

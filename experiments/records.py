@@ -4,7 +4,8 @@
 ``run.json``        the record: status, code, environment, hardware, data, backends, cost, results
 ``metrics.jsonl``   one JSON object a line, appended while training
 ``progress.json``   where training is now, for whoever watches
-``checkpoints/``    ``last.pt`` and ``best.pt``
+``checkpoints/``    the latest and the best, a folder each
+``bad/``            the batches of steps whose loss or gradient was no number or a spike
 ``train.log``       what the training process printed
 ``code.diff``       how the code differed from the commit, if it did; new source files are in it
 ``claim.json``      who is at work here; gone when nobody is
@@ -34,8 +35,8 @@ class RunFolder:
         self.progress_file = self.path / "progress.json"
         self.log_file = self.path / "train.log"
         self.diff_file = self.path / "code.diff"
-        self.last_checkpoint = self.path / "checkpoints" / "last.pt"
-        self.best_checkpoint = self.path / "checkpoints" / "best.pt"
+        self.checkpoints = self.path / "checkpoints"
+        self.bad = self.path / "bad"
         self.claim = Claim(self.path / "claim.json")
 
     def config(self) -> RunConfig:
@@ -73,10 +74,10 @@ class RunFolder:
     def create(self, config: RunConfig) -> None:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config_file.exists():
+        if read_json(self.config_file) != to_dict(config):  # New, or differing in what makes no other run of it.
             write_json(self.config_file, to_dict(config))
         with writing(self.path):
-            self.last_checkpoint.parent.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds.

@@ -10,8 +10,9 @@ Running the same command again does only what is missing. Exit codes: 0 every ru
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -33,10 +34,14 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.board import DONE, Board
 from experiments.errors import RunnerError
 from experiments.monitor import Monitor
+from experiments.overrides import CONFIGS, as_override
 from experiments.supervise import execute
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 INTERRUPTED = 130
+WATCH_SECONDS = 1.0
+_at_work = threading.Lock()
+"""Held by this process while it is at a job."""
+
 _monitors: list[tuple[Board, Monitor]] = []
 """The board and monitor of the sweep that this process started, once Hydra has composed where it lies."""
 
@@ -48,55 +53,68 @@ def job(composed: DictConfig) -> None:
     if not _monitors:
         # A worker: Ctrl-C in a terminal reaches it too, and would tear it down while it waits for its run to end.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _leave_when_abandoned(this.runtime.output_dir)
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
-    try:
-        execute({str(key): value for key, value in plain.items()}, Board(this.runtime.output_dir), number)
-    except RunnerError as error:  # The board itself cannot be written, so here is the only place to tell.
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    with _at_work:
+        try:
+            execute({str(key): value for key, value in plain.items()}, Board(this.runtime.output_dir), number)
+        except RunnerError as error:  # The board itself cannot be written, so here is the only place to tell.
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _leave_when_abandoned(path: str) -> None:
+    """From here on this worker ends, after the job that it is at, when the process that started the sweep is gone.
+
+    A launcher's worker does not notice: it would wait for more work, for minutes.
+    """
+
+    def watch() -> None:
+        while not Board(path).is_abandoned():
+            time.sleep(WATCH_SECONDS)
+        with _at_work:
+            os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class SweepCallback(Callback):
     """Puts up the board and the monitor, in the process that starts the sweep."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        _open(Path(config.hydra.run.dir), 1)
+        open_board(Path(config.hydra.run.dir), 1)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
             _refuse("launcher=submitit needs Slurm, and there is no srun here; launcher=joblib runs on this machine")
-        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        total = 1
-        for override in overrides:
-            total *= len(list(override.sweep_iterator())) if override.is_sweep_override() else 1
-        _open(Path(config.hydra.sweep.dir), total)
+        sizes: dict[str, int] = {}
+        for override in OverridesParser.create().parse_overrides(list(config.hydra.overrides.task)):
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                _refuse(f"{override.input_line}: a sweep needs choices; experiments.search searches intervals")
+            # As in Hydra, the last one of a key counts.
+            sizes[override.get_key_element()] = (
+                len(list(override.sweep_iterator())) if override.is_sweep_override() else 1
+            )
+        total = math.prod(sizes.values())
+        open_board(Path(config.hydra.sweep.dir), total)
 
 
-def _open(path: Path, total: int) -> None:
+def open_board(path: Path, total: int) -> Board:
+    """Put up the board of a sweep of so many runs, and show what happens on it until :func:`close_boards`."""
     board = Board(path)
     try:
         board.create()
     except RunnerError as error:
         _refuse(str(error))
     _monitors.append((board, Monitor(board, total)))
+    return board
 
 
 def _refuse(reason: str) -> NoReturn:
     """End before any job begins. Hydra would turn another exception of a callback into a warning and go on."""
     print(f"error: {reason}", file=sys.stderr)
     raise SystemExit(1)
-
-
-def as_override(argument: str) -> str:
-    """Let Hydra pass every ``key=value`` on, so that the typed configuration judges it.
-
-    Hydra knows only the keys that some YAML mentions: it would refuse an option left at its default, and name no
-    near key for a misspelt one. Groups, ``hydra.*`` and arguments with a sign of their own stay as they are.
-    """
-    key = argument.partition("=")[0]
-    is_value = re.fullmatch(r"[A-Za-z_][\w.]*", key) and "=" in argument
-    is_group = (CONFIGS / key).is_dir() or key.partition(".")[0] == "hydra"
-    return f"++{argument}" if is_value and not is_group else argument
 
 
 def watch_signals() -> threading.Event:
@@ -154,8 +172,20 @@ def main() -> int:
     return INTERRUPTED if stopped.is_set() else code
 
 
+def close_boards() -> list[dict[str, Any]]:
+    """Take down what :func:`open_board` put up; what every job posted last."""
+    entries = []
+    for board, monitor in _monitors:
+        entries += monitor.close()
+        board.remove()
+    return entries
+
+
 def _compose_and_run() -> None:
-    """Hydra's own main, with errors told here: left to itself, it prints a traceback for a worker that was killed."""
+    """Hydra's own main, with errors told here: left to itself, it prints a traceback for a worker that was killed.
+
+    Its own files, such as a sweep's ``multirun.yaml``, may be those that a full disk cannot take.
+    """
     wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -166,6 +196,12 @@ def _compose_and_run() -> None:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error.__cause__, OmegaConfBaseException):
             print(error.__cause__, file=sys.stderr)
+        raise SystemExit(1) from error
+    except OSError as error:
+        if wanted:
+            raise
+        where = error.filename or (_monitors[0][0].path if _monitors else "the folder of the sweep")
+        print(f"error: cannot write {where}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from experiments.board import Board
 from experiments.config import RunConfig, run_config
-from experiments.errors import RunnerError
+from experiments.errors import ConfigError, RunnerError
 from experiments.records import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,43 +24,98 @@ STOP_SECONDS = 15.0
 """How long an interrupted run may take to write its record before it is killed."""
 TAIL_LINES = 12
 
+Hopeless = Callable[[RunFolder], str | None]
 
-def execute(composed: Mapping[str, Any], board: Board, job: int) -> None:
-    """Do the run of this configuration unless it is done, and post what became of it."""
+
+def execute(composed: Mapping[str, Any], board: Board, job: int, hopeless: Hopeless | None = None) -> None:
+    """Do the run of this configuration unless it is done, and post what became of it.
+
+    Args:
+        composed: the configuration and, beside it, ``retry``: how often a run that fails is tried again.
+        hopeless: looks at a run's folder while it trains, and says why it should end or ``None``.
+    """
     if board.should_stop():
         board.post(job, status="waiting", name=_name(composed))
         return
     try:
-        config = _resolve(composed)
+        retry, config = _retries(composed), resolve_composed(composed)
         folder = RunFolder(config.folder())
+        if config.train.dry_run:
+            board.post(job, status="planned", name=folder.path.name, message=_plan(config))
+            return
         folder.check(config)
         posted = {"name": folder.path.name, "folder": str(folder.path)}
-        if folder.status() == "finished":
-            board.post(job, status="kept", message=_summary(folder), **posted)
-        elif folder.claim.is_held():
-            board.post(job, status="busy", message="another sweep is training it", **posted)
-        else:
-            folder.create(config)
-            board.post(job, status="running", **posted)
-            status, message = _train(folder, config, board)
-            board.post(job, status=status, message=message, **posted)
+        board.post(job, status="running", **posted)
+        status, message = _bring_about(folder, config, board, job, retry, hopeless)
+        board.post(job, status=status, message=message, **posted)
     except RunnerError as error:
         board.post(job, status="refused", name=_name(composed), message=str(error))
 
 
-def _resolve(composed: Mapping[str, Any]) -> RunConfig:
-    config = run_config(composed)
+def _bring_about(
+    folder: RunFolder, config: RunConfig, board: Board, job: int, retry: int, hopeless: Hopeless | None
+) -> tuple[str, str]:
+    """The status that the run comes to, and a sentence on it."""
+    first = min([job, *(entry["job"] for entry in board.entries() if entry.get("folder") == str(folder.path))])
+    if first < job:
+        return "repeated", f"as run {first + 1}"
+    if folder.status() == "finished":
+        return "kept", _summary(folder)
+    if folder.claim.is_held():
+        return _taken(folder, board, job, "another sweep is training it")
+    folder.create(config)
+    if config.machine.processes == 0:
+        return "made", f"torchrun ... -m experiments.train {folder.path}"
+    status, message = _train(folder, config, board, hopeless)
+    tried = 1
+    while status == "failed" and tried <= retry and not board.should_stop():
+        status, message = _train(folder, config, board, hopeless)
+        tried += 1
+    if status == "busy":
+        return _taken(folder, board, job, message)
+    return status, f"tried {tried} times: {message}" if status == "failed" and tried > 1 else message
+
+
+def _taken(folder: RunFolder, board: Board, job: int, message: str) -> tuple[str, str]:
+    """Who trains the run: another job of this sweep that is the same, or another sweep."""
+    for entry in board.entries():
+        if entry.get("folder") == str(folder.path) and entry["job"] != job:
+            return "repeated", f"as run {entry['job'] + 1}"
+    return "busy", message
+
+
+def _retries(composed: Mapping[str, Any]) -> int:
+    retry = composed.get("retry", 0)
+    if type(retry) is not int or retry < 0:
+        raise ConfigError(f"retry: expected how often a failed run is tried again, 0 or more, got {retry!r}")
+    return retry
+
+
+def resolve_composed(composed: Mapping[str, Any]) -> RunConfig:
+    """The run's configuration, sure to build a model.
+
+    Raises:
+        ConfigError: naming the path of what is wrong in it.
+    """
+    config = run_config({key: value for key, value in composed.items() if key != "retry"})
     from experiments.building import resolve  # Imports torch, which a wrong key need not wait for.
 
     return resolve(config)
 
 
-def _train(folder: RunFolder, config: RunConfig, board: Board) -> tuple[str, str]:
+def _plan(config: RunConfig) -> str:
+    from experiments.dry_run import plan  # Imports torch.
+
+    return f"nothing was trained\n{plan(config)}"
+
+
+def _train(folder: RunFolder, config: RunConfig, board: Board, hopeless: Hopeless | None) -> tuple[str, str]:
     """Run the training process to its end; its status and a sentence on it."""
     earlier = folder.record().get("attempt")
-    command = [sys.executable, "-u", "-m", "experiments.train", str(folder.path), "--parent", str(os.getpid())]
+    training = ["-m", "experiments.train", str(folder.path), "--parent", str(os.getpid())]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.machine.processes)]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-u", *(torchrun if config.machine.processes > 1 else []), *training],
         env=_environment(config.train.threads),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -75,13 +130,12 @@ def _train(folder: RunFolder, config: RunConfig, board: Board) -> tuple[str, str
     drain = threading.Thread(target=_drain, args=(process.stdout, folder.log_file, tail), daemon=True)
     drain.start()
     try:
-        stopped = _wait(process, board)
+        stopped = _wait(process, board, folder, hopeless)
     finally:
         if process.poll() is None:
             process.kill()
     drain.join()
-    ending = "stopped from outside" if stopped else _ending(process.returncode)
-    return _outcome(folder, earlier, stopped, ending, list(tail))
+    return _outcome(folder, earlier, stopped, stopped or _ending(process.returncode), list(tail))
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -92,14 +146,15 @@ def _environment(threads: int) -> dict[str, str]:
     return environment
 
 
-def _wait(process: subprocess.Popen[str], board: Board) -> bool:
-    """Until the process has ended; whether it was asked to."""
+def _wait(process: subprocess.Popen[str], board: Board, folder: RunFolder, hopeless: Hopeless | None) -> str | None:
+    """Until the process has ended; why it was asked to, ``None`` if it was not."""
     while True:
         try:
             process.wait(POLL_SECONDS)
-            return False
+            return None
         except subprocess.TimeoutExpired:
-            if not board.should_stop():
+            reason = "stopped from outside" if board.should_stop() else hopeless and hopeless(folder)
+            if not reason:
                 continue
         # Not SIGINT: a launcher's worker ignores it, and so does its child until the child has set its own handlers.
         process.terminate()
@@ -108,7 +163,7 @@ def _wait(process: subprocess.Popen[str], board: Board) -> bool:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        return True
+        return reason
 
 
 def _drain(output: IO[str], log_file: Path, tail: collections.deque[str]) -> None:
@@ -120,12 +175,14 @@ def _drain(output: IO[str], log_file: Path, tail: collections.deque[str]) -> Non
                 log.write(line)
 
 
-def _outcome(folder: RunFolder, earlier: int | None, stopped: bool, ending: str, tail: list[str]) -> tuple[str, str]:
+def _outcome(
+    folder: RunFolder, earlier: int | None, stopped: str | None, ending: str, tail: list[str]
+) -> tuple[str, str]:
     """What the ended process left: its own record or, where it came to none, one written for it.
 
     Args:
         earlier: the attempt on record before the process began; its status tells nothing about this one.
-        stopped: whether the process was asked to end.
+        stopped: why the process was asked to end, ``None`` if it was not.
     """
     record = folder.record()
     status = record.get("status")
@@ -134,7 +191,7 @@ def _outcome(folder: RunFolder, earlier: int | None, stopped: bool, ending: str,
     if folder.claim.is_held():
         return "busy", "another sweep took it"
     last = tail[-1] if tail else "it printed nothing"
-    if status not in ("failed", "interrupted") or record.get("attempt") == earlier:
+    if status not in ("failed", "interrupted", "preempted") or record.get("attempt") == earlier:
         status = "interrupted" if stopped else "failed"
         record["reason"] = ending if stopped else f"{ending}; its last line: {last}"
         # Where the disk is full this fails too, and the last line printed already says so.

@@ -1,7 +1,8 @@
-"""Trains one run: ``python -m experiments.train runs/mqar/attention-seed0-...``
+"""Trains one run: ``python -m experiments.train runs/mqar/attention-seed0-...``, or ``torchrun -m`` the same.
 
-A plain loop over steps. Example ``i`` of the training stream is a function of (seed, i), so a run that was interrupted
-goes on from its last checkpoint as if nothing had happened. Exit codes: 0 finished, 1 failed, 130 interrupted.
+A plain loop over steps. Example ``i`` of the training stream is a function of (seed, i), so a run that was stopped goes
+on from its last checkpoint as if nothing had happened, bit for bit. SIGTERM makes it write a checkpoint first. Exit
+codes: 0 finished, 1 failed, 75 preempted (start it again, and it goes on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,112 +10,145 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from experiments import processes
 from experiments.building import build_model, build_task
-from experiments.checkpoints import TrainState, load_checkpoint, save_checkpoint
-from experiments.config import RunConfig, TrainConfig, to_dict
+from experiments.checkpoints import Checkpoints, TrainState
+from experiments.config import RunConfig
+from experiments.engine import Engine
 from experiments.errors import RunnerError
-from experiments.ledger import keep_ledger
-from experiments.progress import Heartbeat, ProgressFile, obey_signals
+from experiments.ledger import follow, keep_ledger
+from experiments.metering import Meter
+from experiments.optimizers import Optimizers
+from experiments.progress import Heartbeat, Preempted, Preemption
 from experiments.records import RunFolder
+from experiments.reporter import make_reporter
 from experiments.tasks import Task
-from experiments.tasks.task import IGNORED, Batch
-from experiments.trackers import make_tracker
-from seqarch.models import LanguageModel, parameter_groups
+from experiments.vitals import Diverged, Reading, Vitals
+from seqarch.models import LanguageModel
 
-
-class Diverged(RunnerError):
-    """The loss is no number any more."""
+READ_EVERY = 16
+"""Steps between two readings of the device, besides those before each checkpoint."""
 
 
 class Run:
     """One run in training: its parts, made from the configuration."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder):
+    def __init__(self, config: RunConfig, folder: RunFolder, preemption: Preemption | None = None):
         self.config, self.train_config, self.folder = config, config.train, folder
-        self.device = choose_device(config.train.device)
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
+        self.preemption = preemption or Preemption()
+        self.engine = Engine(config.train)
         torch.manual_seed(config.seed)
         self.task = build_task(config)
-        self.model = build_model(config).to(self.device)
-        groups = parameter_groups(self.model, config.train.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=(0.9, 0.95))
+        self.model = self.engine.prepare(build_model(config))
+        torch.manual_seed(config.seed + processes.rank())
+        self.optimizers = Optimizers(self.model, config.train)
+        self.vitals, self.meter = Vitals(config.train, self.engine.device), Meter(self.engine.device)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
         self.state, self.saved_step = TrainState(), None
-        self.tracker = make_tracker(config.tracker.name, config.tracker.options, folder.path, to_dict(config))
+        self.reporter = make_reporter(folder, config)
 
     def train(self) -> dict[str, Any]:
         """Train to the end and return the results."""
-        if self.folder.last_checkpoint.exists():
-            self.state = load_checkpoint(self.folder.last_checkpoint, self.device, self.model, self.optimizer)
-            self.saved_step = self.state.step
-        self.folder.keep_metrics(lambda line: line["step"] <= self.state.step)
         config = self.train_config
-        progress = ProgressFile(self.folder, config.steps, self.state.step)
-        while self.state.step < config.steps and not self.is_done():
-            started = time.perf_counter()
-            values = self.step()
-            self.state.step += 1
-            self.state.train_seconds += time.perf_counter() - started
-            values["tokens_per_second"] = self.tokens_per_second()
-            progress.show(self.state.step, values["loss"], values["tokens_per_second"])
-            if self.state.step % config.eval_every == 0 or self.state.step == config.steps:
-                self.look(values)
+        self.resume()
+        with self.preemption.delayed():
+            while self.state.step < config.steps and not self.is_done():
+                loss = self.step()
+                self.state.step += 1
+                self.reporter.show(self.state.step, loss, self.tokens_per_second())
+                if self.state.step % config.eval_every == 0 or self.state.step == config.steps:
+                    self.look()
+                elif config.save_every and self.state.step % config.save_every == 0:
+                    self.save()
+                elif self.state.step % READ_EVERY == 0:
+                    self.read()
+                if processes.total(self.preemption.requested):
+                    self.preempt()
         return self.test()
 
-    def step(self) -> dict[str, float]:
-        """One optimizer step on the next batch."""
-        config = self.train_config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.state.step)
-        batch = self.task.train_batch(self.config.seed, self.state.step * config.batch_size, config.batch_size)
-        tokens, targets = to_device(batch, self.device)
-        logits, _ = self.model(tokens)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-        total = loss + self.model.auxiliary_loss()
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        if not math.isfinite(total.item()) or not math.isfinite(norm.item()):
-            raise self.diverged(f"the loss is {total.item()} and the gradient's norm {norm.item()}")
-        self.optimizer.step()
-        self.model.update_routers()
-        return {"loss": loss.item(), "grad_norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}
+    def step(self) -> Tensor:
+        """One optimizer step on the next batch; its loss, still on the device."""
+        number, share = self.state.step, self.engine.share
+        start = number * self.train_config.batch_size + processes.rank() * share
+        loss = self.engine.gradients(self.model, self.task.train_batch(self.config.seed, start, share))
+        bad = self.vitals.judge(number + 1, loss, self.engine.clip(self.model))
+        self.optimizers.step(number, bad)
+        self.engine.update_routers(self.model, bad)
+        return loss
 
-    def look(self, values: dict[str, float]) -> None:
+    def read(self) -> list[Reading]:
+        """The steps since the last reading, once the device has caught up with them.
+
+        Raises:
+            Diverged: one was bad, and ``train.bad_step`` is ``stop``.
+        """
+        readings = self.vitals.read()
+        self.meter.trained(self.state)
+        for reading in (reading for reading in readings if reading.bad):
+            batch_size = self.train_config.batch_size
+            batch = self.task.train_batch(self.config.seed, (reading.step - 1) * batch_size, batch_size)
+            what = f"the loss is {reading.loss} and the gradient's norm {reading.grad_norm}"
+            what += f"; its batch is {self.reporter.keep_batch(reading, batch)}"
+            if self.train_config.bad_step == "stop":
+                raise self.diverged(reading.step, what)
+            self.state.bad_steps += 1
+            self.reporter.tell(f"step {reading.step} was skipped: {what}")
+        return readings
+
+    def look(self) -> None:
         """Judge the model on the validation split, write it down and keep a checkpoint."""
         routing = self.model.router_metrics()  # Of the training batch: each forward pass replaces them.
-        started = time.perf_counter()
-        scores = evaluate(self.model, self.task, "validation", self.device)
-        self.state.eval_seconds += time.perf_counter() - started
+        values = {**self.read()[-1].values(), "lr": self.optimizers.lr, "tokens_per_second": self.tokens_per_second()}
+        scores = evaluate(self.model, self.task, "validation", self.engine)
+        self.meter.evaluated(self.state)
         if not math.isfinite(scores["loss"]):
-            raise self.diverged(f"the validation loss is {scores['loss']}")
-        metric = self.task.metric
-        value, best = scores[metric.name], self.state.best
-        improved = best is None or (value > best if metric.higher_is_better else value < best)
-        if improved:
+            raise self.diverged(self.state.step, f"the validation loss is {scores['loss']}")
+        metric, best = self.task.metric, self.state.best
+        value = self.state.validation = scores[metric.name]
+        if best is None or (value > best if metric.higher_is_better else value < best):
             self.state.best, self.state.best_step, self.state.stale = value, self.state.step, 0
         else:
             self.state.stale += 1
-        self.state.validation = value
         plain = {f"validation_{name}": score for name, score in scores.items() if isinstance(score, float)}
-        line = {"step": self.state.step, **values, **plain, **routing}
-        # last.pt comes last: torn before it, the run goes on from the look before and writes all three again.
-        self.folder.append_metrics(**line)
-        paths = [*([self.folder.best_checkpoint] if improved else []), self.folder.last_checkpoint]
-        save_checkpoint(paths, self.model, self.optimizer, self.state)
+        # The checkpoint comes last: torn before it, the run goes on from the one before and writes both again.
+        self.reporter.line({"step": self.state.step, **values, "bad_steps": self.state.bad_steps, **plain, **routing})
+        self.write()
+
+    def save(self) -> None:
+        """Keep a checkpoint between two looks."""
+        self.read()
+        self.write()
+
+    def write(self) -> None:
+        self.reporter.check()
+        self.checkpoints.save(self.content(), self.state)
         self.saved_step = self.state.step
-        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
-        self.tracker.log(self.state.step, numbers)
-        print(" ".join(f"{name} {value:.5g}" for name, value in numbers.items()), flush=True)
+        self.meter.lap()
+
+    def preempt(self) -> None:
+        """Keep a checkpoint of this very step and end."""
+        if self.saved_step != self.state.step:
+            self.save()
+        raise Preempted(f"stopped by SIGTERM, with a checkpoint of step {self.saved_step}")
+
+    def resume(self) -> None:
+        """Go on from the latest intact checkpoint, if there is one."""
+        self.state = self.checkpoints.resume(self.content()) or self.state
+        self.saved_step = self.state.step or None
+        self.reporter.begin(self.state.step)
+        self.meter.lap()
+
+    def content(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, and loading one writes into."""
+        state = {"optimizer": self.optimizers.tensors(), "vitals": self.vitals.tensors()}
+        return {"model": self.model.state_dict(), **state}
 
     def is_done(self) -> bool:
         """Whether the last look at the validation split was good enough, or too many were no better."""
@@ -129,10 +163,12 @@ class Run:
 
     def test(self) -> dict[str, Any]:
         """The test split, looked at once, with the best checkpoint on validation or the last, as ``select`` says."""
-        chosen = self.folder.best_checkpoint if self.train_config.select == "best" else self.folder.last_checkpoint
-        tested = load_checkpoint(chosen, self.device, self.model)
+        step = self.state.best_step if self.train_config.select == "best" else self.state.step
+        assert step is not None
+        chosen = self.checkpoints.path(step)
+        tested = self.checkpoints.load(chosen, {"model": self.model.state_dict()})
         name = self.task.metric.name
-        scores = evaluate(self.model, self.task, "test", self.device)
+        scores = evaluate(self.model, self.task, "test", self.engine)
         return {
             "test": scores[name],
             "validation": tested.validation,
@@ -142,48 +178,23 @@ class Run:
             **({"curve": scores["curve"]} if "curve" in scores else {}),
         }
 
-    def diverged(self, what: str) -> Diverged:
-        kept = f"the last good checkpoint is {self.folder.last_checkpoint} of step {self.saved_step}"
-        if self.saved_step is None:
-            kept = "no checkpoint had been written yet"
-        return Diverged(f"training diverged at step {self.state.step + 1}: {what}; {kept}")
+    def diverged(self, step: int, what: str) -> Diverged:
+        kept = "no checkpoint had been written yet"
+        if self.saved_step is not None:
+            kept = f"the last good checkpoint is {self.checkpoints.path(self.saved_step)}"
+        return Diverged(f"training diverged at step {step}: {what}; {kept}")
 
     def tokens_per_second(self) -> float:
-        return self.state.step * self.train_config.batch_size * self.task.length / max(self.state.train_seconds, 1e-9)
+        tokens = self.state.step * self.train_config.batch_size * self.task.length
+        return tokens / max(self.state.train_seconds + self.meter.seconds(), 1e-9)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step, counted from 0: a linear climb, then half a cosine."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    low = config.final_lr_ratio
-    return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def evaluate(model: LanguageModel, task: Task, split: str, device: torch.device) -> dict[str, Any]:
+def evaluate(model: LanguageModel, task: Task, split: str, engine: Engine) -> dict[str, Any]:
     """The task's metrics on a whole split."""
     model.eval()
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    with torch.no_grad():
-        for batch in task.evaluation(split):
-            tokens, targets = to_device(batch, device)
-            logits = model(tokens)[0].float()
-            losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-            hits = logits.argmax(-1) == targets
-            parts.append((batch.targets, losses.cpu().numpy(), hits.cpu().numpy()))
+    parts = [(batch.targets, *engine.judge(model, batch)) for batch in task.evaluation(split)]
     model.train()
     return task.score(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(batch.tokens).to(device), torch.from_numpy(np.ascontiguousarray(batch.targets)).to(device)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RunnerError("train.device is 'cuda', but torch sees no CUDA device here; choose 'cpu' or 'auto'")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def main() -> int:
@@ -191,10 +202,12 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parent", type=int, help="stop when the process with this number is gone")
     arguments = parser.parse_args()
-    folder = RunFolder(arguments.folder)
-    obey_signals()
+    folder, preemption = RunFolder(arguments.folder), Preemption()
+    preemption.obey()
     try:
         config = folder.config()
+        if not processes.is_main():
+            return follow(lambda: Run(config, folder, preemption))
         folder.claim.take()
     except RunnerError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -202,7 +215,7 @@ def main() -> int:
     with Heartbeat(folder, arguments.parent):
         if folder.status() == "finished":  # By another sweep, after this one had looked.
             return 0
-        return keep_ledger(folder, config, lambda: Run(config, folder))
+        return keep_ledger(folder, config, lambda: Run(config, folder, preemption))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("seqarch", "experiments") for path in ROOT.glob(f"{top}/**/*.py")
 )
-TIERS = ("seqarch.ops", "seqarch.layers", "seqarch.models", "seqarch.interop", "experiments")
+TIERS = ("seqarch.ops", "seqarch.layers", "seqarch.models", "seqarch.parallel", "seqarch.interop", "experiments")
 LIBRARY = {"seqarch", "torch", "numpy", "einops", *sys.stdlib_module_names}
 """What any file of the library may import."""
 
@@ -27,9 +27,11 @@ ENGINES = {"triton": "triton", "mamba_ssm": "mamba_ssm", "selective_scan_cuda": 
 """Packages that only backends named for an engine import."""
 
 EDGES = {
-    "hydra": {"experiments/run.py"},
-    "omegaconf": {"experiments/run.py"},
+    "hydra": {"experiments/run.py", "experiments/overrides.py"},
+    "omegaconf": {"experiments/run.py", "experiments/overrides.py"},
+    "optuna": {"experiments/search.py"},
     "wandb": {"experiments/trackers.py"},
+    "torch.utils.tensorboard": {"experiments/trackers.py"},
     "matplotlib": {"experiments/style.py", "experiments/figures.py"},
     "ctypes": {"seqarch/ops/common/native.py"},
 }

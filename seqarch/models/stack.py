@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,22 @@ class StackLayer(nn.Module):
         return x, tuple(state for _, state in results)
 
 
+def in_turn(
+    layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Tensor | Sequence[int] | None
+) -> tuple[Tensor, StackState]:
+    """The outputs ``[B, T, D]`` of layers one after another, and the state after them."""
+    after = []
+    for i, layer in enumerate(layers):
+        before = (None,) * len(layer.mixers) if state is None else state[i]
+        x, carried = layer(x, before, cu_seqlens)
+        after.append(carried)
+    return x, tuple(after)
+
+
+Schedule = Callable[..., tuple[Tensor, StackState]]
+"""What runs the layers of a stack, as :func:`in_turn` does; :mod:`seqarch.parallel` has another."""
+
+
 class Stack(nn.Module):
     """Layers on a residual stream: ``y, state = stack(x, state, cu_seqlens)`` with ``x, y: [B, T, D]``.
 
@@ -108,18 +124,14 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(StackLayer(config, layer) for layer in tile_pattern(config.pattern, config.depth))
+        self.schedule: Schedule = in_turn
 
     def forward(
         self, x: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, StackState]:
         if x.ndim != 3 or x.shape[-1] != self.config.d_model:
             raise ValueError(f"stack: x has shape {list(x.shape)}, expected [B, T, {self.config.d_model}]")
-        after = []
-        for i, layer in enumerate(self._layers()):
-            before = (None,) * len(layer.mixers) if state is None else state[i]
-            x, carried = layer(x, before, cu_seqlens)
-            after.append(carried)
-        return x, tuple(after)
+        return self.schedule(self._layers(), x, state, cu_seqlens)
 
     def _layers(self) -> list[StackLayer]:
         return [layer for layer in self.layers if isinstance(layer, StackLayer)]

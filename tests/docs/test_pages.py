@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_make_targets_exist(page):
 @pytest.mark.parametrize("page", TEXTS)
 def test_choices_of_configurations_exist(page):
     groups = "|".join(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
-    for group, names in re.findall(rf"(?<![\w.])({groups})=([\w,]+)", TEXTS[page]):
+    for group, names in re.findall(rf"(?<![\w.-])({groups})=([\w,]+)", TEXTS[page]):
         example = {"simple_gla"} if page == "docs/extending.md" else set()
         for name in set(names.split(",")) - example:
             assert (ROOT / "configs" / group / f"{name}.yaml").exists(), f"{group}={name}"
@@ -73,7 +74,8 @@ def test_links_lead_somewhere(page):
         target, _, anchor = link.partition("#")
         path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
         assert path.exists(), f"{page} links to {link}"
-        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{page} links to {link}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{page} links to {link}"
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -112,3 +114,22 @@ def test_a_docstring_without_a_source_is_an_error():
     assert source('As in Gu and\nDao 2023, "Mamba", figure 3.', "mamba") == 'Gu and Dao 2023, "Mamba"'
     with pytest.raises(ValueError, match="docstring of nothing names no source"):
         source("A layer.", "nothing")
+
+
+def test_every_row_about_the_runner_leads_to_its_test():
+    rows = [line for line in TEXTS["docs/runner.md"].splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert len(rows) > 15
+    for row in rows:
+        links = re.findall(r"\]\(\.\./(tests/[\w/]+\.py)#([\w.]+)\)", row)
+        assert links, row
+        for file, name in links:
+            source = (ROOT / file).read_text(encoding="utf-8")
+            assert all(re.search(rf"^\s*(def|class) {part}\b", source, re.MULTILINE) for part in name.split(".")), name
+
+
+def test_scripts_for_a_cluster_are_read_by_a_shell():
+    scripts = re.findall(r"^```sh\n(#!.*?)^```", TEXTS["docs/cluster.md"], re.DOTALL | re.MULTILINE)
+    assert len(scripts) == 2
+    for script in scripts:
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")

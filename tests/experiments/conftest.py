@@ -6,11 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from experiments.building import resolve
+from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig, run_config
 from experiments.ledger import keep_ledger
 from experiments.records import RunFolder
@@ -44,23 +51,55 @@ def tiny_config(runs: Path, **changes) -> RunConfig:
     return resolve(run_config(plain))
 
 
+@contextmanager
+def handlers_as_before() -> Iterator[None]:
+    """A run that is over ignores signals for good, which the processes that are started next would inherit."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train_here(config: RunConfig) -> tuple[int, RunFolder]:
     """Train in this process; the exit code and the folder."""
     folder = RunFolder(config.folder())
     folder.create(config)
     folder.claim.take()
     try:
-        return keep_ledger(folder, config, lambda: Run(config, folder)), folder
+        with handlers_as_before():
+            return keep_ledger(folder, config, lambda: Run(config, folder)), folder
     finally:
         folder.leave()
 
 
+def last(folder: RunFolder) -> Path:
+    """The latest checkpoint."""
+    return Checkpoints(folder.checkpoints, keep=1).newest_first()[0]
+
+
+def tensors(path: Path, part: str = "") -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, of the ``model``, the ``optimizer`` or everything."""
+    reader = dcp.FileSystemReader(path)
+    known = reader.read_metadata().state_dict_metadata.items()
+    content = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known}
+    content = {name: tensor for name, tensor in content.items() if name.startswith(part)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(content, storage_reader=reader, no_dist=True)
+    return content
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Whether two checkpoints hold the same bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.fixture(autouse=True)
 def _signal_handlers_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with handlers_as_before():
+        yield
 
 
 def command_line(*arguments: str) -> list[str]:
@@ -73,3 +112,11 @@ def call(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess[s
     return subprocess.run(
         command_line(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **options
     )
+
+
+def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    """Wait for it, and fail when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -33,8 +33,9 @@ def composed(*overrides: str, hydra: bool = False):
 
 @cache
 def configured(*overrides: str) -> RunConfig:
-    plain = OmegaConf.to_container(composed(*overrides), resolve=True, throw_on_missing=True)
-    return resolve(run_config(plain))  # type: ignore[arg-type]
+    plain = dict(OmegaConf.to_container(composed(*overrides), resolve=True, throw_on_missing=True))  # type: ignore
+    assert plain.pop("retry") == 0
+    return resolve(run_config(plain))
 
 
 def test_no_file_is_left_out():

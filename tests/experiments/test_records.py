@@ -63,13 +63,13 @@ class TestFolder:
         folder.check(config)
         folder.create(config)
         assert folder.config() == config
-        assert folder.last_checkpoint.parent.is_dir()
+        assert folder.checkpoints.is_dir()
 
     def test_checkpoints_without_a_configuration_are_left_untouched(self, tmp_path):
         config = tiny_config(tmp_path)
         folder = RunFolder(config.folder())
-        folder.last_checkpoint.parent.mkdir(parents=True)
-        folder.last_checkpoint.write_bytes(b"mine")
+        folder.checkpoints.mkdir(parents=True)
+        (folder.checkpoints / "mine").write_bytes(b"mine")
         with pytest.raises(ConfigError, match=r"not empty and has no config\.json"):
             folder.check(config)
 
@@ -215,10 +215,13 @@ class TestClaim:
         assert claim.path.read_text() == third
         assert list(tmp_path.iterdir()) == [claim.path]
 
-    def test_a_damaged_claim_holds_nothing(self, tmp_path):
+    @pytest.mark.parametrize("pid", ['"12', '"many"', '"12"', "null", "[1]", "0", "-1", "1.5", "1e400", "9" * 30])
+    def test_a_damaged_claim_holds_nothing(self, tmp_path, pid):
         claim = Claim(tmp_path / "claim.json")
-        claim.path.write_text("{")
+        claim.path.write_text(f'{{"host": "{socket.gethostname()}", "pid": {pid}}}')
+        assert not claim.is_held()
         claim.take()
+        assert claim.is_own()
 
 
 class TestBoard:

@@ -19,7 +19,7 @@ from experiments.errors import StorageError
 from experiments.records import RunFolder
 from experiments.supervise import execute
 
-from .conftest import ROOT, TINY, call, command_line, tiny_config
+from .conftest import ROOT, TINY, call, command_line, tiny_config, until
 
 
 def folders(runs: Path) -> dict[str, RunFolder]:
@@ -28,15 +28,10 @@ def folders(runs: Path) -> dict[str, RunFolder]:
     return {folder.path.name.rpartition("-")[0]: folder for folder in found}
 
 
-def until(condition, seconds=90.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
-    sweep = ["experiments.run", "--multirun", *TINY, "train.steps=10", "launcher=joblib", "model=attention"]
+    # The model is given twice, of which the last counts.
+    sweep = ["experiments.run", "--multirun", *TINY, "train.steps=10", "launcher=joblib", "model=mamba2,gla"]
+    sweep += ["model=attention"]
     first = call(*sweep, "train.lr=1e30,1e-3", "train.grad_clip=0", cwd=tmp_path)
     assert first.returncode == 1
     assert "2 runs: 1 failed, 1 finished" in first.stdout
@@ -82,7 +77,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
     assert "SIGKILL" in folders(runs)["attention-seed0"].record()["reason"]
     statuses = {name: folder.status() for name, folder in folders(runs).items()}
     assert statuses["attention-seed1"] == "finished"
-    assert set(statuses.values()) <= {"finished", "failed", "interrupted", None}
+    assert set(statuses.values()) <= {"finished", "failed", "interrupted", "preempted", None}
     assert not any(folder.claim.is_held() for folder in folders(runs).values())
     kept = folders(runs)["attention-seed1"].run_file.read_bytes()
 
@@ -141,6 +136,7 @@ def test_a_board_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch
         (["task=mqra"], "Could not find 'task/mqra'"),
         (["launcher=job"], "Could not find 'launcher/job'"),
         (["runs=occupied"], "error: cannot write occupied/.sweeps"),
+        (["--multirun", "train.lr=interval(0, 1)"], "experiments.search searches intervals"),
         (["--multirun", "launcher=submitit", "hydra.launcher.partition=none"], "error: launcher=submitit needs Slurm"),
     ],
 )
@@ -206,6 +202,35 @@ class TestJob:
         assert (
             f"cannot read {folder.run_file}: it says that the run is finished and holds no results" in entry["message"]
         )
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_a_run_that_the_sweep_names_twice_is_trained_once(self, tmp_path, first):
+        """Whichever of the two jobs begins first, and also while it is at it."""
+        config, board = tiny_config(tmp_path), self.board(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        board.post(first, status="running", name=folder.path.name, folder=str(folder.path))
+        folder.claim.take()
+        execute(to_dict(config), board, 1 - first)
+        twin = next(entry for entry in board.entries() if entry["job"] == 1 - first)
+        assert (twin["status"], twin["message"]) == ("repeated", f"as run {first + 1}")
+
+    def test_a_failed_run_is_tried_again_on_request_and_shown_as_failed(self, tmp_path):
+        config = tiny_config(tmp_path, train__lr=1e30, train__grad_clip=0.0)
+        board = self.board(tmp_path)
+        execute({**to_dict(config), "retry": 1}, board, 0)
+        (entry,) = board.entries()
+        assert entry["status"] == "failed"
+        assert entry["message"].startswith("tried 2 times: training diverged")
+        record = RunFolder(config.folder()).record()
+        assert (record["status"], record["attempt"]) == ("failed", 2)
+
+    @pytest.mark.parametrize("retry", [-1, "once", True, 0.5])
+    def test_retries_are_a_number(self, tmp_path, retry):
+        board = self.board(tmp_path)
+        execute({**to_dict(tiny_config(tmp_path)), "retry": retry}, board, 0)
+        (entry,) = board.entries()
+        assert (entry["status"], entry["message"].partition(":")[0]) == ("refused", "retry")
 
     def test_no_job_begins_after_the_sweep_was_stopped(self, tmp_path):
         board = self.board(tmp_path)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,19 +12,14 @@ import time
 import pytest
 import torch
 
-from experiments.checkpoints import load_checkpoint
-from experiments.config import TrainConfig
+from experiments.checkpoints import verified
 from experiments.errors import RunnerError
 from experiments.files import read_json
 from experiments.progress import Heartbeat, ProgressFile
 from experiments.records import RunFolder
-from experiments.train import Run, choose_device, learning_rate, main
+from experiments.train import Run, main
 
-from .conftest import ROOT, command_line, tiny_config, train_here
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
+from .conftest import ROOT, command_line, last, same, tensors, tiny_config, train_here
 
 
 def test_a_finished_run_leaves_the_whole_record(tmp_path):
@@ -60,10 +54,10 @@ def test_a_finished_run_leaves_the_whole_record(tmp_path):
 
 def test_the_same_configuration_gives_the_same_bits(tmp_path):
     folders = [train_here(tiny_config(tmp_path / name))[1] for name in ("one", "two")]
-    one, two = (weights(folder.last_checkpoint) for folder in folders)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    other = weights(train_here(tiny_config(tmp_path, seed=1))[1].last_checkpoint)
-    assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
+    one, two = (tensors(last(folder)) for folder in folders)
+    assert same(one, two)
+    other = tensors(last(train_here(tiny_config(tmp_path, seed=1))[1]))
+    assert not torch.equal(one["model.embedding.weight"], other["model.embedding.weight"])
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
@@ -82,15 +76,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
     monkeypatch.setattr(Run, "step", step)
     code, torn = train_here(config)
     assert (code, torn.status(), torn.record()["attempt"]) == (0, "finished", 2)
-    one, two = weights(whole.last_checkpoint), weights(torn.last_checkpoint)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert same(tensors(last(whole)), tensors(last(torn)))
     for ours, theirs in zip(whole.metrics(), torn.metrics(), strict=True):
         assert ours | {"tokens_per_second": 0} == theirs | {"tokens_per_second": 0}
 
 
-@pytest.mark.parametrize("file", ["best.pt", "last.pt"])
+@pytest.mark.parametrize("file", ["manifest.json", "step-000010"])
 def test_a_look_torn_between_its_files_leaves_no_trace(tmp_path, monkeypatch, file):
-    """Every look is better than the one before, so each writes a line of metrics and both checkpoints."""
+    """The look at step 10 has written its line of metrics, and its checkpoint but for the last moves."""
 
     def looks(scores):
         monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
@@ -99,23 +92,23 @@ def test_a_look_torn_between_its_files_leaves_no_trace(tmp_path, monkeypatch, fi
     whole = train_here(tiny_config(tmp_path / "whole", train__steps=15))[1]
     config, replace, writes = tiny_config(tmp_path / "torn", train__steps=15), os.replace, []
 
-    def torn_at_the_second(source, target):
+    def torn_at_step_10(source, target):
         writes.append(target.name)
-        if target.name == file and writes.count(file) == 2:
+        if target.name == file and (file == "step-000010" or writes.count(file) == 2):
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr("experiments.files.os.replace", torn_at_the_second)
+    monkeypatch.setattr("os.replace", torn_at_step_10)
     looks(iter([0.1, 0.2]))
-    assert train_here(config)[0] == 130
-    looks(iter([0.2, 0.3, 0.3]))
     code, torn = train_here(config)
-    assert code == 0
+    assert (code, last(torn).name, len(torn.metrics())) == (130, "step-000005", 2)
+    monkeypatch.setattr("os.replace", replace)
+    looks(iter([0.2, 0.3, 0.3]))
+    assert train_here(config)[0] == 0
     assert [line["step"] for line in torn.metrics()] == [5, 10, 15]
     assert torn.record()["results"] == whole.record()["results"]
-    for checkpoint in ("best_checkpoint", "last_checkpoint"):
-        one, two = weights(getattr(whole, checkpoint)), weights(getattr(torn, checkpoint))
-        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [path.name for path in sorted(torn.checkpoints.iterdir())] == ["step-000010", "step-000015"]
+    assert same(tensors(last(whole)), tensors(last(torn)))
 
 
 def test_a_run_that_another_sweep_has_finished_meanwhile_is_left_alone(tmp_path, monkeypatch):
@@ -141,16 +134,17 @@ def test_a_diverging_run_fails_and_names_the_last_good_checkpoint(tmp_path, caps
     record = folder.record()
     assert (code, record["status"]) == (1, "failed")
     assert "diverged at step 8" in record["reason"]
-    assert f"{folder.last_checkpoint} of step 5" in record["reason"]
+    assert f"the last good checkpoint is {folder.checkpoints / 'step-000005'}" in record["reason"]
     assert record["reason"] in capsys.readouterr().err
-    assert all(torch.isfinite(value).all() for value in weights(folder.last_checkpoint).values())
+    assert last(folder).name == "step-000005"
+    assert all(torch.isfinite(value).all() for value in tensors(last(folder)).values())
 
 
 def test_a_run_that_diverges_at_once_has_no_checkpoint_to_name(tmp_path):
     code, folder = train_here(tiny_config(tmp_path, train__lr=1e30, train__grad_clip=0.0))
     assert code == 1
     assert "no checkpoint had been written yet" in folder.record()["reason"]
-    assert not folder.best_checkpoint.exists()
+    assert not list(folder.checkpoints.iterdir())
 
 
 def test_a_checkpoint_is_never_written_from_a_broken_model(tmp_path, monkeypatch):
@@ -158,17 +152,17 @@ def test_a_checkpoint_is_never_written_from_a_broken_model(tmp_path, monkeypatch
     step = Run.step
 
     def breaking(run):
-        values = step(run)
+        loss = step(run)
         if run.state.step == 4:
             with torch.no_grad():
                 run.model.head.weight.fill_(math.nan)
-        return values
+        return loss
 
     monkeypatch.setattr(Run, "step", breaking)
     code, folder = train_here(tiny_config(tmp_path))
     assert code == 1
     assert "validation loss is nan" in folder.record()["reason"]
-    assert not folder.last_checkpoint.exists()
+    assert not list(folder.checkpoints.iterdir())
 
 
 def test_an_unexpected_error_is_recorded_too(tmp_path, monkeypatch, capsys):
@@ -204,16 +198,6 @@ def test_the_last_checkpoint_is_tested_where_asked(tmp_path, monkeypatch):
     assert (results["checkpoint_step"], results["validation"], results["test"]) == (10, 0.6, 0.7)
 
 
-def test_the_rate_climbs_then_falls():
-    config = TrainConfig(steps=100, batch_size=1, lr=1.0, warmup=10, final_lr_ratio=0.1)
-    rates = [learning_rate(config, step) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.55)
-    assert rates[100] == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
 def test_experts_losses_and_metrics_reach_the_run(tmp_path):
     _, folder = train_here(tiny_config(tmp_path, model__channel="moe"))
     assert folder.status() == "finished"
@@ -226,15 +210,15 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(tmp_path, monkeypatch, cap
     link = os.replace
 
     def full(source, target):
-        if str(target).endswith("last.pt") and RunFolder(config.folder()).last_checkpoint.exists():
+        if str(target).endswith("step-000010"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         link(source, target)
 
-    monkeypatch.setattr("experiments.files.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     code, folder = train_here(config)
     assert code == 1
-    assert "last.pt: No space left on device" in folder.record()["reason"]
-    assert load_checkpoint(folder.last_checkpoint, torch.device("cpu"), Run(config, folder).model).step == 5
+    assert "step-000010: No space left on device" in folder.record()["reason"]
+    assert verified(last(folder))["state"]["step"] == 5
     assert "No space left" in capsys.readouterr().err
 
 
@@ -251,29 +235,6 @@ def test_a_disk_too_full_for_the_record_is_told_on_the_terminal(tmp_path, monkey
     assert capsys.readouterr().err.startswith(f"error: cannot write {config.folder() / 'run.json'}: No space left")
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
-@pytest.mark.parametrize("content", ["nothing", "junk", "torn", "list"])
-def test_a_damaged_checkpoint_is_named_and_the_remedy_works(tmp_path, name, content):
-    config = tiny_config(tmp_path)
-    folder = train_here(config)[1]
-    path = folder.last_checkpoint.with_name(name)
-    if content == "list":
-        torch.save([1], path)
-    else:
-        path.write_bytes({"nothing": b"", "junk": b"junk", "torn": path.read_bytes()[:1000]}[content])
-    folder.run_file.unlink()
-    assert train_here(config)[0] == 1
-    reason = folder.record()["reason"]
-    assert f"cannot load checkpoint {path}: " in reason
-    if name == "last.pt":
-        assert "Copy best.pt over it" in reason
-        path.write_bytes(folder.best_checkpoint.read_bytes())
-    else:
-        assert f"Delete {path.parent} to start from the beginning" in reason
-        shutil.rmtree(path.parent)
-    assert train_here(config)[0] == 0
-
-
 def test_a_damaged_line_of_metrics_is_named(tmp_path, capsys):
     config = tiny_config(tmp_path)
     folder = train_here(config)[1]
@@ -283,13 +244,6 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, capsys):
     assert train_here(config)[0] == 1
     assert folder.record()["reason"] == f"line 1 of {folder.metrics_file} is damaged; delete that line"
     assert "Traceback" not in capsys.readouterr().out
-
-
-def test_no_cuda_here_is_said(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RunnerError, match="torch sees no CUDA device"):
-        choose_device("cuda")
-    assert choose_device("auto") == torch.device("cpu")
 
 
 def test_progress_tells_what_is_left(tmp_path):
@@ -323,19 +277,19 @@ def test_a_training_process_stops_when_the_one_that_started_it_is_gone(tmp_path)
     while folder.claim.is_held():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert folder.status() == "interrupted"
+    assert folder.status() == "preempted"
 
 
 def wait_for_training(folder: RunFolder, process: subprocess.Popen) -> None:
     """Until the run has written its first checkpoint."""
     deadline = time.monotonic() + 60
-    while not folder.last_checkpoint.exists():
+    while not list(folder.checkpoints.glob("step-*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_sigterm_interrupts_and_a_second_process_is_kept_out(tmp_path):
+def test_sigterm_preempts_with_a_checkpoint_and_a_second_process_is_kept_out(tmp_path):
     config = tiny_config(tmp_path, train__steps=10**6)
     folder = RunFolder(config.folder())
     folder.create(config)
@@ -346,10 +300,12 @@ def test_sigterm_interrupts_and_a_second_process_is_kept_out(tmp_path):
         with pytest.raises(RunnerError, match=f"trained by process {process.pid}"):
             folder.claim.take()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 130
+        assert process.wait(30) == 75
     finally:
         process.kill()
-    assert folder.status() == "interrupted"
+    assert folder.status() == "preempted"
+    assert folder.record()["reason"].endswith(f"a checkpoint of step {folder.record()['cost']['steps']}")
+    assert verified(last(folder))["state"]["step"] == folder.record()["cost"]["steps"]
     assert not folder.progress_file.exists()
     folder.claim.take()
 
@@ -359,9 +315,9 @@ def test_routing_is_recorded_of_the_training_batch(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, model__channel="moe", train__steps=1)
     folder, look, seen = RunFolder(config.folder()), Run.look, {}
 
-    def watched(run, values):
+    def watched(run):
         seen.update(run.model.router_metrics())
-        look(run, values)
+        look(run)
         assert run.model.router_metrics() != seen
 
     monkeypatch.setattr(Run, "look", watched)
@@ -386,15 +342,14 @@ def test_a_routers_bias_moves_once_a_step_and_is_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "step", interrupted_at_7)
     code, folder = train_here(config)
-    (bias,) = (value for name, value in weights(folder.last_checkpoint).items() if name.endswith("expert_bias"))
+    (bias,) = (value for name, value in tensors(last(folder)).items() if name.endswith("expert_bias"))
     assert code == 130
     assert bias.any()
     assert (bias.abs() <= 5).all()  # steps of 1, and the checkpoint is of step 5
     assert torch.equal(bias, bias.round())
     monkeypatch.setattr(Run, "step", step)
     assert train_here(config)[0] == 0
-    one, two = weights(train_here(whole)[1].last_checkpoint), weights(folder.last_checkpoint)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert same(tensors(last(train_here(whole)[1])), tensors(last(folder)))
 
 
 def test_a_process_whose_claim_was_taken_over_stops(tmp_path, monkeypatch):

@@ -1,0 +1,135 @@
+"""What a run costs: seconds, joules, and which share of its device's speed it reached."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.checkpoints import TrainState
+
+POWERCAP = Path("/sys/class/powercap")
+PEAK_SIZE = {"cpu": 512, "cuda": 8192}
+PEAK_TRIALS = 10
+
+
+class Meter:
+    """Time since the last lap, and the energy of everything between: for the counters of a :class:`TrainState`."""
+
+    def __init__(self, device: torch.device):
+        self._energy = EnergyMeter(device)
+        self._lap = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._lap
+
+    def lap(self) -> float:
+        """The seconds since the last lap; a new one begins."""
+        before, self._lap = self._lap, time.perf_counter()
+        return self._lap - before
+
+    def trained(self, state: TrainState) -> None:
+        state.train_seconds += self.lap()
+        self._spent(state)
+
+    def evaluated(self, state: TrainState) -> None:
+        state.eval_seconds += self.lap()
+        self._spent(state)
+
+    def _spent(self, state: TrainState) -> None:
+        joules = self._energy.joules()
+        if joules is not None:
+            state.joules = (state.joules or 0.0) + joules
+
+
+class EnergyMeter:
+    """The energy of the machine's processors (RAPL) and of a GPU (NVML, through ``pynvml``), where it can be read.
+
+    Both count for whoever else uses them at the time. RAPL's counters begin again after some hundred kilojoules, which
+    a busy processor takes a quarter of an hour for: one lap of them is made up for, so read more often than that.
+    """
+
+    def __init__(self, device: torch.device, powercap: Path | None = None):
+        self._counters = [*_packages(powercap or POWERCAP), *_gpu(device)]
+        self._last = [read() for read, _ in self._counters]
+
+    def joules(self) -> float | None:
+        """Since the last call, or since this meter was made; ``None`` where the machine reports nothing."""
+        if not self._counters:
+            return None
+        now = [read() for read, _ in self._counters]
+        spans = zip(self._last, now, self._counters, strict=True)
+        spent = [after - before if after >= before else after - before + most for before, after, (_, most) in spans]
+        self._last = now
+        return sum(spent)
+
+
+Counter = tuple[Callable[[], float], float]
+"""What reads joules, and how far it counts before it begins again."""
+
+
+def _packages(powercap: Path) -> list[Counter]:
+    """The processors' counters; parts of a processor (``intel-rapl:0:1``) are counted in the whole."""
+    found = []
+    for folder in sorted(powercap.glob("intel-rapl:*")):
+        file = folder / "energy_uj"
+        if folder.name.count(":") == 1 and _can_read(file):
+            most = float((folder / "max_energy_range_uj").read_text()) / 1e6
+            found.append((lambda file=file: float(file.read_text()) / 1e6, most))
+    return found
+
+
+def _can_read(file: Path) -> bool:
+    try:
+        file.read_text()
+    except OSError:  # Mostly for root alone.
+        return False
+    return True
+
+
+def _gpu(device: torch.device) -> list[Counter]:
+    if device.type != "cuda":
+        return []
+    try:
+        import pynvml  # type: ignore[import-not-found]
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # No package, no driver, no counter or no right to it: then there is no such number.
+        return []
+    return [(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, float("inf"))]
+
+
+@cache
+def measured_peak(device: torch.device, precision: str) -> float:
+    """FLOPs a second of a square matrix product: the best of some, with the threads that torch has now."""
+    size = PEAK_SIZE[device.type]
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, precision))
+    best = float("inf")
+    for _ in range(PEAK_TRIALS):
+        _synchronise(device)
+        started = time.perf_counter()
+        torch.mm(a, a)
+        _synchronise(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def utilisation(flops: float, seconds: float, peak: float) -> float | None:
+    """Model FLOPs per second over the peak's; FLOPs that recomputing repeats are not the model's."""
+    return flops / seconds / peak if seconds and peak else None
+
+
+def price(seconds: float, per_hour: float) -> dict[str, Any]:
+    """For the record: nothing where nothing is charged."""
+    return {"price": seconds / 3600 * per_hour} if per_hour else {}

@@ -1,0 +1,64 @@
+"""The processes that train one run together: one, or those that torchrun started.
+
+With one process every function here is the identity, so that the code above has no second path.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number, known before :func:`join`."""
+    return int(os.environ.get("RANK", 0))
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes the record."""
+    return rank() == 0
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes, unless there are none or it is done. Numbers on the CPU travel by gloo."""
+    if count() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Until all are here; by a number on the CPU, which waits for no GPU."""
+    total(1)
+
+
+def add(values: Tensor) -> Tensor:
+    """The sum over processes, in place and on the tensor's device."""
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def total(number: int) -> int:
+    """The sum over processes of a number that the host knows."""
+    return int(add(torch.tensor(number))) if count() > 1 else number
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process gave, in their order."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values

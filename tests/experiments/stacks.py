@@ -1,0 +1,34 @@
+"""The stacks that runs are tried on."""
+
+from __future__ import annotations
+
+import torch
+
+STACKS = {
+    "recurrent": {"model__pattern": "mamba2, gated_delta_net", "model__depth": 2},
+    "sparse": {
+        "model__pattern": "block_mixture, native_sparse",
+        "model__depth": 2,
+        "model__mixers": {
+            "block_mixture": {"block_size": 4, "top_k": 2},
+            "native_sparse": {"block_size": 4, "selected_blocks": 3, "local_blocks": 1, "window": 4}
+            | {"compressed_length": 4, "compressed_stride": 4},
+        },
+    },
+    "moe": {"model__channel": "moe", "model__channels": {"moe": {"expert_bias": True}}},
+}
+"""A recurrent, a sparse and a mixture-of-experts one, as changes of the tiny configuration."""
+
+COMPARED = {
+    **{name: {"dtype": torch.float64, "train__warmup": 2, **stack} for name, stack in STACKS.items()},
+    "single": {"dtype": torch.float32, **STACKS["recurrent"]},
+    "tied": {"dtype": torch.float64, "model__tie_embeddings": True},
+    "recomputed": {"dtype": torch.float64, "train__recompute": True, **STACKS["recurrent"]},
+    "accumulated": {"dtype": torch.float64, "train__micro_batch": 1, **STACKS["recurrent"]},
+    "muon": {"dtype": torch.float32, "train__optimizer": "muon", **STACKS["recurrent"]},
+    "gathered": {"dtype": torch.float32, "train__gather": "bfloat16", "train__precision": "bfloat16"},
+    "spikes": {"dtype": torch.float32, "train__spike": 2.0, "train__bad_step": "skip", **STACKS["moe"]},
+}
+"""What two processes and one compute each, to be the same."""
+
+COMPILED = {"dtype": torch.float32, "train__compile": True, **STACKS["recurrent"]}

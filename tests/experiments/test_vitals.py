@@ -1,0 +1,129 @@
+"""Steps that go wrong: what is bad, when it is learnt, and what becomes of it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.config import TrainConfig
+from experiments.train import Run
+from experiments.vitals import SPIKE_FROM, Vitals
+
+from .conftest import last, same, tensors, tiny_config, train_here
+
+CPU = torch.device("cpu")
+
+
+def vitals(**changes) -> Vitals:
+    return Vitals(TrainConfig(steps=1, batch_size=1, lr=1.0, **changes), CPU)
+
+
+def judged(watch: Vitals, loss: float, norm: float, step: int = 1) -> bool:
+    return bool(watch.judge(step, torch.tensor(loss), torch.tensor(norm)))
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_what_is_not_finite_is_bad(loss, norm):
+    watch = vitals()
+    assert judged(watch, loss, norm)
+    assert not judged(watch, 1.0, 1e9, step=2)
+    assert [(reading.step, reading.bad) for reading in watch.read()] == [(1, True), (2, False)]
+    assert watch.read() == []
+
+
+def test_a_norm_far_above_its_mean_is_bad_and_does_not_move_the_mean():
+    watch = vitals(spike=3.0)
+    for _ in range(SPIKE_FROM):
+        assert not judged(watch, 1.0, 2.0)
+    assert not judged(watch, 1.0, 5.9)
+    for _ in range(10):
+        assert judged(watch, 1.0, 9.0)
+    assert watch.tensors()["mean"] == pytest.approx(2 + 3.9 / (SPIKE_FROM + 1))
+
+
+def test_the_first_steps_are_no_spikes():
+    watch = vitals(spike=3.0)
+    assert not any(judged(watch, 1.0, norm) for norm in (1.0, 50.0, 1.0, 900.0))
+
+
+def test_judging_asks_the_device_for_nothing(monkeypatch):
+    """``item`` and ``tolist`` wait for the device; the host comes to know at the reading alone."""
+
+    def refuse(*_):
+        raise AssertionError("waited for the device")
+
+    watch = vitals(spike=3.0)
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    watch.judge(1, torch.tensor(1.0), torch.tensor(2.0))
+    with pytest.raises(AssertionError, match="waited"):
+        watch.read()
+
+
+def poisoned(monkeypatch, *steps):
+    """Let the gradients of these steps, counted from 1, be no numbers."""
+    clip = Run.step
+
+    def step(run):
+        if run.state.step + 1 in steps:
+            handle = run.model.head.weight.register_hook(lambda grad: grad * math.nan)
+            loss = clip(run)
+            handle.remove()
+            return loss
+        return clip(run)
+
+    monkeypatch.setattr(Run, "step", step)
+
+
+def test_a_bad_step_is_skipped_counted_and_kept(tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, 3, 10)
+    config = tiny_config(tmp_path, train__bad_step="skip")
+    code, folder = train_here(config)
+    assert code == 0
+    assert [line["bad_steps"] for line in folder.metrics()] == [1, 2]
+    assert folder.metrics()[1]["grad_norm"] is None
+    assert folder.record()["cost"]["bad_steps"] == 2
+    assert "step 3 was skipped: the loss is 2." in capsys.readouterr().out
+    assert all(tensor.isfinite().all() for tensor in tensors(last(folder)).values())
+    kept = np.load(folder.bad / "step-000003.npz")
+    batch = Run(config, folder).task.train_batch(0, 2 * 8, 8)
+    assert np.array_equal(kept["tokens"], batch.tokens)
+    assert np.array_equal(kept["targets"], batch.targets)
+    assert math.isnan(kept["grad_norm"])
+
+
+def test_skipping_is_as_if_the_step_had_not_been_taken(tmp_path, monkeypatch):
+    """Routers' biases and their loads too: beside a run in which the same steps do nothing at all."""
+    moe = {"model__channel": "moe", "model__channels": {"moe": {"expert_bias": True}}}
+    step = Run.step
+    poisoned(monkeypatch, 3, 4)
+    skipped = train_here(tiny_config(tmp_path / "one", train__bad_step="skip", **moe))[1]
+
+    def idle(run):
+        if run.state.step + 1 in (3, 4):
+            run.vitals.judge(run.state.step + 1, torch.ones(()), torch.ones(()))
+            return torch.ones(())
+        return step(run)
+
+    monkeypatch.setattr(Run, "step", idle)
+    idled = train_here(tiny_config(tmp_path / "two", train__bad_step="skip", **moe))[1]
+    assert same(tensors(last(skipped)), tensors(last(idled)))
+
+
+def test_a_bad_step_stops_the_run_and_its_batch_is_kept(tmp_path, monkeypatch):
+    poisoned(monkeypatch, 7)
+    code, folder = train_here(tiny_config(tmp_path))
+    path = folder.bad / "step-000007.npz"
+    assert code == 1
+    assert "training diverged at step 7: the loss is " in folder.record()["reason"]
+    assert f"its batch is {path}; the last good checkpoint is" in folder.record()["reason"]
+    assert path.exists()
+
+
+def test_a_run_without_looks_learns_of_a_bad_step_within_sixteen(tmp_path, monkeypatch):
+    poisoned(monkeypatch, 3)
+    _, folder = train_here(tiny_config(tmp_path, train__steps=1000, train__eval_every=1000))
+    assert folder.record()["cost"]["steps"] == 16
