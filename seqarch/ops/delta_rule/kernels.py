@@ -59,12 +59,17 @@ def invert(
     spread = tl.broadcast_to(blocks.reshape(CHUNK, 1, SUB), (CHUNK, CHUNK // SUB, SUB)).reshape(CHUNK, CHUNK)
     inverse = tl.where(row // SUB == column // SUB, spread, 0.0)
     system = pair_tile(pairs, row, column, count, down, True).to(ACC) * tile(beta, row, 0, count, beta_stride, 1)
-    for level in tl.static_range(2):
-        size: tl.constexpr = SUB * 2**level
-        below = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
-        solved = dot(inverse, tl.where(below, system, 0.0), ACC, PRECISION)
-        inverse -= dot(solved, inverse, ACC, PRECISION)
+    inverse = _merge(inverse, system, row, column, SUB, ACC, PRECISION)
+    inverse = _merge(inverse, system, row, column, 2 * SUB, ACC, PRECISION)
     tl.store(out + row * down + column, inverse.to(out.dtype.element_ty), mask=(row >= column) & (row < count))
+
+
+@triton.jit
+def _merge(inverse, system, row, column, SIZE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """From the inverses of diagonal blocks of this size those of blocks twice as large."""
+    below = (row // (2 * SIZE) == column // (2 * SIZE)) & (row // SIZE > column // SIZE)
+    solved = dot(inverse, tl.where(below, system, 0.0), ACC, PRECISION)
+    return inverse - dot(solved, inverse, ACC, PRECISION)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.common import launch_triton
-from seqarch.ops.common.launch_triton import Recurrence, block, rows, tuned
+from seqarch.ops.common.launch_triton import PLAIN, VECTOR, Recurrence, block, rows, tuned
 from seqarch.ops.delta_rule import kernels
 
 
@@ -52,7 +52,7 @@ class DeltaRule(Recurrence):
         super().__init__(k, v, (q, k, v) if read is None else (q, k, v, read), log_decay, state, offsets)
         self.queries, self.keys, self.values, self.beta = rows(q), rows(k), rows(v), rows(beta)
         self.read = self.keys if read is None else rows(read)
-        self.columns = block(self.V, self.most // 2)
+        self.columns = block(self.V, 16 if self.decay == VECTOR else self.most // 2)
         self.whole = self._tiled() | {"BK": block(self.K, 256), "BV": self.columns}
 
     def forward(self, state: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class DeltaRule(Recurrence):
         pairs = self.pairs(self.read, self.keys, self.K, decayed=True, scale=1.0, strict=True)
         inverse = torch.empty_like(pairs)
         launch_triton.launch(
-            tuned(kernels.invert), self.chunks * self.heads,
+            tuned(kernels.invert, 8), self.chunks * self.heads,
             pairs, self.beta, inverse, *self.bounds, self.beta.stride(0), self.heads,
             PRECISION="tf32x3", **self.types,
         )  # fmt: skip
@@ -75,7 +75,7 @@ class DeltaRule(Recurrence):
         u, last = torch.empty_like(written), torch.empty_like(state)
         states = self.empty(self.chunks, self.heads, self.K, self.V)
         launch_triton.launch(
-            tuned(kernels.corrected_states, self.warps), self._state_programs(),
+            tuned(kernels.corrected_states, 8, PLAIN), self._state_programs(),
             self.keys, recall, written, *self.decays, state, states, u, last, *self.bounds, self.layout.sequences,
             self.keys.stride(0), self.groups, self.heads, **self.whole,
         )  # fmt: skip
@@ -104,7 +104,7 @@ class DeltaRule(Recurrence):
         within = self.outputs(self.keys, do, pairs, states, 1.0, self.work, backward=True, carried=False)
         du, dstates, dstate = torch.empty_like(u), torch.empty_like(states), torch.empty_like(dlast)
         launch_triton.launch(
-            tuned(kernels.corrected_gradients, self.warps), self._state_programs(),
+            tuned(kernels.corrected_gradients, 8, PLAIN), self._state_programs(),
             self.queries, self.keys, solution.recall, do, within, *self.decays, dlast, dstates, du, dstate,
             *self.bounds, self.layout.sequences, scale, self.queries.stride(0), self.keys.stride(0), do.stride(0),
             self.groups, self.heads, **self.whole,
@@ -122,7 +122,7 @@ class DeltaRule(Recurrence):
     def _value_gradients(self, solution: Solution, du: Tensor) -> tuple[Tensor, Tensor]:
         z, dbeta = torch.empty_like(du), self.empty(self.rows, self.heads, dtype=self.sums)
         launch_triton.launch(
-            tuned(kernels.value_gradients, 8), self.chunks * self.heads,
+            tuned(kernels.value_gradients, 8, PLAIN), self.chunks * self.heads,
             solution.inverse, solution.pairs, solution.u, du, self.values, self.beta, self.read, *self.decays,
             solution.states, z, dbeta, *self.bounds, self.values.stride(0), self.beta.stride(0), self.read.stride(0),
             self.groups, self.heads, **self._tiled(),
