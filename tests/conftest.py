@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.utils import deterministic
+
+from seqarch.ops.common import gpu
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    with gpu.interpreted():  # Triton decides as it is loaded, and torch may load it before a test of its kernels does
+        import triton.language as _  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,55 @@
+"""A Triton kernel token by token, for generation: one launch, the state in registers. Backward runs in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.common import gpu
+from seqarch.ops.delta_rule import chunk_triton
+
+unavailable, refuse = chunk_triton.unavailable, chunk_triton.refuse
+
+
+@torch.library.custom_op("seqarch::delta_rule_triton_steps", mutates_args=(), device_types=("cpu", "cuda"))
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    read: Tensor | None,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``read`` ``None`` for k, ``state`` in the dtype of sums."""
+    from seqarch.ops.common.launch_triton import steps
+
+    return steps(q, k, v, beta, log_decay, read, scale, state, cu_seqlens)
+
+
+@forward.register_fake
+def _(q, k, v, beta, log_decay, read, scale, state, cu_seqlens):
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+forward.register_autograd(chunk_triton.differentiate, setup_context=chunk_triton.save)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    read: Tensor,
+    erase: Tensor | None,
+    scale: float,
+    state: Tensor,
+    offsets: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    steps = gpu.stepwise(log_decay, v)
+    return forward(q, k, v, beta, steps, None if read is k else read, float(scale), state, offsets)

@@ -1,0 +1,49 @@
+"""A Triton kernel token by token, for generation: one launch, the state in registers. Backward runs in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.common import gpu
+from seqarch.ops.linear_attention import chunk_triton
+
+unavailable, refuse = chunk_triton.unavailable, chunk_triton.refuse
+
+
+@torch.library.custom_op("seqarch::linear_attention_triton_steps", mutates_args=(), device_types=("cpu", "cuda"))
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``state`` in the dtype of sums."""
+    from seqarch.ops.common.launch_triton import steps
+
+    return steps(q, k, v, None, log_decay, None, scale, state, cu_seqlens)
+
+
+@forward.register_fake
+def _(q, k, v, log_decay, scale, state, cu_seqlens):
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+forward.register_autograd(chunk_triton.differentiate, setup_context=chunk_triton.save)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    state: Tensor,
+    offsets: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, gpu.stepwise(log_decay, v), float(scale), state, offsets)

@@ -1,0 +1,59 @@
+"""The Triton kernels compile for GPUs that are not here, and fit them.
+
+In a process of its own: this one has loaded Triton to interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "tests" / "data" / "triton_resources.json"
+MOST_SHARED = {"8.0": 163 * 1024, "9.0": 227 * 1024}
+"""Shared memory that one block may have, in bytes (CUDA C++ programming guide, table of compute capabilities)."""
+
+KERNELS = [
+    path for path in sorted((ROOT / "seqarch").glob("**/*.py")) if "@triton.jit" in path.read_text(encoding="utf-8")
+]
+
+
+def test_the_record_fits_the_devices():
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    for name, needs in record.items():
+        for capability, most in MOST_SHARED.items() if name != "triton" else ():
+            assert needs[capability]["shared"] <= most, (name, capability)
+            if "bf16" in name or "fp16" in name:
+                assert needs[capability]["spilled"] == 0, (name, capability)
+            else:  # three products for one leave float32 short of registers in some kernels
+                assert needs[capability]["spilled"] <= 128, (name, capability)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_transpose_only_as_they_read(path: Path):
+    """Products of transposed products are what Triton 3.4 to 3.7.0 gets wrong on Hopper."""
+    assert not re.search(r"tl\.(trans|permute)\b|\.(T|trans|permute)\b", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_record_is_what_the_kernels_need(tmp_path: Path):
+    """Exactly, with the Triton that wrote it; with another one, kernels must compile and fit."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "tests.triton_resources", str(tmp_path / "found.json")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert found.keys() == record.keys()
+    if found["triton"] == record["triton"]:
+        assert found == record
+    for name, needs in found.items():
+        for capability, most in MOST_SHARED.items() if name != "triton" else ():
+            assert needs[capability]["shared"] <= most, (name, capability)

@@ -1,0 +1,148 @@
+"""Compiles the Triton kernels ahead of time, as calls would launch them, for machines that need not be here.
+
+    python -m tests.triton_resources [FILE]     writes what each kernel needs, to tests/data/triton_resources.json
+
+No GPU is needed: an operation is called on a CPU with its launches noted down instead of run, and each of them is
+compiled for each compute capability. Which kernels there are, with which types and constants, is thereby what the
+operations say.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from seqarch.ops.common import launch_triton
+from seqarch.ops.delta_rule import chunk_triton as delta_chunks
+from seqarch.ops.delta_rule import recurrent_triton as delta_steps
+from seqarch.ops.linear_attention import chunk_triton as linear_chunks
+from seqarch.ops.linear_attention import recurrent_triton as linear_steps
+
+RECORD = Path(__file__).parent / "data" / "triton_resources.json"
+CAPABILITIES = (80, 90)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WIDTH = 128
+DECAYS: dict[str, tuple[int, ...] | None] = {"none": None, "head": (1, 128, 2), "key": (1, 128, 2, -1)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the types of its arguments and its constants, under a name that tells them apart."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+    name: str = field(compare=False)
+
+    @classmethod
+    def of(cls, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
+        if not isinstance(kernel, JITFunction):
+            kernel, chosen = kernel.fn, kernel.configs[0]
+            options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+        names = kernel.arg_names
+        signature = dict(zip(names, map(kind, arguments), strict=False)) | dict.fromkeys(constants, "constexpr")
+        divisible = {
+            (place,): [["tt.divisibility", 16]]
+            for place, argument in enumerate(arguments)
+            if isinstance(argument, Tensor) or (isinstance(argument, int) and argument % 16 == 0)
+        }
+        flags = [f"{key}={getattr(value, 'name', value)}" for key, value in sorted(constants.items())]
+        types = sorted({kind.removeprefix("*") for kind in signature.values() if kind.startswith("*")} - {"i64"})
+        return cls(kernel, signature, constants, divisible, options, f"{kernel.__name__}({','.join(types + flags)})")
+
+    def compile(self, capability: int) -> Any:
+        source = ASTSource(self.kernel, self.signature, self.constants, self.divisible)
+        options = self.options | {"enable_fp_fusion": True}
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def kind(argument: Any) -> str:
+    """Triton's name for an argument's type."""
+    if isinstance(argument, Tensor):
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+        return f"*{names[argument.dtype]}"
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers and spilled bytes of a thread, and shared memory of a block in bytes.
+
+    Raises:
+        RuntimeError: the kernel transposes in registers, which Triton 3.4 to 3.7.0 gets wrong on Hopper.
+    """
+    if "tt.trans" in compiled.asm["ttgir"]:
+        raise RuntimeError(f"{compiled.metadata.name} transposes in registers: read the tile transposed instead")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
+
+
+@functools.cache
+def launches() -> list[Launch]:
+    """Each launch of forward and backward passes, in every dtype and kind of decay, for heads of ``WIDTH``."""
+    noted: dict[str, Launch] = {}
+
+    def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        launch = Launch.of(kernel, arguments, constants)
+        noted.setdefault(launch.name, launch)
+
+    before, launch_triton.launch = launch_triton.launch, note
+    try:
+        for dtype in DTYPES.values():
+            for decay in DECAYS.values():
+                call(dtype, WIDTH, decay)
+    finally:
+        launch_triton.launch = before
+    return list(noted.values())
+
+
+def call(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -> None:
+    """Both operations on 128 tokens of two heads, in chunks and in steps, forward and backward."""
+    x, state = torch.zeros(1, 128, 2, width, dtype=dtype), torch.zeros(1, 2, width, width)
+    log_decay = None if decay is None else torch.zeros([width if size < 0 else size for size in decay])
+    beta = torch.zeros(1, 128, 2, dtype=dtype)
+    linear, delta = (x, x, x, log_decay), (x, x, x, beta, log_decay, None)
+    for chunks, steps, inputs in ((linear_chunks, linear_steps, linear), (delta_chunks, delta_steps, delta)):
+        chunks.forward(*inputs, 0.5, state, None)
+        chunks.backward(*inputs, 0.5, state, None, x, state)
+        steps.forward(*inputs, 0.5, state, None)
+
+
+def needs(index: int) -> tuple[str, dict[str, dict[str, int]]]:
+    """The name of a launch, and what it needs on each compute capability."""
+    launch = launches()[index]
+    return launch.name, {f"{capability / 10}": resources(launch.compile(capability)) for capability in CAPABILITIES}
+
+
+def main() -> None:
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        found = sorted(pool.map(needs, range(len(launches())), chunksize=1))
+    lines = [f'"triton": "{triton.__version__}"', *(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in found)]
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORD
+    target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
