@@ -129,9 +129,7 @@ def watch_signals() -> threading.Event:
         if not stopped.is_set():
             first[0] = time.monotonic()
             stopped.set()
-            os.write(
-                2, b"stopping: what is in training keeps its last evaluation's checkpoint; once more to leave at once\n"
-            )
+            os.write(2, b"stopping: what is in training writes a checkpoint first; once more to leave at once\n")
             for board, _ in _monitors:
                 board.stop()
 

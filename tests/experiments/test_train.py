@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from experiments.checkpoints import verified
+from experiments.claims import is_alive, process_identity
 from experiments.errors import RunnerError
 from experiments.files import read_json
-from experiments.progress import Heartbeat, ProgressFile
+from experiments.progress import Heartbeat, Preempted, Preemption, ProgressFile
 from experiments.records import RunFolder
 from experiments.train import Run, main
 
@@ -278,6 +279,28 @@ def test_a_training_process_stops_when_the_one_that_started_it_is_gone(tmp_path)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert folder.status() == "preempted"
+
+
+def test_a_process_that_has_ended_and_was_not_asked_how_is_not_alive():
+    """Such as a launcher's worker that was killed, while its own parent is busy."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    identity = process_identity(child.pid)
+    assert is_alive(identity)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not is_alive(identity)
+    child.wait()
+
+
+def test_sigterm_waits_while_it_is_delayed_and_ends_at_once_elsewhere():
+    preemption = Preemption()
+    preemption.obey()
+    with preemption.delayed():
+        for _ in range(2):  # A scheduler may send it to torchrun and to each process.
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested
+    with pytest.raises(Preempted):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def wait_for_training(folder: RunFolder, process: subprocess.Popen) -> None:
