@@ -14,8 +14,9 @@ namespace {
 
 using namespace seqarch;
 
-constexpr int64_t kParts = 32;                  // wanted for the threads of large machines
-constexpr int64_t kSmallWork = 1 << 18;         // fewer multiply-adds than starting the threads is worth
+constexpr int64_t kParts = 32;           // wanted for the threads of large machines
+constexpr int64_t kSmallWork = 1 << 18;  // fewer multiply-adds than starting the threads is worth
+constexpr int64_t kFewColumns = 2;       // for which a key is read faster than it is packed
 
 struct Sizes {
     const int64_t *offsets, *key_start;
@@ -92,15 +93,12 @@ void look(const Sizes& z, const Sequence& sequence, const Tile& tile, int64_t ke
         [&](int64_t c) { return sequence.last(z, tile.token(c)) - key - 1; });
 }
 
-// Calls f(key) for each tile of keys that the tile of columns sees, when they and what is seen of them are loaded.
+// Calls f(key, row) for each tile of keys that the tile of columns sees, from that key and token on.
 template <class T, class F>
-void each_keys(const Inputs<T>& in, const Sequence& sequence, const Tile& tile, Seen<Acc<T>>& seen, Keys<Acc<T>>& keys,
-               F f) {
+void each_keys(const Inputs<T>& in, const Sequence& sequence, const Tile& tile, Seen<Acc<T>>& seen, F f) {
     for (int64_t key = tile.first_key; key < tile.last_key; key += kTileKeys) {
         look(in.z, sequence, tile, key, seen);
-        const Row row = sequence.key.later(key);
-        keys.load(seen.keys, in.k.at(row, tile.group), in.k.time, in.v.at(row, tile.group), in.v.time);
-        f(key);
+        f(key, sequence.key.later(key));
     }
 }
 
@@ -112,6 +110,10 @@ struct Scratch {
 
     Scratch(const Sizes& z, Arena<A>& arena)
         : columns(z.key_width, z.value_width, arena), keys(z.key_width, z.value_width, arena) {}
+    template <class T>
+    void load_keys(const Inputs<T>& in, const Row& row, int64_t group) {
+        keys.load(seen.keys, in.k.at(row, group), in.k.time, in.v.at(row, group), in.v.time);
+    }
 };
 
 template <class T>
@@ -121,7 +123,13 @@ void forward_tile(const Inputs<T>& in, const Sequence& sequence, const Tile& til
     Columns<A>& columns = s.columns;
     columns.load(tile.columns, in.factor, [&](int64_t c) { return tile.at(in.q, sequence, c); });
     columns.start();
-    each_keys(in, sequence, tile, s.seen, s.keys, [&](int64_t) { attend(s.seen, s.keys, columns); });
+    each_keys(in, sequence, tile, s.seen, [&](int64_t, const Row& row) {
+        if (columns.count <= kFewColumns)
+            return attend_few(s.seen, in.k.at(row, tile.group), in.k.time, in.v.at(row, tile.group), in.v.time,
+                              s.keys.scores, columns);
+        s.load_keys(in, row, tile.group);
+        attend(s.seen, s.keys, columns);
+    });
     for (int64_t c = 0; c < tile.columns; ++c) {
         const int64_t place = tile.place(in.z, sequence, c), width = in.z.value_width;
         write_outputs(width, columns.o + c * padded<A>(width), columns.total[c], o + place * width);
@@ -218,8 +226,10 @@ void backward_tile(const Inputs<T>& in, const Gradients<T>& g, const Sequence& s
         s.columns, [&](int64_t c) { return tile.at(g.dout, sequence, c); },
         [&](int64_t c) { return product(z.value_width, tile.at(g.o, sequence, c), tile.at(g.dout, sequence, c)); },
         [&](int64_t c) { return g.log_sum[tile.place(z, sequence, c)]; });
-    each_keys(in, sequence, tile, s.seen, s.keys,
-              [&](int64_t key) { attend_backward(s.seen, s.keys, s.columns, s.gradients, sums.dk(key), sums.dv(key)); });
+    each_keys(in, sequence, tile, s.seen, [&](int64_t key, const Row& row) {
+        s.load_keys(in, row, tile.group);
+        attend_backward(s.seen, s.keys, s.columns, s.gradients, sums.dk(key), sums.dv(key));
+    });
     const A scale = in.factor * A(kLn2);
     for (int64_t c = 0; c < tile.columns; ++c)
         unpack(1, z.key_width, s.gradients.dq + c * padded<A>(z.key_width), 0, scale,

@@ -14,8 +14,8 @@ namespace {
 
 using namespace seqarch;
 
-constexpr int64_t kParts = 32;         // wanted for the threads of large machines
-constexpr int64_t kFullTiles = 4;      // of queries a block that a part should have
+constexpr int64_t kParts = 32;           // wanted for the threads of large machines
+constexpr int64_t kFullTiles = 4;        // of queries a block that a part should have
 constexpr int64_t kSmallWork = 1 << 18;  // fewer multiply-adds than starting the threads is worth
 
 struct Sizes {

@@ -183,7 +183,7 @@ struct Keys {
 };
 
 // Scores to weights 2^(score - largest), and the columns' maxima and sums; `factors` is by how much what was summed
-// before shrinks.
+// before shrinks. Without it, o shrinks.
 template <class A>
 void weigh(const Seen<A>& seen, A* scores, Columns<A>& columns, A* factors) {
     for (int64_t c = 0; c < seen.columns; c += kLanes<A>) {
@@ -207,20 +207,42 @@ void weigh(const Seen<A>& seen, A* scores, Columns<A>& columns, A* factors) {
     }
 }
 
-// Forward over one tile of keys.
 template <class A>
-void attend(const Seen<A>& seen, Keys<A>& keys, Columns<A>& columns) {
+void weigh(const Seen<A>& seen, A* scores, Columns<A>& columns) {
     const int64_t row = padded<A>(columns.value_width);
-    keys.score(seen, columns.turned_q);
     alignas(64) A factors[kColumns];
-    weigh(seen, keys.scores, columns, factors);
+    weigh(seen, scores, columns, factors);
     for (int64_t c = 0; c < seen.columns; ++c) {
         if (factors[c] == A(1)) continue;
         A* o = columns.o + c * row;
         for (int64_t x = 0; x < row; x += kLanes<A>) store_vector(o + x, load_vector(o + x) * factors[c]);
     }
+}
+
+// Forward over one tile of keys.
+template <class A>
+void attend(const Seen<A>& seen, Keys<A>& keys, Columns<A>& columns) {
+    const int64_t row = padded<A>(columns.value_width);
+    keys.score(seen, columns.turned_q);
+    weigh(seen, keys.scores, columns);
     multiply_parts(seen.columns, transposed(keys.scores, kColumns), keys.v, row, columns.o, row, true, row,
                    [&](int64_t i, int64_t) { return seen.over_keys(i, columns.value_width); });
+}
+
+// The same for so few columns that reading the keys and values, each once and where they lie, is what takes the time.
+template <class A, class T>
+void attend_few(const Seen<A>& seen, const T* k, int64_t k_row, const T* v, int64_t v_row, A* scores,
+                Columns<A>& columns) {
+    const int64_t q_row = padded<A>(columns.key_width), o_row = padded<A>(columns.value_width);
+    for (int64_t key = 0; key < seen.keys; ++key)
+        for (int64_t c = 0; c < seen.columns; ++c)
+            scores[key * kColumns + c] = product(columns.key_width, columns.q + c * q_row, k + key * k_row);
+    weigh(seen, scores, columns);
+    constexpr int64_t kAtOnce = 4;
+    for (int64_t key = 0; key < seen.keys; key += kAtOnce)
+        for (int64_t c = 0; c < seen.columns; ++c)
+            add_rows<kAtOnce>(std::min(kAtOnce, seen.keys - key), columns.value_width, scores + key * kColumns + c,
+                              kColumns, v + key * v_row, v_row, columns.o + c * o_row);
 }
 
 // What backward knows of the columns beside their queries, and the gradient of those.
@@ -246,15 +268,6 @@ struct ColumnGradients {
         std::fill_n(dq, kColumns * padded<A>(columns.key_width), A(0));
     }
 };
-
-// The sum of x y.
-template <class T>
-inline Acc<T> product(int64_t width, const T* x, const T* y) {
-    Acc<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; ++i) sum += load(x[i]) * load(y[i]);
-    return sum;
-}
 
 // A part's sums for its keys from `first_key` on, in rows of the strides.
 template <class A>

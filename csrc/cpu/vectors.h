@@ -270,6 +270,30 @@ inline A dot(int64_t n, const A* x, const A* y) {
     return total;
 }
 
+// The sum of x y, whatever their types.
+template <class X, class Y>
+inline typename accumulation<X>::type product(int64_t n, const X* x, const Y* y) {
+    typename accumulation<X>::type sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += load(x[i]) * load(y[i]);
+    return sum;
+}
+
+// to += the sum of `rows` rows, at most Most, each times its weight.
+template <int64_t Most, class T, class A>
+inline void add_rows(int64_t rows, int64_t n, const A* weights, int64_t step, const T* from, int64_t from_row, A* to) {
+    if constexpr (Most > 1)
+        if (rows < Most) return add_rows<Most - 1>(rows, n, weights, step, from, from_row, to);
+    A* __restrict sums = to;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        A sum = sums[i];
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < Most; ++r) sum += weights[r * step] * load(from[r * from_row + i]);
+        sums[i] = sum;
+    }
+}
+
 // to += from over whole vectors.
 template <class A>
 inline void add_row(int64_t width, const A* from, A* to) {
