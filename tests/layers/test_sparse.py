@@ -16,7 +16,7 @@ from seqarch.layers.big_bird import BigBird
 from seqarch.layers.block_mixture import BlockMixture
 from seqarch.layers.longformer import Longformer
 from seqarch.layers.rotary import apply_rotary
-from tests.laws import assert_close
+from tests.laws import assert_close, available
 
 ORACLES = Path(__file__).parents[1] / "data" / "oracles"
 
@@ -65,7 +65,7 @@ def test_block_mixture_is_its_equation(top_k):
     assert_close(mixer(x)[0], by_mask(mixer, x, see), 1e-12)
 
 
-@pytest.mark.parametrize("backend", ops.OPS["block_sparse_attention"].backends)
+@pytest.mark.parametrize("backend", available("block_sparse_attention"))
 def test_block_mixture_equals_its_authors(backend):
     record = load_file(ORACLES / "mixture_of_block_attention.safetensors")
     q, k, v = (record[f"in.{name}"] for name in "qkv")
