@@ -73,7 +73,15 @@ struct QueriesPart {
     int64_t blocks(const Sizes& z) const {
         return std::max<int64_t>(0, keys.last_key - keys.first_key + z.block_size - 1) / z.block_size;
     }
+    // Its columns: each query, and of each the heads that share the list.
     int64_t columns(const Sizes& z) const { return (end - begin) * z.sharing(); }
+    int64_t head(const Sizes& z, int64_t column) const { return list * z.sharing() + column % z.sharing(); }
+    Row token(const Sizes& z, int64_t column) const {
+        const int64_t query = begin + column / z.sharing();
+        return {row, query, row * z.queries + query};
+    }
+    // Where a column stands in a contiguous [tokens, heads].
+    int64_t place(const Sizes& z, int64_t column) const { return token(z, column).token * z.heads + head(z, column); }
 };
 
 std::vector<QueriesPart> cut(const Sizes& z, const std::vector<Run>& runs, int64_t queries) {
@@ -177,13 +185,10 @@ struct Inputs {
     int num_threads;
 };
 
-// Columns that meet one block: queries of a part that list it, and of each the heads that share the list.
+// Columns of a part that meet one block, and the keys of the block that each sees.
 struct Gathered {
     int64_t count = 0;
-    Row row[kColumns];       // the token
-    int64_t head[kColumns];
-    int64_t column[kColumns];  // among those of the part
-    int64_t first[kColumns], last[kColumns];  // keys of the block that are seen
+    int64_t column[kColumns], first[kColumns], last[kColumns];
 
     void gather(const Sizes& z, const QueriesPart& part, const Item* items, int64_t begin, int64_t end, int64_t key,
                 int64_t block_end) {
@@ -191,20 +196,12 @@ struct Gathered {
         count = std::min(kColumns, end - begin);
         for (int64_t c = 0; c < count; ++c) {
             const Item item = items[(begin + c) / sharing];
-            const int64_t query = part.begin + item.query(), shared = (begin + c) % sharing, at = z.position(query);
-            row[c] = {part.row, query, part.row * z.queries + query};
-            head[c] = part.list * sharing + shared;
-            column[c] = item.query() * sharing + shared;
+            const int64_t at = z.position(part.begin + item.query());
+            column[c] = item.query() * sharing + (begin + c) % sharing;
             first[c] = item.near() ? std::max(key, at - z.window + 1) : key;
             last[c] = std::min(at + 1, block_end) - 1;
         }
     }
-    template <class T>
-    const T* at(const Heads<T>& heads, int64_t c) const {
-        return heads.at(row[c], head[c]);
-    }
-    // Where a column stands in a contiguous [tokens, heads].
-    int64_t place(const Sizes& z, int64_t c) const { return row[c].token * z.heads + head[c]; }
     template <class A>
     void look(int64_t key, int64_t keys, Seen<A>& seen) const {
         const bool whole = *std::max_element(first, first + count) <= key &&
@@ -214,16 +211,28 @@ struct Gathered {
     }
 };
 
+// `q` holds all queries of a part, times the factor: side by side they are gathered faster than from the heads' rows.
 template <class A>
 struct Scratch {
     Columns<A> columns;
     Keys<A> keys;
     Seen<A> seen;
     Gathered gathered;
+    A* q;
 
-    Scratch(const Sizes& z, Arena<A>& arena)
-        : columns(z.key_width, z.value_width, arena), keys(z.key_width, z.value_width, arena) {}
+    Scratch(const Sizes& z, int64_t part_columns, Arena<A>& arena)
+        : columns(z.key_width, z.value_width, arena),
+          keys(z.key_width, z.value_width, arena),
+          q(arena.take_unwritten(part_columns * padded<A>(z.key_width))) {}
 };
+
+// All columns of a part from the heads' rows.
+template <class T>
+void load_part(const Sizes& z, const QueriesPart& part, const Heads<T>& from, int64_t width, Acc<T> factor, Acc<T>* to) {
+    for (int64_t c = 0; c < part.columns(z); ++c)
+        pack(1, width, from.at(part.token(z, c), part.head(z, c)), 0, factor, to + c * padded<Acc<T>>(width),
+             padded<Acc<T>>(width));
+}
 
 // Calls start() when some columns of a part are gathered, each(key) for each tile of the keys of their block, loaded from
 // that key on, then finish().
@@ -231,19 +240,20 @@ template <class T, class Start, class Each, class Finish>
 void each_tile(const Inputs<T>& in, const QueriesPart& part, const Sorted& sorted, Scratch<Acc<T>>& s, Start start,
                Each each, Finish finish) {
     const Sizes& z = in.z;
-    const int64_t* starts = sorted.starts(part);
+    const int64_t *starts = sorted.starts(part), row = padded<Acc<T>>(z.key_width);
+    load_part(z, part, in.q, z.key_width, in.factor, s.q);
     for (int64_t b = 0; b < part.blocks(z); ++b) {
         const int64_t block = part.keys.first_key + b * z.block_size;
         const int64_t block_end = std::min(block + z.block_size, part.keys.last_key);
         const int64_t columns = (starts[b + 1] - starts[b]) * z.sharing();
         for (int64_t c = 0, loaded = -1; c < columns; c += kColumns) {
             s.gathered.gather(z, part, sorted.items(part) + starts[b], c, columns, block, block_end);
-            s.columns.load(s.gathered.count, in.factor, [&](int64_t c) { return s.gathered.at(in.q, c); });
+            s.columns.load(s.gathered.count, Acc<T>(1), [&](int64_t c) { return s.q + s.gathered.column[c] * row; });
             start();
             for (int64_t key = block; key < block_end; key += kTileKeys) {
                 const int64_t count = std::min(kTileKeys, block_end - key), group = part.keys.group;
-                const Row row{part.row, key, part.row * z.keys + key};
-                if (loaded != key) s.keys.load(count, in.k.at(row, group), in.k.time, in.v.at(row, group), in.v.time);
+                const Row at{part.row, key, part.row * z.keys + key};
+                if (loaded != key) s.keys.load(count, in.k.at(at, group), in.k.time, in.v.at(at, group), in.v.time);
                 loaded = key;
                 s.gathered.look(key, count, s.seen);
                 each(key);
@@ -258,7 +268,7 @@ template <class A>
 struct ForwardScratch : Scratch<A> {
     A *o, *largest, *total;
     ForwardScratch(const Sizes& z, int64_t columns, Arena<A>& arena)
-        : Scratch<A>(z, arena),
+        : Scratch<A>(z, columns, arena),
           o(arena.take(columns * padded<A>(z.value_width))),
           largest(arena.take(columns)),
           total(arena.take(columns)) {}
@@ -282,8 +292,7 @@ void forward_part(const Inputs<T>& in, const QueriesPart& part, const Sorted& so
     };
     each_tile(in, part, sorted, s, load, [&](int64_t) { attend(s.seen, s.keys, s.columns); }, save);
     for (int64_t c = 0; c < count; ++c) {
-        const int64_t sharing = z.sharing(), token = part.row * z.queries + part.begin + c / sharing;
-        const int64_t place = token * z.heads + part.list * sharing + c % sharing;
+        const int64_t place = part.place(z, c);
         write_outputs(z.value_width, s.o + c * row, s.total[c], o + place * z.value_width);
         log_sum[place] = log_of(s.largest[c], s.total[c]);
     }
@@ -316,15 +325,16 @@ struct Gradients {
     T *dq, *dk, *dv;
 };
 
-// The gradient of all queries of a part, and their products of o and its gradient.
+// For all columns of a part: the gradients of their queries and outputs, and the products of o and its gradient.
 template <class A>
 struct BackwardScratch : Scratch<A> {
     ColumnGradients<A> gradients;
-    A *dq, *own;
+    A *dq, *dout, *own;
     BackwardScratch(const Sizes& z, int64_t columns, Arena<A>& arena)
-        : Scratch<A>(z, arena),
+        : Scratch<A>(z, columns, arena),
           gradients(z.key_width, z.value_width, arena),
           dq(arena.take(columns * padded<A>(z.key_width))),
+          dout(arena.take_unwritten(columns * padded<A>(z.value_width))),
           own(arena.take(columns)) {}
 };
 
@@ -333,22 +343,17 @@ void backward_part(const Inputs<T>& in, const Gradients<T>& g, const QueriesPart
                    const PartSums<Acc<T>>& sums, BackwardScratch<Acc<T>>& s) {
     using A = Acc<T>;
     const Sizes& z = in.z;
-    const int64_t row = padded<A>(z.key_width), count = part.columns(z), sharing = z.sharing();
+    const int64_t row = padded<A>(z.key_width), values_row = padded<A>(z.value_width), count = part.columns(z);
     std::fill_n(s.dq, count * row, A(0));
-    const auto token = [&](int64_t c) {
-        const int64_t query = part.begin + c / sharing;
-        return Row{part.row, query, part.row * z.queries + query};
-    };
-    for (int64_t c = 0; c < count; ++c) {
-        const int64_t head = part.list * sharing + c % sharing;
-        s.own[c] = product(z.value_width, g.o.at(token(c), head), g.dout.at(token(c), head));
-    }
+    load_part(z, part, g.dout, z.value_width, A(1), s.dout);
+    for (int64_t c = 0; c < count; ++c)
+        s.own[c] = product(z.value_width, g.o.at(part.token(z, c), part.head(z, c)), s.dout + c * values_row);
     const Gathered& gathered = s.gathered;
     const auto load = [&] {
         s.gradients.load(
-            s.columns, [&](int64_t c) { return gathered.at(g.dout, c); },
+            s.columns, [&](int64_t c) { return s.dout + gathered.column[c] * values_row; },
             [&](int64_t c) { return s.own[gathered.column[c]]; },
-            [&](int64_t c) { return g.log_sum[gathered.place(z, c)]; });
+            [&](int64_t c) { return g.log_sum[part.place(z, gathered.column[c])]; });
     };
     const auto add = [&] {
         for (int64_t c = 0; c < gathered.count; ++c) add_row(row, s.gradients.dq + c * row, s.dq + gathered.column[c] * row);
@@ -357,10 +362,8 @@ void backward_part(const Inputs<T>& in, const Gradients<T>& g, const QueriesPart
         attend_backward(s.seen, s.keys, s.columns, s.gradients, sums.dk(key), sums.dv(key));
     };
     each_tile(in, part, sorted, s, load, each, add);
-    for (int64_t c = 0; c < count; ++c) {
-        const int64_t place = token(c).token * z.heads + part.list * sharing + c % sharing;
-        unpack(1, z.key_width, s.dq + c * row, 0, in.factor * A(kLn2), g.dq + place * z.key_width, 0);
-    }
+    for (int64_t c = 0; c < count; ++c)
+        unpack(1, z.key_width, s.dq + c * row, 0, in.factor * A(kLn2), g.dq + part.place(z, c) * z.key_width, 0);
 }
 
 template <class T>
