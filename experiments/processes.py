@@ -5,8 +5,10 @@ With one process every function here is the identity, so that the code above has
 
 from __future__ import annotations
 
+import atexit
 import os
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,9 +35,22 @@ def join(device: torch.device) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
-def leave() -> None:
-    if dist.is_initialized():
+def end(code: int) -> NoReturn:
+    """End this process: what it registered is done, what it wrote is flushed, and one among several ends right there.
+
+    A worker thread of gloo may still hold the tensors of the last exchange, and needs the interpreter to let go of them.
+    Where that is going down already, the thread aborts the process, and torchrun calls a finished run a failure (torch
+    2.13, https://github.com/pytorch/pytorch/issues/190489). ``destroy_process_group`` ends these threads only if nobody
+    holds the group, as FSDP2's meshes do; so the interpreter is not taken down at all.
+    """
+    if count() == 1:
+        sys.exit(code)
+    if dist.is_initialized() and code == 0:  # With a process that failed, nobody waits for the others.
         dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def barrier() -> None:

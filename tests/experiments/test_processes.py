@@ -127,6 +127,12 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path):
         assert other["validation_loss"] == pytest.approx(mine["validation_loss"], rel=1e-4)
 
 
+def test_threads_that_still_hold_the_last_exchange_fail_no_run(tmp_path):
+    """Where the interpreter is taken down under them, five of six such pairs end with SIGABRT."""
+    done = torchrun("-m", "tests.experiments.two_processes", str(tmp_path), "slowed")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_a_sweep_trains_each_run_by_torchrun_and_sigterm_preempts_it(tmp_path):
     """SIGTERM reaches torchrun alone, as from a scheduler; afterwards one process finishes what two began."""
