@@ -38,10 +38,10 @@ def join(device: torch.device) -> None:
 def end(code: int) -> NoReturn:
     """End this process: what it registered is done, what it wrote is flushed, and one among several ends right there.
 
-    A worker thread of gloo may still hold the tensors of the last exchange, and needs the interpreter to let go of them.
-    Where that is going down already, the thread aborts the process, and torchrun calls a finished run a failure (torch
-    2.13, https://github.com/pytorch/pytorch/issues/190489). ``destroy_process_group`` ends these threads only if nobody
-    holds the group, as FSDP2's meshes do; so the interpreter is not taken down at all.
+    A worker thread of gloo may still hold the tensors of the last exchange, and needs the interpreter to let go of
+    them. Where that is going down already, the thread aborts the process, and torchrun calls a finished run a failure
+    (torch 2.13, https://github.com/pytorch/pytorch/issues/190489). ``destroy_process_group`` ends these threads only if
+    nobody holds the group, as FSDP2's meshes do; so the interpreter is not taken down at all.
     """
     if count() == 1:
         sys.exit(code)
