@@ -1,11 +1,15 @@
 """What models are trained on and judged by: one generator a file, one line here each."""
 
+from experiments.tasks.modular_arithmetic import ModularArithmetic
 from experiments.tasks.mqar import MQAR
+from experiments.tasks.parity import Parity
 from experiments.tasks.stdlib_text import StdlibText
 from experiments.tasks.task import Batch, Metric, Task
 
 TASKS: dict[str, type[Task]] = {
     "mqar": MQAR,
+    "parity": Parity,
+    "modular_arithmetic": ModularArithmetic,
     "stdlib_text": StdlibText,
 }
 

@@ -1,20 +1,38 @@
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments.errors import RunnerError
 from experiments.tasks import TASKS
+from experiments.tasks.generated import GeneratedTask
+from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
+from experiments.tasks.parity import ParityConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
-from experiments.tasks.task import IGNORED, Batch
+from experiments.tasks.task import IGNORED
 
+from .solvers import SOLVERS, solve
+
+FEW = {"validation_examples": 300, "test_examples": 40}
 SMALL = {
-    "mqar": MQARConfig(vocab_size=64, length=32, pairs=4, validation_examples=300, test_examples=40),
+    "mqar": MQARConfig(vocab_size=64, length=32, pairs=4, test_lengths=[48], **FEW),
+    "parity": ParityConfig(length=32, test_lengths=[70, 24], **FEW),
+    "modular_arithmetic": ModularArithmeticConfig(length=25, test_lengths=[40], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
+CHANCES = {
+    "mqar": 1 / 4,
+    "parity": 1 / 2,
+    "modular_arithmetic": 0.208,  # 1/5 for every sum that has a single number among its terms, more for the others
+}
+"""What guessing must reach, by reckoning or from many examples."""
+
+GENERATED = [name for name, task in TASKS.items() if issubclass(task, GeneratedTask)]
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +41,21 @@ def tasks():
 
 
 def splits(task, seed=0):
-    held_out = [batch.tokens for split in ("validation", "test") for batch in task.evaluation(split)]
+    held_out = [batch.tokens for split in ("validation", *task.tests) for batch in task.evaluation(split)]
     return task.train_batch(seed, 0, 64).tokens, *held_out
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_every_task_is_tried_here(name):
-    assert name in SMALL
+def test_every_task_is_tried_here():
+    assert SMALL.keys() == TASKS.keys()
+    assert SOLVERS.keys() == CHANCES.keys() == set(GENERATED)
 
 
 @pytest.mark.parametrize("name", TASKS)
 class TestEveryTask:
     def test_shapes_and_ranges(self, tasks, name):
         task = tasks[name]
-        batches = [task.train_batch(0, 0, 5), next(task.evaluation("validation")), next(task.evaluation("test"))]
-        for batch in batches:
+        held_out = {split: next(task.evaluation(split)) for split in ("validation", *task.tests)}
+        for batch in (task.train_batch(0, 0, 5), *held_out.values()):
             assert batch.tokens.dtype == batch.targets.dtype == np.int64
             assert batch.tokens.shape == batch.targets.shape
             assert batch.tokens.min() >= 0
@@ -46,8 +64,10 @@ class TestEveryTask:
             assert len(asked) > 0
             assert asked.min() >= 0
             assert asked.max() < task.vocab_size
-        assert batches[0].tokens.shape[1] == task.length
-        assert batches[2].tokens.shape[1] == task.longest
+        assert task.train_batch(0, 0, 5).tokens.shape == (5, task.length)
+        assert next(iter(task.tests)) == "test"
+        assert {split: held_out[split].tokens.shape[1] for split in task.tests} == task.tests
+        assert max(task.tests.values()) == task.longest
 
     def test_an_example_depends_on_seed_and_index_alone(self, tasks, name):
         whole = tasks[name].train_batch(3, 0, 12)
@@ -71,7 +91,7 @@ class TestEveryTask:
 
     def test_held_out_data_is_the_same_every_time(self, tasks, name):
         again = TASKS[name](SMALL[name])
-        for split in ("validation", "test"):
+        for split in ("validation", *again.tests):
             pairs = zip(tasks[name].evaluation(split), again.evaluation(split), strict=True)
             assert all(np.array_equal(one.tokens, other.tokens) for one, other in pairs)
         assert tasks[name].manifest() == again.manifest()
@@ -90,26 +110,51 @@ class TestEveryTask:
         assert (better > worse) == task.metric.higher_is_better
 
 
-def recall_by_dictionary(batch: Batch, pairs: int) -> np.ndarray:
-    """What looking every key up in the pairs gives."""
-    answers = np.full(batch.targets.shape, IGNORED)
-    for row, tokens in enumerate(batch.tokens):
-        book = dict(zip(tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True))
-        for position in range(2 * pairs, len(tokens)):
-            answers[row, position] = book.get(tokens[position], IGNORED)
-    return answers
+@pytest.mark.parametrize("name", GENERATED)
+class TestEveryGeneratedTask:
+    def test_its_solver_is_always_right(self, tasks, name):
+        task = tasks[name]
+        held_out = [next(task.evaluation(split)) for split in ("validation", *task.tests)]
+        for batch in (task.train_batch(5, 0, 200), *held_out):
+            answers = solve(name, batch, task.config)
+            scores = task.score(batch.targets, np.zeros(batch.targets.shape), answers == batch.targets)
+            assert scores["accuracy"] == scores["whole"] == 1
+            assert (answers[batch.targets != IGNORED] != IGNORED).all()
+
+    def test_chance_is_measured(self, tasks, name):
+        """On as many examples as are asked for, and near what it must be; longer tests have their own."""
+        task = TASKS[name](replace(SMALL[name], test_examples=2000))
+        value, words = task.chance()
+        assert value == pytest.approx(CHANCES[name], abs=0.015)
+        assert words
+        assert all(0 <= tasks[name].chance(split)[0] < 0.7 for split in task.tests)
+
+    def test_examples_are_made_in_less_than_a_millisecond(self, tasks, name):
+        task = tasks[name]
+        task.train_batch(0, 0, 64)
+        seconds = []
+        for _ in range(5):
+            begin = time.process_time()
+            task.train_batch(0, 0, 64)
+            seconds.append(time.process_time() - begin)
+        assert min(seconds) / 64 < 1e-3
+
+    def test_lengths_to_test_at_are_other_lengths(self, name):
+        config = SMALL[name]
+        with pytest.raises(ValueError, match="test_lengths must be lengths other than length"):
+            replace(config, test_lengths=[config.length])
+        with pytest.raises(ValueError, match="length"):
+            replace(config, test_lengths=[0])
+        with pytest.raises(ValueError, match="test_examples must be at least 1"):
+            replace(config, test_examples=0)
 
 
 class TestMQAR:
-    def test_a_dictionary_solves_it(self, tasks):
-        batch = tasks["mqar"].train_batch(0, 0, 200)
-        assert np.array_equal(recall_by_dictionary(batch, 4), batch.targets)
-
     def test_a_dictionary_solves_it_among_random_fillers(self):
         task = MQAR(MQARConfig(vocab_size=64, length=32, pairs=4, filler="random"))
         batch = task.train_batch(0, 0, 200)
         asked = batch.targets != IGNORED
-        assert np.array_equal(recall_by_dictionary(batch, 4)[asked], batch.targets[asked])
+        assert np.array_equal(solve("mqar", batch, task.config)[asked], batch.targets[asked])
         assert (batch.tokens[:, 8:][~asked[:, 8:]] > 0).mean() > 0.9
 
     def test_guessing_among_the_values_is_chance(self, tasks):
@@ -154,6 +199,25 @@ class TestMQAR:
     def test_impossible_settings_are_refused(self, wrong):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MQARConfig(**{"vocab_size": 64, "length": 32, "pairs": 8, **wrong})
+
+
+def test_products_bind_before_sums():
+    numbers, operators = np.array([[3, 4, 2, 1, 4]]), np.array([list("+*-*")])
+    assert values(numbers, operators, 5).tolist() == [[3, 7 % 5, 11 % 5, 10 % 5, 7 % 5]]
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        (ModularArithmeticConfig, {"modulus": 1}),
+        (ModularArithmeticConfig, {"operators": "+/"}),
+        (ModularArithmeticConfig, {"operators": "++"}),
+        (ModularArithmeticConfig, {"operators": ""}),
+    ],
+)
+def test_impossible_settings_are_refused(config, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        config(**wrong)
 
 
 class TestStdlibText:

@@ -1,0 +1,52 @@
+"""For every generated task, a program that solves it: from the tokens of one sequence to its answers.
+
+A solver reads tokens as a person would, left to right and without the random numbers behind them, so that it shares
+nothing with the generator. It answers at the positions that are asked about and may answer at others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from experiments.tasks import Batch
+from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
+from experiments.tasks.mqar import MQARConfig
+from experiments.tasks.parity import ParityConfig
+from experiments.tasks.task import IGNORED
+
+Answers = dict[int, int]
+"""By position."""
+
+
+def mqar(tokens: list[int], config: MQARConfig) -> Answers:
+    known = 2 * config.pairs
+    book = dict(zip(tokens[:known:2], tokens[1:known:2], strict=True))
+    return {place: book[token] for place, token in enumerate(tokens[known:], known) if token in book}
+
+
+def parity(tokens: list[int], config: ParityConfig) -> Answers:
+    return {place: tokens[: place + 1].count(1) % 2 for place in range(len(tokens))}
+
+
+def modular_arithmetic(tokens: list[int], config: ModularArithmeticConfig) -> Answers:
+    """By Python's own arithmetic, on each prefix."""
+    written = [str(token) if token < config.modulus else config.operators[token - config.modulus] for token in tokens]
+    return {place: eval("".join(written[: place + 1])) % config.modulus for place in range(0, len(tokens), 2)}
+
+
+SOLVERS: dict[str, Callable[..., Answers]] = {
+    "mqar": mqar,
+    "parity": parity,
+    "modular_arithmetic": modular_arithmetic,
+}
+
+
+def solve(name: str, batch: Batch, config) -> np.ndarray:
+    """``[B, T]``: the answers of a task's solver."""
+    answers = np.full(batch.targets.shape, IGNORED)
+    for row, tokens in enumerate(batch.tokens):
+        for place, answer in SOLVERS[name](tokens.tolist(), config).items():
+            answers[row, place] = answer
+    return answers
