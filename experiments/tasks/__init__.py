@@ -5,11 +5,13 @@ from experiments.tasks.mqar import MQAR
 from experiments.tasks.parity import Parity
 from experiments.tasks.stdlib_text import StdlibText
 from experiments.tasks.task import Batch, Metric, Task
+from experiments.tasks.word_problem import WordProblem
 
 TASKS: dict[str, type[Task]] = {
     "mqar": MQAR,
     "parity": Parity,
     "modular_arithmetic": ModularArithmetic,
+    "word_problem": WordProblem,
     "stdlib_text": StdlibText,
 }
 

@@ -7,6 +7,7 @@ nothing with the generator. It answers at the positions that are asked about and
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
 from experiments.tasks.mqar import MQARConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.task import IGNORED
+from experiments.tasks.word_problem import WordProblemConfig
 
 Answers = dict[int, int]
 """By position."""
@@ -36,10 +38,22 @@ def modular_arithmetic(tokens: list[int], config: ModularArithmeticConfig) -> An
     return {place: eval("".join(written[: place + 1])) % config.modulus for place in range(0, len(tokens), 2)}
 
 
+def word_problem(tokens: list[int], config: WordProblemConfig) -> Answers:
+    """By carrying out one permutation after the other."""
+    assert config.group == "s3"
+    elements = list(permutations(range(3)))
+    answers, things = {}, (0, 1, 2)
+    for place, token in enumerate(tokens):
+        things = tuple(elements[token][thing] for thing in things)
+        answers[place] = elements.index(things)
+    return answers
+
+
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
     "parity": parity,
     "modular_arithmetic": modular_arithmetic,
+    "word_problem": word_problem,
 }
 
 

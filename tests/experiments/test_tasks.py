@@ -15,6 +15,7 @@ from experiments.tasks.mqar import MQAR, MQARConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
 from experiments.tasks.task import IGNORED
+from experiments.tasks.word_problem import WordProblemConfig, multiplication, order, prefix_products
 
 from .solvers import SOLVERS, solve
 
@@ -23,12 +24,14 @@ SMALL = {
     "mqar": MQARConfig(vocab_size=64, length=32, pairs=4, test_lengths=[48], **FEW),
     "parity": ParityConfig(length=32, test_lengths=[70, 24], **FEW),
     "modular_arithmetic": ModularArithmeticConfig(length=25, test_lengths=[40], **FEW),
+    "word_problem": WordProblemConfig(length=24, group="s3", test_lengths=[33], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
 CHANCES = {
     "mqar": 1 / 4,
     "parity": 1 / 2,
     "modular_arithmetic": 0.208,  # 1/5 for every sum that has a single number among its terms, more for the others
+    "word_problem": 1 / 6,
 }
 """What guessing must reach, by reckoning or from many examples."""
 
@@ -207,12 +210,41 @@ def test_products_bind_before_sums():
 
 
 @pytest.mark.parametrize(
+    ("group", "size"), [("s3", 6), ("a4", 12), ("a5", 60), ("s5", 120), ("z60", 60), ("a4xz5", 60)]
+)
+def test_groups_are_groups(group, size):
+    table = multiplication(group)
+    assert len(table) == order(group) == size
+    every = np.arange(size)
+    assert np.array_equal(table[0], every)
+    assert np.array_equal(table[:, 0], every)
+    for lines in (table, table.T):
+        assert np.array_equal(np.sort(lines, axis=1), np.broadcast_to(every, (size, size)))
+    a, b, c = np.random.default_rng(0).integers(size, size=(3, 2000))
+    assert np.array_equal(table[table[a, b], c], table[a, table[b, c]])
+    assert np.array_equal(table, table.T) == (group == "z60")
+
+
+def test_prefix_products_of_any_length_are_those_one_by_one():
+    table = multiplication("a5")
+    elements = np.random.default_rng(0).integers(60, size=(3, 37))
+    products = prefix_products(elements, table)
+    one = elements[:, 0]
+    for place in range(1, 37):
+        one = table[one, elements[:, place]]
+        assert np.array_equal(products[:, place], one)
+
+
+@pytest.mark.parametrize(
     ("config", "wrong"),
     [
         (ModularArithmeticConfig, {"modulus": 1}),
         (ModularArithmeticConfig, {"operators": "+/"}),
         (ModularArithmeticConfig, {"operators": "++"}),
         (ModularArithmeticConfig, {"operators": ""}),
+        (WordProblemConfig, {"group": "d4"}),
+        (WordProblemConfig, {"group": "s7"}),
+        (WordProblemConfig, {"group": "a4xz99"}),
     ],
 )
 def test_impossible_settings_are_refused(config, wrong):
