@@ -3,6 +3,7 @@
 from experiments.tasks.modular_arithmetic import ModularArithmetic
 from experiments.tasks.mqar import MQAR
 from experiments.tasks.parity import Parity
+from experiments.tasks.selective_copying import SelectiveCopying
 from experiments.tasks.stdlib_text import StdlibText
 from experiments.tasks.task import Batch, Metric, Task
 from experiments.tasks.word_problem import WordProblem
@@ -12,6 +13,7 @@ TASKS: dict[str, type[Task]] = {
     "parity": Parity,
     "modular_arithmetic": ModularArithmetic,
     "word_problem": WordProblem,
+    "selective_copying": SelectiveCopying,
     "stdlib_text": StdlibText,
 }
 

@@ -15,6 +15,7 @@ from experiments.tasks import Batch
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
 from experiments.tasks.mqar import MQARConfig
 from experiments.tasks.parity import ParityConfig
+from experiments.tasks.selective_copying import SelectiveCopyingConfig
 from experiments.tasks.task import IGNORED
 from experiments.tasks.word_problem import WordProblemConfig
 
@@ -49,11 +50,18 @@ def word_problem(tokens: list[int], config: WordProblemConfig) -> Answers:
     return answers
 
 
+def selective_copying(tokens: list[int], config: SelectiveCopyingConfig) -> Answers:
+    letters = [token for token in tokens if 1 <= token < config.vocab_size - 1]
+    markers = [place for place, token in enumerate(tokens) if token == config.vocab_size - 1]
+    return dict(zip(markers, letters, strict=True))
+
+
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
     "parity": parity,
     "modular_arithmetic": modular_arithmetic,
     "word_problem": word_problem,
+    "selective_copying": selective_copying,
 }
 
 

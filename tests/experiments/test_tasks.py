@@ -13,6 +13,7 @@ from experiments.tasks.generated import GeneratedTask
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
 from experiments.tasks.parity import ParityConfig
+from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
 from experiments.tasks.task import IGNORED
 from experiments.tasks.word_problem import WordProblemConfig, multiplication, order, prefix_products
@@ -25,6 +26,7 @@ SMALL = {
     "parity": ParityConfig(length=32, test_lengths=[70, 24], **FEW),
     "modular_arithmetic": ModularArithmeticConfig(length=25, test_lengths=[40], **FEW),
     "word_problem": WordProblemConfig(length=24, group="s3", test_lengths=[33], **FEW),
+    "selective_copying": SelectiveCopyingConfig(length=40, copied=8, test_lengths=[70, 16], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
 CHANCES = {
@@ -32,6 +34,7 @@ CHANCES = {
     "parity": 1 / 2,
     "modular_arithmetic": 0.208,  # 1/5 for every sum that has a single number among its terms, more for the others
     "word_problem": 1 / 6,
+    "selective_copying": 1 / 14,
 }
 """What guessing must reach, by reckoning or from many examples."""
 
@@ -235,6 +238,15 @@ def test_prefix_products_of_any_length_are_those_one_by_one():
         assert np.array_equal(products[:, place], one)
 
 
+def test_letters_stand_anywhere():
+    task = SelectiveCopying(SelectiveCopyingConfig(length=12, copied=2))
+    tokens = task.train_batch(0, 0, 20000).tokens[:, :-2]
+    letters = (tokens > 0) & (tokens < 15)
+    assert (letters.sum(axis=1) == 2).all()
+    assert letters.mean(axis=0) == pytest.approx(0.2, abs=0.01)
+    assert np.bincount(tokens[letters], minlength=15)[1:] / 40000 == pytest.approx(1 / 14, abs=0.005)
+
+
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
@@ -245,6 +257,9 @@ def test_prefix_products_of_any_length_are_those_one_by_one():
         (WordProblemConfig, {"group": "d4"}),
         (WordProblemConfig, {"group": "s7"}),
         (WordProblemConfig, {"group": "a4xz99"}),
+        (SelectiveCopyingConfig, {"length": 31}),
+        (SelectiveCopyingConfig, {"copied": 0}),
+        (SelectiveCopyingConfig, {"vocab_size": 3}),
     ],
 )
 def test_impossible_settings_are_refused(config, wrong):
