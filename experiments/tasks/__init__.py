@@ -2,6 +2,8 @@
 
 from experiments.tasks.modular_arithmetic import ModularArithmetic
 from experiments.tasks.mqar import MQAR
+from experiments.tasks.needle import Needle
+from experiments.tasks.needle_text import NeedleText
 from experiments.tasks.parity import Parity
 from experiments.tasks.selective_copying import SelectiveCopying
 from experiments.tasks.stdlib_text import StdlibText
@@ -14,6 +16,8 @@ TASKS: dict[str, type[Task]] = {
     "modular_arithmetic": ModularArithmetic,
     "word_problem": WordProblem,
     "selective_copying": SelectiveCopying,
+    "needle": Needle,
+    "needle_text": NeedleText,
     "stdlib_text": StdlibText,
 }
 

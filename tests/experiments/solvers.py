@@ -6,6 +6,7 @@ nothing with the generator. It answers at the positions that are asked about and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import permutations
 
@@ -14,6 +15,7 @@ import numpy as np
 from experiments.tasks import Batch
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
 from experiments.tasks.mqar import MQARConfig
+from experiments.tasks.needle import NeedleConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopyingConfig
 from experiments.tasks.task import IGNORED
@@ -56,12 +58,24 @@ def selective_copying(tokens: list[int], config: SelectiveCopyingConfig) -> Answ
     return dict(zip(markers, letters, strict=True))
 
 
+def needle(tokens: list[int], config: NeedleConfig) -> Answers:
+    """Looks for what is said first of each name, and answers wherever a name is said again."""
+    text, answers = bytes(tokens).decode("latin-1"), {}
+    book: dict[str, str] = {}
+    for said in re.finditer(r"The number of ([a-z]{5}) is (\d*)", text):
+        number = book.setdefault(said[1], said[2])
+        answers |= {said.start(2) - 1 + place: ord(digit) for place, digit in enumerate(number)}
+    return answers
+
+
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
     "parity": parity,
     "modular_arithmetic": modular_arithmetic,
     "word_problem": word_problem,
     "selective_copying": selective_copying,
+    "needle": needle,
+    "needle_text": needle,
 }
 
 

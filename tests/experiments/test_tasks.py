@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -9,9 +10,12 @@ import pytest
 
 from experiments.errors import RunnerError
 from experiments.tasks import TASKS
-from experiments.tasks.generated import GeneratedTask
+from experiments.tasks.generated import Draws, GeneratedTask
+from experiments.tasks.haystack import distinct
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
+from experiments.tasks.needle import Needle, NeedleConfig
+from experiments.tasks.needle_text import NeedleText, NeedleTextConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
@@ -27,6 +31,8 @@ SMALL = {
     "modular_arithmetic": ModularArithmeticConfig(length=25, test_lengths=[40], **FEW),
     "word_problem": WordProblemConfig(length=24, group="s3", test_lengths=[33], **FEW),
     "selective_copying": SelectiveCopyingConfig(length=40, copied=8, test_lengths=[70, 16], **FEW),
+    "needle": NeedleConfig(length=256, needles=3, questions=2, test_lengths=[700], **FEW),
+    "needle_text": NeedleTextConfig(length=320, needles=3, questions=2, test_lengths=[700], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
 CHANCES = {
@@ -35,6 +41,8 @@ CHANCES = {
     "modular_arithmetic": 0.208,  # 1/5 for every sum that has a single number among its terms, more for the others
     "word_problem": 1 / 6,
     "selective_copying": 1 / 14,
+    "needle": 1 / 10,
+    "needle_text": 1 / 10,
 }
 """What guessing must reach, by reckoning or from many examples."""
 
@@ -247,6 +255,56 @@ def test_letters_stand_anywhere():
     assert np.bincount(tokens[letters], minlength=15)[1:] / 40000 == pytest.approx(1 / 14, abs=0.005)
 
 
+class TestNeedles:
+    def test_as_it_reads(self):
+        """Six statements of 27 bytes without a haystack, of which the last ends before its point."""
+        batch = Needle(NeedleConfig(length=159, digits=2)).train_batch(0, 0, 3)
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+            text = bytes(tokens.astype(np.uint8)).decode() + chr(targets[-1])
+            lines = f"{text}.".split("\n")
+            assert all(re.fullmatch(r"The number of [a-z]{5} is \d\d\.", line) for line in lines)
+            assert len(set(lines[:4])) == 4
+            assert len({*lines[4:]} & {*lines[:4]}) == len(lines[4:]) == 2
+            assert (targets != IGNORED).sum() == 4
+
+    def test_needles_stand_before_any_line(self):
+        task = Needle(NeedleConfig(length=1000, needles=1, questions=1))
+        texts = [bytes(tokens.astype(np.uint8)) for tokens in task.train_batch(0, 0, 3000).tokens]
+        places = np.array([text.index(b"The number") for text in texts])
+        assert all(text[place - 1 : place] == b"\n" for text, place in zip(texts, places, strict=True))
+        assert np.histogram(places, 4, (0, 1000 - 58))[0] / 3000 == pytest.approx(1 / 4, abs=0.03)
+
+    def test_haystacks_are_of_the_splits_own_files(self, tasks):
+        task = tasks["needle_text"]
+        for split in ("train", "validation", "test"):
+            (text,) = task.examples(0, split, 0, 1).tokens
+            hay = re.split(rb"The number of [a-z]{5} is \d{4}\.\n", bytes(text.astype(np.uint8)))
+            pieces = [piece for piece in hay[:-2] if len(piece) > 40]
+            assert pieces
+            assert all(piece in task.texts[split].tobytes() for piece in pieces)
+
+    def test_all_bytes_can_be_predicted(self, tasks):
+        alone, task = tasks["needle_text"], NeedleText(replace(SMALL["needle_text"], predict="all"))
+        batch, answers = task.train_batch(0, 0, 8), alone.train_batch(0, 0, 8)
+        assert np.array_equal(batch.tokens, answers.tokens)
+        assert np.array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+        asked = answers.targets != IGNORED
+        assert np.array_equal(batch.targets[asked], answers.targets[asked])
+        scores = task.score(batch.targets, np.where(asked, 0.0, math.log(2)), asked)
+        assert (scores["accuracy"], scores["whole"]) == (1, 1)
+        assert scores["bits_per_byte"] == pytest.approx(1)
+        assert scores["loss"] == pytest.approx(math.log(2) * (~asked).mean())
+
+
+def test_distinct_numbers_are_uniform_and_differ():
+    numbers = distinct(Draws(0, "train", 0, 30000), "numbers", 3, 4)
+    assert all(len(set(row)) == 3 for row in numbers[:1000])
+    codes = numbers @ [16, 4, 1]
+    counts = np.bincount(codes, minlength=64)
+    assert (counts > 0).sum() == 24
+    assert counts[counts > 0] / 30000 == pytest.approx(1 / 24, abs=0.005)
+
+
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
@@ -260,6 +318,11 @@ def test_letters_stand_anywhere():
         (SelectiveCopyingConfig, {"length": 31}),
         (SelectiveCopyingConfig, {"copied": 0}),
         (SelectiveCopyingConfig, {"vocab_size": 3}),
+        (NeedleConfig, {"length": 170}),
+        (NeedleConfig, {"questions": 5}),
+        (NeedleConfig, {"digits": 0}),
+        (NeedleConfig, {"digits": 16}),
+        (NeedleTextConfig, {"predict": "digits"}),
     ],
 )
 def test_impossible_settings_are_refused(config, wrong):
