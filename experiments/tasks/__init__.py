@@ -1,5 +1,6 @@
 """What models are trained on and judged by: one generator a file, one line here each."""
 
+from experiments.tasks.induction_heads import InductionHeads
 from experiments.tasks.modular_arithmetic import ModularArithmetic
 from experiments.tasks.mqar import MQAR
 from experiments.tasks.needle import Needle
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "selective_copying": SelectiveCopying,
     "needle": Needle,
     "needle_text": NeedleText,
+    "induction_heads": InductionHeads,
     "stdlib_text": StdlibText,
 }
 

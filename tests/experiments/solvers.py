@@ -13,6 +13,7 @@ from itertools import permutations
 import numpy as np
 
 from experiments.tasks import Batch
+from experiments.tasks.induction_heads import InductionHeadsConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
 from experiments.tasks.mqar import MQARConfig
 from experiments.tasks.needle import NeedleConfig
@@ -68,6 +69,10 @@ def needle(tokens: list[int], config: NeedleConfig) -> Answers:
     return answers
 
 
+def induction_heads(tokens: list[int], config: InductionHeadsConfig) -> Answers:
+    return {len(tokens) - 1: tokens[tokens.index(tokens[-1]) + 1]}
+
+
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
     "parity": parity,
@@ -76,6 +81,7 @@ SOLVERS: dict[str, Callable[..., Answers]] = {
     "selective_copying": selective_copying,
     "needle": needle,
     "needle_text": needle,
+    "induction_heads": induction_heads,
 }
 
 

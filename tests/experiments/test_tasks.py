@@ -12,6 +12,7 @@ from experiments.errors import RunnerError
 from experiments.tasks import TASKS
 from experiments.tasks.generated import Draws, GeneratedTask
 from experiments.tasks.haystack import distinct
+from experiments.tasks.induction_heads import InductionHeads, InductionHeadsConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
 from experiments.tasks.needle import Needle, NeedleConfig
@@ -33,6 +34,7 @@ SMALL = {
     "selective_copying": SelectiveCopyingConfig(length=40, copied=8, test_lengths=[70, 16], **FEW),
     "needle": NeedleConfig(length=256, needles=3, questions=2, test_lengths=[700], **FEW),
     "needle_text": NeedleTextConfig(length=320, needles=3, questions=2, test_lengths=[700], **FEW),
+    "induction_heads": InductionHeadsConfig(length=48, test_lengths=[80], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
 CHANCES = {
@@ -43,6 +45,7 @@ CHANCES = {
     "selective_copying": 1 / 14,
     "needle": 1 / 10,
     "needle_text": 1 / 10,
+    "induction_heads": 1 / 15,
 }
 """What guessing must reach, by reckoning or from many examples."""
 
@@ -305,6 +308,15 @@ def test_distinct_numbers_are_uniform_and_differ():
     assert counts[counts > 0] / 30000 == pytest.approx(1 / 24, abs=0.005)
 
 
+def test_the_special_token_stands_anywhere_and_twice():
+    batch = InductionHeads(InductionHeadsConfig(length=6)).train_batch(0, 0, 8000)
+    assert ((batch.tokens == 15).sum(axis=1) == 2).all()
+    assert (batch.tokens[:, -1] == 15).all()
+    places = np.argmax(batch.tokens == 15, axis=1)
+    assert np.bincount(places, minlength=5) / 8000 == pytest.approx([0.25] * 4 + [0], abs=0.02)
+    assert ((batch.targets != IGNORED).sum(axis=1) == 1).all()
+
+
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
@@ -323,6 +335,8 @@ def test_distinct_numbers_are_uniform_and_differ():
         (NeedleConfig, {"digits": 0}),
         (NeedleConfig, {"digits": 16}),
         (NeedleTextConfig, {"predict": "digits"}),
+        (InductionHeadsConfig, {"length": 2}),
+        (InductionHeadsConfig, {"vocab_size": 2}),
     ],
 )
 def test_impossible_settings_are_refused(config, wrong):
