@@ -1,10 +1,14 @@
 """What models are trained on and judged by: one generator a file, one line here each."""
 
+from experiments.tasks.compression import Compression
+from experiments.tasks.fuzzy_recall import FuzzyRecall
 from experiments.tasks.induction_heads import InductionHeads
+from experiments.tasks.memorisation import Memorisation
 from experiments.tasks.modular_arithmetic import ModularArithmetic
 from experiments.tasks.mqar import MQAR
 from experiments.tasks.needle import Needle
 from experiments.tasks.needle_text import NeedleText
+from experiments.tasks.noisy_recall import NoisyRecall
 from experiments.tasks.parity import Parity
 from experiments.tasks.selective_copying import SelectiveCopying
 from experiments.tasks.stdlib_text import StdlibText
@@ -20,6 +24,10 @@ TASKS: dict[str, type[Task]] = {
     "needle": Needle,
     "needle_text": NeedleText,
     "induction_heads": InductionHeads,
+    "noisy_recall": NoisyRecall,
+    "fuzzy_recall": FuzzyRecall,
+    "compression": Compression,
+    "memorisation": Memorisation,
     "stdlib_text": StdlibText,
 }
 

@@ -13,10 +13,14 @@ from itertools import permutations
 import numpy as np
 
 from experiments.tasks import Batch
+from experiments.tasks.compression import CompressionConfig
+from experiments.tasks.fuzzy_recall import FuzzyRecallConfig
 from experiments.tasks.induction_heads import InductionHeadsConfig
+from experiments.tasks.memorisation import Memorisation, MemorisationConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
 from experiments.tasks.mqar import MQARConfig
 from experiments.tasks.needle import NeedleConfig
+from experiments.tasks.noisy_recall import NoisyRecallConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopyingConfig
 from experiments.tasks.task import IGNORED
@@ -73,6 +77,49 @@ def induction_heads(tokens: list[int], config: InductionHeadsConfig) -> Answers:
     return {len(tokens) - 1: tokens[tokens.index(tokens[-1]) + 1]}
 
 
+def noisy_recall(tokens: list[int], config: NoisyRecallConfig) -> Answers:
+    book: dict[int, int] = {}
+    answers = {}
+    for place in range(0, len(tokens), 2):
+        key, value = tokens[place : place + 2]
+        if key < config.vocab_size and key in book:
+            answers[place] = book[key]
+        book[key] = value
+    return answers
+
+
+def fuzzy_recall(tokens: list[int], config: FuzzyRecallConfig) -> Answers:
+    """Reads motifs by what they are made of, and names the next token of a value as soon as its key is known."""
+    half, between = config.vocab_size // 2, config.vocab_size
+    book: dict[tuple[int, ...], list[int]] = {}
+    answers, place = {}, 0
+    while place < len(tokens):
+        begin = place
+        while place < len(tokens) and tokens[place] < half:
+            place += 1
+        key, value_begins = tuple(tokens[begin:place]), place + 1
+        place = value_begins
+        while place < len(tokens) and half <= tokens[place] < between:
+            place += 1
+        for number, token in enumerate(book.get(key, [])):
+            answers[value_begins - 1 + number] = token
+        book.setdefault(key, tokens[value_begins:place])
+    return {place: answer for place, answer in answers.items() if place < len(tokens)}
+
+
+def compression(tokens: list[int], config: CompressionConfig) -> Answers:
+    count = len(tokens) // 2
+    return {place: tokens[tokens[place] - config.vocab_size] for place in range(count, len(tokens))}
+
+
+def memorisation(tokens: list[int], config: MemorisationConfig) -> Answers:
+    """Learns the map from training examples, which show it whole."""
+    learnt = Memorisation(config).train_batch(99, 0, 100)
+    book = dict(zip(learnt.tokens[:, ::2].ravel().tolist(), learnt.targets[:, 1::2].ravel().tolist(), strict=True))
+    assert len(book) == len(set(book.values())) == config.keys
+    return {place: book[tokens[place - 1]] for place in range(1, len(tokens), 2)}
+
+
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
     "parity": parity,
@@ -82,6 +129,10 @@ SOLVERS: dict[str, Callable[..., Answers]] = {
     "needle": needle,
     "needle_text": needle,
     "induction_heads": induction_heads,
+    "noisy_recall": noisy_recall,
+    "fuzzy_recall": fuzzy_recall,
+    "compression": compression,
+    "memorisation": memorisation,
 }
 
 

@@ -10,13 +10,17 @@ import pytest
 
 from experiments.errors import RunnerError
 from experiments.tasks import TASKS
+from experiments.tasks.compression import CompressionConfig
+from experiments.tasks.fuzzy_recall import FuzzyRecall, FuzzyRecallConfig
 from experiments.tasks.generated import Draws, GeneratedTask
 from experiments.tasks.haystack import distinct
 from experiments.tasks.induction_heads import InductionHeads, InductionHeadsConfig
+from experiments.tasks.memorisation import Memorisation, MemorisationConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
 from experiments.tasks.needle import Needle, NeedleConfig
 from experiments.tasks.needle_text import NeedleText, NeedleTextConfig
+from experiments.tasks.noisy_recall import NoisyRecall, NoisyRecallConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
@@ -35,6 +39,10 @@ SMALL = {
     "needle": NeedleConfig(length=256, needles=3, questions=2, test_lengths=[700], **FEW),
     "needle_text": NeedleTextConfig(length=320, needles=3, questions=2, test_lengths=[700], **FEW),
     "induction_heads": InductionHeadsConfig(length=48, test_lengths=[80], **FEW),
+    "noisy_recall": NoisyRecallConfig(length=40, vocab_size=8, test_lengths=[60], **FEW),
+    "fuzzy_recall": FuzzyRecallConfig(length=80, vocab_size=8, keys=4, test_lengths=[100], **FEW),
+    "compression": CompressionConfig(length=40, test_lengths=[24], **FEW),
+    "memorisation": MemorisationConfig(length=16, keys=20, test_lengths=[32], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
 CHANCES = {
@@ -46,6 +54,10 @@ CHANCES = {
     "needle": 1 / 10,
     "needle_text": 1 / 10,
     "induction_heads": 1 / 15,
+    "noisy_recall": 0.485,  # the last pair has the same key (0.31 of these times), or one of 4 values by luck
+    "fuzzy_recall": 1 / 4,
+    "compression": 1 / 16,
+    "memorisation": 1 / 20,
 }
 """What guessing must reach, by reckoning or from many examples."""
 
@@ -317,6 +329,41 @@ def test_the_special_token_stands_anywhere_and_twice():
     assert ((batch.targets != IGNORED).sum(axis=1) == 1).all()
 
 
+def test_a_share_of_the_pairs_is_noise():
+    task = NoisyRecall(NoisyRecallConfig())
+    tokens = task.train_batch(0, 0, 500).tokens.reshape(500, 64, 2)
+    is_noise = tokens >= 16
+    assert np.array_equal(is_noise[:, :, 0], is_noise[:, :, 1])
+    assert is_noise.mean() == pytest.approx(0.2, abs=0.01)
+    plain = NoisyRecall(NoisyRecallConfig(noise=0.0))
+    assert plain.vocab_size == 16
+    tokens = plain.train_batch(0, 0, 500).tokens
+    assert (tokens[:, ::2] < 8).all()
+    assert (tokens[:, 1::2] >= 8).all()
+
+
+def test_noise_is_no_part_of_what_is_known():
+    """With as little noise as none, examples are those without: its streams are its own."""
+    quiet, plain = (NoisyRecall(NoisyRecallConfig(noise=noise)) for noise in (1e-9, 0.0))
+    assert np.array_equal(quiet.train_batch(0, 0, 50).tokens, plain.train_batch(0, 0, 50).tokens)
+
+
+def test_motifs_of_every_length_occur():
+    batch = FuzzyRecall(FuzzyRecallConfig()).train_batch(0, 0, 2000)
+    text = "".join(np.array(list("k" * 8 + "v" * 8 + "="))[batch.tokens[:, :60]].ravel())
+    for kind, end in (("k", "="), ("v", "k")):
+        found = [len(run) for run in re.findall(f"(?<=[^{kind}]){kind}+(?={end})", text)]
+        assert np.bincount(found, minlength=4)[1:4] / len(found) == pytest.approx(1 / 3, abs=0.03)
+    assert (batch.targets != IGNORED).mean() > 0.2
+
+
+def test_the_map_is_that_of_its_own_seed():
+    maps = [Memorisation(MemorisationConfig(map_seed=seed)).values for seed in (0, 0, 1)]
+    assert np.array_equal(maps[0], maps[1])
+    assert not np.array_equal(maps[0], maps[2])
+    assert sorted(maps[2]) == list(range(127, 254))
+
+
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
@@ -337,6 +384,20 @@ def test_the_special_token_stands_anywhere_and_twice():
         (NeedleTextConfig, {"predict": "digits"}),
         (InductionHeadsConfig, {"length": 2}),
         (InductionHeadsConfig, {"vocab_size": 2}),
+        (NoisyRecallConfig, {"length": 129}),
+        (NoisyRecallConfig, {"length": 16}),
+        (NoisyRecallConfig, {"vocab_size": 15}),
+        (NoisyRecallConfig, {"noise": 1.0}),
+        (NoisyRecallConfig, {"noise_vocab": 0}),
+        (FuzzyRecallConfig, {"length": 62}),
+        (FuzzyRecallConfig, {"vocab_size": 14}),
+        (FuzzyRecallConfig, {"motif": 0}),
+        (FuzzyRecallConfig, {"motif": 18}),
+        (CompressionConfig, {"length": 33}),
+        (CompressionConfig, {"test_lengths": [66]}),
+        (CompressionConfig, {"vocab_size": 1}),
+        (MemorisationConfig, {"length": 15}),
+        (MemorisationConfig, {"keys": 1}),
     ],
 )
 def test_impossible_settings_are_refused(config, wrong):
