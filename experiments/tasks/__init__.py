@@ -1,6 +1,7 @@
 """What models are trained on and judged by: one generator a file, one line here each."""
 
 from experiments.tasks.compression import Compression
+from experiments.tasks.copying import Copying
 from experiments.tasks.fuzzy_recall import FuzzyRecall
 from experiments.tasks.induction_heads import InductionHeads
 from experiments.tasks.memorisation import Memorisation
@@ -8,6 +9,7 @@ from experiments.tasks.modular_arithmetic import ModularArithmetic
 from experiments.tasks.mqar import MQAR
 from experiments.tasks.needle import Needle
 from experiments.tasks.needle_text import NeedleText
+from experiments.tasks.ngram_lookup import NgramLookup
 from experiments.tasks.noisy_recall import NoisyRecall
 from experiments.tasks.parity import Parity
 from experiments.tasks.selective_copying import SelectiveCopying
@@ -28,6 +30,8 @@ TASKS: dict[str, type[Task]] = {
     "fuzzy_recall": FuzzyRecall,
     "compression": Compression,
     "memorisation": Memorisation,
+    "copying": Copying,
+    "ngram_lookup": NgramLookup,
     "stdlib_text": StdlibText,
 }
 

@@ -14,12 +14,14 @@ import numpy as np
 
 from experiments.tasks import Batch
 from experiments.tasks.compression import CompressionConfig
+from experiments.tasks.copying import CopyingConfig
 from experiments.tasks.fuzzy_recall import FuzzyRecallConfig
 from experiments.tasks.induction_heads import InductionHeadsConfig
 from experiments.tasks.memorisation import Memorisation, MemorisationConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
 from experiments.tasks.mqar import MQARConfig
 from experiments.tasks.needle import NeedleConfig
+from experiments.tasks.ngram_lookup import NgramLookupConfig
 from experiments.tasks.noisy_recall import NoisyRecallConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopyingConfig
@@ -120,6 +122,20 @@ def memorisation(tokens: list[int], config: MemorisationConfig) -> Answers:
     return {place: book[tokens[place - 1]] for place in range(1, len(tokens), 2)}
 
 
+def copying(tokens: list[int], config: CopyingConfig) -> Answers:
+    again = tokens.index(config.letters + 1)
+    return dict(enumerate([*tokens[1:again], config.letters + 2], again))
+
+
+def ngram_lookup(tokens: list[int], config: NgramLookupConfig) -> Answers:
+    begin, mark, answered = config.letters, config.letters + 1, len(tokens) - config.answer + 1
+    assert tokens[0] == begin
+    string, *rest = "".join(map(chr, tokens[1:answered])).split(chr(mark))
+    string, key = (string, rest[0]) if config.asked == "after" else (rest[0], string)
+    found = string.index(key) + len(key)
+    return {answered - 1 + number: ord(string[found + number]) for number in range(config.answer)}
+
+
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
     "parity": parity,
@@ -133,6 +149,8 @@ SOLVERS: dict[str, Callable[..., Answers]] = {
     "fuzzy_recall": fuzzy_recall,
     "compression": compression,
     "memorisation": memorisation,
+    "copying": copying,
+    "ngram_lookup": ngram_lookup,
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from experiments.errors import RunnerError
 from experiments.tasks import TASKS
 from experiments.tasks.compression import CompressionConfig
+from experiments.tasks.copying import Copying, CopyingConfig
 from experiments.tasks.fuzzy_recall import FuzzyRecall, FuzzyRecallConfig
 from experiments.tasks.generated import Draws, GeneratedTask
 from experiments.tasks.haystack import distinct
@@ -20,6 +21,7 @@ from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
 from experiments.tasks.needle import Needle, NeedleConfig
 from experiments.tasks.needle_text import NeedleText, NeedleTextConfig
+from experiments.tasks.ngram_lookup import NgramLookup, NgramLookupConfig
 from experiments.tasks.noisy_recall import NoisyRecall, NoisyRecallConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
@@ -43,6 +45,8 @@ SMALL = {
     "fuzzy_recall": FuzzyRecallConfig(length=80, vocab_size=8, keys=4, test_lengths=[100], **FEW),
     "compression": CompressionConfig(length=40, test_lengths=[24], **FEW),
     "memorisation": MemorisationConfig(length=16, keys=20, test_lengths=[32], **FEW),
+    "copying": CopyingConfig(length=32, shortest=5, test_lengths=[48], **FEW),
+    "ngram_lookup": NgramLookupConfig(length=40, letters=5, ngram=2, test_lengths=[64], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
 CHANCES = {
@@ -58,6 +62,8 @@ CHANCES = {
     "fuzzy_recall": 1 / 4,
     "compression": 1 / 16,
     "memorisation": 1 / 20,
+    "copying": 15 / 16 / 26,
+    "ngram_lookup": 1 / 5,
 }
 """What guessing must reach, by reckoning or from many examples."""
 
@@ -364,6 +370,28 @@ def test_the_map_is_that_of_its_own_seed():
     assert sorted(maps[2]) == list(range(127, 254))
 
 
+def test_strings_to_copy_are_of_all_lengths_in_training_and_of_the_longest_in_tests():
+    task = Copying(CopyingConfig(length=22, shortest=3, test_lengths=[42], **FEW))
+    batch = task.train_batch(0, 0, 8000)
+    counts = (batch.targets != IGNORED).sum(axis=1) - 1
+    assert np.bincount(counts)[3:] / 8000 == pytest.approx([1 / 8] * 8, abs=0.015)
+    blank = batch.tokens == task.blank
+    assert (blank.sum(axis=1) == 20 - 2 * counts).all()
+    assert (np.diff(blank.astype(int), axis=1) >= 0).all()
+    for split, longest in (("validation", 10), ("test", 10), ("test_42", 20)):
+        assert all(((each.targets != IGNORED).sum(axis=1) == longest + 1).all() for each in task.evaluation(split))
+
+
+@pytest.mark.parametrize("length", [10, 40])
+def test_letters_are_asked_for_before_the_string_too(length):
+    task = NgramLookup(NgramLookupConfig(length=length, ngram=2, answer=2, letters=4, asked="before"))
+    batch = task.train_batch(0, 0, 300)
+    asked = batch.targets != IGNORED
+    assert batch.tokens.shape == (300, length)
+    assert (asked.sum(axis=1) == 2).all()
+    assert np.array_equal(solve("ngram_lookup", batch, task.config)[asked], batch.targets[asked])
+
+
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
@@ -398,6 +426,13 @@ def test_the_map_is_that_of_its_own_seed():
         (CompressionConfig, {"vocab_size": 1}),
         (MemorisationConfig, {"length": 15}),
         (MemorisationConfig, {"keys": 1}),
+        (CopyingConfig, {"length": 33}),
+        (CopyingConfig, {"shortest": 32}),
+        (CopyingConfig, {"letters": 0}),
+        (NgramLookupConfig, {"length": 14}),
+        (NgramLookupConfig, {"asked": "between"}),
+        (NgramLookupConfig, {"ngram": 14}),
+        (NgramLookupConfig, {"answer": 0}),
     ],
 )
 def test_impossible_settings_are_refused(config, wrong):
