@@ -15,6 +15,7 @@ from experiments.tasks.parity import Parity
 from experiments.tasks.selective_copying import SelectiveCopying
 from experiments.tasks.stdlib_text import StdlibText
 from experiments.tasks.task import Batch, Metric, Task
+from experiments.tasks.variable_tracking import VariableTracking
 from experiments.tasks.word_problem import WordProblem
 
 TASKS: dict[str, type[Task]] = {
@@ -32,6 +33,7 @@ TASKS: dict[str, type[Task]] = {
     "memorisation": Memorisation,
     "copying": Copying,
     "ngram_lookup": NgramLookup,
+    "variable_tracking": VariableTracking,
     "stdlib_text": StdlibText,
 }
 

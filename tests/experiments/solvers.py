@@ -26,6 +26,7 @@ from experiments.tasks.noisy_recall import NoisyRecallConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopyingConfig
 from experiments.tasks.task import IGNORED
+from experiments.tasks.variable_tracking import VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig
 
 Answers = dict[int, int]
@@ -136,6 +137,18 @@ def ngram_lookup(tokens: list[int], config: NgramLookupConfig) -> Answers:
     return {answered - 1 + number: ord(string[found + number]) for number in range(config.answer)}
 
 
+def variable_tracking(tokens: list[int], config: VariableTrackingConfig) -> Answers:
+    text = bytes(tokens).decode()
+    book: dict[str, str] = {}
+    for name, source in re.findall(r"^VAR ([A-Z]{5}) = (\w{5})$", text, re.MULTILINE):
+        assert name not in book
+        book[name] = book.get(source, source)
+    asked = re.search(r"\nWhich are (\d{5})\?", text)
+    assert asked
+    answer = "".join(f" {name}" for name, value in book.items() if value == asked[1])
+    return {asked.end() - 1 + place: ord(letter) for place, letter in enumerate(answer) if letter != " "}
+
+
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
     "parity": parity,
@@ -151,6 +164,7 @@ SOLVERS: dict[str, Callable[..., Answers]] = {
     "memorisation": memorisation,
     "copying": copying,
     "ngram_lookup": ngram_lookup,
+    "variable_tracking": variable_tracking,
 }
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
 from experiments.tasks.task import IGNORED
+from experiments.tasks.variable_tracking import VariableTracking, VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig, multiplication, order, prefix_products
 
 from .solvers import SOLVERS, solve
@@ -47,6 +49,7 @@ SMALL = {
     "memorisation": MemorisationConfig(length=16, keys=20, test_lengths=[32], **FEW),
     "copying": CopyingConfig(length=32, shortest=5, test_lengths=[48], **FEW),
     "ngram_lookup": NgramLookupConfig(length=40, letters=5, ngram=2, test_lengths=[64], **FEW),
+    "variable_tracking": VariableTrackingConfig(length=256, chains=2, hops=2, test_lengths=[600], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
 CHANCES = {
@@ -64,6 +67,7 @@ CHANCES = {
     "memorisation": 1 / 20,
     "copying": 15 / 16 / 26,
     "ngram_lookup": 1 / 5,
+    "variable_tracking": 1 / 26,
 }
 """What guessing must reach, by reckoning or from many examples."""
 
@@ -392,6 +396,21 @@ def test_letters_are_asked_for_before_the_string_too(length):
     assert np.array_equal(solve("ngram_lookup", batch, task.config)[asked], batch.targets[asked])
 
 
+def test_chains_are_told_in_any_order_that_keeps_each():
+    """Of two chains of two statements there are six such orders."""
+    task = VariableTracking(VariableTrackingConfig(length=300, chains=2, hops=1))
+    seen = []
+    for tokens in task.train_batch(0, 0, 3000).tokens:
+        first = bytes(tokens.astype(np.uint8)).decode()
+        told = re.findall(r"VAR (\w+) = (\w+)", first)
+        asked = first.split("Which are ")[1][:5]
+        chain = [name for name, value in told if value == asked]
+        seen.append(tuple(asked in pair or chain[0] in pair for pair in told))
+    counts = Counter(seen)
+    assert len(counts) == 6
+    assert [count / 3000 for count in counts.values()] == pytest.approx([1 / 6] * 6, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
@@ -433,6 +452,9 @@ def test_letters_are_asked_for_before_the_string_too(length):
         (NgramLookupConfig, {"asked": "between"}),
         (NgramLookupConfig, {"ngram": 14}),
         (NgramLookupConfig, {"answer": 0}),
+        (VariableTrackingConfig, {"length": 140}),
+        (VariableTrackingConfig, {"chains": 0}),
+        (VariableTrackingConfig, {"hops": -1}),
     ],
 )
 def test_impossible_settings_are_refused(config, wrong):
