@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,15 +22,14 @@ from experiments.checkpoints import Checkpoints, TrainState
 from experiments.config import RunConfig
 from experiments.engine import Engine
 from experiments.errors import RunnerError
+from experiments.judging import evaluate, judge_tests
 from experiments.ledger import follow, keep_ledger
 from experiments.metering import Meter
 from experiments.optimizers import Optimizers
 from experiments.progress import Heartbeat, Preempted, Preemption
 from experiments.records import RunFolder
 from experiments.reporter import make_reporter
-from experiments.tasks import Task
 from experiments.vitals import Diverged, Reading, Vitals
-from seqarch.models import LanguageModel
 
 READ_EVERY = 16
 """Steps between two readings of the device, besides those before each checkpoint."""
@@ -162,21 +160,14 @@ class Run:
         return bool(config.patience) and self.state.stale >= config.patience
 
     def test(self) -> dict[str, Any]:
-        """The test split, looked at once, with the best checkpoint on validation or the last, as ``select`` says."""
+        """The test splits, looked at once, with the best checkpoint on validation or the last, as ``select`` says."""
         step = self.state.best_step if self.train_config.select == "best" else self.state.step
         assert step is not None
         chosen = self.checkpoints.path(step)
         tested = self.checkpoints.load(chosen, {"model": self.model.state_dict()})
-        name = self.task.metric.name
-        scores = evaluate(self.model, self.task, "test", self.engine)
-        return {
-            "test": scores[name],
-            "validation": tested.validation,
-            "checkpoint": chosen.name,
-            "checkpoint_step": tested.step,
-            **{f"test_{key}": value for key, value in scores.items() if key != name and isinstance(value, float)},
-            **({"curve": scores["curve"]} if "curve" in scores else {}),
-        }
+        judged = judge_tests(self.model, self.task, self.engine)
+        chosen_as = {"validation": tested.validation, "checkpoint": chosen.name, "checkpoint_step": tested.step}
+        return {"test": judged.pop("test"), **chosen_as, **judged}
 
     def diverged(self, step: int, what: str) -> Diverged:
         kept = "no checkpoint had been written yet"
@@ -187,14 +178,6 @@ class Run:
     def tokens_per_second(self) -> float:
         tokens = self.state.step * self.train_config.batch_size * self.task.length
         return tokens / max(self.state.train_seconds + self.meter.seconds(), 1e-9)
-
-
-def evaluate(model: LanguageModel, task: Task, split: str, engine: Engine) -> dict[str, Any]:
-    """The task's metrics on a whole split."""
-    model.eval()
-    parts = [(batch.targets, *engine.judge(model, batch)) for batch in task.evaluation(split)]
-    model.train()
-    return task.score(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def main() -> int:

@@ -1,11 +1,39 @@
 """What models are trained on and judged by: one generator a file, one line here each."""
 
+from experiments.tasks.compression import Compression
+from experiments.tasks.copying import Copying
+from experiments.tasks.fuzzy_recall import FuzzyRecall
+from experiments.tasks.induction_heads import InductionHeads
+from experiments.tasks.memorisation import Memorisation
+from experiments.tasks.modular_arithmetic import ModularArithmetic
 from experiments.tasks.mqar import MQAR
+from experiments.tasks.needle import Needle
+from experiments.tasks.needle_text import NeedleText
+from experiments.tasks.ngram_lookup import NgramLookup
+from experiments.tasks.noisy_recall import NoisyRecall
+from experiments.tasks.parity import Parity
+from experiments.tasks.selective_copying import SelectiveCopying
 from experiments.tasks.stdlib_text import StdlibText
 from experiments.tasks.task import Batch, Metric, Task
+from experiments.tasks.variable_tracking import VariableTracking
+from experiments.tasks.word_problem import WordProblem
 
 TASKS: dict[str, type[Task]] = {
     "mqar": MQAR,
+    "parity": Parity,
+    "modular_arithmetic": ModularArithmetic,
+    "word_problem": WordProblem,
+    "selective_copying": SelectiveCopying,
+    "needle": Needle,
+    "needle_text": NeedleText,
+    "induction_heads": InductionHeads,
+    "noisy_recall": NoisyRecall,
+    "fuzzy_recall": FuzzyRecall,
+    "compression": Compression,
+    "memorisation": Memorisation,
+    "copying": Copying,
+    "ngram_lookup": NgramLookup,
+    "variable_tracking": VariableTracking,
     "stdlib_text": StdlibText,
 }
 

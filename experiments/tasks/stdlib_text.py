@@ -71,6 +71,7 @@ class StdlibText(Task):
     def __init__(self, config: StdlibTextConfig):
         self.config = config
         self.vocab_size, self.length, self.longest = 257, config.length, config.eval_length
+        self.tests = {"test": config.eval_length}
 
     @cached_property
     def files(self) -> dict[str, dict[str, bytes]]:
@@ -140,11 +141,11 @@ class StdlibText(Task):
             "curve": curve,
         }
 
-    def chance(self) -> tuple[float, str]:
+    def chance(self, split: str = "test") -> tuple[float, str]:
         tokens, _, _ = self._train
         counts = np.bincount(tokens[tokens != START], minlength=256) + 1.0
         bits = -np.log2(counts / counts.sum())
-        return float(bits[self.held_out("test")].mean()), "byte frequencies alone"
+        return float(bits[self.held_out(split)].mean()), "byte frequencies alone"
 
     def manifest(self) -> dict[str, Any]:
         digest = hashlib.sha256()

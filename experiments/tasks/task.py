@@ -48,6 +48,8 @@ class Task:
         vocab_size: number of tokens.
         length: tokens of a training sequence.
         longest: tokens of the longest sequence it is judged on.
+        tests: the test splits, and how many tokens their sequences have. ``test``, which results are headed by, is the
+            first; others differ from it in length alone.
     """
 
     Config: ClassVar[type]
@@ -59,6 +61,7 @@ class Task:
     vocab_size: int
     length: int
     longest: int
+    tests: dict[str, int]
 
     def __init__(self, config: Any):
         raise TypeError(f"{type(self).__name__} defines no __init__")
@@ -68,7 +71,7 @@ class Task:
         raise TypeError(f"{type(self).__name__} defines no train_batch")
 
     def evaluation(self, split: str) -> Iterator[Batch]:
-        """The whole validation or test split, the same for every run."""
+        """The whole ``validation`` split, or one of :attr:`tests`: the same for every run."""
         raise TypeError(f"{type(self).__name__} defines no evaluation")
 
     def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
@@ -86,8 +89,8 @@ class Task:
         """
         raise TypeError(f"{type(self).__name__} defines no score")
 
-    def chance(self) -> tuple[float, str]:
-        """What a model that learnt nothing of the task's point reaches, and in words who that is."""
+    def chance(self, split: str = "test") -> tuple[float, str]:
+        """What a model that learnt nothing of the task's point reaches on a test split, and in words who that is."""
         raise TypeError(f"{type(self).__name__} defines no chance")
 
     def manifest(self) -> dict[str, Any]:

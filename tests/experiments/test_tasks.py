@@ -1,20 +1,77 @@
 from __future__ import annotations
 
 import math
+import re
+import time
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments.errors import RunnerError
 from experiments.tasks import TASKS
+from experiments.tasks.compression import CompressionConfig
+from experiments.tasks.copying import Copying, CopyingConfig
+from experiments.tasks.fuzzy_recall import FuzzyRecall, FuzzyRecallConfig
+from experiments.tasks.generated import Draws, GeneratedTask
+from experiments.tasks.haystack import distinct
+from experiments.tasks.induction_heads import InductionHeads, InductionHeadsConfig
+from experiments.tasks.memorisation import Memorisation, MemorisationConfig
+from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
+from experiments.tasks.needle import Needle, NeedleConfig
+from experiments.tasks.needle_text import NeedleText, NeedleTextConfig
+from experiments.tasks.ngram_lookup import NgramLookup, NgramLookupConfig
+from experiments.tasks.noisy_recall import NoisyRecall, NoisyRecallConfig
+from experiments.tasks.parity import ParityConfig
+from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
-from experiments.tasks.task import IGNORED, Batch
+from experiments.tasks.task import IGNORED
+from experiments.tasks.variable_tracking import VariableTracking, VariableTrackingConfig
+from experiments.tasks.word_problem import WordProblemConfig, multiplication, order, prefix_products
 
+from .solvers import SOLVERS, solve
+
+FEW = {"validation_examples": 300, "test_examples": 40}
 SMALL = {
-    "mqar": MQARConfig(vocab_size=64, length=32, pairs=4, validation_examples=300, test_examples=40),
+    "mqar": MQARConfig(vocab_size=64, length=32, pairs=4, test_lengths=[48], **FEW),
+    "parity": ParityConfig(length=32, test_lengths=[70, 24], **FEW),
+    "modular_arithmetic": ModularArithmeticConfig(length=25, test_lengths=[40], **FEW),
+    "word_problem": WordProblemConfig(length=24, group="s3", test_lengths=[33], **FEW),
+    "selective_copying": SelectiveCopyingConfig(length=40, copied=8, test_lengths=[70, 16], **FEW),
+    "needle": NeedleConfig(length=256, needles=3, questions=2, test_lengths=[700], **FEW),
+    "needle_text": NeedleTextConfig(length=320, needles=3, questions=2, test_lengths=[700], **FEW),
+    "induction_heads": InductionHeadsConfig(length=48, test_lengths=[80], **FEW),
+    "noisy_recall": NoisyRecallConfig(length=40, vocab_size=8, test_lengths=[60], **FEW),
+    "fuzzy_recall": FuzzyRecallConfig(length=80, vocab_size=8, keys=4, test_lengths=[100], **FEW),
+    "compression": CompressionConfig(length=40, test_lengths=[24], **FEW),
+    "memorisation": MemorisationConfig(length=16, keys=20, test_lengths=[32], **FEW),
+    "copying": CopyingConfig(length=32, shortest=5, test_lengths=[48], **FEW),
+    "ngram_lookup": NgramLookupConfig(length=40, letters=5, ngram=2, test_lengths=[64], **FEW),
+    "variable_tracking": VariableTrackingConfig(length=256, chains=2, hops=2, test_lengths=[600], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
+CHANCES = {
+    "mqar": 1 / 4,
+    "parity": 1 / 2,
+    "modular_arithmetic": 0.208,  # 1/5 for every sum that has a single number among its terms, more for the others
+    "word_problem": 1 / 6,
+    "selective_copying": 1 / 14,
+    "needle": 1 / 10,
+    "needle_text": 1 / 10,
+    "induction_heads": 1 / 15,
+    "noisy_recall": 0.485,  # the last pair has the same key (0.31 of these times), or one of 4 values by luck
+    "fuzzy_recall": 1 / 4,
+    "compression": 1 / 16,
+    "memorisation": 1 / 20,
+    "copying": 15 / 16 / 26,
+    "ngram_lookup": 1 / 5,
+    "variable_tracking": 1 / 26,
+}
+"""What guessing must reach, by reckoning or from many examples."""
+
+GENERATED = [name for name, task in TASKS.items() if issubclass(task, GeneratedTask)]
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +80,21 @@ def tasks():
 
 
 def splits(task, seed=0):
-    held_out = [batch.tokens for split in ("validation", "test") for batch in task.evaluation(split)]
+    held_out = [batch.tokens for split in ("validation", *task.tests) for batch in task.evaluation(split)]
     return task.train_batch(seed, 0, 64).tokens, *held_out
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_every_task_is_tried_here(name):
-    assert name in SMALL
+def test_every_task_is_tried_here():
+    assert SMALL.keys() == TASKS.keys()
+    assert SOLVERS.keys() == CHANCES.keys() == set(GENERATED)
 
 
 @pytest.mark.parametrize("name", TASKS)
 class TestEveryTask:
     def test_shapes_and_ranges(self, tasks, name):
         task = tasks[name]
-        batches = [task.train_batch(0, 0, 5), next(task.evaluation("validation")), next(task.evaluation("test"))]
-        for batch in batches:
+        held_out = {split: next(task.evaluation(split)) for split in ("validation", *task.tests)}
+        for batch in (task.train_batch(0, 0, 5), *held_out.values()):
             assert batch.tokens.dtype == batch.targets.dtype == np.int64
             assert batch.tokens.shape == batch.targets.shape
             assert batch.tokens.min() >= 0
@@ -46,8 +103,10 @@ class TestEveryTask:
             assert len(asked) > 0
             assert asked.min() >= 0
             assert asked.max() < task.vocab_size
-        assert batches[0].tokens.shape[1] == task.length
-        assert batches[2].tokens.shape[1] == task.longest
+        assert task.train_batch(0, 0, 5).tokens.shape == (5, task.length)
+        assert next(iter(task.tests)) == "test"
+        assert {split: held_out[split].tokens.shape[1] for split in task.tests} == task.tests
+        assert max(task.tests.values()) == task.longest
 
     def test_an_example_depends_on_seed_and_index_alone(self, tasks, name):
         whole = tasks[name].train_batch(3, 0, 12)
@@ -71,7 +130,7 @@ class TestEveryTask:
 
     def test_held_out_data_is_the_same_every_time(self, tasks, name):
         again = TASKS[name](SMALL[name])
-        for split in ("validation", "test"):
+        for split in ("validation", *again.tests):
             pairs = zip(tasks[name].evaluation(split), again.evaluation(split), strict=True)
             assert all(np.array_equal(one.tokens, other.tokens) for one, other in pairs)
         assert tasks[name].manifest() == again.manifest()
@@ -90,26 +149,51 @@ class TestEveryTask:
         assert (better > worse) == task.metric.higher_is_better
 
 
-def recall_by_dictionary(batch: Batch, pairs: int) -> np.ndarray:
-    """What looking every key up in the pairs gives."""
-    answers = np.full(batch.targets.shape, IGNORED)
-    for row, tokens in enumerate(batch.tokens):
-        book = dict(zip(tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True))
-        for position in range(2 * pairs, len(tokens)):
-            answers[row, position] = book.get(tokens[position], IGNORED)
-    return answers
+@pytest.mark.parametrize("name", GENERATED)
+class TestEveryGeneratedTask:
+    def test_its_solver_is_always_right(self, tasks, name):
+        task = tasks[name]
+        held_out = [next(task.evaluation(split)) for split in ("validation", *task.tests)]
+        for batch in (task.train_batch(5, 0, 200), *held_out):
+            answers = solve(name, batch, task.config)
+            scores = task.score(batch.targets, np.zeros(batch.targets.shape), answers == batch.targets)
+            assert scores["accuracy"] == scores["whole"] == 1
+            assert (answers[batch.targets != IGNORED] != IGNORED).all()
+
+    def test_chance_is_measured(self, tasks, name):
+        """On as many examples as are asked for, and near what it must be; longer tests have their own."""
+        task = TASKS[name](replace(SMALL[name], test_examples=2000))
+        value, words = task.chance()
+        assert value == pytest.approx(CHANCES[name], abs=0.015)
+        assert words
+        assert all(0 <= tasks[name].chance(split)[0] < 0.7 for split in task.tests)
+
+    def test_examples_are_made_in_less_than_a_millisecond(self, tasks, name):
+        task = tasks[name]
+        task.train_batch(0, 0, 64)
+        seconds = []
+        for _ in range(5):
+            begin = time.process_time()
+            task.train_batch(0, 0, 64)
+            seconds.append(time.process_time() - begin)
+        assert min(seconds) / 64 < 1e-3
+
+    def test_lengths_to_test_at_are_other_lengths(self, name):
+        config = SMALL[name]
+        with pytest.raises(ValueError, match="test_lengths must be lengths other than length"):
+            replace(config, test_lengths=[config.length])
+        with pytest.raises(ValueError, match="length"):
+            replace(config, test_lengths=[0])
+        with pytest.raises(ValueError, match="test_examples must be at least 1"):
+            replace(config, test_examples=0)
 
 
 class TestMQAR:
-    def test_a_dictionary_solves_it(self, tasks):
-        batch = tasks["mqar"].train_batch(0, 0, 200)
-        assert np.array_equal(recall_by_dictionary(batch, 4), batch.targets)
-
     def test_a_dictionary_solves_it_among_random_fillers(self):
         task = MQAR(MQARConfig(vocab_size=64, length=32, pairs=4, filler="random"))
         batch = task.train_batch(0, 0, 200)
         asked = batch.targets != IGNORED
-        assert np.array_equal(recall_by_dictionary(batch, 4)[asked], batch.targets[asked])
+        assert np.array_equal(solve("mqar", batch, task.config)[asked], batch.targets[asked])
         assert (batch.tokens[:, 8:][~asked[:, 8:]] > 0).mean() > 0.9
 
     def test_guessing_among_the_values_is_chance(self, tasks):
@@ -154,6 +238,228 @@ class TestMQAR:
     def test_impossible_settings_are_refused(self, wrong):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MQARConfig(**{"vocab_size": 64, "length": 32, "pairs": 8, **wrong})
+
+
+def test_products_bind_before_sums():
+    numbers, operators = np.array([[3, 4, 2, 1, 4]]), np.array([list("+*-*")])
+    assert values(numbers, operators, 5).tolist() == [[3, 7 % 5, 11 % 5, 10 % 5, 7 % 5]]
+
+
+@pytest.mark.parametrize(
+    ("group", "size"), [("s3", 6), ("a4", 12), ("a5", 60), ("s5", 120), ("z60", 60), ("a4xz5", 60)]
+)
+def test_groups_are_groups(group, size):
+    table = multiplication(group)
+    assert len(table) == order(group) == size
+    every = np.arange(size)
+    assert np.array_equal(table[0], every)
+    assert np.array_equal(table[:, 0], every)
+    for lines in (table, table.T):
+        assert np.array_equal(np.sort(lines, axis=1), np.broadcast_to(every, (size, size)))
+    a, b, c = np.random.default_rng(0).integers(size, size=(3, 2000))
+    assert np.array_equal(table[table[a, b], c], table[a, table[b, c]])
+    assert np.array_equal(table, table.T) == (group == "z60")
+
+
+def test_prefix_products_of_any_length_are_those_one_by_one():
+    table = multiplication("a5")
+    elements = np.random.default_rng(0).integers(60, size=(3, 37))
+    products = prefix_products(elements, table)
+    one = elements[:, 0]
+    for place in range(1, 37):
+        one = table[one, elements[:, place]]
+        assert np.array_equal(products[:, place], one)
+
+
+def test_letters_stand_anywhere():
+    task = SelectiveCopying(SelectiveCopyingConfig(length=12, copied=2))
+    tokens = task.train_batch(0, 0, 20000).tokens[:, :-2]
+    letters = (tokens > 0) & (tokens < 15)
+    assert (letters.sum(axis=1) == 2).all()
+    assert letters.mean(axis=0) == pytest.approx(0.2, abs=0.01)
+    assert np.bincount(tokens[letters], minlength=15)[1:] / 40000 == pytest.approx(1 / 14, abs=0.005)
+
+
+class TestNeedles:
+    def test_as_it_reads(self):
+        """Six statements of 27 bytes without a haystack, of which the last ends before its point."""
+        batch = Needle(NeedleConfig(length=159, digits=2)).train_batch(0, 0, 3)
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+            text = bytes(tokens.astype(np.uint8)).decode() + chr(targets[-1])
+            lines = f"{text}.".split("\n")
+            assert all(re.fullmatch(r"The number of [a-z]{5} is \d\d\.", line) for line in lines)
+            assert len(set(lines[:4])) == 4
+            assert len({*lines[4:]} & {*lines[:4]}) == len(lines[4:]) == 2
+            assert (targets != IGNORED).sum() == 4
+
+    def test_needles_stand_before_any_line(self):
+        task = Needle(NeedleConfig(length=1000, needles=1, questions=1))
+        texts = [bytes(tokens.astype(np.uint8)) for tokens in task.train_batch(0, 0, 3000).tokens]
+        places = np.array([text.index(b"The number") for text in texts])
+        assert all(text[place - 1 : place] == b"\n" for text, place in zip(texts, places, strict=True))
+        assert np.histogram(places, 4, (0, 1000 - 58))[0] / 3000 == pytest.approx(1 / 4, abs=0.03)
+
+    def test_haystacks_are_of_the_splits_own_files(self, tasks):
+        task = tasks["needle_text"]
+        for split in ("train", "validation", "test"):
+            (text,) = task.examples(0, split, 0, 1).tokens
+            hay = re.split(rb"The number of [a-z]{5} is \d{4}\.\n", bytes(text.astype(np.uint8)))
+            pieces = [piece for piece in hay[:-2] if len(piece) > 40]
+            assert pieces
+            assert all(piece in task.texts[split].tobytes() for piece in pieces)
+
+    def test_all_bytes_can_be_predicted(self, tasks):
+        alone, task = tasks["needle_text"], NeedleText(replace(SMALL["needle_text"], predict="all"))
+        batch, answers = task.train_batch(0, 0, 8), alone.train_batch(0, 0, 8)
+        assert np.array_equal(batch.tokens, answers.tokens)
+        assert np.array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+        asked = answers.targets != IGNORED
+        assert np.array_equal(batch.targets[asked], answers.targets[asked])
+        scores = task.score(batch.targets, np.where(asked, 0.0, math.log(2)), asked)
+        assert (scores["accuracy"], scores["whole"]) == (1, 1)
+        assert scores["bits_per_byte"] == pytest.approx(1)
+        assert scores["loss"] == pytest.approx(math.log(2) * (~asked).mean())
+
+
+def test_distinct_numbers_are_uniform_and_differ():
+    numbers = distinct(Draws(0, "train", 0, 30000), "numbers", 3, 4)
+    assert all(len(set(row)) == 3 for row in numbers[:1000])
+    codes = numbers @ [16, 4, 1]
+    counts = np.bincount(codes, minlength=64)
+    assert (counts > 0).sum() == 24
+    assert counts[counts > 0] / 30000 == pytest.approx(1 / 24, abs=0.005)
+
+
+def test_the_special_token_stands_anywhere_and_twice():
+    batch = InductionHeads(InductionHeadsConfig(length=6)).train_batch(0, 0, 8000)
+    assert ((batch.tokens == 15).sum(axis=1) == 2).all()
+    assert (batch.tokens[:, -1] == 15).all()
+    places = np.argmax(batch.tokens == 15, axis=1)
+    assert np.bincount(places, minlength=5) / 8000 == pytest.approx([0.25] * 4 + [0], abs=0.02)
+    assert ((batch.targets != IGNORED).sum(axis=1) == 1).all()
+
+
+def test_a_share_of_the_pairs_is_noise():
+    task = NoisyRecall(NoisyRecallConfig())
+    tokens = task.train_batch(0, 0, 500).tokens.reshape(500, 64, 2)
+    is_noise = tokens >= 16
+    assert np.array_equal(is_noise[:, :, 0], is_noise[:, :, 1])
+    assert is_noise.mean() == pytest.approx(0.2, abs=0.01)
+    plain = NoisyRecall(NoisyRecallConfig(noise=0.0))
+    assert plain.vocab_size == 16
+    tokens = plain.train_batch(0, 0, 500).tokens
+    assert (tokens[:, ::2] < 8).all()
+    assert (tokens[:, 1::2] >= 8).all()
+
+
+def test_noise_is_no_part_of_what_is_known():
+    """With as little noise as none, examples are those without: its streams are its own."""
+    quiet, plain = (NoisyRecall(NoisyRecallConfig(noise=noise)) for noise in (1e-9, 0.0))
+    assert np.array_equal(quiet.train_batch(0, 0, 50).tokens, plain.train_batch(0, 0, 50).tokens)
+
+
+def test_motifs_of_every_length_occur():
+    batch = FuzzyRecall(FuzzyRecallConfig()).train_batch(0, 0, 2000)
+    text = "".join(np.array(list("k" * 8 + "v" * 8 + "="))[batch.tokens[:, :60]].ravel())
+    for kind, end in (("k", "="), ("v", "k")):
+        found = [len(run) for run in re.findall(f"(?<=[^{kind}]){kind}+(?={end})", text)]
+        assert np.bincount(found, minlength=4)[1:4] / len(found) == pytest.approx(1 / 3, abs=0.03)
+    assert (batch.targets != IGNORED).mean() > 0.2
+
+
+def test_the_map_is_that_of_its_own_seed():
+    maps = [Memorisation(MemorisationConfig(map_seed=seed)).values for seed in (0, 0, 1)]
+    assert np.array_equal(maps[0], maps[1])
+    assert not np.array_equal(maps[0], maps[2])
+    assert sorted(maps[2]) == list(range(127, 254))
+
+
+def test_strings_to_copy_are_of_all_lengths_in_training_and_of_the_longest_in_tests():
+    task = Copying(CopyingConfig(length=22, shortest=3, test_lengths=[42], **FEW))
+    batch = task.train_batch(0, 0, 8000)
+    counts = (batch.targets != IGNORED).sum(axis=1) - 1
+    assert np.bincount(counts)[3:] / 8000 == pytest.approx([1 / 8] * 8, abs=0.015)
+    blank = batch.tokens == task.blank
+    assert (blank.sum(axis=1) == 20 - 2 * counts).all()
+    assert (np.diff(blank.astype(int), axis=1) >= 0).all()
+    for split, longest in (("validation", 10), ("test", 10), ("test_42", 20)):
+        assert all(((each.targets != IGNORED).sum(axis=1) == longest + 1).all() for each in task.evaluation(split))
+
+
+@pytest.mark.parametrize("length", [10, 40])
+def test_letters_are_asked_for_before_the_string_too(length):
+    task = NgramLookup(NgramLookupConfig(length=length, ngram=2, answer=2, letters=4, asked="before"))
+    batch = task.train_batch(0, 0, 300)
+    asked = batch.targets != IGNORED
+    assert batch.tokens.shape == (300, length)
+    assert (asked.sum(axis=1) == 2).all()
+    assert np.array_equal(solve("ngram_lookup", batch, task.config)[asked], batch.targets[asked])
+
+
+def test_chains_are_told_in_any_order_that_keeps_each():
+    """Of two chains of two statements there are six such orders."""
+    task = VariableTracking(VariableTrackingConfig(length=300, chains=2, hops=1))
+    seen = []
+    for tokens in task.train_batch(0, 0, 3000).tokens:
+        first = bytes(tokens.astype(np.uint8)).decode()
+        told = re.findall(r"VAR (\w+) = (\w+)", first)
+        asked = first.split("Which are ")[1][:5]
+        chain = [name for name, value in told if value == asked]
+        seen.append(tuple(asked in pair or chain[0] in pair for pair in told))
+    counts = Counter(seen)
+    assert len(counts) == 6
+    assert [count / 3000 for count in counts.values()] == pytest.approx([1 / 6] * 6, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        (ModularArithmeticConfig, {"modulus": 1}),
+        (ModularArithmeticConfig, {"operators": "+/"}),
+        (ModularArithmeticConfig, {"operators": "++"}),
+        (ModularArithmeticConfig, {"operators": ""}),
+        (WordProblemConfig, {"group": "d4"}),
+        (WordProblemConfig, {"group": "s7"}),
+        (WordProblemConfig, {"group": "a4xz99"}),
+        (SelectiveCopyingConfig, {"length": 31}),
+        (SelectiveCopyingConfig, {"copied": 0}),
+        (SelectiveCopyingConfig, {"vocab_size": 3}),
+        (NeedleConfig, {"length": 170}),
+        (NeedleConfig, {"questions": 5}),
+        (NeedleConfig, {"digits": 0}),
+        (NeedleConfig, {"digits": 16}),
+        (NeedleTextConfig, {"predict": "digits"}),
+        (InductionHeadsConfig, {"length": 2}),
+        (InductionHeadsConfig, {"vocab_size": 2}),
+        (NoisyRecallConfig, {"length": 129}),
+        (NoisyRecallConfig, {"length": 16}),
+        (NoisyRecallConfig, {"vocab_size": 15}),
+        (NoisyRecallConfig, {"noise": 1.0}),
+        (NoisyRecallConfig, {"noise_vocab": 0}),
+        (FuzzyRecallConfig, {"length": 62}),
+        (FuzzyRecallConfig, {"vocab_size": 14}),
+        (FuzzyRecallConfig, {"motif": 0}),
+        (FuzzyRecallConfig, {"motif": 18}),
+        (CompressionConfig, {"length": 33}),
+        (CompressionConfig, {"test_lengths": [66]}),
+        (CompressionConfig, {"vocab_size": 1}),
+        (MemorisationConfig, {"length": 15}),
+        (MemorisationConfig, {"keys": 1}),
+        (CopyingConfig, {"length": 33}),
+        (CopyingConfig, {"shortest": 32}),
+        (CopyingConfig, {"letters": 0}),
+        (NgramLookupConfig, {"length": 14}),
+        (NgramLookupConfig, {"asked": "between"}),
+        (NgramLookupConfig, {"ngram": 14}),
+        (NgramLookupConfig, {"answer": 0}),
+        (VariableTrackingConfig, {"length": 140}),
+        (VariableTrackingConfig, {"chains": 0}),
+        (VariableTrackingConfig, {"hops": -1}),
+    ],
+)
+def test_impossible_settings_are_refused(config, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        config(**wrong)
 
 
 class TestStdlibText:

@@ -53,6 +53,22 @@ def test_a_finished_run_leaves_the_whole_record(tmp_path):
     ]
 
 
+def test_other_lengths_are_tested_once_and_chosen_by_nothing(tmp_path):
+    _, folder = train_here(tiny_config(tmp_path, task={"name": "parity", "length": 16, "test_lengths": [32, 24]}))
+    results, run = folder.record()["results"], Run(folder.config(), folder)
+    assert {split: each["length"] for split, each in results["tests"].items()} == run.task.tests
+    for split, each in results["tests"].items():
+        assert each["chance"] == run.task.chance(split)[0]
+        assert {"accuracy", "whole", "loss"} < each.keys()
+    assert results["test"] == results["tests"]["test"]["accuracy"]
+    assert results["curve"]["x"] == [16, 24, 32]
+    lengths = ("test", "test_24", "test_32")
+    assert results["curve"]["y"] == [results["tests"][split]["accuracy"] for split in lengths]
+    assert results["curve"]["trained_to"] == 16
+    assert not any("32" in name for line in folder.metrics() for name in line)
+    assert folder.record()["model"]["state_length"] == 32
+
+
 def test_the_same_configuration_gives_the_same_bits(tmp_path):
     folders = [train_here(tiny_config(tmp_path / name))[1] for name in ("one", "two")]
     one, two = (tensors(last(folder)) for folder in folders)
@@ -193,7 +209,8 @@ def test_training_stops_when_patience_is_at_its_end(tmp_path, monkeypatch):
 
 def test_the_last_checkpoint_is_tested_where_asked(tmp_path, monkeypatch):
     scores = iter([0.9, 0.6, 0.7])
-    monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    for module in ("train", "judging"):
+        monkeypatch.setattr(f"experiments.{module}.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
     _, folder = train_here(tiny_config(tmp_path, train__select="last"))
     results = folder.record()["results"]
     assert (results["checkpoint_step"], results["validation"], results["test"]) == (10, 0.6, 0.7)
