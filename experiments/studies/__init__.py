@@ -1,0 +1,16 @@
+"""The questions of docs/results: a file each, and what they share. ``python -m experiments.study NAME`` answers one."""
+
+from __future__ import annotations
+
+from experiments.studies.learning_rate import LearningRate
+from experiments.studies.recall_and_state import RecallAndState
+from experiments.studies.study import Study
+
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        RecallAndState(),
+        LearningRate(),
+    )
+}
+"""By name, in the order of the index; a study stands after those whose records it uses."""
