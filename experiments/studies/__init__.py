@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from experiments.studies.hybrids import Hybrids
 from experiments.studies.learning_rate import LearningRate
 from experiments.studies.recall_and_state import RecallAndState
 from experiments.studies.study import Study
@@ -10,7 +11,8 @@ STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         RecallAndState(),
+        Hybrids(),
         LearningRate(),
     )
 }
-"""By name, in the order of the index; a study stands after those whose records it uses."""
+"""By name; a study stands after those whose records it uses."""

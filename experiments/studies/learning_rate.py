@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from experiments.studies.recall_and_state import HEADS
 from experiments.studies.study import Study
 from experiments.studies.sweep import Sweep
@@ -17,6 +20,6 @@ ARMS = (
 class LearningRate(Study):
     name = "learning_rate"
     title = "The learning rate decides"
-    sweeps = {
+    sweeps: ClassVar[Mapping[str, Sweep]] = {
         "recorded": Sweep("experiment=recall_and_state seed=0,1,2 train.lr=1e-3,3e-3,1e-2,3e-2 model.depth=2,1", ARMS),
     }

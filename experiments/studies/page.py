@@ -88,4 +88,5 @@ def _machine(run: RecordedRun) -> str:
     hardware, software, code = (run.record[part] for part in ("hardware", "environment", "code"))
     commit = (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
     device = hardware.get("gpu", hardware["cpu"])
-    return f"{device}, {hardware['threads']} thread a run; Python {software['python']}, torch {software['torch']}; code {commit}"
+    versions = f"Python {software['python']}, torch {software['torch']}"
+    return f"{device}, {hardware['threads']} thread a run; {versions}; code {commit}"

@@ -27,16 +27,15 @@ def mixer_look(pattern: str) -> dict[str, Any]:
     return {"color": COLOURS.get(kind, INK), "marker": SHAPES[places[0] % len(SHAPES)]}
 
 
-def label_of(variants: Sequence[Variant]) -> str:
+def model_name(variant: Variant) -> str:
     """The model's name, without what tells its variants apart."""
-    return variants[0].label.partition(" (")[0]
+    return variant.label.partition(" (")[0]
 
 
 def by_model(comparison: Comparison) -> dict[str, list[Variant]]:
     """The variants of each model that have a finished run, by the model's name."""
-    names = dict.fromkeys(variant.label.partition(" (")[0] for variant in comparison.shown)
-    return {name: [variant for variant in comparison.shown if variant.label.partition(" (")[0] == name]
-            for name in sorted(names)}  # fmt: skip
+    names = sorted({model_name(variant) for variant in comparison.shown})
+    return {name: [variant for variant in comparison.shown if model_name(variant) == name] for name in names}
 
 
 def state_bytes(variant: Variant) -> int:
@@ -150,6 +149,40 @@ def grid_text(comparison: Comparison) -> str:
 def nearest(variants: Sequence[Variant], size: float) -> Variant:
     """The variant whose state is nearest to so many bytes, by ratio."""
     return min(variants, key=lambda variant: abs(np.log(state_bytes(variant) / size)))
+
+
+def ends(variants: Sequence[Variant]) -> tuple[float, float]:
+    """The median results at the smallest and at the largest state."""
+    ordered = sorted(variants, key=state_bytes)
+    return median_of(ordered[0]), median_of(ordered[-1])
+
+
+def table(comparison: Comparison) -> list[list[str]]:
+    """A row a variant: result, seeds, sizes, cost and learning rate."""
+    sample = comparison.sample
+    header = ["model", f"{sample['metric']['label'].lower()}, median (range)", "seeds", "parameters", "state",
+              "training FLOPs", "processor time", "learning rate"]  # fmt: skip
+    return [header, *(_row(variant) for variant in comparison.variants)]
+
+
+def _row(variant: Variant) -> list[str]:
+    tried = ", ".join(f"{rate:g}" for rate in variant.grid["train.lr"])
+    rate = f"{variant.runs[0].config['train']['lr']:g} of {tried}"
+    if not variant.finished:
+        return [variant.label, "none finished", f"0 of {len(variant.runs)}", "", "", "", "", rate]
+    values, first = variant.values(test_of), variant.finished[0].record
+    flops, seconds = (variant.median(lambda run, name=name: run.record["cost"][name])
+                      for name in ("flops", "processor_seconds"))  # fmt: skip
+    return [
+        variant.label,
+        f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})",
+        f"{len(values)} of {len(variant.runs)}",
+        f"{first['model']['parameters']:,}",
+        bytes_text(first["model"]["state_bytes"]),
+        f"{flops:.2g}".replace("e+", "e"),
+        f"{seconds:.1f} s",
+        rate,
+    ]
 
 
 def falls(values: Sequence[float], slack: float = 0.0) -> bool:
