@@ -54,9 +54,10 @@ class Launch:
     @classmethod
     def of(cls, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
         options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-        if not isinstance(kernel, JITFunction):
-            kernel, chosen = kernel.fn, kernel.configs[0]
-            options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+        if isinstance(kernel, launch_triton.Tuned):
+            chosen, kernel = kernel.configurations[0], kernel.kernel
+            constants |= chosen.tiles
+            options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
         names = kernel.arg_names
         signature = dict(zip(names, map(kind, arguments), strict=False)) | dict.fromkeys(constants, "constexpr")
         divisible = {
