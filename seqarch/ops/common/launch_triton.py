@@ -25,6 +25,9 @@ TYPES = {
 PIPELINED, PLAIN = (2, 1, 3), (1, 2)
 """How deep loops over memory are pipelined: what kernels choose from, the first without timing."""
 
+FARTHEST = 2**24
+"""Numbers from one token to the next, at most, for tiles of up to 128 tokens."""
+
 WARM_UP_MS, TIMED_MS = 5, 25
 
 
@@ -104,6 +107,25 @@ def rows(x: Tensor) -> Tensor:
     """``[B, T, ...]`` as ``[B T, ...]`` with its last dimensions side by side; copied only where that is not so."""
     flat = x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
     return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def heads_of(x: Tensor) -> Tensor:
+    """``[B, T, H, D]`` as kernels of attention take it; copied only where numbers of a head do not lie side by side, or
+    tokens so far apart that a tile's offsets would not fit into 32 bits."""
+    return x if x.stride(3) == 1 and x.stride(1) < FARTHEST else x.contiguous()
+
+
+def strides(packed: bool, *inputs: Tensor) -> tuple[int, ...]:
+    """How far rows of the batch (0 where sequences share one), tokens and heads of each ``[B, T, H, D]`` are apart."""
+    return tuple(stride for x in inputs for stride in (0 if packed else x.stride(0), x.stride(1), x.stride(2)))
+
+
+def products(dtype: torch.dtype) -> dict[str, Any]:
+    """What kernels of attention need to know of the dtype of their inputs."""
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    # Triton's interpreter takes the bits of bfloat16 matrices for integers.
+    work = sums if gpu.interpreting() else dtype
+    return {"ACC": TYPES[sums], "WORK": TYPES[work], "PRECISION": precision(exact=dtype.itemsize > 2)}
 
 
 def precision(exact: bool) -> str:
