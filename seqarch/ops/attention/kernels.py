@@ -153,23 +153,14 @@ def query_gradients(
     tl.store(between + row + r * heads, met, mask=r < count)
     sums = tl.load(log_sum + row + r * heads, mask=r < count, other=0.0)
     at = first + end - query_end
-    low, near, left, right, high = _keys_of(
-        at, at + tl.minimum(count, BQ) - 1, begin, end, window, BT, CAUSAL, WINDOWED
-    )
+    low, _, _, _, high = _keys_of(at, at + tl.minimum(count, BQ) - 1, begin, end, window, BT, CAUSAL, WINDOWED)
     total = tl.zeros([BQ, BK], ACC)
-    if WINDOWED:
-        total = _of_keys(
-            own, upstream, k, v, at + r, sums, met, total, low, near, end, window, scale, k_row, v_row,
-            K, V, BK, BV, BT, True, CAUSAL, WINDOWED, WORK, PRECISION,
+    for step in range(0, high - low, BT):
+        there = low + step
+        total += _of_keys(
+            own, upstream, k, v, at + r, sums, met, there, end, window, scale, k_row, v_row,
+            K, V, BK, BV, BT, CAUSAL, WINDOWED, WORK, PRECISION,
         )  # fmt: skip
-    total = _of_keys(
-        own, upstream, k, v, at + r, sums, met, total, left, right, end, window, scale, k_row, v_row,
-        K, V, BK, BV, BT, False, CAUSAL, WINDOWED, WORK, PRECISION,
-    )  # fmt: skip
-    total = _of_keys(
-        own, upstream, k, v, at + r, sums, met, total, right, high, end, window, scale, k_row, v_row,
-        K, V, BK, BV, BT, True, CAUSAL, WINDOWED, WORK, PRECISION,
-    )  # fmt: skip
     here = (r[:, None] < count) & (c[None, :] < K)
     total *= scale
     tl.store(dq + row * K + r[:, None] * heads * K + c[None, :], total.to(dq.dtype.element_ty), mask=here)
@@ -177,25 +168,22 @@ def query_gradients(
 
 @triton.jit
 def _of_keys(
-    own, upstream, k, v, position, sums, met, total, start, stop, end, window, scale, k_row, v_row,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
+    own, upstream, k, v, position, sums, met, there, end, window, scale, k_row, v_row,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What queries get from the keys from start to stop, BT at a time."""
-    t, c, column = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
-    for step in range(0, stop - start, BT):
-        there = start + step
-        near_k, near_v = k + there.to(tl.int64) * k_row, v + there.to(tl.int64) * v_row
-        keys = piece(near_k, t[None, :], c[:, None], end - there, k_row, K, BK, not MASKED)
-        scores = dot(own, keys, WORK, PRECISION) * (scale * LOG2E)
-        key = there + t[None, :]
-        seen = _visible(position[:, None] - key, key, end, window, CAUSAL, WINDOWED)
-        weights = weights_of(scores, sums[:, None], seen, MASKED)
-        values = piece(near_v, t[None, :], column[:, None], end - there, v_row, V, BV, not MASKED)
-        dscores = weights * (dot(upstream, values, WORK, PRECISION) - met[:, None])
-        rows = piece(near_k, t[:, None], c[None, :], end - there, k_row, K, BK, not MASKED)
-        total += dot(dscores, rows, WORK, PRECISION)
-    return total
+    """What queries get from the BT keys that begin there."""
+    t, c, column, count = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV), end - there
+    k += there.to(tl.int64) * k_row
+    v += there.to(tl.int64) * v_row
+    keys = piece(k, t[None, :], c[:, None], count, k_row, K, BK, False)
+    scores = dot(own, keys, WORK, PRECISION) * (scale * LOG2E)
+    key = there + t[None, :]
+    seen = _visible(position[:, None] - key, key, end, window, CAUSAL, WINDOWED)
+    weights = weights_of(scores, sums[:, None], seen)
+    values = piece(v, t[None, :], column[:, None], count, v_row, V, BV, False)
+    dscores = weights * (dot(upstream, values, WORK, PRECISION) - met[:, None])
+    return dot(dscores, piece(k, t[:, None], c[None, :], count, k_row, K, BK, False), WORK, PRECISION)
 
 
 @triton.jit
@@ -220,36 +208,21 @@ def key_gradients(
     own = piece(k, t[:, None], c[None, :], count, k_row, K, BK, False)
     values = piece(v, t[:, None], column, count, v_row, V, BV, False)
     back = query_end - end  # from a position to its query
-    low, high, left, right = query_begin, query_end, query_begin, query_end
+    low, high = query_begin, query_end
     if CAUSAL:
         low = tl.maximum(query_begin, first + back)
-        left = tl.maximum(low, first + BT - 1 + back)
     if WINDOWED:
         high = tl.minimum(query_end, first + BT - 1 + window + back)
-        right = tl.minimum(high, first + window + back)
-    if START:
-        right = tl.where(first < begin, query_begin, right)
-    left = low + (left - low + BQ - 1) // BQ * BQ
-    right = left + tl.maximum(right - left, 0) // BQ * BQ
-    near = tl.minimum(left, tl.maximum(high, low))
     dkeys, dvalues = tl.zeros([BT, BK], ACC), tl.zeros([BT, BV], ACC)
     for head in range(group * shared, (group + 1) * shared):
-        if CAUSAL:
-            dkeys, dvalues = _of_queries(
-                own, values, q + head * q_head, do + head * do_head, log_sum + head, between + head, dkeys, dvalues,
-                first + t, low, near, query_end, back, begin, end, window, scale, q_row, do_row, heads,
-                K, V, BK, BV, BQ, True, CAUSAL, WINDOWED, WORK, PRECISION,
+        for step in range(0, high - low, BQ):
+            more_keys, more_values = _of_queries(
+                own, values, q + head * q_head, do + head * do_head, log_sum + head, between + head, first + t,
+                low + step, query_end, back, begin, end, window, scale, q_row, do_row, heads,
+                K, V, BK, BV, BQ, CAUSAL, WINDOWED, WORK, PRECISION,
             )  # fmt: skip
-        dkeys, dvalues = _of_queries(
-            own, values, q + head * q_head, do + head * do_head, log_sum + head, between + head, dkeys, dvalues,
-            first + t, left, right, query_end, back, begin, end, window, scale, q_row, do_row, heads,
-            K, V, BK, BV, BQ, False, CAUSAL, WINDOWED, WORK, PRECISION,
-        )  # fmt: skip
-        dkeys, dvalues = _of_queries(
-            own, values, q + head * q_head, do + head * do_head, log_sum + head, between + head, dkeys, dvalues,
-            first + t, right, high, query_end, back, begin, end, window, scale, q_row, do_row, heads,
-            K, V, BK, BV, BQ, True, CAUSAL, WINDOWED, WORK, PRECISION,
-        )  # fmt: skip
+            dkeys += more_keys
+            dvalues += more_values
     row = (sequence * keys + first) * groups + group
     dkeys *= scale
     here = t[:, None] < count
@@ -260,28 +233,24 @@ def key_gradients(
 
 @triton.jit
 def _of_queries(
-    own, values, q, do, log_sum, between, dkeys, dvalues, key, start, stop, query_end, back, begin, end, window, scale,
-    q_row, do_row, heads,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
+    own, values, q, do, log_sum, between, key, there, query_end, back, begin, end, window, scale, q_row, do_row, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What keys and values get from the queries of one head from start to stop, BQ at a time."""
-    r, c, column = tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, BV)
-    for step in range(0, stop - start, BQ):
-        there = start + step
-        far, count = there.to(tl.int64), query_end - there
-        near_q, near_do = q + far * q_row, do + far * do_row
-        queries = piece(near_q, r[None, :], c[:, None], count, q_row, K, BK, not MASKED)
-        sums = tile(log_sum + far * heads, r[None, :], 0, count, heads, 1)
-        scores = dot(own, queries, WORK, PRECISION) * (scale * LOG2E)
-        apart = (there + r[None, :] - back) - key[:, None]
-        seen = _visible(apart, key[:, None], end, window, CAUSAL, WINDOWED) & (key[:, None] >= begin)
-        weights = weights_of(scores, sums, seen, MASKED)
-        rows = piece(near_do, r[:, None], column[None, :], count, do_row, V, BV, not MASKED)
-        dvalues += dot(weights, rows, WORK, PRECISION)
-        upstream = piece(near_do, r[None, :], column[:, None], count, do_row, V, BV, not MASKED)
-        met = tile(between + far * heads, r[None, :], 0, count, heads, 1)
-        dscores = weights * (dot(values, upstream, WORK, PRECISION) - met)
-        rows = piece(near_q, r[:, None], c[None, :], count, q_row, K, BK, not MASKED)
-        dkeys += dot(dscores, rows, WORK, PRECISION)
+    """What keys and values get from the BQ queries of one head that begin there."""
+    r, c, column, count = tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, BV), query_end - there
+    far = there.to(tl.int64)
+    q += far * q_row
+    do += far * do_row
+    sums = tile(log_sum + far * heads, r[None, :], 0, count, heads, 1)
+    met = tile(between + far * heads, r[None, :], 0, count, heads, 1)
+    queries = piece(q, r[None, :], c[:, None], count, q_row, K, BK, False)
+    scores = dot(own, queries, WORK, PRECISION) * (scale * LOG2E)
+    apart = (there + r[None, :] - back) - key[:, None]
+    seen = _visible(apart, key[:, None], end, window, CAUSAL, WINDOWED) & (key[:, None] >= begin)
+    weights = weights_of(scores, sums, seen)
+    dvalues = dot(weights, piece(do, r[:, None], column[None, :], count, do_row, V, BV, False), WORK, PRECISION)
+    upstream = piece(do, r[None, :], column[:, None], count, do_row, V, BV, False)
+    dscores = weights * (dot(values, upstream, WORK, PRECISION) - met)
+    dkeys = dot(dscores, piece(q, r[:, None], c[None, :], count, q_row, K, BK, False), WORK, PRECISION)
     return dkeys, dvalues

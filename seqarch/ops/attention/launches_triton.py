@@ -49,21 +49,25 @@ class Tiles:
 
 
 def tiles(width: int, wide: bool) -> Tiles:
-    """For heads up to this width, in float32 (``wide``) or 16 bits: such that threads keep to their registers."""
+    """For heads up to this width, in float32 (``wide``) or 16 bits.
+
+    First configurations are such that threads keep to their registers on 8.0 and 9.0, or nearly do
+    (tests/data/triton_resources.json).
+    """
 
     def choices(name: str, *each: tuple[int, int, int]) -> tuple[Configuration, ...]:
         return tuple(Configuration(warps, stages, {name: size}) for size, warps, stages in each)
 
-    if wide:
+    if wide and width > 64:
         few = 32 if width <= 128 else 16
-        return Tiles(64, 32, choices("BT", (few, 8, 1)), choices("BT", (few, 8, 1)), choices("BQ", (few, 8, 1)))
-    if width <= 64:
-        forward = choices("BT", (64, 4, 3), (128, 8, 2))
-        return Tiles(128, 64, forward, choices("BT", (64, 8, 2), (32, 4, 3)), choices("BQ", (64, 4, 2), (32, 4, 3)))
-    if width <= 128:
-        forward = choices("BT", (64, 8, 2), (128, 8, 2))
-        return Tiles(128, 64, forward, choices("BT", (64, 8, 2), (32, 8, 2)), choices("BQ", (64, 8, 2), (32, 8, 2)))
-    return Tiles(64, 32, *(choices(name, (32, 8, 2), (32, 8, 1)) for name in ("BT", "BT", "BQ")))
+        return Tiles(few, 16, *(choices(name, (16, 8, 1)) for name in ("BT", "BT", "BQ")))
+    if wide:
+        return Tiles(64, 32, choices("BT", (32, 8, 1)), choices("BT", (32, 8, 1)), choices("BQ", (16, 8, 1)))
+    if width > 128:
+        return Tiles(32, 32, *(choices(name, (32, 8, 2), (32, 8, 1)) for name in ("BT", "BT", "BQ")))
+    backward = (32, 8, 2), (64, 8, 2)
+    forward = ((32, 8, 3), (64, 8, 2), (128, 8, 2)) if width > 64 else ((64, 8, 2), (64, 4, 2), (128, 8, 2))
+    return Tiles(128, 64, choices("BT", *forward), choices("BT", *backward), choices("BQ", *backward))
 
 
 class Attention:
@@ -91,7 +95,7 @@ class Attention:
         self.tables = Tables.of(bounds, self.tiles.queries, self.tiles.keys, v.device)
         self.packed = offsets is not None
         self.start = self.tables.bounds if key_start is None else key_start
-        self.numbers = self.tables.bounds, self.start, float(scale), window
+        self.numbers = self.tables.bounds, self.start, float(scale), min(window, self.keys)
         self.inputs = strides(self.packed, self.q, self.k, self.v)
         flags = {"CAUSAL": causal, "WINDOWED": window > 0, "START": key_start is not None}
         self.constants = {"K": K, "V": V, "BK": block(K, 256), "BV": block(V, 256)} | flags | products(v.dtype)

@@ -25,9 +25,6 @@ TYPES = {
 PIPELINED, PLAIN = (2, 1, 3), (1, 2)
 """How deep loops over memory are pipelined: what kernels choose from, the first without timing."""
 
-FARTHEST = 2**24
-"""Numbers from one token to the next, at most, for tiles of up to 128 tokens."""
-
 WARM_UP_MS, TIMED_MS = 5, 25
 
 
@@ -98,6 +95,13 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
             kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)
 
 
+def persistent(most: int) -> int:
+    """How many programs share out a number of pieces that only the device knows, at most ``most``."""
+    if not torch.cuda.is_available():
+        return min(most, 8)
+    return min(most, 8 * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+
+
 def block(width: int, most: int) -> int:
     """The tile for a dimension: a power of two from 16 to ``most``."""
     return min(most, max(16, triton.next_power_of_2(width)))
@@ -109,10 +113,10 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def heads_of(x: Tensor) -> Tensor:
-    """``[B, T, H, D]`` as kernels of attention take it; copied only where numbers of a head do not lie side by side, or
-    tokens so far apart that a tile's offsets would not fit into 32 bits."""
-    return x if x.stride(3) == 1 and x.stride(1) < FARTHEST else x.contiguous()
+def heads_of(x: Tensor, tokens: int = 128) -> Tensor:
+    """``[B, T, H, D]`` as kernels of attention take it, in tiles of up to so many tokens; copied only where numbers of a
+    head do not lie side by side, or tokens so far apart that offsets inside a tile would not fit into 32 bits."""
+    return x if x.stride(3) == 1 and x.stride(1) * tokens < 2**31 else x.contiguous()
 
 
 def strides(packed: bool, *inputs: Tensor) -> tuple[int, ...]:

@@ -55,9 +55,6 @@ def finish(most, norm, total):
 
 
 @triton.jit
-def weights_of(scores, log_sums, visible, MASKED: tl.constexpr):
+def weights_of(scores, log_sums, visible):
     """The weights once more, from scores and logarithms of sums that broadcast; never above 1, however scores round."""
-    weights = tl.exp2(tl.minimum(scores - log_sums * LOG2E, 0.0))
-    if MASKED:
-        weights = tl.where(visible, weights, 0.0)
-    return weights
+    return tl.where(visible, tl.exp2(tl.minimum(scores - log_sums * LOG2E, 0.0)), 0.0)
