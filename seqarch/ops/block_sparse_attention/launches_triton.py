@@ -85,9 +85,9 @@ class Part:
         (self.batch, self.queries, self.heads, self.K), (self.keys, self.groups, self.V) = q.shape, v.shape[1:]
         self.lists, self.listed = entries.shape[2:]
         self.shared, self.block_size = self.heads // self.lists, block_size
-        narrow = v.dtype.itemsize == 2
-        self.BQ = (64 if max(self.K, self.V) <= 128 else 32) if narrow else 16
-        self.BT = min(block(block_size, 64 if narrow and max(self.K, self.V) <= 128 else 32), 64 if narrow else 16)
+        width, narrow = max(self.K, self.V), v.dtype.itemsize == 2
+        self.BQ, most = (16, 16) if not narrow else (64, 64) if width <= 128 else (32, 32)
+        self.BT, self.key_tile = block(block_size, most), block(block_size, most if width <= 64 else min(most, 32))
         per_tile = max(1, self.BQ // self.shared)
         self.order = Order.of(self.entries, self.first, block_size, self.keys, self.groups, per_tile)
         self.parts = triton.cdiv(per_tile * self.shared, self.BQ)
@@ -137,15 +137,15 @@ class Part:
         )  # fmt: skip
         self._combine(each, log_sum, dq, log_sum, self.scale, weighted=False)
         dkeys, dvalues = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
-        parts = triton.cdiv(self.block_size, self.BT)
+        parts = triton.cdiv(self.block_size, self.key_tile)
         launch_triton.launch(
             _tried(kernels.key_gradients), persistent(len(self.order.runs) * parts),
             *inputs, dkeys, dvalues, *self.tables, self.order.runs, self.order.ends, *self.sizes, parts, *numbers,
-            **self.constants | {"BQ": min(self.BQ, 32)},
+            **self.constants | {"BQ": min(self.BQ, 32), "BT": self.key_tile},
         )  # fmt: skip
         dk.copy_(dkeys)
         dv.copy_(dvalues)
 
 
 def _tried(kernel: object) -> Tuned:
-    return Tuned(kernel, (Configuration(8, 1), Configuration(4, 1), Configuration(4, 2)))
+    return Tuned(kernel, (Configuration(8, 2), Configuration(8, 3), Configuration(4, 2)))

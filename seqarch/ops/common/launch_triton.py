@@ -114,8 +114,11 @@ def rows(x: Tensor) -> Tensor:
 
 
 def heads_of(x: Tensor, tokens: int = 128) -> Tensor:
-    """``[B, T, H, D]`` as kernels of attention take it, in tiles of up to so many tokens; copied only where numbers of a
-    head do not lie side by side, or tokens so far apart that offsets inside a tile would not fit into 32 bits."""
+    """``[B, T, H, D]`` as kernels of attention take it, in tiles of so many tokens at most.
+
+    Copied only where numbers of a head do not lie side by side, or tokens so far apart that offsets inside a tile would
+    not fit into 32 bits.
+    """
     return x if x.stride(3) == 1 and x.stride(1) * tokens < 2**31 else x.contiguous()
 
 
