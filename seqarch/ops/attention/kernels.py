@@ -64,7 +64,7 @@ def _visible(apart, key, end, window, CAUSAL: tl.constexpr, WINDOWED: tl.constex
 
 
 @triton.jit
-def forward(
+def attend(
     q, k, v, o, log_sum, tiles, bounds, key_start, scale, window, queries,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, groups, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
@@ -87,15 +87,15 @@ def forward(
     most, norm = tl.full([BQ], float("-inf"), ACC), tl.zeros([BQ], ACC)
     total = tl.zeros([BQ, BV], ACC)
     if WINDOWED:
-        most, norm, total = _attend(
+        most, norm, total = _attend_keys(
             own, k, v, at + r, most, norm, total, low, near, end, window, scale, k_row, v_row,
             K, V, BK, BV, BT, True, CAUSAL, WINDOWED, WORK, PRECISION,
         )  # fmt: skip
-    most, norm, total = _attend(
+    most, norm, total = _attend_keys(
         own, k, v, at + r, most, norm, total, left, right, end, window, scale, k_row, v_row,
         K, V, BK, BV, BT, False, CAUSAL, WINDOWED, WORK, PRECISION,
     )  # fmt: skip
-    most, norm, total = _attend(
+    most, norm, total = _attend_keys(
         own, k, v, at + r, most, norm, total, right, high, end, window, scale, k_row, v_row,
         K, V, BK, BV, BT, True, CAUSAL, WINDOWED, WORK, PRECISION,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def forward(
 
 
 @triton.jit
-def _attend(
+def _attend_keys(
     own, k, v, position, most, norm, total, start, stop, end, window, scale, k_row, v_row,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,

@@ -108,7 +108,7 @@ class Attention:
         """``o [B, Tq, H, V]``, and ``[B, Tq, H]`` the logarithms of the softmax's sums."""
         o, log_sum = outputs(self.q, self.v)
         launch_triton.launch(
-            Tuned(kernels.forward, self.tiles.forward), self._programs(self.tables.queries, self.heads),
+            Tuned(kernels.attend, self.tiles.forward), self._programs(self.tables.queries, self.heads),
             self.q, self.k, self.v, o, log_sum, self.tables.queries, *self.numbers, self._rows(self.queries),
             *self.inputs, self.groups, self.heads, BQ=self.tiles.queries, **self.constants,
         )  # fmt: skip

@@ -169,7 +169,7 @@ def partial_gradients(
 
 
 @triton.jit
-def key_gradients(
+def block_gradients(
     q, k, v, do, log_sum, between, dk, dv, order, entries, first, runs, ends, scale, window, first_row, queries, keys,
     listed, lists, groups, shared, block_size, parts,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, do_batch, do_row, do_head,

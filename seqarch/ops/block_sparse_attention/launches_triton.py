@@ -139,7 +139,7 @@ class Part:
         dkeys, dvalues = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
         parts = triton.cdiv(self.block_size, self.key_tile)
         launch_triton.launch(
-            _tried(kernels.key_gradients), persistent(len(self.order.runs) * parts),
+            _tried(kernels.block_gradients), persistent(len(self.order.runs) * parts),
             *inputs, dkeys, dvalues, *self.tables, self.order.runs, self.order.ends, *self.sizes, parts, *numbers,
             **self.constants | {"BQ": min(self.BQ, 32), "BT": self.key_tile},
         )  # fmt: skip
