@@ -19,7 +19,8 @@ from seqarch.ops.common import native
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "einops", "triton", "hydra-core", "omegaconf", "wandb")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-VARIABLES = (*THREADS, "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "SEQARCH_ISA", "TRITON_INTERPRET")
+VARIABLES = (*THREADS, "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "SEQARCH_ISA", "SEQARCH_AUTOTUNE",
+             "TRITON_INTERPRET")  # fmt: skip
 """Environment variables that change results or speed; no others are recorded, as they may hold secrets."""
 
 SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".yaml", ".yml", ".toml", ".sh")

@@ -1,7 +1,11 @@
-"""``python -m seqarch``: versions, devices, and which backend of which operation runs here, or why it does not."""
+"""``python -m seqarch``: versions, devices, and which backend of which operation runs here, or why it does not.
+
+``python -m seqarch tuning`` tells in which configurations the Triton kernels run here, and what these were chosen from.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -11,7 +15,7 @@ import torch
 
 import seqarch
 from seqarch.ops import OPS
-from seqarch.ops.common import native
+from seqarch.ops.common import native, tuning
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
@@ -65,6 +69,11 @@ def backends() -> Iterator[tuple[str, str, str]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m seqarch", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("about", nargs="?", choices=["tuning"], help="the choices of the Triton kernels instead")
+    if parser.parse_args().about:
+        print(*tuning.report(), sep="\n")
+        return
     for title, rows in (("versions", versions()), ("devices", devices()), ("operations", backends())):
         print(title)
         print(*(f"  {line}" for line in table(rows)), sep="\n", end="\n\n")

@@ -148,7 +148,7 @@ def cases() -> Iterator[Case]:
 def available(op: str) -> list[str]:
     """The backends of an operation whose packages are here and that run on a CPU, where these tests' tensors are."""
     here = [name for name, backend in OPS[op].backends.items() if backend.unavailable() is None]
-    return [name for name in here if not name.endswith("_triton")]
+    return [name for name in here if not name.endswith(("_triton", "_mm"))]
 
 
 def _serves(backend: str, call: Call) -> bool:

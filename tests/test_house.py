@@ -37,7 +37,7 @@ EDGES = {
 }
 """Packages that stand at the edge, and the files that may import them."""
 
-BACKEND = re.compile(r"(recurrent|chunk|parallel|grouped)_(torch|sdpa|cpp|cuda|triton|mamba_ssm|flash_attn)")
+BACKEND = re.compile(r"(recurrent|chunk|parallel|grouped)_(torch|sdpa|mm|cpp|cuda|triton|mamba_ssm|flash_attn)")
 NATIVE = "seqarch.ops.common.native"
 
 

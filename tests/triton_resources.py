@@ -27,16 +27,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from seqarch.ops.attention import chunk_triton as attention
+from seqarch.ops.block_sparse_attention import grouped_triton as blocks
 from seqarch.ops.common import launch_triton
 from seqarch.ops.delta_rule import chunk_triton as delta_chunks
 from seqarch.ops.delta_rule import recurrent_triton as delta_steps
+from seqarch.ops.experts import grouped_triton as experts
 from seqarch.ops.linear_attention import chunk_triton as linear_chunks
 from seqarch.ops.linear_attention import recurrent_triton as linear_steps
 
 RECORD = Path(__file__).parent / "data" / "triton_resources.json"
 CAPABILITIES = (80, 90)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WIDTH = 128
+WIDTH, WIDTHS = 128, (64, 128)
+"""Of heads of the recurrences, and of softmax attention."""
+
 DECAYS: dict[str, tuple[int, ...] | None] = {"none": None, "head": (1, 128, 2), "key": (1, 128, 2, -1)}
 
 
@@ -54,10 +59,13 @@ class Launch:
     @classmethod
     def of(cls, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
         options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-        if not isinstance(kernel, JITFunction):
-            kernel, chosen = kernel.fn, kernel.configs[0]
-            options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+        if isinstance(kernel, launch_triton.Tuned):
+            chosen, kernel = kernel.configurations[0], kernel.kernel
+            constants |= chosen.tiles
+            options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
         names = kernel.arg_names
+        # As Triton does where a call is run: an integer that is 1 becomes part of the code.
+        constants |= {name: 1 for name, x in zip(names, arguments, strict=False) if type(x) is int and x == 1}
         signature = dict(zip(names, map(kind, arguments), strict=False)) | dict.fromkeys(constants, "constexpr")
         divisible = {
             (place,): [["tt.divisibility", 16]]
@@ -86,10 +94,14 @@ def resources(compiled: Any) -> dict[str, int]:
     """Registers and spilled bytes of a thread, and shared memory of a block in bytes.
 
     Raises:
-        RuntimeError: the kernel transposes in registers, which Triton 3.4 to 3.7.0 gets wrong on Hopper.
+        RuntimeError: the kernel does what Triton from 3.4 on gets wrong on Hopper: it transposes in registers, or
+            hands numbers to the tensor cores in the layout that this leads to.
     """
-    if re.search(r"tt\.trans .*order = array<i32: 1, 0>", compiled.asm["ttgir"]):
+    code = compiled.asm["ttgir"]
+    if re.search(r"tt\.trans .*order = array<i32: 1, 0>", code):
         raise RuntimeError(f"{compiled.metadata.name} transposes in registers: read the tile transposed instead")
+    if re.search(r"warp_group_dot .*#linear", code):
+        raise RuntimeError(f"{compiled.metadata.name} multiplies a matrix that was reshaped in registers")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -101,7 +113,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 @functools.cache
 def launches() -> list[Launch]:
-    """Each launch of forward and backward passes, in every dtype and kind of decay, for heads of ``WIDTH``."""
+    """Each launch of forward and backward passes, in every dtype and kind of decay, for heads of those widths."""
     noted: dict[str, Launch] = {}
 
     def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -112,13 +124,16 @@ def launches() -> list[Launch]:
     try:
         for dtype in DTYPES.values():
             for decay in DECAYS.values():
-                call(dtype, WIDTH, decay)
+                recurrences(dtype, WIDTH, decay)
+            for width in WIDTHS:
+                softmax(dtype, width)
+            products(dtype)
     finally:
         launch_triton.launch = before
     return list(noted.values())
 
 
-def call(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -> None:
+def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -> None:
     """Both operations on 128 tokens of two heads, in chunks and in steps, forward and backward."""
     x, state = torch.zeros(1, 128, 2, width, dtype=dtype), torch.zeros(1, 2, width, width)
     log_decay = None if decay is None else torch.zeros([width if size < 0 else size for size in decay])
@@ -128,6 +143,25 @@ def call(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -> None:
         chunks.forward(*inputs, 0.5, state, None)
         chunks.backward(*inputs, 0.5, state, None, x, state)
         steps.forward(*inputs, 0.5, state, None)
+
+
+def softmax(dtype: torch.dtype, width: int) -> None:
+    """Attention over all keys and over a window from where rows begin, and over blocks with one head a list."""
+    x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    for window, key_start in ((0, None), (100, start)):
+        o, log_sum = attention.forward(x, x, x, True, window, 0.5, key_start, None)
+        attention.backward(x, x, x, True, window, 0.5, key_start, None, o, log_sum, o)
+    entries, first = torch.zeros(1, 256, 2, 3, dtype=torch.int64), torch.zeros(1, 256, dtype=torch.int64)
+    o, log_sum = blocks.forward(x, x, x, entries, first, 64, 0, 0.5)
+    blocks.backward(o, x, x, x, entries, first, o, log_sum, 64, 0, 0.5)
+
+
+def products(dtype: torch.dtype) -> None:
+    """Rows of two experts times their matrices and these transposed, and the gradient of the matrices."""
+    rows, weight, starts = torch.zeros(256, 512, dtype=dtype), torch.zeros(2, 512, 512, dtype=dtype), [0, 128, 256]
+    for matrices in (weight, weight.transpose(1, 2)):
+        experts.grouped_matmul(rows, matrices, torch.tensor(starts))
+    experts.grouped_outer(rows, rows, torch.tensor(starts))
 
 
 def needs(index: int) -> tuple[str, dict[str, dict[str, int]]]:

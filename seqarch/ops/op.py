@@ -6,6 +6,7 @@ it, and holds
 
 - ``run(*arguments)``: computes the operation on the arguments that the op's ``prepare`` returned;
 - ``refuse(*arguments) -> str | None``, optional: why it cannot serve this call;
+- ``yields(*arguments) -> str | None``, optional: why ``"auto"`` passes it over for this call, though it can serve it;
 - ``unavailable() -> str | None``, optional: why it cannot run on this machine at all. A module whose import raises
   ``ImportError`` is unavailable for that reason.
 """
@@ -68,6 +69,13 @@ class Backend:
         reason = self.unavailable()
         if reason is None and hasattr(self.module, "refuse"):
             reason = self.module.refuse(*arguments)
+        return reason
+
+    def passed_over(self, *arguments: Any) -> str | None:
+        """Why ``"auto"`` does not take this backend for these prepared arguments, or ``None`` if it does."""
+        reason = self.refuse(*arguments)
+        if reason is None and hasattr(self.module, "yields"):
+            reason = self.module.yields(*arguments)
         return reason
 
     def run(self, *arguments: Any) -> Any:
@@ -147,7 +155,7 @@ class Op:
                 raise BackendError(f"{self.name}: backend {name!r} cannot serve this call: {reason}")
             return self.backends[name]
         for candidate in self.auto_order(arguments):
-            if self.backends[candidate].refuse(*arguments) is None:
+            if self.backends[candidate].passed_over(*arguments) is None:
                 return self.backends[candidate]
         raise BackendError(str(self.explain(arguments)))
 
@@ -157,7 +165,8 @@ class Op:
         order = self.auto_order(arguments)
         forced = _chosen.get(self.name)
         for name in dict.fromkeys((*order, *self.backends)):
-            reason = self.backends[name].refuse(*arguments)
+            backend = self.backends[name]
+            reason = (backend.passed_over if forced is None else backend.refuse)(*arguments)
             if reason is not None:
                 reasons[name] = reason
             elif forced not in (None, name):

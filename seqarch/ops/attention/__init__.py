@@ -60,7 +60,7 @@ def prepare(
 OP = Op(
     NAME,
     prepare,
-    order=("chunk_cpp", "chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
+    order=("chunk_cpp", "chunk_triton", "chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
     reference="recurrent_torch",
     step_order=("chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
     autocast=True,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqarch.ops.attention import gradient
 from seqarch.ops.common import native
 from seqarch.ops.common.checks import accumulation_dtype
 from seqarch.ops.common.native import Heads, Offsets, Pointer, float64, int32, int64
@@ -100,21 +101,7 @@ def _(q, k, v, causal, window, scale, key_start, cu_seqlens, o, log_sum, do):
     return native.like(q), native.like(k), native.like(v)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.causal, ctx.window, ctx.scale, key_start, ctx.cu_seqlens = inputs
-    ctx.save_for_backward(q, k, v, key_start, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, key_start, o, log_sum = ctx.saved_tensors
-    if do is None:
-        return (None,) * 8
-    gradients = backward(q, k, v, ctx.causal, ctx.window, ctx.scale, key_start, ctx.cu_seqlens, o, log_sum, do)
-    return *gradients, None, None, None, None, None
-
-
-forward.register_autograd(_differentiate, setup_context=_save)
+gradient.register(forward, backward)
 
 
 def run(

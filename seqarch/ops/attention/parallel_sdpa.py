@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqarch.ops.common.checks import promoted_dtype
 from seqarch.ops.common.packed import each_sequence
 
 
@@ -58,7 +59,7 @@ def visible(
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool = False) -> Tensor:
     """``scaled_dot_product_attention`` in this project's layout, dtypes and shared heads."""
-    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    common = promoted_dtype(q, k, v)
     heads_first = (tensor.to(common).transpose(1, 2) for tensor in (q, k, v))
     shared = q.shape[2] != k.shape[2]
     o = F.scaled_dot_product_attention(

@@ -75,7 +75,7 @@ def prepare(
 OP = Op(
     NAME,
     prepare,
-    order=("grouped_cpp", "grouped_torch", "chunk_torch", "recurrent_torch"),
+    order=("grouped_cpp", "grouped_triton", "grouped_torch", "chunk_torch", "recurrent_torch"),
     reference="recurrent_torch",
     step_order=("grouped_cpp", "chunk_torch", "recurrent_torch"),
 )

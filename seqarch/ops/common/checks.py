@@ -175,6 +175,11 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def promoted_dtype(first: Tensor, *others: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds the numbers of all."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in others), first.dtype)
+
+
 def initial_state(
     op: str, state: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:

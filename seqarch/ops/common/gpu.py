@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from seqarch.ops.common.checks import promoted_dtype
+
 WIDEST = 256
 """The greatest key and value width that the kernels take."""
 
@@ -62,13 +64,23 @@ def unavailable() -> str | None:
 
 def refuse_recurrence(q: Tensor, v: Tensor, state: Tensor) -> str | None:
     """Why the kernels of a matrix-state recurrence cannot serve a call with these arguments."""
-    if not _interpret and q.device.type != "cuda":
-        return f"q is on {q.device}, expected cuda"
-    if not _interpret and state.dtype == torch.float64:
+    return refuse("q", q, state.dtype, K=q.shape[3], V=v.shape[3])
+
+
+def refuse_attention(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels of softmax attention cannot serve a call with these arguments."""
+    return refuse("q", q, promoted_dtype(q, k, v), K=q.shape[3], V=v.shape[3])
+
+
+def refuse(name: str, x: Tensor, widest: torch.dtype, **widths: int) -> str | None:
+    """Why kernels cannot serve a call: the device, the widest dtype of inputs, or widths beyond :data:`WIDEST`."""
+    if not _interpret and x.device.type != "cuda":
+        return f"{name} is on {x.device}, expected cuda"
+    if not _interpret and widest == torch.float64:
         return "an input is float64, expected float32, bfloat16 or float16"
-    for name, width in (("K", q.shape[3]), ("V", v.shape[3])):
+    for letter, width in widths.items():
         if width > WIDEST:
-            return f"{name} is {width}, expected at most {WIDEST}"
+            return f"{letter} is {width}, expected at most {WIDEST}"
     return None
 
 

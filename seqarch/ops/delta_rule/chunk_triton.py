@@ -82,7 +82,8 @@ def backward(
     dstate_out: Tensor,
 ) -> list[Tensor]:
     """The gradients of the tensors before ``scale``, empty where there is none, and of ``state``."""
-    from seqarch.ops.delta_rule.launches_triton import DeltaRule, rows
+    from seqarch.ops.common.launch_triton import rows
+    from seqarch.ops.delta_rule.launches_triton import DeltaRule
 
     call = DeltaRule(q, k, v, beta, log_decay, read, state, cu_seqlens)
     found = call.differentiate(rows(do), dstate_out.contiguous(), state.contiguous(), scale)

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.common import launch_triton
-from seqarch.ops.common.launch_triton import PLAIN, VECTOR, Recurrence, block, rows, tuned
+from seqarch.ops.common.launch_triton import PLAIN, block, rows, tuned
+from seqarch.ops.common.recurrence_triton import NONE, VECTOR, Recurrence
 from seqarch.ops.delta_rule import kernels
 
 
@@ -91,7 +92,7 @@ class DeltaRule(Recurrence):
         launch_triton.launch(
             tuned(kernels.solve), self.chunks * self.heads * triton.cdiv(width, tile),
             inverse, x, self.beta, *self.decays, out, *self.bounds, x.stride(0), self.beta.stride(0),
-            x.shape[1] // width, self.heads, D=width, BLOCK=tile, DECAY=self.decay if decayed else launch_triton.NONE,
+            x.shape[1] // width, self.heads, D=width, BLOCK=tile, DECAY=self.decay if decayed else NONE,
             **self.products,
         )  # fmt: skip
         return out

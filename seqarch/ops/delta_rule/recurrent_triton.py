@@ -26,7 +26,7 @@ def forward(
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``read`` ``None`` for k, ``state`` in the dtype of sums."""
-    from seqarch.ops.common.launch_triton import steps
+    from seqarch.ops.common.recurrence_triton import steps
 
     return steps(q, k, v, beta, log_decay, read, scale, state, cu_seqlens)
 

@@ -62,7 +62,13 @@ def prepare(
     return x, w_in, w_out, expert_index, expert_weight, w_gate, ACTIVATIONS[activation]
 
 
-OP = Op(NAME, prepare, order=("grouped_torch", "parallel_torch"), reference="parallel_torch", autocast=True)
+OP = Op(
+    NAME,
+    prepare,
+    order=("grouped_mm", "grouped_triton", "grouped_torch", "parallel_torch"),
+    reference="parallel_torch",
+    autocast=True,
+)
 
 
 def experts(

@@ -1,4 +1,4 @@
-"""Products of groups of rows, one matrix a group, as custom operators: whole to ``torch.compile``, whatever the groups.
+"""Experts as products of groups of rows, one matrix a group, in custom operators: whole to ``torch.compile``.
 
 How many rows a group has depends on the data. Only the insides of these operators see it; their results have shapes
 that do not depend on it. :func:`sort_by_expert` brings the groups' ends to the CPU, the one wait for a GPU.
@@ -6,11 +6,14 @@ that do not depend on it. :func:`sort_by_expert` brings the groups' ends to the 
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from seqarch.ops.common.autocast import autocast_is_on
+from seqarch.ops.common.checks import accumulation_dtype
 
 
 def check_range(lowest: int, highest: int, experts: int) -> None:
@@ -42,56 +45,69 @@ def _(chosen, experts):
     return torch.empty_like(chosen), torch.empty(experts + 1, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("seqarch::grouped_matmul", mutates_args=())
-def grouped_matmul(rows: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
-    """``rows [M, D]``, sorted, each times its expert's matrix of ``weight [E, D, F]``: ``[M, F]``; of no expert 0."""
-    ends = starts.tolist()
-    y = rows.new_empty(rows.shape[0], weight.shape[2])
-    y[: ends[0]] = 0
-    for expert, (start, end) in enumerate(pairwise(ends)):
-        if end > start:
-            torch.mm(rows[start:end], weight[expert], out=y[start:end])
-    return y
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@grouped_matmul.register_fake
-def _(rows, weight, starts):
-    return rows.new_empty(rows.shape[0], weight.shape[2])
+def differentiable(name: str, matmul: Product, outer: Product) -> tuple[Any, Any]:
+    """Custom operators ``NAME_matmul`` and ``NAME_outer``, each the other's gradient, to any order.
 
+    Args:
+        matmul: ``rows [M, D]``, sorted, each times its expert's matrix of ``weight [E, D, F]``: ``[M, F]``; 0 for rows
+            of no expert.
+        outer: for each expert, the sum of its rows' outer products of ``left [M, D]`` and ``right [M, F]``, as
+            ``[E, D, F]``.
+    """
+    product = torch.library.custom_op(f"seqarch::{name}_matmul", matmul, mutates_args=())
+    sums = torch.library.custom_op(f"seqarch::{name}_outer", outer, mutates_args=())
+    product.register_fake(lambda rows, weight, starts: rows.new_empty(rows.shape[0], weight.shape[2]))
+    sums.register_fake(lambda left, right, starts: left.new_empty(starts.shape[0] - 1, left.shape[1], right.shape[1]))
 
-@torch.library.custom_op("seqarch::grouped_outer", mutates_args=())
-def grouped_outer(left: Tensor, right: Tensor, starts: Tensor) -> Tensor:
-    """For each expert, the sum of its rows' outer products ``left [M, D]`` with ``right [M, F]``: ``[E, D, F]``."""
-    ends = starts.tolist()
-    y = left.new_empty(len(ends) - 1, left.shape[1], right.shape[1])
-    for expert, (start, end) in enumerate(pairwise(ends)):
-        if end > start:
-            torch.mm(left[start:end].T, right[start:end], out=y[expert])
-        else:
-            y[expert] = 0
-    return y
+    def product_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, starts = ctx.saved_tensors
+        for_rows, for_weight, _ = ctx.needs_input_grad
+        drows = product(dy, weight.transpose(1, 2), starts) if for_rows else None
+        return drows, sums(rows, dy, starts) if for_weight else None, None
 
+    def sums_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, starts = ctx.saved_tensors
+        return product(right, dy.transpose(1, 2), starts), product(left, dy, starts), None
 
-@grouped_outer.register_fake
-def _(left, right, starts):
-    return left.new_empty(starts.shape[0] - 1, left.shape[1], right.shape[1])
+    product.register_autograd(product_backward, setup_context=_save)
+    sums.register_autograd(sums_backward, setup_context=_save)
+    return product, sums
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    rows, weight, starts = ctx.saved_tensors
-    for_rows, for_weight, _ = ctx.needs_input_grad
-    drows = grouped_matmul(dy, weight.transpose(1, 2), starts) if for_rows else None
-    return drows, grouped_outer(rows, dy, starts) if for_weight else None, None
+def run(
+    product: Product,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    w_gate: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What a grouped backend does with the prepared arguments, by its product of rows and their experts' matrices."""
+    (tokens, top_k), width = expert_index.shape, x.shape[-1]
+    order, starts = sort_by_expert(expert_index.flatten(), w_in.shape[0])
+    # Copying each token k times first makes the gather a permutation, whose backward adds no two rows.
+    rows = x[:, None].expand(-1, top_k, -1).reshape(-1, width).index_select(0, order)
+    dtype = product_dtype(x)
+    rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
+    hidden = product(rows, w_in, starts)
+    hidden = activation(hidden) if w_gate is None else activation(product(rows, w_gate.to(dtype), starts)) * hidden
+    outputs = product(hidden, w_out, starts)
+    y = torch.empty_like(outputs).index_copy(0, order, outputs).view(tokens, top_k, width)
+    wide = accumulation_dtype(y, expert_weight)
+    return (y.to(wide) * expert_weight[..., None].to(wide)).sum(dim=1).to(x.dtype)
 
 
-def _outer_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    left, right, starts = ctx.saved_tensors
-    return grouped_matmul(right, dy.transpose(1, 2), starts), grouped_matmul(left, dy, starts), None
-
-
-grouped_matmul.register_autograd(_matmul_backward, setup_context=_save)
-grouped_outer.register_autograd(_outer_backward, setup_context=_save)
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The products' dtype: x's, or autocast's, which does not see into a custom operator."""
+    if x.dtype == torch.float64 or not autocast_is_on(x.device):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

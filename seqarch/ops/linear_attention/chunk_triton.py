@@ -41,7 +41,8 @@ def forward(
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``state`` in the dtype of sums."""
-    from seqarch.ops.common.launch_triton import Recurrence, rows
+    from seqarch.ops.common.launch_triton import rows
+    from seqarch.ops.common.recurrence_triton import Recurrence
 
     call = Recurrence(k, v, (q, k, v), log_decay, state, cu_seqlens)
     queries, keys, values = rows(q), rows(k), rows(v)
@@ -69,7 +70,8 @@ def backward(
     dstate_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, log_decay (empty where that is ``None``) and state."""
-    from seqarch.ops.common.launch_triton import Recurrence, rows
+    from seqarch.ops.common.launch_triton import rows
+    from seqarch.ops.common.recurrence_triton import Recurrence
 
     call = Recurrence(k, v, (q, k, v), log_decay, state, cu_seqlens)
     queries, keys, values, upstream = rows(q), rows(k), rows(v), rows(do)

@@ -1,0 +1,142 @@
+"""Launches the Triton kernels of softmax attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.attention import kernels
+from seqarch.ops.common import launch_triton
+from seqarch.ops.common.launch_triton import Tuned, block, heads_of, products, strides
+from seqarch.ops.common.tuning import Configuration
+
+Bounds = tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where sequences and tiles lie, as int64 tensors on the device; see ``kernels``."""
+
+    bounds: Tensor
+    queries: Tensor
+    keys: Tensor
+
+    @classmethod
+    @functools.lru_cache(maxsize=32)
+    def of(cls, bounds: Bounds, query_tile: int, key_tile: int, device: torch.device) -> Tables:
+        """Tables of sequences whose queries and keys begin and end there."""
+        queries = [(n, row) for n, each in enumerate(bounds) for row in range(*each[:2], query_tile)]
+        keys = [(n, row) for n, each in enumerate(bounds) for row in range(*each[2:], key_tile)]
+        keys.reverse()  # the first keys are seen by most, the last queries see most
+        tables = (torch.tensor(table, dtype=torch.int64).view(-1, 2) for table in (queries, keys))
+        return cls(torch.tensor(bounds, dtype=torch.int64).to(device), *(table.to(device) for table in tables))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How large tiles are: those that programs hold, and the configurations of the loops over what these meet."""
+
+    queries: int
+    keys: int
+    forward: tuple[Configuration, ...]
+    query_gradients: tuple[Configuration, ...]
+    key_gradients: tuple[Configuration, ...]
+
+
+def tiles(width: int, wide: bool) -> Tiles:
+    """For heads up to this width, in float32 (``wide``) or 16 bits.
+
+    First configurations are such that threads keep to their registers on 8.0 and 9.0, or nearly do
+    (tests/data/triton_resources.json).
+    """
+
+    def choices(name: str, *each: tuple[int, int, int]) -> tuple[Configuration, ...]:
+        return tuple(Configuration(warps, stages, {name: size}) for size, warps, stages in each)
+
+    if wide and width > 64:
+        few = 32 if width <= 128 else 16
+        return Tiles(few, 16, *(choices(name, (16, 8, 1)) for name in ("BT", "BT", "BQ")))
+    if wide:
+        return Tiles(64, 32, choices("BT", (32, 8, 1)), choices("BT", (32, 8, 1)), choices("BQ", (16, 8, 1)))
+    if width > 128:
+        return Tiles(32, 32, *(choices(name, (32, 8, 2), (32, 8, 1)) for name in ("BT", "BT", "BQ")))
+    backward = (32, 8, 2), (64, 8, 2)
+    forward = ((32, 8, 3), (64, 8, 2), (128, 8, 2)) if width > 64 else ((64, 8, 2), (64, 4, 2), (128, 8, 2))
+    return Tiles(128, 64, choices("BT", *forward), choices("BT", *backward), choices("BQ", *backward))
+
+
+class Attention:
+    """One call: its sizes, tables and dtypes. ``q, k, v`` are of one dtype, ``window`` 0 for none."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        window: int,
+        scale: float,
+        key_start: Tensor | None,
+        offsets: Sequence[int] | None,
+    ):
+        batch, self.queries, self.heads, K = q.shape
+        self.keys, self.groups, V = v.shape[1:]
+        self.q, self.k, self.v = heads_of(q), heads_of(k), heads_of(v)
+        if offsets is None:
+            bounds = ((0, self.queries, 0, self.keys),) * batch
+        else:
+            bounds = tuple((start, end, start, end) for start, end in pairwise(offsets))
+        self.tiles = tiles(max(K, V), v.dtype.itemsize > 2)
+        self.tables = Tables.of(bounds, self.tiles.queries, self.tiles.keys, v.device)
+        self.packed = offsets is not None
+        self.start = self.tables.bounds if key_start is None else key_start
+        self.numbers = self.tables.bounds, self.start, float(scale), min(window, self.keys)
+        self.inputs = strides(self.packed, self.q, self.k, self.v)
+        flags = {"CAUSAL": causal, "WINDOWED": window > 0, "START": key_start is not None}
+        self.constants = {"K": K, "V": V, "BK": block(K, 256), "BV": block(V, 256)} | flags | products(v.dtype)
+
+    def _rows(self, count: int) -> int:
+        """How far the rows of one sequence are from those of the next, in what kernels write."""
+        return 0 if self.packed else count
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """``o [B, Tq, H, V]``, and ``[B, Tq, H]`` the logarithms of the softmax's sums."""
+        o, log_sum = outputs(self.q, self.v)
+        launch_triton.launch(
+            Tuned(kernels.attend, self.tiles.forward), self._programs(self.tables.queries, self.heads),
+            self.q, self.k, self.v, o, log_sum, self.tables.queries, *self.numbers, self._rows(self.queries),
+            *self.inputs, self.groups, self.heads, BQ=self.tiles.queries, **self.constants,
+        )  # fmt: skip
+        return o, log_sum
+
+    def differentiate(self, o: Tensor, log_sum: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v."""
+        do, queries = heads_of(do), self._rows(self.queries)
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k, self.v))
+        between = torch.empty_like(log_sum)
+        sizes = (*self.inputs, *strides(self.packed, do), self.groups, self.heads)
+        launch_triton.launch(
+            Tuned(kernels.query_gradients, self.tiles.query_gradients), self._programs(self.tables.queries, self.heads),
+            self.q, self.k, self.v, o, do, log_sum, dq, between, self.tables.queries, *self.numbers, queries,
+            *sizes, BQ=self.tiles.queries, **self.constants,
+        )  # fmt: skip
+        launch_triton.launch(
+            Tuned(kernels.key_gradients, self.tiles.key_gradients), self._programs(self.tables.keys, self.groups),
+            self.q, self.k, self.v, do, log_sum, between, dk, dv, self.tables.keys, *self.numbers, queries,
+            self._rows(self.keys), *sizes, BT=self.tiles.keys, **self.constants,
+        )  # fmt: skip
+        return dq, dk, dv
+
+    def _programs(self, table: Tensor, heads: int) -> int:
+        return table.shape[0] * heads
+
+
+def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what the forward pass returns."""
+    sums = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return v.new_empty(*q.shape[:3], v.shape[3]), v.new_empty(q.shape[:3], dtype=sums)

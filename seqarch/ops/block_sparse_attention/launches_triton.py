@@ -1,0 +1,151 @@
+"""Launches the Triton kernels of attention over listed blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from seqarch.ops.block_sparse_attention import kernels
+from seqarch.ops.common import launch_triton
+from seqarch.ops.common.launch_triton import Tuned, block, heads_of, persistent, products, strides
+from seqarch.ops.common.tuning import Configuration
+
+WORKSPACE = 2**28
+"""Numbers of what pairs hold at a time; heads of keys take turns if together they would need more."""
+
+ROWS = 16
+"""Rows that a program combines."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The pairs sorted by block, on the device; see ``kernels``. No field's shape depends on the data."""
+
+    order: Tensor
+    tiles: Tensor
+    runs: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, entries: Tensor, first: Tensor, block_size: int, keys: int, groups: int, per_tile: int) -> Order:
+        """From plain lists ``[B, Tq, I, S]``, and tiles of so many pairs at most."""
+        batch, _, lists, _ = entries.shape
+        row = torch.arange(batch, device=entries.device)[:, None] * groups
+        group = torch.arange(lists, device=entries.device) // (lists // groups)
+        starts = (first[..., None] + (row + group)[:, None] * keys)[..., None] + (entries >> 1) * block_size
+        none = batch * groups * keys
+        names = torch.where(entries >= 0, starts, none).flatten()
+        names, order = names.to(torch.int32 if none < 2**31 else torch.int64).sort(stable=True)
+        place = torch.arange(len(names), device=names.device)
+        fresh = torch.cat([place.new_ones(1, dtype=torch.bool), names[1:] != names[:-1]])
+        inside = place - torch.where(fresh, place, 0).cummax(0).values
+        valid = names < none
+        count = valid.sum()
+        most = min(len(names), none), min(len(names), len(names) // per_tile + none)
+        (runs, some), (tiles, all_) = (
+            _places(flags, many, count)
+            for flags, many in zip((fresh & valid, valid & (inside % per_tile == 0)), most, strict=True)
+        )
+        return cls(order, tiles, runs, torch.stack([all_, some]))
+
+
+def _places(flags: Tensor, most: int, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Where flags stand, at most so many, followed by the end; and how many there are."""
+    numbers = flags.cumsum(0)
+    places = torch.searchsorted(numbers, torch.arange(1, most + 2, device=flags.device))
+    return torch.minimum(places, end), numbers[-1]
+
+
+def slices(entries: Tensor, groups: int, shared: int, width: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of the batch, heads of keys and lists that are computed together."""
+    batch, queries, lists, listed = entries.shape
+    numbers = queries * listed * (lists // groups) * shared * width  # of one row and head of keys
+    some = max(1, WORKSPACE // max(1, numbers))
+    rows, heads = max(1, some // groups), min(groups, some)
+    for row in range(0, batch, rows):
+        for head in range(0, groups, heads):
+            last = min(head + heads, groups)
+            each = lists // groups
+            yield slice(row, row + rows), slice(head, last), slice(head * each, last * each)
+
+
+class Part:
+    """Some rows and heads of one call, on views of its tensors."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int,
+        scale: float,
+    ):  # fmt: skip
+        self.q, self.k, self.v = (heads_of(x, max(block_size, 128)) for x in (q, k, v))
+        self.entries, self.first = entries.contiguous(), first.contiguous()
+        (self.batch, self.queries, self.heads, self.K), (self.keys, self.groups, self.V) = q.shape, v.shape[1:]
+        self.lists, self.listed = entries.shape[2:]
+        self.shared, self.block_size = self.heads // self.lists, block_size
+        width, narrow = max(self.K, self.V), v.dtype.itemsize == 2
+        self.BQ, most = (16, 16) if not narrow else (64, 64) if width <= 128 else (32, 32)
+        self.BT, self.key_tile = block(block_size, most), block(block_size, most if width <= 64 else min(most, 32))
+        per_tile = max(1, self.BQ // self.shared)
+        self.order = Order.of(self.entries, self.first, block_size, self.keys, self.groups, per_tile)
+        self.parts = triton.cdiv(per_tile * self.shared, self.BQ)
+        self.scale, self.window = float(scale), window or self.keys
+        first_row = self.queries if first.shape[0] > 1 else 0
+        self.tables = self.order.order, self.entries, self.first
+        self.sizes = (
+            self.scale, self.window, first_row, self.queries, self.keys, self.listed, self.lists, self.groups,
+            self.shared, block_size,
+        )  # fmt: skip
+        self.inputs = strides(False, self.q, self.k, self.v)
+        widths = {"K": self.K, "V": self.V, "BK": block(self.K, 256), "BV": block(self.V, 256)}
+        self.constants = widths | {"BQ": self.BQ, "BT": self.BT} | products(v.dtype)
+
+    def forward(self, o: Tensor, log_sum: Tensor) -> None:
+        """Write ``o [B, Tq, H, V]`` and ``log_sum [B, Tq, H]``, views of the call's."""
+        pairs = self.entries.numel() * self.shared
+        each, sums = self.v.new_empty(pairs, self.V), log_sum.new_empty(pairs)
+        launch_triton.launch(
+            _tried(kernels.partial_outputs), persistent(len(self.order.tiles) * self.parts),
+            self.q, self.k, self.v, each, sums, *self.tables, self.order.tiles, self.order.ends, *self.sizes,
+            self.parts, *self.inputs, **self.constants,
+        )  # fmt: skip
+        whole = torch.empty(log_sum.shape, dtype=log_sum.dtype, device=log_sum.device)
+        self._combine(each, sums, o, whole, 1.0, weighted=True)
+        log_sum.copy_(whole)
+
+    def _combine(self, each: Tensor, sums: Tensor, out: Tensor, log_sum: Tensor, scale: float, weighted: bool) -> None:
+        rows, width = self.batch * self.queries * self.heads, each.shape[1]
+        launch_triton.launch(
+            kernels.combine, triton.cdiv(rows, ROWS),
+            each, sums, self.entries, out, log_sum, rows, self.listed, self.shared, self.heads, scale, out.stride(1),
+            out.stride(2), D=width, BLOCK=block(width, 256), ROWS=ROWS, WEIGHTED=weighted, num_warps=4,
+            ACC=self.constants["ACC"],
+        )  # fmt: skip
+
+    def differentiate(self, do: Tensor, log_sum: Tensor, between: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Write dq, and dk and dv, zeros so far, where keys are seen; views of the call's, as the gradient of o is."""
+        do, log_sum, between = heads_of(do), log_sum.contiguous(), between.contiguous()
+        each = self.q.new_empty(self.entries.numel() * self.shared, self.K)
+        inputs = self.q, self.k, self.v, do, log_sum, between
+        numbers = (*self.inputs, *strides(False, do))
+        launch_triton.launch(
+            _tried(kernels.partial_gradients), persistent(len(self.order.tiles) * self.parts),
+            *inputs, each, *self.tables, self.order.tiles, self.order.ends, *self.sizes, self.parts, *numbers,
+            **self.constants,
+        )  # fmt: skip
+        self._combine(each, log_sum, dq, log_sum, self.scale, weighted=False)
+        dkeys, dvalues = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
+        parts = triton.cdiv(self.block_size, self.key_tile)
+        launch_triton.launch(
+            _tried(kernels.block_gradients), persistent(len(self.order.runs) * parts),
+            *inputs, dkeys, dvalues, *self.tables, self.order.runs, self.order.ends, *self.sizes, parts, *numbers,
+            **self.constants | {"BQ": min(self.BQ, 32), "BT": self.key_tile},
+        )  # fmt: skip
+        dk.copy_(dkeys)
+        dv.copy_(dvalues)
+
+
+def _tried(kernel: object) -> Tuned:
+    return Tuned(kernel, (Configuration(8, 2), Configuration(8, 3), Configuration(4, 2)))

@@ -1,0 +1,60 @@
+"""What Triton kernels of softmax attention share: tiles at full speed, and a softmax that grows key by key.
+
+Scores are in base 2, so that a weight is one ``exp2``. As in ``tiles_triton``, a pointer stands at a tile's first row,
+moved there in 64 bits, and tiles are transposed only as they are read.
+"""
+
+# Triton gives Python's syntax another meaning than its types say.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seqarch.ops.common.tiles_triton import dot
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def piece(x, r, c, count, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """``x[r, c]``, with zeros from row ``count`` on unless WHOLE, and from column WIDTH on where BLOCK is wider."""
+    place = x + r * stride + c
+    if WHOLE and WIDTH == BLOCK:
+        return tl.load(place)
+    elif WHOLE:
+        return tl.load(place, mask=(c < WIDTH) & (r >= 0), other=0.0)
+    elif WIDTH == BLOCK:
+        return tl.load(place, mask=(r < count) & (c >= 0), other=0.0)
+    else:
+        return tl.load(place, mask=(r < count) & (c < WIDTH), other=0.0)
+
+
+@triton.jit
+def absorb(scores, values, most, norm, total, WORK: tl.constexpr, PRECISION: tl.constexpr):
+    """Further keys for rows of queries: the greatest score, the sum of weights and the weighted sum of values.
+
+    ``scores [Q, T]``, -inf where hidden; ``values [T, V]``; ``most``, ``norm`` ``[Q]``; ``total [Q, V]``.
+    """
+    highest = tl.maximum(most, tl.max(scores, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(scores - base[:, None])
+    kept = tl.exp2(most - base)
+    norm = norm * kept + tl.sum(weights, 1)
+    total = total * kept[:, None] + dot(weights, values, WORK, PRECISION)
+    return highest, norm, total
+
+
+@triton.jit
+def finish(most, norm, total):
+    """The softmax's outputs and the logarithms of its sums; 0 for rows that saw nothing."""
+    seen = norm > 0
+    whole = tl.where(seen, norm, 1.0)
+    return total / whole[:, None], tl.where(seen, (most + tl.log2(whole)) / LOG2E, 0.0)
+
+
+@triton.jit
+def weights_of(scores, log_sums, visible):
+    """The weights once more, from scores and logarithms of sums that broadcast; never above 1, however scores round."""
+    return tl.where(visible, tl.exp2(tl.minimum(scores - log_sums * LOG2E, 0.0)), 0.0)
