@@ -68,7 +68,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
     "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
-    "mamba": [{"d_state": 4, "dt_rank": 1}],
+    "mamba": [{"d_state": 4, "dt_rank": 1}, {"d_state": 3, "expand": 1, "negative_eigenvalues": True}],
     "mamba2": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "A_min": 8.0, "dt_min": 0.05},
         {"inner": 96, "head_dim": 32, "output_norm": "none"},

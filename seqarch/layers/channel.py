@@ -14,8 +14,8 @@ from seqarch.ops.experts.activations import ACTIVATIONS
 
 
 def round_up(width: float, multiple: int = 32) -> int:
-    """The least multiple that is not below ``width``, rounding errors of ``8 / 3 * D`` aside."""
-    return math.ceil(round(width / multiple, 6)) * multiple
+    """The least positive multiple that is not below ``width``, rounding errors of ``8 / 3 * D`` aside."""
+    return max(1, math.ceil(round(width / multiple, 6))) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)

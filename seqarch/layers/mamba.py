@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from seqarch import ops
+from seqarch.layers.elementwise import elementwise_scan
 from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
@@ -26,6 +28,8 @@ class MambaConfig(LayerConfig):
         expand: the inner width is ``expand D``.
         conv_width: width of the short convolution.
         dt_rank: rank of the step size's projection; by default ``ceil(D / 16)``.
+        negative_eigenvalues: moves the decays to ``2 exp(dt A) - 1`` in (-1, 1), which lets the model track state
+            (Grazzi et al. 2024). Each state then is a channel of its own, so the scan takes N times the memory.
         dt_min, dt_max, dt_floor: range of the initial step sizes.
     """
 
@@ -33,6 +37,7 @@ class MambaConfig(LayerConfig):
     expand: int = 2
     conv_width: int = 4
     dt_rank: int | None = None
+    negative_eigenvalues: bool = False
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_floor: float = 1e-4
@@ -78,10 +83,24 @@ class Mamba(RecurrentMixer):
         dt, B, C = self.select(u).split(self.sizes, dim=-1)
         # by exp2: of this size, torch's exp takes 4 times as long, and starts the threads for it
         A = -(self.A_log.to(self.memory_dtype) / math.log(2)).exp2()
+        if self.config.negative_eigenvalues:
+            y, memory = self._signed_scan(u, self.dt(dt), A, B, C, memory, cu_seqlens)
+            return self.output(y * F.silu(z)), RecurrentState(conv, memory)
         y, memory = ops.selective_scan(
             *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=memory, cu_seqlens=cu_seqlens
         )
         return self.output(y), RecurrentState(conv, memory)
+
+    def _signed_scan(
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+    ) -> tuple[Tensor, Tensor]:
+        """The scan without its gate, as one of ``E N`` channels: a decay below 0 is no power of a step size."""
+        delta = F.softplus(dt.to(A.dtype)).unsqueeze(-1)
+        write = delta * u.unsqueeze(-1) * B.unsqueeze(-2)
+        memory = None if memory is None else memory.flatten(1).unsqueeze(-1)
+        h, memory = elementwise_scan(write.flatten(2), (delta * A).flatten(2), memory, cu_seqlens, signed=True)
+        y = (h.unflatten(-1, self.memory_shape) * C.to(h.dtype).unsqueeze(-2)).sum(-1)
+        return y.to(u.dtype) + self.D.to(u.dtype) * u, memory.view(-1, *self.memory_shape)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return scan_flops(length, *self.memory_shape, batch_size=batch_size)

@@ -222,13 +222,17 @@ def _naming(kind: str, name: str, options: dict[str, Any]) -> Iterator[None]:
 class StateForm:
     """What a mixer's states look like, by two without data and of one row: of no token, and of very many.
 
-    A size that is the same in both is fixed; another lies between the two.
+    A size that is the same in both is fixed; another lies between the two. An entry that is ``None`` in them is so in
+    every state, unless its tuple has a default for it.
     """
 
     def __init__(self, least: State, most: State):
         self.kind = type(most)
         self.sizes: dict[str, tuple[tuple[int, int], ...]] = {}
         self.parts: dict[str, StateForm] = {}
+        self.absent = [
+            name for name in most._fields if getattr(most, name) is None and name not in most._field_defaults
+        ]
         for name, low, high in zip(most._fields, least, most, strict=True):
             if isinstance(high, Tensor):
                 self.sizes[name] = tuple(zip(low.shape[1:], high.shape[1:], strict=True))
@@ -236,7 +240,7 @@ class StateForm:
                 self.parts[name] = StateForm(low, high)
 
     def check(self, mixer: str, path: str, state: State, rows: int) -> None:
-        """Raise unless the state looks so and has so many rows; what may stand in for a part is passed over."""
+        """Raise unless the state looks so and has so many rows; another named tuple may stand in for a part."""
         for name, bounds in self.sizes.items():
             given = getattr(state, name)
             shape = given.shape if isinstance(given, Tensor) else []
@@ -248,8 +252,14 @@ class StateForm:
                 sizes = ", ".join([str(rows), *(_show_bounds(*each) for each in bounds)])
                 shown = f"of shape {list(shape)}" if isinstance(given, Tensor) else show(given)
                 raise ValueError(f"{mixer}: {path}.{name} is {shown}, expected [{sizes}]")
+        for name in self.absent:
+            if (given := getattr(state, name)) is not None:
+                raise ValueError(f"{mixer}: {path}.{name} is {show(given)}, expected None")
         for name, form in self.parts.items():
-            if type(part := getattr(state, name)) is form.kind:
+            part = getattr(state, name)
+            if not hasattr(part, "_fields"):
+                raise ValueError(f"{mixer}: {path}.{name} is {show(part)}, expected {form.kind.__name__}")
+            if type(part) is form.kind:
                 form.check(mixer, f"{path}.{name}", part, rows)
 
 

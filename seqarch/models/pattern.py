@@ -14,7 +14,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_TOKEN = re.compile(r"\s*(?:(\d+)\s*\*|([A-Za-z_]\w*)|([()+/]))")
+_TOKEN = re.compile(r"\s*(?:([0-9]+)\s*\*|([A-Za-z_]\w*)|([()+/]))")
+
+MOST = 10_000
+"""Repetitions that a pattern may ask for: far beyond any stack, and few enough to write out."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,10 @@ class _Parser:
     def item(self) -> list[LayerPattern]:
         count = 1
         if self.peek().endswith("*") and self.peek() != "*":
-            count = int(self.peek()[:-1])
-            if count < 1:
-                raise self.error("a count of at least 1")
+            digits = self.peek()[:-1]
+            count = int(digits) if len(digits) < 9 else MOST + 1
+            if not 1 <= count <= MOST:
+                raise self.error(f"a count of 1 to {MOST}")
             self.at += 1
         if self.peek() != "(":
             return [self.layer()] * count

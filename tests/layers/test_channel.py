@@ -83,6 +83,10 @@ def test_swiglu_is_eight_thirds_wide_in_multiples_of_32(width, hidden):
     assert build_channel_mixer("swiglu", d_model=width).config.hidden_width == hidden
 
 
+def test_no_channel_mixer_is_narrower_than_32():
+    assert build_channel_mixer("mlp", d_model=32, expansion=1e-9).config.hidden_width == 32
+
+
 @pytest.mark.parametrize(
     ("name", "chosen", "message"),
     [

@@ -343,3 +343,23 @@ def test_mamba2_with_negative_eigenvalues_expresses_parity():
     assert ((y > y.max() / 2) == parity).all()
     y = counter_of_ones(negative=False)(x)[0].sum(-1)
     assert ((y > y.max() / 2) == parity).float().mean() < 0.6, "decays in (0, 1) cannot do it with these weights"
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_mamba_is_its_equation(negative: bool):
+    torch.manual_seed(0)
+    mixer, x = build_mixer("mamba", d_model=32, d_state=3, negative_eigenvalues=negative).double(), inputs(20)
+    for parameter in mixer.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    u, z = mixer.input(x).chunk(2, dim=-1)
+    u = F.silu(F.conv1d(F.pad(u.mT, (3, 0)), mixer.conv.weight.unsqueeze(1), mixer.conv.bias, groups=64).mT)
+    dt, B, C = mixer.select(u).split(mixer.sizes, dim=-1)
+    dt = torch.log1p(mixer.dt(dt).exp()).unsqueeze(-1)
+    decay = torch.exp(-dt * mixer.A_log.exp())
+    decay = 2 * decay - 1 if negative else decay
+    assert (decay < 0).any() == negative
+    h, outputs = torch.zeros(2, 64, 3).double(), []
+    for t in range(20):
+        h = decay[:, t] * h + dt[:, t] * u[:, t, :, None] * B[:, t, None]
+        outputs.append((h * C[:, t, None]).sum(-1) + mixer.D * u[:, t])
+    assert_close(mixer(x)[0], mixer.output(torch.stack(outputs, 1) * F.silu(z)), 1e-12)

@@ -64,6 +64,9 @@ def test_states_of_another_mixer_width_or_batch_are_named(name):
         (mixer(torch.randn(3, 5, 32))[1], "the state has 3 rows, the call 2 sequences"),
         (mixer(torch.randn(1, 5, 32))[1], "the state has 1 rows, the call 2 sequences"),
     ]
+    good = mixer(x)[1]
+    parts = [name for name in good._fields if name != "lengths"]
+    wrong += [(good._replace(**{part: "x"}), rf"state\.{part} is str 'x', expected") for part in parts]
     for state, message in wrong:
         with pytest.raises(ValueError, match=f"{type(mixer).__name__}: {message}"):
             mixer(x, state)

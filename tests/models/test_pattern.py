@@ -39,7 +39,8 @@ def test_writing_a_pattern_and_reading_it_again_is_the_identity():
     [
         ("", "expected a mixer, found the end"),
         ("3*", "expected a mixer, found the end"),
-        ("0*a", "expected a count of at least 1, found '0[*]'"),
+        ("0*a", "expected a count of 1 to 10000, found '0[*]'"),
+        ("99999999999*a", "expected a count of 1 to 10000, found '99999999999[*]'"),
         ("a +", "expected a mixer after '[+]', found the end"),
         ("a/", "expected a channel mixer after '/', found the end"),
         ("(a b", r"expected '\)', found the end"),
