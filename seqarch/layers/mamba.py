@@ -14,6 +14,7 @@ from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.layers.short_conv import ShortConvolution
+from seqarch.ops.common.token_cpp import Program, Value
 from seqarch.ops.selective_scan import flops as scan_flops
 
 
@@ -82,6 +83,14 @@ class Mamba(RecurrentMixer):
             *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=memory, cu_seqlens=cu_seqlens
         )
         return self.output(y), RecurrentState(conv, memory)
+
+    def one_token(self, program: Program, x: Value, state: RecurrentState, add_to: Value) -> Value:
+        u, z = program.include(self.input, x).split([self.inner] * 2)
+        u = program.include(self.conv, u, state.conv)
+        dt, B, C = program.include(self.select, u).split(self.sizes)
+        A, dt = program.negative_exp(self.A_log), program.include(self.dt, dt)
+        y = program.scan(u, dt, A, B, C, self.D, z, state.memory)
+        return program.include(self.output, y, add_to)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return scan_flops(length, *self.memory_shape, batch_size=batch_size)
