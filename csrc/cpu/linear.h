@@ -35,6 +35,11 @@ inline void products(int64_t depth, const T* weight, const A* x, int64_t stride,
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) sum[r][side] += w * load_vector(x + r * stride + k + side * L);
         }
+    for (; k + L <= depth; k += L) {
+        const Vector<A> w = load_wide(weight + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) sum[r][0] += w * load_vector(x + r * stride + k);
+    }
     for (int r = 0; r < Rows; ++r) {
         for (int64_t side = 1; side < kSides; ++side) sum[r][0] += sum[r][side];
         y[r] = sum_of_lanes(sum[r][0]);

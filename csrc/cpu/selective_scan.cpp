@@ -81,7 +81,8 @@ void forward_run(const Problem<A>& p, const Outputs<A>& out, const Run& run, Scr
 // A few steps on the state as it lies, [D, N].
 template <class A>
 void step_item(const Problem<A>& p, const Outputs<A>& out, const Item& item, Scratch<A>& w) {
-    const int64_t steps = p.steps(item.sequence), N = p.states, first = (item.sequence * p.channels + item.c0) * N;
+    const int64_t steps = p.steps(item.sequence), N = p.states;
+    const int64_t first = (item.sequence * p.channels + item.c0) * N;
     A* next = out.state_out + first;
     const A* __restrict rate = p.rate + item.c0 * N;
     if (!out.state)

@@ -41,6 +41,13 @@ float* row(const seqarch_operand& operand, int64_t r) {
     return operand.data ? operand.data + r * operand.stride : nullptr;
 }
 
+// y = factor f(x); y may be x.
+template <class F>
+void apply(Range range, float factor, F f, const float* x, float* y) {
+#pragma omp simd
+    for (int64_t c = range.begin; c < range.end; ++c) y[c] = factor * f(x[c]);
+}
+
 // Calls run with the activation as a function.
 template <class Run>
 void with_activation(int32_t activation, Run run) {
@@ -89,10 +96,7 @@ void convolve(const seqarch_instruction& i, Member member) {
                 y[c] += weight[c * taps + w] * state[w * channels + c];
                 state[w * channels + c] = w < taps - 2 ? state[(w + 1) * channels + c] : x[c];
             }
-        with_activation(i.activation, [&](auto f) {
-#pragma omp simd
-            for (int64_t c = own.begin; c < own.end; ++c) y[c] = f(y[c]);
-        });
+        with_activation(i.activation, [=](auto f) { apply(own, 1.0f, f, y, y); });
     }
 }
 
@@ -102,10 +106,8 @@ void pointwise(const seqarch_instruction& i, Member member) {
     for (int64_t r = 0; r < i.rows; ++r) {
         const float *__restrict x = row(i.operands[1], r), *__restrict z = row(i.operands[2], r);
         float* __restrict y = row(i.operands[0], r);
-        with_activation(i.activation, [&](auto f) {
-#pragma omp simd
-            for (int64_t c = own.begin; c < own.end; ++c) y[c] = factor * f(x[c]) * (z ? z[c] : 1.0f);
-        });
+        with_activation(i.activation, [=](auto f) { apply(own, factor, f, x, y); });
+        for (int64_t c = own.begin; z && c < own.end; ++c) y[c] *= z[c];
     }
 }
 

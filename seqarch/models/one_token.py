@@ -7,7 +7,7 @@ why others have none, ``Stack.explain_one_token`` tells.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +48,7 @@ class OneToken:
         after: list[Any] = []
         for program, part in self._parts(layers, len(x)):
             before = state[len(after) : len(after) + len(part)]
-            y = None if program is None else program.run(x, _tensors(part, before, len(x)))
+            y = None if program is None else program.run(x, _tensors(before))
             if y is None:
                 x, before = self.otherwise(part, x, before, None)
             else:
@@ -57,8 +57,9 @@ class OneToken:
         return x, tuple(after)
 
     def _parts(self, layers: Sequence[StackLayer], rows: int) -> list[tuple[Program | None, Sequence[StackLayer]]]:
-        parts = self.programs.get(rows)
-        if parts is None or not all(program is None or program.holds() for program, _ in parts):
+        parts = self.programs.get(rows, [])
+        known = chain.from_iterable(part for _, part in parts)
+        if not parts or [*known] != [*layers] or not all(program is None or program.holds() for program, _ in parts):
             parts = self.programs[rows] = _write(layers, rows)
         return parts
 
@@ -81,12 +82,9 @@ def _serves(x: Tensor) -> bool:
     )
 
 
-def _tensors(layers: Sequence[StackLayer], state: StackState, rows: int) -> list[Tensor]:
-    """The tensors of a state, once each mixer has found it to be one of its own."""
-    for layer, states in zip(layers, state, strict=True):
-        for mixer, own in zip(layer.mixers, states, strict=True):
-            mixer.check_state(own, rows)  # type: ignore[operator]
-    return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+def _tensors(state: StackState) -> list[Tensor]:
+    """The tensors of a state as mixers' named tuples hold them."""
+    return [leaf for states in state for own in states if isinstance(own, tuple) for leaf in own if leaf is not None]
 
 
 def _write(layers: Sequence[StackLayer], rows: int) -> list[tuple[Program | None, Sequence[StackLayer]]]:
@@ -100,7 +98,7 @@ def _write(layers: Sequence[StackLayer], rows: int) -> list[tuple[Program | None
 
 
 def _program(layers: Sequence[StackLayer], rows: int) -> Program:
-    program = Program(rows, layers[0].width)
+    program = Program(rows, layers[0].width, chain.from_iterable(layer.modules() for layer in layers))
     for layer in layers:
         states = [mixer.init_state(rows, 0, "meta") for mixer in layer.mixers]  # type: ignore[operator]
         slots = pytree.tree_map_only(Tensor, lambda leaf: program.state(leaf.shape[1:]), states)

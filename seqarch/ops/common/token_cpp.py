@@ -8,14 +8,15 @@ twenty calls a layer costs as much again. Programs hold addresses of parameters,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import eq, getitem, is_
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from seqarch.ops.common import native
 from seqarch.ops.common.native import Instructions, int64
@@ -68,14 +69,17 @@ def _owner(kind: type, method: str) -> type | None:
 
 
 class Program:
-    """Instructions for one token of each of ``rows`` sequences, from an input of some width."""
+    """Instructions for one token of each of ``rows`` sequences, from an input of some width.
 
-    def __init__(self, rows: int, width: int):
+    ``modules`` are all those that take part, which are watched.
+    """
+
+    def __init__(self, rows: int, width: int, modules: Iterable[nn.Module]):
         self.rows = rows
         self.slots: list[Slot] = []
         self._written: list[tuple[int, int, float, int, tuple[int, int], tuple[Source, ...]]] = []
         self._room = self._used = 0
-        self._watch = _Watch()
+        self._watch = _Watch(modules)
         self.input = self.value(width)
 
     def include(self, module: nn.Module, *arguments: Any) -> Any:
@@ -91,7 +95,6 @@ class Program:
             raise Unserved(f"{kind.__name__} has no instructions for one token")
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise Unserved(f"{kind.__name__} has hooks, or a forward pass of its own")
-        self._watch.add(module)
         return module.one_token(self, *arguments)  # type: ignore[operator]
 
     def value(self, width: int, rows: int | None = None) -> Value:
@@ -163,6 +166,7 @@ class Program:
         self._input = self._memory[: self.rows * self.input.width].view(self.rows, 1, self.input.width)
         self._instructions = Instructions.of_length(len(self._written))
         self._states: list[list[Any]] = [[] for _ in self.slots]
+        self._shapes, self._addresses = [slot.shape for slot in self.slots], []
         for instruction, written in zip(self._instructions, self._written, strict=True):
             *plain, sizes, operands = written
             instruction.kind, instruction.activation, instruction.factor, instruction.rows = plain
@@ -181,40 +185,49 @@ class Program:
 
     def run(self, x: Tensor, states: Sequence[Tensor]) -> Tensor | None:
         """The output for ``x [rows, 1, width]``, and the states replaced in place; ``None`` where they do not fit."""
-        for slot, operands, state in zip(self.slots, self._states, states, strict=True):
-            if state.shape != slot.shape or not _plain(state) or state.requires_grad:
-                return None
-            for operand in operands:
-                operand.data = state.data_ptr()
+        if list(map(_shape, states)) != self._shapes or any(map(_needed, states)) or not all(map(_plain, states)):
+            return None
+        addresses = list(map(Tensor.data_ptr, states))
+        if addresses != self._addresses:
+            self._addresses = addresses
+            for operands, address in zip(self._states, addresses, strict=True):
+                for operand in operands:
+                    operand.data = address
         self._input.copy_(x)
         _run(self._instructions, len(self._instructions))
         return self._input.clone()
 
 
+_shape, _needed = attrgetter("shape"), attrgetter("requires_grad")
+
+
 def _plain(tensor: Tensor) -> bool:
     """Whether its numbers are float32 that lie side by side in this process's memory."""
-    return tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
 
 
 class _Watch:
-    """What a program was written from: the attributes, submodules and parameters of modules."""
+    """What a program was written from: modules, their hooks, submodules, numbers and names, and the parameters' memory.
 
-    def __init__(self) -> None:
-        self.owners: list[dict[str, Any]] = []
-        self.sizes: list[int] = []
-        self.names: list[tuple[dict[str, Any], str]] = []
-        self.values: list[Any] = []
+    It is asked at every token, when its own data has left the cache: the fewer objects it looks at, the better.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self.modules = list(modules)
+        self.sizes = [len(vars(module)) for module in self.modules]
+        watched = [
+            (owner, name)
+            for module in self.modules
+            for owner in (vars(module), module._parameters, module._modules)
+            for name, value in owner.items()
+            if isinstance(value, (Tensor, nn.Module, float, str))
+        ]
+        self.owners, self.names = (list(each) for each in zip(*watched, strict=True))
+        self.values = list(map(getitem, self.owners, self.names))
+        self.hooks: list[Any] = [each for m in self.modules for each in (m._forward_hooks, m._forward_pre_hooks)]
+        self.last_hook = RemovableHandle.next_id
         self.tensors: list[Tensor] = []
         self.addresses: list[int] = []
-
-    def add(self, module: nn.Module) -> None:
-        hooks: Any = module._forward_hooks, module._forward_pre_hooks
-        for owner in (vars(module), module._parameters, module._modules, *hooks):
-            self.owners.append(owner)
-            self.sizes.append(len(owner))
-            public = [name for name in owner if not name.startswith("_")]
-            self.names += [(owner, name) for name in public]
-            self.values += [owner[name] for name in public]
 
     def take(self, parameter: Tensor) -> None:
         if type(parameter) not in (Tensor, nn.Parameter) or not _plain(parameter):
@@ -223,8 +236,12 @@ class _Watch:
         self.addresses.append(parameter.data_ptr())
 
     def holds(self) -> bool:
+        if RemovableHandle.next_id != self.last_hook:  # somebody registered one somewhere
+            if any(self.hooks):
+                return False
+            self.last_hook = RemovableHandle.next_id
         return (
-            all(map(eq, map(len, self.owners), self.sizes))
-            and all(map(is_, (owner[name] for owner, name in self.names), self.values))
-            and all(map(eq, map(Tensor.data_ptr, self.tensors), self.addresses))
+            list(map(len, map(vars, self.modules))) == self.sizes
+            and all(map(is_, map(dict.get, self.owners, self.names), self.values))
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
