@@ -81,14 +81,14 @@ void forward_run(const Problem<A>& p, const Outputs<A>& out, const Run& run, Scr
 // A few steps on the state as it lies, [D, N].
 template <class A>
 void step_item(const Problem<A>& p, const Outputs<A>& out, const Item& item, Scratch<A>& w) {
-    const int64_t steps = p.steps(item.sequence), N = p.states, first = (item.sequence * p.channels + item.c0) * N;
-    const A* state = out.state ? out.state + first : nullptr;
-    A* __restrict next = out.state_out + first;
+    const int64_t steps = p.steps(item.sequence), N = p.states;
+    const int64_t first = (item.sequence * p.channels + item.c0) * N;
+    A* next = out.state_out + first;
     const A* __restrict rate = p.rate + item.c0 * N;
-    if (state)
-        std::copy_n(state, item.count * N, next);
-    else
+    if (!out.state)
         std::fill_n(next, item.count * N, A(0));
+    else if (out.state != out.state_out)
+        std::copy_n(out.state + first, item.count * N, next);
     for (int64_t t = 0; t < steps; ++t) {
         Step<A>(p, item, t, +w.delta, +w.u);
         read_shared(p, p.B, item, t, +w.B);

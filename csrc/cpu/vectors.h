@@ -54,6 +54,21 @@ template <class A>
 inline Vector<A> splat(A x) {
     return x - Vector<A>{};
 }
+// The sum of the lanes, halves added to halves.
+template <int Lanes, class V>
+inline auto sum_of_first(V x) {
+    if constexpr (Lanes == 1) {
+        return x[0];
+    } else {
+        decltype(x < x) from{};
+        for (int l = 0; l < Lanes / 2; ++l) from[l] = l + Lanes / 2;
+        return sum_of_first<Lanes / 2>(x + __builtin_shuffle(x, from));
+    }
+}
+template <class V>
+inline auto sum_of_lanes(V x) {
+    return sum_of_first<static_cast<int>(sizeof(V) / sizeof(x[0]))>(x);
+}
 // 0, 1, 2, ...
 template <class A>
 inline Vector<A> lane_numbers() {

@@ -26,7 +26,7 @@ extern "C" {
 #define SEQARCH_API __attribute__((visibility("default")))
 
 /* Raised with every change of a declaration below; seqarch/ops/common/native.py holds the same number. */
-#define SEQARCH_INTERFACE 5
+#define SEQARCH_INTERFACE 6
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -60,6 +60,39 @@ SEQARCH_API int32_t seqarch_openmp(void);
  * [rows, width], all of `dtype`, with sums of accumulation type. */
 SEQARCH_API int32_t seqarch_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y,
                                    int64_t rows, int64_t depth, int64_t width, int32_t num_threads);
+
+/* One token of each of `rows` sequences through a list of instructions, in their order and in one call: for models whose
+ * token costs as many calls as it has operations, each of which is short. Everything is float32.
+ *
+ * An operand is a parameter, a state, or a value: rows of numbers, `stride` apart (0: the same for all). Operands by
+ * kind, the result first, and sizes; optional ones, in brackets, may be NULL:
+ *
+ *   NORM       y, x, [weight]                          y = x / sqrt(mean(x^2) + factor) weight, over each of sizes[1]
+ *                                                      parts of sizes[0] numbers; weight has one for each, in all parts
+ *   LINEAR     y, x, weight, [bias], [z]               y = x weight^T + bias + z: x of sizes[0], y of sizes[1] numbers
+ *   CONVOLVE   y, x, weight, [bias], state             one step of seqarch_causal_conv1d_forward; sizes D, W
+ *   POINTWISE  y, x, [z]                               y = factor f(x) z, of sizes[0] numbers
+ *   SCAN       y, x, dt, B, C, A, [D], [z], state      one step of seqarch_selective_scan_forward with the softplus of
+ *                                                      dt; sizes D, N
+ *
+ * f is `activation`, which CONVOLVE applies too. States are [rows, ...] without gaps, and replaced; B, C and D are of
+ * one group. Values that one instruction reads and writes must not overlap, but for z in LINEAR, which may be y. */
+enum { SEQARCH_NORM = 0, SEQARCH_LINEAR = 1, SEQARCH_CONVOLVE = 2, SEQARCH_POINTWISE = 3, SEQARCH_SCAN = 4 };
+enum { SEQARCH_IDENTITY = 0, SEQARCH_SILU = 1, SEQARCH_EXP = 2 };
+
+typedef struct {
+    float* data;
+    int64_t stride;
+} seqarch_operand;
+
+typedef struct {
+    int32_t kind, activation;
+    double factor;
+    int64_t rows, sizes[2];
+    seqarch_operand operands[9];
+} seqarch_instruction;
+
+SEQARCH_API int32_t seqarch_run_token(const seqarch_instruction* instructions, int64_t count, int32_t num_threads);
 
 /* Causal depthwise convolution over time (T = length, D = channels, W = width, 2 <= W <= 8, S = sequences):
  *

@@ -10,6 +10,7 @@ from torch import Tensor
 from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import ChannelMixer, LayerConfig, linear_flops
 from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.common.token_cpp import Program, Value
 from seqarch.ops.experts.activations import ACTIVATIONS
 
 
@@ -65,6 +66,10 @@ class Mlp(ChannelMixer):
     def forward(self, x: Tensor) -> Tensor:
         return self.output(ACTIVATIONS[self.config.activation](self.input(x)))
 
+    def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
+        hidden = program.pointwise(self.config.activation, program.include(self.input, x))
+        return program.include(self.output, hidden, add_to)
+
     def flops(self, length: int, batch_size: int = 1) -> int:
         return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))
 
@@ -100,6 +105,10 @@ class SwiGlu(ChannelMixer):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.input(x).chunk(2, dim=-1)
         return self.output(ACTIVATIONS[self.config.activation](gate) * value)
+
+    def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
+        gate, value = program.include(self.input, x).split([self.config.hidden_width] * 2)
+        return program.include(self.output, program.pointwise(self.config.activation, gate, value), add_to)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))

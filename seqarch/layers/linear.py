@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from seqarch.ops.common import linear_cpp
+from seqarch.ops.common.token_cpp import Program, Value
 
 
 class Linear(nn.Linear):
@@ -17,3 +18,6 @@ class Linear(nn.Linear):
         if linear_cpp.serves(x, self.weight, self.bias):
             return linear_cpp.linear(x, self.weight, self.bias)
         return super().forward(x)
+
+    def one_token(self, program: Program, x: Value, add_to: Value | None = None) -> Value:
+        return program.linear(x, self.weight, self.bias, add_to)

@@ -16,6 +16,7 @@ from seqarch.layers.linear import Linear
 from seqarch.layers.mixer import CuSeqlens, LayerConfig
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.layers.short_conv import ShortConvolution
+from seqarch.ops.common.token_cpp import Program, Unserved, Value
 from seqarch.ops.selective_scan import flops as scan_flops
 
 
@@ -101,6 +102,16 @@ class Mamba(RecurrentMixer):
         h, memory = elementwise_scan(write.flatten(2), (delta * A).flatten(2), memory, cu_seqlens, signed=True)
         y = (h.unflatten(-1, self.memory_shape) * C.to(h.dtype).unsqueeze(-2)).sum(-1)
         return y.to(u.dtype) + self.D.to(u.dtype) * u, memory.view(-1, *self.memory_shape)
+
+    def one_token(self, program: Program, x: Value, state: RecurrentState, add_to: Value) -> Value:
+        if self.config.negative_eigenvalues:
+            raise Unserved("a scan with negative eigenvalues has no instructions for one token")
+        u, z = program.include(self.input, x).split([self.inner] * 2)
+        u = program.include(self.conv, u, state.conv)
+        dt, B, C = program.include(self.select, u).split(self.sizes)
+        A, dt = program.negative_exp(self.A_log), program.include(self.dt, dt)
+        y = program.scan(u, dt, A, B, C, self.D, z, state.memory)
+        return program.include(self.output, y, add_to)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return scan_flops(length, *self.memory_shape, batch_size=batch_size)

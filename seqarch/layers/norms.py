@@ -9,6 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.token_cpp import Program, Value
+
+
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` over the last axis, with instructions for one token."""
+
+    def one_token(self, program: Program, x: Value) -> Value:
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        return program.norm(x, self.weight, eps)
 
 
 class GatedRMSNorm(nn.Module):

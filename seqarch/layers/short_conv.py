@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.ops.causal_conv1d import flops as conv_flops
+from seqarch.ops.common.token_cpp import Program, Slot, Value
 
 
 class ShortConvolution(nn.Module):
@@ -38,6 +39,9 @@ class ShortConvolution(nn.Module):
         return ops.causal_conv1d(
             x, self.weight, self.bias, activation=self.activation, state=state, cu_seqlens=cu_seqlens
         )
+
+    def one_token(self, program: Program, x: Value, state: Slot) -> Value:
+        return program.convolve(x, self.weight, self.bias, state, self.activation)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, build_channel_mixer, build_mixer
 from seqarch.layers.mixer import State, check_options
+from seqarch.layers.norms import RMSNorm
+from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import LayerPattern, tile_pattern
 from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.common.token_cpp import Program, Unserved, Value
 
 StackState = tuple[tuple[State, ...], ...]
 """For each layer, the state of each of its mixers."""
@@ -67,8 +70,8 @@ class StackLayer(nn.Module):
 
     def __init__(self, config: StackConfig, pattern: LayerPattern):
         super().__init__()
-        width = config.d_model
-        self.norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.width = width = config.d_model
+        self.norm = RMSNorm(width, eps=config.norm_eps)
         self.mixers = nn.ModuleList(
             build_mixer(name, d_model=width, **config.mixers.get(name, {})) for name in pattern.mixers
         )
@@ -80,7 +83,7 @@ class StackLayer(nn.Module):
         channel = pattern.channel or config.channel
         self.channel_norm, self.channel = None, None
         if channel != "none":
-            self.channel_norm = nn.RMSNorm(width, eps=config.norm_eps)
+            self.channel_norm = RMSNorm(width, eps=config.norm_eps)
             self.channel = build_channel_mixer(channel, d_model=width, **config.channels.get(channel, {}))
 
     def forward(
@@ -96,6 +99,16 @@ class StackLayer(nn.Module):
         if self.channel is not None and self.channel_norm is not None:
             x = x + self.channel(self.channel_norm(x))
         return x, tuple(state for _, state in results)
+
+    def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
+        if self.branch_weights is not None:
+            raise Unserved("mixers side by side have no instructions for one token")
+        program.include(self.mixers[0], program.include(self.norm, x), states[0], x)
+        program.forget(x)
+        if self.channel is not None and self.channel_norm is not None:
+            program.include(self.channel, program.include(self.channel_norm, x), x)
+            program.forget(x)
+        return x
 
 
 def in_turn(
@@ -124,7 +137,7 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(StackLayer(config, layer) for layer in tile_pattern(config.pattern, config.depth))
-        self.schedule: Schedule = in_turn
+        self.schedule: Schedule = OneToken(in_turn)
 
     def forward(
         self, x: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
@@ -156,6 +169,10 @@ class Stack(nn.Module):
         """FLOPs of the forward pass over ``length`` tokens, counted as in :meth:`seqarch.layers.Mixer.flops`."""
         parts = [part for layer in self._layers() for part in (*layer.mixers, layer.channel) if part is not None]
         return sum(part.flops(length, batch_size) for part in parts)  # type: ignore[operator]
+
+    def explain_one_token(self) -> list[str]:
+        """For each layer, whether one decoded token of it is compiled (:mod:`seqarch.models.one_token`), or why not."""
+        return explain(self._layers())
 
     def channels(self) -> dict[str, ChannelMixer]:
         """The channel mixers, by ``layer_I``."""

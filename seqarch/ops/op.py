@@ -201,6 +201,11 @@ def _observed_by(observe: Callable[[Call], None]) -> Iterator[None]:
         _observers[:] = [other for other in _observers if other is not observe]
 
 
+def left_alone() -> bool:
+    """Whether nobody has chosen backends, and nobody collects which run."""
+    return not _chosen and not _observers
+
+
 @contextmanager
 def record_backends() -> Iterator[dict[str, dict[str, int]]]:
     """Collect, per operation, how often each backend really ran within the block."""

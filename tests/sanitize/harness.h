@@ -150,3 +150,4 @@ void delta_rule(Random& random);
 void linear(Random& random);
 void linear_attention(Random& random);
 void selective_scan(Random& random);
+void token(Random& random);

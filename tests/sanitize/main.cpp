@@ -12,6 +12,7 @@ int main(int count, char** arguments) {
         linear(random);
         linear_attention(random);
         selective_scan(random);
+        token(random);
     }
     std::printf("%d rounds: no error\n", rounds);
 }

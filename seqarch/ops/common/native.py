@@ -7,8 +7,8 @@ environment variable ``SEQARCH_ISA`` names an older one. That a library is missi
 :func:`unavailable` tells, never an error on import.
 
 A kernel's argument types: :class:`Pointer`, :class:`Rows` and :class:`Heads` take a tensor or ``None``, the last two
-with its strides, :class:`Offsets` a sequence of integers or ``None``, ``int32`` and ``int64`` an integer, ``float64`` a
-float.
+with its strides, :class:`Offsets` a sequence of integers or ``None``, :class:`Instructions` an array of them, ``int32``
+and ``int64`` an integer, ``float64`` a float.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 import seqarch
 from seqarch.ops.common.checks import accumulation_dtype, unknown_name
 
-INTERFACE = 5
+INTERFACE = 6
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
 
 ISAS = ("baseline", "avx2", "avx512")
@@ -90,6 +90,33 @@ class Offsets:
     @classmethod
     def from_param(cls, values: Sequence[int] | None) -> ctypes.Array[ctypes.c_int64] | None:
         return None if values is None else (ctypes.c_int64 * len(values))(*values)
+
+
+class Operand(ctypes.Structure):
+    """``seqarch_operand``: an address, and how far apart the rows of a batch lie."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride", int64))
+
+
+class Instruction(ctypes.Structure):
+    """``seqarch_instruction``: a step of ``seqarch_run_token``."""
+
+    _fields_ = (
+        *(("kind", int32), ("activation", int32), ("factor", float64)),
+        *(("rows", int64), ("sizes", int64 * 2), ("operands", Operand * 9)),
+    )
+
+
+class Instructions:
+    """Argument type: an array of :class:`Instruction`, as :meth:`of_length` makes it."""
+
+    @staticmethod
+    def of_length(count: int) -> Any:
+        return (Instruction * count)()
+
+    @classmethod
+    def from_param(cls, instructions: Any) -> Any:
+        return instructions
 
 
 class LibraryError(RuntimeError):

@@ -1,0 +1,120 @@
+"""One decoded token: the layers that can say it in instructions take it in a single compiled call.
+
+In torch a token of a small model takes longer in calls than in reading its weights. Which layers have instructions, and
+why others have none, ``Stack.explain_one_token`` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as global_hooks
+from torch.utils import _pytree as pytree
+
+from seqarch.ops.common import token_cpp
+from seqarch.ops.common.autocast import autocast_is_on
+from seqarch.ops.common.token_cpp import MOST_ROWS, Program, Unserved
+from seqarch.ops.op import left_alone
+
+if TYPE_CHECKING:
+    from seqarch.models.stack import StackLayer, StackState
+
+
+class OneToken:
+    """Runs one token through compiled programs where it can, anything else as ``otherwise`` does.
+
+    It can on a CPU, in float32, without gradients, for up to 4 rows, while no backend is chosen or recorded. Programs
+    are written when first needed, and again when layers have changed. They replace the state in place.
+    """
+
+    def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState]]):
+        self.otherwise = otherwise
+        self.programs: dict[int, list[tuple[Program | None, Sequence[StackLayer]]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OneToken, (self.otherwise,)  # without the addresses in programs: copies write their own
+
+    def __call__(
+        self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Any
+    ) -> tuple[Tensor, StackState]:
+        if cu_seqlens is not None or not _serves(x):
+            return self.otherwise(layers, x, state, cu_seqlens)
+        if state is None:
+            state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
+        after: list[Any] = []
+        for program, part in self._parts(layers, len(x)):
+            before = state[len(after) : len(after) + len(part)]
+            y = None if program is None else program.run(x, _tensors(before))
+            if y is None:
+                x, before = self.otherwise(part, x, before, None)
+            else:
+                x = y
+            after += before
+        return x, tuple(after)
+
+    def _parts(self, layers: Sequence[StackLayer], rows: int) -> list[tuple[Program | None, Sequence[StackLayer]]]:
+        parts = self.programs.get(rows, [])
+        known = chain.from_iterable(part for _, part in parts)
+        if not parts or [*known] != [*layers] or not all(program is None or program.holds() for program, _ in parts):
+            parts = self.programs[rows] = _write(layers, rows)
+        return parts
+
+
+def _serves(x: Tensor) -> bool:
+    return (
+        x.shape[1] == 1
+        and 0 < x.shape[0] <= MOST_ROWS
+        and type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not autocast_is_on(x.device)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+        and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+        and not global_hooks._has_any_global_hook()
+        and left_alone()
+        and token_cpp.unavailable() is None
+    )
+
+
+def _tensors(state: StackState) -> list[Tensor]:
+    """The tensors of a state as mixers' named tuples hold them."""
+    return [leaf for states in state for own in states if isinstance(own, tuple) for leaf in own if leaf is not None]
+
+
+def _write(layers: Sequence[StackLayer], rows: int) -> list[tuple[Program | None, Sequence[StackLayer]]]:
+    """Neighbouring layers that have instructions with their program, the others with none."""
+    reasons = {layer: _refusal(layer, rows) for layer in layers}
+    parts: list[tuple[Program | None, Sequence[StackLayer]]] = []
+    for refused, group in groupby(layers, key=lambda layer: reasons[layer] is not None):
+        part = list(group)
+        parts.append((None if refused else _program(part, rows), part))
+    return parts
+
+
+def _program(layers: Sequence[StackLayer], rows: int) -> Program:
+    program = Program(rows, layers[0].width, chain.from_iterable(layer.modules() for layer in layers))
+    for layer in layers:
+        states = [mixer.init_state(rows, 0, "meta") for mixer in layer.mixers]  # type: ignore[operator]
+        slots = pytree.tree_map_only(Tensor, lambda leaf: program.state(leaf.shape[1:]), states)
+        program.include(layer, program.input, slots)
+    program.finish()
+    return program
+
+
+def _refusal(layer: StackLayer, rows: int) -> str | None:
+    try:
+        _program([layer], rows)
+    except Unserved as reason:
+        return str(reason)
+    return None
+
+
+def explain(layers: Sequence[StackLayer]) -> list[str]:
+    """For each layer, whether one token of it is compiled, or why not."""
+    return [_refusal(layer, 1) or "compiled" for layer in layers]

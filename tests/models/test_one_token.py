@@ -1,0 +1,219 @@
+"""One decoded token in a single compiled call: the same numbers as in torch, and only where nobody would miss a thing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seqarch import ops
+from seqarch.layers import clone_state
+from seqarch.layers.mamba import Mamba
+from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
+from seqarch.ops.common import native, token_cpp
+from tests.laws import assert_close
+
+BOUND = 3e-6
+
+
+@dataclass
+class Runs:
+    """How many programs ran."""
+
+    count: int = 0
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    runs, run = Runs(), token_cpp.Program.run
+
+    def counted(*arguments: object) -> Tensor | None:
+        y = run(*arguments)  # type: ignore[arg-type]
+        runs.count += y is not None
+        return y
+
+    monkeypatch.setattr(token_cpp.Program, "run", counted)
+    return runs
+
+
+@pytest.fixture(params=native.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    with native.use_isa(request.param):
+        yield
+
+
+def make(pattern: str = "mamba", depth: int = 2, **options: object) -> Stack:
+    torch.manual_seed(0)
+    stack = Stack(StackConfig(d_model=96, pattern=pattern, depth=depth, **options))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in stack.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return stack
+
+
+def in_torch(stack: Stack, x: Tensor, state: object) -> tuple[Tensor, object]:
+    with ops.record_backends():  # whoever looks at operations sees them
+        return stack(x, state)
+
+
+def compare(stack: Stack, rows: int, runs: Runs, programs: int = 1) -> None:
+    """A few tokens after a context of some, against the same in torch."""
+    with torch.no_grad():
+        _, state = stack(torch.randn(rows, 7, 96))
+        other = clone_state(state)
+        for _ in range(5):
+            x, before = torch.randn(rows, 1, 96), runs.count
+            y, state = stack(x, state)
+            assert runs.count == before + programs
+            expected, other = in_torch(stack, x, other)
+            assert runs.count == before + programs
+            assert_close(y, expected, BOUND, "y")
+            for own, theirs in zip(_leaves(state), _leaves(other), strict=True):
+                assert_close(own, theirs, BOUND, "state")
+
+
+def _leaves(state: object) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("channel", ["none", "swiglu", "mlp"])
+def test_it_equals_torch_on_every_instruction_set(channel: str, runs: Runs):
+    stack = make(channel=channel, channels={"mlp": {"activation": "silu"}})
+    for rows in (1, 2, 4):
+        compare(stack, rows, runs)
+
+
+@pytest.mark.parametrize("options", [{"d_state": 5, "expand": 3, "conv_width": 2}, {"dt_rank": 1}, {"d_state": 40}])
+def test_odd_sizes(options: dict[str, int], runs: Runs):
+    compare(make(channel="none", mixers={"mamba": options}), 3, runs)
+
+
+def test_layers_without_instructions_stand_between(runs: Runs):
+    stack = make("2*mamba attention", depth=6)
+    compare(stack, 2, runs, programs=2)
+    said = stack.explain_one_token()
+    assert said[:2] == ["compiled"] * 2 and "Attention" in said[2] and said[3:] == said[:3]
+    assert make("mamba+attention", 1).explain_one_token() == ["mixers side by side have no instructions for one token"]
+
+
+def test_from_no_state_on(runs: Runs):
+    stack, x = make(), torch.randn(1, 1, 96)
+    with torch.no_grad():
+        y, _ = stack(x)
+        assert runs.count == 1
+        assert_close(y, in_torch(stack, x, None)[0], BOUND)
+
+
+def test_what_changes_in_a_layer_changes_its_program(runs: Runs):
+    stack = make()
+    mixer = stack.layers[0].mixers[0]  # type: ignore[union-attr, index]
+    compare(stack, 1, runs)
+    with torch.no_grad():
+        mixer.A_log += 1  # in place, as an optimizer does
+    compare(stack, 1, runs)
+    mixer.output.weight = nn.Parameter(torch.randn_like(mixer.output.weight))
+    compare(stack, 1, runs)
+    stack.load_state_dict({name: 2 * value for name, value in stack.state_dict().items()}, assign=True)
+    compare(stack, 1, runs)
+    stack.layers[1].norm.eps = 0.5  # type: ignore[union-attr]
+    compare(stack, 1, runs)
+
+
+def test_hooks_and_forward_passes_of_others_are_not_passed_over(runs: Runs):
+    stack, seen = make(), []
+    compare(stack, 1, runs)
+    mixer = stack.layers[1].mixers[0]  # type: ignore[union-attr, index]
+    with mixer.conv.register_forward_hook(lambda *_: seen.append(1)):
+        compare(stack, 1, runs)  # the first layer alone
+    assert len(seen) == 11  # the context, and five tokens twice
+    stack.layers[1].mixers[0].select = nn.Linear(192, 38, bias=False)  # type: ignore[union-attr, index]
+    assert "Linear has no instructions" in stack.explain_one_token()[1]
+    compare(stack, 1, runs)
+
+    class Louder(Mamba):
+        def forward(self, *arguments: object) -> tuple[Tensor, object]:
+            y, state = super().forward(*arguments)  # type: ignore[arg-type]
+            return 2 * y, state
+
+    stack.layers[1].mixers[0] = Louder(mixer.config)  # type: ignore[union-attr, index]
+    assert "Louder has no instructions" in stack.explain_one_token()[1]
+    compare(stack, 1, runs)
+
+
+def test_calls_that_programs_do_not_serve(runs: Runs):
+    stack, x = make(), torch.randn(1, 1, 96)
+    stack(x)  # gradients may be wanted
+    with torch.no_grad():
+        stack(torch.randn(5, 1, 96))
+        stack(torch.randn(1, 2, 96))
+        stack(torch.randn(0, 1, 96))
+        stack(x, cu_seqlens=[0, 1])
+        with ops.use_backends(selective_scan="recurrent_torch"):
+            stack(x)
+        with torch.autocast("cpu"):
+            stack(x)
+        make().double()(x.double())
+        stack.bfloat16()(x.bfloat16())
+    assert runs.count == 0
+    with torch.no_grad():
+        make()(x, make()(torch.randn(1, 3, 96).requires_grad_())[1])
+    assert runs.count == 1
+
+
+def test_a_state_that_gradients_go_through_is_left_as_it_was(runs: Runs):
+    stack, x = make(), torch.randn(1, 1, 96)
+    _, state = stack(torch.randn(1, 3, 96))
+    before = [leaf.detach().clone() for leaf in _leaves(state)]
+    with torch.no_grad():
+        stack(x, state)
+    assert runs.count == 0
+    assert all(torch.equal(leaf, old) for leaf, old in zip(_leaves(state), before, strict=True))
+
+
+def test_copies_have_programs_of_their_own(runs: Runs):
+    stack, x = make(), torch.randn(1, 1, 96)
+    with torch.no_grad():
+        y, _ = stack(x)
+        for other in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+            for parameter in stack.parameters():
+                parameter.fill_(torch.nan)
+            torch.testing.assert_close(other(x)[0], y, rtol=0, atol=0)
+            stack.load_state_dict(other.state_dict())
+    assert runs.count == 3
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(runs: Runs):
+    torch.manual_seed(0)
+    stack = Stack(StackConfig(d_model=512, pattern="mamba", depth=1, channel="swiglu"))
+    x, before, results = torch.randn(2, 1, 512), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                results.append(stack(x)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert runs.count == 3
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_a_state_that_does_not_fit_is_an_error():
+    stack = make()
+    with torch.no_grad(), pytest.raises(ValueError, match="the state has 2 rows, the call 1"):
+        stack(torch.randn(1, 1, 96), stack.init_state(2))
+
+
+def test_generation_runs_on_it(runs: Runs):
+    torch.manual_seed(0)
+    model = LanguageModel(LMConfig(vocab_size=50, d_model=96, pattern="mamba", depth=2))
+    text = model.generate([[1, 2, 3], [4, 5]], 6)
+    assert runs.count == 5
+    with ops.record_backends():
+        assert all(torch.equal(a, b) for a, b in zip(text, model.generate([[1, 2, 3], [4, 5]], 6), strict=True))
