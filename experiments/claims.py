@@ -144,7 +144,7 @@ def is_alive(identity: Mapping[str, Any]) -> bool:
     What is no process at all, such as a damaged file says, does not run.
     """
     pid = identity.get("pid")
-    if not isinstance(pid, int) or pid <= 0:  # 0 and below would address whole groups of processes
+    if type(pid) is not int or pid <= 0:  # 0 and below would address whole groups of processes
         return False
     if identity.get("host") != socket.gethostname():
         return True
