@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -51,7 +52,8 @@ class TrainState:
         train_seconds, eval_seconds: spent in training steps and on the validation split.
         processor_seconds: of all threads of the main process, in training steps: what a busy machine does not change
             much.
-        joules: energy that the machine reports for both; ``None`` where it reports none.
+        joules: energy that the machines report for both; ``None`` where they report none.
+        peak_memory_bytes, peak_gpu_memory_bytes: of the process that took most.
     """
 
     step: int = 0
@@ -64,6 +66,8 @@ class TrainState:
     eval_seconds: float = 0.0
     processor_seconds: float = 0.0
     joules: float | None = None
+    peak_memory_bytes: int = 0
+    peak_gpu_memory_bytes: int = 0
 
 
 class Damaged(RunnerError):
@@ -83,8 +87,11 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
-    def newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    def newest_first(self, last: float = math.inf) -> list[Path]:
+        """The checkpoints of steps up to ``last``; what else lies in the folder is none."""
+        names = ((path, path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        steps = {int(digits): path for path, digits in names if digits.isdecimal()}
+        return [steps[step] for step in sorted(steps, reverse=True) if step <= last]
 
     def save(self, content: Content, state: TrainState) -> None:
         """Write the checkpoint of ``state.step``, then remove those that are not to stay.
@@ -115,13 +122,16 @@ class Checkpoints:
                 self._prune()
         processes.barrier()
 
-    def resume(self, content: Content) -> TrainState | None:
+    def resume(self, content: Content, last: float = math.inf) -> TrainState | None:
         """Load the latest checkpoint that is intact into ``content``; ``None`` where there is no checkpoint.
+
+        Args:
+            last: none of a later step.
 
         Raises:
             RunnerError: there are checkpoints, and all are damaged.
         """
-        found = self.newest_first()
+        found = self.newest_first(last)
         for path in found:
             try:
                 return self.load(path, content)

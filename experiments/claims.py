@@ -2,6 +2,7 @@
 
 The file names the process, its machine and when it started, and is renewed every few seconds. A claim whose process is
 gone (same machine) or that was not renewed for a minute (another machine) is dead, and the next process takes it over.
+A job that a scheduler starts again elsewhere comes sooner than that, so whoever wants to work waits for a sign of life.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from experiments.files import read_json
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 TAKEOVER_ATTEMPTS = 5
+POLL_SECONDS = 0.5
 
 
 class ClaimLost(RunnerError):
@@ -44,14 +46,14 @@ class Claim:
         """Become the one process that works here.
 
         Raises:
-            RunnerError: another live process does.
+            RunnerError: another live process does; of one on another machine that shows within a minute.
             StorageError: the file cannot be written.
         """
         for _ in range(TAKEOVER_ATTEMPTS):
             if self._create():
                 return
-            holder = _read(self.path)
-            if holder is not None and self._is_live(holder):
+            holder, lives = self._settled(lambda: False)
+            if holder is not None and lives:
                 raise RunnerError(
                     f"{self.path.parent} is being trained by process {holder.get('pid')} on {holder.get('host')}; "
                     f"wait for it, or end it and start again"
@@ -62,6 +64,26 @@ class Claim:
     def is_held(self) -> bool:
         holder = _read(self.path)
         return holder is not None and self._is_live(holder)
+
+    def stays_held(self, hurry: Callable[[], bool]) -> bool:
+        """As :meth:`is_held`, and by a sign of life of a holder on another machine, unless there is ``hurry``."""
+        return self._settled(hurry)[1]
+
+    def _settled(self, hurry: Callable[[], bool]) -> tuple[dict[str, Any] | None, bool]:
+        """Who holds the claim, and whether that process lives: it renews the claim within seconds, or never more."""
+        seen = self._renewed()
+        while (holder := _read(self.path)) and self._is_live(holder):
+            if holder.get("host") == socket.gethostname() or self._renewed() != seen or hurry():
+                return holder, True
+            time.sleep(POLL_SECONDS)
+        return holder, False
+
+    def _renewed(self) -> float:
+        """When the claim was last renewed, in seconds since 1970; 0 where there is none."""
+        try:
+            return self.path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def renew(self) -> None:
         """Show that this process still works here.
@@ -127,10 +149,7 @@ class Claim:
             return False
         if holder.get("host") == socket.gethostname():
             return True
-        try:
-            return time.time() - self.path.stat().st_mtime < STALE_SECONDS
-        except FileNotFoundError:
-            return False
+        return time.time() - self._renewed() < STALE_SECONDS
 
 
 def process_identity(pid: int) -> dict[str, Any]:
@@ -144,7 +163,7 @@ def is_alive(identity: Mapping[str, Any]) -> bool:
     What is no process at all, such as a damaged file says, does not run.
     """
     pid = identity.get("pid")
-    if not isinstance(pid, int) or pid <= 0:  # 0 and below would address whole groups of processes
+    if type(pid) is not int or pid <= 0:  # 0 and below would address whole groups of processes
         return False
     if identity.get("host") != socket.gethostname():
         return True

@@ -218,6 +218,9 @@ class RunConfig:
                 raise ValueError(f"{name} must be usable as a folder's name, got {text!r}")
             if ".." in text.split("/"):
                 raise ValueError(f"{name} must not lead out of the runs folder, got {text!r}")
+        if self.train.batch_size % max(self.machine.processes, 1):
+            shares = f"train.batch_size is {self.train.batch_size}, machine.processes {self.machine.processes}"
+            raise ValueError(f"{shares}: every process has to get the same number of sequences")
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run: the resolved configuration without :data:`NOT_IDENTITY`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shlex
 import signal
 import sys
@@ -13,15 +12,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-import torch
-
 from experiments import environment, processes
 from experiments.checkpoints import TrainState
 from experiments.config import RunConfig
 from experiments.engine import Engine
 from experiments.errors import RunnerError
 from experiments.files import write_atomic, write_json
-from experiments.metering import measured_peak, price, utilisation
+from experiments.metering import measured_peak, peak_memory, price, utilisation
 from experiments.progress import Preempted
 from experiments.records import RunFolder
 from experiments.reporter import Silent
@@ -158,6 +155,7 @@ def _cost(run: Training) -> dict[str, Any]:
     given = run.config.machine.peak_flops
     peak = (given or measured_peak(device, config.precision)) * processes.count()
     tokens = state.step * config.batch_size * run.task.length
+    memory, gpu_memory = peak_memory(device)
     cost = {
         "steps": state.step,
         "bad_steps": state.bad_steps,
@@ -173,11 +171,11 @@ def _cost(run: Training) -> dict[str, Any]:
         "peak_flops_source": "given" if given else "a matrix product, measured",
         "utilisation": utilisation(flops, state.train_seconds, peak),
         "joules": state.joules,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": max(state.peak_memory_bytes, memory),
         **price(state.train_seconds + state.eval_seconds, run.config.machine.price_per_hour),
     }
     if device.type == "cuda":
-        cost["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        cost["peak_gpu_memory_bytes"] = max(state.peak_gpu_memory_bytes, gpu_memory)
     return cost
 
 

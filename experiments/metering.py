@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from experiments import processes
 from experiments.checkpoints import TrainState
 
 POWERCAP = Path("/sys/class/powercap")
@@ -18,10 +20,10 @@ PEAK_TRIALS = 10
 
 
 class Meter:
-    """Time since the last lap, and the energy of everything between: for the counters of a :class:`TrainState`."""
+    """Time since the last lap, energy and memory of all processes: for the counters of a :class:`TrainState`."""
 
     def __init__(self, device: torch.device):
-        self._energy = EnergyMeter(device)
+        self._device, self._energy = device, EnergyMeter(device)
         self._lap, self._worked = time.perf_counter(), time.process_time()
 
     def seconds(self) -> float:
@@ -44,20 +46,33 @@ class Meter:
         self._spent(state)
 
     def _spent(self, state: TrainState) -> None:
-        joules = self._energy.joules()
-        if joules is not None:
-            state.joules = (state.joules or 0.0) + joules
+        joules, memory, gpu_memory = zip(
+            *processes.gather((self._energy.joules(), *peak_memory(self._device))), strict=True
+        )
+        spent = [each for each in joules if each is not None]
+        if spent:
+            state.joules = (state.joules or 0.0) + sum(spent)
+        state.peak_memory_bytes = max(state.peak_memory_bytes, *memory)
+        state.peak_gpu_memory_bytes = max(state.peak_gpu_memory_bytes, *gpu_memory)
+
+
+def peak_memory(device: torch.device) -> tuple[int, int]:
+    """The most bytes that this process has held at a time, in the machine's memory and in the device's own."""
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return held, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 class EnergyMeter:
     """The energy of the machine's processors (RAPL) and of a GPU (NVML, through ``pynvml``), where it can be read.
 
-    Both count for whoever else uses them at the time. RAPL's counters begin again after some hundred kilojoules, which
-    a busy processor takes a quarter of an hour for: one lap of them is made up for, so read more often than that.
+    Each process counts its GPU, and one of each machine the processors; both for whoever else uses them at the time.
+    RAPL's counters begin again after some hundred kilojoules, which a busy processor takes a quarter of an hour for:
+    one lap of them is made up for, so read more often than that.
     """
 
     def __init__(self, device: torch.device, powercap: Path | None = None):
-        self._counters = [*_packages(powercap or POWERCAP), *_gpu(device)]
+        packages = _packages(powercap or POWERCAP) if processes.is_first_of_machine() else []
+        self._counters = [*packages, *_gpu(device)]
         self._last = [read() for read, _ in self._counters]
 
     def joules(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, choices_hint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -34,10 +35,16 @@ def as_override(argument: str) -> str:
 
     Hydra knows only the keys that some YAML mentions: it would refuse an option left at its default, and name no
     near key for a misspelt one. Groups, ``hydra.*`` and arguments with a sign of their own stay as they are.
+
+    Raises:
+        ConfigError: it sets a group to nothing, of which Hydra would make a traceback.
     """
-    key = argument.partition("=")[0]
+    key, _, value = argument.partition("=")
     is_value = re.fullmatch(r"[A-Za-z_][\w.]*", key) and "=" in argument
     is_group = (CONFIGS / key).is_dir() or key.partition(".")[0] == "hydra"
+    if is_group and value.strip().lower() == "null":
+        choices = [path.stem for path in (CONFIGS / key).glob("*.yaml")]
+        raise ConfigError(f"{argument}: {choices_hint(value, choices)}")
     return f"++{argument}" if is_value and not is_group else argument
 
 
@@ -70,5 +77,9 @@ def parse_choice(argument: str) -> tuple[str, Any]:
     value = override.value()
     key = override.get_key_element()
     if isinstance(value, IntervalSweep):
-        return key, Interval(float(value.start or 0), float(value.end or 0), "log" in value.tags)
+        interval = Interval(float(value.start or 0), float(value.end or 0), "log" in value.tags)
+        if not (0 if interval.log else -math.inf) < interval.low < interval.high < math.inf:
+            above = " above 0" if interval.log else ""
+            raise ConfigError(f"{argument}: expected two finite numbers{above}, the smaller one first")
+        return key, interval
     return key, list(override.sweep_string_iterator()) if override.is_sweep_override() else value

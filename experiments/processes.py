@@ -29,6 +29,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_of_machine() -> bool:
+    """Whether this is the process that speaks for its machine, among those that torchrun started there."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def join(device: torch.device) -> None:
     """Meet the other processes, unless there are none or it is done. Numbers on the CPU travel by gloo."""
     if count() > 1 and not dist.is_initialized():

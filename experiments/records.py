@@ -23,6 +23,9 @@ from experiments.config import RunConfig, run_config, to_dict
 from experiments.errors import ConfigError, RunnerError, writing
 from experiments.files import read_json, write_atomic, write_json
 
+KINDS = {"status": str, "attempt": int, "reason": str, "results": dict, "metric": dict, "cost": dict}
+"""Of the entries of ``run.json`` on which the runner relies, where they are there."""
+
 
 class RunFolder:
     """A run's folder by path; nothing is touched before :meth:`create`."""
@@ -83,14 +86,13 @@ class RunFolder:
         """What ``run.json`` holds.
 
         Raises:
-            RunnerError: it cannot be read, or says that the run is finished and has no results.
+            RunnerError: it cannot be read, or is not what a training process leaves.
         """
         record = read_json(self.run_file) or {}
-        results = record.get("results")
-        if record.get("status") == "finished" and not (isinstance(results, dict) and "test" in results):
+        if damage := _damage(record):
             raise RunnerError(
-                f"cannot read {self.run_file}: it says that the run is finished and holds no results; delete it, and"
-                " the run's command goes on from the last checkpoint"
+                f"cannot read {self.run_file}: {damage}; delete it, and the run's command goes on from the last"
+                " checkpoint"
             )
         return record
 
@@ -130,6 +132,17 @@ class RunFolder:
         if self.claim.is_own():
             self.progress_file.unlink(missing_ok=True)
             self.claim.release()
+
+
+def _damage(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a record, ``None`` if nothing that the runner relies on is."""
+    for key, kind in KINDS.items():
+        if key in record and type(record[key]) is not kind:
+            return f"its {key} is {record[key]!r}"
+    results = record.get("results", {})
+    if record.get("status") == "finished" and not isinstance(results.get("test"), (int, float)):
+        return "it says that the run is finished and holds no results"
+    return None
 
 
 def _metrics_line(line: str) -> dict[str, Any] | None:

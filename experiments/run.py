@@ -140,7 +140,11 @@ def watch_signals() -> threading.Event:
 
 def main() -> int:
     os.environ["SEQARCH_COMMAND"] = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
-    sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
+    try:
+        sys.argv[1:] = [as_override(argument) for argument in sys.argv[1:]]
+    except RunnerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     os.environ["SEQARCH_SWEEP"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     stopped = watch_signals()
     code, killed = 0, False

@@ -61,8 +61,10 @@ def _bring_about(
         return "repeated", f"as run {first + 1}"
     if folder.status() == "finished":
         return "kept", _summary(folder)
-    if folder.claim.is_held():
+    if folder.claim.stays_held(board.should_stop):
         return _taken(folder, board, job, "another sweep is training it")
+    if folder.status() == "finished":  # Meanwhile, by whoever held it.
+        return "kept", _summary(folder)
     folder.create(config)
     if config.machine.processes == 0:
         return "made", f"torchrun ... -m experiments.train {folder.path}"
@@ -212,8 +214,8 @@ def _ending(code: int) -> str:
 def _summary(folder: RunFolder) -> str:
     record = folder.record()
     results, metric, cost = record.get("results", {}), record.get("metric", {}), record.get("cost", {})
-    name, value = metric.get("label", "metric").lower(), results.get("test", float("nan"))
-    return f"test {name} {value:.4g} after {cost.get('steps')} steps"
+    name = str(metric.get("label", "metric")).lower()
+    return f"test {name} {results['test']:.4g} after {cost.get('steps')} steps"
 
 
 def _name(composed: Mapping[str, Any]) -> str:

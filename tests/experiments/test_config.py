@@ -46,6 +46,7 @@ def plain(tmp_path):
         ("model.mixers", {"attention": 2}, ["model.mixers.attention", "expected a mapping"]),
         ("model", "attention", ["model", "expected a mapping"]),
         ("experiment", "../elsewhere", ["experiment", "'../elsewhere'"]),
+        ("machine.processes", 3, ["train.batch_size is 8, machine.processes 3", "the same number"]),
     ],
 )
 def test_a_wrong_value_is_named_by_its_path(tmp_path, path, value, told):

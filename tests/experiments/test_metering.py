@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from experiments.checkpoints import TrainState
 from experiments.metering import EnergyMeter, Meter, measured_peak, utilisation
 
 from .conftest import tiny_config, train_here
@@ -37,6 +38,22 @@ def test_a_counter_that_begins_again_is_made_up_for(tmp_path):
 
 def test_a_machine_that_reports_no_energy_has_none(tmp_path):
     assert EnergyMeter(CPU, tmp_path / "nothing").joules() is None
+
+
+def test_processors_are_counted_once_a_machine_and_the_peak_is_the_highest(tmp_path, monkeypatch):
+    counter(tmp_path, "intel-rapl:0", 0)
+    monkeypatch.setattr("experiments.metering.POWERCAP", tmp_path)
+    first, state = Meter(CPU), TrainState()
+    with monkeypatch.context() as other:
+        other.setenv("LOCAL_RANK", "1")
+        second = EnergyMeter(CPU)
+    counter(tmp_path, "intel-rapl:0", 900_000)
+    assert second.joules() is None
+    others = [(None, 2**50, 7), (2.0, 5, 0)]
+    monkeypatch.setattr("experiments.processes.gather", lambda own: [own, *others])
+    first.trained(state)
+    assert state.joules == pytest.approx(2.9)
+    assert (state.peak_memory_bytes, state.peak_gpu_memory_bytes) == (2**50, 7)
 
 
 def test_energy_and_time_reach_the_record_and_go_on_after_a_stop(tmp_path, monkeypatch):

@@ -6,8 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -145,6 +148,25 @@ class TestWriting:
         assert read_json(tmp_path / "none.json") is None
 
 
+@contextmanager
+def renewed(path) -> Iterator[None]:
+    """A claim that its holder renews, wherever that is."""
+    over = threading.Event()
+
+    def renew():
+        while not over.wait(0.05):
+            with suppress(FileNotFoundError):
+                os.utime(path)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 class TestClaim:
     def test_only_one_of_many_gets_it(self, tmp_path):
         def attempt(_):
@@ -182,7 +204,7 @@ class TestClaim:
         claim = Claim(tmp_path / "claim.json")
         claim.path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "1"}))
         assert claim.is_held()
-        with pytest.raises(RunnerError, match="on elsewhere"):
+        with renewed(claim.path), pytest.raises(RunnerError, match="on elsewhere"):
             claim.take()
         old = time.time() - STALE_SECONDS - 1
         os.utime(claim.path, (old, old))
@@ -191,6 +213,17 @@ class TestClaim:
         assert claim.is_held()
         os.utime(claim.path, (old, old))
         claim.take()
+
+    def test_a_machine_that_went_down_a_moment_ago_is_waited_out(self, tmp_path, monkeypatch):
+        """As when a scheduler starts its job again elsewhere at once: no sign of life comes, and the claim is stale."""
+        monkeypatch.setattr("experiments.claims.STALE_SECONDS", 1.0)
+        claim = Claim(tmp_path / "claim.json")
+        claim.path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "1"}))
+        assert claim.stays_held(lambda: True)
+        assert not claim.stays_held(lambda: False)
+        os.utime(claim.path)
+        claim.take()
+        assert claim.is_own()
 
     def test_a_claim_that_was_taken_over_is_neither_renewed_nor_released(self, tmp_path):
         folder = RunFolder(tmp_path)
@@ -218,7 +251,7 @@ class TestClaim:
             claim.path.write_text(third)
 
         monkeypatch.setattr("experiments.claims.os.rename", amid)
-        with pytest.raises(RunnerError, match="trained by process 3 on elsewhere"):
+        with renewed(claim.path), pytest.raises(RunnerError, match="trained by process 3 on elsewhere"):
             claim.take()
         assert claim.path.read_text() == third
         assert list(tmp_path.iterdir()) == [claim.path]

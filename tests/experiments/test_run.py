@@ -135,6 +135,7 @@ def test_a_board_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch
         (["train.lrr=1"], "error: train.lrr: unknown key, expected one of"),
         (["task=mqra"], "Could not find 'task/mqra'"),
         (["launcher=job"], "Could not find 'launcher/job'"),
+        (["model=attention", "task=null"], "error: task=null: expected one of mqar, stdlib_text"),
         (["runs=occupied"], "error: cannot write occupied/.sweeps"),
         (["--multirun", "train.lr=interval(0, 1)"], "experiments.search searches intervals"),
         (["--multirun", "launcher=submitit", "hydra.launcher.partition=none"], "error: launcher=submitit needs Slurm"),
@@ -202,6 +203,25 @@ class TestJob:
         assert (
             f"cannot read {folder.run_file}: it says that the run is finished and holds no results" in entry["message"]
         )
+
+    @pytest.mark.parametrize(
+        ("record", "told"),
+        [
+            ({"status": 3}, "its status is 3"),
+            ({"status": "failed", "attempt": "x"}, "its attempt is 'x'"),
+            ({"status": "finished", "results": {"test": "x"}}, "holds no results"),
+            ({"status": "finished", "results": {"test": 1}, "metric": 3}, "its metric is 3"),
+        ],
+    )
+    def test_a_record_changed_by_hand_is_refused_with_its_path(self, tmp_path, record, told):
+        config = tiny_config(tmp_path)
+        folder = RunFolder(config.folder())
+        folder.create(config)
+        folder.run_file.write_text(json.dumps(record))
+        entry = self.outcome(tmp_path, config)
+        assert entry["status"] == "refused"
+        assert str(folder.run_file) in entry["message"]
+        assert told in entry["message"]
 
     @pytest.mark.parametrize("first", [0, 1])
     def test_a_run_that_the_sweep_names_twice_is_trained_once(self, tmp_path, first):

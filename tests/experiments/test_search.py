@@ -52,6 +52,9 @@ def test_arguments_are_in_hydras_grammar(argument, value):
         ([*SPACE, "train.lrr=1"], "train.lrr: unknown key"),
         ([*SPACE, "model=none"], "Could not find 'model/none'"),
         (["train.lr=interval(1"], "no viable alternative|missing"),
+        (["train.lr=interval(1, 0)"], "expected two finite numbers, the smaller one first"),
+        (["train.lr=tag(log, interval(0, 1))"], "expected two finite numbers above 0, the smaller one first"),
+        ([*SPACE, "train=null"], "train=null: expected one of default"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(tmp_path, arguments, told):

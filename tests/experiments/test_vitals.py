@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from experiments.config import TrainConfig
+from experiments.errors import RunnerError
+from experiments.replay import replay
 from experiments.train import Run
 from experiments.vitals import SPIKE_FROM, Vitals
 
@@ -121,6 +123,43 @@ def test_a_bad_step_stops_the_run_and_its_batch_is_kept(tmp_path, monkeypatch):
     assert "training diverged at step 7: the loss is " in folder.record()["reason"]
     assert f"its batch is {path}; the last good checkpoint is" in folder.record()["reason"]
     assert path.exists()
+
+
+def test_a_bad_step_is_met_again_to_the_bit(tmp_path):
+    """By the weights that its batch met: of a checkpoint before, or from the beginning where none is left."""
+    config = tiny_config(tmp_path, train__steps=60, train__spike=1.01, train__bad_step="skip", train__eval_every=25)
+    _, folder = train_here(config)
+    kept = sorted(folder.bad.iterdir())
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    met = [replay(path) for path in (kept[0], kept[-1])]
+    assert [again.began for again in met] == [0, 50]
+    for again in met:
+        assert (again.loss, again.grad_norm) == (again.recorded.loss, again.recorded.grad_norm)
+        assert again.layer is None
+        assert math.hypot(*again.gradients.values()) == pytest.approx(again.grad_norm, rel=1e-5)
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_step_without_numbers_tells_where_they_end(tmp_path):
+    config = tiny_config(tmp_path, train__lr=1e38, train__grad_clip=0.0, model__depth=2)
+    _, folder = train_here(config)
+    (path,) = folder.bad.iterdir()
+    again = replay(path)
+    assert math.isnan(again.loss)
+    assert math.isnan(again.recorded.loss)
+    assert again.layer == 1
+    assert not math.isfinite(next(iter(again.gradients.values())))
+    assert "not finite from layer 1 on" in str(again)
+
+
+@pytest.mark.parametrize("content", [None, b"not a batch"])
+def test_what_is_no_batch_of_a_bad_step_is_named(tmp_path, content):
+    path = tmp_path / "bad" / "step-000003.npz"
+    if content is not None:
+        path.parent.mkdir()
+        path.write_bytes(content)
+    with pytest.raises(RunnerError, match=r"step-000003.npz is not the batch of a bad step"):
+        replay(path)
 
 
 def test_a_run_without_looks_learns_of_a_bad_step_within_sixteen(tmp_path, monkeypatch):

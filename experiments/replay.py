@@ -1,0 +1,133 @@
+"""Meets a bad step again: ``python -m experiments.replay runs/mqar/mamba2-seed0-.../bad/step-000123.npz``
+
+The weights are those that the batch met: from the last checkpoint before it that is still there, or from the beginning,
+the steps between are taken once more. One process repeats a run of one process to the bit, one of several up to
+rounding. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.config import TrackerConfig
+from experiments.errors import RunnerError
+from experiments.records import RunFolder
+from experiments.reporter import Silent
+from experiments.tasks.task import Batch
+from experiments.train import READ_EVERY, Run
+from experiments.vitals import Reading
+
+SHOWN = 8
+"""Parameters, those of the largest gradients first."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a bad step was, and what it is now.
+
+    Attributes:
+        recorded: what training saw.
+        began: the step of the checkpoint that the way there began at; 0 for the beginning.
+        loss, grad_norm: now.
+        layer: the first one, counted from 1, with an output that is not finite; ``None`` if there is none.
+        gradients: the norm of each parameter's gradient, the largest first and before them those that are no numbers.
+    """
+
+    recorded: Reading
+    began: int
+    loss: float
+    grad_norm: float
+    layer: int | None
+    gradients: dict[str, float]
+
+    def __str__(self) -> str:
+        recorded, of = self.recorded, len(self.gradients)
+        lines = [
+            f"step {recorded.step}, with the steps after {self.began} taken again",
+            f"    recorded: loss {recorded.loss}, gradient norm {recorded.grad_norm}",
+            f"    now:      loss {self.loss}, gradient norm {self.grad_norm}",
+            f"    outputs:  {'all are finite' if self.layer is None else f'not finite from layer {self.layer} on'}",
+            f"    gradients, the largest of {of}:",
+        ]
+        largest = list(self.gradients.items())[:SHOWN]
+        return "\n".join(lines + [f"        {norm:<12.5g}{name}" for name, norm in largest])
+
+
+def replay(path: Path) -> Replay:
+    """Go back to the step of a batch that training kept, and take it without moving the weights.
+
+    Raises:
+        RunnerError: it is no such batch.
+    """
+    recorded, batch = _read(path)
+    folder = RunFolder(path.parent.parent)
+    run = Run(replace(folder.config(), tracker=TrackerConfig()), folder)
+    run.reporter = Silent()
+    began = _go_back(run, recorded.step - 1)
+    layers: list[int] = []
+    for number, layer in enumerate(run.model.stack.layers, 1):
+        layer.register_forward_hook(lambda _, __, output, number=number: _note(layers, number, output))
+    loss = run.engine.gradients(run.model, batch)
+    norms = {name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None}
+    order = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
+    return Replay(
+        recorded,
+        began,
+        loss.item(),
+        run.engine.clip(run.model).item(),
+        min(layers, default=None),
+        {name: norms[name] for name in order},
+    )
+
+
+def _read(path: Path) -> tuple[Reading, Batch]:
+    try:
+        with np.load(path) as kept:
+            reading = Reading(*(kept[name].item() for name in Reading._fields))
+            return reading, Batch(kept["tokens"], kept["targets"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        there = sorted(str(each) for each in path.parent.glob("step-*.npz"))
+        kept = f"; {path.parent} holds {', '.join(each.rpartition('/')[2] for each in there)}" if there else ""
+        raise RunnerError(f"{path} is not the batch of a bad step ({error}){kept}") from error
+
+
+def _go_back(run: Run, step: int) -> int:
+    """Put a run into the state that it had after a step; where the way there began."""
+    run.state = run.checkpoints.resume(run.content(), step) or run.state
+    began = run.state.step
+    while run.state.step < step:
+        run.step()
+        run.state.step += 1
+        if run.state.step % READ_EVERY == 0:
+            run.vitals.read()
+    return began
+
+
+def _note(layers: list[int], number: int, output: object) -> None:
+    """Note a layer whose output, the first of what it returns, is not finite."""
+    first = output[0] if isinstance(output, tuple) else output
+    if isinstance(first, torch.Tensor) and not first.isfinite().all():
+        layers.append(number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Meet a bad step of a run again.")
+    parser.add_argument("batch", type=Path, help="a file of the folder bad in a run's folder")
+    try:
+        print(replay(parser.parse_args().batch))
+    except RunnerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
