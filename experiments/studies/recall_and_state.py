@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from experiments.figures import bytes_text, test_of
-from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.reading import Comparison, Variant
 from experiments.studies import plots
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep
@@ -143,11 +143,7 @@ class RecallAndState(Study):
 
 
 def chosen(runs: Runs) -> Comparison:
-    return runs.comparison(EXPERIMENT, two_layers)
-
-
-def two_layers(run: RecordedRun) -> bool:
-    return run.config["model"]["depth"] == 2
+    return runs.comparison(EXPERIMENT)
 
 
 def span(comparison: Comparison) -> str:
