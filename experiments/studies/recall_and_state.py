@@ -52,6 +52,7 @@ EQUAL_STATE = 20 * 1024
 class RecallAndState(Study):
     name = "recall_and_state"
     title = "Recall is bought with state"
+    history = ("validation_accuracy",)
     sweeps: ClassVar[Mapping[str, Sweep]] = {
         "recorded": Sweep("experiment=recall_and_state seed=0,1,2 train.lr=3e-3,1e-2", ARMS),
         "small": Sweep("experiment=recall_and_state seed=0,1,2 train.lr=1e-2", SMALL),
