@@ -104,7 +104,7 @@ class Length(Study):
             ),
             Claim(
                 "recurrent states extrapolate",
-                "Recurrent models and windows stay good (Gu and Dao 2023, figure 8 for Mamba)",
+                "Recurrent models and windows stay good (Gu and Dao 2023, on other tasks)",
                 "the same, which is negative where a longer file is easier",
                 max(change[name] for name in recurrent) <= WORSE,
             ),

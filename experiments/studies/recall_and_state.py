@@ -100,13 +100,13 @@ class RecallAndState(Study):
         return [
             Claim(
                 "attention recalls all",
-                "Attention recalls everything (Arora et al. 2023, figure 2)",
+                "Attention recalls everything (Arora et al. 2023)",
                 told["attention"],
                 best["attention"] > 0.99,
             ),
             Claim(
                 "more state, more recall",
-                "Within a mixer, recall grows with its state (Arora et al. 2024, figure 2)",
+                "Within a mixer, recall grows with its state (Arora et al. 2024)",
                 "; ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in ends.items()),
                 all(high > low for low, high in ends.values()),
             ),
