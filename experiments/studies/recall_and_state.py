@@ -25,7 +25,7 @@ ARMS = (
     "model=attention",
     HEADS["delta_net"] + "16,8,2",
     HEADS["gla"] + "16,2",
-    "model=mamba2 model.mixers.mamba2.d_state=4,16",
+    "model=mamba2 model.mixers.mamba2.d_state=4,16,64",
     HEADS["gated_delta_net"] + "16,2",
     HEADS["retention"] + "2",
     "model=linear_attention",
