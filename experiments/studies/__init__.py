@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from experiments.studies.efficiency import Efficiency
+from experiments.studies.experts import Experts
 from experiments.studies.hybrids import Hybrids
 from experiments.studies.learning_rate import LearningRate
+from experiments.studies.length import Length
 from experiments.studies.recall_and_state import RecallAndState
 from experiments.studies.study import Study
 
@@ -13,6 +16,9 @@ STUDIES: dict[str, Study] = {
         RecallAndState(),
         Hybrids(),
         LearningRate(),
+        Length(),
+        Efficiency(),
+        Experts(),
     )
 }
 """By name; a study stands after those whose records it uses."""
