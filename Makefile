@@ -1,15 +1,16 @@
-# make demo | test | lint | bench | docs: each sets up what it needs in .venv, from nothing but this checkout.
+# make demo | results-small | test | lint | bench | docs: each sets up what it needs in .venv, from nothing but this checkout.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test test-slow sanitize lint bench docs clean
+.PHONY: help demo results-small test test-slow sanitize lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train small stacks on two tasks and compare them: runs/demo/report (8 minutes on two cores)"
+	@echo "make results-small  the small version of every page of docs/results: runs/results/small"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that build the package or take long"
 	@echo "make sanitize   the compiled kernels under the address and undefined behaviour sanitizers (a minute)"
@@ -32,6 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -t
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.demo
+
+results-small: $(INSTALLED)
+	$(BIN)/python -m experiments.study --all --version small
 
 # One thread a worker: two workers with two threads each are slower than either alone.
 test: $(INSTALLED)

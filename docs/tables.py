@@ -1,15 +1,14 @@
 """The generated parts of the documentation: ``python -m docs.tables`` writes them, a test fails where they are stale.
 
 README.md, docs/bench.md and docs/mixers.md hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the
-pages of docs/ops/ are generated whole. All of it comes from the registries, the docstrings and the measurements kept in
-docs/results, so it is the same on every machine, whatever backends run there.
+pages of docs/ops/ are generated whole; so do the pages of docs/results. All of it comes from the registries, the
+docstrings and the measurements kept in docs/results, so it is the same on every machine, whatever backends run there.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from itertools import chain
@@ -21,6 +20,8 @@ import torch
 from docs.benchmarks import bench_tables
 from docs.costs import costs
 from docs.docstrings import cell, entries, first_sentence, markdown, module_docstring, source, split_sections
+from experiments.blocks import fill, table
+from experiments.studies.page import PAGES, blocks
 from seqarch import ops
 from seqarch.layers import CHANNEL_MIXERS, FAMILIES, MIXERS, ChannelMixer, Mixer, build_channel_mixer, build_mixer
 from seqarch.ops import OPS, Op
@@ -29,12 +30,6 @@ from tests.laws import LAWS
 ROOT = Path(__file__).resolve().parents[1]
 MIXERS_PAGE = Path("docs/mixers.md")
 Layer = type[Mixer] | type[ChannelMixer]
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def layers() -> dict[str, Layer]:
@@ -150,23 +145,8 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
     Path("docs/bench.md"): {"bench": bench_tables},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},
+    **{page: blocks(name) for name, page in PAGES.items()},
 }
-
-
-def fill(text: str, blocks: dict[str, Callable[[], str]]) -> str:
-    """A page with its generated blocks renewed.
-
-    Raises:
-        ValueError: a block's markers are missing.
-    """
-    for name, make in blocks.items():
-        marker = f"<!-- generated: {name} -->"
-        pattern = re.compile(rf"{re.escape(marker)}\n.*?<!-- end -->", re.DOTALL)
-        content = f"{marker}\n\n{make()}\n\n<!-- end -->"
-        text, found = pattern.subn(lambda _, content=content: content, text)
-        if found != 1:
-            raise ValueError(f"expected one block between {marker} and <!-- end -->, found {found}")
-    return text
 
 
 def signature(name: str) -> str:

@@ -49,6 +49,8 @@ class TrainState:
         stale: looks at the validation split since then.
         bad_steps: steps that were skipped, as ``train.bad_step`` says.
         train_seconds, eval_seconds: spent in training steps and on the validation split.
+        processor_seconds: of all threads of the main process, in training steps: what a busy machine does not change
+            much.
         joules: energy that the machine reports for both; ``None`` where it reports none.
     """
 
@@ -60,6 +62,7 @@ class TrainState:
     bad_steps: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
+    processor_seconds: float = 0.0
     joules: float | None = None
 
 

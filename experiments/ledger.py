@@ -165,6 +165,7 @@ def _cost(run: Training) -> dict[str, Any]:
         "processes": processes.count(),
         "train_seconds": state.train_seconds,
         "eval_seconds": state.eval_seconds,
+        "processor_seconds": state.processor_seconds,
         "tokens_per_second": tokens / max(state.train_seconds, 1e-9),
         "flops": flops,
         "flops_formula": FLOPS_FORMULA,

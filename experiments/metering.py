@@ -22,22 +22,25 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self._energy = EnergyMeter(device)
-        self._lap = time.perf_counter()
+        self._lap, self._worked = time.perf_counter(), time.process_time()
 
     def seconds(self) -> float:
         return time.perf_counter() - self._lap
 
-    def lap(self) -> float:
-        """The seconds since the last lap; a new one begins."""
-        before, self._lap = self._lap, time.perf_counter()
-        return self._lap - before
+    def lap(self) -> tuple[float, float]:
+        """The seconds since the last lap, by the clock and of the processor; a new one begins."""
+        before, worked = self._lap, self._worked
+        self._lap, self._worked = time.perf_counter(), time.process_time()
+        return self._lap - before, self._worked - worked
 
     def trained(self, state: TrainState) -> None:
-        state.train_seconds += self.lap()
+        seconds, processor_seconds = self.lap()
+        state.train_seconds += seconds
+        state.processor_seconds += processor_seconds
         self._spent(state)
 
     def evaluated(self, state: TrainState) -> None:
-        state.eval_seconds += self.lap()
+        state.eval_seconds += self.lap()[0]
         self._spent(state)
 
     def _spent(self, state: TrainState) -> None:

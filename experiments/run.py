@@ -173,7 +173,8 @@ def main() -> int:
 def close_boards() -> list[dict[str, Any]]:
     """Take down what :func:`open_board` put up; what every job posted last."""
     entries = []
-    for board, monitor in _monitors:
+    while _monitors:
+        board, monitor = _monitors.pop()
         entries += monitor.close()
         board.remove()
     return entries

@@ -68,14 +68,22 @@ RULES: dict[Any, Any] = {
 
 @contextmanager
 def figure(
-    paths: list[Path], columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 4.0), **options
+    paths: list[Path],
+    columns: int = 1,
+    rows: int = 1,
+    size: tuple[float, float] = (6.4, 4.0),
+    source: str | None = None,
+    **options,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with its axes, saved to each path (the ending chooses the format) at the end of the block."""
+    """A figure with its axes, saved to each path (the ending chooses the format) at the end of the block.
+
+    ``source``, such as a hash of the data that is drawn, is kept in a PNG's text.
+    """
     with plt.rc_context(RULES):
         drawing, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
         yield drawing, list(axes.flat)
         for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+            metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None, "Source": source}
             drawing.savefig(path, metadata=metadata)
         plt.close(drawing)
 

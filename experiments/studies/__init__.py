@@ -1,0 +1,22 @@
+"""The questions of docs/results: a file each, and what they share. ``python -m experiments.study NAME`` answers one."""
+
+from __future__ import annotations
+
+from experiments.studies.experts import Experts
+from experiments.studies.hybrids import Hybrids
+from experiments.studies.learning_rate import LearningRate
+from experiments.studies.length import Length
+from experiments.studies.recall_and_state import RecallAndState
+from experiments.studies.study import Study
+
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        RecallAndState(),
+        Hybrids(),
+        LearningRate(),
+        Length(),
+        Experts(),
+    )
+}
+"""By name; a study stands after those whose records it uses."""

@@ -1,0 +1,242 @@
+"""A little attention goes a long way: layers of attention among recurrent ones, on recall and on text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from matplotlib.axes import Axes
+
+from experiments.figures import bytes_text, metric_label, test_of
+from experiments.reading import Comparison, Variant
+from experiments.studies import plots
+from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.sweep import Sweep
+from experiments.style import COLOURS, pattern_mixers
+from seqarch.models import parse_pattern
+
+
+def mixed(name: str, pattern: str) -> str:
+    """An arm of one hybrid."""
+    return f"model=hybrid model.name={name} 'model.pattern=\"{pattern}\"'"
+
+
+PURE = "model=attention,delta_net"
+RATIOS = (
+    mixed("1_to_1", "delta_net attention"),
+    mixed("1_to_3", "2*delta_net attention delta_net"),
+)
+PLACES = (
+    mixed("1_to_3_first", "attention 3*delta_net"),
+    mixed("1_to_3_last", "3*delta_net attention"),
+)
+OTHER = ("model=gla", mixed("1_to_3_gla", "2*gla attention gla"))
+RECALL, TEXT = "experiment=hybrids_recall", "experiment=hybrids_text"
+RATES = {RECALL: "train.lr=4e-3,1e-2", TEXT: "train.lr=3e-3,1e-2"}
+EXPERIMENTS = ("results/hybrids_recall", "results/hybrids_text")
+SHARE_MARKERS = {0.0: "o", 0.125: "v", 0.25: "s", 0.5: "D", 1.0: "^"}
+"""A marker for each share of layers that are attention."""
+
+EIGHT = (
+    *RATIOS,
+    mixed("1_to_7", "4*delta_net attention 3*delta_net"),
+    mixed("1_to_7_first", "attention 7*delta_net"),
+    mixed("1_to_7_last", "7*delta_net attention"),
+    *PLACES,
+    *OTHER,
+    mixed("1_to_7_gla", "4*gla attention 3*gla"),
+    "model=mamba2",
+    mixed("1_to_3_mamba2", "2*mamba2 attention mamba2"),
+)
+LARGE_TASKS = (
+    f"{RECALL} train.lr=1e-3,3e-3,1e-2 task.vocab_size=8192 task.length=256 task.pairs=64 train.batch_size=256"
+    " train.steps=8000",
+    f"{TEXT} train.lr=5e-4,1e-3,2e-3 task.length=2048 task.eval_length=16384 train.batch_size=64 train.steps=10000",
+)
+
+
+class Hybrids(Study):
+    name = "hybrids"
+    title = "A little attention goes a long way"
+    sweeps: ClassVar[Mapping[str, Sweep]] = {
+        "recorded": Sweep(
+            "seed=0,1,2",
+            tuple(f"{RECALL} {RATES[RECALL]} {arm}" for arm in (PURE, *RATIOS, *PLACES, *OTHER))
+            + tuple(f"{TEXT} {RATES[TEXT]} {arm}" for arm in (PURE, *RATIOS)),
+        ),
+        "small": Sweep(
+            "seed=0,1,2",
+            tuple(f"{RECALL} train.lr=1e-2 {arm}" for arm in (PURE, *RATIOS))
+            + tuple(f"{TEXT} train.lr=1e-2 train.steps=100 {arm}" for arm in (PURE, RATIOS[1])),
+        ),
+        "large": Sweep(
+            "seed=0,1,2 model.depth=8 model.d_model=256 train.eval_every=500 train.device=cuda",
+            tuple(f"{task} {arm}" for task in LARGE_TASKS for arm in (PURE, *EIGHT)),
+        ),
+    }
+
+    def pictures(self, runs: Runs) -> Sequence[Picture]:
+        recall, text = both(runs)
+        marks = "The marker is the share of attention layers: circle none, square 1:3, diamond 1:1, triangle all."
+        return [
+            Picture(
+                "ratio",
+                "Recall (left, more is better) and bits per byte of text (right, less is better) on the test splits"
+                " against the share of layers that are attention, by the recurrence beside it. Small marks are seeds,"
+                " lines join medians, bars are ranges; hybrids of one in four with attention in the third layer."
+                f" Learning rates by median validation among {plots.grid_text(recall)} and {plots.grid_text(text)}.",
+                lambda axes: draw_ratio(axes, (recall, text)),
+                columns=2,
+                size=(10.4, 4.0),
+            ),
+            Picture(
+                "state",
+                "The same runs against the bytes of state at the longest position: 64 tokens of recall, 1024 bytes of"
+                f" text. {marks} Parameters: {span(recall)} on recall, {span(text)} on text.",
+                lambda axes: draw_state(axes, (recall, text)),
+                columns=2,
+                size=(10.4, 4.0),
+            ),
+            Picture(
+                "place",
+                "Recall of every model: its seeds, their range and the median. Names say how many recurrent layers"
+                " stand beside one of attention and where that is, in the third of four layers unless it says"
+                " otherwise.",
+                lambda axes: draw_place(axes[0], recall),
+                size=(7.6, 3.6),
+            ),
+        ]
+
+    def tables(self, runs: Runs) -> Sequence[Table]:
+        recall, text = both(runs)
+        return [Table("Recall", plots.table(recall)), Table("Text", plots.table(text))]
+
+    def claims(self, runs: Runs) -> Sequence[Claim]:
+        recall, text = (medians(comparison) for comparison in both(runs))
+        mixed_recall = {name: value for name, value in recall.items() if name in ("1_to_1", "1_to_3")}
+        mixed_text = {name: value for name, value in text.items() if name in ("1_to_1", "1_to_3")}
+        found = [
+            Claim(
+                "attention brings recall",
+                "Recall rises with the share of attention, most of it by one layer in four (arXiv 2507.06457)",
+                told(recall, "delta_net", "1_to_3", "1_to_1", "attention"),
+                recall["delta_net"] < min(mixed_recall.values()) and recall["1_to_1"] >= recall["1_to_3"] - 0.01,
+            ),
+            Claim(
+                "text hardly depends on the ratio",
+                "Language modelling hardly depends on the ratio (the same): the hybrids differ by less than 0.05 bits"
+                " per byte, and the best of them is no worse than either pure model",
+                told(text, "delta_net", "1_to_3", "1_to_1", "attention"),
+                max(mixed_text.values()) - min(mixed_text.values()) < 0.05
+                and min(mixed_text.values()) <= min(text["attention"], text["delta_net"]),
+            ),
+        ]
+        if "1_to_3_gla" in recall:
+            found += [
+                Claim(
+                    "the place hardly matters",
+                    "Where the one layer of attention stands matters less than that it is there",
+                    told(recall, "1_to_3_first", "1_to_3", "1_to_3_last", "delta_net"),
+                    spread_of(recall, "1_to_3_first", "1_to_3", "1_to_3_last")
+                    < min(recall[name] for name in ("1_to_3_first", "1_to_3", "1_to_3_last")) - recall["delta_net"],
+                ),
+                Claim(
+                    "the order of pure models is not that of hybrids",
+                    "The best pure recurrence does not make the best hybrid (the same)",
+                    told(recall, "delta_net", "gla", "1_to_3", "1_to_3_gla"),
+                    (recall["delta_net"] > recall["gla"]) != (recall["1_to_3"] > recall["1_to_3_gla"]),
+                ),
+            ]
+        return found
+
+
+def both(runs: Runs) -> tuple[Comparison, Comparison]:
+    recall, text = (runs.comparison(name) for name in EXPERIMENTS)
+    return recall, text
+
+
+def medians(comparison: Comparison) -> dict[str, float]:
+    return {variant.label: plots.median_of(variant) for variant in comparison.shown}
+
+
+def told(values: Mapping[str, float], *names: str) -> str:
+    return ", ".join(f"{name} {values[name]:.3f}" for name in names)
+
+
+def spread_of(values: Mapping[str, float], *names: str) -> float:
+    return max(values[name] for name in names) - min(values[name] for name in names)
+
+
+def span(comparison: Comparison) -> str:
+    counts = [plots.parameters(variant) for variant in comparison.shown]
+    return f"{min(counts):,} to {max(counts):,}"
+
+
+def share(variant: Variant) -> float:
+    """Of layers that are attention."""
+    layers = parse_pattern(variant.pattern)
+    return sum("attention" in layer.mixers for layer in layers) / len(layers)
+
+
+def look(variant: Variant) -> dict[str, Any]:
+    return {"color": variant.colour, "marker": SHARE_MARKERS[share(variant)]}
+
+
+def placed_in_the_middle(variant: Variant) -> bool:
+    return not variant.label.endswith(("first", "last"))
+
+
+def draw_ratio(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None:
+    for axes, comparison in zip(panels, comparisons, strict=True):
+        shown = [variant for variant in comparison.shown if placed_in_the_middle(variant)]
+        for partner, dash in (("delta_net", "-"), ("gla", (0, (5, 1.5)))):
+            line = sorted((v for v in shown if is_with(v, partner)), key=share)
+            if len(line) < 2:
+                continue
+            axes.plot([share(v) for v in line], [plots.median_of(v) for v in line], linestyle=dash, zorder=2,
+                      color=COLOURS["hybrid"], label=f"with {partner}")  # fmt: skip
+        for variant in shown:
+            plots.draw_seeds(axes, share(variant), variant.values(test_of), look(variant), size=5)
+            axes.plot([share(variant)], [plots.median_of(variant)], markersize=9, markeredgecolor="white", zorder=4,
+                      **look(variant))  # fmt: skip
+        axes.set_xticks([0, 0.25, 0.5, 1], ["none", "1:3", "1:1", "all"])
+        axes.set_xlabel("Layers of attention to recurrent layers")
+        axes.legend(fontsize=8, frameon=False, loc="center right")
+        finish(axes, comparison)
+
+
+def is_with(variant: Variant, partner: str) -> bool:
+    """Whether a variant is on the line of that recurrence: alone, mixed, or attention alone where all lines end."""
+    mixers = pattern_mixers(variant.pattern)
+    return mixers == {"attention"} or partner in mixers
+
+
+def draw_state(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None:
+    for axes, comparison in zip(panels, comparisons, strict=True):
+        sizes = [plots.state_bytes(variant) for variant in comparison.shown]
+        for variant in comparison.shown:
+            plots.draw_seeds(axes, plots.state_bytes(variant), variant.values(test_of), look(variant), size=5)
+            axes.plot([plots.state_bytes(variant)], [plots.median_of(variant)], markersize=9, markeredgecolor="white",
+                      zorder=4, **look(variant))  # fmt: skip
+        axes.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
+        plots.byte_axis(axes, sizes, every=1 if max(sizes) < 64 * min(sizes) else 2)
+        length = comparison.sample["model"]["state_length"]
+        axes.set_xlabel(f"State after {length:,} tokens (bytes, logarithmic)")
+        finish(axes, comparison)
+
+
+def finish(axes: Axes, comparison: Comparison) -> None:
+    sample = comparison.sample
+    axes.set_title("Recall" if sample["metric"]["higher_is_better"] else "Text")
+    axes.set_ylabel(f"{metric_label(comparison)} on test")
+    if sample["metric"]["unit"] == "":
+        plots.shares(axes)
+        plots.mark_chance(axes, comparison.shown[0].finished[0])
+
+
+def draw_place(axes: Axes, comparison: Comparison) -> None:
+    ordered = sorted(comparison.shown, key=plots.median_of, reverse=True)
+    plots.draw_rows(axes, [(f"{variant.label}, {bytes_text(plots.state_bytes(variant))}", look(variant),
+                            variant.values(test_of)) for variant in ordered])  # fmt: skip
+    axes.set_xlim(-0.02, 1.03)
+    axes.set_xlabel("Recall accuracy on test")

@@ -1,0 +1,92 @@
+"""The generated parts of a study's page, from its recorded runs alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from experiments.blocks import table
+from experiments.reading import RecordedRun
+from experiments.studies import STUDIES
+from experiments.studies.study import Picture, Runs, Study
+
+RESULTS = Path("docs/results")
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {name: RESULTS / f"{name}.md" for name in STUDIES}
+
+
+def blocks(name: str) -> dict[str, Callable[[], str]]:
+    """What makes each generated block of a study's page."""
+    study = STUDIES[name]
+    runs = cache(lambda: study.read(ROOT / RESULTS))
+    return {
+        "results": lambda: results(study, runs()),
+        "runs": lambda: how_to_run(study, runs()),
+    }
+
+
+def results(study: Study, runs: Runs, folder: str | None = None) -> str:
+    """The verdicts, the plots and the tables."""
+    parts = [verdicts(study, runs)]
+    parts += [_picture(picture, study.name if folder is None else folder) for picture in study.pictures(runs)]
+    for each in study.tables(runs):
+        header, *rows = each.rows
+        parts.append(f"**{each.title}**\n\n{table(header, rows, align='---:')}")
+    return "\n\n".join([*parts, *_failures(runs)])
+
+
+def verdicts(study: Study, runs: Runs) -> str:
+    rows = [(claim.said, claim.seen, "yes" if claim.holds else "**no**") for claim in study.claims(runs)]
+    return table(("said", "seen here", "agrees"), rows)
+
+
+def _picture(picture: Picture, folder: str) -> str:
+    return f"![{picture.name}]({folder + '/' if folder else ''}{picture.name}.png)\n\n*{picture.caption}*"
+
+
+def _failures(runs: Runs) -> list[str]:
+    failed = [run for run in runs.all if not run.finished]
+    if not failed:
+        return ["No run failed."]
+    told = [f"- {run.path}, rate {run.config['train']['lr']:g}: {run.record.get('reason', run.status)}"
+            for run in failed]  # fmt: skip
+    return [f"**Failed runs: {len(failed)} of {len(runs.all)}**\n\n" + "\n".join(told)]
+
+
+def how_to_run(study: Study, runs: Runs) -> str:
+    """The commands, and where and by which code the recorded runs were made."""
+    own = f"python -m experiments.study {study.name}"
+    made_by = "\n".join([*(f"python -m experiments.study {name}" for name in study.uses), own])
+    parts = [
+        f"From nothing, this trains what is missing, then draws and writes this page:\n\n```sh\n{made_by}\n```",
+        f"From the records alone, offline: `{own} --draw`. Small: `{own} --version small`."
+        + _cost(study, "small") + _cost(study, "recorded"),
+    ]  # fmt: skip
+    if "large" in study.sweeps:
+        count = len(list(study.sweeps["large"].arguments()))
+        parts.append(f"For a GPU, {count} runs, **not run yet**: `{own} --version large`.")
+    parts.append("\n".join(_machines(runs.all)))
+    return "\n\n".join(parts)
+
+
+def _cost(study: Study, version: str) -> str:
+    sweep = study.sweeps.get(version)
+    if sweep is None or sweep.minutes is None:
+        return ""
+    return f" The {version} version took {sweep.minutes:g} minutes of one core."
+
+
+def _machines(runs: list[RecordedRun]) -> list[str]:
+    """Which machine and code made how many of the runs."""
+    told = Counter(_machine(run) for run in runs if "hardware" in run.record)
+    return [f"- {number} runs: {text}" for text, number in sorted(told.items())]
+
+
+def _machine(run: RecordedRun) -> str:
+    hardware, software, code = (run.record[part] for part in ("hardware", "environment", "code"))
+    commit = (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
+    device = hardware.get("gpu", hardware["cpu"])
+    versions = f"Python {software['python']}, torch {software['torch']}"
+    return f"{device}, {hardware['threads']} thread a run; {versions}; code {commit}"

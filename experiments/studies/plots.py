@@ -1,0 +1,190 @@
+"""What the plots of several studies have in common: a variant's seeds along an axis, and how it is told apart."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from experiments.figures import bytes_text, test_of
+from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.style import COLOURS, INK, QUIET, family, pattern_mixers, spread
+from seqarch.layers import FAMILIES
+
+SHAPES = ("o", "s", "^", "D", "v", "P", "X")
+"""Markers that tell the mixers of a family apart: each has the one of its place in ``FAMILIES``."""
+
+
+def mixer_look(pattern: str) -> dict[str, Any]:
+    """Colour of the family and marker of the mixer, the same in every plot."""
+    kind, mixers = family(pattern), pattern_mixers(pattern)
+    places = [FAMILIES[kind].index(mixer) for mixer in mixers] if kind in FAMILIES else [0]
+    return {"color": COLOURS.get(kind, INK), "marker": SHAPES[places[0] % len(SHAPES)]}
+
+
+def model_name(variant: Variant) -> str:
+    """The model's name, without what tells its variants apart."""
+    return variant.label.partition(" (")[0]
+
+
+def by_model(comparison: Comparison) -> dict[str, list[Variant]]:
+    """The variants of each model that have a finished run, by the model's name."""
+    names = sorted({model_name(variant) for variant in comparison.shown})
+    return {name: [variant for variant in comparison.shown if model_name(variant) == name] for name in names}
+
+
+def state_bytes(variant: Variant) -> int:
+    return variant.finished[0].record["model"]["state_bytes"]
+
+
+def parameters(variant: Variant) -> int:
+    return variant.finished[0].record["model"]["parameters"]
+
+
+def median_of(variant: Variant) -> float:
+    return variant.median(test_of)
+
+
+def draw_seeds(axes: Axes, x: float, values: Sequence[float], look: dict[str, Any], size: float = 4.0) -> None:
+    """The seeds of one point as small marks and their range as a line."""
+    axes.plot([x, x], [min(values), max(values)], "-", color=look["color"], alpha=0.35, linewidth=2.5,
+              solid_capstyle="round", zorder=2)  # fmt: skip
+    axes.plot([x] * len(values), values, linestyle="none", marker=look["marker"], color=look["color"], alpha=0.55,
+              markersize=size, markeredgecolor="white", markeredgewidth=0.4, zorder=3)  # fmt: skip
+
+
+def draw_series(
+    axes: Axes, points: Sequence[tuple[float, Sequence[float]]], look: dict[str, Any], **line: Any
+) -> tuple[float, float]:
+    """Seeds at each x, their medians joined; the right end, for a label."""
+    ordered = sorted(points, key=lambda point: point[0])
+    for x, values in ordered:
+        draw_seeds(axes, x, values, look)
+    x, middle = [x for x, _ in ordered], [statistics.median(values) for _, values in ordered]
+    axes.plot(x, middle, markersize=7, markeredgecolor="white", zorder=4, **{**look, **line})
+    return x[-1], middle[-1]
+
+
+def draw_failures(axes: Axes, places: Sequence[float], look: dict[str, Any]) -> None:
+    """Crosses at the bottom where runs failed."""
+    for x in places:
+        axes.plot([x], [0.02], "x", color=look["color"], markersize=7, transform=axes.get_xaxis_transform(), zorder=5)
+
+
+def label_lines(axes: Axes, ends: Sequence[tuple[str, str, tuple[float, float]]], x: float = 1.04) -> None:
+    """Names with colours beside the right ends of lines, moved apart where these end close together."""
+    low, high = axes.get_ylim()
+    height = axes.get_position().height * axes.get_figure(root=True).get_size_inches()[1]  # type: ignore[union-attr]
+    gap = 13 / (72 * height) * (high - low)
+    for (label, colour, end), y in zip(ends, spread([end[1] for *_, end in ends], gap, low, high), strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(label, end, xytext=(x, y), textcoords=("axes fraction", "data"), color=colour, fontsize=8.5,
+                      va="center", annotation_clip=False, arrowprops=leader)  # fmt: skip
+
+
+def shares(axes: Axes) -> None:
+    """A y axis from nothing to all."""
+    axes.set_ylim(-0.03, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def mark_chance(axes: Axes, run: RecordedRun, x: float = 0.99) -> None:
+    metric = run.record["metric"]
+    axes.axhline(metric["chance"], color=QUIET, linestyle=(0, (2, 2)), linewidth=1.2, zorder=1)
+    axes.annotate(f"chance: {metric['chance_label']}", (x, metric["chance"]), xycoords=("axes fraction", "data"),
+                  xytext=(0, 3), textcoords="offset points", ha="right" if x > 0.5 else "left", va="bottom", fontsize=8,
+                  color=QUIET)  # fmt: skip
+
+
+def mark_length(axes: Axes, length: float) -> None:
+    """Where training sequences ended."""
+    axes.axvline(length, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
+    axes.annotate(f"trained to {length:,} ", (length, 0.015), xycoords=("data", "axes fraction"), ha="right",
+                  va="bottom", fontsize=8, color=QUIET)  # fmt: skip
+
+
+def logarithmic(axes: Axes, ticks: Sequence[float], text: Callable[[float], str], axis: str = "x") -> None:
+    """A logarithmic axis with these ticks alone."""
+    (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
+    one = axes.xaxis if axis == "x" else axes.yaxis
+    one.set_ticks(list(ticks))
+    one.set_minor_locator(NullLocator())
+    one.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def byte_axis(axes: Axes, sizes: Sequence[float], every: int = 1) -> None:
+    """A logarithmic x axis in bytes, with ticks at powers of two."""
+    low, high = int(np.floor(np.log2(min(sizes)))), int(np.ceil(np.log2(max(sizes))))
+    logarithmic(axes, [2.0**power for power in range(low, high + 1, every)], bytes_text)
+
+
+def draw_rows(axes: Axes, rows: Sequence[tuple[str, dict[str, Any], Sequence[float]]]) -> None:
+    """A row each, the first on top: its seeds, their range and their median, with the median as text."""
+    for row, (_, look, values) in enumerate(reversed(rows)):
+        middle = statistics.median(values)
+        axes.plot([min(values), max(values)], [row, row], color=look["color"], alpha=0.35, linewidth=5,
+                  solid_capstyle="round")  # fmt: skip
+        jitter = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)
+        axes.plot(values, row + jitter, linestyle="none", marker=look["marker"], color=look["color"], markersize=5,
+                  markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=look["color"], linewidth=2.2)
+        axes.annotate(f"{middle:.3f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+    axes.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def grid_text(comparison: Comparison) -> str:
+    """``0.003, 0.01``: the learning rates that were chosen among, of all variants together."""
+    rates = sorted({rate for variant in comparison.variants for rate in variant.grid["train.lr"]})
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def nearest(variants: Sequence[Variant], size: float) -> Variant:
+    """The variant whose state is nearest to so many bytes, by ratio."""
+    return min(variants, key=lambda variant: abs(np.log(state_bytes(variant) / size)))
+
+
+def ends(variants: Sequence[Variant]) -> tuple[float, float]:
+    """The median results at the smallest and at the largest state."""
+    ordered = sorted(variants, key=state_bytes)
+    return median_of(ordered[0]), median_of(ordered[-1])
+
+
+def table(comparison: Comparison) -> list[list[str]]:
+    """A row a variant: result, seeds, sizes, cost and learning rate."""
+    sample = comparison.sample
+    header = ["model", f"{sample['metric']['label'].lower()}, median (range)", "seeds", "parameters", "state",
+              "training FLOPs", "processor time", "learning rate"]  # fmt: skip
+    return [header, *(_row(variant) for variant in comparison.variants)]
+
+
+def _row(variant: Variant) -> list[str]:
+    tried = ", ".join(f"{rate:g}" for rate in variant.grid["train.lr"])
+    rate = f"{variant.runs[0].config['train']['lr']:g} of {tried}"
+    if not variant.finished:
+        return [variant.label, "none finished", f"0 of {len(variant.runs)}", "", "", "", "", rate]
+    values, first = variant.values(test_of), variant.finished[0].record
+    flops, seconds = (variant.median(lambda run, name=name: run.record["cost"][name])
+                      for name in ("flops", "processor_seconds"))  # fmt: skip
+    return [
+        variant.label,
+        f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})",
+        f"{len(values)} of {len(variant.runs)}",
+        f"{first['model']['parameters']:,}",
+        bytes_text(first["model"]["state_bytes"]),
+        f"{flops:.2g}".replace("e+", "e"),
+        f"{seconds:.1f} s",
+        rate,
+    ]
+
+
+def falls(values: Sequence[float], slack: float = 0.0) -> bool:
+    """Whether each is no more than the one before, but for ``slack``."""
+    return all(after <= before + slack for before, after in pairwise(values))

@@ -1,0 +1,211 @@
+"""Recall is bought with state: MQAR accuracy against bytes of state, by mixer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from experiments.figures import bytes_text, test_of
+from experiments.reading import Comparison, Variant
+from experiments.studies import plots
+from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.sweep import Sweep
+from experiments.style import QUIET
+
+EXPERIMENT = "results/recall_and_state"
+HEADS = {
+    name: f"model={name} model.mixers.{name}.num_heads="
+    for name in ("delta_net", "gated_delta_net", "gla", "retention")
+}
+ARMS = (
+    "model=attention",
+    HEADS["delta_net"] + "16,8,2",
+    HEADS["gla"] + "16,2",
+    "model=mamba2 model.mixers.mamba2.d_state=4,16",
+    HEADS["gated_delta_net"] + "16,2",
+    HEADS["retention"] + "2",
+    "model=linear_attention",
+    "model=based model.mixers.based.key_width=8",
+)
+SMALL = (
+    "model=attention",
+    HEADS["delta_net"] + "16,2",
+    HEADS["gla"] + "16,2",
+    "model=mamba2 model.mixers.mamba2.d_state=4,16",
+    HEADS["retention"] + "2",
+)
+LARGE = (
+    "model=attention",
+    *(HEADS[name] + "8,4,2,1" for name in HEADS),
+    "model=mamba2 model.mixers.mamba2.d_state=16,32,64,128",
+    "model=linear_attention,rwkv7,mamba",
+    "model=based model.mixers.based.key_width=8,16",
+)
+EQUAL_STATE = 20 * 1024
+"""Bytes at which mixers are compared: each by its variant nearest to that."""
+
+
+class RecallAndState(Study):
+    name = "recall_and_state"
+    title = "Recall is bought with state"
+    sweeps: ClassVar[Mapping[str, Sweep]] = {
+        "recorded": Sweep("experiment=recall_and_state seed=0,1,2 train.lr=3e-3,1e-2", ARMS),
+        "small": Sweep("experiment=recall_and_state seed=0,1,2 train.lr=1e-2", SMALL),
+        "large": Sweep(
+            "experiment=recall_and_state seed=0,1,2,3,4 train.lr=1e-3,3e-3,1e-2,3e-2 model.d_model=64,128,256"
+            " task.vocab_size=8192 task.length=256 task.pairs=64 train.batch_size=256 train.steps=8000"
+            " train.eval_every=500 train.device=cuda",
+            LARGE,
+        ),
+    }
+
+    def pictures(self, runs: Runs) -> Sequence[Picture]:
+        comparison = chosen(runs)
+        grid = plots.grid_text(comparison)
+        return [
+            Picture(
+                "state",
+                "Recall on the test split against the bytes of state after 64 tokens, as measured. Small marks are"
+                " seeds, lines join medians, bars are ranges; the colour is the family, the marker the mixer."
+                f" Learning rate of each point by median validation accuracy among {grid}.",
+                lambda axes: draw_frontier(axes[0], comparison),
+                size=(7.6, 4.6),
+            ),
+            Picture(
+                "equal",
+                f"Left: each mixer at its best state, all at about the same number of parameters ({span(comparison)})."
+                f" Right: each at the state nearest to {bytes_text(EQUAL_STATE)}, its bytes beside its name; attention"
+                " has one size only, its cache of 64 tokens. Strokes are medians over seeds; chance is dashed.",
+                lambda axes: draw_equal(axes, comparison),
+                columns=2,
+                size=(10.4, 3.6),
+            ),
+        ]
+
+    def tables(self, runs: Runs) -> Sequence[Table]:
+        return [Table("Every point", plots.table(chosen(runs)))]
+
+    def claims(self, runs: Runs) -> Sequence[Claim]:
+        models = plots.by_model(chosen(runs))
+        best = {name: max(map(plots.median_of, variants)) for name, variants in models.items()}
+        told = {name: f"{name} {value:.3f}" for name, value in best.items()}
+        chance = chosen(runs).sample["metric"]["chance"]
+        sized = ("delta_net", "gla", "mamba2")
+        ends = {name: plots.ends(models[name]) for name in sized}
+        return [
+            Claim(
+                "attention recalls all",
+                "Attention recalls everything (Arora et al. 2023, figure 2)",
+                told["attention"],
+                best["attention"] > 0.99,
+            ),
+            Claim(
+                "more state, more recall",
+                "Within a mixer, recall grows with its state (Arora et al. 2024, figure 2)",
+                "; ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in ends.items()),
+                all(high > low for low, high in ends.values()),
+            ),
+            Claim(
+                "delta rule above gated linear attention",
+                "The delta rule recalls more than gated linear attention of the same state (Yang et al. 2024)",
+                "; ".join(at_equal_state(models, name) for name in ("delta_net", "gla")),
+                value_at(models, "delta_net") > value_at(models, "gla"),
+            ),
+            Claim(
+                "delta rule above Mamba-2",
+                "and more than Mamba-2 (zoology's figure)",
+                "; ".join(at_equal_state(models, name) for name in ("delta_net", "mamba2")),
+                value_at(models, "delta_net") > value_at(models, "mamba2"),
+            ),
+            Claim(
+                "looking at the input",
+                "Decays that do not look at the input recall far less",
+                "; ".join(at_equal_state(models, name) for name in ("gla", "mamba2", "retention")),
+                value_at(models, "retention") < min(value_at(models, "gla"), value_at(models, "mamba2")) - 0.1,
+            ),
+            *(
+                [
+                    Claim(
+                        "Based above Mamba-2",
+                        "Based recalls more than Mamba (Arora et al. 2024)",
+                        f"{told['based']} (chance {chance:.3f}); {told['mamba2']}",
+                        best["based"] > best["mamba2"],
+                    )
+                ]
+                if "based" in best
+                else []
+            ),
+        ]
+
+
+def chosen(runs: Runs) -> Comparison:
+    return runs.comparison(EXPERIMENT)
+
+
+def span(comparison: Comparison) -> str:
+    counts = [plots.parameters(variant) for variant in comparison.shown]
+    return f"{min(counts):,} to {max(counts):,}"
+
+
+def value_at(models: Mapping[str, list[Variant]], name: str) -> float:
+    return plots.median_of(plots.nearest(models[name], EQUAL_STATE))
+
+
+def at_equal_state(models: Mapping[str, list[Variant]], name: str) -> str:
+    variant = plots.nearest(models[name], EQUAL_STATE)
+    return f"{name} {plots.median_of(variant):.3f} at {bytes_text(plots.state_bytes(variant))}"
+
+
+def draw_frontier(axes: Axes, comparison: Comparison) -> None:
+    ends = []
+    for name, variants in plots.by_model(comparison).items():
+        look = plots.mixer_look(variants[0].pattern)
+        points = [(plots.state_bytes(variant), variant.values(test_of)) for variant in variants]
+        ends.append((name, look["color"], plots.draw_series(axes, points, look)))
+    sizes = [plots.state_bytes(variant) for variant in comparison.shown]
+    axes.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
+    plots.byte_axis(axes, sizes)
+    axes.set_xlabel("State after 64 tokens (bytes, logarithmic)")
+    axes.set_ylabel("Recall accuracy on test")
+    plots.shares(axes)
+    plots.mark_chance(axes, comparison.shown[0].finished[0])
+    plots.label_lines(axes, ends)
+    draw_pareto(axes, comparison)
+    axes.set_title("Recall against the size of the state")
+
+
+def draw_pareto(axes: Axes, comparison: Comparison) -> None:
+    """The best median at each size of state or below."""
+    best, line = -1.0, []
+    for variant in sorted(comparison.shown, key=plots.state_bytes):
+        if plots.median_of(variant) > best:
+            best = plots.median_of(variant)
+            line.append((plots.state_bytes(variant), best))
+    right = axes.get_xlim()[1]
+    axes.step([*(x for x, _ in line), right], [*(y for _, y in line), best], where="post", color=QUIET, linewidth=4,
+              alpha=0.25, zorder=1)  # fmt: skip
+    key = Line2D([], [], color=QUIET, linewidth=4, alpha=0.25)
+    axes.legend([key], ["best at this state or less"], loc="center right", fontsize=8, frameon=False)
+
+
+def draw_equal(axes: Sequence[Axes], comparison: Comparison) -> None:
+    models = plots.by_model(comparison)
+    best = [max(variants, key=plots.median_of) for variants in models.values()]
+    near = [plots.nearest(variants, EQUAL_STATE) for variants in models.values()]
+    for panel, variants, title in ((axes[0], best, "Equal parameters"), (axes[1], near, "Equal state")):
+        ordered = sorted(variants, key=plots.median_of, reverse=True)
+        plots.draw_rows(panel, [(row_label(variant), plots.mixer_look(variant.pattern), variant.values(test_of))
+                                for variant in ordered])  # fmt: skip
+        panel.set_xlim(-0.02, 1.03)
+        panel.axvline(statistics.median(v.finished[0].record["metric"]["chance"] for v in variants), color=QUIET,
+                      linestyle=(0, (2, 2)), linewidth=1.2, zorder=1)  # fmt: skip
+        panel.set_xlabel("Recall accuracy on test")
+        panel.set_title(title)
+
+
+def row_label(variant: Variant) -> str:
+    return f"{plots.model_name(variant)}, {bytes_text(plots.state_bytes(variant))}"

@@ -1,0 +1,127 @@
+"""Recorded runs as lines of JSON, small enough to be committed: what a page is made from.
+
+A line is a run: its configuration but for what stands at its default or changes no result, and of its record what
+tables and plots need. Runs that failed have a line as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from experiments.config import ModelConfig, RunConfig, TrainConfig
+from experiments.errors import RunnerError
+from experiments.files import write_atomic
+from experiments.reading import RecordedRun
+from experiments.records import RunFolder
+
+FILE = "records.jsonl"
+OVER = ("finished", "failed")
+"""Statuses that have a line; a run that was stopped will go on."""
+
+NOT_KEPT = ("device", "threads", "keep", "save_every", "dry_run")
+"""Options of training that change no result but for rounding; threads are in the record of the hardware."""
+
+KEPT = {
+    "model": ("parameters", "state_bytes", "state_length"),
+    "metric": ("name", "label", "unit", "higher_is_better", "chance", "chance_label"),
+    "task": ("title",),
+    "data": ("hash",),
+    "cost": ("steps", "flops", "train_seconds", "processor_seconds", "tokens_per_second"),
+    "code": ("commit", "dirty"),
+    "hardware": ("cpu", "cores", "threads", "gpu"),
+    "environment": ("python",),
+}
+"""Of each part of a run's record."""
+
+
+def line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -> dict[str, Any] | None:
+    """A run as a line; ``None`` where it is neither finished nor failed.
+
+    Args:
+        history: names, or endings of names, of metrics to keep from every look at the validation split.
+    """
+    record = folder.record()
+    if record.get("status") not in OVER:
+        return None
+    kept = {part: {name: record[part][name] for name in names if name in record[part]}
+            for part, names in KEPT.items() if part in record}  # fmt: skip
+    if "environment" in record:
+        kept["environment"]["torch"] = record["environment"]["packages"]["torch"]
+    results = {name: value for name, value in record.get("results", {}).items() if name != "checkpoint"}
+    reason = {"reason": record["reason"]} if "reason" in record else {}
+    metrics = [{name: value for name, value in look.items() if name == "step" or name.endswith(tuple(history))}
+               for look in folder.metrics()] if history else []  # fmt: skip
+    return {
+        "run": folder.path.name,
+        "config": shortened(config),
+        "record": {"status": record["status"], **reason, "results": results, **kept},
+        **({"metrics": metrics} if history else {}),
+    }
+
+
+def shortened(config: RunConfig) -> dict[str, Any]:
+    """The configuration without defaults and without what changes no result."""
+    plain = config.identity()
+    train = {name: value for name, value in _given(TrainConfig, plain["train"]).items() if name not in NOT_KEPT}
+    model = _given(ModelConfig, plain["model"])
+    wanted = {"weight_decay": plain["train"]["weight_decay"]}  # A comparison shows it.
+    return {
+        "experiment": config.experiment,
+        "seed": config.seed,
+        "model": {"mixers": {}, **model},
+        "task": plain["task"],
+        "train": {**wanted, **train},
+    }
+
+
+def _given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a configuration that are not at their defaults."""
+    defaults = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+    return {name: value for name, value in values.items()
+            if value not in ({}, None) and (name not in defaults or value != defaults[name])}  # fmt: skip
+
+
+def collect(configs: Iterable[RunConfig], history: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The lines of those runs that are over."""
+    found = [line(config, RunFolder(config.folder()), history) for config in configs]
+    return [each for each in found if each is not None]
+
+
+def write(lines: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    text = "".join(json.dumps(rounded(each), separators=(",", ":")) + "\n" for each in lines)
+    write_atomic(folder / FILE, text)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to seven digits, which is what float32 holds."""
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def read(folder: Path) -> list[RecordedRun]:
+    """The runs that a folder's file of records holds.
+
+    Raises:
+        RunnerError: there is no such file.
+    """
+    file = folder / FILE
+    if not file.exists():
+        raise RunnerError(f"{file} does not exist: run the study first, python -m experiments.study {folder.name}")
+    lines = [json.loads(each) for each in file.read_text(encoding="utf-8").splitlines()]
+    return [RecordedRun(Path(each["run"]), each["config"], each["record"], each.get("metrics", [])) for each in lines]
+
+
+def digest(folders: Iterable[Path]) -> str:
+    """A hash over files of records, which a plot made from them carries."""
+    total = hashlib.sha256()
+    for folder in folders:
+        total.update((folder / FILE).read_bytes())
+    return total.hexdigest()

@@ -1,0 +1,85 @@
+"""Which runs a study needs, and bringing them about through the runner: what is finished is not done again."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import run
+from experiments.config import RunConfig
+from experiments.overrides import compose, parse_choice
+from experiments.supervise import execute, resolve_composed
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a study at one size, in the grammar of ``experiments.run``.
+
+    Attributes:
+        common: what all runs share, ``"experiment=recall_and_state seed=0,1,2"``.
+        arms: what tells them apart, an arm a line; choices within a line multiply.
+        minutes: what it takes in all, in minutes of one core as measured; ``None`` where it was not run.
+    """
+
+    common: str
+    arms: tuple[str, ...]
+    minutes: float | None = None
+
+    def arguments(self) -> Iterator[list[str]]:
+        """The command line of each run."""
+        for arm in self.arms:
+            yield from _expanded(shlex.split(f"{self.common} {arm}"))
+
+    def commands(self) -> list[str]:
+        """A sweep of ``experiments.run`` for each arm: the same runs by hand."""
+        return [f"python -m experiments.run --multirun {self.common} {arm}".rstrip() for arm in self.arms]
+
+
+def _expanded(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Every combination of the choices among ``key=a,b`` arguments; the last one of a key counts, as in Hydra."""
+    choices: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, value = parse_choice(argument)
+        choices[key] = [f"{key}={each}" for each in value] if isinstance(value, list) else [argument]
+    yield from (list(each) for each in itertools.product(*choices.values()))
+
+
+def composed(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
+    """The composed configuration of every run of a sweep, below the folder ``runs``.
+
+    Raises:
+        ConfigError: Hydra refuses an argument.
+    """
+    return [compose([*arguments, f"runs={runs}"]) for arguments in sweep.arguments()]
+
+
+def configurations(sweep: Sweep, runs: Path) -> list[RunConfig]:
+    """The same, typed and sure to build their models; each once.
+
+    Raises:
+        ConfigError: naming the path of what is wrong.
+    """
+    found = [resolve_composed(each) for each in composed(sweep, runs)]
+    return list({config.folder(): config for config in found}.values())
+
+
+def train(sweep: Sweep, runs: Path, jobs: int) -> int:
+    """Train what is missing, ``jobs`` runs at a time; 0 when nothing is left to do, 1 where a run failed, 130 when
+    stopped. The runs that fail stay on record as failed.
+    """
+    stopped = run.watch_signals()
+    wanted = composed(sweep, runs)
+    board = run.open_board(runs / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", len(wanted))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda number: execute(wanted[number], board, number), range(len(wanted))))
+    entries = run.close_boards()
+    if stopped.is_set():
+        return run.INTERRUPTED
+    return int(any(entry["status"] not in run.DONE for entry in entries))

@@ -1,0 +1,167 @@
+"""The pages of docs/results follow from their committed records, and say what these show."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from PIL import Image
+
+from experiments.building import build_model
+from experiments.config import run_config
+from experiments.reading import RecordedRun, compare
+from experiments.studies import STUDIES, records
+from experiments.studies.page import PAGES, RESULTS
+from experiments.studies.records import rounded, shortened
+from experiments.studies.study import VERSIONS, Runs
+from experiments.studies.sweep import Sweep
+from experiments.study import main
+from experiments.style import figure
+from seqarch.layers import measured_state_bytes
+
+from .conftest import ROOT, tiny_config, train_here
+
+HOME = ROOT / RESULTS
+OWN = [name for name, study in STUDIES.items() if study.sweeps]
+HEADLINES: dict[str, dict[str, bool]] = {}
+"""By study and claim, whether the recorded runs agree: what the prose of the pages was written for."""
+
+
+@cache
+def recorded(name: str) -> Runs:
+    return STUDIES[name].read(HOME)
+
+
+def test_every_study_has_its_page_and_no_page_is_left_over():
+    assert {path.stem for path in HOME.glob("*.md")} - {"README"} == set(STUDIES)
+    index = (HOME / "README.md").read_text(encoding="utf-8")
+    assert all(f"]({page.name})" in index for page in PAGES.values())
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_headlines_are_those_that_the_page_was_written_for(name):
+    claims = STUDIES[name].claims(recorded(name))
+    assert {claim.name: claim.holds for claim in claims} == HEADLINES[name]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_point_has_at_least_three_seeds(name):
+    for comparison in compare(recorded(name).by_study[name]):
+        for variant in comparison.variants:
+            assert len(variant.runs) >= 3, variant.label
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_rates_are_chosen_by_validation_alone(name):
+    """Taking the test results away changes no choice, and each choice has the best median on validation."""
+    runs = recorded(name).by_study[name]
+    blind = [RecordedRun(run.path, run.config, without_test(run.record), run.metrics) for run in runs]
+    chosen, again = ({(comparison.name, variant.label): variant.runs[0].config["train"]["lr"]
+                      for comparison in compare(kind) for variant in comparison.variants}
+                     for kind in (runs, blind))  # fmt: skip
+    assert chosen == again
+
+
+def without_test(record: dict) -> dict:
+    return {**record, "results": {**record["results"], "test": 0.0}} if record["results"] else record
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_recorded_states_are_those_measured(name):
+    """``state_bytes`` of every model, against the tensors of a state after one token more than none; and the formula's
+    value at the recorded length."""
+    seen = {}
+    for run in recorded(name).by_study[name]:
+        seen.setdefault(repr(run.config["model"]), run)
+    for run in seen.values():
+        device = {"device": "cpu", "threads": 1}
+        config = run_config({**run.config, "train": {**run.config["train"], **device}})
+        model, length = build_model(config).eval(), 48
+        with torch.no_grad():
+            _, state = model(torch.zeros(1, length, dtype=torch.int64))
+        assert measured_state_bytes(state) == model.state_bytes(length)
+        assert model.state_bytes(run.record["model"]["state_length"]) == run.record["model"]["state_bytes"]
+        assert model.num_parameters() == run.record["model"]["parameters"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_plot_was_drawn_from_the_committed_records(name):
+    study = STUDIES[name]
+    source = records.digest(study.folders(HOME))
+    pictures = {f"{picture.name}.png" for picture in study.pictures(recorded(name))}
+    assert {path.name for path in (HOME / name).glob("*.png")} == pictures
+    for file in pictures:
+        with Image.open(HOME / name / file) as image:
+            assert image.info["Source"] == source, f"{file}: run python -m experiments.study {name} --draw"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_page_says_what_a_reader_needs(name):
+    page = (ROOT / PAGES[name]).read_text(encoding="utf-8")
+    for part in ("**Question.**", "## What the literature says", "## What it shows", "## What it does not show"):
+        assert part in page
+    assert f"python -m experiments.study {name}" in page
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", OWN)
+def test_every_version_composes(name, version):
+    """The first run of every arm: the large versions have too many runs to build them all."""
+    sweep = STUDIES[name].sweeps.get(version)
+    if sweep is None:
+        assert version != "recorded"
+        return
+    first = [next(iter(Sweep(sweep.common, (arm,)).arguments())) for arm in sweep.arms]
+    from experiments.overrides import compose
+    from experiments.supervise import resolve_composed
+
+    for arguments in first:
+        assert resolve_composed(compose(arguments)).experiment.startswith("results/")
+
+
+def test_choices_multiply_within_an_arm_and_the_last_of_a_key_counts():
+    sweep = Sweep(
+        "seed=0,1 train.lr=1e-3", ("model=gla train.lr=1,2", "model.name=a 'model.pattern=\"gla attention\"'")
+    )
+    assert list(sweep.arguments()) == [
+        ["seed=0", "train.lr=1", "model=gla"],
+        ["seed=0", "train.lr=2", "model=gla"],
+        ["seed=1", "train.lr=1", "model=gla"],
+        ["seed=1", "train.lr=2", "model=gla"],
+        ["seed=0", "train.lr=1e-3", "model.name=a", 'model.pattern="gla attention"'],
+        ["seed=1", "train.lr=1e-3", "model.name=a", 'model.pattern="gla attention"'],
+    ]
+    assert len(sweep.commands()) == 2
+
+
+def test_a_run_survives_its_line(tmp_path):
+    """What is left out of a line is what stands at its default: the same run comes back from it."""
+    config = tiny_config(tmp_path / "runs", model__mixers={"attention": {"conv_width": 4}})
+    train_here(config)
+    broken = tiny_config(tmp_path / "runs", seed=1, train__lr=1e9, train__grad_clip=0)
+    train_here(broken)
+    never = tiny_config(tmp_path / "runs", seed=2)
+    lines = records.collect([config, broken, never], history=("accuracy",))
+    (tmp_path / "tiny").mkdir()
+    records.write(lines, tmp_path / "tiny")
+    found = records.read(tmp_path / "tiny")
+    assert [run.config for run in found] == [rounded(shortened(each)) for each in (config, broken)]
+    device = {"threads": 1, "device": "cpu"}
+    back = run_config({**found[0].config, "train": {**found[0].config["train"], **device}, "runs": config.runs})
+    assert back == config
+    assert [set(look) for look in found[0].metrics] == [{"step", "validation_accuracy"}] * 2
+    assert found[0].record["results"]["test"] == pytest.approx(lines[0]["record"]["results"]["test"])
+
+
+def test_the_hash_of_the_records_is_in_the_picture(tmp_path):
+    with figure([tmp_path / "a.png"], source="abc") as (_, (axes,)):
+        axes.plot([0, 1])
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["Source"] == "abc"
+
+
+def test_a_study_that_nobody_knows(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["study", "recall_and_stat"])
+    assert main() == 1
+    assert "Did you mean 'recall_and_state'?" in capsys.readouterr().err
