@@ -4,6 +4,7 @@ from experiments.tasks.compression import Compression
 from experiments.tasks.copying import Copying
 from experiments.tasks.fuzzy_recall import FuzzyRecall
 from experiments.tasks.induction_heads import InductionHeads
+from experiments.tasks.listops import ListOps
 from experiments.tasks.memorisation import Memorisation
 from experiments.tasks.modular_arithmetic import ModularArithmetic
 from experiments.tasks.mqar import MQAR
@@ -34,6 +35,7 @@ TASKS: dict[str, type[Task]] = {
     "copying": Copying,
     "ngram_lookup": NgramLookup,
     "variable_tracking": VariableTracking,
+    "listops": ListOps,
     "stdlib_text": StdlibText,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import permutations
+from statistics import median
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from experiments.tasks.compression import CompressionConfig
 from experiments.tasks.copying import CopyingConfig
 from experiments.tasks.fuzzy_recall import FuzzyRecallConfig
 from experiments.tasks.induction_heads import InductionHeadsConfig
+from experiments.tasks.listops import ListOpsConfig
 from experiments.tasks.memorisation import Memorisation, MemorisationConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
 from experiments.tasks.mqar import MQARConfig
@@ -26,6 +28,7 @@ from experiments.tasks.noisy_recall import NoisyRecallConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopyingConfig
 from experiments.tasks.task import IGNORED
+from experiments.tasks.trees import CLOSE, OPERATORS
 from experiments.tasks.variable_tracking import VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig
 
@@ -149,6 +152,24 @@ def variable_tracking(tokens: list[int], config: VariableTrackingConfig) -> Answ
     return {asked.end() - 1 + place: ord(letter) for place, letter in enumerate(answer) if letter != " "}
 
 
+def listops(tokens: list[int], config: ListOpsConfig) -> Answers:
+    """With a stack, as a person reads brackets."""
+    by_name = {"MIN": min, "MAX": max, "MED": lambda values: int(median(values)), "SM": lambda values: sum(values) % 10}
+    stack: list[list[int]] = [[]]
+    answers = {}
+    for place, token in enumerate(tokens):
+        if token < 10:
+            stack[-1].append(token)
+        elif token < CLOSE:
+            stack.append([token - 10])
+        elif token == CLOSE:
+            operator, *values = stack.pop()
+            answers[place] = by_name[OPERATORS[operator]](values)
+            stack[-1].append(answers[place])
+    assert len(stack) == len(stack[0]) == 1
+    return answers
+
+
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
     "parity": parity,
@@ -165,6 +186,7 @@ SOLVERS: dict[str, Callable[..., Answers]] = {
     "copying": copying,
     "ngram_lookup": ngram_lookup,
     "variable_tracking": variable_tracking,
+    "listops": listops,
 }
 
 

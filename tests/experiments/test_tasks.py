@@ -17,6 +17,7 @@ from experiments.tasks.fuzzy_recall import FuzzyRecall, FuzzyRecallConfig
 from experiments.tasks.generated import Draws, GeneratedTask
 from experiments.tasks.haystack import distinct
 from experiments.tasks.induction_heads import InductionHeads, InductionHeadsConfig
+from experiments.tasks.listops import ListOps, ListOpsConfig
 from experiments.tasks.memorisation import Memorisation, MemorisationConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
@@ -28,6 +29,7 @@ from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
 from experiments.tasks.task import IGNORED
+from experiments.tasks.trees import BLANK, grow, mixed
 from experiments.tasks.variable_tracking import VariableTracking, VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig, multiplication, order, prefix_products
 
@@ -50,6 +52,7 @@ SMALL = {
     "copying": CopyingConfig(length=32, shortest=5, test_lengths=[48], **FEW),
     "ngram_lookup": NgramLookupConfig(length=40, letters=5, ngram=2, test_lengths=[64], **FEW),
     "variable_tracking": VariableTrackingConfig(length=256, chains=2, hops=2, test_lengths=[600], **FEW),
+    "listops": ListOpsConfig(length=48, depth=5, arguments=4, asked="all", test_lengths=[90], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
 }
 CHANCES = {
@@ -68,6 +71,7 @@ CHANCES = {
     "copying": 15 / 16 / 26,
     "ngram_lookup": 1 / 5,
     "variable_tracking": 1 / 26,
+    "listops": 0.1,  # with up to four arguments; with ten, 0 and 9 are likelier
 }
 """What guessing must reach, by reckoning or from many examples."""
 
@@ -411,6 +415,42 @@ def test_chains_are_told_in_any_order_that_keeps_each():
     assert [count / 3000 for count in counts.values()] == pytest.approx([1 / 6] * 6, abs=0.03)
 
 
+class TestListOps:
+    def test_trees_are_those_of_the_definition(self):
+        """Without a bound on the length: how many arguments are operators, and how many there are."""
+        levels, _ = grow(mixed(np.arange(3000).astype(np.uint64)), 10, 10, 0.25, 10**6)
+        inner = [level for level in levels[1:9] if len(level.tree)]
+        operators = np.concatenate([level.arguments > 0 for level in inner])
+        assert operators.mean() == pytest.approx(0.25, abs=0.005)
+        counts = np.concatenate([level.arguments for level in levels[:9]])
+        assert np.bincount(counts[counts > 0])[2:] / (counts > 0).sum() == pytest.approx([1 / 9] * 9, abs=0.005)
+        assert not (levels[9].arguments > 0).any()
+        for kind in range(4):
+            share = np.concatenate([(level.token == 10 + kind) for level in levels]).sum() / (counts > 0).sum()
+            assert share == pytest.approx(1 / 4, abs=0.01)
+
+    def test_the_published_size(self):
+        task = ListOps(ListOpsConfig(validation_examples=8, test_examples=8))
+        batch = task.train_batch(0, 0, 32)
+        assert np.array_equal(
+            solve("listops", batch, task.config)[batch.targets != IGNORED], batch.targets[batch.targets != IGNORED]
+        )
+        sizes = (batch.tokens != BLANK).sum(axis=1)
+        assert sizes.min() >= 500
+        assert sizes.max() > 1500
+        assert ((batch.targets != IGNORED).sum(axis=1) == 1).all()
+
+    def test_a_tree_does_not_depend_on_those_beside_it(self):
+        task = ListOps(ListOpsConfig(length=100))
+        whole = task.train_batch(4, 0, 20).tokens
+        assert all(np.array_equal(task.train_batch(4, row, 1).tokens[0], whole[row]) for row in range(20))
+
+    def test_lengths_that_do_not_occur(self):
+        task = ListOps(ListOpsConfig(length=2000, shortest=0.9, operators=0.0))
+        with pytest.raises(RunnerError, match="none had 1800 to 2000 tokens"):
+            task.train_batch(0, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("config", "wrong"),
     [
@@ -455,6 +495,13 @@ def test_chains_are_told_in_any_order_that_keeps_each():
         (VariableTrackingConfig, {"length": 140}),
         (VariableTrackingConfig, {"chains": 0}),
         (VariableTrackingConfig, {"hops": -1}),
+        (ListOpsConfig, {"length": 3}),
+        (ListOpsConfig, {"length": 200, "depth": 2, "shortest": 0.5}),
+        (ListOpsConfig, {"depth": 1}),
+        (ListOpsConfig, {"arguments": 1}),
+        (ListOpsConfig, {"operators": 1.0}),
+        (ListOpsConfig, {"shortest": -0.1}),
+        (ListOpsConfig, {"asked": "first"}),
     ],
 )
 def test_impossible_settings_are_refused(config, wrong):
