@@ -1,4 +1,5 @@
-"""The tables of docs/bench.md, from what ``python -m experiments.bench --folder docs/results/cpu`` measured."""
+"""The tables of docs/bench.md, from what ``python -m experiments.bench --folder docs/results/cpu`` measured, and
+``python -m experiments.bench.gpu`` left in docs/results/gpu."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.gpu.contests import GPU_CONTESTS
+
 RESULTS = Path(__file__).parent / "results" / "cpu"
+GPU_RESULTS = Path(__file__).parent / "results" / "gpu"
 
 
 def bench_tables() -> str:
@@ -45,3 +49,36 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any] | None) -> str:
     return "–" if row is None else f"{row['median_ms']:.3g} ({row['share']:.0%})"
+
+
+def gpu_tables() -> str:
+    """Which contests were measured on a GPU, and those that were: what it was, and a table a contest."""
+    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(GPU_RESULTS.glob("*.json"))}
+    measured = {record["contest"] for record in records.values()}
+    lines = [["contest", "", ""], ["---"] * 3]
+    for name, contest in GPU_CONTESTS.items():
+        lines.append([name, contest.title, "measured" if name in measured else "not measured"])
+    overview = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([overview, *(part for record in records.values() for part in _gpu_section(record))])
+
+
+def _gpu_section(record: dict[str, Any]) -> Iterator[str]:
+    device, ceilings, packages = record["device"], record["ceilings"], record["software"]["packages"]
+    yield f"### {record['contest']}, {record['dtype']}, on a GPU"
+    yield (
+        f"{record['title']}. {device['name']}, driver {device['driver']}, torch {packages['torch']},"
+        f" Triton {packages.get('triton', 'not installed')}, commit {str(record['code']['commit'])[:10]}; ceilings"
+        f" {ceilings['flops'][record['dtype']] / 1e12:.3g} TFLOP/s and {ceilings['bandwidth'] / 1e9:.0f} GB/s;"
+        f" {record['checked'].get('passed', 0)} checks passed before."
+    )
+    rows = record["rows"]
+    shapes = sorted({(row["length"], row["batch"]) for row in rows})
+    lines = [["", "width", "contestant", *(f"{batch} x {length}" for length, batch in shapes)]]
+    lines.append(["---", "--:", "---", *["--:"] * len(shapes)])
+    for way, width, name in dict.fromkeys((row["way"], row["width"], row["contestant"]) for row in rows):
+        own = [row for row in rows if (row["way"], row["width"], row["contestant"]) == (way, width, name)]
+        cells = {(row["length"], row["batch"]): row for row in own}
+        lines.append([way, str(width), name, *(_cell(cells.get(each)) for each in shapes)])
+    yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if record["absent"]:
+        yield f"Absent: {'; '.join(f'{name}: {reason}' for name, reason in record['absent'].items())}."

@@ -16,6 +16,17 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         import triton.language as _  # noqa: F401
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The tests of operations run without pytest-timeout, whose setting and marker pytest would not know then."""
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds that a test may take; pytest-timeout is not here to stop it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if importlib.util.find_spec("pytest_timeout") is None:
+        config.addinivalue_line("markers", "timeout(seconds): as the setting, for one test")
+
+
 @pytest.fixture(autouse=True)
 def determinism() -> Iterator[None]:
     """Seed torch, and fill what ``torch.empty`` returns with NaN, so that a value never written shows."""

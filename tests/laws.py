@@ -151,6 +151,12 @@ def available(op: str) -> list[str]:
     return [name for name in here if not name.endswith(("_triton", "_mm"))]
 
 
+def on_device(op: str) -> list[str]:
+    """The backends of an operation whose kernels run on a CUDA device, and that run here."""
+    here = [name for name, backend in OPS[op].backends.items() if backend.unavailable() is None]
+    return [name for name in here if name.endswith(("_triton", "_cuda"))] if torch.cuda.is_available() else []
+
+
 def _serves(backend: str, call: Call) -> bool:
     op = OPS[call.op]
     return op.backends[backend].refuse(*op.prepare(*call.args, **call.kwargs)) is None

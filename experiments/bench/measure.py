@@ -69,6 +69,17 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     return statistics.median(s / f for s, f in zip(slow, fast, strict=False))
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What this machine reaches at best, as measured with its own libraries.

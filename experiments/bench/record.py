@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments.bench.contest import WAYS, Absent, Contest, Cost, Inputs, Runner
-from experiments.bench.measure import Ceilings, alternate, expected, peak_memory, ratio
+from experiments.bench.measure import Ceilings, alternate, expected, peak_memory, quartiles, ratio, rounded
 from experiments.environment import code_version, hardware, software
 from experiments.errors import writing
 
@@ -126,14 +125,14 @@ class Measurement:
             way=way,
             length=length,
             rounds=len(seconds),
-            median_ms=_rounded(1e3 * median),
-            quartile1_ms=_rounded(1e3 * low),
-            quartile3_ms=_rounded(1e3 * high),
-            times_faster=None if first is None else _rounded(ratio(first, seconds)),
-            share=_rounded(least / median),
+            median_ms=rounded(1e3 * median),
+            quartile1_ms=rounded(1e3 * low),
+            quartile3_ms=rounded(1e3 * high),
+            times_faster=None if first is None else rounded(ratio(first, seconds)),
+            share=rounded(least / median),
             ceiling=ceiling,
-            moved_mb=_rounded(cost.bytes / 1e6),
-            peak_mb=None if peak is None else _rounded(peak / 1e6),
+            moved_mb=rounded(cost.bytes / 1e6),
+            peak_mb=None if peak is None else rounded(peak / 1e6),
         )
 
     def _runners(self, way: str, length: int, inputs: Inputs) -> Iterator[tuple[str, Runner]]:
@@ -144,7 +143,7 @@ class Measurement:
             if name in self.record.absent:
                 continue
             if seconds > self.record.budget_s or peak > self.memory_limit or self._gave_up(name, way):
-                why = {"expected_s": _rounded(seconds), "expected_peak_mb": _rounded(peak / 1e6)}
+                why = {"expected_s": rounded(seconds), "expected_peak_mb": rounded(peak / 1e6)}
                 self.record.left_out.append({"contestant": name, "way": way, "length": length, **why})
                 continue
             try:
@@ -155,17 +154,6 @@ class Measurement:
     def _gave_up(self, name: str, way: str) -> bool:
         """Whether a shorter length was left out already."""
         return any((one["contestant"], one["way"]) == (name, way) for one in self.record.left_out)
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, median, third
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def table(record: Record, way: str) -> Table:

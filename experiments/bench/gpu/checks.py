@@ -1,0 +1,149 @@
+"""Whether what runs on the device is right: before anything is timed.
+
+Every backend that runs there, on inputs of each dtype, against the reference in float64 on the CPU: values, the
+gradients of all inputs, sequences packed and apart, and a sequence that is cut, its state handed on. Then the test
+suites of the kernels, which run on the device where there is one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from experiments.environment import ROOT
+from seqarch.ops import OPS
+
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 5e-3}
+"""RMS of the difference over the RMS of the reference; the reference gets the same rounded numbers."""
+
+OFFSETS = (0, 1, 70, 70, 200)
+LENGTH, WIDTH, HEADS, CUT = OFFSETS[-1], 64, 4, 77
+SUITES = ("test_triton_*.py", "test_*_cuda*.py", "test_vendor*.py", "test_oracles.py")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was compared, how far it was off and how far it may be."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # NaN never passes
+
+
+def inputs_of(op: str) -> dict[str, Any]:
+    """A call of each operation, in float64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(1, LENGTH, *sizes, generator=generator, dtype=torch.float64)
+
+    x = {"q": draw(2, WIDTH), "k": F.normalize(draw(2, WIDTH), dim=-1), "v": draw(HEADS, WIDTH)}
+    if op in ("attention", "block_sparse_attention"):
+        x |= {"q": draw(HEADS, WIDTH), "v": draw(2, WIDTH)}
+    if op == "attention":
+        return x | {"window": 90}
+    if op == "block_sparse_attention":
+        index = torch.randint(-1, 4, (1, LENGTH, 2, 3), generator=generator)
+        return x | {"block_index": index, "block_size": 32, "window": 20}
+    if op in ("linear_attention", "delta_rule"):
+        rates = {"beta": draw(HEADS).sigmoid()} if op == "delta_rule" else {}
+        return x | rates | {"log_decay": -draw(HEADS).exp()}
+    channels = draw(WIDTH)
+    if op == "selective_scan":
+        A = -torch.arange(1.0, 9.0, dtype=torch.float64).repeat(WIDTH, 1)
+        return {"x": channels, "dt": 0.1 * draw(WIDTH).exp(), "A": A, "B": draw(8), "C": draw(8)}
+    if op == "causal_conv1d":
+        return {"x": channels, "weight": draw(4)[0, :WIDTH], "activation": "silu"}
+    weights = {"w_in": draw(2 * WIDTH)[0, : 3 * 64].view(3, 64, -1), "w_out": draw(WIDTH).expand(3, -1, -1)[:, :128]}
+    index = torch.randint(-1, 3, (1, LENGTH, 2), generator=generator)
+    return {"x": channels, **weights, "expert_index": index, "expert_weight": draw(2).sigmoid()}
+
+
+def rounded(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Decays and rates of change stay float32, as layers give them."""
+    kept = ("log_decay", "A")
+    narrow = {n: x.float() if n in kept else x.to(dtype) for n, x in inputs.items() if _is_float(x)}
+    return inputs | narrow
+
+
+def _is_float(x: Any) -> bool:
+    return torch.is_tensor(x) and x.is_floating_point()
+
+
+def gradients(op: str, backend: str, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """Outputs, and gradients of a weighted sum of the first."""
+    leaves = {name: x.detach().requires_grad_() if _is_float(x) else x for name, x in inputs.items()}
+    found = OPS[op](backend, **leaves, **options)
+    o = found[0] if isinstance(found, tuple) else found
+    weight = torch.linspace(-1, 1, o.numel(), dtype=torch.float64, device=o.device).view(o.shape)
+    asked = {name: x for name, x in leaves.items() if _is_float(x)}
+    grads = torch.autograd.grad((o * weight).sum(), [*asked.values()])
+    return {"output": o.detach(), **{f"gradient of {name}": x for name, x in zip(asked, grads, strict=True)}}
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    difference = found.detach().cpu().double() - expected.detach().cpu().double()
+    return float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt().cpu())
+
+
+def served(op: str, inputs: dict[str, Any], **options: Any) -> list[str]:
+    """The backends that serve a call, but for the one that defines what is right."""
+    prepared = OPS[op].prepare(**inputs, **options)
+    names = [name for name in OPS[op].backends if name != OPS[op].reference]
+    return [name for name in names if OPS[op].backends[name].refuse(*prepared) is None]
+
+
+def compare(device: torch.device) -> Iterator[Check]:
+    """Every operation on every backend that serves it on the device."""
+    for op in OPS:
+        exact = inputs_of(op)
+        packs: list[dict[str, Any]] = [{}] if op == "experts" else [{}, {"cu_seqlens": OFFSETS}]
+        for dtype, bound in BOUNDS.items():
+            given = rounded(exact, dtype)
+            wide = {name: x.double() if _is_float(x) else x for name, x in given.items()}
+            there = {name: x.to(device) if torch.is_tensor(x) else x for name, x in given.items()}
+            for options in packs:
+                expected = gradients(op, OPS[op].reference, wide, **options)
+                for backend in served(op, there, **options):
+                    label = f"{op}, {backend}, {str(dtype)[6:]}{', packed' if options else ''}"
+                    for name, x in gradients(op, backend, there, **options).items():
+                        yield Check(f"{label}: {name}", error(x, expected[name]), bound)
+            if op not in ("attention", "block_sparse_attention", "experts"):
+                yield from cut(op, there, bound, str(dtype)[6:])
+
+
+def cut(op: str, inputs: dict[str, Any], bound: float, label: str) -> Iterator[Check]:
+    """Cut anywhere, with the state carried over the cut, a sequence has the same outputs and the same last state."""
+    timed = [name for name, x in inputs.items() if torch.is_tensor(x) and x.shape[:2] == (1, LENGTH)]
+    first = inputs | {name: inputs[name][:, :CUT] for name in timed}
+    rest = inputs | {name: inputs[name][:, CUT:] for name in timed}
+    for backend in served(op, inputs):
+        whole, last = OPS[op](backend, **inputs)
+        start, state = OPS[op](backend, **first)
+        end, final = OPS[op](backend, **rest, state=state)
+        yield Check(f"{op}, {backend}, {label}, cut: output", error(torch.cat([start, end], 1), whole), bound)
+        yield Check(f"{op}, {backend}, {label}, cut: last state", error(final, last), bound)
+
+
+def suites(root: Path = ROOT) -> list[str]:
+    """The tests that run their kernels on the device."""
+    return sorted(str(path) for name in SUITES for path in (root / "tests" / "ops").glob(name))
+
+
+def run_suites() -> str | None:
+    """How the tests fail, or ``None`` if they pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", *suites()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return None if done.returncode == 0 else done.stdout[-4000:] + done.stderr[-2000:]
