@@ -1,16 +1,19 @@
-"""What each mixer costs at one width, as formulas in the length, from the mixers' own accounting."""
+"""What each mixer costs, as formulas from the mixers' own accounting: FLOPs in the length, at one width; the state's
+bytes in both.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 
 from seqarch.layers import Mixer, build_mixer
 
 WIDTH = 1024
-"""The ``d_model`` of the table."""
+"""The ``d_model`` of the table; states are measured at multiples of it, where all heads are equally wide."""
 
 LONG = 2**22
 """A length beyond every window and every number of chosen tokens."""
@@ -50,5 +53,40 @@ def costs(name: str) -> tuple[str, str, str, str]:
         short(parameters),
         formula(lambda length: round(mixer.flops(length) / length)),
         formula(mixer.step_flops),
-        formula(mixer.state_bytes),
+        state_formula(name),
     )
+
+
+def state_formula(name: str) -> str:
+    """The bytes of the state in float32 as an exact polynomial in D and T, beyond every window.
+
+    Raises:
+        ValueError: they are none of degree 2 in D and 1 in T.
+    """
+    rows = [_in_length(name, step * WIDTH) for step in range(1, 5)]
+    terms = []
+    for values, factor in zip(zip(*rows, strict=True), ("T", ""), strict=True):
+        a, b, c = _parabola(values)
+        terms += [(c, f"D^2 {factor}"), (b, f"D {factor}"), (a, factor)]
+    return " + ".join(f"{float(number):.10g} {of}".strip() for number, of in terms if number).replace("+ -", "- ")
+
+
+def _in_length(name: str, width: int) -> tuple[int, int]:
+    """The slope and what does not grow, at one width."""
+    with torch.device("meta"):
+        mixer = build_mixer(name, d_model=width)
+    at = [mixer.state_bytes(LONG << i) for i in range(3)]
+    slope = (at[1] - at[0]) // LONG
+    if at[2] - at[1] != 2 * LONG * slope:
+        raise ValueError(f"the state of {name} takes {at} bytes at lengths {[LONG << i for i in range(3)]}: no line")
+    return slope, at[0] - LONG * slope
+
+
+def _parabola(values: tuple[int, ...]) -> tuple[Fraction, Fraction, Fraction]:
+    """The coefficients of ``a + b D + c D^2`` through values at 1 to 4 times ``WIDTH``."""
+    first, second, third, fourth = map(Fraction, values)
+    c = (first - 2 * second + third) / 2
+    b, a = second - first - 3 * c, 3 * first - 3 * second + third
+    if a + 4 * b + 16 * c != fourth:
+        raise ValueError(f"{values} at multiples of {WIDTH} are no parabola")
+    return a, b / WIDTH, c / WIDTH**2

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from seqarch.interop import mamba2
+from seqarch.interop import mamba2, parts
 from seqarch.interop.parts import head_sizes, model, norm
 from seqarch.interop.settings import Settings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, constant, rule, scale, split, under
@@ -37,15 +37,11 @@ def lm_config(settings: Settings) -> LMConfig:
         "output_norm": gated if settings.get("mamba_rms_norm", default=False) else "none",
         "norm_eps": settings.get("rms_norm_eps"),
     }
-    return LMConfig(
-        vocab_size=settings.get("vocab_size"),
-        d_model=width,
-        pattern="attention+mamba2/swiglu",
-        depth=settings.get("num_hidden_layers"),
-        mixers={"attention": attention, "mamba2": ssm},
-        channels={"swiglu": {"hidden": settings.get("intermediate_size")}},
-        norm_eps=settings.get("rms_norm_eps"),
-        tie_embeddings=settings.get("tie_word_embeddings", default=False),
+    return parts.lm_config(
+        settings,
+        ["attention+mamba2/swiglu"] * settings.get("num_hidden_layers"),
+        {"attention": attention, "mamba2": ssm},
+        {"swiglu": {"hidden": settings.get("intermediate_size")}},
         embedding_scale=settings.get("embedding_multiplier", default=1.0),
     )
 

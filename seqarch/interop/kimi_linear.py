@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from seqarch.interop import parts
 from seqarch.interop.parts import experts, gated_mlp, model, norm, short_convolution
-from seqarch.interop.settings import Settings, pattern_of
+from seqarch.interop.settings import Settings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, reshape, rule, under
 from seqarch.models import LMConfig
 
@@ -35,15 +36,11 @@ def lm_config(settings: Settings) -> LMConfig:
         "shared_experts": settings.get("num_shared_experts", "n_shared_experts"),
     }
     layers = [f"{mixer}/{channel}" for mixer, channel in _layers(settings)]
-    return LMConfig(
-        vocab_size=settings.get("vocab_size"),
-        d_model=settings.get("hidden_size"),
-        pattern=pattern_of(layers),
-        depth=len(layers),
-        mixers={"kimi_delta": delta, "latent_attention": _latent_options(settings)},
-        channels={"moe": moe, "swiglu": {"hidden": settings.get("intermediate_size")}},
-        norm_eps=settings.get("rms_norm_eps"),
-        tie_embeddings=settings.get("tie_word_embeddings", default=False),
+    return parts.lm_config(
+        settings,
+        layers,
+        {"kimi_delta": delta, "latent_attention": _latent_options(settings)},
+        {"moe": moe, "swiglu": {"hidden": settings.get("intermediate_size")}},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from seqarch.interop import parts
 from seqarch.interop.parts import model, norm, short_convolution
 from seqarch.interop.settings import Settings
 from seqarch.interop.weights import WeightMap, rule, under
@@ -17,16 +18,7 @@ def lm_config(settings: Settings) -> LMConfig:
         "conv_width": settings.get("conv_kernel"),
         "dt_rank": None if rank == "auto" else rank,
     }
-    return LMConfig(
-        vocab_size=settings.get("vocab_size"),
-        d_model=settings.get("hidden_size"),
-        pattern="mamba",
-        depth=settings.get("num_hidden_layers"),
-        channel="none",
-        mixers={"mamba": options},
-        norm_eps=settings.get("layer_norm_epsilon"),
-        tie_embeddings=settings.get("tie_word_embeddings", default=True),
-    )
+    return parts.lm_config(settings, ["mamba/none"] * settings.get("num_hidden_layers"), {"mamba": options}, tied=True)
 
 
 def weights(settings: Settings) -> WeightMap:

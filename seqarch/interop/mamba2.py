@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
+from seqarch.interop import parts
 from seqarch.interop.parts import model, norm, short_convolution
 from seqarch.interop.settings import Settings
 from seqarch.interop.weights import Rule, WeightMap, rule, under
@@ -20,16 +21,7 @@ def lm_config(settings: Settings) -> LMConfig:
         "conv_width": settings.get("conv_kernel"),
         "norm_eps": settings.get("layer_norm_epsilon"),
     }
-    return LMConfig(
-        vocab_size=settings.get("vocab_size"),
-        d_model=settings.get("hidden_size"),
-        pattern="mamba2",
-        depth=settings.get("num_hidden_layers"),
-        channel="none",
-        mixers={"mamba2": options},
-        norm_eps=settings.get("layer_norm_epsilon"),
-        tie_embeddings=settings.get("tie_word_embeddings", default=False),
-    )
+    return parts.lm_config(settings, ["mamba2/none"] * settings.get("num_hidden_layers"), {"mamba2": options})
 
 
 def mixer(normed: bool = True) -> list[Rule]:

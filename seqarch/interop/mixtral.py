@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from seqarch.interop import parts
 from seqarch.interop.parts import attention, experts, model, norm
 from seqarch.interop.settings import Settings
 from seqarch.interop.weights import WeightMap, under
@@ -26,15 +27,11 @@ def lm_config(settings: Settings) -> LMConfig:
         "top_k": settings.get("num_experts_per_tok"),
         "hidden": settings.get("intermediate_size"),
     }
-    return LMConfig(
-        vocab_size=settings.get("vocab_size"),
-        d_model=settings.get("hidden_size"),
-        pattern=f"{mixer}/moe",
-        depth=settings.get("num_hidden_layers"),
-        mixers={mixer: options if window is None else {**options, "window": window}},
-        channels={"moe": moe},
-        norm_eps=settings.get("rms_norm_eps"),
-        tie_embeddings=settings.get("tie_word_embeddings", default=False),
+    return parts.lm_config(
+        settings,
+        [f"{mixer}/moe"] * settings.get("num_hidden_layers"),
+        {mixer: options if window is None else {**options, "window": window}},
+        {"moe": moe},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from seqarch.interop.settings import Settings, pattern_of
 from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, shift, split, squeeze, transpose, under
 from seqarch.models import LMConfig
 
@@ -54,6 +55,33 @@ def attention(options: dict[str, Any]) -> list[Rule]:
         rule("o_proj.weight", "output.weight"),
     ]
     return [*rules, rule("o_proj.bias", "output.bias")] if options.get("output_bias") else rules
+
+
+def lm_config(
+    settings: Settings,
+    layers: list[str],
+    mixers: dict[str, dict[str, Any]],
+    channels: dict[str, dict[str, Any]] | None = None,
+    tied: bool = False,
+    **others: Any,
+) -> LMConfig:
+    """Our configuration of these layers, each a pattern, and of the settings that all families share.
+
+    Args:
+        tied: whether the head uses the embedding's weights where the settings do not say so.
+        others: what only some families have.
+    """
+    return LMConfig(
+        vocab_size=settings.get("vocab_size"),
+        d_model=settings.get("hidden_size"),
+        pattern=pattern_of(layers),
+        depth=len(layers),
+        mixers=mixers,
+        channels=channels or {},
+        norm_eps=settings.get("rms_norm_eps", "layer_norm_epsilon"),
+        tie_embeddings=settings.get("tie_word_embeddings", default=tied),
+        **others,
+    )
 
 
 def model(

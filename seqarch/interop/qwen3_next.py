@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from seqarch.interop import parts
 from seqarch.interop.parts import experts, gated_mlp, model, norm, short_convolution
-from seqarch.interop.settings import Settings, pattern_of
+from seqarch.interop.settings import Settings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, reorder, rule, split, under
 from seqarch.models import LMConfig
 
@@ -31,15 +32,11 @@ def lm_config(settings: Settings) -> LMConfig:
         "norm_eps": eps,
     }
     layers = [f"{mixer}/{channel}" for mixer, channel in zip(_mixers(settings), _channels(settings), strict=True)]
-    return LMConfig(
-        vocab_size=settings.get("vocab_size"),
-        d_model=settings.get("hidden_size"),
-        pattern=pattern_of(layers),
-        depth=len(layers),
-        mixers={"attention": attention, "gated_delta_net": delta},
-        channels={"moe": _moe(settings), "swiglu": {"hidden": settings.get("intermediate_size")}},
-        norm_eps=eps,
-        tie_embeddings=settings.get("tie_word_embeddings", default=False),
+    return parts.lm_config(
+        settings,
+        layers,
+        {"attention": attention, "gated_delta_net": delta},
+        {"moe": _moe(settings), "swiglu": {"hidden": settings.get("intermediate_size")}},
     )
 
 

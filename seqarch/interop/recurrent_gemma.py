@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from seqarch.interop import parts
 from seqarch.interop.parts import attention, gated_mlp, model, norm, short_convolution
-from seqarch.interop.settings import Settings, pattern_of
+from seqarch.interop.settings import Settings
 from seqarch.interop.weights import WeightMap, rule, under
 from seqarch.models import LMConfig
 
@@ -29,15 +30,12 @@ def lm_config(settings: Settings) -> LMConfig:
         "conv_width": settings.get("conv1d_width"),
     }
     mlp = {"hidden": settings.get("intermediate_size") // 2, "activation": "gelu_tanh", "bias": True}
-    return LMConfig(
-        vocab_size=settings.get("vocab_size"),
-        d_model=width,
-        pattern=pattern_of(_mixers(settings)),
-        depth=settings.get("num_hidden_layers"),
-        mixers={"sliding_window": window, "rg_lru": recurrent},
-        channels={"swiglu": mlp},
-        norm_eps=settings.get("rms_norm_eps"),
-        tie_embeddings=settings.get("tie_word_embeddings", default=True),
+    return parts.lm_config(
+        settings,
+        _mixers(settings),
+        {"sliding_window": window, "rg_lru": recurrent},
+        {"swiglu": mlp},
+        tied=True,
         embedding_scale=_rounded(width**0.5),
         logit_cap=settings.get("logits_soft_cap"),
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers.cached_attention import CachedAttention, CachedAttentionConfig
-from seqarch.layers.mixer import CuSeqlens
 from seqarch.ops.attention import flops as attention_flops
 
 
@@ -35,16 +35,8 @@ class Attention(CachedAttention):
 
     Config = AttentionConfig
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *selection: Tensor,
-        cu_seqlens: CuSeqlens = None,
-        key_start: Tensor | None = None,
-    ) -> Tensor:
-        return ops.attention(q, k, v, window=self.config.window, cu_seqlens=cu_seqlens, key_start=key_start)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
+        return ops.attention(q, k, v, window=self.config.window, **where)
 
     @property
     def keep(self) -> int | None:

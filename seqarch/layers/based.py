@@ -10,28 +10,23 @@ from torch import Tensor
 
 from seqarch.layers.attention import SlidingWindow, SlidingWindowConfig
 from seqarch.layers.cached_attention import AttentionState
+from seqarch.layers.heads import HeadsConfig
 from seqarch.layers.linear_attention import LinearAttention, LinearAttentionConfig
-from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, choose_heads
+from seqarch.layers.mixer import Device, Mixer, Offsets
 from seqarch.layers.recurrent import RecurrentState
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasedConfig(LayerConfig):
+class BasedConfig(HeadsConfig):
     """Options of :class:`Based`.
 
     Attributes:
-        num_heads: H, of both parts; by default heads of width 64 (32 where 64 does not divide D).
         key_width: width of the linear part's queries and keys; its state has ``(K + 1) (K + 2) / 2`` rows a head.
         window: tokens that each token sees exactly, itself included.
     """
 
-    num_heads: int | None = None
     key_width: int = 16
     window: int = 64
-
-    def __post_init__(self):
-        super().__post_init__()
-        choose_heads(self.d_model, self.num_heads)
 
 
 class BasedState(NamedTuple):
@@ -61,20 +56,16 @@ class Based(Mixer):
     Config = BasedConfig
 
     def __init__(self, config: BasedConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, heads = config.d_model, config.num_heads
         self.linear = LinearAttention(
             LinearAttentionConfig(d_model=width, num_heads=heads, key_width=config.key_width, feature_map="taylor")
         )
         self.window = SlidingWindow(SlidingWindowConfig(d_model=width, num_heads=heads, window=config.window))
 
-    def forward(
-        self, x: Tensor, state: BasedState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, BasedState]:
-        linear, window = (None, None) if state is None else state
-        distant, linear = self.linear(x, linear, cu_seqlens)
-        near, window = self.window(x, window, cu_seqlens)
+    def carry(self, x: Tensor, state: BasedState, offsets: Offsets) -> tuple[Tensor, BasedState]:
+        distant, linear = self.linear(x, state.linear, offsets)
+        near, window = self.window(x, state.window, offsets)
         return distant + near, BasedState(linear, window)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> BasedState:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqarch.layers.block_sparse import BlockSparse, BlockSparseConfig
+from seqarch.layers.cached_attention import Place
 from seqarch.layers.positions import block_of
 
 
@@ -43,10 +44,8 @@ class BigBird(BlockSparse):
 
     Config = BigBirdConfig
 
-    def select(
-        self, q: Tensor, k: Tensor, positions: Tensor, length: int, offsets: tuple[int, ...] | None, *memory: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        config, own = self.config, block_of(positions, self.config.block_size)
+    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        config, own = self.config, block_of(place.positions, self.config.block_size)
         near = own[..., None] - torch.arange(config.window_blocks, device=own.device)
         near = near.clamp(min=-1)
         first = torch.arange(config.global_blocks, device=own.device).expand(*own.shape, -1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch.layers.block_sparse import BlockSparse, BlockSparseConfig
+from seqarch.layers.cached_attention import Place
 from seqarch.layers.kv_cache import KVCache, PackedKV
 from seqarch.layers.mixer import Device
 from seqarch.layers.positions import block_of
@@ -61,17 +62,14 @@ class BlockMixture(BlockSparse):
     Config = BlockMixtureConfig
     State = BlockMixtureState
 
-    def select(
-        self, q: Tensor, k: Tensor, positions: Tensor, length: int, offsets: tuple[int, ...] | None, *memory: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        own = block_of(positions, self.config.block_size)
-        count = -(-length // self.config.block_size)
+    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        (sums,), offsets = memory, place.offsets
+        own = block_of(place.positions, self.config.block_size)
+        count = self._blocks(place.length)
         if offsets is None:
-            (sums,) = memory or self._no_sums(k, k.shape[0])
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
         else:
             lengths = [end - start for start, end in pairwise(offsets)]
-            (sums,) = memory or self._no_sums(k, len(lengths))
             rows = torch.arange(len(lengths), device=k.device)
             rows = rows.repeat_interleave(torch.tensor(lengths, device=k.device), output_size=k.shape[1])[None]
         sums = F.pad(sums, (0, 0, 0, 0, 0, max(0, count - sums.shape[1])))
@@ -82,9 +80,6 @@ class BlockMixture(BlockSparse):
             return (self._choose(q.detach(), means, own),), (sums,)
         pieces = zip(q.detach().split(lengths, 1), means.split(1), own.split(lengths, 1), strict=True)
         return (torch.cat([self._choose(*piece) for piece in pieces], dim=1),), (sums,)
-
-    def _no_sums(self, k: Tensor, rows: int) -> tuple[Tensor]:
-        return (torch.zeros(rows, 0, *k.shape[2:], dtype=accumulation_dtype(k), device=k.device),)
 
     def _choose(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
         """``[B, T, H, top_k]``, or less where blocks are fewer, from the means ``[B, N, G, K]`` of all but the last."""
@@ -99,8 +94,9 @@ class BlockMixture(BlockSparse):
         self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None
     ) -> BlockMixtureState:
         conv, cache = super().new_state(batch_size, max_length, device, dtype)
-        (sums,) = self._no_sums(cache.keys, batch_size)
-        return BlockMixtureState(conv, cache, F.pad(sums, (0, 0, 0, 0, 0, self._blocks(max_length))))
+        keys = cache.keys
+        shape = batch_size, self._blocks(max_length), *keys.shape[2:]
+        return BlockMixtureState(conv, cache, keys.new_zeros(shape, dtype=accumulation_dtype(keys)))
 
     def _blocks(self, length: int) -> int:
         return -(-length // self.config.block_size)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers.cached_attention import CachedAttention, CachedAttentionConfig
-from seqarch.layers.mixer import CuSeqlens
 from seqarch.ops.block_sparse_attention import flops as pair_flops
 
 
@@ -32,21 +32,11 @@ class BlockSparse(CachedAttention):
 
     window: int | None = None
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *selection: Tensor,
-        cu_seqlens: CuSeqlens = None,
-        key_start: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
         (block_index,), size = selection, self.config.block_size
         # a fixed pattern lists blocks that have not begun
         block_index = block_index.masked_fill(block_index >= -(-k.shape[1] // size), -1)
-        return ops.block_sparse_attention(
-            q, k, v, block_index, size, window=self.window, cu_seqlens=cu_seqlens, key_start=key_start
-        )
+        return ops.block_sparse_attention(q, k, v, block_index, size, window=self.window, **where)
 
     def earlier_block_flops(self, blocks: int, length: int, batch_size: int) -> int:
         """FLOPs where a token sees its own block up to itself, and so many of the blocks before, or all there are."""

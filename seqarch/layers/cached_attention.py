@@ -13,10 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqarch.layers import kv_cache
-from seqarch.layers.heads import HeadProjection
+from seqarch.layers.heads import HeadProjection, HeadsConfig
 from seqarch.layers.kv_cache import KVCache, PackedKV
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, choose_heads
+from seqarch.layers.mixer import Device, Mixer, Offsets, choose_heads, row_count
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.positions import token_positions
 from seqarch.layers.rotary import rotary_tables, rotate
@@ -26,7 +26,7 @@ POSITIONS = ("none", "rotary")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadsConfig(LayerConfig):
+class KVHeadsConfig(HeadsConfig):
     """Options of heads and their positions.
 
     Attributes:
@@ -39,7 +39,6 @@ class HeadsConfig(LayerConfig):
         rotary_fraction: share of each head's channels that turn, the first ones; the others know no position.
     """
 
-    num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     position: str = "rotary"
@@ -84,7 +83,7 @@ class HeadsConfig(LayerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedAttentionConfig(HeadsConfig):
+class CachedAttentionConfig(KVHeadsConfig):
     """Options that every attention of one cache has.
 
     Attributes:
@@ -114,6 +113,20 @@ class AttentionState(NamedTuple):
     cache: KVCache | PackedKV
 
 
+class Place(NamedTuple):
+    """Where the tokens of a call stand.
+
+    Attributes:
+        positions: in their own sequences, ``[1, T]`` where all rows stand alike, else ``[B, T]``.
+        length: tokens of the longest sequence after this call, or more.
+        offsets: boundaries of packed sequences; ``None`` where nothing is packed.
+    """
+
+    positions: Tensor
+    length: int
+    offsets: Offsets
+
+
 class CacheMixer(Mixer):
     """The cache of an attention; a subclass makes its entries in :meth:`project` and reads them in :meth:`attend`.
 
@@ -132,38 +145,23 @@ class CacheMixer(Mixer):
     output: nn.Linear
 
     @abstractmethod
-    def project(
-        self, x: Tensor, positions: Tensor, conv: Tensor | None, offsets: tuple[int, ...] | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """Queries, keys and values of this call's tokens, and the short convolution's state.
-
-        Args:
-            positions: of the tokens in their own sequences, ``[1, T]`` where all rows stand alike, else ``[B, T]``.
-        """
+    def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
+        """Queries, keys and values of this call's tokens, and the short convolution's state."""
 
     @abstractmethod
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *selection: Tensor,
-        cu_seqlens: CuSeqlens = None,
-        key_start: Tensor | None = None,
-    ) -> Tensor:
-        """What the queries ``[B, Tq, H, K]`` read from the keys held and new, as in ``ops.attention``."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
+        """What the queries ``[B, Tq, H, K]`` read from the keys held and new.
 
-    def select(
-        self, q: Tensor, k: Tensor, positions: Tensor, length: int, offsets: tuple[int, ...] | None, *memory: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        Args:
+            where: the operation's ``cu_seqlens`` or ``key_start``.
+        """
+
+    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """What :meth:`attend` needs of each query beside q, ``[B, T, ...]`` each, and the state's further entries.
 
         Args:
             q, k: of this call's tokens, rotated.
-            positions: as in :meth:`project`.
-            length: tokens of the longest sequence after this call, or more.
-            offsets: boundaries of packed sequences.
-            memory: the state's entries after conv and cache; none without a state.
+            memory: the state's entries after conv and cache.
         """
         return (), ()
 
@@ -177,16 +175,13 @@ class CacheMixer(Mixer):
         """How many of them are the first of the sequence."""
         return 0
 
-    def forward(self, x: Tensor, state: Any = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, Any]:
-        offsets = checks.sequence_offsets("attention", cu_seqlens, x.shape[0], x.shape[1])
-        conv, cache, *memory = (None, None) if state is None else state
-        if cache is not None:
-            cache = kv_cache.as_rows(cache, self.keep, first=self.first)
-            _check_cache(cache, x.shape[0] if offsets is None else len(offsets) - 1, self.keep)
-        positions = _positions(cache, x, offsets)
-        (q, k, v), conv = self.project(x, positions, conv, offsets)
-        length = _longest(x, offsets) + (0 if cache is None else cache.length)
-        selection, memory = self.select(q, k, positions, length, offsets, *memory)
+    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+        conv, cache, *memory = state
+        cache = kv_cache.as_rows(cache, self.keep, first=self.first)
+        _check_cache(cache, row_count(x, offsets), self.keep)
+        place = Place(_positions(cache, x, offsets), cache.length + _longest(x, offsets), offsets)
+        (q, k, v), conv = self.project(x, conv, place)
+        selection, memory = self.select(q, k, place, *memory)
         if offsets is None:
             o, cache = self._attend((q, *selection), k, v, cache)
         else:
@@ -196,20 +191,19 @@ class CacheMixer(Mixer):
             o = o * self.gate(x).sigmoid()
         return self.output(o), self.State(conv, cache, *memory)
 
-    def _attend(self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache]:
-        start = None if cache is None else cache.first_held(self.keep)
+    def _attend(self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        start = cache.first_held(self.keep)
         keys, values, cache = kv_cache.extend(cache, k, v, self.keep, self.first)
         q, *selection = queries
         return self.attend(q, keys, values, *selection, key_start=start), cache
 
     def _attend_packed(
-        self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache | None, offsets: tuple[int, ...]
+        self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache, offsets: tuple[int, ...]
     ) -> tuple[Tensor, KVCache | PackedKV]:
-        if cache is None or not cache.length:
+        if not cache.length:
             q, *selection = queries
             o = self.attend(q, k, v, *selection, cu_seqlens=offsets)
-            packed = PackedKV(k, v, offsets)
-            reserved = 0 if cache is None else cache.capacity
+            packed, reserved = PackedKV(k, v, offsets), cache.capacity
             return o, kv_cache.as_rows(packed, self.keep, reserved, self.first) if reserved else packed
         keys, values, cache = kv_cache.extend_packed(cache, k, v, offsets, self.keep, self.first)
         lengths = [end - start for start, end in pairwise(offsets)]
@@ -245,8 +239,7 @@ class CachedAttention(CacheMixer):
     """Projections and positions of an attention by heads; a subclass says in :meth:`attend` which keys are seen."""
 
     def __init__(self, config: CachedAttentionConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         parts = [(heads, width), (kv_heads, width), (kv_heads, width)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width)
@@ -256,15 +249,13 @@ class CachedAttention(CacheMixer):
         self.output = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)
 
-    def project(
-        self, x: Tensor, positions: Tensor, conv: Tensor | None, offsets: tuple[int, ...] | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        (q, k, v), conv = self.heads(x, conv, offsets)
+    def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
+        (q, k, v), conv = self.heads(x, conv, place.offsets)
         q, k = self.query_norm(q), self.key_norm(k)
         if self.config.position == "rotary":
-            tables = rotary_tables(positions, self.config.rotary_width, self.config.rotary_base)
+            tables = rotary_tables(place.positions, self.config.rotary_width, self.config.rotary_base)
             q, k = rotate(q, tables), rotate(k, tables)
-        return (q, k, v), conv
+        return [q, k, v], conv
 
 
 def _check_cache(cache: KVCache, rows: int, keep: int | None) -> None:
@@ -277,13 +268,13 @@ def _check_cache(cache: KVCache, rows: int, keep: int | None) -> None:
         )
 
 
-def _positions(cache: KVCache | None, x: Tensor, offsets: tuple[int, ...] | None) -> Tensor:
+def _positions(cache: KVCache, x: Tensor, offsets: Offsets) -> Tensor:
     """``[1, T]`` where all rows stand alike, so that the rotation is computed once for the batch; else ``[B, T]``."""
-    before = torch.zeros(1, dtype=torch.int64, device=x.device) if cache is None else cache.lengths()
+    before = cache.lengths()
     if offsets is not None:
         before = before.expand(len(offsets) - 1)
     return token_positions(before, x.shape[1], offsets)[0]
 
 
-def _longest(x: Tensor, offsets: tuple[int, ...] | None) -> int:
+def _longest(x: Tensor, offsets: Offsets) -> int:
     return x.shape[1] if offsets is None else max(end - start for start, end in pairwise(offsets))

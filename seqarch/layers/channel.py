@@ -58,8 +58,7 @@ class Mlp(ChannelMixer):
     Config = MlpConfig
 
     def __init__(self, config: MlpConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.input = Linear(config.d_model, config.hidden_width, bias=False)
         self.output = Linear(config.hidden_width, config.d_model, bias=False)
 
@@ -97,8 +96,7 @@ class SwiGlu(ChannelMixer):
     Config = SwiGluConfig
 
     def __init__(self, config: SwiGluConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.input = Linear(config.d_model, 2 * config.hidden_width, bias=config.bias)
         self.output = Linear(config.hidden_width, config.d_model, bias=config.bias)
 

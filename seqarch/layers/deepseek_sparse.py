@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers import kv_cache
-from seqarch.layers.cached_attention import HeadsConfig
+from seqarch.layers.cached_attention import KVHeadsConfig
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.kv_cache import KVCache
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens
+from seqarch.layers.mixer import Offsets
 from seqarch.layers.row_attention import CacheShape, RowAttention
 from seqarch.layers.selection import largest, positions, query_chunks, whole
 from seqarch.ops.attention import flops as attention_flops
@@ -25,7 +25,7 @@ from seqarch.ops.common.checks import accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekSparseConfig(HeadsConfig):
+class DeepseekSparseConfig(KVHeadsConfig):
     """Options of :class:`DeepseekSparse`.
 
     Attributes:
@@ -35,7 +35,7 @@ class DeepseekSparseConfig(HeadsConfig):
         index_loss_weight: what :meth:`DeepseekSparse.auxiliary_loss` weighs the indexer's loss by.
     """
 
-    may_be_zero = (*HeadsConfig.may_be_zero, "index_loss_weight")
+    may_be_zero = (*KVHeadsConfig.may_be_zero, "index_loss_weight")
 
     top_k: int = 2048
     index_heads: int = 4
@@ -92,8 +92,7 @@ class DeepseekSparse(RowAttention):
     State = DeepseekSparseState
 
     def __init__(self, config: DeepseekSparseConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         heads, width = config.heads, config.head_width
         self.heads = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 2])
         self.index_query = Linear(config.d_model, config.index_heads * config.index_width, bias=False)
@@ -103,11 +102,9 @@ class DeepseekSparse(RowAttention):
         self.output = Linear(heads * width, config.d_model, bias=False)
         self._losses: list[Tensor] = []
 
-    def forward(
-        self, x: Tensor, state: DeepseekSparseState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, Any]:
+    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
         self._losses = []
-        y, state = super().forward(x, state, cu_seqlens)
+        y, state = super().carry(x, state, offsets)
         self._losses = [loss / max(1, x.shape[0] * x.shape[1]) for loss in self._losses]
         return y, state
 

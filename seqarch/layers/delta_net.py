@@ -9,7 +9,7 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.layers.delta_rule import DeltaRuleConfig, DeltaRuleMixer
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens
+from seqarch.layers.mixer import Offsets
 from seqarch.layers.norms import HeadNorm
 
 
@@ -36,9 +36,9 @@ class DeltaNet(DeltaRuleMixer):
         self.output = Linear(config.d_model, config.d_model, bias=False)
 
     def recur(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
-        return ops.delta_rule(q, k, v, self.strength(self.beta(x)), state=memory, cu_seqlens=cu_seqlens)
+        return ops.delta_rule(q, k, v, self.strength(self.beta(x)), state=memory, cu_seqlens=offsets)
 
     def leave(self, x: Tensor, o: Tensor) -> Tensor:
         return self.norm(o)

@@ -9,25 +9,23 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqarch.layers.heads import HeadProjection
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
+from seqarch.layers.heads import HeadProjection, HeadsConfig
+from seqarch.layers.mixer import Offsets, choose_heads
 from seqarch.layers.norms import l2_normalise
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.ops.delta_rule import flops as recurrence_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaRuleConfig(LayerConfig):
+class DeltaRuleConfig(HeadsConfig):
     """Options that all mixers on the delta rule have.
 
     Attributes:
-        num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
         conv_width: width of the short convolutions over queries, keys and values; 0 for none.
         negative_eigenvalues: doubles beta to (0, 2), which lets the model track state (Grazzi et al. 2024).
         norm_eps: added to the mean square in the norm of the output.
     """
 
-    num_heads: int | None = None
     conv_width: int = 4
     negative_eigenvalues: bool = False
     norm_eps: float = 1e-5
@@ -39,8 +37,7 @@ class DeltaRuleConfig(LayerConfig):
     @property
     def key_shape(self) -> tuple[int, int]:
         """Heads and width of the queries and keys, G and K."""
-        heads = choose_heads(self.d_model, self.num_heads)
-        return heads, self.d_model // heads
+        return self.heads, self.head_width
 
     @property
     def value_shape(self) -> tuple[int, int]:
@@ -68,28 +65,23 @@ class GatedDeltaRuleConfig(DeltaRuleConfig):
 
     @property
     def key_shape(self) -> tuple[int, int]:
-        heads = self.value_heads
-        groups = self.num_key_heads or heads
-        if heads % groups:
-            raise ValueError(f"num_key_heads ({groups}) must divide num_heads ({heads})")
-        return groups, self.key_width or self.default_key_width
+        groups = self.num_key_heads or self.heads
+        if self.heads % groups:
+            raise ValueError(f"num_key_heads ({groups}) must divide num_heads ({self.heads})")
+        return groups, self.key_width or self.head_width
 
     @property
     def value_shape(self) -> tuple[int, int]:
         width = self.expand_v * self.key_shape[1]
         if width != int(width):
             raise ValueError(f"expand_v * key_width must be a whole number, got {width:g}")
-        return self.value_heads, int(width)
+        return self.heads, int(width)
 
     @property
-    def value_heads(self) -> int:
+    def heads(self) -> int:
         if self.num_heads is not None and self.key_width is not None:
             return self.num_heads
         return choose_heads(self.d_model, self.num_heads)
-
-    @property
-    def default_key_width(self) -> int:
-        return self.d_model // self.value_heads
 
 
 class DeltaRuleMixer(RecurrentMixer):
@@ -110,8 +102,7 @@ class DeltaRuleMixer(RecurrentMixer):
     dt_bias: nn.Parameter
 
     def __init__(self, config: DeltaRuleConfig, steps: int = 1):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         (groups, keys), (heads, values) = config.key_shape, config.value_shape
         parts = [(groups, keys), (steps * groups, keys), (steps * heads, values)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu")
@@ -119,7 +110,7 @@ class DeltaRuleMixer(RecurrentMixer):
 
     @abstractmethod
     def recur(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
         """The outputs ``[B, T, H, V]`` and the memory after them, from unit q and k and the mixer's input x."""
 
@@ -137,12 +128,10 @@ class DeltaRuleMixer(RecurrentMixer):
         rate = self.A_log.to(wide).exp().view(-1, *[1] * (logits.ndim - 3))
         return -rate * F.softplus(logits.to(wide) + self.dt_bias.to(wide).view(logits.shape[2:]))
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        conv, memory = (None, None) if state is None else state
-        (q, k, v), conv = self.heads(x, conv, cu_seqlens)
-        o, memory = self.recur(x, l2_normalise(q), l2_normalise(k), v, memory, cu_seqlens)
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        (q, k, v), conv = self.heads(x, conv, offsets)
+        o, memory = self.recur(x, l2_normalise(q), l2_normalise(k), v, memory, offsets)
         return self.output(rearrange(self.leave(x, o), "b t h v -> b t (h v)")), RecurrentState(conv, memory)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:

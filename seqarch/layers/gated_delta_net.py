@@ -11,7 +11,7 @@ from seqarch import ops
 from seqarch.layers.delta_rule import DeltaRuleMixer, GatedDeltaRuleConfig
 from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens
+from seqarch.layers.mixer import Offsets
 from seqarch.layers.norms import GatedRMSNorm
 
 
@@ -26,8 +26,8 @@ class GatedDeltaNetConfig(GatedDeltaRuleConfig):
     expand_v: float = 2.0
 
     @property
-    def default_key_width(self) -> int:
-        return max(1, 3 * self.d_model // (4 * self.value_heads))
+    def head_width(self) -> int:
+        return max(1, 3 * self.d_model // (4 * self.heads))
 
 
 class GatedDeltaNet(DeltaRuleMixer):
@@ -53,7 +53,7 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.output = Linear(heads * values, config.d_model, bias=False)
 
     def recur(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
         a, b = self.rates(x).chunk(2, dim=-1)
-        return ops.delta_rule(q, k, v, self.strength(b), self.log_decay(a), state=memory, cu_seqlens=cu_seqlens)
+        return ops.delta_rule(q, k, v, self.strength(b), self.log_decay(a), state=memory, cu_seqlens=offsets)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers.kimi_delta import KimiDelta, KimiDeltaConfig
-from seqarch.layers.mixer import CuSeqlens
+from seqarch.layers.mixer import Offsets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class GatedDeltaNet2(KimiDelta):
         super().__init__(config, rates=math.prod(config.key_shape) + math.prod(config.value_shape))
 
     def recur(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
         b, w = self.rates(x).split([math.prod(k.shape[2:]), math.prod(v.shape[2:])], dim=-1)
         read, v = self.strength(b).view_as(k) * k, w.sigmoid().view_as(v) * v
-        return ops.delta_rule(q, k, v, log_decay=self.decays(x), read=read, state=memory, cu_seqlens=cu_seqlens)
+        return ops.delta_rule(q, k, v, log_decay=self.decays(x), read=read, state=memory, cu_seqlens=offsets)

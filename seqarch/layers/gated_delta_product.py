@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
-from seqarch.layers.mixer import CuSeqlens
+from seqarch.layers.mixer import Offsets
 from seqarch.ops.delta_rule import flops as recurrence_flops
 
 
@@ -43,7 +42,7 @@ class GatedDeltaProduct(GatedDeltaNet):
         super().__init__(config, config.steps)
 
     def recur(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
         n, heads = self.config.steps, self.memory_shape[0]
         a, b = self.rates(x).split([heads, n * heads], dim=-1)
@@ -51,7 +50,7 @@ class GatedDeltaProduct(GatedDeltaNet):
         beta = rearrange(self.strength(b), "b t (n h) -> b (t n) h", n=n)
         q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
         log_decay = F.pad(self.log_decay(a).unsqueeze(2), (0, 0, 0, n - 1)).flatten(1, 2)
-        offsets = None if cu_seqlens is None else n * torch.as_tensor(cu_seqlens)
+        offsets = None if offsets is None else tuple(n * offset for offset in offsets)
         o, memory = ops.delta_rule(q, k, v, beta, log_decay, state=memory, cu_seqlens=offsets)
         return o[:, n - 1 :: n], memory
 

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig
+from seqarch.layers.mixer import LayerConfig, Offsets
 from seqarch.layers.norms import GatedRMSNorm
-from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
+from seqarch.layers.recurrent import LinearMixer, RecurrentState
 from seqarch.layers.signs import signed_linear_attention
-from seqarch.ops.linear_attention import flops as recurrence_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class GlaConfig(LayerConfig):
         return int(self.expand_v * self.d_model) // self.num_heads
 
 
-class Gla(RecurrentMixer):
+class Gla(LinearMixer):
     """``S_t = diag(a_t) S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t / sqrt(K)``, ``a_t = sigmoid(W_2 W_1 x + b)^(1 / 16)``.
 
     The output is ``norm(o) silu(W_g x)``, a norm a head. Yang et al. 2023, "Gated Linear Attention Transformers with
@@ -70,8 +69,7 @@ class Gla(RecurrentMixer):
     Config = GlaConfig
 
     def __init__(self, config: GlaConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         heads, keys, values = config.num_heads, config.key_width, config.value_width
         parts = [(heads, keys), (heads, keys), (heads, values)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
@@ -83,17 +81,12 @@ class Gla(RecurrentMixer):
         self.output = Linear(heads * values, config.d_model, bias=False)
         self.memory_shape = (heads, keys, values)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        conv, memory = (None, None) if state is None else state
-        (q, k, v), conv = self.heads(x, conv, cu_seqlens)
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        (q, k, v), conv = self.heads(x, conv, offsets)
         logits = rearrange(self.decay(x), "b t (h k) -> b t h k", k=q.shape[-1])
         log_decay = F.logsigmoid(logits.to(self.memory_dtype)) / self.config.temperature
         attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
-        o, memory = attend(q, k, v, log_decay, state=memory, cu_seqlens=cu_seqlens)
+        o, memory = attend(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
         o = self.norm(o, rearrange(self.gate(x), "b t (h v) -> b t h v", v=o.shape[-1]))
         return self.output(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
-
-    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

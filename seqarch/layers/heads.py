@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from seqarch.layers.linear import Linear
+from seqarch.layers.mixer import LayerConfig, choose_heads
 from seqarch.layers.short_conv import ShortConvolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig(LayerConfig):
+    """Options of mixers whose heads share the width of the residual stream.
+
+    Attributes:
+        num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
+    """
+
+    num_heads: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.heads  # raises where they do not divide the width
+
+    @property
+    def heads(self) -> int:
+        return choose_heads(self.d_model, self.num_heads)
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.heads
 
 
 class HeadProjection(nn.Module):

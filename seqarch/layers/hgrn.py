@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from seqarch.layers.elementwise import ElementwiseMixer, elementwise_scan
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig
+from seqarch.layers.mixer import LayerConfig, Offsets
 from seqarch.layers.positions import token_positions
 from seqarch.layers.recurrent import RecurrentState
 
@@ -52,8 +52,7 @@ class Hgrn(ElementwiseMixer):
     Config = HgrnConfig
 
     def __init__(self, config: HgrnConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.d_model
         gates = 1 if config.complex_state else 2
         self.input = Linear(width, 2 * width)
@@ -65,24 +64,22 @@ class Hgrn(ElementwiseMixer):
         self.output = Linear(2 * width, width)
         self.memory_shape = (2 * width, 1)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        memory = None if state is None else state.memory
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        memory = state.memory
         f = self.forget(x).to(self.memory_dtype)
         # 1 - f and log f without the cancellation of computing f: at a bound of 0 the latter is the log-sigmoid
         write = (1 - self.config.lower_bound) * torch.sigmoid(-f)
         log_decay = torch.log1p(-write) if self.config.lower_bound else F.logsigmoid(f)
         candidate = F.silu(self.input(x)).to(f.dtype)
         if self.config.complex_state:
-            h, memory = self._turning(candidate, write.repeat(1, 1, 2), log_decay.repeat(1, 1, 2), memory, cu_seqlens)
+            h, memory = self._turning(candidate, write.repeat(1, 1, 2), log_decay.repeat(1, 1, 2), memory, offsets)
         else:
-            h, memory = elementwise_scan(write * candidate, log_decay, memory, cu_seqlens)
+            h, memory = elementwise_scan(write * candidate, log_decay, memory, offsets)
         h = self.norm(h.to(self.norm.weight.dtype))
         return self.output(h.to(x.dtype) * F.silu(self.gate(x))), RecurrentState(None, memory)
 
     def _turning(
-        self, candidate: Tensor, write: Tensor, log_decay: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+        self, candidate: Tensor, write: Tensor, log_decay: Tensor, memory: Tensor | None, cu_seqlens: Offsets
     ) -> tuple[Tensor, Tensor]:
         rows = candidate.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         nothing = torch.zeros(rows, dtype=torch.int64, device=candidate.device)

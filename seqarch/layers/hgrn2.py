@@ -11,16 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.heads import HeadProjection
+from seqarch.layers.heads import HeadProjection, HeadsConfig
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
+from seqarch.layers.mixer import Offsets, choose_heads
 from seqarch.layers.norms import HeadNorm
-from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
-from seqarch.ops.linear_attention import flops as recurrence_flops
+from seqarch.layers.recurrent import LinearMixer, RecurrentState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hgrn2Config(LayerConfig):
+class Hgrn2Config(HeadsConfig):
     """Options of :class:`Hgrn2`.
 
     Attributes:
@@ -39,7 +38,6 @@ class Hgrn2Config(LayerConfig):
         super().__post_init__()
         if self.lower_bound >= 1:
             raise ValueError(f"lower_bound must be below 1, got {self.lower_bound}")
-        choose_heads(self.d_model, self.heads)
 
     @property
     def heads(self) -> int:
@@ -47,7 +45,7 @@ class Hgrn2Config(LayerConfig):
         return choose_heads(self.d_model, self.num_heads or wide)
 
 
-class Hgrn2(RecurrentMixer):
+class Hgrn2(LinearMixer):
     """``S_t = diag(f_t) S_{t-1} + (1 - f_t)^T i_t``, ``o_t = q_t S_t``, ``f_t = l + (1 - l) sigmoid(W_f x)``.
 
     ``q = silu(W_q x)`` (the output gate of HGRN), ``i = W_i x``, and an RMS norm over all channels at the end. Qin et
@@ -60,25 +58,19 @@ class Hgrn2(RecurrentMixer):
     Config = Hgrn2Config
 
     def __init__(self, config: Hgrn2Config):
-        super().__init__()
-        self.config = config
-        width = config.d_model // config.heads
-        self.heads = HeadProjection(config.d_model, [(config.heads, width)] * 3, config.conv_width)
+        super().__init__(config)
+        heads, width = config.heads, config.head_width
+        self.heads = HeadProjection(config.d_model, [(heads, width)] * 3, config.conv_width)
         self.norm = HeadNorm(config.d_model, eps=1e-5)
         self.output = Linear(config.d_model, config.d_model, bias=False)
-        self.memory_shape = (config.heads, width, width)
+        self.memory_shape = (heads, width, width)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        conv, memory = (None, None) if state is None else state
-        (q, f, i), conv = self.heads(x, conv, cu_seqlens)
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        (q, f, i), conv = self.heads(x, conv, offsets)
         f = f.to(self.memory_dtype)
         # 1 - f and log f without the cancellation of computing f: at a bound of 0 the latter is the log-sigmoid
         k = (1 - self.config.lower_bound) * torch.sigmoid(-f)
         log_decay = torch.log1p(-k) if self.config.lower_bound else F.logsigmoid(f)
-        o, memory = ops.linear_attention(F.silu(q), k.to(q.dtype), i, log_decay, state=memory, cu_seqlens=cu_seqlens)
+        o, memory = ops.linear_attention(F.silu(q), k.to(q.dtype), i, log_decay, state=memory, cu_seqlens=offsets)
         return self.output(self.norm(rearrange(o, "b t h v -> b t (h v)"))), RecurrentState(conv, memory)
-
-    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

@@ -14,10 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from seqarch.layers import long_conv
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, Mixer, linear_flops, measured_state_bytes
+from seqarch.layers.mixer import Device, LayerConfig, Mixer, Offsets, linear_flops, measured_state_bytes
 from seqarch.layers.short_conv import ShortConvolution
 from seqarch.ops.common.autocast import without_autocast
-from seqarch.ops.common.checks import sequence_offsets
 
 SLOWEST, FASTEST = math.log(100) / 1.5, math.log(100) / 0.3
 """Rates of the windows, a filter's length to one hundredth, as in the release."""
@@ -76,8 +75,7 @@ class Hyena(Mixer):
     Config = HyenaConfig
 
     def __init__(self, config: HyenaConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.d_model
         self.input = Linear(width, (config.order + 1) * width)
         self.conv = ShortConvolution((config.order + 1) * width, config.conv_width, bias=True)
@@ -85,14 +83,8 @@ class Hyena(Mixer):
         self.skip = nn.Parameter(torch.randn(config.order, width))
         self.output = Linear(width, width)
 
-    def forward(
-        self, x: Tensor, state: HyenaState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, HyenaState]:
-        offsets = sequence_offsets("hyena", cu_seqlens, x.shape[0], x.shape[1])
-        if state is None:
-            rows = x.shape[0] if offsets is None else len(offsets) - 1
-            state = self.new_state(rows, 0, x.device, x.dtype)
-        u, conv = self.conv(self.input(x), state.conv, cu_seqlens)
+    def carry(self, x: Tensor, state: HyenaState, offsets: Offsets) -> tuple[Tensor, HyenaState]:
+        u, conv = self.conv(self.input(x), state.conv, offsets)
         added = (
             [x.shape[1]] * len(state.lengths) if offsets is None else [end - start for start, end in pairwise(offsets)]
         )

@@ -12,7 +12,7 @@ from seqarch import ops
 from seqarch.layers.delta_rule import DeltaRuleMixer, GatedDeltaRuleConfig
 from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens
+from seqarch.layers.mixer import Offsets
 from seqarch.layers.norms import GatedRMSNorm
 
 
@@ -56,7 +56,7 @@ class KimiDelta(DeltaRuleMixer):
         return self.log_decay(rearrange(self.decay(x), "b t (h k) -> b t h k", h=self.memory_shape[0]))
 
     def recur(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
         beta = self.strength(self.rates(x))
-        return ops.delta_rule(q, k, v, beta, self.decays(x), state=memory, cu_seqlens=cu_seqlens)
+        return ops.delta_rule(q, k, v, beta, self.decays(x), state=memory, cu_seqlens=offsets)

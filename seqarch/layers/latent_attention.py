@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from seqarch import ops
-from seqarch.layers.cached_attention import POSITIONS, CacheMixer
+from seqarch.layers.cached_attention import POSITIONS, CacheMixer, Place
+from seqarch.layers.heads import HeadsConfig
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads, linear_flops
+from seqarch.layers.mixer import choose_heads, linear_flops
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.rotary import rotary_tables, rotate
 from seqarch.ops.attention import flops as attention_flops
@@ -19,11 +20,10 @@ from seqarch.ops.common import checks
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentAttentionConfig(LayerConfig):
+class LatentAttentionConfig(HeadsConfig):
     """Options of :class:`LatentAttention`.
 
     Attributes:
-        num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
         key_width: K, channels of a head's key that come from the latents; by default ``D / H``.
         value_width: V; by default K.
         shared_width: R, further channels of the keys that all heads share and that alone know positions; by default
@@ -35,7 +35,6 @@ class LatentAttentionConfig(LayerConfig):
         norm_eps: added to the mean square in the norms of the latents and the low-rank queries.
     """
 
-    num_heads: int | None = None
     key_width: int | None = None
     value_width: int | None = None
     shared_width: int | None = None
@@ -94,8 +93,7 @@ class LatentAttention(CacheMixer):
     Config = LatentAttentionConfig
 
     def __init__(self, config: LatentAttentionConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         heads, keys, values, d_model = config.heads, config.keys, config.values, config.d_model
         width = heads * (keys + config.shared)
         if config.query_rank is None:
@@ -113,31 +111,21 @@ class LatentAttention(CacheMixer):
         self.output = Linear(heads * values, d_model, bias=False)
         self.cache_shape = (1, config.rank + config.shared, 0)
 
-    def project(
-        self, x: Tensor, positions: Tensor, conv: Tensor | None, offsets: tuple[int, ...] | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
         """Queries ``[B, T, H, K + R]``, latents and shared keys ``[B, T, 1, C + R]``, and no values."""
         q = self.query(x).unflatten(-1, (self.config.heads, -1))
         latent, shared = self.compress(x).unsqueeze(2).split([self.config.rank, self.config.shared], dim=-1)
         if self.config.position == "rotary":
-            tables = rotary_tables(positions, self.config.shared, self.config.rotary_base)
+            tables = rotary_tables(place.positions, self.config.shared, self.config.rotary_base)
             own, turned = q.split([self.config.keys, self.config.shared], dim=-1)
             q, shared = torch.cat([own, rotate(turned, tables)], dim=-1), rotate(shared, tables)
         entries = torch.cat([self.norm(latent), shared], dim=-1)
-        return (q, entries, entries[..., :0]), None
+        return [q, entries, entries[..., :0]], None
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *selection: Tensor,
-        cu_seqlens: CuSeqlens = None,
-        key_start: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
         expanded, absorbed = self._costs(q.shape[1], k.shape[1])
         read = self._expanded if expanded <= absorbed else self._absorbed
-        return read(q, k, scale=q.shape[-1] ** -0.5, cu_seqlens=cu_seqlens, key_start=key_start)
+        return read(q, k, scale=q.shape[-1] ** -0.5, **where)
 
     def _expanded(self, q: Tensor, entries: Tensor, **options: Any) -> Tensor:
         config = self.config

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.heads import HeadProjection
+from seqarch.layers.heads import HeadProjection, HeadsConfig
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
+from seqarch.layers.mixer import Offsets
 from seqarch.layers.norms import HeadNorm
-from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
+from seqarch.layers.recurrent import LinearMixer, RecurrentState
 from seqarch.ops.common.checks import unknown_name
-from seqarch.ops.linear_attention import flops as recurrence_flops
 
 
 def taylor(x: Tensor) -> Tensor:
@@ -47,11 +46,10 @@ NORMALISERS = ("sum", "rms", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearAttentionConfig(LayerConfig):
+class LinearAttentionConfig(HeadsConfig):
     """Options of :class:`LinearAttention`.
 
     Attributes:
-        num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
         key_width: width of the queries and keys before the feature map; by default ``D / H``.
         feature_map: a key of ``FEATURE_MAPS``, applied to queries and keys.
         normaliser: ``"sum"`` divides by the summed kernel, which needs a feature map that is not negative; ``"rms"``
@@ -60,7 +58,6 @@ class LinearAttentionConfig(LayerConfig):
         conv_width: width of a short convolution over queries, keys and values; 0 for none.
     """
 
-    num_heads: int | None = None
     key_width: int | None = None
     feature_map: str = "elu"
     normaliser: str = "sum"
@@ -68,7 +65,6 @@ class LinearAttentionConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        choose_heads(self.d_model, self.num_heads)
         if self.feature_map not in FEATURE_MAPS:
             raise unknown_name("feature_map", self.feature_map, FEATURE_MAPS)
         if self.normaliser not in NORMALISERS:
@@ -77,7 +73,7 @@ class LinearAttentionConfig(LayerConfig):
             raise ValueError("normaliser 'sum' needs a feature map that is not negative, got feature_map 'identity'")
 
 
-class LinearAttention(RecurrentMixer):
+class LinearAttention(LinearMixer):
     """Attention with a kernel in place of the exponential: ``S_t = S_{t-1} + phi(k_t)^T v_t``, ``o_t = phi(q_t) S_t``.
 
     Divided by ``phi(q_t) . sum_s phi(k_s)`` under the default normaliser, whose sum is kept as one more value channel,
@@ -89,34 +85,27 @@ class LinearAttention(RecurrentMixer):
     Config = LinearAttentionConfig
 
     def __init__(self, config: LinearAttentionConfig):
-        super().__init__()
-        self.config = config
-        num_heads = choose_heads(config.d_model, config.num_heads)
-        width = config.d_model // num_heads
+        super().__init__(config)
+        heads, width = config.heads, config.head_width
         keys = config.key_width or width
-        parts = [(num_heads, keys), (num_heads, keys), (num_heads, width)]
+        parts = [(heads, keys), (heads, keys), (heads, width)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width)
         self.norm = HeadNorm(width) if config.normaliser == "rms" else None
         self.output = Linear(config.d_model, config.d_model, bias=False)
         features = FEATURE_MAPS[config.feature_map](torch.empty(keys, device="meta")).shape[-1]
-        self.memory_shape = (num_heads, features, width + (config.normaliser == "sum"))
+        self.memory_shape = (heads, features, width + (config.normaliser == "sum"))
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        conv, memory = (None, None) if state is None else state
-        (q, k, v), conv = self.heads(x, conv, cu_seqlens)
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        (q, k, v), conv = self.heads(x, conv, offsets)
         feature_map = FEATURE_MAPS[self.config.feature_map]
         q, k = feature_map(q), feature_map(k)
         if self.config.normaliser == "sum":
             v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-            o, memory = ops.linear_attention(q, k, v, scale=1.0, state=memory, cu_seqlens=cu_seqlens)
+            o, memory = ops.linear_attention(q, k, v, scale=1.0, state=memory, cu_seqlens=offsets)
             o = o[..., :-1] / (o[..., -1:] + 1e-6)
         else:
-            o, memory = ops.linear_attention(q, k, v, state=memory, cu_seqlens=cu_seqlens)
+            o, memory = ops.linear_attention(q, k, v, state=memory, cu_seqlens=offsets)
         if self.norm is not None:
             o = self.norm(o)
         return self.output(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
-
-    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqarch.layers.block_sparse import BlockSparse, BlockSparseConfig
+from seqarch.layers.cached_attention import Place
 from seqarch.ops.attention import flops as attention_flops
 
 
@@ -59,9 +60,7 @@ class Longformer(BlockSparse):
     def first(self) -> int:
         return self.config.global_tokens
 
-    def select(
-        self, q: Tensor, k: Tensor, positions: Tensor, length: int, offsets: tuple[int, ...] | None, *memory: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         blocks = torch.arange(self.config.global_tokens // self.config.block_size, device=q.device)
         return (blocks.expand(*k.shape[:3], -1),), ()
 

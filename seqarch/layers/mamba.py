@@ -13,7 +13,7 @@ from seqarch import ops
 from seqarch.layers.elementwise import elementwise_scan
 from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig
+from seqarch.layers.mixer import LayerConfig, Offsets
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.layers.short_conv import ShortConvolution
 from seqarch.ops.common.token_cpp import Program, Unserved, Value
@@ -57,8 +57,7 @@ class Mamba(RecurrentMixer):
     no_weight_decay = ("A_log",)
 
     def __init__(self, config: MambaConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.inner = config.expand * config.d_model
         rank = config.dt_rank or math.ceil(config.d_model / 16)
         self.sizes = [rank, config.d_state, config.d_state]
@@ -75,25 +74,23 @@ class Mamba(RecurrentMixer):
         self.output = Linear(self.inner, config.d_model, bias=False)
         self.memory_shape = (self.inner, config.d_state)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        conv, memory = (None, None) if state is None else state
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
         u, z = self.input(x).chunk(2, dim=-1)
-        u, conv = self.conv(u, conv, cu_seqlens)
+        u, conv = self.conv(u, conv, offsets)
         dt, B, C = self.select(u).split(self.sizes, dim=-1)
         # by exp2: of this size, torch's exp takes 4 times as long, and starts the threads for it
         A = -(self.A_log.to(self.memory_dtype) / math.log(2)).exp2()
         if self.config.negative_eigenvalues:
-            y, memory = self._signed_scan(u, self.dt(dt), A, B, C, memory, cu_seqlens)
+            y, memory = self._signed_scan(u, self.dt(dt), A, B, C, memory, offsets)
             return self.output(y * F.silu(z)), RecurrentState(conv, memory)
         y, memory = ops.selective_scan(
-            *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=memory, cu_seqlens=cu_seqlens
+            *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=memory, cu_seqlens=offsets
         )
         return self.output(y), RecurrentState(conv, memory)
 
     def _signed_scan(
-        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, memory: Tensor | None, cu_seqlens: CuSeqlens
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, memory: Tensor | None, cu_seqlens: Offsets
     ) -> tuple[Tensor, Tensor]:
         """The scan without its gate, as one of ``E N`` channels: a decay below 0 is no power of a step size."""
         delta = F.softplus(dt.to(A.dtype)).unsqueeze(-1)

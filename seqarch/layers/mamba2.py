@@ -13,13 +13,12 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig
+from seqarch.layers.mixer import LayerConfig, Offsets
 from seqarch.layers.norms import GatedRMSNorm
-from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
+from seqarch.layers.recurrent import LinearMixer, RecurrentState
 from seqarch.layers.short_conv import ShortConvolution
 from seqarch.layers.signs import signed_linear_attention
 from seqarch.ops.common.checks import unknown_name
-from seqarch.ops.linear_attention import flops as recurrence_flops
 
 OUTPUT_NORMS: dict[str, Literal["before", "after"] | None] = {
     "gate_first": "before",
@@ -80,7 +79,7 @@ class Mamba2Config(LayerConfig):
         return self.expand * self.d_model if self.inner is None else self.inner
 
 
-class Mamba2(RecurrentMixer):
+class Mamba2(LinearMixer):
     """A state-space model with one decay a head: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = C_t h + D x_t``.
 
     Run as linear attention with q = C, k = B, v = dt x; the output is ``norm(y silu(z))`` by default. Dao and Gu 2024,
@@ -92,8 +91,7 @@ class Mamba2(RecurrentMixer):
     Config = Mamba2Config
 
     def __init__(self, config: Mamba2Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.inner = config.inner_width
         num_heads = self.inner // config.head_dim
         shared = config.n_groups * config.d_state
@@ -110,12 +108,10 @@ class Mamba2(RecurrentMixer):
         self.output = Linear(self.inner, config.d_model, bias=False)
         self.memory_shape = (num_heads, config.d_state, config.head_dim)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        conv, memory = (None, None) if state is None else state
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
         z, xbc, dt = self.input(x).split(self.sizes, dim=-1)
-        xbc, conv = self.conv(xbc, conv, cu_seqlens)
+        xbc, conv = self.conv(xbc, conv, offsets)
         shared = self.config.n_groups * self.config.d_state
         u, B, C = xbc.split([self.inner, shared, shared], dim=-1)
         u = rearrange(u, "b t (h p) -> b t h p", p=self.config.head_dim)
@@ -125,10 +121,7 @@ class Mamba2(RecurrentMixer):
         values = (u * dt.unsqueeze(-1)).to(u.dtype)
         log_decay = -self.A_log.to(wide).exp() * dt
         attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
-        y, memory = attend(C, B, values, log_decay, scale=1.0, state=memory, cu_seqlens=cu_seqlens)
+        y, memory = attend(C, B, values, log_decay, scale=1.0, state=memory, cu_seqlens=offsets)
         y = rearrange(y + self.D.to(u.dtype).unsqueeze(-1) * u, "b t h p -> b t (h p)")
         gated = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return self.output(gated), RecurrentState(conv, memory)
-
-    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

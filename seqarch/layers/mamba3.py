@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig
+from seqarch.layers.mixer import Device, LayerConfig, Offsets
 from seqarch.layers.norms import GatedRMSNorm, HeadNorm
 from seqarch.layers.positions import tokens_before
 from seqarch.layers.recurrent import RecurrentMixer
 from seqarch.layers.rotary import rotate
-from seqarch.ops.common.checks import sequence_offsets
 from seqarch.ops.common.packed import over_sequences
 from seqarch.ops.linear_attention import flops as recurrence_flops
 
@@ -113,8 +112,7 @@ class Mamba3(RecurrentMixer):
     Config = Mamba3Config
 
     def __init__(self, config: Mamba3Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         heads, rank, size = config.heads, config.mimo_rank, config.d_state
         shared = rank * config.n_groups * size
         self.sizes = [config.inner, config.inner, shared, shared, heads, heads, heads, config.angles]
@@ -132,12 +130,8 @@ class Mamba3(RecurrentMixer):
         self.output = Linear(config.inner, config.d_model, bias=False)
         self.memory_shape = (heads, size, config.head_dim)
 
-    def forward(
-        self, x: Tensor, state: Mamba3State | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, Mamba3State]:
-        offsets = sequence_offsets("mamba3", cu_seqlens, x.shape[0], x.shape[1])
-        rows = x.shape[0] if offsets is None else len(offsets) - 1
-        memory, angle, key, value, weight = self.init_state(rows, dtype=x.dtype) if state is None else state
+    def carry(self, x: Tensor, state: Mamba3State, offsets: Offsets) -> tuple[Tensor, Mamba3State]:
+        memory, angle, key, value, weight = state
         z, u, B, C, dt, A, mix, turn = self.input(x).split(self.sizes, dim=-1)
         z, u = (rearrange(m, "b t (h p) -> b t h p", p=self.config.head_dim) for m in (z, u))
         wide = self.memory_dtype
@@ -170,7 +164,7 @@ class Mamba3(RecurrentMixer):
         return u * self.mimo_x.to(u.dtype) if self.config.mimo_rank > 1 else u
 
     def _recur(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor, offsets: tuple[int, ...] | None
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
         """Linear attention with R tokens a step, of which the first decays and each reads what all R wrote."""
         rank = self.config.mimo_rank

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from seqarch.layers.elementwise import ElementwiseMixer, elementwise_scan
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig
+from seqarch.layers.mixer import LayerConfig, Offsets
 from seqarch.layers.recurrent import RecurrentState
 from seqarch.ops.common.checks import unknown_name
 
@@ -52,19 +52,16 @@ class MinGru(ElementwiseMixer):
     Config = MinGruConfig
 
     def __init__(self, config: MinGruConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         inner = config.expand * config.d_model
         self.input = Linear(config.d_model, 2 * inner)
         self.output = nn.Identity() if config.expand == 1 else Linear(inner, config.d_model, bias=False)
         self.memory_shape = (inner, 1)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        memory = None if state is None else state.memory
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        memory = state.memory
         gate, candidate = self.input(x).chunk(2, dim=-1)
         gate, signed = gate.to(self.memory_dtype), self.config.negative_eigenvalues
         write = torch.sigmoid(gate) * CANDIDATES[self.config.candidate](candidate)
-        h, memory = elementwise_scan((2 if signed else 1) * write, -F.softplus(gate), memory, cu_seqlens, signed)
+        h, memory = elementwise_scan((2 if signed else 1) * write, -F.softplus(gate), memory, offsets, signed)
         return self.output(h.to(candidate.dtype)), RecurrentState(None, memory)

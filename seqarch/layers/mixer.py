@@ -22,6 +22,9 @@ from seqarch.ops.common.checks import annotated_kinds, fits, sequence_offsets, s
 CuSeqlens = Tensor | Sequence[int] | None
 """Boundaries of the sequences packed into ``B = 1``, from 0 to T; ``None`` where nothing is packed."""
 
+Offsets = tuple[int, ...] | None
+"""The same once they are checked, as every mixer's own code gets them."""
+
 Device = torch.device | str | None
 
 State = Any
@@ -70,6 +73,10 @@ class Layer(nn.Module, ABC):
     config: Any
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
 
     @abstractmethod
     def flops(self, length: int, batch_size: int = 1) -> int:
@@ -121,9 +128,20 @@ class Mixer(Layer):
     def _state_form(self) -> StateForm:
         return StateForm(self.init_state(1, 0, "meta"), self.init_state(1, 1 << 40, "meta"))
 
+    def forward(self, x: Tensor, state: State | None = None, offsets: Offsets = None) -> tuple[Tensor, State]:
+        return self.carry(x, self.start(x, offsets) if state is None else state, offsets)
+
     @abstractmethod
-    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]:
-        """Mix ``x: [B, T, D]`` from a state on; the outputs ``[B, T, D]`` and the state after them."""
+    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+        """Mix ``x: [B, T, D]`` from a state on; the outputs ``[B, T, D]`` and the state after them.
+
+        Args:
+            offsets: boundaries of packed sequences, ``None`` where nothing is packed.
+        """
+
+    def start(self, x: Tensor, offsets: Offsets) -> State:
+        """The state before a call on x that was given none."""
+        return self.new_state(row_count(x, offsets), 0, x.device, x.dtype)
 
     def init_state(
         self, batch_size: int, max_length: int | None = None, device: Device = None, dtype: torch.dtype | None = None
@@ -230,9 +248,8 @@ class StateForm:
         self.kind = type(most)
         self.sizes: dict[str, tuple[tuple[int, int], ...]] = {}
         self.parts: dict[str, StateForm] = {}
-        self.absent = [
-            name for name in most._fields if getattr(most, name) is None and name not in most._field_defaults
-        ]
+        required = (name for name in most._fields if name not in most._field_defaults)
+        self.absent = [name for name in required if getattr(most, name) is None]
         for name, low, high in zip(most._fields, least, most, strict=True):
             if isinstance(high, Tensor):
                 self.sizes[name] = tuple(zip(low.shape[1:], high.shape[1:], strict=True))
@@ -265,6 +282,11 @@ class StateForm:
 
 def _show_bounds(least: int, most: int) -> str:
     return str(least) if least == most else f"{least} or more" if most > 1 << 32 else f"{least} to {most}"
+
+
+def row_count(x: Tensor, offsets: Offsets) -> int:
+    """Rows of the state of a call on x: one a sequence."""
+    return x.shape[0] if offsets is None else len(offsets) - 1
 
 
 def choose_heads(d_model: int, num_heads: int | None) -> int:

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig
-from seqarch.layers.recurrent import RecurrentMixer
-from seqarch.ops.common.checks import sequence_offsets, unknown_name
+from seqarch.layers.mixer import Device, LayerConfig, Offsets
+from seqarch.layers.recurrent import LinearMixer
+from seqarch.ops.common.checks import unknown_name
 from seqarch.ops.common.packed import over_sequences
-from seqarch.ops.linear_attention import flops as recurrence_flops
 
 FORGET_GATES = ("sigmoid", "exponential")
 
@@ -65,7 +64,7 @@ class MlstmState(NamedTuple):
     stabiliser: Tensor
 
 
-class Mlstm(RecurrentMixer):
+class Mlstm(LinearMixer):
     """``C_t = f_t C_{t-1} + i_t k_t^T v_t``, ``n_t = f_t n_{t-1} + i_t k_t``, ``h_t = q_t C_t / max(|q_t n_t|, 1)``.
 
     ``i = exp(W_i x + b_i)``, ``f`` the sigmoid or exponential of ``W_f x + b_f``, ``q_t`` scaled by ``1 / sqrt(K)``;
@@ -81,8 +80,7 @@ class Mlstm(RecurrentMixer):
     Config = MlstmConfig
 
     def __init__(self, config: MlstmConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         heads, values = config.num_heads, config.d_model // config.num_heads
         keys = int(config.expand_k * config.d_model) // heads
         parts = [(heads, keys), (heads, keys), (heads, values)]
@@ -97,12 +95,8 @@ class Mlstm(RecurrentMixer):
         self.output = Linear(config.d_model, config.d_model, bias=False)
         self.memory_shape = (heads, keys, values + 1)
 
-    def forward(
-        self, x: Tensor, state: MlstmState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, MlstmState]:
-        offsets = sequence_offsets("mlstm", cu_seqlens, x.shape[0], x.shape[1])
-        rows = x.shape[0] if offsets is None else len(offsets) - 1
-        conv, memory, m = self.init_state(rows, dtype=x.dtype) if state is None else state
+    def carry(self, x: Tensor, state: MlstmState, offsets: Offsets) -> tuple[Tensor, MlstmState]:
+        conv, memory, m = state
         (q, k, v), conv = self.heads(x, conv, offsets)
         log_i, log_f = self._log_gates(x)
         gates, m = over_sequences(_stabilise, offsets, m, log_i, log_f)
@@ -125,9 +119,6 @@ class Mlstm(RecurrentMixer):
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> MlstmState:
         conv, memory = super().new_state(batch_size, max_length, device, dtype)
         return MlstmState(conv, memory, memory.new_zeros(batch_size, self.config.num_heads))
-
-    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
 
 
 def _stabilise(m: Tensor, log_i: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,8 +61,7 @@ class MixtureOfExperts(ChannelMixer):
     Config = MixtureOfExpertsConfig
 
     def __init__(self, config: MixtureOfExpertsConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, hidden, count = config.d_model, config.hidden_width, config.num_experts
         self.router = Router(config)
         self.w_gate = _expert_weights(count, width, hidden)

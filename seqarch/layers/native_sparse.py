@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers import kv_cache
-from seqarch.layers.cached_attention import HeadsConfig
+from seqarch.layers.cached_attention import KVHeadsConfig
 from seqarch.layers.compression import BlockCompressor, compressed_attention
 from seqarch.layers.compression import flops as compressed_flops
 from seqarch.layers.heads import HeadProjection
@@ -25,7 +25,7 @@ from seqarch.ops.block_sparse_attention import flops as pair_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class NativeSparseConfig(HeadsConfig):
+class NativeSparseConfig(KVHeadsConfig):
     """Options of :class:`NativeSparse`; the defaults of lengths and counts are the paper's.
 
     Attributes:
@@ -38,7 +38,7 @@ class NativeSparseConfig(HeadsConfig):
         window: tokens that the third branch sees, itself included.
     """
 
-    may_be_zero = (*HeadsConfig.may_be_zero, "initial_blocks")
+    may_be_zero = (*KVHeadsConfig.may_be_zero, "initial_blocks")
 
     compressed_length: int = 32
     compressed_stride: int = 16
@@ -116,8 +116,7 @@ class NativeSparse(RowAttention):
     State = NativeSparseState
 
     def __init__(self, config: NativeSparseConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         heads, width = config.heads, config.head_width
         self.heads = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 6])
         block = (width, config.compressed_length, config.compressed_stride, config.compressed_hidden or 2 * width)

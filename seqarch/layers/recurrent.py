@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seqarch.layers.mixer import Device, Mixer, measured_state_bytes
+from seqarch.ops.linear_attention import flops as linear_attention_flops
 
 
 class RecurrentState(NamedTuple):
@@ -45,3 +46,10 @@ class RecurrentMixer(Mixer):
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
         return batch_size * measured_state_bytes(self.init_state(1, device="meta"))
+
+
+class LinearMixer(RecurrentMixer):
+    """A mixer on ``ops.linear_attention``; its ``memory_shape`` is ``(H, K, V)``."""
+
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return linear_attention_flops(length, *self.memory_shape, batch_size=batch_size)

@@ -11,36 +11,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.heads import HeadProjection
+from seqarch.layers.heads import HeadProjection, HeadsConfig
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, choose_heads
+from seqarch.layers.mixer import Device, Offsets
 from seqarch.layers.positions import token_positions
-from seqarch.layers.recurrent import RecurrentMixer
+from seqarch.layers.recurrent import LinearMixer
 from seqarch.layers.rotary import apply_rotary
-from seqarch.ops.linear_attention import flops as recurrence_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetentionConfig(LayerConfig):
+class RetentionConfig(HeadsConfig):
     """Options of :class:`Retention`.
 
     Attributes:
-        num_heads: H; by default heads of key width 64 (32 where 64 does not divide D).
         expand_v: the value width is ``expand_v K``.
         rotary_base: base of the rotation's wavelengths.
         conv_width: width of a short convolution over queries, keys and values; 0, as in the paper, for none.
     """
 
-    num_heads: int | None = None
     expand_v: int = 2
     rotary_base: float = 10000.0
     conv_width: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        heads = choose_heads(self.d_model, self.num_heads)
-        if self.d_model // heads % 2:
-            raise ValueError(f"rotation needs an even head width, got {self.d_model // heads}")
+        if self.head_width % 2:
+            raise ValueError(f"rotation needs an even head width, got {self.head_width} (num_heads {self.heads})")
 
 
 class RetentionState(NamedTuple):
@@ -57,7 +53,7 @@ class RetentionState(NamedTuple):
     seen: Tensor
 
 
-class Retention(RecurrentMixer):
+class Retention(LinearMixer):
     """``S_t = g_h S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t / sqrt(K)`` with ``g_h = 1 - 2^(-5-h)`` and rotated q and k.
 
     The output is ``group_norm(o) silu(W_g x)``, the norm an RMS norm a head without weights, as in the release.
@@ -69,10 +65,8 @@ class Retention(RecurrentMixer):
     Config = RetentionConfig
 
     def __init__(self, config: RetentionConfig):
-        super().__init__()
-        self.config = config
-        num_heads = choose_heads(config.d_model, config.num_heads)
-        width = config.d_model // num_heads
+        super().__init__(config)
+        num_heads, width = config.heads, config.head_width
         values = config.expand_v * width
         parts = [(num_heads, width), (num_heads, width), (num_heads, values)]
         self.heads = HeadProjection(config.d_model, parts, config.conv_width)
@@ -83,24 +77,17 @@ class Retention(RecurrentMixer):
         nn.init.xavier_uniform_(self.output.weight, gain=2**-1)
         self.memory_shape = (num_heads, width, values)
 
-    def forward(
-        self, x: Tensor, state: RetentionState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RetentionState]:
-        rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        start = (None, None, torch.zeros(rows, dtype=torch.int64, device=x.device))
-        conv, memory, seen = start if state is None else state
-        positions, seen = token_positions(seen, x.shape[1], cu_seqlens)
-        (q, k, v), conv = self.heads(x, conv, cu_seqlens)
+    def carry(self, x: Tensor, state: RetentionState, offsets: Offsets) -> tuple[Tensor, RetentionState]:
+        conv, memory, seen = state
+        positions, seen = token_positions(seen, x.shape[1], offsets)
+        (q, k, v), conv = self.heads(x, conv, offsets)
         q, k = (apply_rotary(m, positions, self.config.rotary_base) for m in (q, k))
         heads = torch.arange(self.memory_shape[0], dtype=self.memory_dtype, device=x.device)
         log_decay = torch.log1p(-torch.exp2(-5 - heads))
-        o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=cu_seqlens)
+        o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
         o = rearrange(F.rms_norm(o, o.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
         return self.output(o * F.silu(self.gate(x))), RetentionState(conv, memory, seen)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RetentionState:
         conv, memory = super().new_state(batch_size, max_length, device, dtype)
         return RetentionState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))
-
-    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

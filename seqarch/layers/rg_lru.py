@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from seqarch.layers.elementwise import ElementwiseMixer, elementwise_scan
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, Device, LayerConfig, choose_heads
+from seqarch.layers.mixer import Device, LayerConfig, Offsets, choose_heads
 from seqarch.layers.positions import token_positions
 from seqarch.layers.short_conv import ShortConvolution
 
@@ -84,8 +84,7 @@ class RgLru(ElementwiseMixer):
     Config = RgLruConfig
 
     def __init__(self, config: RgLruConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.width
         self.gate = Linear(config.d_model, width)
         self.input = Linear(config.d_model, width)
@@ -97,14 +96,9 @@ class RgLru(ElementwiseMixer):
         self.output = Linear(width, config.d_model)
         self.memory_shape = (width, 1)
 
-    def forward(
-        self, x: Tensor, state: RgLruState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RgLruState]:
-        if state is None:
-            rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-            state = self.new_state(rows, 0, x.device, x.dtype)
-        positions, seen = token_positions(state.seen, x.shape[1], cu_seqlens)
-        u, conv = self.conv(self.input(x), state.conv, cu_seqlens)
+    def carry(self, x: Tensor, state: RgLruState, offsets: Offsets) -> tuple[Tensor, RgLruState]:
+        positions, seen = token_positions(state.seen, x.shape[1], offsets)
+        u, conv = self.conv(self.input(x), state.conv, offsets)
         wide, signed = self.memory_dtype, self.config.negative_eigenvalues
         rate = SHARPNESS * F.softplus(self.Lambda.to(wide))
         log_decay = -rate * torch.sigmoid(self.decay_gate(u).to(wide))
@@ -112,7 +106,7 @@ class RgLru(ElementwiseMixer):
         if not self.config.scale_first:
             scale = torch.where(positions.unsqueeze(-1) == 0, 1.0, scale)
         write = scale * torch.sigmoid(self.write_gate(u).to(wide)) * u
-        h, memory = elementwise_scan(write, log_decay, state.memory, cu_seqlens, signed)
+        h, memory = elementwise_scan(write, log_decay, state.memory, offsets, signed)
         gate = F.gelu(self.gate(x), approximate="tanh")
         return self.output(h.to(gate.dtype) * gate), RgLruState(conv, memory, seen)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqarch.layers import kv_cache
 from seqarch.layers.kv_cache import KVCache
-from seqarch.layers.mixer import CuSeqlens, Device, Mixer
+from seqarch.layers.mixer import Device, Mixer, Offsets
 from seqarch.layers.rotary import rotary_tables, rotate
 from seqarch.ops.common import checks
 
@@ -51,10 +51,7 @@ class RowAttention(Mixer):
     def mix(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Outputs and state of rows that start together or, after sequences of different lengths, end together."""
 
-    def forward(self, x: Tensor, state: Any = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, Any]:
-        offsets = checks.sequence_offsets(type(self).__name__, cu_seqlens, x.shape[0], x.shape[1])
-        rows = x.shape[0] if offsets is None else len(offsets) - 1
-        state = self.init_state(rows, dtype=x.dtype) if state is None else state
+    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
         if offsets is None:
             return self.mix(x, state if isinstance(state, self.State) else self.join(state))
         states = self.split(state) if isinstance(state, self.State) else state

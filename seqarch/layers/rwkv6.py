@@ -10,35 +10,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
+from seqarch.layers.heads import HeadsConfig
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
+from seqarch.layers.mixer import Offsets
 from seqarch.layers.positions import tokens_before
-from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
+from seqarch.layers.recurrent import LinearMixer, RecurrentState
 from seqarch.layers.rwkv7 import DEPTH, TokenShift, low_rank
-from seqarch.ops.common.checks import sequence_offsets
 from seqarch.ops.common.packed import over_sequences
-from seqarch.ops.linear_attention import flops as recurrence_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rwkv6Config(LayerConfig):
+class Rwkv6Config(HeadsConfig):
     """Options of :class:`Rwkv6`.
 
     Attributes:
-        num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
         mix_rank, decay_rank: ranks of the maps from the input to the mixtures and to the decays.
     """
 
-    num_heads: int | None = None
     mix_rank: int = 32
     decay_rank: int = 64
 
-    def __post_init__(self):
-        super().__post_init__()
-        choose_heads(self.d_model, self.num_heads)
 
-
-class Rwkv6(RecurrentMixer):
+class Rwkv6(LinearMixer):
     """``o_t = r_t (S_{t-1} + diag(u) k_t^T v_t)``, ``S_t = diag(w_t) S_{t-1} + k_t^T v_t``.
 
     ``w = exp(-exp(d + W_2 tanh(W_1 x)))``. r, w, k, v and the gate are computed each from a mixture of a token and the
@@ -54,9 +47,8 @@ class Rwkv6(RecurrentMixer):
     no_weight_decay = ("bonus",)
 
     def __init__(self, config: Rwkv6Config):
-        super().__init__()
-        self.config = config
-        size, heads = config.d_model, choose_heads(config.d_model, config.num_heads)
+        super().__init__(config)
+        size, heads, width = config.d_model, config.heads, config.head_width
         self.shift = TokenShift(size)
         channels = torch.arange(size)
         rising, line = (channels / size) ** (1 - DEPTH), channels / (size - 1)
@@ -74,13 +66,10 @@ class Rwkv6(RecurrentMixer):
         bonus = DEPTH * (1 - line) + 0.1 * ((channels + 1) % 3 - 1)
         self.bonus = nn.Parameter(bonus.view(heads, -1))
         self.norm = nn.GroupNorm(heads, size, eps=64e-5)
-        self.memory_shape = (heads, size // heads, size // heads)
+        self.memory_shape = (heads, width, width)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        offsets = sequence_offsets("rwkv6", cu_seqlens, x.shape[0], x.shape[1])
-        last, memory = (None, None) if state is None else state
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        last, memory = state
         before, last = self.shift(x, last, offsets)
         mixture = torch.lerp(x, before, self.share.to(x.dtype))
         xr, xw, xk, xv, xg = (x + (before - x) * share(mixture) for share in self.shares)
@@ -99,7 +88,7 @@ class Rwkv6(RecurrentMixer):
         v: Tensor,
         log_decay: Tensor,
         memory: Tensor | None,
-        offsets: tuple[int, ...] | None,
+        offsets: Offsets,
     ) -> tuple[Tensor, Tensor]:
         """``r_t S_{t-1}``, and the state after the last token: each token decays and writes at the next one's step."""
         rows = r.shape[0] if offsets is None else len(offsets) - 1
@@ -110,6 +99,3 @@ class Rwkv6(RecurrentMixer):
         o, memory = ops.linear_attention(r, k, v, log_decay, scale=1.0, state=memory, cu_seqlens=offsets)
         written = last_k.unsqueeze(-1).to(memory.dtype) * last_v.unsqueeze(-2)
         return o, last_decay.exp().unsqueeze(-1) * memory + written
-
-    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

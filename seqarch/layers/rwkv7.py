@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqarch import ops
+from seqarch.layers.heads import HeadsConfig
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig, choose_heads
+from seqarch.layers.mixer import Offsets
 from seqarch.layers.norms import l2_normalise
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.layers.short_conv import ShortConvolution
@@ -25,24 +26,18 @@ DEPTH = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rwkv7Config(LayerConfig):
+class Rwkv7Config(HeadsConfig):
     """Options of :class:`Rwkv7`.
 
     Attributes:
-        num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
         decay_rank, rate_rank, gate_rank: ranks of the maps from the input to the decays, to the rates a and to the
             output gate; by default the release's ``2.5 sqrt(D)``, ``2.5 sqrt(D)`` and ``5 sqrt(D)``, rounded to
             multiples of 32, at least 32.
     """
 
-    num_heads: int | None = None
     decay_rank: int | None = None
     rate_rank: int | None = None
     gate_rank: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        choose_heads(self.d_model, self.num_heads)
 
     def rank(self, given: int | None, factor: float) -> int:
         return given or max(32, 32 * round(factor * self.d_model**0.5 / 32))
@@ -74,13 +69,11 @@ class Rwkv7(RecurrentMixer):
     """
 
     Config = Rwkv7Config
-    no_weight_decay = ("mix", "bonus")
+    no_weight_decay = ("shares", "bonus")
 
     def __init__(self, config: Rwkv7Config):
-        super().__init__()
-        self.config = config
-        size, heads = config.d_model, choose_heads(config.d_model, config.num_heads)
-        width = size // heads
+        super().__init__(config)
+        size, heads, width = config.d_model, config.heads, config.head_width
         channels = torch.arange(size)
         line = channels / (size - 1)
         zigzag = 2 * (channels % width) / max(1, width - 1) - 1
@@ -88,7 +81,7 @@ class Rwkv7(RecurrentMixer):
 
         self.shift = TokenShift(size)
         shares = [1 - (channels / size) ** (steepness * (1 - DEPTH)) for steepness in SHIFTS.values()]
-        self.mix = nn.Parameter(torch.stack(shares))
+        self.shares = nn.Parameter(torch.stack(shares))
         self.receptance, self.key, self.value = (_uniform(size, bound) for bound in (0.5, 0.05, 0.5))
         decay = -5.5 + 6 * line ** (1 + DEPTH**0.3) + 2.5 * zigzag
         self.decay = low_rank(size, config.rank(config.decay_rank, 2.5), nn.Tanh(), decay)
@@ -103,12 +96,10 @@ class Rwkv7(RecurrentMixer):
         self.output = Linear(size, size, bias=False)
         self.memory_shape = (heads, width, width)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        last, memory = (None, None) if state is None else state
-        before, last = self.shift(x, last, cu_seqlens)
-        xr, xw, xk, xv, xa, xg = (torch.lerp(x, before, share) for share in self.mix.to(x.dtype))
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        last, memory = state
+        before, last = self.shift(x, last, offsets)
+        xr, xw, xk, xv, xa, xg = (torch.lerp(x, before, share) for share in self.shares.to(x.dtype))
         r, k, v, a = self.receptance(xr), self.key(xk), self.value(xv), self.rate(xa).sigmoid()
         z, k = k * self.removal.to(k.dtype), k * (1 + (a - 1) * self.replacement.to(k.dtype))
         log_decay = -math.exp(-0.5) * self.decay(xw).to(self.memory_dtype).sigmoid()
@@ -117,7 +108,7 @@ class Rwkv7(RecurrentMixer):
         z = l2_normalise(z, eps=1e-12)  # k starts small: the usual 1e-6 would be seen
         read = (z * torch.exp(-log_decay)).to(z.dtype)
         o, memory = ops.delta_rule(
-            r, k, v, log_decay=log_decay, read=read, erase=a * z, scale=1.0, state=memory, cu_seqlens=cu_seqlens
+            r, k, v, log_decay=log_decay, read=read, erase=a * z, scale=1.0, state=memory, cu_seqlens=offsets
         )
         o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view_as(x)
         o = o + rearrange((r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v, "b t h v -> b t (h v)")

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from seqarch.layers import long_conv
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import CuSeqlens, LayerConfig
+from seqarch.layers.mixer import LayerConfig, Offsets, row_count
 from seqarch.layers.recurrent import RecurrentMixer, RecurrentState
 from seqarch.ops.common.autocast import without_autocast
-from seqarch.ops.common.checks import initial_state, sequence_offsets, unknown_name
+from seqarch.ops.common.checks import unknown_name
 from seqarch.ops.common.packed import over_sequences
 
 
@@ -80,8 +80,7 @@ class S4d(RecurrentMixer):
     no_weight_decay = ("log_A_real", "A_imag")
 
     def __init__(self, config: S4dConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, states = config.d_model, config.d_state // 2
         low, high = math.log(config.dt_min), math.log(config.dt_max)
         self.log_dt = nn.Parameter(torch.empty(width).uniform_(low, high))
@@ -92,20 +91,16 @@ class S4d(RecurrentMixer):
         self.output = Linear(width, 2 * width)
         self.memory_shape = (width, states, 2)
 
-    def forward(
-        self, x: Tensor, state: RecurrentState | None = None, cu_seqlens: CuSeqlens = None
-    ) -> tuple[Tensor, RecurrentState]:
-        offsets = sequence_offsets("s4d", cu_seqlens, x.shape[0], x.shape[1])
-        rows = x.shape[0] if offsets is None else len(offsets) - 1
-        # from no state some work can be left out: the carried one's part of the outputs
-        memory = x.new_empty(rows, 0)
-        if state is not None:
-            memory = initial_state("s4d", state.memory, (rows, *self.memory_shape), self.memory_dtype, x.device)
-        wide = x.to(self.memory_dtype)
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        wide, memory = x.to(self.memory_dtype), state.memory.to(self.memory_dtype)
         with without_autocast(x.device):
             y, memory = over_sequences(self._system().run, offsets, memory, wide)
         y = (y + self.D.to(wide.dtype) * wide).to(x.dtype)
         return F.glu(self.output(F.gelu(y)), dim=-1), RecurrentState(None, memory)
+
+    def start(self, x: Tensor, offsets: Offsets) -> RecurrentState:
+        """No numbers in place of zeros: then the carried state's part of the outputs can be left out."""
+        return RecurrentState(None, x.new_empty(row_count(x, offsets), 0))
 
     def _system(self) -> DiagonalSystem:
         dtype = self.memory_dtype

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from seqarch import ops
-from seqarch.layers.mixer import CuSeqlens
+from seqarch.layers.mixer import Offsets
 
 
-def signed_decay(decay: Tensor, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, Tensor, Tensor]:
+def signed_decay(decay: Tensor, cu_seqlens: Offsets = None) -> tuple[Tensor, Tensor, Tensor]:
     """Split decays in (-1, 1) into magnitudes and the running product of their signs.
 
     With ``c_t`` that product, ``S_t = a_t S_{t-1} + k_t^T v_t`` is ``c_t`` times the recurrence that decays by
@@ -46,7 +46,7 @@ def signed_linear_attention(
     *,
     scale: float | None = None,
     state: Tensor | None = None,
-    cu_seqlens: CuSeqlens = None,
+    cu_seqlens: Offsets = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`ops.linear_attention` with each decay ``a`` in (0, 1) moved to ``2 a - 1`` in (-1, 1).
 

@@ -8,9 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from docs import tables
+from docs.costs import state_formula
 from docs.docstrings import entries, markdown, source, split_sections
+from seqarch.layers import MIXERS, build_mixer
 from seqarch.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +33,15 @@ def test_the_code_on_the_page_runs(page, capsys):
 @pytest.mark.parametrize("page", GENERATED, ids=str)
 def test_generated_parts_are_up_to_date(page):
     assert (ROOT / page).read_text(encoding="utf-8") == generated()[page], "stale: run `python -m docs.tables`"
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_formula_of_a_state_gives_its_bytes(name):
+    width, length = 7 * 1024, 2**23
+    formula = re.sub(r"(?<=\w) (?=[DT])", " * ", state_formula(name)).replace("^", "**")
+    with torch.device("meta"):
+        mixer = build_mixer(name, d_model=width)
+    assert eval(formula, {"D": width, "T": length}) == mixer.state_bytes(length)
 
 
 def test_every_operation_has_a_page_and_no_page_is_left_over():

@@ -168,7 +168,7 @@ def test_rwkv7_is_its_equation():
     for parameter in (mixer.bonus, mixer.replacement, mixer.norm.weight, mixer.norm.bias):
         torch.nn.init.uniform_(parameter, -1, 1)
     before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-    r, w, k, v, a, g = (x + (before - x) * mix for mix in mixer.mix)
+    r, w, k, v, a, g = (x + (before - x) * mix for mix in mixer.shares)
 
     def low_rank(x: Tensor, name: str) -> Tensor:
         first, between, last = getattr(mixer, name)
@@ -199,8 +199,8 @@ def test_rwkv7_starts_as_released():
     """Values of RWKV-LM's formulas at half the depth, computed apart: first, last and a middle channel."""
     mixer = build_mixer("rwkv7", d_model=128)
     assert isinstance(mixer, Rwkv7)
-    same(mixer.mix[:, 0], torch.ones(6))
-    torch.testing.assert_close(mixer.mix[1, 64], torch.tensor(1 - 0.5**0.45))
+    same(mixer.shares[:, 0], torch.ones(6))
+    torch.testing.assert_close(mixer.shares[1, 64], torch.tensor(1 - 0.5**0.45))
     bias = mixer.decay[-1].bias
     torch.testing.assert_close(bias[[0, 127]], torch.tensor([-8.0, 3.0]))
     torch.testing.assert_close(mixer.rate[-1].bias[[0, 127]], torch.tensor([-0.69, 0.31]))

@@ -14,6 +14,7 @@ from seqarch import ops
 from seqarch.layers import build_mixer, measured_state_bytes
 from seqarch.layers.big_bird import BigBird
 from seqarch.layers.block_mixture import BlockMixture
+from seqarch.layers.cached_attention import Place
 from seqarch.layers.longformer import Longformer
 from seqarch.layers.rotary import apply_rotary
 from tests.laws import assert_close, available
@@ -71,7 +72,8 @@ def test_block_mixture_equals_its_authors(backend):
     q, k, v = (record[f"in.{name}"] for name in "qkv")
     mixer = build("block_mixture", num_heads=2, head_dim=16, block_size=16, top_k=3)
     with ops.use_backends(block_sparse_attention=backend):
-        selection, _ = mixer.select(q, k, torch.arange(90)[None], 90, None)
+        sums = mixer.init_state(len(k)).sums
+        selection, _ = mixer.select(q, k, Place(torch.arange(90)[None], 90, None), sums)
         assert_close(mixer.attend(q, k, v, *selection), record["out.o"], 2e-6)
 
 
