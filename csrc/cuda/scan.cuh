@@ -404,7 +404,8 @@ void pass_empty_states(Launches& launch, const Problem<A>& p, const A* from, A* 
         launch(pass_empty<A>, grid_of(ceil_div(p.layout.sequences * size, 128)), 128, 0, p.layout, size, from, to);
 }
 
-// Calls f with the accumulation type and with the lanes for so many states.
+// Calls f with the accumulation type and with the lanes for so many states. The sums of a block's warps over more states
+// of float64 than these outgrow the shared memory of the older devices.
 template <class F>
 int32_t with_lanes(int32_t dtype, int64_t states, F f) {
     const auto with = [&](auto lanes) {
@@ -417,8 +418,9 @@ int32_t with_lanes(int32_t dtype, int64_t states, F f) {
     if (states <= 8) return with(Lanes<4, 2, 4, 3>());
     if (states <= 16) return with(Lanes<4, 4, 8, 2>());
     if (states <= 32) return with(Lanes<4, 8, 4, 3>());
-    if (states <= SEQARCH_CUDA_STATES) return with(Lanes<4, 32, 4, 2>());
-    return SEQARCH_BAD_ARGUMENT;
+    if (states <= SEQARCH_CUDA_STATES64) return with(Lanes<4, 16, 4, 2>());
+    if (states > SEQARCH_CUDA_STATES || dtype != SEQARCH_FLOAT32) return SEQARCH_BAD_ARGUMENT;
+    return f(static_cast<float*>(nullptr), Lanes<4, 32, 4, 2>());
 }
 
 inline bool known(int32_t wide, const seqarch_rows* rows) {

@@ -296,8 +296,13 @@ __global__ void __launch_bounds__(128)
     store_one<A>(to.data, to.dtype, start + group * p.states + place % p.states, sum);
 }
 
+// Shared memory that a block may have, in bytes (CUDA C++ programming guide, table of compute capabilities): on each
+// device from compute capability 8.0 on, and on those of them that are made for computing.
+constexpr size_t kAnyShared = 99 * 1024, kMostShared = 163 * 1024;
+
 template <class A, class L>
 int32_t backward(const Problem<A>& p, const Gradients<A>& g, void* workspace, int64_t* workspace_bytes, void* stream) {
+    static_assert(sizeof(BackwardTile<A, L>) <= (std::is_same_v<A, float> ? kAnyShared : kMostShared));
     const int64_t of_group = tiles_of_group(p.channels, p.groups, L::kWidth), tiles = of_group * p.groups;
     const int64_t rows = p.layout.offsets ? p.layout.length : p.layout.sequences * p.layout.length;
     const int64_t size = p.channels * p.states;

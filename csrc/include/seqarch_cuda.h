@@ -28,8 +28,8 @@ extern "C" {
 enum { SEQARCH_FLOAT16 = 3 };
 enum { SEQARCH_CUDA_ERROR = 1000 };
 
-/* Steps of a chunk of the selective scan, and the most states that it takes. */
-enum { SEQARCH_CUDA_CHUNK = 16, SEQARCH_CUDA_STATES = 128 };
+/* Steps of a chunk of the selective scan, and the most states that it takes, in all and with sums of float64. */
+enum { SEQARCH_CUDA_CHUNK = 16, SEQARCH_CUDA_STATES = 128, SEQARCH_CUDA_STATES64 = 64 };
 
 /* SEQARCH_CUDA_INTERFACE as this library was built. */
 SEQARCH_API int32_t seqarch_cuda_interface(void);
@@ -48,7 +48,7 @@ SEQARCH_API int32_t seqarch_cuda_causal_conv1d_backward(
     void* dx, void* dweight, void* dbias, void* dstate, const int64_t* offsets, int64_t sequences, int64_t length,
     int64_t channels, int64_t width, int32_t silu, void* workspace, int64_t* workspace_bytes, void* stream);
 
-/* `chunk` must be SEQARCH_CUDA_CHUNK, `state_width` at most SEQARCH_CUDA_STATES. Each of `starts` is [D, N]. */
+/* `chunk` must be SEQARCH_CUDA_CHUNK, `state_width` at most SEQARCH_CUDA_STATES or SEQARCH_CUDA_STATES64. Each of `starts` is [D, N]. */
 SEQARCH_API int32_t seqarch_cuda_selective_scan_forward(
     int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
     const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,

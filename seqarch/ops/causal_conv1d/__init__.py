@@ -69,6 +69,7 @@ OP = Op(
     prepare,
     order=("parallel_cpp", "parallel_cuda", "parallel_torch"),
     reference="parallel_torch",
+    named=("parallel_causal_conv1d",),
 )
 
 

@@ -24,9 +24,12 @@ from seqarch.ops.common.native import ERRORS, NUMBERS, LibraryError
 INTERFACE = 1
 """``SEQARCH_CUDA_INTERFACE`` of the header that the calls in this package were written against."""
 
-CHUNK, STATES = 16, 128
-"""``SEQARCH_CUDA_CHUNK`` and ``SEQARCH_CUDA_STATES`` of the header: steps between states that the selective scan keeps,
-and the most states a channel that it takes."""
+CHUNK = 16
+"""``SEQARCH_CUDA_CHUNK`` of the header: steps between states that the selective scan keeps."""
+
+STATES = {torch.float32: 128, torch.float64: 64}
+"""``SEQARCH_CUDA_STATES`` and ``SEQARCH_CUDA_STATES64`` of the header: by the dtype of sums, the most states a channel
+that the selective scan takes."""
 
 CAPABILITY = 8, 0
 """The oldest compute capability that the library is built for."""

@@ -67,6 +67,7 @@ OP = Op(
     order=("chunk_cpp", "chunk_cuda", "chunk_torch", "recurrent_torch"),
     reference="recurrent_torch",
     step_order=("chunk_cpp", "chunk_cuda", "recurrent_torch", "chunk_torch"),
+    named=("chunk_mamba_ssm",),
 )
 
 

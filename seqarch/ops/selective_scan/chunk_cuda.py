@@ -8,8 +8,6 @@ it. Every sum is taken in a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from seqarch.ops.common import library_cuda
@@ -27,9 +25,22 @@ _backward = library_cuda.Kernel(
 )
 
 
-def refuse(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *_: Any):
-    if A.shape[1] > STATES:
-        return f"N is {A.shape[1]}, expected at most {STATES}"
+def refuse(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    scale_input: bool,
+    state: Tensor,
+    offsets: tuple[int, ...] | None,
+) -> str | None:
+    if A.shape[1] > STATES[state.dtype]:
+        return f"N is {A.shape[1]}, expected at most {STATES[state.dtype]} with sums in {state.dtype}"
     return library_cuda.refuse(x=x, dt=dt, B=B, C=C, z=z)
 
 
