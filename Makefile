@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo results-small test test-slow sanitize lint bench docs clean
+.PHONY: help demo results-small test test-slow sanitize cuda-check lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that build the package or take long"
 	@echo "make sanitize   the compiled kernels under the address and undefined behaviour sanitizers (a minute)"
+	@echo "make cuda-check the CUDA kernels by nvcc for three generations of GPUs, where nvcc is here"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      time the kernels of this machine: runs/bench"
 	@echo "make docs       renew the generated parts of README.md and docs"
@@ -46,13 +47,29 @@ test-slow: $(INSTALLED)
 
 # Each element that a kernel must write is looked at, too; no Python takes part.
 SANITIZED := build/sanitize/kernels
+CHECKED := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc/include -Itests/sanitize
 $(SANITIZED): $(wildcard csrc/include/*.h csrc/cpu/* tests/sanitize/*)
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc/include \
-	  -Itests/sanitize $(filter %.cpp,$^) -o $@
+	$(CXX) $(CHECKED) -fopenmp $(filter %.cpp,$^) -o $@
 
-sanitize: $(SANITIZED)
-	$<
+# The CUDA kernels, compiled for this processor with a stand-in for CUDA, against those of the CPU.
+EMULATED := build/emulation/kernels
+EMULATED_PARTS := $(patsubst csrc/cuda/%.cu,build/emulation/%.o,$(wildcard csrc/cuda/*.cu))
+build/emulation/%.o: csrc/cuda/%.cu $(wildcard csrc/include/*.h csrc/cuda/*.cuh tests/emulation/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(CHECKED) -Wno-unknown-pragmas -Itests/emulation -x c++ -c $< -o $@
+
+$(EMULATED): $(EMULATED_PARTS) $(wildcard csrc/cpu/* tests/emulation/* tests/sanitize/harness.h)
+	$(CXX) $(CHECKED) -Itests/emulation $(wildcard csrc/cpu/causal_conv1d.cpp csrc/cpu/selective_scan*.cpp) \
+	  $(filter %.o %.cpp,$(EMULATED_PARTS) $(wildcard tests/emulation/*.cpp)) -o $@
+
+sanitize: $(SANITIZED) $(EMULATED)
+	$(SANITIZED)
+	$(EMULATED)
+
+# csrc/cuda by nvcc for each compute capability, and what its kernels need of a GPU: no GPU is needed.
+cuda-check: $(INSTALLED)
+	$(BIN)/python -m tests.cuda_resources --check
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -23,7 +23,13 @@ TIERS = ("seqarch.ops", "seqarch.layers", "seqarch.models", "seqarch.parallel", 
 LIBRARY = {"seqarch", "torch", "numpy", "einops", *sys.stdlib_module_names}
 """What any file of the library may import."""
 
-ENGINES = {"triton": "triton", "mamba_ssm": "mamba_ssm", "selective_scan_cuda": "mamba_ssm", "flash_attn": "flash_attn"}
+ENGINES = {
+    "triton": "triton",
+    "mamba_ssm": "mamba_ssm",
+    "selective_scan_cuda": "mamba_ssm",
+    "causal_conv1d": "causal_conv1d",
+    "flash_attn": "flash_attn",
+}
 """Packages that only backends named for an engine import."""
 
 EDGES = {
@@ -33,11 +39,12 @@ EDGES = {
     "wandb": {"experiments/trackers.py"},
     "torch.utils.tensorboard": {"experiments/trackers.py"},
     "matplotlib": {"experiments/style.py", "experiments/figures.py"},
-    "ctypes": {"seqarch/ops/common/native.py"},
+    "ctypes": {"seqarch/ops/common/native.py", "seqarch/ops/common/library_cuda.py"},
 }
 """Packages that stand at the edge, and the files that may import them."""
 
-BACKEND = re.compile(r"(recurrent|chunk|parallel|grouped)_(torch|sdpa|mm|cpp|cuda|triton|mamba_ssm|flash_attn)")
+ENGINES = "torch|sdpa|mm|cpp|cuda|triton|mamba_ssm|causal_conv1d|flash_attn"
+BACKEND = re.compile(rf"(recurrent|chunk|parallel|grouped)_({ENGINES})")
 NATIVE = "seqarch.ops.common.native"
 
 

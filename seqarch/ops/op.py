@@ -106,6 +106,7 @@ class Op:
         order: the backends in the order in which ``"auto"`` tries them.
         reference: the backend that defines what is right.
         step_order: the order for calls of one token, where it differs.
+        named: further backends, which only their name chooses: vendors' packages.
         autocast: whether ``torch.autocast`` may lower the dtype of this operation's products. Where it may not, as in
             recurrences, which add up thousands of them, the backends compute as if there were none.
     """
@@ -115,11 +116,12 @@ class Op:
     order: tuple[str, ...]
     reference: str
     step_order: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
     autocast: bool = False
     backends: dict[str, Backend] = field(init=False)
 
     def __post_init__(self):
-        names = dict.fromkeys((*self.order, *self.step_order, self.reference))
+        names = dict.fromkeys((*self.order, *self.step_order, self.reference, *self.named))
         object.__setattr__(self, "prepare", typed(self.name, self.prepare))
         object.__setattr__(self, "backends", {name: Backend.load(self.name, name) for name in names})
 

@@ -215,9 +215,9 @@ def test_the_custom_operators_keep_torchs_rules():
     for offsets, shape in calls if ISAS else ():
         plain = make(dtype=torch.float32, **shape).values()
         leaves = [None if v is None else v.clone().requires_grad_() for v in plain]
-        torch.library.opcheck(parallel_cpp.forward, (*leaves, True, offsets))
-        y, last = parallel_cpp.forward(*plain, True, offsets)
-        torch.library.opcheck(parallel_cpp.backward, (*plain, True, offsets, y, last))
+        torch.library.opcheck(parallel_cpp.OPERATORS.forward, (*leaves, True, offsets))
+        y, last = parallel_cpp.OPERATORS.forward(*plain, True, offsets)
+        torch.library.opcheck(parallel_cpp.OPERATORS.backward, (*plain, True, offsets, y, last))
 
 
 def test_torch_compile_sees_one_graph():

@@ -84,7 +84,7 @@ def test_return_codes_become_errors():
     x, state = torch.ones(1, 2, 3), torch.ones(1, 8, 3)
     for isa in native.supported_isas():
         with native.use_isa(isa), pytest.raises(ValueError, match="causal_conv1d_forward returned 1: an argument"):
-            parallel_cpp.forward(x, torch.ones(3, 9), None, state, False, None)
+            parallel_cpp.OPERATORS.forward(x, torch.ones(3, 9), None, state, False, None)
 
 
 def test_running_out_of_memory_is_an_error():

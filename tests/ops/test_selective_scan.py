@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.ops.common import native
 from seqarch.ops.selective_scan import OP, chunk_cpp
+from seqarch.ops.selective_scan import operators as scan_operators
 
 ISAS = native.supported_isas()
 Inputs = dict[str, Any]
@@ -176,6 +178,7 @@ def test_only_gradients_that_are_asked_for():
 
 
 def test_the_operators_keep_torchs_rules():
+    operators = chunk_cpp.OPERATORS
     packed = {"B": 1, "T": 7, "sequences": 3}
     for sizes, offsets in (({"T": 7}, None), (packed, [0, 3, 3, 7]), ({"T": 7, "full": False}, None)):
         inputs = make(dtype=torch.float32, **sizes)
@@ -184,10 +187,10 @@ def test_the_operators_keep_torchs_rules():
         plain = [*tensors, state]
         leaves = [None if m is None else m.clone().requires_grad_() for m in plain]
         for _ in ISAS[:1]:
-            torch.library.opcheck(chunk_cpp.scan, (*leaves, softplus, scale_input, True, offsets))
-            y, last, starts = chunk_cpp.scan(*plain, softplus, scale_input, True, offsets)
+            torch.library.opcheck(operators.scan, (*leaves, softplus, scale_input, True, offsets))
+            y, last, starts = operators.scan(*plain, softplus, scale_input, True, offsets)
             call = (*tensors, starts, softplus, scale_input, True, offsets, y, last)
-            torch.library.opcheck(chunk_cpp.scan_backward, call)
+            torch.library.opcheck(operators.backward, call)
 
 
 def test_torch_compile_sees_one_graph():
@@ -208,8 +211,8 @@ def test_what_only_torch_serves():
 
 
 def test_return_codes_become_errors(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chunk_cpp, "CHUNK", 0)
-    monkeypatch.setattr(chunk_cpp, "_chunks", lambda *_: 1)
+    monkeypatch.setattr(chunk_cpp.OPERATORS, "engine", dataclasses.replace(chunk_cpp.ENGINE, chunk=0))
+    monkeypatch.setattr(scan_operators, "chunks", lambda *_: 1)
     for isa in ISAS:
         with native.use_isa(isa), pytest.raises(ValueError, match="selective_scan_forward returned 1: an argument"):
             scan("chunk_cpp")(make())

@@ -64,7 +64,13 @@ def prepare(
     return x, weight.to(dtype), bias, state, activation == "silu", offsets
 
 
-OP = Op("causal_conv1d", prepare, order=("parallel_cpp", "parallel_torch"), reference="parallel_torch")
+OP = Op(
+    "causal_conv1d",
+    prepare,
+    order=("parallel_cpp", "parallel_cuda", "parallel_torch"),
+    reference="parallel_torch",
+    named=("parallel_causal_conv1d",),
+)
 
 
 def causal_conv1d(
@@ -86,7 +92,7 @@ def causal_conv1d(
         activation: ``"silu"`` or ``None``.
         state: the last W - 1 inputs before ``x``, ``[B, W - 1, D]``, oldest first; ``None`` means zeros.
         cu_seqlens: ``[sequences + 1]`` offsets of sequences packed into B = 1; ``state`` then has a row a sequence.
-        backend: ``"parallel_cpp"``, ``"parallel_torch"`` or ``"auto"``.
+        backend: a name, or ``"auto"``.
 
     Returns:
         ``y`` like ``x``, and the state after the last token, in the dtype of ``x``.

@@ -34,7 +34,10 @@ ISAS = ("baseline", "avx2", "avx512")
 """The instruction sets, oldest first."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-"""The header's number of each activation dtype that the kernels take."""
+"""The header's number of each activation dtype that the CPU's kernels take."""
+
+NUMBERS = {**DTYPES, torch.float16: 3}
+"""The headers' number of each dtype; the CUDA kernels take them all."""
 
 ERRORS = {1: (ValueError, "an argument is outside its domain"), 2: (MemoryError, "out of memory")}
 
@@ -61,7 +64,7 @@ class Rows:
     def from_param(cls, tensor: Tensor | None) -> Any:
         if tensor is None:
             return None
-        rows = _RowsStructure(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), DTYPES[tensor.dtype])
+        rows = _RowsStructure(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), NUMBERS[tensor.dtype])
         return ctypes.byref(rows)
 
 

@@ -44,6 +44,7 @@ OP = Op(
     order=("chunk_cpp", "chunk_triton", "recurrent_triton", "chunk_torch", "recurrent_torch"),
     reference="recurrent_torch",
     step_order=("chunk_cpp", "recurrent_triton", "recurrent_torch", "chunk_torch"),
+    named=("chunk_mamba_ssm",),
 )
 
 

@@ -64,9 +64,10 @@ def prepare(
 OP = Op(
     NAME,
     prepare,
-    order=("chunk_cpp", "chunk_torch", "recurrent_torch"),
+    order=("chunk_cpp", "chunk_cuda", "chunk_torch", "recurrent_torch"),
     reference="recurrent_torch",
-    step_order=("chunk_cpp", "recurrent_torch", "chunk_torch"),
+    step_order=("chunk_cpp", "chunk_cuda", "recurrent_torch", "chunk_torch"),
+    named=("chunk_mamba_ssm",),
 )
 
 

@@ -1,0 +1,33 @@
+"""The CUDA kernel (``csrc/cuda/causal_conv1d.cu``) as a custom operator, forward and backward.
+
+A thread takes four channels through a run of tokens and reads each row once, so that time is that of the bytes. The
+gradient of the weights is summed run by run, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from seqarch.ops.causal_conv1d.operators import Engine, Operators, refuse_dtypes
+from seqarch.ops.common import library_cuda
+from seqarch.ops.common.native import NUMBERS, Pointer, int32, int64
+
+unavailable = library_cuda.unavailable
+
+# The order of the header, csrc/include/seqarch_cuda.h.
+_INPUTS = (int32, Pointer, int64, int64, Pointer, Pointer, Pointer)
+_UPSTREAM = (Pointer, int64, int64, Pointer)
+_PROBLEM = (Pointer, int64, int64, int64, int64, int32)
+_forward = library_cuda.Kernel("causal_conv1d_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
+_backward = library_cuda.Kernel("causal_conv1d_backward", *_INPUTS, *_UPSTREAM, *[Pointer] * 4, *_PROBLEM)
+
+
+def refuse(x: Tensor, weight: Tensor, *_: Any) -> str | None:
+    return library_cuda.refuse(x=x) or refuse_dtypes(x, weight, NUMBERS)
+
+
+ENGINE = Engine(_forward, _backward, NUMBERS, library_cuda.offsets)
+OPERATORS = Operators("seqarch::causal_conv1d_cuda", ENGINE, None)
+run = OPERATORS.forward

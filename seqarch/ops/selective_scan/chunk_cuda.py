@@ -1,0 +1,49 @@
+"""The CUDA kernel (``csrc/cuda/selective_scan.cu``) as a custom operator, forward and backward.
+
+A chunk's rows come through shared memory; a channel's states lie in the registers of a few lanes of a warp, which take
+it through the chunk. Few channels and long sequences fill the GPU too: time is cut into segments, a first pass finds
+the state that enters each. The backward pass computes a chunk's states again, into registers, from the one kept before
+it. Every sum is taken in a fixed order.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from seqarch.ops.common import library_cuda
+from seqarch.ops.common.library_cuda import CHUNK, STATES
+from seqarch.ops.common.native import NUMBERS, Pointer, Rows, int32, int64
+from seqarch.ops.selective_scan.operators import Engine, Operators
+
+unavailable = library_cuda.unavailable
+
+# The order of the header, csrc/include/seqarch_cuda.h.
+_PROBLEM = (int32, *[Rows] * 5, *[Pointer] * 4, *[int64] * 6, int32, int32)
+_forward = library_cuda.Kernel("selective_scan_forward", *_PROBLEM, Pointer, Rows, Pointer, Pointer)
+_backward = library_cuda.Kernel(
+    "selective_scan_backward", *_PROBLEM, Pointer, Rows, Pointer, *[Rows] * 5, *[Pointer] * 4
+)
+
+
+def refuse(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    scale_input: bool,
+    state: Tensor,
+    offsets: tuple[int, ...] | None,
+) -> str | None:
+    if A.shape[1] > STATES[state.dtype]:
+        return f"N is {A.shape[1]}, expected at most {STATES[state.dtype]} with sums in {state.dtype}"
+    return library_cuda.refuse(x=x, dt=dt, B=B, C=C, z=z)
+
+
+ENGINE = Engine(_forward, _backward, NUMBERS, CHUNK, library_cuda.offsets)
+OPERATORS = Operators("seqarch::selective_scan_cuda", ENGINE, None)
+run = OPERATORS.run

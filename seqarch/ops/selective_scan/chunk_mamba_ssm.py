@@ -1,0 +1,86 @@
+"""The CUDA kernel of the package ``mamba-ssm``: within a thread block, a scan over time in chunks of 2048 tokens.
+
+It takes no state, does not pack, and has no gradient through the last state: a backward pass that asks for one raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.common import vendors
+
+STATES = 256
+"""The most states a channel that the kernel takes."""
+
+
+def unavailable() -> str | None:
+    return vendors.unavailable("mamba_ssm")
+
+
+def refuse(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    scale_input: bool,
+    state: Tensor,
+    offsets: tuple[int, ...] | None,
+) -> str | None:
+    if offsets is not None:
+        return "cu_seqlens is given, and mamba_ssm's scan has no states of packed sequences"
+    if not scale_input:
+        return "scale_input is False, and mamba_ssm's scan multiplies the input by the step size"
+    if not 1 <= A.shape[1] <= STATES:
+        return f"N is {A.shape[1]}, expected 1 to {STATES}"
+    reason = vendors.refuse(vendors.FLOATS, x=x, dt=dt, B=B, C=C, z=z)
+    if reason is None and (state.requires_grad or bool(state.any())):
+        reason = "state is given, and mamba_ssm's scan begins with zeros"
+    return reason
+
+
+class _NoGradient(torch.autograd.Function):
+    """The last state, whose gradient the package would leave out in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, last: Tensor) -> Tensor:
+        return last.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise RuntimeError(
+            "selective_scan: backend 'chunk_mamba_ssm' has no gradient through the last state; detach the state, or"
+            " take another backend"
+        )
+
+
+def run(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    scale_input: bool,
+    state: Tensor,
+    offsets: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, dt, z = (None if m is None else m.transpose(1, 2) for m in (x, dt, z))  # time last
+    B, C = (m.permute(0, 2, 3, 1) for m in (B, C))
+    A, D, dt_bias = (None if m is None else m.to(state.dtype) for m in (A, D, dt_bias))
+    y, last = selective_scan_fn(
+        x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=dt_softplus, return_last_state=True
+    )
+    return y.transpose(1, 2), _NoGradient.apply(last.to(state.dtype))

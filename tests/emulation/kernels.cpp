@@ -1,0 +1,199 @@
+// The CUDA kernels, emulated, against those of the CPU, over random shapes and on memory of exactly the needed size.
+#include <algorithm>
+
+#include "harness.h"
+#include "seqarch_cuda.h"
+
+namespace {
+
+// Both tables of packed sequences, as the CUDA functions take them.
+std::vector<int64_t> tables(const Sequences& s) {
+    std::vector<int64_t> all = s.offsets;
+    int64_t chunks = 0;
+    for (int64_t i = 0; i < s.count && s.packed(); ++i) {
+        all.push_back(chunks);
+        chunks += (s.length(i) + SEQARCH_CUDA_CHUNK - 1) / SEQARCH_CUDA_CHUNK;
+    }
+    if (s.packed()) all.push_back(chunks);
+    return all;
+}
+
+// Calls f(workspace, bytes, stream) twice, as the header says.
+template <class F>
+void run(F f, const char* name) {
+    int64_t bytes = 0;
+    require(f(nullptr, &bytes, nullptr) == SEQARCH_OK && bytes > 0, name);
+    const std::unique_ptr<char[]> workspace(new char[bytes]);
+    std::fill_n(workspace.get(), bytes, static_cast<char>(0xff));  // NaN, whatever the type
+    require(f(workspace.get(), &bytes, nullptr) == SEQARCH_OK, name);
+}
+
+void close(const Numbers& found, const Numbers& expected, double bound, const char* name) {
+    all_written(found, name);
+    double difference = 0, size = 0;
+    for (int64_t i = 0; i < expected.count(); ++i) {
+        difference += std::pow(found.get(i) - expected.get(i), 2);
+        size += std::pow(expected.get(i), 2);
+    }
+    if (difference <= bound * bound * std::max(size, 1e-20)) return;
+    std::fprintf(stderr, "%s: error %g, bound %g\n", name, std::sqrt(difference / size), bound);
+    std::exit(1);
+}
+
+double bound_of(int32_t dtype) {
+    return dtype == SEQARCH_FLOAT64 ? 1e-11 : dtype == SEQARCH_FLOAT32 ? 2e-5 : 1e-2;
+}
+
+void convolution(Random& random) {
+    const int32_t dtype = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16, SEQARCH_FLOAT64}));
+    const int32_t wide = dtype == SEQARCH_FLOAT64 ? SEQARCH_FLOAT64 : SEQARCH_FLOAT32;
+    const int64_t channels = random.pick({0, 1, 3, 4, 8, 33, 130}), width = random.pick({2, 3, 4, 5, 6, 7, 8});
+    const int32_t silu = random.coin();
+    const bool has_bias = random.coin(), has_state = random.coin();
+    const Sequences s(random);
+    const std::vector<int64_t> both = tables(s);
+    const int64_t* offsets = s.packed() ? both.data() : nullptr;
+    const Numbers weight(wide, channels * width, random), bias(wide, channels, random);
+    const Rows x(dtype, s, channels, random), dy(dtype, s, channels, random);
+    const Numbers state(dtype, s.count * (width - 1) * channels, random), dlast(dtype, state.count(), random);
+    const void* first = has_state ? state.data() : nullptr;
+    const void* shift = has_bias ? bias.data() : nullptr;
+    const auto rows = [&] { return Rows(dtype, s, channels); };
+    const auto states = [&] { return Numbers(dtype, state.count()); };
+
+    const Rows y = rows(), y2 = rows(), dx = rows(), dx2 = rows();
+    const Numbers last = states(), last2 = states(), dstate = states(), dstate2 = states();
+    const Numbers dweight(wide, weight.count()), dweight2(wide, weight.count()), dbias(wide, channels), dbias2(wide, channels);
+    const auto& in = *x;
+    require(seqarch_causal_conv1d_forward(dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first,
+                                          (*y).data, last.data(), s.packed(), s.count, s.steps, channels, width, silu,
+                                          1) == SEQARCH_OK,
+            "CPU convolution");
+    run(
+        [&](void* workspace, int64_t* bytes, void* stream) {
+            return seqarch_cuda_causal_conv1d_forward(
+                dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first, (*y2).data, last2.data(),
+                offsets, s.count, s.steps, channels, width, silu, workspace, bytes, stream);
+        },
+        "CUDA convolution");
+    close(y2.numbers, y.numbers, bound_of(dtype), "convolution y");
+    close(last2, last, 0, "convolution state");
+    require(seqarch_causal_conv1d_backward(dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first,
+                                           (*dy).data, (*dy).batch_stride, (*dy).time_stride, dlast.data(), (*dx).data,
+                                           dweight.data(), dbias.data(), dstate.data(), s.packed(), s.count, s.steps,
+                                           channels, width, silu, 1) == SEQARCH_OK,
+            "CPU convolution backward");
+    run(
+        [&](void* workspace, int64_t* bytes, void* stream) {
+            return seqarch_cuda_causal_conv1d_backward(
+                dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first, (*dy).data,
+                (*dy).batch_stride, (*dy).time_stride, dlast.data(), (*dx2).data, dweight2.data(), dbias2.data(),
+                dstate2.data(), offsets, s.count, s.steps, channels, width, silu, workspace, bytes, stream);
+        },
+        "CUDA convolution backward");
+    close(dx2.numbers, dx.numbers, bound_of(dtype), "convolution dx");
+    close(dweight2, dweight, bound_of(wide), "convolution dweight");
+    close(dbias2, dbias, bound_of(wide), "convolution dbias");
+    close(dstate2, dstate, bound_of(dtype), "convolution dstate");
+}
+
+struct ScanGradients {
+    Rows dx, ddt, dz, dB, dC;
+    Numbers dA, dD, dbias, dstate;
+};
+
+void scan(Random& random) {
+    const int32_t wide = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_FLOAT64, SEQARCH_FLOAT64}));
+    const auto dtype = [&] { return static_cast<int32_t>(random.pick({wide, wide, SEQARCH_FLOAT32, SEQARCH_BFLOAT16})); };
+    const int64_t groups = random.pick({1, 1, 2, 5}), channels = groups * random.pick({0, 1, 3, 16, 33, 65});
+    const int64_t N = random.pick({0, 1, 1, 3, 5, 8, 16, 16, 17, 70});
+    const int32_t softplus = random.coin(), scale_input = random.coin();
+    const bool has_z = random.coin(), has_D = random.coin(), has_bias = random.coin(), has_state = random.coin();
+    const bool shared = random.coin(), keep = random.coin();
+    const Sequences s(random);
+    const std::vector<int64_t> both = tables(s);
+    const int64_t* offsets = s.packed() ? both.data() : nullptr;
+    const auto chunks = [&](int64_t size) {
+        int64_t all = 0;
+        for (int64_t i = 0; i < s.count; ++i) all += (s.length(i) + size - 1) / size;
+        return all;
+    };
+
+    Numbers A(wide, channels * N, random);
+    for (int64_t i = 0; i < A.count(); ++i) A.set(i, random.pick({0, 1, 1}) ? -std::fabs(random.normal()) : random.pick({0, -3}));
+    const Numbers D(wide, channels, random), bias(wide, channels, random);
+    const Rows x(dtype(), s, channels, random), z(dtype(), s, channels, random), dy(dtype(), s, channels, random);
+    Rows dt(dtype(), s, channels, random);
+    for (int64_t i = 0; i < dt.numbers.count() && !softplus; ++i) dt.numbers.set(i, std::fabs(random.normal()) + (has_bias ? 3 : 0));
+    const Rows B(dtype(), s, groups * N, random), C(dtype(), s, groups * N, random);
+    const Numbers state(wide, s.count * channels * N, random), dlast(wide, state.count(), random);
+    const auto maybe = [](bool there, const Numbers& numbers) { return there ? numbers.data() : nullptr; };
+    const auto given = [](bool there, const Rows& rows) { return there ? &rows : nullptr; };
+    const double bound = std::max({bound_of(wide), bound_of((*x).dtype), bound_of((*dt).dtype), bound_of((*z).dtype),
+                                   bound_of((*B).dtype), bound_of((*C).dtype)});
+
+    const Rows y((*x).dtype, s, channels), y2((*x).dtype, s, channels);
+    const Numbers last(wide, state.count()), last2(wide, state.count());
+    const Numbers starts(wide, chunks(32) * channels * N), starts2(wide, chunks(SEQARCH_CUDA_CHUNK) * channels * N);
+    require(seqarch_selective_scan_forward(
+                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), s.packed(),
+                s.count, s.steps, channels, N, groups, 32, softplus, scale_input, maybe(has_state, state), &y, last.data(),
+                starts.data(), 1) == SEQARCH_OK,
+            "CPU scan");
+    run(
+        [&](void* workspace, int64_t* bytes, void* stream) {
+            return seqarch_cuda_selective_scan_forward(
+                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, s.count,
+                s.steps, channels, N, groups, SEQARCH_CUDA_CHUNK, softplus, scale_input, maybe(has_state, state), &y2,
+                last2.data(), maybe(keep, starts2), workspace, bytes, stream);
+        },
+        "CUDA scan");
+    close(y2.numbers, y.numbers, bound, "scan y");
+    close(last2, last, bound_of(wide), "scan state");
+    if (!keep) return;
+    all_written(starts2, "scan starts");
+
+    const auto room = [&] {
+        return ScanGradients{Rows((*x).dtype, s, channels), Rows((*dt).dtype, s, channels), Rows((*z).dtype, s, channels),
+                             Rows((*B).dtype, s, groups * N), Rows((*C).dtype, s, groups * N), Numbers(wide, A.count()),
+                             Numbers(wide, channels), Numbers(wide, channels), Numbers(wide, state.count())};
+    };
+    const ScanGradients g = room(), g2 = room();
+    require(seqarch_selective_scan_backward(
+                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), s.packed(),
+                s.count, s.steps, channels, N, groups, 32, softplus, scale_input, starts.data(), &dy, dlast.data(), &g.dx,
+                &g.ddt, given(shared, g.dB), given(shared, g.dC), given(has_z, g.dz), g.dA.data(), maybe(has_D, g.dD),
+                maybe(has_bias, g.dbias), g.dstate.data(), 1) == SEQARCH_OK,
+            "CPU scan backward");
+    run(
+        [&](void* workspace, int64_t* bytes, void* stream) {
+            return seqarch_cuda_selective_scan_backward(
+                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, s.count,
+                s.steps, channels, N, groups, SEQARCH_CUDA_CHUNK, softplus, scale_input, starts2.data(), &dy, dlast.data(),
+                &g2.dx, &g2.ddt, given(shared, g2.dB), given(shared, g2.dC), given(has_z, g2.dz), g2.dA.data(),
+                maybe(has_D, g2.dD), maybe(has_bias, g2.dbias), g2.dstate.data(), workspace, bytes, stream);
+        },
+        "CUDA scan backward");
+    const double wider = std::max(bound, bound_of((*dy).dtype));
+    close(g2.dx.numbers, g.dx.numbers, wider, "scan dx");
+    close(g2.ddt.numbers, g.ddt.numbers, wider, "scan ddt");
+    if (has_z) close(g2.dz.numbers, g.dz.numbers, wider, "scan dz");
+    if (shared) close(g2.dB.numbers, g.dB.numbers, wider, "scan dB");
+    if (shared) close(g2.dC.numbers, g.dC.numbers, wider, "scan dC");
+    close(g2.dA, g.dA, bound_of(wide), "scan dA");
+    if (has_D) close(g2.dD, g.dD, bound_of(wide), "scan dD");
+    if (has_bias) close(g2.dbias, g.dbias, bound_of(wide), "scan dbias");
+    close(g2.dstate, g.dstate, bound_of(wide), "scan dstate");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    const int rounds = count > 1 ? std::atoi(arguments[1]) : 150;
+    for (int seed = 0; seed < rounds; ++seed) {
+        Random random(static_cast<uint64_t>(seed));
+        convolution(random);
+        scan(random);
+    }
+    std::printf("%d random calls of each emulated CUDA kernel, forward and backward: as the CPU's\n", rounds);
+}
