@@ -149,9 +149,13 @@ class Checkpoints:
 
         Raises:
             Damaged: a file of it is missing or not what was written.
-            RunnerError: it is of another model.
+            RunnerError: it is of another model, or of another version of the runner.
         """
         manifest = verified(path)
+        try:
+            state = TrainState(**manifest["state"])
+        except TypeError as error:
+            raise RunnerError(f"cannot load checkpoint {path}: another version of the runner wrote it") from error
         try:
             _distributed(lambda: load(content, storage_reader=FileSystemReader(path), no_dist=_alone()))
         except (RuntimeError, LookupError, ValueError) as error:
@@ -159,7 +163,7 @@ class Checkpoints:
         streams = _streams_file(path)
         if "optimizer" in content and streams.exists():  # There are none for a process that was not there.
             set_random_streams(torch.load(streams, weights_only=True))
-        return TrainState(**manifest["state"])
+        return state
 
     def _prune(self) -> None:
         """Remove what is neither among the latest nor the best that one of these knows; and what was left half done."""

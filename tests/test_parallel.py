@@ -197,6 +197,7 @@ def work(rank: int, folder: str) -> None:
         results["pair"] = {name: stack_results(name, pair) for name in PAIRS}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive this, and abort an interpreter that goes down: experiments/processes.py
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import random
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -209,3 +210,18 @@ def test_a_manifest_says_what_is_there(tmp_path):
     content = {"model": {"w": torch.zeros(3)}}
     assert checkpoints.resume(content) == TrainState(step=7, best=0.5, best_step=7)
     assert content["model"]["w"].tolist() == [0, 1, 2]
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_other_folders_are_none(tmp_path):
+    @dataclass
+    class Later(TrainState):
+        temperature: float = 0.0
+
+    checkpoints, content = Checkpoints(tmp_path, keep=1), {"model": {"w": torch.ones(3)}}
+    (tmp_path / "step-of-mine").mkdir()
+    checkpoints.save(content, Later(step=7))
+    with pytest.raises(RunnerError, match=r"cannot load checkpoint .*step-000007: another version of the runner"):
+        checkpoints.resume(content)
+    assert checkpoints.newest_first() == [checkpoints.path(7)]
+    assert checkpoints.newest_first(6) == []
+    assert (tmp_path / "step-of-mine").exists()
