@@ -76,7 +76,7 @@ class RecallAndState(Study):
             ),
             Picture(
                 "equal",
-                f"Left: each mixer at its best state, all at about the same number of parameters ({span(comparison)})."
+                f"Left: each mixer at its best state, all of the same width and depth ({span(comparison)} parameters)."
                 f" Right: each at the state nearest to {bytes_text(EQUAL_STATE)}, its bytes beside its name; attention"
                 " has one size only, its cache of 64 tokens. Strokes are medians over seeds; chance is dashed.",
                 lambda axes: draw_equal(axes, comparison),
@@ -194,7 +194,7 @@ def draw_equal(axes: Sequence[Axes], comparison: Comparison) -> None:
     models = plots.by_model(comparison)
     best = [max(variants, key=plots.median_of) for variants in models.values()]
     near = [plots.nearest(variants, EQUAL_STATE) for variants in models.values()]
-    for panel, variants, title in ((axes[0], best, "Equal parameters"), (axes[1], near, "Equal state")):
+    for panel, variants, title in ((axes[0], best, "Equal width and depth, best state"), (axes[1], near, "Nearest to equal state")):
         ordered = sorted(variants, key=plots.median_of, reverse=True)
         plots.draw_rows(panel, [(row_label(variant), plots.mixer_look(variant.pattern), variant.values(test_of))
                                 for variant in ordered])  # fmt: skip
