@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo results-small test test-slow sanitize cuda-check lint bench docs clean
+.PHONY: help demo results-small test test-slow sanitize cuda-check lint bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make cuda-check the CUDA kernels by nvcc for three generations of GPUs, where nvcc is here"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      time the kernels of this machine: runs/bench"
+	@echo "make bench-gpu  check the kernels on this machine's GPU, then time them: docs/results/gpu"
 	@echo "make docs       renew the generated parts of README.md and docs"
 	@echo "make clean      remove the virtual environment and the build, not the runs"
 	@echo "PYTHON=python3.12 names the Python, 3.11 to 3.13, that the virtual environment is made with"
@@ -78,6 +79,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m experiments.bench
+
+# With the Python of the machine, whose torch knows its GPU; the virtual environment here has a build for CPUs.
+bench-gpu:
+	$(PYTHON) -m experiments.bench.gpu
 
 docs: $(INSTALLED)
 	$(BIN)/python -m docs.tables

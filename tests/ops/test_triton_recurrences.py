@@ -163,14 +163,18 @@ def test_nothing_is_read_beyond_the_tensors(op: str, decay: str):
     assert torch.equal(plain[1], found[1])
 
 
+FAR = [("linear_attention", "chunk_triton"), ("linear_attention", "recurrent_triton"), ("delta_rule", "chunk_triton")]
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device would need the memory, a sparse file does not")
-def test_offsets_beyond_32_bits(tmp_path: Path):
+@pytest.mark.parametrize(("op", "backend"), [*FAR[:2], pytest.param(*FAR[2], marks=pytest.mark.slow)])
+def test_offsets_beyond_32_bits(op: str, backend: str, tmp_path: Path):
     """66 rows that lie 2^25 numbers apart."""
-    inputs = make("linear_attention", "none", **SMALL | {"T": 66}, dtype=torch.float32)
+    inputs = make(op, "none", **SMALL | {"T": 66}, dtype=torch.float32)
     far = torch.from_file(str(tmp_path / "rows"), shared=True, size=66 * 2**25, dtype=torch.float32)
     far = far.as_strided(inputs["v"].shape, (66 * 2**25, 2**25, 3, 1))
     far.copy_(inputs["v"])
-    plain, found = (call("linear_attention", "chunk_triton", **inputs | {"v": v}) for v in (inputs["v"], far))
+    plain, found = (call(op, backend, **inputs | {"v": v}) for v in (inputs["v"], far))
     assert torch.equal(plain[0], found[0])
 
 
