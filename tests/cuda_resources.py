@@ -3,7 +3,7 @@
     python -m tests.cuda_resources            writes tests/data/cuda_resources.json
     python -m tests.cuda_resources --check    compares with it
 
-``nvcc`` is looked for as the build does: in the path, ``CUDA_HOME``, ``CUDA_PATH`` and ``/usr/local/cuda``.
+``nvcc`` is looked for as the build does: in ``CUDA_HOME``, ``CUDA_PATH``, the path and ``/usr/local/cuda``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Needs = dict[str, dict[str, dict[str, int]]]
 
 def find_nvcc() -> str | None:
     folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{folder}/bin" for folder in folders if folder)])
-    return shutil.which("nvcc", path=path)
+    first, second, last = (f"{folder}/bin" if folder else "" for folder in folders)
+    return shutil.which("nvcc", path=os.pathsep.join([first, second, os.environ.get("PATH", ""), last]))
 
 
 def version(nvcc: str) -> str:

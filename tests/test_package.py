@@ -16,6 +16,8 @@ import torch
 import seqarch
 from seqarch import __main__ as page
 from seqarch import ops
+from seqarch.ops.common import library_cuda
+from tests.cuda_resources import find_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,15 +62,36 @@ def test_installing_without_a_compiler_gives_the_package_alone(tmp_path):
 
 @pytest.mark.slow
 def test_with_a_compiler_one_wheel_serves_every_python(tmp_path):
-    wheel, files = install(tmp_path)
+    """An nvcc that fails costs the CUDA kernels alone."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\nif [ "$1" = --list-gpu-arch ]; then echo compute_90; else exit 1; fi\n')
+    nvcc.chmod(0o755)
+    wheel, files = install(tmp_path, CUDA_HOME=str(nvcc.parents[1]))
     compiled = [name for name in files if name.startswith("seqarch/lib/")]
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None or subprocess.run([compiler, "--version"], capture_output=True).returncode:
         assert not compiled
         return
     assert any("_baseline." in name for name in compiled), "a compiler is here, but csrc did not compile"
+    assert not any("_cuda." in name for name in compiled)
     assert re.fullmatch(rf"seqarch-{seqarch.__version__}-py3-none-(?!any)\w+\.whl", wheel)
-    assert re.search(r"library +baseline of ", run_page(tmp_path, SEQARCH_ISA="baseline"))
+    shown = run_page(tmp_path, SEQARCH_ISA="baseline")
+    assert re.search(r"library +baseline of ", shown)
+    assert re.search(r"selective_scan +chunk_cuda +the CUDA library is not installed: .*nvcc", shown)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_where_nvcc_is_the_cuda_library_is_built(tmp_path):
+    """By the build itself, for one generation of GPUs; it loads without a GPU."""
+    if find_nvcc() is None:
+        return
+    options = ["-DSEQARCH_CUDA_ARCHITECTURES=90", "-DCMAKE_BUILD_TYPE=Release"]
+    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(tmp_path), "--target", "seqarch_cuda", "-j2"], check=True)
+    library = library_cuda.open_library(tmp_path / "libseqarch_cuda.so")
+    assert library.seqarch_cuda_error(library_cuda.FAILED + 1) == b"invalid argument"
 
 
 def test_the_version_is_the_same_everywhere():

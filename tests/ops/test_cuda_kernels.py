@@ -45,7 +45,7 @@ LONG: dict[str, Any] = {
     "wide_states_segments": ({"T": 150, **WIDE_STATE}, {}),
     "states_of_eight": ({"N": 7, "D": 70}, {}),
     "states_of_thirty": ({"N": 30, "D": 20, "G": 2}, {}),
-    "whole_sequences_of_many_channels": ({"B": 2, "T": 150, "D": 2816, "N": 9}, {}),
+    "whole_sequences_where_there_are_many": ({"B": 86, "T": 129, "D": 1, "N": 9}, {}),
 }
 """Beyond one segment, and lanes that other cases do not have."""
 

@@ -1,0 +1,52 @@
+"""The record of what the CUDA kernels need of a GPU; ``make cuda-check`` compares it with the compiler's word."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tests.cuda_resources import CAPABILITIES, RECORD, build_flags, read
+
+RECORDED = json.loads(RECORD.read_text(encoding="utf-8"))
+KERNELS = {name: needs for name, needs in RECORDED.items() if name != "nvcc"}
+MOST_REGISTERS = 65536
+"""Of a multiprocessor (CUDA C++ programming guide, table of compute capabilities)."""
+
+
+def single(name: str) -> bool:
+    """Whether a kernel's sums are float32."""
+    return "<float" in name or ", float" in name
+
+
+def test_the_record_names_every_kernel_for_every_generation():
+    assert len(KERNELS) > 50
+    for needs in KERNELS.values():
+        assert set(needs) == {f"{capability / 10}" for capability in CAPABILITIES}
+
+
+def test_no_thread_runs_out_of_registers():
+    """By more than a few bytes that are stored once, and in float64; which of them do is what is left to mend."""
+    spilling = {
+        name.partition("<")[0]: max(each["spilled"] for each in needs.values())
+        for name, needs in KERNELS.items()
+        if single(name) and any(each["spilled"] for each in needs.values())
+    }
+    assert all(spilled <= 32 for spilled in spilling.values()), spilling
+
+
+def test_the_backward_pass_leaves_room_for_two_blocks():
+    """For the usual 16 states, of 256 threads."""
+    (name,) = [name for name in KERNELS if re.fullmatch(r"scan_backward<float, Lanes<4, 4, 8, 2>\s*>", name)]
+    for needs in KERNELS[name].values():
+        assert needs["registers"] * 256 * 2 <= MOST_REGISTERS
+        assert needs["spilled"] == 0
+
+
+def test_reports_are_read():
+    report = """ptxas info    : Compiling entry function '_Z4stepIfEvPf' for 'sm_90'
+ptxas info    : Function properties for _Z4stepIfEvPf
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 0 barriers
+"""
+    assert list(read(report)) == [("step<float>", {"registers": 40, "spilled": 12})]
+    assert "-ftz=true" in build_flags()
