@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"lengths {QUICK}, half a second a contestant")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--budget", type=float, help="seconds a contestant, way and length; default: 3")
+    parser.add_argument("--minutes", type=float, help="for everything; long lengths are left out as time runs short")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
     commands = parser.add_subparsers(dest="command", metavar="targets")
     commands.add_parser("targets", help="print the targets beside what is reached").add_argument(
@@ -50,6 +52,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.budget = 0.5 if options.quick else 3.0
     if not 0 < options.budget < math.inf:
         parser.error(f"--budget is {options.budget}, expected seconds, more than 0")
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes is {options.minutes}, expected a time, more than 0")
     options.lengths = options.lengths or (QUICK if options.quick else LENGTHS)
     return options
 
@@ -67,12 +71,14 @@ def run(options: argparse.Namespace) -> None:
     console = Console()
     with writing(options.folder):  # before the work, not after it
         options.folder.mkdir(parents=True, exist_ok=True)
-    found = ceilings()
-    for name in options.ops or CONTESTS:
+    found, names = ceilings(), options.ops or list(CONTESTS)
+    end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+    for i, name in enumerate(names):
         contest, found = CONTESTS[name], found.best(ceilings())
         describe(console, found)
         record = Record(name, contest.title, options.dtype, options.budget, found)
-        Measurement(contest, record).run(options.lengths)
+        now = time.monotonic()
+        Measurement(contest, record, deadline=now + (end - now) / (len(names) - i)).run(options.lengths)
         for way in contest.ways:
             console.print(table(record, way))
         report(console, record)
@@ -90,12 +96,17 @@ def report(console: Console, record: Record) -> None:
             f" {one['expected_s']:g} s" + (f" and {one['expected_peak_mb']:g} MB" if one["expected_peak_mb"] else "")
         )
 
+    for one in record.failed:
+        console.print(f"{one['contestant']}, {one['way']}, T = {one['length']} failed: {one['reason']}")
+    if record.out_of_time:
+        console.print(f"for T = {', '.join(map(str, record.out_of_time))} there was no time")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         if options.command == "targets":
-            targets.run(Console(), options.only, options.folder)
+            targets.run(Console(), options.only, options.folder, options.budget)
         else:
             run(options)
     except RunnerError as error:

@@ -9,15 +9,15 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from experiments.bench.contest import Cost, Runner
+from seqarch.ops.common import linear_onednn
 
 ROUNDS = 20
 WARM_UP = 64
@@ -31,22 +31,46 @@ Point = tuple[str, str, str, int, str]
 """Contest, contestant, way, length and the name of the dtype."""
 
 
+PATIENCE = 180.0
+"""Seconds after which a process that measures memory is given up."""
+
+
+class Failure(Exception):
+    """A contestant whose call raised an error, which is the cause."""
+
+    def __init__(self, name: str, error: Exception):
+        super().__init__(name)
+        self.name = name
+        self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _tried(name: str, run: Runner) -> float:
+    try:
+        return run()
+    except Exception as error:  # of whatever kind: the others go on
+        raise Failure(name, error) from error
+
+
 def alternate(runners: Mapping[str, Runner], budget: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Seconds of each runner. They take turns, round after round, so that a machine that drifts treats all alike.
 
     Two calls warm up, or one if that takes ten budgets. By the faster each is given as many of the rounds as fit into
     ``budget`` seconds; where none does, it is what was measured.
+
+    Raises:
+        Failure: a call raised an error.
     """
-    first = {name: run() for name, run in runners.items()}
+    first = {name: _tried(name, run) for name, run in runners.items()}
     warm = {
-        name: min(first[name], run()) if first[name] < 10 * budget else first[name] for name, run in runners.items()
+        name: min(first[name], _tried(name, run)) if first[name] < 10 * budget else first[name]
+        for name, run in runners.items()
     }
     share = {name: min(rounds, int(budget / max(seconds, 1e-9))) for name, seconds in warm.items()}
     times: dict[str, list[float]] = {name: [] for name in runners}
     for index in range(max(share.values(), default=0)):
         for name, run in runners.items():
             if index < share[name]:
-                times[name].append(run())
+                times[name].append(_tried(name, run))
     return {name: found or [warm[name]] for name, found in times.items()}
 
 
@@ -85,7 +109,7 @@ class Ceilings:
     """What this machine reaches at best, as measured with its own libraries.
 
     Attributes:
-        flops: a second, in a product of square matrices of 2048, by the dtype's name.
+        flops: a second, in a product of square matrices of 2048 by the faster of torch's libraries, by the dtype's name.
         bandwidth: bytes a second, read and written, in a copy of 256 MiB.
     """
 
@@ -109,6 +133,8 @@ def ceilings(size: int = 2048, copied: int = 2**28, tries: int = 5) -> Ceilings:
     target = torch.empty_like(source)
     products = {str(dtype)[6:]: square.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     best = {name: _best(lambda m=matrix: m @ m, tries) for name, matrix in products.items()}
+    if linear_onednn.unavailable() is None:
+        best["float32"] = min(best["float32"], _best(lambda: linear_onednn.product(square, square), tries))
     copy = _best(lambda: target.copy_(source), tries)
     return Ceilings({name: 2 * size**3 / seconds for name, seconds in best.items()}, 2 * copied / copy)
 
@@ -134,14 +160,25 @@ def peak_memory(point: Point) -> int | None:
     context.set_forkserver_preload(["experiments.bench.contests", "torch._dynamo"])
     before = {name: os.environ.get(name) for name in ALLOCATOR}
     os.environ.update(ALLOCATOR)  # read once, by the server that starts with the first call
+    receiver, sender = context.Pipe(duplex=False)
     try:
-        with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(_peak_here, point, torch.get_num_threads()).result()
-    except BrokenProcessPool:  # killed, as happens where memory runs out
-        return None
+        process = context.Process(target=_send_peak, args=(sender, point, torch.get_num_threads()), daemon=True)
+        process.start()
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(PATIENCE) else None
+    except EOFError:  # it was killed, as happens where memory runs out, or the call raised an error
+        return None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send_peak(sender: Connection, point: Point, threads: int) -> None:
+    sender.send(_peak_here(point, threads))
 
 
 def _peak_here(point: Point, threads: int) -> int:

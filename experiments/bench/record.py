@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments.bench.contest import WAYS, Absent, Contest, Cost, Inputs, Runner
-from experiments.bench.measure import Ceilings, alternate, expected, peak_memory, quartiles, ratio, rounded
+from experiments.bench.measure import Ceilings, Failure, alternate, expected, peak_memory, quartiles, ratio, rounded
 from experiments.environment import code_version, hardware, software
 from experiments.errors import writing
 
@@ -52,7 +54,14 @@ class Row:
 
 @dataclass
 class Record:
-    """The measurements of one contest in one dtype."""
+    """The measurements of one contest in one dtype.
+
+    Attributes:
+        absent: who cannot take part here, and why.
+        left_out: what would take too long or find no room, by the lengths before it.
+        failed: whose call raised an error at some length, and which.
+        out_of_time: the lengths that were not begun, as the contest's time was over.
+    """
 
     contest: str
     title: str
@@ -62,6 +71,8 @@ class Record:
     rows: list[Row] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     left_out: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    out_of_time: list[int] = field(default_factory=list)
 
     @property
     def file(self) -> str:
@@ -85,30 +96,49 @@ def machine() -> dict[str, Any]:
 
 
 class Measurement:
-    """Measures a contest: ways and lengths one after the other, contestants in turn."""
+    """Measures a contest: lengths one after the other, contestants in turn; no length is begun after ``deadline``."""
 
-    def __init__(self, contest: Contest, record: Record):
-        self.contest, self.record = contest, record
+    def __init__(self, contest: Contest, record: Record, deadline: float = math.inf):
+        self.contest, self.record, self.deadline = contest, record, deadline
         self.times: dict[tuple[str, str], dict[int, float]] = {}
         self.peaks: dict[tuple[str, str], dict[int, float]] = {}
         self.memory_limit = MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def run(self, lengths: Sequence[int]) -> Record:
-        for way in self.contest.ways:
-            for length in (length for length in sorted(lengths) if length <= self.contest.longest):
-                self._length(way, length)
+        for length in (length for length in sorted(lengths) if length <= self.contest.longest):
+            if time.monotonic() > self.deadline:
+                self.record.out_of_time.append(length)
+                continue
+            for way in self.contest.ways:
+                try:
+                    self._length(way, length)
+                except Exception as error:
+                    self._fail(Failure("the contest", error), way, length)
         return self.record
 
     def _length(self, way: str, length: int) -> None:
         torch.manual_seed(0)
         inputs = self.contest.inputs(length, getattr(torch, self.record.dtype))
         runners = dict(self._runners(way, length, inputs))
-        times = alternate(runners, self.record.budget_s)
+        times = self._times(runners, way, length)
         runners.clear()  # models and optimizers go before memory is measured
         cost = WAYS[way].cost(self.contest.cost(inputs))
         first = times.get(self.contest.shown(way)[0])
         for name, seconds in times.items():
             self.record.rows.append(self._row(name, way, length, seconds, cost, first))
+
+    def _times(self, runners: dict[str, Runner], way: str, length: int) -> dict[str, list[float]]:
+        """Seconds of those whose calls raise no error."""
+        while True:
+            try:
+                return alternate(runners, self.record.budget_s)
+            except Failure as failure:
+                del runners[failure.name]
+                self._fail(failure, way, length)
+
+    def _fail(self, failure: Failure, way: str, length: int) -> None:
+        one = {"contestant": failure.name, "way": way, "length": length, "reason": failure.reason}
+        self.record.failed.append(one)
 
     def _row(
         self, name: str, way: str, length: int, seconds: list[float], cost: Cost, first: list[float] | None
@@ -150,10 +180,13 @@ class Measurement:
                 yield name, self.contest.runner(name, way, inputs)
             except Absent as reason:
                 self.record.absent[name] = str(reason)
+            except Exception as error:
+                self._fail(Failure(name, error), way, length)
 
     def _gave_up(self, name: str, way: str) -> bool:
-        """Whether a shorter length was left out already."""
-        return any((one["contestant"], one["way"]) == (name, way) for one in self.record.left_out)
+        """Whether a shorter length was left out already, or failed."""
+        gone = (*self.record.left_out, *self.record.failed)
+        return any((one["contestant"], one["way"]) == (name, way) for one in gone)
 
 
 def table(record: Record, way: str) -> Table:

@@ -14,12 +14,9 @@ from rich.table import Table
 
 from experiments.bench.contest import AUTO, WAYS, Absent
 from experiments.bench.contests import CONTESTS
-from experiments.bench.measure import Point, alternate, ceilings, peak_memory, ratio
+from experiments.bench.measure import Failure, Point, alternate, ceilings, peak_memory, ratio
 from experiments.bench.record import machine
 from experiments.errors import writing
-
-BUDGET = 2.0
-"""Seconds a contestant and claim; what takes longer is called once."""
 
 SHORT, LONG = 16384, 65536
 GROWS = ("linear_attention", "linear_attention_per_key", "delta_rule", "delta_rule_per_key", "selective_scan",
@@ -64,7 +61,7 @@ class Faster:
     bound: float
     at_least: bool = True
 
-    def measure(self) -> Result:
+    def measure(self, budget: float) -> Result:
         try:
             runners = {}
             for key, (contest, contestant, way, length, dtype) in {"slow": self.slow, "fast": self.fast}.items():
@@ -73,7 +70,10 @@ class Faster:
                 runners[key] = CONTESTS[contest].runner(contestant, way, inputs)
         except Absent as reason:
             return Result(self.work, None, self.bound, self.at_least, str(reason))
-        times = alternate(runners, BUDGET)
+        try:
+            times = alternate(runners, budget)
+        except Failure as failure:
+            return Result(self.work, None, self.bound, self.at_least, f"{failure.name}: {failure.reason}")
         rounds = min(len(found) for found in times.values())
         note = f"{1e3 * min(times['fast']):.3g} ms, {rounds} {'round' if rounds == 1 else 'rounds'}"
         return Result(self.work, ratio(times["slow"], times["fast"]), self.bound, self.at_least, note)
@@ -89,7 +89,7 @@ class Peak:
     growth: bool
     bound: float
 
-    def measure(self) -> Result:
+    def measure(self, budget: float) -> Result:
         peak = peak_memory(point(self.contest, AUTO, self.way, LONG))
         contest = CONTESTS[self.contest]
         base: float | None = WAYS[self.way].cost(contest.cost(contest.inputs(LONG, torch.float32))).bytes
@@ -109,12 +109,12 @@ class OfBandwidth:
     length: int
     bound: float
 
-    def measure(self) -> Result:
+    def measure(self, budget: float) -> Result:
         torch.manual_seed(0)
         contest = CONTESTS[self.contest]
         inputs = contest.inputs(self.length, torch.float32)
         run = contest.runner("seqarch", "one token", inputs)
-        times, bandwidth = alternate({"token": run}, 3 * BUDGET, rounds=100)["token"], ceilings().bandwidth
+        times, bandwidth = alternate({"token": run}, 3 * budget, rounds=100)["token"], ceilings().bandwidth
         least = contest.cost(inputs).bytes / bandwidth
         note = f"{1 / sorted(times)[len(times) // 2]:.3g} tokens/s, {bandwidth / 1e9:.3g} GB/s"
         return Result(self.work, least / sorted(times)[len(times) // 2], self.bound, True, note)
@@ -189,13 +189,16 @@ def table(results: list[Result]) -> Table:
     return shown
 
 
-def run(console: Console, only: str, folder: Path) -> None:
-    """Measure the targets whose work has ``only`` in it; ``targets.json`` is renewed with each, the table is last."""
+def run(console: Console, only: str, folder: Path, budget: float) -> None:
+    """Measure the targets whose work has ``only`` in it, ``budget`` seconds a contestant and target.
+
+    ``targets.json`` is renewed with each; the table is last.
+    """
     results: list[Result] = []
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for target in (target for target in all_targets() if only in target.work):
-            results.append(target.measure())
+            results.append(target.measure(budget))
             console.print(f"{len(results)}. {results[-1].work}: {results[-1].said}", highlight=False)
             rows = [asdict(result) | {"met": result.met} for result in results]
             (folder / "targets.json").write_text(json.dumps({"targets": rows} | machine(), indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -222,6 +223,58 @@ def test_who_is_missing_is_listed_and_who_is_slow_is_left_out(small):
     assert {way for name, way, _ in measured if name == "one way"} == {"forward"}
 
 
+def test_who_fails_is_recorded_and_the_others_go_on(small, monkeypatch, tmp_path, capsys):
+    def breaks(x):
+        if len(x) > 64:
+            raise RuntimeError("no room\nfor it")
+        return x
+
+    def never(inputs):
+        raise OSError("a compiler crashed")
+
+    contestants = {
+        "peer": small.contestants["peer"],
+        "breaks": Contestant(lambda inputs: (breaks, inputs)),
+        "never": Contestant(never),
+    }
+    contest = dataclasses.replace(small, contestants=contestants, ways=("forward",))
+    monkeypatch.setitem(CONTESTS, "small", contest)
+    command.main(["--ops", "small", "--lengths", "64", "128", "256", "--budget", "0.01", "--folder", str(tmp_path)])
+    record = json.loads((tmp_path / "small.json").read_text())
+    assert [(row["contestant"], row["length"]) for row in record["rows"]] == [
+        ("peer", 64), ("breaks", 64), ("peer", 128), ("peer", 256)
+    ]  # fmt: skip
+    assert [(one["contestant"], one["length"], one["reason"]) for one in record["failed"]] == [
+        ("never", 64, "OSError: a compiler crashed"),
+        ("breaks", 128, "RuntimeError: no room for it"),
+    ]
+    assert "breaks, forward, T = 128 failed: RuntimeError" in capsys.readouterr().out
+    peer, broken = (targets.point("small", name, "forward", 128) for name in ("peer", "breaks"))
+    assert "no room" in targets.Faster("work", peer, broken, 1.0).measure(0.01).note
+
+
+def test_a_contest_whose_inputs_cannot_be_made_ends_none_of_the_others(small, monkeypatch):
+    def inputs(length, dtype):
+        raise MemoryError("too long")
+
+    record = Record("small", "small", "float32", budget_s=3.0, ceilings=CEILINGS)
+    Measurement(dataclasses.replace(small, inputs=inputs), record).run([64])
+    assert [one["reason"] for one in record.failed] == ["MemoryError: too long"] * 2
+
+
+def test_no_length_is_begun_after_the_deadline(small, tmp_path, capsys):
+    record = Record("small", "small", "float32", budget_s=3.0, ceilings=CEILINGS)
+    Measurement(small, record, deadline=0.0).run([64, 128])
+    assert (record.rows, record.out_of_time) == ([], [64, 128])
+    command.main(["--ops", "small", "--lengths", "64", "--minutes", "1e-9", "--folder", str(tmp_path)])
+    assert "for T = 64 there was no time" in capsys.readouterr().out
+
+
+def test_a_measurement_of_memory_that_does_not_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(measure, "PATIENCE", 0.0)
+    assert measure.peak_memory(("causal_conv1d", AUTO, "forward", 2048, "float32")) is None
+
+
 def test_memory_that_is_not_there_is_not_asked_for(small):
     record = Record("small", "small", "float32", budget_s=3.0, ceilings=CEILINGS)
     measurement = Measurement(small, record)
@@ -265,6 +318,7 @@ def test_it_writes_what_it_shows(small, tmp_path, monkeypatch, capsys):
         (["--ops", "causal_conv"], "unknown contest 'causal_conv'.*Did you mean 'causal_conv1d'"),
         (["--lengths", "100"], "--lengths has 100, expected multiples of 64"),
         (["--budget", "0"], "--budget is 0.0, expected seconds"),
+        (["--minutes", "0"], "--minutes is 0.0, expected a time"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
     ],
 )
@@ -295,25 +349,24 @@ def test_targets_speak_of_contests_that_there_are():
             assert target.contest in CONTESTS
 
 
-def test_a_target_is_met_missed_or_not_measured(small, monkeypatch):
-    monkeypatch.setattr(targets, "BUDGET", 0.01)
+def test_a_target_is_met_missed_or_not_measured(small):
     peer, ours, elsewhere = (targets.point("small", name, "forward", 64) for name in ("peer", "ours", "elsewhere"))
-    easy, hard = (targets.Faster("work", peer, ours, bound).measure() for bound in (1e-9, 1e9))
+    easy, hard = (targets.Faster("work", peer, ours, bound).measure(0.01) for bound in (1e-9, 1e9))
     assert (easy.met, hard.met) == (True, False)
-    assert targets.Faster("work", peer, ours, 1e-9, at_least=False).measure().met is False
-    absent = targets.Faster("work", elsewhere, ours, 1.0).measure()
+    assert targets.Faster("work", peer, ours, 1e-9, at_least=False).measure(0.01).met is False
+    absent = targets.Faster("work", elsewhere, ours, 1.0).measure(0.01)
     assert (absent.reached, absent.met, absent.note) == (None, None, "No module named 'elsewhere'")
 
 
 def test_the_memory_of_a_target(monkeypatch):
     peaks = {targets.LONG: 8e8, targets.SHORT: 1e8}
     monkeypatch.setattr(targets, "peak_memory", lambda point: peaks[point[3]])
-    grown = targets.Peak("work", "causal_conv1d", "forward", growth=True, bound=4.3).measure()
+    grown = targets.Peak("work", "causal_conv1d", "forward", growth=True, bound=4.3).measure(0.01)
     assert (grown.reached, grown.met) == (8.0, False)
-    over = targets.Peak("work", "causal_conv1d", "forward", growth=False, bound=4.0).measure()
+    over = targets.Peak("work", "causal_conv1d", "forward", growth=False, bound=4.0).measure(0.01)
     assert over.reached == pytest.approx(8e8 / (2 * targets.LONG * 1024 * 4), rel=0.01)
     monkeypatch.setattr(targets, "peak_memory", lambda point: None)
-    assert targets.Peak("work", "causal_conv1d", "forward", growth=False, bound=4.0).measure().met is None
+    assert targets.Peak("work", "causal_conv1d", "forward", growth=False, bound=4.0).measure(0.01).met is None
 
 
 def test_targets_are_printed_and_written(small, monkeypatch, tmp_path, capsys):

@@ -1,0 +1,84 @@
+"""float32 products by oneDNN, which torch ships and does not use for them, where that is the faster library.
+
+torch gives float32 products of matrices to MKL. On processors that are not Intel's, MKL keeps to AVX2 even where
+AVX-512 is there, and oneDNN is twice as fast (docs/log.md), at the same precision. It is reached through the operator
+that torch's own compiler uses for linear maps.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.common.autocast import autocast_is_on
+
+LEAST_ROWS = 8
+"""Fewer take as long as reading the weights, which oneDNN would bring into another order first."""
+
+PROCESSOR = Path("/proc/cpuinfo")
+
+
+@cache
+def unavailable() -> str | None:
+    """Why oneDNN's products cannot run here, or would be no faster; ``None`` where they are."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "torch was built without oneDNN"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "torch finds no AVX-512 here, and with AVX2 MKL is as fast"
+    return None if PROCESSOR.exists() and "GenuineIntel" not in PROCESSOR.read_text()[:512] else "MKL uses AVX-512 here"
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes ``x weight^T``, and faster than torch: float32, at least 8 rows, nobody looking on."""
+    return (
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and x.numel() >= LEAST_ROWS * x.shape[-1] > 0
+        and weight.numel() > 0
+        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and not autocast_is_on(x.device)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+        and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+        and unavailable() is None
+    )
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows or its columns have no gaps, else a copy: gaps cost oneDNN its fast kernels."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+class _Product(torch.autograd.Function):
+    """``a b^T`` of ``a [M, K]`` and ``b [N, K]``, of any strides; its gradients are such products again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        of_a, of_b = ctx.needs_input_grad
+        return (
+            product(gradient, b.t()) if of_a else None,
+            product(gradient.t(), a.t()) if of_b else None,
+        )
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b^T``: ``[M, K]`` and ``[N, K]`` to ``[M, N]``, none of the sizes 0."""
+    return _Product.apply(a, b)  # type: ignore[return-value]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weight^T + bias``: ``x [..., K]``, ``weight [N, K]``, ``bias [N]`` to ``[..., N]``."""
+    y = product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
