@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
@@ -45,6 +46,22 @@ def entries(section: str) -> dict[str, str]:
             head, _, text = line.partition(": ")
             found[head] = text
     return found
+
+
+def option_rows(config: type, but: str = "") -> list[tuple[str, str, str]]:
+    """Name, default and meaning of a dataclass's options, as its docstring and those it inherits from say."""
+    told: dict[str, str] = {}
+    for kind in reversed(config.__mro__[:-1]):
+        _, sections = split_sections(kind.__doc__ or "")
+        for head, text in entries(sections.get("Attributes", "")).items():
+            told.update(dict.fromkeys(head.split(", "), text))
+    rows = []
+    for field in fields(config):
+        if field.name != but:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            shown = f"{default:g}" if isinstance(default, float) else repr(default)
+            rows.append((f"`{field.name}`", f"`{shown}`", cell(told[field.name])))
+    return rows
 
 
 def first_sentence(docstring: str) -> str:

@@ -1,15 +1,15 @@
 """The generated parts of the documentation: ``python -m docs.tables`` writes them, a test fails where they are stale.
 
-README.md, docs/bench.md and docs/mixers.md hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the
-pages of docs/ops/ are generated whole; so do the pages of docs/results. All of it comes from the registries, the
-docstrings and the measurements kept in docs/results, so it is the same on every machine, whatever backends run there.
+README.md, docs/bench.md, docs/mixers.md, docs/tasks.md and the pages of docs/results hold blocks between ``<!--
+generated: NAME -->`` and ``<!-- end -->``; the pages of docs/ops/ are generated whole. All of it comes from the
+registries, the docstrings and the measurements kept in docs/results, so it is the same on every machine, whatever
+backends run there.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,17 @@ import torch
 
 from docs.benchmarks import bench_tables, gpu_tables
 from docs.costs import costs
-from docs.docstrings import cell, entries, first_sentence, markdown, module_docstring, source, split_sections
+from docs.docstrings import (
+    cell,
+    entries,
+    first_sentence,
+    markdown,
+    module_docstring,
+    option_rows,
+    source,
+    split_sections,
+)
+from docs.tasks import task_sections, task_table
 from experiments.blocks import fill, table
 from experiments.studies.page import PAGES, blocks
 from seqarch import ops
@@ -117,18 +127,8 @@ def operation_table() -> str:
 
 
 def options(layer: Layer) -> str:
-    """The options of a layer's config, with their defaults and what its docstrings say of them."""
-    told: dict[str, str] = {}
-    for config in reversed(layer.Config.__mro__[:-1]):
-        _, sections = split_sections(config.__doc__ or "")
-        for head, text in entries(sections.get("Attributes", "")).items():
-            told.update(dict.fromkeys(head.split(", "), text))
-    rows = []
-    for field in fields(layer.Config):
-        if field.name != "d_model":
-            default = f"{field.default:g}" if isinstance(field.default, float) else repr(field.default)
-            rows.append((f"`{field.name}`", f"`{default}`", cell(told[field.name])))
-    return table(("option", "default", "meaning"), rows)
+    """The options of a layer's config but for its width, with their defaults and what its docstrings say of them."""
+    return table(("option", "default", "meaning"), option_rows(layer.Config, but="d_model"))
 
 
 def layer_sections() -> str:
@@ -145,6 +145,7 @@ def layer_sections() -> str:
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
     Path("docs/bench.md"): {"bench": bench_tables, "gpu bench": gpu_tables},
+    Path("docs/tasks.md"): {"overview": task_table, "tasks": task_sections},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},
     **{page: blocks(name) for name, page in PAGES.items()},
 }

@@ -21,7 +21,10 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig, run_config
 from experiments.ledger import keep_ledger
 from experiments.records import RunFolder
+from experiments.tasks import TASKS, Task
 from experiments.train import Run
+
+from .small_tasks import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = [
@@ -29,6 +32,12 @@ TINY = [
     *("task.vocab_size=16", "task.length=16", "task.pairs=2", "task.validation_examples=32", "task.test_examples=32"),
     *("train.batch_size=8", "train.threads=1", "train.target=null", "train.eval_every=5"),
 ]
+
+
+@pytest.fixture(scope="session")
+def tasks() -> dict[str, Task]:
+    """Every task at a small size."""
+    return {name: TASKS[name](config) for name, config in SMALL.items()}
 
 
 def tiny_config(runs: Path, **changes) -> RunConfig:

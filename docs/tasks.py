@@ -1,0 +1,43 @@
+"""The generated parts of docs/tasks.md, from the registry of tasks and their docstrings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from docs.docstrings import cell, markdown, module_docstring, option_rows, source
+from experiments.blocks import table
+from experiments.tasks import TASKS, Task
+from experiments.tasks.generated import GeneratedTask
+
+FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "tasks"
+
+
+def text(name: str) -> str:
+    return module_docstring(FOLDER / f"{name}.py")
+
+
+def chance(task: type[Task]) -> str:
+    """The measured level, where it is the same on every machine, and who reaches it."""
+    made = task(task.Config())
+    value, words = made.chance()
+    unit = f" {made.metric.unit}" if made.metric.unit else ""
+    return f"{value:.3f}{unit}, {words}" if isinstance(made, GeneratedTask) else f"measured by each run, {words}"
+
+
+def task_table() -> str:
+    rows = []
+    for name, task in TASKS.items():
+        paper = cell(source(text(name), name)) if issubclass(task, GeneratedTask) else "-"
+        rows.append((f"[`{name}`](#{name})", task.title, paper, chance(task)))
+    return table(("task", "", "source", "chance, with the default options"), rows)
+
+
+def task_sections() -> str:
+    parts = []
+    for name, task in TASKS.items():
+        parts += [
+            f"## {name}",
+            markdown(text(name)).strip(),
+            table(("option", "default", "meaning"), option_rows(task.Config)),
+        ]
+    return "\n\n".join(parts)

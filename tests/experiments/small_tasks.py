@@ -1,0 +1,61 @@
+"""Every task at a small size, and what guessing reaches there."""
+
+from __future__ import annotations
+
+from experiments.tasks.compression import CompressionConfig
+from experiments.tasks.copying import CopyingConfig
+from experiments.tasks.fuzzy_recall import FuzzyRecallConfig
+from experiments.tasks.induction_heads import InductionHeadsConfig
+from experiments.tasks.listops import ListOpsConfig
+from experiments.tasks.memorisation import MemorisationConfig
+from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
+from experiments.tasks.mqar import MQARConfig
+from experiments.tasks.needle import NeedleConfig
+from experiments.tasks.needle_text import NeedleTextConfig
+from experiments.tasks.ngram_lookup import NgramLookupConfig
+from experiments.tasks.noisy_recall import NoisyRecallConfig
+from experiments.tasks.parity import ParityConfig
+from experiments.tasks.selective_copying import SelectiveCopyingConfig
+from experiments.tasks.stdlib_text import StdlibTextConfig
+from experiments.tasks.variable_tracking import VariableTrackingConfig
+from experiments.tasks.word_problem import WordProblemConfig
+
+FEW = {"validation_examples": 300, "test_examples": 40}
+SMALL = {
+    "mqar": MQARConfig(vocab_size=64, length=32, pairs=4, test_lengths=[48], **FEW),
+    "parity": ParityConfig(length=32, test_lengths=[70, 24], **FEW),
+    "modular_arithmetic": ModularArithmeticConfig(length=25, test_lengths=[40], **FEW),
+    "word_problem": WordProblemConfig(length=24, group="s3", test_lengths=[33], **FEW),
+    "selective_copying": SelectiveCopyingConfig(length=40, copied=8, test_lengths=[70, 16], **FEW),
+    "needle": NeedleConfig(length=256, needles=3, questions=2, test_lengths=[700], **FEW),
+    "needle_text": NeedleTextConfig(length=320, needles=3, questions=2, test_lengths=[700], **FEW),
+    "induction_heads": InductionHeadsConfig(length=48, test_lengths=[80], **FEW),
+    "noisy_recall": NoisyRecallConfig(length=40, vocab_size=8, test_lengths=[60], **FEW),
+    "fuzzy_recall": FuzzyRecallConfig(length=80, vocab_size=8, keys=4, test_lengths=[100], **FEW),
+    "compression": CompressionConfig(length=40, test_lengths=[24], **FEW),
+    "memorisation": MemorisationConfig(length=16, keys=20, test_lengths=[32], **FEW),
+    "copying": CopyingConfig(length=32, shortest=5, test_lengths=[48], **FEW),
+    "ngram_lookup": NgramLookupConfig(length=40, letters=5, ngram=2, test_lengths=[64], **FEW),
+    "variable_tracking": VariableTrackingConfig(length=256, chains=2, hops=2, test_lengths=[600], **FEW),
+    "listops": ListOpsConfig(length=48, depth=5, arguments=4, asked="all", test_lengths=[90], **FEW),
+    "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
+}
+CHANCES = {
+    "mqar": 1 / 4,
+    "parity": 1 / 2,
+    "modular_arithmetic": 0.208,  # 1/5 for every sum that has a single number among its terms, more for the others
+    "word_problem": 1 / 6,
+    "selective_copying": 1 / 14,
+    "needle": 1 / 10,
+    "needle_text": 1 / 10,
+    "induction_heads": 1 / 15,
+    "noisy_recall": 0.485,  # the last pair has the same key (0.31 of these times), or one of 4 values by luck
+    "fuzzy_recall": 1 / 4,
+    "compression": 1 / 16,
+    "memorisation": 1 / 20,
+    "copying": 15 / 16 / 26,
+    "ngram_lookup": 1 / 5,
+    "variable_tracking": 1 / 26,
+    "listops": 0.1,  # with up to four arguments; with ten, 0 and 9 are likelier
+}
+"""What guessing must reach, by reckoning or from many examples."""
