@@ -16,11 +16,7 @@ from tests.interop.families import CASES, VARIANTS, build
 from tests.laws import assert_close
 
 BOUND = 1e-5
-"""RMS of the difference over the RMS of what is expected, in float32."""
-
-SMALLEST = 0.1
-"""Gradients are measured against no less than this share of the median of a model's: of parameters with a few numbers,
-such as a decay a head, they are small sums of large terms, whose rounding stays."""
+"""RMS of the difference over the RMS of what is expected, in float32: of the logits, and of each gradient by itself."""
 
 ROUNDED = ("FalconH1ForCausalLM", "Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM")
 """Families whose tables multiply or add."""
@@ -43,11 +39,9 @@ def test_logits_and_gradients_are_theirs(name: str, changes: dict[str, Any]):
     got, _ = functional_call(model, weight_map(config).to_seqarch({**buffers, **leaves}), (TOKENS,))
     assert_close(got, expected, BOUND, "logits")
     found = torch.autograd.grad((got * weights).sum(), list(leaves.values()))
-    sizes = torch.stack([wanted.square().mean().sqrt() for wanted in gradients])
-    for key, gradient, wanted, size in zip(leaves, found, gradients, sizes, strict=True):
-        assert size > 0, key
-        bound = BOUND * max(1.0, float(SMALLEST * sizes.median() / size))
-        assert_close(gradient, wanted, bound, f"gradient of {key}")
+    for key, gradient, wanted in zip(leaves, found, gradients, strict=True):
+        assert wanted.any(), key
+        assert_close(gradient, wanted, BOUND, f"gradient of {key}")
 
 
 @cases
