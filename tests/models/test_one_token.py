@@ -1,4 +1,4 @@
-"""One decoded token in a single compiled call: the same numbers as in torch, and only where nobody would miss a thing."""
+"""One decoded token in a single compiled call: the numbers of torch, and only where nobody would miss a thing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def test_layers_without_instructions_stand_between(runs: Runs):
     stack = make("2*mamba attention", depth=6)
     compare(stack, 2, runs, programs=2)
     said = stack.explain_one_token()
-    assert said[:2] == ["compiled"] * 2 and "Attention" in said[2] and said[3:] == said[:3]
+    assert said[:2] == ["compiled"] * 2
+    assert "Attention" in said[2]
+    assert said[3:] == said[:3]
     assert make("mamba+attention", 1).explain_one_token() == ["mixers side by side have no instructions for one token"]
 
 
