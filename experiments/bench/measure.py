@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which the first call of a compiled operator would import: seconds that are not the call's
 
 from experiments.bench.contest import Cost, Runner
 from seqarch.ops.common import linear_onednn
@@ -109,7 +110,7 @@ class Ceilings:
     """What this machine reaches at best, as measured with its own libraries.
 
     Attributes:
-        flops: a second, in a product of square matrices of 2048 by the faster of torch's libraries, by the dtype's name.
+        flops: a second, by the dtype's name: a product of square matrices of 2048 by the faster of torch's libraries.
         bandwidth: bytes a second, read and written, in a copy of 256 MiB.
     """
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from seqarch.models.stack import StackLayer, StackState
 
 
+Part = tuple[Program, list["StackLayer"]]
+"""Neighbouring layers and their program."""
+
+
 class OneToken:
     """Runs one token through compiled programs where it can, anything else as ``otherwise`` does.
 
@@ -33,7 +37,7 @@ class OneToken:
 
     def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState]]):
         self.otherwise = otherwise
-        self.programs: dict[int, list[tuple[Program | None, Sequence[StackLayer]]]] = {}
+        self.programs: dict[int, list[Part]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OneToken, (self.otherwise,)  # without the addresses in programs: copies write their own
@@ -48,7 +52,7 @@ class OneToken:
         after: list[Any] = []
         for program, part in self._parts(layers, len(x)):
             before = state[len(after) : len(after) + len(part)]
-            y = None if program is None else program.run(x, _tensors(before))
+            y = program.run(x, _tensors(before))
             if y is None:
                 x, before = self.otherwise(part, x, before, None)
             else:
@@ -56,10 +60,10 @@ class OneToken:
             after += before
         return x, tuple(after)
 
-    def _parts(self, layers: Sequence[StackLayer], rows: int) -> list[tuple[Program | None, Sequence[StackLayer]]]:
+    def _parts(self, layers: Sequence[StackLayer], rows: int) -> list[Part]:
         parts = self.programs.get(rows, [])
         known = chain.from_iterable(part for _, part in parts)
-        if not parts or [*known] != [*layers] or not all(program is None or program.holds() for program, _ in parts):
+        if not parts or [*known] != [*layers] or not all(program.holds() for program, _ in parts):
             parts = self.programs[rows] = _write(layers, rows)
         return parts
 
@@ -87,18 +91,19 @@ def _tensors(state: StackState) -> list[Tensor]:
     return [leaf for states in state for own in states if isinstance(own, tuple) for leaf in own if leaf is not None]
 
 
-def _write(layers: Sequence[StackLayer], rows: int) -> list[tuple[Program | None, Sequence[StackLayer]]]:
-    """Neighbouring layers that have instructions with their program, the others with none."""
-    reasons = {layer: _refusal(layer, rows) for layer in layers}
-    parts: list[tuple[Program | None, Sequence[StackLayer]]] = []
-    for refused, group in groupby(layers, key=lambda layer: reasons[layer] is not None):
-        part = list(group)
-        parts.append((None if refused else _program(part, rows), part))
-    return parts
+def _write(layers: Sequence[StackLayer], rows: int) -> list[Part]:
+    """Neighbouring layers that have instructions with their program, the others with one that stays empty."""
+    refused = {layer: _refusal(layer, rows) is not None for layer in layers}
+    groups = [list(group) for _, group in groupby(layers, key=refused.__getitem__)]
+    return [(_empty(part, rows) if refused[part[0]] else _program(part, rows), part) for part in groups]
+
+
+def _empty(layers: Sequence[StackLayer], rows: int) -> Program:
+    return Program(rows, layers[0].width, chain.from_iterable(layer.modules() for layer in layers))
 
 
 def _program(layers: Sequence[StackLayer], rows: int) -> Program:
-    program = Program(rows, layers[0].width, chain.from_iterable(layer.modules() for layer in layers))
+    program = _empty(layers, rows)
     for layer in layers:
         states = [mixer.init_state(rows, 0, "meta") for mixer in layer.mixers]  # type: ignore[operator]
         slots = pytree.tree_map_only(Tensor, lambda leaf: program.state(leaf.shape[1:]), states)

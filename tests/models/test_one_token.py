@@ -1,4 +1,4 @@
-"""One decoded token in a single compiled call: the same numbers as in torch, and only where nobody would miss a thing."""
+"""One decoded token in a single compiled call: the numbers of torch, and only where nobody would miss a thing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def test_layers_without_instructions_stand_between(runs: Runs):
     stack = make("2*mamba attention", depth=6)
     compare(stack, 2, runs, programs=2)
     said = stack.explain_one_token()
-    assert said[:2] == ["compiled"] * 2 and "Attention" in said[2] and said[3:] == said[:3]
+    assert said[:2] == ["compiled"] * 2
+    assert "Attention" in said[2]
+    assert said[3:] == said[:3]
     assert make("mamba+attention", 1).explain_one_token() == ["mixers side by side have no instructions for one token"]
 
 
@@ -133,6 +135,8 @@ def test_hooks_and_forward_passes_of_others_are_not_passed_over(runs: Runs):
     with mixer.conv.register_forward_hook(lambda *_: seen.append(1)):
         compare(stack, 1, runs)  # the first layer alone
     assert len(seen) == 11  # the context, and five tokens twice
+    assert stack.explain_one_token() == ["compiled"] * 2
+    compare(stack, 1, runs)
     stack.layers[1].mixers[0].select = nn.Linear(192, 38, bias=False)  # type: ignore[union-attr, index]
     assert "Linear has no instructions" in stack.explain_one_token()[1]
     compare(stack, 1, runs)
@@ -144,6 +148,21 @@ def test_hooks_and_forward_passes_of_others_are_not_passed_over(runs: Runs):
 
     stack.layers[1].mixers[0] = Louder(mixer.config)  # type: ignore[union-attr, index]
     assert "Louder has no instructions" in stack.explain_one_token()[1]
+    compare(stack, 1, runs)
+
+
+def test_parameters_that_are_computed_or_lent_have_no_address(runs: Runs):
+    stack, x = make(), torch.randn(1, 1, 96)
+    mixer = stack.layers[0].mixers[0]  # type: ignore[union-attr, index]
+    nn.utils.parametrize.register_parametrization(mixer.output, "weight", nn.Softsign())
+    assert "a parameter is a" in stack.explain_one_token()[0]
+    compare(stack, 1, runs)
+    nn.utils.parametrize.remove_parametrizations(mixer.output, "weight")
+    compare(stack, 1, runs)
+    with torch.no_grad():
+        y, _ = stack(x)
+        lent = torch.func.functional_call(stack, {n: p * 1 for n, p in stack.named_parameters()}, (x,))[0]
+    assert_close(lent, y, BOUND)
     compare(stack, 1, runs)
 
 

@@ -23,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     calls, product = [], linear_onednn.product
     monkeypatch.setattr(linear_onednn, "unavailable", lambda: None)
     monkeypatch.setattr(linear_onednn, "product", lambda a, b: calls.append(1) or product(a, b))
-    yield calls
+    return calls
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
@@ -43,7 +43,8 @@ def test_products_and_gradients_equal_float64(sizes: tuple[int, int, int], calls
         y.backward(upstream)
         expected.backward(upstream.double())
         for mine, theirs in zip(own, wide, strict=True):
-            assert mine.grad is not None and theirs.grad is not None
+            assert mine.grad is not None
+            assert theirs.grad is not None
             assert_close(mine.grad, theirs.grad, BOUND)
     assert len(calls) == 6
 
@@ -56,7 +57,8 @@ def test_strided_inputs_and_second_derivatives(calls: list[int]):
         slope = torch.autograd.grad(multiply(a, b, None).square().sum(), a, create_graph=True)[0]
         slope.square().sum().backward()
     for mine, theirs in zip(own, wide, strict=True):
-        assert mine.grad is not None and theirs.grad is not None
+        assert mine.grad is not None
+        assert theirs.grad is not None
         assert_close(mine.grad, theirs.grad, BOUND)
 
 

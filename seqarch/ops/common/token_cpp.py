@@ -77,6 +77,7 @@ class Program:
     def __init__(self, rows: int, width: int, modules: Iterable[nn.Module]):
         self.rows = rows
         self.slots: list[Slot] = []
+        self.complete = False
         self._written: list[tuple[int, int, float, int, tuple[int, int], tuple[Source, ...]]] = []
         self._room = self._used = 0
         self._watch = _Watch(modules)
@@ -162,6 +163,7 @@ class Program:
 
     def finish(self) -> None:
         """To be called once, before the first run: gives values their memory and operands their addresses."""
+        self.complete = True
         self._memory = torch.zeros(self._room)
         self._input = self._memory[: self.rows * self.input.width].view(self.rows, 1, self.input.width)
         self._instructions = Instructions.of_length(len(self._written))
@@ -180,11 +182,16 @@ class Program:
                     operand.data = source.data_ptr()
 
     def holds(self) -> bool:
-        """Whether the layers are as they were when they wrote it."""
-        return self._watch.holds()
+        """Whether the layers are as they were when they wrote it, or could not."""
+        return self._watch.holds() and (self.complete or self._watch.hooks_are_the_same())
 
     def run(self, x: Tensor, states: Sequence[Tensor]) -> Tensor | None:
-        """The output for ``x [rows, 1, width]``, and the states replaced in place; ``None`` where they do not fit."""
+        """The output for ``x [rows, 1, width]``, and the states replaced in place.
+
+        ``None`` where states do not fit, or layers had no instructions, so that the program was never finished.
+        """
+        if not self.complete:
+            return None
         if list(map(_shape, states)) != self._shapes or any(map(_needed, states)) or not all(map(_plain, states)):
             return None
         addresses = list(map(Tensor.data_ptr, states))
@@ -225,19 +232,23 @@ class _Watch:
         self.owners, self.names = (list(each) for each in zip(*watched, strict=True))
         self.values = list(map(getitem, self.owners, self.names))
         self.hooks: list[Any] = [each for m in self.modules for each in (m._forward_hooks, m._forward_pre_hooks)]
+        self.counts = list(map(len, self.hooks))
         self.last_hook = RemovableHandle.next_id
         self.tensors: list[Tensor] = []
         self.addresses: list[int] = []
 
     def take(self, parameter: Tensor) -> None:
-        if type(parameter) not in (Tensor, nn.Parameter) or not _plain(parameter):
+        if type(parameter) is not nn.Parameter or not _plain(parameter):  # others may be computed, and gone tomorrow
             raise Unserved(f"a parameter is a {type(parameter).__name__} of {parameter.dtype} on {parameter.device}")
         self.tensors.append(parameter)
         self.addresses.append(parameter.data_ptr())
 
+    def hooks_are_the_same(self) -> bool:
+        return list(map(len, self.hooks)) == self.counts
+
     def holds(self) -> bool:
         if RemovableHandle.next_id != self.last_hook:  # somebody registered one somewhere
-            if any(self.hooks):
+            if not self.hooks_are_the_same():
                 return False
             self.last_hook = RemovableHandle.next_id
         return (
