@@ -43,7 +43,8 @@ EDGES = {
 }
 """Packages that stand at the edge, and the files that may import them."""
 
-BACKEND = re.compile(r"(recurrent|chunk|parallel|grouped)_(torch|sdpa|cpp|cuda|triton|mamba_ssm|causal_conv1d|flash_attn)")
+PACKAGES = "mamba_ssm|causal_conv1d|flash_attn"
+BACKEND = re.compile(rf"(recurrent|chunk|parallel|grouped)_(torch|sdpa|cpp|cuda|triton|{PACKAGES})")
 NATIVE = "seqarch.ops.common.native"
 
 
