@@ -11,7 +11,7 @@ import torch
 
 import seqarch
 from seqarch.ops import OPS
-from seqarch.ops.common import native
+from seqarch.ops.common import library_cuda, native
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
@@ -39,6 +39,11 @@ def library() -> str:
     return f"{isas}; {openmp}; sha256 {native.library_hash()[:12]}"
 
 
+def cuda_library() -> str:
+    """The CUDA library, or why it is absent."""
+    return library_cuda.unavailable() or f"sha256 {library_cuda.library_hash()[:12]}"
+
+
 def versions() -> Iterator[tuple[str, str]]:
     yield "seqarch", seqarch.__version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -46,6 +51,7 @@ def versions() -> Iterator[tuple[str, str]]:
     for package in ("triton", "mamba-ssm", "causal-conv1d", "flash-attn"):
         yield package, version(package)
     yield "library", library()
+    yield "CUDA library", cuda_library()
 
 
 def devices() -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -89,6 +90,11 @@ def library() -> ctypes.CDLL:
     if _library is None:
         raise LibraryError(str(_reason))
     return _library
+
+
+def library_hash() -> str:
+    """SHA-256 of the library file whose kernels run, for the records of experiments."""
+    return hashlib.sha256(Path(library()._name).read_bytes()).hexdigest()
 
 
 @contextmanager
