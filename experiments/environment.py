@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from seqarch.ops.common import native
+from seqarch.ops.common import library_cuda, native
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "einops", "triton", "hydra-core", "omegaconf", "wandb")
@@ -82,10 +82,11 @@ def _addition(name: str, text: str) -> str:
 
 
 def compiled_library() -> dict[str, str]:
-    """The instruction set and the hash of the compiled kernels that run here, or why none do."""
+    """The instruction set and the hash of the compiled kernels that run here, or why none do; of the CUDA ones too."""
+    cuda = {} if library_cuda.unavailable() else {"cuda_sha256": library_cuda.library_hash()}
     if (reason := native.unavailable()) is not None:
-        return {"absent": reason}
-    return {"isa": native.chosen_isa(), "sha256": native.library_hash()}
+        return {"absent": reason} | cuda
+    return {"isa": native.chosen_isa(), "sha256": native.library_hash()} | cuda
 
 
 def software() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 import seqarch
 from seqarch.ops import OPS
-from seqarch.ops.common import native, tuning
+from seqarch.ops.common import library_cuda, native, tuning
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
@@ -43,6 +43,11 @@ def library() -> str:
     return f"{isas}; {openmp}; sha256 {native.library_hash()[:12]}"
 
 
+def cuda_library() -> str:
+    """The CUDA library, or why it is absent."""
+    return library_cuda.unavailable() or f"sha256 {library_cuda.library_hash()[:12]}"
+
+
 def versions() -> Iterator[tuple[str, str]]:
     yield "seqarch", seqarch.__version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -50,6 +55,7 @@ def versions() -> Iterator[tuple[str, str]]:
     for package in ("triton", "mamba-ssm", "causal-conv1d", "flash-attn"):
         yield package, version(package)
     yield "library", library()
+    yield "CUDA library", cuda_library()
 
 
 def devices() -> Iterator[tuple[str, str]]:

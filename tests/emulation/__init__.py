@@ -17,7 +17,7 @@ HEADERS = [path for folder in ("csrc/cuda", "csrc/include", "tests/emulation") f
 OPTIONS = ["-std=c++17", "-O1", "-g1", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden",
            "-fsanitize=undefined", "-fno-sanitize-recover=all",
            f"-I{ROOT / 'csrc' / 'include'}", f"-I{Path(__file__).parent}"]  # fmt: skip
-"""Of the sanitizers only the one that needs no part in the process that loads the library; ``make sanitize`` has both."""
+"""Of the sanitizers only the one that asks nothing of the process that loads it; ``make sanitize`` has both."""
 
 
 def compiler() -> str | None:

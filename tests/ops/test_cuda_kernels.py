@@ -214,7 +214,9 @@ def test_offsets_beyond_32_bits(op: str, tmp_path: Path):
     far = far.as_strided((1, 66, 5), (66 * 2**25, 2**25, 1))
     if op == "causal_conv1d":
         inputs = conv.make(B=1, T=66, dtype=torch.float32)
-        plain, found = (conv.convolve("parallel_cuda", inputs | {"x": x}) for x in (inputs["x"], far.copy_(inputs["x"])))
+        plain, found = (
+            conv.convolve("parallel_cuda", inputs | {"x": x}) for x in (inputs["x"], far.copy_(inputs["x"]))
+        )
     else:
         inputs = scans.make(B=1, T=66, D=5, dtype=torch.float32)
         plain, found = (scans.scan("chunk_cuda")(inputs | {"x": x}) for x in (inputs["x"], far.copy_(inputs["x"])))

@@ -7,7 +7,6 @@ step by step. So the mapping of arguments, states and gradients is tested, not t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -129,7 +128,7 @@ STAND_INS = {
 
 
 @pytest.fixture(autouse=True)
-def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, functions in STAND_INS.items():
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
@@ -138,7 +137,6 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vendors, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    yield
 
 
 def refusal(op: str, backend: str, **inputs: Any) -> str | None:
@@ -234,7 +232,13 @@ def test_causal_conv1d_refuses_what_the_package_cannot():
 def heads(decay: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     q, k = torch.randn(2, 2, 9, 2, 5).to(dtype)
     log_decay = {"none": None, "head": -torch.rand(4), "step": -torch.rand(2, 9, 4)}[decay]
-    return {"q": q, "k": k, "v": torch.randn(2, 9, 4, 3).to(dtype), "log_decay": log_decay, "state": torch.randn(2, 4, 5, 3)}
+    return {
+        "q": q,
+        "k": k,
+        "v": torch.randn(2, 9, 4, 3).to(dtype),
+        "log_decay": log_decay,
+        "state": torch.randn(2, 4, 5, 3),
+    }
 
 
 def linear(backend: str, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def run(
     offsets: tuple[int, ...] | None,
     key_start: Tensor | None,
 ) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     reach = (-1, -1) if window is None else (window - 1, 0)  # theirs does not count the token itself
     if offsets is None:

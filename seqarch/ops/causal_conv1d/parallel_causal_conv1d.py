@@ -45,7 +45,7 @@ def run(
     silu: bool,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    from causal_conv1d import causal_conv1d_fn
+    from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     if x.stride(2) != 1 or any(stride % MULTIPLE for stride in x.stride()[:2]):
         x = x.contiguous()

@@ -2,14 +2,15 @@
 import this module, and what tells people about it.
 
 It is built where ``nvcc`` is when seqarch is installed; its interface is ``csrc/include/seqarch_cuda.h``. That it is
-missing or stale is a reason which :func:`unavailable` tells, never an error on import. Tests load the same sources built
-for the processor in its place, by :func:`emulated`.
+missing or stale is a reason which :func:`unavailable` tells, never an error on import. Tests load the same sources,
+built for the processor, in its place, by :func:`emulated`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -55,8 +56,8 @@ def open_library(file: Path) -> ctypes.CDLL:
         raise LibraryError(f"the CUDA library cannot be loaded: {error}") from error
     if library.seqarch_cuda_interface() != INTERFACE:
         raise LibraryError(
-            f"the CUDA library has interface {library.seqarch_cuda_interface()}, expected {INTERFACE}: it was built from"
-            " other sources than this Python code; install seqarch again"
+            f"the CUDA library has interface {library.seqarch_cuda_interface()}, expected {INTERFACE}: it was built"
+            " from other sources than this Python code; install seqarch again"
         )
     library.seqarch_cuda_error.restype = ctypes.c_char_p
     return library
@@ -91,6 +92,11 @@ def library() -> ctypes.CDLL:
     return _library
 
 
+def library_hash() -> str:
+    """SHA-256 of the library file whose kernels run, for the records of experiments."""
+    return hashlib.sha256(Path(library()._name).read_bytes()).hexdigest()
+
+
 @contextmanager
 def emulated(file: Path) -> Iterator[None]:
     """Within the block, the kernels of this library run, which takes tensors of the CPU: for tests."""
@@ -113,7 +119,9 @@ def refuse(**activations: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype not in NUMBERS:
             return f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, NUMBERS))}"
     if not _emulated and torch.cuda.get_device_capability(device) < CAPABILITY:
-        found, oldest = (".".join(map(str, version)) for version in (torch.cuda.get_device_capability(device), CAPABILITY))
+        found, oldest = (
+            ".".join(map(str, version)) for version in (torch.cuda.get_device_capability(device), CAPABILITY)
+        )
         return f"{device} has compute capability {found}, expected {oldest} or newer"
     return None
 

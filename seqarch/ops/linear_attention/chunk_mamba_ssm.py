@@ -1,8 +1,8 @@
 """Mamba-2's Triton kernels of the package ``mamba-ssm`` (SSD), for decays a head, or a head and step.
 
-They compute ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t``. With one decay a head, dt is 1 and A the decay. With one a step,
-dt is that and x is v / dt; the gradient through dt would be a difference of numbers that grow as dt falls, so that of
-the decays is taken here, from what outputs met less what values met: summed backwards from step t on,
+They compute ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t``. With one decay a head, dt is 1 and A the decay. With one a
+step, dt is that and x is v / dt; the gradient through dt would be a difference of numbers that grow as dt falls, so
+that of the decays is taken here, from what outputs met less what values met: summed backwards from step t on,
 ``do . o - dv . v``, and ``dS . S`` of the last state.
 """
 
@@ -65,7 +65,7 @@ def run(
 
 
 def _scan(q: Tensor, k: Tensor, x: Tensor, steps: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore[reportMissingImports]
 
     first = state.transpose(2, 3).contiguous()
     y, last = mamba_chunk_scan_combined(
@@ -83,7 +83,7 @@ class _Stepwise(torch.autograd.Function):
         inputs = [m.detach().requires_grad_() for m in (q, k, v, state)]
         with torch.enable_grad():
             x = (inputs[2] / steps.unsqueeze(-1)).to(v.dtype)
-            outputs = _scan(*inputs[:2], x, steps, -state.new_ones(v.shape[2]), inputs[3])
+            outputs = _scan(inputs[0], inputs[1], x, steps, -state.new_ones(v.shape[2]), inputs[3])
         ctx.inputs, ctx.outputs, ctx.dtype = inputs, outputs, log_decay.dtype
         o, last = outputs
         return o.detach(), last.detach()

@@ -26,7 +26,9 @@ _forward = native.Kernel("selective_scan_forward", *_PROBLEM, Pointer, Rows, Poi
 _backward = native.Kernel("selective_scan_backward", *_PROBLEM, Pointer, Rows, Pointer, *[Rows] * 5, *[Pointer] * 4)
 
 
-def refuse(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *_: Any) -> str | None:
+def refuse(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *_: Any
+) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}, expected cpu"
     for name, tensor in {"x": x, "dt": dt, "B": B, "C": C, "z": z}.items():

@@ -75,12 +75,11 @@ def run(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
 
-    x, dt, z = (None if m is None else m.transpose(1, 2) for m in (x, dt, z))  # time last
-    B, C = (m.permute(0, 2, 3, 1) for m in (B, C))
-    A, D, dt_bias = (None if m is None else m.to(state.dtype) for m in (A, D, dt_bias))
-    y, last = selective_scan_fn(
-        x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=dt_softplus, return_last_state=True
-    )
+    u, delta, gate = (None if m is None else m.transpose(1, 2) for m in (x, dt, z))  # time last
+    inputs, outputs = (m.permute(0, 2, 3, 1) for m in (B, C))
+    rate, skip, bias = (None if m is None else m.to(state.dtype) for m in (A, D, dt_bias))
+    options = {"z": gate, "delta_bias": bias, "delta_softplus": dt_softplus, "return_last_state": True}
+    y, last = selective_scan_fn(u, delta, rate, inputs, outputs, skip, **options)
     return y.transpose(1, 2), _NoGradient.apply(last.to(state.dtype))
