@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 
 import torch
@@ -74,10 +75,10 @@ def backends() -> Iterator[tuple[str, str, str]]:
             yield name, backend.name + mark, backend.unavailable() or "available"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(prog="python -m seqarch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("about", nargs="?", choices=["tuning"], help="the choices of the Triton kernels instead")
-    if parser.parse_args().about:
+    if parser.parse_args(arguments).about:
         print(*tuning.report(), sep="\n")
         return
     for title, rows in (("versions", versions()), ("devices", devices()), ("operations", backends())):
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -66,3 +66,29 @@ def test_the_record_is_what_the_kernels_need(tmp_path: Path):
     for name, needs in found.items():
         for capability, most in MOST_SHARED.items() if name != "triton" else ():
             assert needs[capability]["shared"] <= most, (name, capability)
+
+
+SPILLS = """
+import torch
+from seqarch.ops.attention import launches_triton
+from tests import triton_resources
+
+right = launches_triton.tiles
+launches_triton.tiles = lambda width, wide: right(64, wide)  # tiles of half the width
+triton_resources.DTYPES, triton_resources.DECAYS, triton_resources.WIDTHS = {"float32": torch.float32}, {}, (128,)
+names = {each.name: each for each in triton_resources.launches()}
+(name,) = [name for name in names if name.startswith("query_gradients(") and "START=False" in name]
+launch = names[name]
+print(triton_resources.resources(launch.compile(80))["spilled"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_change_that_spills_shows(tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, "-c", SPILLS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    name = next(n for n in record if n.startswith("query_gradients(fp32,") and "K=128" in n and "START=False" in n)
+    assert int(done.stdout) > 1000 > record[name]["8.0"]["spilled"]

@@ -10,7 +10,7 @@ Each pair has outputs and a logarithm of its sum of its own, which ``combine`` a
 """
 
 # Triton gives Python's syntax another meaning than its types say.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -79,7 +79,7 @@ def milliseconds(kernel: Any, programs: int, arguments: tuple[Any, ...], constan
     """The median time of a launch; ``None`` for one that needs more than the device has."""
     run = functools.partial(kernel[(programs,)], *arguments, enable_fp_fusion=True, **constants)
     try:
-        return triton.testing.do_bench(run, warmup=WARM_UP_MS, rep=TIMED_MS, return_mode="median")
+        return cast(float, triton.testing.do_bench(run, warmup=WARM_UP_MS, rep=TIMED_MS, return_mode="median"))
     except triton.runtime.errors.OutOfResources:
         return None
 
