@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from experiments.studies.efficiency import Efficiency
 from experiments.studies.experts import Experts
 from experiments.studies.hybrids import Hybrids
 from experiments.studies.learning_rate import LearningRate
@@ -16,6 +17,7 @@ STUDIES: dict[str, Study] = {
         Hybrids(),
         LearningRate(),
         Length(),
+        Efficiency(),
         Experts(),
     )
 }

@@ -131,7 +131,7 @@ class Hybrids(Study):
                 and min(mixed_text.values()) <= min(text["attention"], text["delta_net"]),
             ),
         ]
-        if "1_to_3_gla" in recall:
+        if "1_to_3_first" in recall:
             found += [
                 Claim(
                     "the place hardly matters",
@@ -140,6 +140,9 @@ class Hybrids(Study):
                     spread_of(recall, "1_to_3_first", "1_to_3", "1_to_3_last")
                     < min(recall[name] for name in ("1_to_3_first", "1_to_3", "1_to_3_last")) - recall["delta_net"],
                 ),
+            ]
+        if "1_to_3_gla" in recall:
+            found += [
                 Claim(
                     "the order of pure models is not that of hybrids",
                     "The best pure recurrence does not make the best hybrid (the same)",
@@ -160,7 +163,7 @@ def medians(comparison: Comparison) -> dict[str, float]:
 
 
 def told(values: Mapping[str, float], *names: str) -> str:
-    return ", ".join(f"{name} {values[name]:.3f}" for name in names)
+    return ", ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
 
 
 def spread_of(values: Mapping[str, float], *names: str) -> float:

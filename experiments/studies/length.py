@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from experiments.studies.study import Study
-from experiments.studies.sweep import Sweep
+import numpy as np
+from matplotlib.axes import Axes
 
+from experiments.building import build_model
+from experiments.config import run_config
+from experiments.figures import bytes_text
+from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.studies import plots
+from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.sweep import Sweep
+from seqarch.models import LanguageModel
+
+EXPERIMENT = "results/length_text"
 ARMS = (
     "model=attention,sliding_window,mamba2,gated_delta_net",
     "model=attention model.name=attention_no_position model.mixers.attention.position=none",
 )
+WORSE = 0.05
+"""Bits per byte by which a model must be worse far beyond its training length to count as failing there."""
 
 
 class Length(Study):
@@ -27,3 +40,157 @@ class Length(Study):
             (*ARMS, "model=retention,rwkv7,hybrid"),
         ),
     }
+    history = ("validation_bits_per_byte",)
+
+    def pictures(self, runs: Runs) -> Sequence[Picture]:
+        comparison = runs.comparison(EXPERIMENT)
+        curve = curve_of(comparison.shown[0].finished[0])
+        return [
+            Picture(
+                "position",
+                "Bits per byte against the position in a held-out file, mean over files and over the positions between"
+                f" two marks; less is better. No model was trained beyond the dotted line at {curve['trained_to']}"
+                " bytes. Thin lines are seeds, thick ones medians; the dashed line are byte frequencies alone. Learning"
+                f" rates by median validation among {plots.grid_text(comparison)}.",
+                lambda axes: draw_positions(axes[0], comparison),
+                size=(7.6, 4.6),
+            ),
+            Picture(
+                "cost",
+                "What one more byte costs after so much context: FLOPs (left) and bytes of state (right), by the"
+                " formulas that the test suite holds to measurements. Dotted: the training length.",
+                lambda axes: draw_costs(axes, comparison),
+                columns=2,
+                size=(10.4, 4.0),
+            ),
+        ]
+
+    def tables(self, runs: Runs) -> Sequence[Table]:
+        comparison = runs.comparison(EXPERIMENT)
+        curve = curve_of(comparison.shown[0].finished[0])
+        trained, end = curve["trained_to"], curve["x_end"]
+        header = ["model", f"to {trained}", f"{end // 2} to {end}", f"FLOPs a byte at {trained}", f"at {end}",
+                  f"state at {end}"]  # fmt: skip
+        rows = []
+        for variant in comparison.shown:
+            model = built(variant)
+            rows.append(
+                [
+                    variant.label,
+                    *(f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+                      for values in (near(variant), far(variant))),
+                    *(f"{next_flops(model, length):,}" for length in (trained, end)),
+                    bytes_text(model.state_bytes(end)),
+                ]
+            )  # fmt: skip
+        return [Table("Bits per byte by position, and what a byte costs", [header, *rows]),
+                Table("Every model", plots.table(comparison))]  # fmt: skip
+
+    def claims(self, runs: Runs) -> Sequence[Claim]:
+        shown = {variant.label: variant for variant in runs.comparison(EXPERIMENT).shown}
+        change = {name: statistics.median(far(v)) - statistics.median(near(v)) for name, v in shown.items()}
+        ends = {name: statistics.median(far(variant)) for name, variant in shown.items()}
+        recurrent = {name: ends[name] for name in ("mamba2", "gated_delta_net", "sliding_window")}
+
+        def told(values: Mapping[str, float], sign: str = "") -> str:
+            return ", ".join(f"{name} {value:{sign}.3f}" for name, value in values.items())
+
+        return [
+            Claim(
+                "full attention fails beyond its training length",
+                "Attention with rotary positions gets worse beyond the training length (Press et al. 2021, figure 1)",
+                f"last half of the file less the trained part, bits per byte: {told(change, '+')}",
+                change["attention"] > WORSE,
+            ),
+            Claim(
+                "recurrent states extrapolate",
+                "Recurrent models and windows stay good (Gu and Dao 2023, on other tasks)",
+                "the same, which is negative where a longer file is easier",
+                max(change[name] for name in recurrent) <= WORSE,
+            ),
+            Claim(
+                "far out the cheap models win",
+                "Far beyond the training length a model of constant cost is better than full attention",
+                f"last half of the file: {told(ends)}",
+                min(recurrent.values()) < min(ends["attention"], ends["attention_no_position"]),
+            ),
+        ]
+
+
+def curve_of(run: RecordedRun) -> dict:
+    return run.record["results"]["curve"]
+
+
+def mean_between(run: RecordedRun, low: float, high: float) -> float:
+    """Bits per byte over positions ``low`` to ``high``: the mean of the bins within, weighed by their widths."""
+    curve = curve_of(run)
+    x = np.array(curve["x"])
+    edges = np.sqrt(x[:-1] * x[1:])
+    widths = np.diff([0.0, *edges, curve["x_end"]])
+    inside = (x > low) & (x <= high)
+    return float(np.average(np.array(curve["y"])[inside], weights=widths[inside]))
+
+
+def near(variant: Variant) -> list[float]:
+    """Each seed's bits per byte over the later half of the length that it was trained on."""
+    return variant.values(lambda run: mean_between(run, curve_of(run)["trained_to"] / 2, curve_of(run)["trained_to"]))
+
+
+def far(variant: Variant) -> list[float]:
+    """Each seed's bits per byte over the later half of the files."""
+    return variant.values(lambda run: mean_between(run, curve_of(run)["x_end"] / 2, curve_of(run)["x_end"]))
+
+
+def built(variant: Variant) -> LanguageModel:
+    return build_model(run_config({**variant.runs[0].config, "runs": "runs"}))
+
+
+def next_flops(model: LanguageModel, length: int) -> int:
+    """FLOPs of one more byte after so many."""
+    return model.flops(length + 1) - model.flops(length)
+
+
+def draw_positions(axes: Axes, comparison: Comparison) -> None:
+    first, ends = curve_of(comparison.shown[0].finished[0]), []
+    for variant in comparison.shown:
+        look, curves = look_of(variant), [curve_of(run) for run in variant.finished]
+        for curve in curves:
+            axes.plot(curve["x"], curve["y"], color=look["color"], alpha=0.3, linewidth=0.8)
+        middle = np.median([curve["y"] for curve in curves], axis=0)
+        axes.plot(first["x"], middle, markersize=4.5, markevery=2, **look)
+        ends.append((variant.label, look["color"], (first["x"][-1], float(middle[-1]))))
+    plots.logarithmic(axes, [2.0**power for power in range(0, 14, 2)] + [8192.0], lambda value: f"{value:,.0f}")
+    axes.set_xlim(1, first["x_end"])
+    axes.set_ylim(top=min(axes.get_ylim()[1], 6.5))
+    axes.set_xlabel("Position in the file (bytes, logarithmic)")
+    axes.set_ylabel("Bits per byte on test")
+    plots.mark_chance(axes, comparison.shown[0].finished[0])
+    plots.mark_length(axes, first["trained_to"])
+    plots.label_lines(axes, ends)
+
+
+def look_of(variant: Variant) -> dict:
+    """Attention without positions is dashed and has a marker of its own."""
+    bare = {"linestyle": (0, (5, 1.5)), "marker": "P"} if "no_position" in variant.label else {}
+    return {**plots.mixer_look(variant.pattern), **bare}
+
+
+def draw_costs(panels: Sequence[Axes], comparison: Comparison) -> None:
+    trained = curve_of(comparison.shown[0].finished[0])["trained_to"]
+    lengths = [2**power for power in range(6, 18)]
+    for axes, cost in zip(panels, (next_flops, LanguageModel.state_bytes), strict=True):
+        ends = []
+        for variant in comparison.shown:
+            if "no_position" in variant.label:
+                continue  # At the cost of attention.
+            model, look = built(variant), look_of(variant)
+            values = [cost(model, length) for length in lengths]
+            axes.plot(lengths, values, markersize=4, **look)
+            ends.append((variant.label, look["color"], (lengths[-1], float(np.log10(values[-1])))))
+        plots.logarithmic(axes, lengths[::3], lambda value: f"{value:,.0f}")
+        axes.set_yscale("log")
+        axes.set_xlabel("Context (bytes of text, logarithmic)")
+        plots.mark_length(axes, trained)
+        axes.legend([name for name, *_ in ends], fontsize=8, frameon=False, loc="upper left")
+    panels[0].set_ylabel("FLOPs of the next byte")
+    panels[1].set_ylabel("State (bytes)")

@@ -10,6 +10,7 @@ from pathlib import Path
 from experiments.blocks import table
 from experiments.reading import RecordedRun
 from experiments.studies import STUDIES
+from experiments.studies.records import FILE
 from experiments.studies.study import Picture, Runs, Study
 
 RESULTS = Path("docs/results")
@@ -61,21 +62,24 @@ def how_to_run(study: Study, runs: Runs) -> str:
     made_by = "\n".join([*(f"python -m experiments.study {name}" for name in study.uses), own])
     parts = [
         f"From nothing, this trains what is missing, then draws and writes this page:\n\n```sh\n{made_by}\n```",
-        f"From the records alone, offline: `{own} --draw`. Small: `{own} --version small`."
-        + _cost(study, "small") + _cost(study, "recorded"),
-    ]  # fmt: skip
+        f"From the committed records alone, offline: `{own} --draw`. {_small(study)}",
+    ]
     if "large" in study.sweeps:
         count = len(list(study.sweeps["large"].arguments()))
         parts.append(f"For a GPU, {count} runs, **not run yet**: `{own} --version large`.")
+    seconds = sum(run.record["cost"]["processor_seconds"] for run in runs.all if "cost" in run.record)
+    records = ", ".join(f"[{name}]({name}/{FILE})" for name in runs.by_study)
+    spent = f"{seconds / 60:.0f} minutes of processor time in training steps"
+    parts.append(f"Recorded, a line a run: {records}; {len(runs.all)} runs, {spent}.")
     parts.append("\n".join(_machines(runs.all)))
     return "\n\n".join(parts)
 
 
-def _cost(study: Study, version: str) -> str:
-    sweep = study.sweeps.get(version)
-    if sweep is None or sweep.minutes is None:
-        return ""
-    return f" The {version} version took {sweep.minutes:g} minutes of one core."
+def _small(study: Study) -> str:
+    if not study.sweeps:
+        return "A small version draws from those of the other studies: `make results-small`."
+    count = len(list(study.sweeps["small"].arguments()))
+    return f"Small, {count} runs: `python -m experiments.study {study.name} --version small`."
 
 
 def _machines(runs: list[RecordedRun]) -> list[str]:

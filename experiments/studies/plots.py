@@ -123,7 +123,7 @@ def byte_axis(axes: Axes, sizes: Sequence[float], every: int = 1) -> None:
     logarithmic(axes, [2.0**power for power in range(low, high + 1, every)], bytes_text)
 
 
-def draw_rows(axes: Axes, rows: Sequence[tuple[str, dict[str, Any], Sequence[float]]]) -> None:
+def draw_rows(axes: Axes, rows: Sequence[tuple[str, dict[str, Any], Sequence[float]]], digits: int = 3) -> None:
     """A row each, the first on top: its seeds, their range and their median, with the median as text."""
     for row, (_, look, values) in enumerate(reversed(rows)):
         middle = statistics.median(values)
@@ -133,7 +133,9 @@ def draw_rows(axes: Axes, rows: Sequence[tuple[str, dict[str, Any], Sequence[flo
         axes.plot(values, row + jitter, linestyle="none", marker=look["marker"], color=look["color"], markersize=5,
                   markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
         axes.plot([middle, middle], [row - 0.3, row + 0.3], color=look["color"], linewidth=2.2)
-        axes.annotate(f"{middle:.3f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+        axes.annotate(
+            f"{middle:.{digits}f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8.5
+        )
     axes.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(axis="y", visible=False)

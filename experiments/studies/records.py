@@ -53,7 +53,8 @@ def line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -> d
     if "environment" in record:
         kept["environment"]["torch"] = record["environment"]["packages"]["torch"]
     results = {name: value for name, value in record.get("results", {}).items() if name != "checkpoint"}
-    reason = {"reason": record["reason"]} if "reason" in record else {}
+    # What follows names paths of the machine.
+    reason = {"reason": record["reason"].partition(";")[0]} if "reason" in record else {}
     metrics = [{name: value for name, value in look.items() if name == "step" or name.endswith(tuple(history))}
                for look in folder.metrics()] if history else []  # fmt: skip
     return {

@@ -25,12 +25,10 @@ class Sweep:
     Attributes:
         common: what all runs share, ``"experiment=recall_and_state seed=0,1,2"``.
         arms: what tells them apart, an arm a line; choices within a line multiply.
-        minutes: what it takes in all, in minutes of one core as measured; ``None`` where it was not run.
     """
 
     common: str
     arms: tuple[str, ...]
-    minutes: float | None = None
 
     def arguments(self) -> Iterator[list[str]]:
         """The command line of each run."""

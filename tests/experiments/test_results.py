@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,17 +11,20 @@ from PIL import Image
 
 from experiments.building import build_model
 from experiments.config import run_config
+from experiments.errors import RunnerError
+from experiments.overrides import compose
 from experiments.reading import RecordedRun, compare
 from experiments.studies import STUDIES, records
 from experiments.studies.page import PAGES, RESULTS
 from experiments.studies.records import rounded, shortened
-from experiments.studies.study import VERSIONS, Runs
+from experiments.studies.study import VERSIONS, Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep
-from experiments.study import main
+from experiments.study import do, draw, main, write_page
 from experiments.style import figure
+from experiments.supervise import resolve_composed
 from seqarch.layers import measured_state_bytes
 
-from .conftest import ROOT, tiny_config, train_here
+from .conftest import ROOT, TINY, tiny_config, train_here
 
 HOME = ROOT / RESULTS
 OWN = [name for name, study in STUDIES.items() if study.sweeps]
@@ -69,8 +73,7 @@ def without_test(record: dict) -> dict:
 
 @pytest.mark.parametrize("name", OWN)
 def test_recorded_states_are_those_measured(name):
-    """``state_bytes`` of every model, against the tensors of a state after one token more than none; and the formula's
-    value at the recorded length."""
+    """Every recorded model is built again: its formula gives the bytes of a real state, and the recorded number."""
     seen = {}
     for run in recorded(name).by_study[name]:
         seen.setdefault(repr(run.config["model"]), run)
@@ -113,9 +116,6 @@ def test_every_version_composes(name, version):
         assert version != "recorded"
         return
     first = [next(iter(Sweep(sweep.common, (arm,)).arguments())) for arm in sweep.arms]
-    from experiments.overrides import compose
-    from experiments.supervise import resolve_composed
-
     for arguments in first:
         assert resolve_composed(compose(arguments)).experiment.startswith("results/")
 
@@ -139,7 +139,7 @@ def test_a_run_survives_its_line(tmp_path):
     """What is left out of a line is what stands at its default: the same run comes back from it."""
     config = tiny_config(tmp_path / "runs", model__mixers={"attention": {"conv_width": 4}})
     train_here(config)
-    broken = tiny_config(tmp_path / "runs", seed=1, train__lr=1e9, train__grad_clip=0)
+    broken = tiny_config(tmp_path / "runs", seed=1, train__lr=1e30, train__grad_clip=0)
     train_here(broken)
     never = tiny_config(tmp_path / "runs", seed=2)
     lines = records.collect([config, broken, never], history=("accuracy",))
@@ -159,6 +159,46 @@ def test_the_hash_of_the_records_is_in_the_picture(tmp_path):
         axes.plot([0, 1])
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["Source"] == "abc"
+
+
+class Tiny(Study):
+    name = "tiny"
+    title = "A tiny study"
+    common = " ".join(["experiment=mqar model=attention seed=0,1", *TINY, "train.steps=10", "train.grad_clip=0"])
+    sweeps: ClassVar = {"small": Sweep(common, ("train.lr=1e-3", "train.lr=1e30"))}
+
+    def pictures(self, runs):
+        values = [run.record["results"].get("test", 0.0) for run in runs.all]
+        return [Picture("values", "What came out.", lambda axes: axes[0].plot(values))]
+
+    def tables(self, runs):
+        return [Table("Runs", [["run", "status"], *([run.path.name, run.status] for run in runs.all)])]
+
+    def claims(self, runs):
+        return [Claim("two", "There are runs", f"{len(runs.all)} of them", len(runs.all) == 4)]
+
+
+def test_from_nothing_to_a_page_and_again(tmp_path):
+    """Runs that diverge stay on record; the second time what is finished is kept as it is."""
+    root, runs, study, before = tmp_path / "results", tmp_path / "runs", Tiny(), None
+    for _ in range(2):
+        assert do(study, "small", root, runs, jobs=2) == 1
+        lines = (root / "tiny" / records.FILE).read_text(encoding="utf-8").splitlines()
+        assert before in (None, lines[:2])
+        before = lines[:2]
+    assert [path.name for path in draw(study, root)] == ["values.png"]
+    page = write_page(study, root).read_text(encoding="utf-8")
+    for part in ("| There are runs | 4 of them | yes |", "**Failed runs: 2 of 4**", "training diverged at step 2"):
+        assert part in page
+    assert str(tmp_path) not in "".join([page, *lines])
+    assert not list((runs / ".sweeps").glob("*"))
+
+
+def test_a_version_that_a_study_lacks(tmp_path):
+    with pytest.raises(RunnerError, match="tiny has no version 'large', expected one of small"):
+        do(Tiny(), "large", tmp_path, tmp_path, jobs=1)
+    with pytest.raises(RunnerError, match="run the study first"):
+        draw(Tiny(), tmp_path)
 
 
 def test_a_study_that_nobody_knows(capsys, monkeypatch):
