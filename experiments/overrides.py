@@ -60,6 +60,8 @@ def compose(arguments: Sequence[str]) -> dict[str, Any]:
 def parse_choice(argument: str) -> tuple[str, Any]:
     """The key of an override in Hydra's grammar and its value: an :class:`Interval`, a list of choices, or one value.
 
+    A value that is a list itself, ``[64,128]``, is no choice: it comes back as its text.
+
     Raises:
         ConfigError: it is no override.
     """
@@ -71,4 +73,6 @@ def parse_choice(argument: str) -> tuple[str, Any]:
     key = override.get_key_element()
     if isinstance(value, IntervalSweep):
         return key, Interval(float(value.start or 0), float(value.end or 0), "log" in value.tags)
-    return key, list(override.sweep_string_iterator()) if override.is_sweep_override() else value
+    if override.is_sweep_override():
+        return key, list(override.sweep_string_iterator())
+    return key, argument.partition("=")[2] if isinstance(value, list) else value

@@ -50,8 +50,7 @@ class StateTracking(Study):
                 " problem of S3 (right). Small marks are seeds, lines join medians, bars are ranges; full lines have"
                 " negative eigenvalues, dashed ones do not. No model was trained beyond the dotted line. Learning rates"
                 f" by median validation accuracy at the length of training, among {plots.grid_text(parity)}.",
-                lambda axes: [draw_lengths(panel, comparison) for panel, comparison in zip(axes, (parity, words),
-                                                                                           strict=True)],
+                lambda axes: draw_both(axes, (parity, words)),
                 columns=2,
                 size=(11.6, 4.3),
             ),
@@ -162,6 +161,11 @@ def by_length(comparison: Comparison) -> list[list[str]]:
                   for _, seeds in by_seed(variant)]  # fmt: skip
         rows.append([label(variant), *values])
     return [header, *rows]
+
+
+def draw_both(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None:
+    for axes, comparison in zip(panels, comparisons, strict=True):
+        draw_lengths(axes, comparison)
 
 
 def draw_lengths(axes: Axes, comparison: Comparison) -> None:
