@@ -67,6 +67,8 @@ def compose(arguments: Sequence[str]) -> dict[str, Any]:
 def parse_choice(argument: str) -> tuple[str, Any]:
     """The key of an override in Hydra's grammar and its value: an :class:`Interval`, a list of choices, or one value.
 
+    A value that is a list itself, ``[64,128]``, is no choice: it comes back as its text.
+
     Raises:
         ConfigError: it is no override.
     """
@@ -82,4 +84,6 @@ def parse_choice(argument: str) -> tuple[str, Any]:
             above = " above 0" if interval.log else ""
             raise ConfigError(f"{argument}: expected two finite numbers{above}, the smaller one first")
         return key, interval
-    return key, list(override.sweep_string_iterator()) if override.is_sweep_override() else value
+    if override.is_sweep_override():
+        return key, list(override.sweep_string_iterator())
+    return key, argument.partition("=")[2] if isinstance(value, list) else value

@@ -8,11 +8,13 @@ from experiments.studies.hybrids import Hybrids
 from experiments.studies.learning_rate import LearningRate
 from experiments.studies.length import Length
 from experiments.studies.recall_and_state import RecallAndState
+from experiments.studies.state_tracking import StateTracking
 from experiments.studies.study import Study
 
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
+        StateTracking(),
         RecallAndState(),
         Hybrids(),
         LearningRate(),

@@ -34,6 +34,7 @@ SPACE = ["train.lr=tag(log, interval(1e-4, 1e-1))", "train.weight_decay=0.0,0.1"
         ("train.steps=range(1,4)", ["1", "2", "3"]),
         ("model=attention,mamba2", ["attention", "mamba2"]),
         ("search.trials=3", 3),
+        ("task.test_lengths=[64,128]", "[64,128]"),
     ],
 )
 def test_arguments_are_in_hydras_grammar(argument, value):

@@ -1,0 +1,193 @@
+"""State tracking needs negative eigenvalues: parity and the word problem of S3, far beyond the length of training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from matplotlib.axes import Axes
+
+from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.studies import plots
+from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.sweep import Sweep
+
+PARITY, S3 = "results/state_tracking_parity", "results/state_tracking_s3"
+PRODUCT = "experiment=state_tracking_s3 model=gated_delta_product model.mixers.gated_delta_product"
+ARMS = (
+    *(f"experiment=state_tracking_parity model={name} model.mixers.{name}.negative_eigenvalues=false,true"
+      for name in ("delta_net", "gla")),
+    f"{PRODUCT}.steps=1,2",
+    f"{PRODUCT}.steps=2 model.mixers.gated_delta_product.negative_eigenvalues=false",
+)  # fmt: skip
+LARGE = (
+    "experiment=state_tracking_parity task.test_lengths=[256,1024,4096] model.d_model=128"
+    " model=delta_net,gla,mamba2,min_gru,attention",
+    *(f"experiment=state_tracking_parity task.test_lengths=[256,1024,4096] model.d_model=128 model={name}"
+      f" model.mixers.{name}.negative_eigenvalues=true" for name in ("delta_net", "gla", "mamba2", "min_gru")),
+    f"{PRODUCT}.steps=1,2,3,4 task.group=s3,a5,s5 task.length=128 task.test_lengths=[256,512] model.d_model=128",
+)  # fmt: skip
+SOLVED = 0.99
+"""At the length of training."""
+
+
+class StateTracking(Study):
+    name = "state_tracking"
+    title = "State tracking needs negative eigenvalues"
+    sweeps: ClassVar[Mapping[str, Sweep]] = {
+        "recorded": Sweep("seed=0,1,2,3,4 train.lr=5e-3,1e-2", ARMS),
+        "small": Sweep("seed=0,1,2 train.lr=1e-2", (f"{ARMS[0]} train.steps=300", ARMS[2])),
+        "large": Sweep("seed=0,1,2,3,4 train.lr=5e-4,1e-3,3e-3 train.steps=20000 train.device=cuda", LARGE),
+    }
+
+    def pictures(self, runs: Runs) -> Sequence[Picture]:
+        parity, words = runs.comparison(PARITY), runs.comparison(S3)
+        return [
+            Picture(
+                "lengths",
+                "Accuracy on test against the length of the sequences, over all positions: parity (left) and the word"
+                " problem of S3 (right). Small marks are seeds, lines join medians, bars are ranges; full lines have"
+                " negative eigenvalues, dashed ones do not. No model was trained beyond the dotted line. Learning rates"
+                f" by median validation accuracy at the length of training, among {plots.grid_text(parity)}.",
+                lambda axes: draw_both(axes, (parity, words)),
+                columns=2,
+                size=(11.6, 4.3),
+            ),
+        ]  # fmt: skip
+
+    def tables(self, runs: Runs) -> Sequence[Table]:
+        named = [("Parity", runs.comparison(PARITY)), ("S3", runs.comparison(S3))]
+        lengths = [Table(f"{title}: median (range) of the accuracy, by length", by_length(comparison))
+                   for title, comparison in named]  # fmt: skip
+        return [*lengths, *(Table(f"{title}: every model", plots.table(comparison)) for title, comparison in named)]
+
+    def claims(self, runs: Runs) -> Sequence[Claim]:
+        parity = {label(variant): variant for variant in runs.comparison(PARITY).shown}
+        without = {name: by_seed(variant) for name, variant in parity.items() if not is_negative(variant)}
+        signed = {name: by_seed(variant) for name, variant in parity.items() if is_negative(variant)}
+        words = {label(variant): by_seed(variant) for variant in runs.comparison(S3).shown}
+        solved = {name for name, values in words.items() if first(values) >= SOLVED}
+        two = words["two delta steps, beta to 2"]
+        return [
+            Claim(
+                "without negative eigenvalues parity stays at chance",
+                "Decays in [0, 1] and a delta rule with beta up to 1 do not learn parity: chance beyond the length of"
+                " training (Grazzi et al. 2024)",
+                told(without),
+                all(last(values) < 0.55 for values in without.values()),
+            ),
+            Claim(
+                "with them parity is learnt",
+                "With decays in [-1, 1] or beta up to 2 they learn it (the same)",
+                told(signed),
+                all(first(values) >= SOLVED for values in signed.values()),
+            ),
+            Claim(
+                "and carried over to six times the length",
+                "and stay above .7 at 256 bits (seen before in runs of this size)",
+                "; ".join(f"{name}, worst seed {min(values[-1][1]):.3f}" for name, values in signed.items()),
+                all(min(values[-1][1]) > 0.7 for values in signed.values()),
+            ),
+            Claim(
+                "S3 takes two delta steps and negative eigenvalues",
+                "One layer solves S3 with two delta steps a token, and only where beta goes to 2 (Siems et al. 2025)",
+                told(words),
+                solved == {"two delta steps, beta to 2"},
+            ),
+            Claim(
+                "S3 beyond the length of training",
+                "and holds at four times the length of training (seen before in runs of this size)",
+                f"at {two[-1][0]}: " + ", ".join(f"{value:.3f}" for value in sorted(two[-1][1])),
+                last(two) > 0.9,
+            ),
+        ]
+
+
+Points = list[tuple[int, list[float]]]
+"""By length, the accuracy of each seed."""
+
+
+def mixer_of(variant: Variant) -> tuple[str, Mapping[str, Any]]:
+    return variant.pattern, variant.runs[0].config["model"]["mixers"].get(variant.pattern, {})
+
+
+def is_negative(variant: Variant) -> bool:
+    """Whether a model's eigenvalues may be negative, which the product of several steps has by default."""
+    name, options = mixer_of(variant)
+    return options.get("negative_eigenvalues", name == "gated_delta_product")
+
+
+def label(variant: Variant) -> str:
+    name, options = mixer_of(variant)
+    if name == "gla":
+        return "gla, decays in [-1, 1]" if is_negative(variant) else "gla, decays in [0, 1]"
+    kind = {1: "one delta step", 2: "two delta steps"}[options.get("steps", 2)] if "product" in name else name
+    return f"{kind}, beta to {2 if is_negative(variant) else 1}"
+
+
+def by_seed(variant: Variant) -> Points:
+    """Every seed's accuracy by length, the shortest first."""
+
+    def of(run: RecordedRun) -> list[tuple[int, float]]:
+        return sorted((test["length"], test["accuracy"]) for test in run.record["results"]["tests"].values())
+
+    seeds = [of(run) for run in variant.finished]
+    return [(length, [seed[place][1] for seed in seeds]) for place, (length, _) in enumerate(seeds[0])]
+
+
+def first(points: Points) -> float:
+    return statistics.median(points[0][1])
+
+
+def last(points: Points) -> float:
+    return statistics.median(points[-1][1])
+
+
+def told(models: Mapping[str, Points]) -> str:
+    """Medians at the shortest and the longest test."""
+    return "; ".join(
+        f"{name}: {first(points):.3f} at {points[0][0]}, {last(points):.3f} at {points[-1][0]}"
+        for name, points in models.items()
+    )
+
+
+def by_length(comparison: Comparison) -> list[list[str]]:
+    lengths = [length for length, _ in by_seed(comparison.shown[0])]
+    header = ["model", *map(str, lengths)]
+    rows = []
+    for variant in comparison.shown:
+        values = [f"{statistics.median(seeds):.3f} ({min(seeds):.3f} to {max(seeds):.3f})"
+                  for _, seeds in by_seed(variant)]  # fmt: skip
+        rows.append([label(variant), *values])
+    return [header, *rows]
+
+
+def draw_both(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None:
+    for axes, comparison in zip(panels, comparisons, strict=True):
+        draw_lengths(axes, comparison)
+
+
+def draw_lengths(axes: Axes, comparison: Comparison) -> None:
+    ends = []
+    for variant in comparison.shown:
+        look = look_of(variant)
+        points = [(float(length), values) for length, values in by_seed(variant)]
+        line = "-" if is_negative(variant) else (0, (4, 2))
+        ends.append((label(variant), look["color"], plots.draw_series(axes, points, look, linestyle=line)))
+    lengths = [length for length, _ in by_seed(comparison.shown[0])]
+    plots.logarithmic(axes, lengths, lambda value: f"{value:,.0f}")
+    axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.05)
+    plots.shares(axes)
+    plots.mark_chance(axes, comparison.shown[0].finished[0])
+    plots.mark_length(axes, lengths[0])
+    plots.label_lines(axes, ends)
+    axes.set_xlabel("Length of the sequences (tokens, logarithmic)")
+    axes.set_ylabel("Accuracy on test")
+    axes.set_title(comparison.sample["task"]["title"])
+
+
+def look_of(variant: Variant) -> dict[str, Any]:
+    """A marker of its own where there is one delta step of a mixer that has several."""
+    single = {"marker": "X"} if mixer_of(variant)[1].get("steps") == 1 else {}
+    return {**plots.mixer_look(variant.pattern), **single}
