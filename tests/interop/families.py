@@ -99,7 +99,7 @@ def kimi_linear(**changes: Any) -> Any:
         "qk_nope_head_dim": 8,
         "v_head_dim": 10,
         "linear_head_dim": 16,
-        "linear_num_heads": 3,
+        "linear_num_heads": 6,
         "rms_norm_eps": EPS,
     }
     return transformers.KimiLinearConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})

@@ -194,7 +194,7 @@ def test_the_first_release_of_kimi_linear_names_its_layers_otherwise():
         "full_attn_layers": [2],
         "kda_layers": [1, 3],
         "head_dim": 16,
-        "num_heads": 3,
+        "num_heads": 6,
         "short_conv_kernel_size": 4,
     }
     assert lm_config({**config, "first_k_dense_replace": 1}) == expected
