@@ -47,6 +47,10 @@ THOROUGH = [
 ]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+"""Which Triton 3.6's interpreter does; with numpy 2.4 it fails for that."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> Iterator[None]:
     """Kernels run: on the device, or else by the interpreter."""

@@ -6,9 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+_TYPES = {name for name in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(name)}
+"""Asked for once: torch 2.11 cannot trace the question."""
+
 
 def autocast_is_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _TYPES and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
