@@ -32,7 +32,7 @@ PLACES = (
 )
 OTHER = ("model=gla", mixed("1_to_3_gla", "2*gla attention gla"))
 RECALL, TEXT = "experiment=hybrids_recall", "experiment=hybrids_text"
-RATES = {RECALL: "train.lr=3e-3,1e-2", TEXT: "train.lr=3e-3,1e-2"}
+RATES = {RECALL: "train.lr=5e-3,1e-2", TEXT: "train.lr=3e-3,1e-2"}
 EXPERIMENTS = ("results/hybrids_recall", "results/hybrids_text")
 SHARE_MARKERS = {0.0: "o", 0.125: "v", 0.25: "s", 0.5: "D", 1.0: "^"}
 """A marker for each share of layers that are attention."""

@@ -19,7 +19,6 @@ ARMS = (
     "model=attention",
     HEADS["delta_net"] + "2",
     HEADS["gla"] + "2",
-    "model=mamba2 model.mixers.mamba2.d_state=16",
 )
 SMALL = ("model=attention", HEADS["delta_net"] + "2")
 SEEDS = "experiment=recall_and_state seed=0,1,2"
@@ -42,7 +41,7 @@ class LearningRate(Study):
             "experiment=recall_and_state seed=0,1,2,3,4 train.lr=1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1 model.depth=2,1"
             " model.d_model=128 task.vocab_size=8192 task.length=256 task.pairs=64 train.batch_size=256"
             " train.steps=8000 train.eval_every=500 train.device=cuda",
-            (*ARMS, HEADS["gated_delta_net"] + "2", HEADS["retention"] + "2"),
+            (*ARMS, HEADS["gated_delta_net"] + "2", HEADS["retention"] + "2", "model=mamba2"),
         ),
     }
 

@@ -194,10 +194,8 @@ def draw_equal(axes: Sequence[Axes], comparison: Comparison) -> None:
     models = plots.by_model(comparison)
     best = [max(variants, key=plots.median_of) for variants in models.values()]
     near = [plots.nearest(variants, EQUAL_STATE) for variants in models.values()]
-    for panel, variants, title in (
-        (axes[0], best, "Equal width and depth, best state"),
-        (axes[1], near, "Nearest to equal state"),
-    ):
+    views = ((axes[0], best, "Equal width and depth, best state"), (axes[1], near, "Nearest to equal state"))
+    for panel, variants, title in views:
         ordered = sorted(variants, key=plots.median_of, reverse=True)
         plots.draw_rows(panel, [(row_label(variant), plots.mixer_look(variant.pattern), variant.values(test_of))
                                 for variant in ordered])  # fmt: skip
