@@ -8,6 +8,7 @@ from experiments.studies.hybrids import Hybrids
 from experiments.studies.learning_rate import LearningRate
 from experiments.studies.length import Length
 from experiments.studies.recall_and_state import RecallAndState
+from experiments.studies.selective_copying import SelectiveCopying
 from experiments.studies.state_tracking import StateTracking
 from experiments.studies.study import Study
 
@@ -15,6 +16,7 @@ STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         StateTracking(),
+        SelectiveCopying(),
         RecallAndState(),
         Hybrids(),
         LearningRate(),

@@ -1,0 +1,118 @@
+"""Selective copying needs dynamics that look at the input: fixed decays, gates and the delta rule under one budget."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from matplotlib.axes import Axes
+
+from experiments.figures import bytes_text
+from experiments.reading import Comparison
+from experiments.studies import plots
+from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.sweep import Sweep
+from experiments.style import QUIET
+
+EXPERIMENT = "results/selective_copying"
+ARMS = ("model=s4d,retention,gla,delta_net",)
+KINDS = {"s4d": "fixed", "retention": "fixed", "gla": "gated", "delta_net": "delta rule"}
+
+
+class SelectiveCopying(Study):
+    name = "selective_copying"
+    title = "Selective copying needs dynamics that look at the input"
+    sweeps: ClassVar[Mapping[str, Sweep]] = {
+        "recorded": Sweep("experiment=selective_copying seed=0,1,2 train.lr=3e-3,1e-2", ARMS),
+        "small": Sweep("experiment=selective_copying seed=0,1,2 train.lr=1e-2 train.steps=300", ARMS),
+        "large": Sweep(
+            "experiment=selective_copying seed=0,1,2,3,4 train.lr=3e-4,1e-3,3e-3 task.length=4112 train.batch_size=64"
+            " train.steps=40000 train.eval_every=1000 train.device=cuda",
+            (*ARMS, "model=mamba,mamba2,hyena,gated_delta_net,attention"),
+        ),
+    }
+    history = ("validation_accuracy",)
+
+    def pictures(self, runs: Runs) -> Sequence[Picture]:
+        comparison = runs.comparison(EXPERIMENT)
+        return [
+            Picture(
+                "copying",
+                "Left: accuracy on test, each at its learning rate by median validation accuracy among"
+                f" {plots.grid_text(comparison)}; marks are seeds, strokes medians, the state's bytes beside the name."
+                " Right: the same models on validation while they train, seeds thin, medians thick. Chance is dashed.",
+                lambda axes: draw(axes, comparison),
+                columns=2,
+                size=(10.8, 3.8),
+            )
+        ]
+
+    def tables(self, runs: Runs) -> Sequence[Table]:
+        return [Table("Every model", plots.table(runs.comparison(EXPERIMENT)))]
+
+    def claims(self, runs: Runs) -> Sequence[Claim]:
+        best = medians(runs.comparison(EXPERIMENT))
+        fixed = {name: value for name, value in best.items() if KINDS[name] == "fixed"}
+        return [
+            Claim(
+                "fixed dynamics fall short",
+                "Dynamics that do not look at the input do not solve it (Gu and Dao 2023, table 1: S4 18 %)",
+                told(fixed),
+                max(fixed.values()) < 0.6,
+            ),
+            Claim(
+                "gates above fixed dynamics",
+                "Decays that look at the input do better (the same: S6 97 %)",
+                told({"gla": best["gla"], **fixed}),
+                best["gla"] > max(fixed.values()) + 0.1,
+            ),
+            Claim(
+                "the delta rule solves it",
+                "The delta rule comes near 1 under the same budget (seen before in runs of this size)",
+                told({"delta_net": best["delta_net"]}),
+                best["delta_net"] > 0.95,
+            ),
+        ]
+
+
+def medians(comparison: Comparison) -> dict[str, float]:
+    return {plots.model_name(variant): plots.median_of(variant) for variant in comparison.shown}
+
+
+def told(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+def draw(panels: Sequence[Axes], comparison: Comparison) -> None:
+    ordered = sorted(comparison.shown, key=plots.median_of, reverse=True)
+    rows = [(f"{plots.model_name(variant)} ({KINDS[plots.model_name(variant)]}),"
+             f" {bytes_text(plots.state_bytes(variant))}", plots.mixer_look(variant.pattern),
+             variant.values(lambda run: run.result("test"))) for variant in ordered]  # fmt: skip
+    plots.draw_rows(panels[0], rows)
+    panels[0].set_xlim(-0.02, 1.03)
+    panels[0].axvline(comparison.sample["metric"]["chance"], color=QUIET, linestyle=(0, (2, 2)), linewidth=1.2)
+    panels[0].set_xlabel("Accuracy on test")
+    draw_training(panels[1], comparison)
+
+
+def draw_training(axes: Axes, comparison: Comparison) -> None:
+    ends = []
+    for variant in comparison.shown:
+        look = plots.mixer_look(variant.pattern)
+        courses = [{line["step"]: line["validation_accuracy"] for line in run.metrics} for run in variant.finished]
+        for course in courses:
+            axes.plot(list(course), list(course.values()), color=look["color"], alpha=0.35, linewidth=0.8)
+        steps = sorted({step for course in courses for step in course})
+        # A run that stopped early, at its target, stays there.
+        middle = [
+            statistics.median(course.get(step, list(course.values())[-1]) for course in courses) for step in steps
+        ]
+        axes.plot(steps, middle, markersize=5, **look)
+        ends.append((plots.model_name(variant), look["color"], (steps[-1], middle[-1])))
+    axes.set_xlim(left=0)
+    plots.shares(axes)
+    plots.mark_chance(axes, comparison.shown[0].finished[0])
+    plots.label_lines(axes, ends)
+    axes.set_xlabel("Training step")
+    axes.set_ylabel("Accuracy on validation")
