@@ -124,7 +124,7 @@ class Program:
         self._write(_LINEAR, (x.width, len(weight)), y, x, weight, bias, add_to)
         return y
 
-    def convolve(self, x: Value, weight: Tensor, bias: Tensor | None, state: Slot, activation: str | None) -> Value:
+    def convolve(self, x: Value, weight: Tensor, bias: Tensor | None, state: Source, activation: str | None) -> Value:
         y = self.value(x.width)
         channels, taps = weight.shape
         self._write(_CONVOLVE, (channels, taps), y, x, weight, bias, state, activation=activation)
@@ -143,7 +143,7 @@ class Program:
         return y
 
     def scan(
-        self, x: Value, dt: Value, A: Value, B: Value, C: Value, D: Tensor | None, z: Value | None, state: Slot
+        self, x: Value, dt: Value, A: Value, B: Value, C: Value, D: Tensor | None, z: Value | None, state: Source
     ) -> Value:
         """A step of the selective scan with ``softplus(dt)``."""
         y = self.value(x.width)
