@@ -26,8 +26,11 @@ KERNELS = [
 
 SPILLING = {
     "bf16": {"invert"},
-    "fp16": {"corrected_states", "gradients", "invert"},
-    "fp32": {"corrected_gradients", "corrected_states", "invert", "value_gradients"},
+    "fp16": {"corrected_states", "invert"},
+    "fp32": {
+        *("corrected_gradients", "corrected_states", "invert", "value_gradients"),
+        *("block_gradients", "combine", "key_gradients", "query_gradients"),
+    },
 }
 """By dtype of the activations, the kernels in which some thread runs out of registers: what is left to mend."""
 

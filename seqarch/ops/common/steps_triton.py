@@ -29,7 +29,8 @@ def steps(
     inside = (c < K) & (columns < V)
     place = (sequence * heads + head) * K * V + c * V + columns
     state = tl.load(initial + place, mask=inside, other=0.0).to(ACC)
-    for row in range(begin, end):
+    for step in range(end - begin):
+        row = begin + step  # in 64 bits, by the interpreter too
         if DECAY == SCALAR:
             state *= tl.exp(tl.load(log_decay + row * decay_stride + head).to(ACC))
         elif DECAY != NONE:

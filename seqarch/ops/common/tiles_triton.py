@@ -4,8 +4,8 @@ A tensor of activations is a matrix of rows, one a token of the whole batch, ``s
 a function here takes stands at the chunk's first row and the head's first number, moved there in 64 bits; rows ``r``
 count from there, up to the ``count`` tokens of the chunk, in 32 bits. A tile is indexed by rows and columns of two
 dimensions, ``[R, 1]`` and ``[1, D]``, or ``[1, R]`` and ``[D, 1]`` to read it transposed. Tiles are transposed only so,
-as they are read: Triton 3.4 to 3.7.0 gives wrong results on Hopper for products of a product that was transposed in
-registers (flash-linear-attention's issues 640 and 984).
+as they are read: Triton from 3.4 on gives wrong results on Hopper for products of a product that was transposed in
+registers, up to 3.7.0 in flash-linear-attention's issue 640, and in its issue 984 still in 3.7.1.
 
 Every exponent of a decay is a sum of log decays, none of which is positive, and never a difference of long sums:
 
