@@ -154,8 +154,9 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
     trained_to = first.get("trained_to")
     if trained_to and trained_to < first["x"][-1]:
         axes.axvline(trained_to, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
-        axes.annotate(f"trained to {trained_to:,} ", (trained_to, 0.015), xycoords=("data", "axes fraction"),
-                      ha="right", va="bottom", fontsize=8, color=QUIET)  # fmt: skip
+        inside = "right" if trained_to > first["x"][0] else "left"
+        axes.annotate(f" trained to {trained_to:,} ", (trained_to, 0.015), xycoords=("data", "axes fraction"),
+                      ha=inside, va="bottom", fontsize=8, color=QUIET)  # fmt: skip
 
 
 def _powers_of_two(axes: Axes, text: Callable[[float], str]) -> None:

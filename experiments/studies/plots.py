@@ -101,11 +101,11 @@ def mark_chance(axes: Axes, run: RecordedRun, x: float = 0.99) -> None:
                   color=QUIET)  # fmt: skip
 
 
-def mark_length(axes: Axes, length: float) -> None:
-    """Where training sequences ended."""
+def mark_length(axes: Axes, length: float, side: str = "left") -> None:
+    """Where training sequences ended, with a word on the left or on the right of the line."""
     axes.axvline(length, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
-    axes.annotate(f"trained to {length:,} ", (length, 0.015), xycoords=("data", "axes fraction"), ha="right",
-                  va="bottom", fontsize=8, color=QUIET)  # fmt: skip
+    axes.annotate(f" trained to {length:,} ", (length, 0.015), xycoords=("data", "axes fraction"),
+                  ha="right" if side == "left" else "left", va="bottom", fontsize=8, color=QUIET)  # fmt: skip
 
 
 def logarithmic(axes: Axes, ticks: Sequence[float], text: Callable[[float], str], axis: str = "x") -> None:

@@ -180,7 +180,7 @@ def draw_lengths(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.05)
     plots.shares(axes)
     plots.mark_chance(axes, comparison.shown[0].finished[0])
-    plots.mark_length(axes, lengths[0])
+    plots.mark_length(axes, lengths[0], side="right")
     plots.label_lines(axes, ends)
     axes.set_xlabel("Length of the sequences (tokens, logarithmic)")
     axes.set_ylabel("Accuracy on test")
