@@ -146,9 +146,15 @@ def test_hooks_and_forward_passes_of_others_are_not_passed_over(runs: Runs):
             y, state = super().forward(*arguments)  # type: ignore[arg-type]
             return 2 * y, state
 
-    stack.layers[1].mixers[0] = Louder(mixer.config)  # type: ignore[union-attr, index]
-    assert "Louder has no instructions" in stack.explain_one_token()[1]
-    compare(stack, 1, runs)
+    class Quieter(Mamba):
+        def carry(self, *arguments: object) -> tuple[Tensor, object]:
+            y, state = super().carry(*arguments)  # type: ignore[arg-type]
+            return y / 2, state
+
+    for changed in (Louder, Quieter):
+        stack.layers[1].mixers[0] = changed(mixer.config)  # type: ignore[union-attr, index]
+        assert f"{changed.__name__} has no instructions" in stack.explain_one_token()[1]
+        compare(stack, 1, runs)
 
 
 def test_parameters_that_are_computed_or_lent_have_no_address(runs: Runs):

@@ -91,8 +91,10 @@ class Program:
                 that a subclass or somebody else has changed.
         """
         kind = type(module)
-        own, computed = _owner(kind, "one_token"), _owner(kind, "forward")
-        if own is None or computed is None or not issubclass(own, computed):
+        own = _owner(kind, "one_token")
+        # What says the same in torch: a mixer writes ``carry``, other modules ``forward``.
+        computed = [_owner(kind, each) for each in ("forward", "carry")]
+        if own is None or not all(each is None or issubclass(own, each) for each in computed):
             raise Unserved(f"{kind.__name__} has no instructions for one token")
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise Unserved(f"{kind.__name__} has hooks, or a forward pass of its own")
