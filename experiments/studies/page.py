@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,8 @@ PAGES = {name: RESULTS / f"{name}.md" for name in STUDIES}
 def blocks(name: str) -> dict[str, Callable[[], str]]:
     """What makes each generated block of a study's page."""
     study = STUDIES[name]
+    if missing := study.missing(ROOT / RESULTS):
+        return {"results": lambda: not_run(missing), "runs": lambda: "\n\n".join(commands(study))}
     runs = cache(lambda: study.read(ROOT / RESULTS))
     return {
         "results": lambda: results(study, runs()),
@@ -36,6 +38,10 @@ def results(study: Study, runs: Runs, folder: str | None = None) -> str:
         header, *rows = each.rows
         parts.append(f"**{each.title}**\n\n{table(header, rows, align='---:')}")
     return "\n\n".join([*parts, *_failures(runs)])
+
+
+def not_run(missing: Sequence[str]) -> str:
+    return f"**Not run yet**: no runs of {', '.join(missing)} are recorded, so there is nothing to show."
 
 
 def verdicts(study: Study, runs: Runs) -> str:
@@ -58,6 +64,15 @@ def _failures(runs: Runs) -> list[str]:
 
 def how_to_run(study: Study, runs: Runs) -> str:
     """The commands, and where and by which code the recorded runs were made."""
+    seconds = sum(run.record["cost"]["processor_seconds"] for run in runs.all if "cost" in run.record)
+    files = ", ".join(f"[{name}]({name}/{FILE})" for name in runs.by_study)
+    spent = f"{seconds / 60:.0f} minutes of processor time in training steps"
+    recorded = f"Recorded, a line a run: {files}; {len(runs.all)} runs, {spent}."
+    return "\n\n".join([*commands(study), recorded, "\n".join(_machines(runs.all))])
+
+
+def commands(study: Study) -> list[str]:
+    """What trains, draws and writes the page, in its sizes."""
     own = f"python -m experiments.study {study.name}"
     made_by = "\n".join([*(f"python -m experiments.study {name}" for name in study.uses), own])
     parts = [
@@ -67,12 +82,7 @@ def how_to_run(study: Study, runs: Runs) -> str:
     if "large" in study.sweeps:
         count = len(list(study.sweeps["large"].arguments()))
         parts.append(f"For a GPU, {count} runs, **not run yet**: `{own} --version large`.")
-    seconds = sum(run.record["cost"]["processor_seconds"] for run in runs.all if "cost" in run.record)
-    records = ", ".join(f"[{name}]({name}/{FILE})" for name in runs.by_study)
-    spent = f"{seconds / 60:.0f} minutes of processor time in training steps"
-    parts.append(f"Recorded, a line a run: {records}; {len(runs.all)} runs, {spent}.")
-    parts.append("\n".join(_machines(runs.all)))
-    return "\n\n".join(parts)
+    return parts
 
 
 def _small(study: Study) -> str:

@@ -113,6 +113,10 @@ class Study:
         """Where its records lie, and those of the studies it uses."""
         return [root / name for name in ([self.name] if self.sweeps else []) + list(self.uses)]
 
+    def missing(self, root: Path) -> list[str]:
+        """Those of its studies of which no runs are recorded below ``root``: its page then says so."""
+        return [folder.name for folder in self.folders(root) if not (folder / records.FILE).exists()]
+
     def read(self, root: Path) -> Runs:
         """The recorded runs below ``root``, such as docs/results.
 

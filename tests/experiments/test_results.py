@@ -28,6 +28,8 @@ from .conftest import ROOT, TINY, tiny_config, train_here
 
 HOME = ROOT / RESULTS
 OWN = [name for name, study in STUDIES.items() if study.sweeps]
+RECORDED = [name for name, study in STUDIES.items() if not study.missing(HOME)]
+OWN_RECORDED = [name for name in OWN if name in RECORDED]
 HEADLINES: dict[str, dict[str, bool]] = {}
 """By study and claim, whether the recorded runs agree: what the prose of the pages was written for."""
 
@@ -43,20 +45,20 @@ def test_every_study_has_its_page_and_no_page_is_left_over():
     assert all(f"]({page.name})" in index for page in PAGES.values())
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", RECORDED)
 def test_the_headlines_are_those_that_the_page_was_written_for(name):
     claims = STUDIES[name].claims(recorded(name))
     assert {claim.name: claim.holds for claim in claims} == HEADLINES[name]
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OWN_RECORDED)
 def test_every_point_has_at_least_three_seeds(name):
     for comparison in compare(recorded(name).by_study[name]):
         for variant in comparison.variants:
             assert len(variant.runs) >= 3, variant.label
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OWN_RECORDED)
 def test_rates_are_chosen_by_validation_alone(name):
     """Taking the test results away changes no choice, and each choice has the best median on validation."""
     runs = recorded(name).by_study[name]
@@ -71,7 +73,7 @@ def without_test(record: dict) -> dict:
     return {**record, "results": {**record["results"], "test": 0.0}} if record["results"] else record
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OWN_RECORDED)
 def test_recorded_states_are_those_measured(name):
     """Every recorded model is built again: its formula gives the bytes of a real state, and the recorded number."""
     seen = {}
@@ -88,7 +90,7 @@ def test_recorded_states_are_those_measured(name):
         assert model.num_parameters() == run.record["model"]["parameters"]
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", RECORDED)
 def test_every_plot_was_drawn_from_the_committed_records(name):
     study = STUDIES[name]
     source = records.digest(study.folders(HOME))
@@ -105,6 +107,14 @@ def test_every_page_says_what_a_reader_needs(name):
     for part in ("**Question.**", "## What the literature says", "## What it shows", "## What it does not show"):
         assert part in page
     assert f"python -m experiments.study {name}" in page
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in RECORDED])
+def test_a_page_without_records_says_so_and_shows_nothing(name):
+    page = (ROOT / PAGES[name]).read_text(encoding="utf-8")
+    assert "**Not run yet**" in page
+    assert "## What it shows\n\nNothing yet" in page
+    assert not list((HOME / name).glob("*"))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
