@@ -63,7 +63,10 @@ def compare(
     for name, one, other in zip(
         ("o", "dq", "dk", "dv"), listed.with_gradients(found, [x.to(DEVICE) for x in given]), right, strict=True
     ):
-        assert_close(one.cpu(), other, BOUND[dtype], name)
+        if other.abs().max() < 1e-14:  # as of a query that sees one key: rounding is no share of nothing
+            assert one.abs().max() < BOUND[dtype], name
+        else:
+            assert_close(one.cpu(), other, BOUND[dtype], name)
 
 
 def compare_whole(call: dict[str, Any], dtype: torch.dtype = EXACT) -> None:
