@@ -61,7 +61,7 @@ class Hybrids(Study):
     sweeps: ClassVar[Mapping[str, Sweep]] = {
         "recorded": Sweep(
             "seed=0,1,2",
-            tuple(f"{RECALL} {RATES[RECALL]} {arm}" for arm in (PURE, *RATIOS, *PLACES, *OTHER))
+            tuple(f"{RECALL} {RATES[RECALL]} {arm}" for arm in (PURE, *RATIOS, *PLACES))
             + tuple(f"{TEXT} {RATES[TEXT]} {arm}" for arm in (PURE, *RATIOS)),
         ),
         "small": Sweep(
