@@ -12,7 +12,7 @@ from experiments.reading import Comparison, Variant
 from experiments.studies import plots
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep
-from experiments.style import COLOURS, pattern_mixers
+from experiments.style import COLOURS, pattern_mixers, spread
 from seqarch.models import parse_pattern
 
 
@@ -61,7 +61,7 @@ class Hybrids(Study):
     sweeps: ClassVar[Mapping[str, Sweep]] = {
         "recorded": Sweep(
             "seed=0,1,2",
-            tuple(f"{RECALL} {RATES[RECALL]} {arm}" for arm in (PURE, *RATIOS, *PLACES, *OTHER))
+            tuple(f"{RECALL} {RATES[RECALL]} {arm}" for arm in (PURE, *RATIOS, *PLACES))
             + tuple(f"{TEXT} {RATES[TEXT]} {arm}" for arm in (PURE, *RATIOS)),
         ),
         "small": Sweep(
@@ -204,7 +204,7 @@ def draw_ratio(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> Non
                       **look(variant))  # fmt: skip
         axes.set_xticks([0, 0.25, 0.5, 1], ["none", "1:3", "1:1", "all"])
         axes.set_xlabel("Layers of attention to recurrent layers")
-        axes.legend(fontsize=8, frameon=False, loc="center right")
+        axes.legend(fontsize=8, frameon=False, loc="center")
         finish(axes, comparison)
 
 
@@ -226,6 +226,19 @@ def draw_state(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> Non
         length = comparison.sample["model"]["state_length"]
         axes.set_xlabel(f"State after {length:,} tokens (bytes, logarithmic)")
         finish(axes, comparison)
+        label_points(axes, comparison)
+
+
+def label_points(axes: Axes, comparison: Comparison) -> None:
+    """Names beside the medians, moved apart where several models have the same state."""
+    low, high = axes.get_ylim()
+    for size in dict.fromkeys(plots.state_bytes(variant) for variant in comparison.shown):
+        there = [variant for variant in comparison.shown if plots.state_bytes(variant) == size]
+        heights = spread([plots.median_of(variant) for variant in there], 0.055 * (high - low), low, high)
+        offset, side = (9, "left") if len(there) == 1 else (-9, "right")
+        for variant, height in zip(there, heights, strict=True):
+            axes.annotate(variant.label, (size, height), xytext=(offset, 0), textcoords="offset points", va="center",
+                          ha=side, fontsize=8, color=variant.colour)  # fmt: skip
 
 
 def finish(axes: Axes, comparison: Comparison) -> None:

@@ -137,7 +137,7 @@ def draw(panels: Sequence[Axes], courses: Mapping[int, Mapping[str, Course]], ru
                       and (run.config["model"]["name"], run.config["model"]["depth"]) == (name, depth)]  # fmt: skip
             plots.draw_failures(axes, failed, look)
         plots.label_lines(axes, ends)
-        plots.mark_chance(axes, studied(runs)[0], x=0.01)
+        plots.mark_chance(axes, studied(runs)[0])
         axes.set_xlabel("Learning rate (logarithmic)")
         axes.set_title("One layer" if depth == 1 else "Two layers")
     panels[0].set_ylabel("Recall accuracy on test")
