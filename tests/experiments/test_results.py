@@ -30,7 +30,26 @@ HOME = ROOT / RESULTS
 OWN = [name for name, study in STUDIES.items() if study.sweeps]
 RECORDED = [name for name, study in STUDIES.items() if not study.missing(HOME)]
 OWN_RECORDED = [name for name in OWN if name in RECORDED]
-HEADLINES: dict[str, dict[str, bool]] = {}
+HEADLINES: dict[str, dict[str, bool]] = {
+    "recall_and_state": {
+        "attention recalls all": True,
+        "more state, more recall": True,
+        "delta rule above gated linear attention": True,
+        "delta rule above Mamba-2": True,
+        "looking at the input": False,
+        "the gated delta rule is no worse": False,
+    },
+    "hybrids": {
+        "attention brings recall": True,
+        "text hardly depends on the ratio": True,
+        "the place hardly matters": False,
+    },
+    "learning_rate": {
+        "recurrent models have narrower bands": False,
+        "the rate moves a model from chance to its best": True,
+        "one layer of attention fails": False,
+    },
+}
 """By study and claim, whether the recorded runs agree: what the prose of the pages was written for."""
 
 
