@@ -171,9 +171,9 @@ def draw_loads(panels: Sequence[Axes], comparison: Comparison) -> None:
     for axes, metric in zip(panels, ("largest_load", "dropped_share"), strict=True):
         ends = []
         for variant in comparison.shown:
-            if variant.label == "dense":
-                continue
             look, courses = LOOKS[variant.label], [course(run, metric) for run in variant.finished]
+            if not any(any(values) for _, values in courses):
+                continue  # Without a router, or without a capacity.
             for steps, values in courses:
                 axes.plot(steps, values, color=look["color"], alpha=0.35, linewidth=0.9)
             middle = np.median([values for _, values in courses], axis=0)
