@@ -36,9 +36,11 @@ class StateTracking(Study):
     name = "state_tracking"
     title = "State tracking needs negative eigenvalues"
     sweeps: ClassVar[Mapping[str, Sweep]] = {
-        "recorded": Sweep("seed=0,1,2,3,4 train.lr=5e-3,1e-2", ARMS),
-        "small": Sweep("seed=0,1,2 train.lr=1e-2", (f"{ARMS[0]} train.steps=300", ARMS[2])),
-        "large": Sweep("seed=0,1,2,3,4 train.lr=5e-4,1e-3,3e-3 train.steps=20000 train.device=cuda", LARGE),
+        "recorded": Sweep("model.depth=1 seed=0,1,2,3,4 train.lr=5e-3,1e-2", ARMS),
+        "small": Sweep("model.depth=1 seed=0,1,2 train.lr=1e-2", (f"{ARMS[0]} train.steps=300", ARMS[2])),
+        "large": Sweep(
+            "model.depth=1 seed=0,1,2,3,4 train.lr=5e-4,1e-3,3e-3 train.steps=20000 train.device=cuda", LARGE
+        ),
     }
 
     def pictures(self, runs: Runs) -> Sequence[Picture]:

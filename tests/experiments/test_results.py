@@ -49,6 +49,26 @@ HEADLINES: dict[str, dict[str, bool]] = {
         "the rate moves a model from chance to its best": True,
         "one layer of attention fails": False,
     },
+    "selective_copying": {
+        "fixed dynamics fall short": False,
+        "gates above fixed dynamics": False,
+        "the delta rule solves it": False,
+    },
+    "length": {
+        "full attention fails beyond its training length": False,
+        "recurrent states extrapolate": True,
+        "far out the cheap models win": True,
+    },
+    "efficiency": {
+        "attention is cheapest at short lengths": True,
+        "only attention's state grows": True,
+    },
+    "experts": {
+        "experts beat dense": True,
+        "loss and bias balance": True,
+        "the bias costs no quality": False,
+        "balancing is nearly free": True,
+    },
 }
 """By study and claim, whether the recorded runs agree: what the prose of the pages was written for."""
 

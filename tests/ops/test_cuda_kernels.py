@@ -114,9 +114,9 @@ def test_convolutions_in_lower_precision(dtype: torch.dtype):
 
 @pytest.mark.parametrize("record", ["causal_conv1d", "selective_scan"] if HERE and not REAL else ())
 def test_oracles(record: str):
-    for dtype in (torch.float32, torch.float64):
+    for dtype, bound in oracles.BOUND.items():
         backend = "parallel_cuda" if record == "causal_conv1d" else "chunk_cuda"
-        oracles.test_values_and_gradients(record, backend, dtype)
+        oracles.test_values_and_gradients(record, backend, DEVICE, dtype, bound)
 
 
 @pytest.mark.parametrize("full", [False, True] if HERE else ())

@@ -18,9 +18,9 @@ from tests.laws import assert_close, available, on_device
 
 ORACLES = Path(__file__).parents[1] / "data" / "oracles"
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-6}
+"""The records themselves were rounded to float32 several times over: float64 does not come closer than that."""
 ON_DEVICE = 1e-5
 """Of float32 products in three TF32 ones."""
-"""The records themselves were rounded to float32 several times over: float64 does not come closer than that."""
 
 RECORDS = {
     "causal_conv1d": "causal_conv1d",
