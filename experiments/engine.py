@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from experiments import processes
+from experiments import environment, processes
 from experiments.config import TrainConfig
 from experiments.errors import RunnerError
 from experiments.tasks.task import IGNORED, Batch
@@ -54,6 +54,9 @@ class Engine:
     def prepare(self, model: LanguageModel) -> LanguageModel:
         """The model on its device, recomputed, compiled and sharded layer by layer as the configuration says."""
         model = model.to(self.device)
+        if self.config.compile:
+            # torch keeps compiled graphs on disk by the names of custom operators, whatever those return by now.
+            torch.compiler.config.cache_key_tag = f"seqarch {environment.sources_digest()}"
         for layer in model.stack.layers:
             # Compiled inside what is recomputed: the other way round the compiler would leave out layers that keep
             # something of their forward pass, as a mixture of experts keeps its routing.

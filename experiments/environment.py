@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+import seqarch
 from seqarch.ops.common import library_cuda, native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +81,15 @@ def _addition(name: str, text: str) -> str:
     body = "".join(f"+{line}\n" for line in lines)
     open_end = "" if text.endswith("\n") else "\\ No newline at end of file\n"
     return f"{header}--- /dev/null\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n{body}{open_end}"
+
+
+@cache
+def sources_digest() -> str:
+    """Of the Python sources of seqarch, which a compiler's cache outlives."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(seqarch.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def compiled_library() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from experiments import environment
 from experiments.engine import Engine, choose_device
 from experiments.errors import RunnerError
 from experiments.records import RunFolder
@@ -86,8 +87,18 @@ def test_bfloat16_is_autocast_over_float32_parameters(tmp_path):
     assert (one - two).square().mean().sqrt() / one.square().mean().sqrt() < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside its compiler
+def test_compiled_graphs_on_disk_are_those_of_these_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    prepared(tmp_path, **RECURRENT)
+    assert torch.compiler.config.cache_key_tag == ""
+    monkeypatch.setattr(environment, "sources_digest", lambda: "other")
+    prepared(tmp_path, train__compile=True, **RECURRENT)
+    assert torch.compiler.config.cache_key_tag == "seqarch other"
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside its compiler, as are these
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, as are these
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("recompute", [False, True])
