@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.gpu.contests import GPU_CONTESTS
+from experiments.blocks import table
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 GPU_RESULTS = Path(__file__).parent / "results" / "gpu"
@@ -32,19 +33,21 @@ def _section(record: dict[str, Any]) -> Iterator[str]:
     )
     yield _table(record["rows"])
     if record["absent"]:
-        absent = "; ".join(f"{name}: {reason}" for name, reason in record["absent"].items())
-        yield f"Absent: {absent}."
+        yield _absent(record)
+    if record["failed"]:
+        failed = "; ".join(f"{each['contestant']}, {each['way']}, T = {each['length']}: {each['reason']}"
+                           for each in record["failed"])  # fmt: skip
+        yield f"Failed: {failed}."
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds and, in brackets, the share of the nearer ceiling; a dash is a length that was left out."""
+    """Milliseconds and, in brackets, the share of the nearer ceiling; a dash is where there is no time."""
     lengths = sorted({row["length"] for row in rows})
-    header = ["", "contestant", *(f"T = {length}" for length in lengths)]
-    lines = [header, ["---", "---", *["--:"] * len(lengths)]]
+    header, lines = ["", "contestant", *(f"T = {length}" for length in lengths)], []
     for way, name in dict.fromkeys((row["way"], row["contestant"]) for row in rows):
         cells = {row["length"]: row for row in rows if (row["way"], row["contestant"]) == (way, name)}
         lines.append([way, name, *(_cell(cells.get(length)) for length in lengths)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(header, lines, align="--:", left=2)
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -55,10 +58,11 @@ def gpu_tables() -> str:
     """Which contests were measured on a GPU, and those that were: what it was, and a table a contest."""
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(GPU_RESULTS.glob("*.json"))}
     measured = {record["contest"] for record in records.values()}
-    lines = [["contest", "", ""], ["---"] * 3]
-    for name, contest in GPU_CONTESTS.items():
-        lines.append([name, contest.title, "measured" if name in measured else "not measured"])
-    overview = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    overview = table(
+        ("contest", "", ""),
+        ((name, contest.title, "measured" if name in measured else "not measured")
+         for name, contest in GPU_CONTESTS.items()),
+    )  # fmt: skip
     return "\n\n".join([overview, *(part for record in records.values() for part in _gpu_section(record))])
 
 
@@ -73,12 +77,15 @@ def _gpu_section(record: dict[str, Any]) -> Iterator[str]:
     )
     rows = record["rows"]
     shapes = sorted({(row["length"], row["batch"]) for row in rows})
-    lines = [["", "width", "contestant", *(f"{batch} x {length}" for length, batch in shapes)]]
-    lines.append(["---", "--:", "---", *["--:"] * len(shapes)])
+    header, lines = ["", "width", "contestant", *(f"{batch} x {length}" for length, batch in shapes)], []
     for way, width, name in dict.fromkeys((row["way"], row["width"], row["contestant"]) for row in rows):
         own = [row for row in rows if (row["way"], row["width"], row["contestant"]) == (way, width, name)]
         cells = {(row["length"], row["batch"]): row for row in own}
         lines.append([way, str(width), name, *(_cell(cells.get(each)) for each in shapes)])
-    yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    yield table(header, lines, align="--:", left=3)
     if record["absent"]:
-        yield f"Absent: {'; '.join(f'{name}: {reason}' for name, reason in record['absent'].items())}."
+        yield _absent(record)
+
+
+def _absent(record: dict[str, Any]) -> str:
+    return f"Absent: {'; '.join(f'{name}: {reason}' for name, reason in record['absent'].items())}."

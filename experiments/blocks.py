@@ -22,8 +22,8 @@ def fill(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     return text
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---") -> str:
-    """A table in Markdown; the first column is aligned left, the others as ``align`` says."""
+def table(header: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---", left: int = 1) -> str:
+    """A table in Markdown; the first ``left`` columns are aligned left, the others as ``align`` says."""
     header = list(header)
-    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
+    lines = [header, [*["---"] * left, *[align] * (len(header) - left)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -117,7 +117,6 @@ def draw_training(panels: Sequence[Axes], comparison: Comparison) -> None:
         if _is_share(comparison):
             axes.set_ylim(-0.03, 1.05)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        if _is_share(comparison):
             _mark_chance(axes, comparison, vertical=False, label=False)
     panels[0].set_ylabel(f"{metric_label(comparison)}\non validation")
 

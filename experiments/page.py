@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.blocks import table
 from experiments.figures import bytes_text, test_of
 from experiments.files import write_atomic
 from experiments.reading import Comparison, Variant
@@ -76,7 +77,8 @@ def _section(comparison: Comparison, pictures: list[tuple[str, str]], titled: bo
     parts = [f"## {sample['task']['title']} (`{comparison.name}`)"] if titled else []
     parts.append(sample["task"]["reading"])
     parts += [f"![{sample['task']['title']}: {shows}]({name}.png)" for name, shows in pictures[:1]]
-    parts.append(_markdown_table(table_rows(comparison)))
+    header, *rows = table_rows(comparison)
+    parts.append(table(header, rows, align="---:"))
     better = "More" if metric["higher_is_better"] else "Less"
     seeds = ", ".join(map(str, comparison.seeds))
     parts.append(
@@ -128,9 +130,3 @@ def _machine(comparisons: list[Comparison]) -> list[str]:
             commit = (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
             lines.append(f"- {line}; code {commit}")
     return ["## Machine", "\n".join(dict.fromkeys(lines))] if lines else []
-
-
-def _markdown_table(rows: list[list[str]]) -> str:
-    header, *body = rows
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -85,6 +85,10 @@ def main() -> int:
     root = ROOT / RESULTS if arguments.version == "recorded" else arguments.runs / "results" / arguments.version
     names, worst = list(STUDIES) if arguments.all else arguments.name, 0
     try:
+        if not names:
+            raise RunnerError(f"no study is named, {choices_hint('', STUDIES)}, or --all")
+        if arguments.jobs < 1:
+            raise RunnerError(f"--jobs is {arguments.jobs}, expected at least 1")
         for name in names:
             if name not in STUDIES:
                 raise RunnerError(f"unknown study {name!r}, {choices_hint(name, STUDIES)}")

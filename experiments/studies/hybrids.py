@@ -92,7 +92,8 @@ class Hybrids(Study):
             Picture(
                 "state",
                 "The same runs against the bytes of state at the longest position: 64 tokens of recall, 1024 bytes of"
-                f" text. {marks} Parameters: {span(recall)} on recall, {span(text)} on text.",
+                f" text. {marks} Parameters: {plots.parameter_span(recall)} on recall, {plots.parameter_span(text)} on"
+                " text.",
                 lambda axes: draw_state(axes, (recall, text)),
                 columns=2,
                 size=(10.4, 4.0),
@@ -168,11 +169,6 @@ def told(values: Mapping[str, float], *names: str) -> str:
 
 def spread_of(values: Mapping[str, float], *names: str) -> float:
     return max(values[name] for name in names) - min(values[name] for name in names)
-
-
-def span(comparison: Comparison) -> str:
-    counts = [plots.parameters(variant) for variant in comparison.shown]
-    return f"{min(counts):,} to {max(counts):,}"
 
 
 def share(variant: Variant) -> float:

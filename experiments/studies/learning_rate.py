@@ -21,7 +21,6 @@ ARMS = (
     HEADS["gla"] + "2",
 )
 SMALL = ("model=attention", HEADS["delta_net"] + "2")
-SEEDS = "experiment=recall_and_state seed=0,1,2"
 GOOD = 0.9
 """A rate works for a model whose median accuracy is at least this share of the best that the model reaches."""
 
@@ -94,7 +93,7 @@ class LearningRate(Study):
 
 
 def cell(values: Sequence[float] | None) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
+    return plots.median_and_range(values) if values else "-"
 
 
 def studied(runs: Runs) -> list[RecordedRun]:

@@ -50,7 +50,7 @@ class Length(Study):
                 "position",
                 "Bits per byte against the position in a held-out file, mean over files and over the positions between"
                 f" two marks; less is better. No model was trained beyond the dotted line at {curve['trained_to']}"
-                " bytes. Thin lines are seeds, thick ones medians; the dashed line are byte frequencies alone. Learning"
+                " bytes. Thin lines are seeds, thick ones medians; the dashed line is byte frequencies alone. Learning"
                 f" rates by median validation among {plots.grid_text(comparison)}.",
                 lambda axes: draw_positions(axes[0], comparison),
                 size=(7.6, 4.6),
@@ -77,9 +77,8 @@ class Length(Study):
             rows.append(
                 [
                     variant.label,
-                    *(f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-                      for values in (near(variant), far(variant))),
-                    *(f"{next_flops(model, length):,}" for length in (trained, end)),
+                    *(plots.median_and_range(values) for values in (near(variant), far(variant))),
+                    *(f"{model.step_flops(length):,}" for length in (trained, end)),
                     bytes_text(model.state_bytes(end)),
                 ]
             )  # fmt: skip
@@ -92,14 +91,11 @@ class Length(Study):
         ends = {name: statistics.median(far(variant)) for name, variant in shown.items()}
         recurrent = {name: ends[name] for name in ("mamba2", "gated_delta_net", "sliding_window")}
 
-        def told(values: Mapping[str, float], sign: str = "") -> str:
-            return ", ".join(f"{name} {value:{sign}.3f}" for name, value in values.items())
-
         return [
             Claim(
                 "full attention fails beyond its training length",
                 "Attention with rotary positions gets worse beyond the training length (Press et al. 2021, figure 1)",
-                f"last half of the file less the trained part, bits per byte: {told(change, '+')}",
+                f"last half of the file less the trained part, bits per byte: {plots.told(change, '+')}",
                 change["attention"] > WORSE,
             ),
             Claim(
@@ -111,7 +107,7 @@ class Length(Study):
             Claim(
                 "far out the cheap models win",
                 "Far beyond the training length a model of constant cost is better than full attention",
-                f"last half of the file: {told(ends)}",
+                f"last half of the file: {plots.told(ends)}",
                 min(recurrent.values()) < min(ends["attention"], ends["attention_no_position"]),
             ),
         ]
@@ -145,11 +141,6 @@ def built(variant: Variant) -> LanguageModel:
     return build_model(run_config({**variant.runs[0].config, "runs": "runs"}))
 
 
-def next_flops(model: LanguageModel, length: int) -> int:
-    """FLOPs of one more byte after so many."""
-    return model.flops(length + 1) - model.flops(length)
-
-
 def draw_positions(axes: Axes, comparison: Comparison) -> None:
     first, ends = curve_of(comparison.shown[0].finished[0]), []
     for variant in comparison.shown:
@@ -178,7 +169,7 @@ def look_of(variant: Variant) -> dict:
 def draw_costs(panels: Sequence[Axes], comparison: Comparison) -> None:
     trained = curve_of(comparison.shown[0].finished[0])["trained_to"]
     lengths = [2**power for power in range(6, 18)]
-    for axes, cost in zip(panels, (next_flops, LanguageModel.state_bytes), strict=True):
+    for axes, cost in zip(panels, (LanguageModel.step_flops, LanguageModel.state_bytes), strict=True):
         ends = []
         for variant in comparison.shown:
             if "no_position" in variant.label:

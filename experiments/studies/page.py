@@ -103,4 +103,5 @@ def _machine(run: RecordedRun) -> str:
     commit = (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
     device = hardware.get("gpu", hardware["cpu"])
     versions = f"Python {software['python']}, torch {software['torch']}"
-    return f"{device}, {hardware['threads']} thread a run; {versions}; code {commit}"
+    threads = f"{hardware['threads']} thread{'' if hardware['threads'] == 1 else 's'}"
+    return f"{device}, {threads} a run; {versions}; code {commit}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +96,7 @@ def mark_chance(axes: Axes, run: RecordedRun, x: float = 0.99) -> None:
     metric = run.record["metric"]
     axes.axhline(metric["chance"], color=QUIET, linestyle=(0, (2, 2)), linewidth=1.2, zorder=1)
     axes.annotate(f"chance: {metric['chance_label']}", (x, metric["chance"]), xycoords=("axes fraction", "data"),
-                  xytext=(0, 3), textcoords="offset points", ha="right" if x > 0.5 else "left", va="bottom", fontsize=8,
+                  xytext=(0, -3), textcoords="offset points", ha="right" if x > 0.5 else "left", va="top", fontsize=8,
                   color=QUIET)  # fmt: skip
 
 
@@ -167,6 +166,21 @@ def table(comparison: Comparison) -> list[list[str]]:
     return [header, *(_row(variant) for variant in comparison.variants)]
 
 
+def median_and_range(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def told(values: Mapping[str, float], sign: str = "") -> str:
+    """Names with their values, in a claim's words."""
+    return ", ".join(f"{name} {value:{sign}.3f}" for name, value in values.items())
+
+
+def parameter_span(comparison: Comparison) -> str:
+    """From the smallest to the largest model shown."""
+    counts = [parameters(variant) for variant in comparison.shown]
+    return f"{min(counts):,} to {max(counts):,}"
+
+
 def _row(variant: Variant) -> list[str]:
     tried = ", ".join(f"{rate:g}" for rate in variant.grid["train.lr"])
     rate = f"{variant.runs[0].config['train']['lr']:g} of {tried}"
@@ -177,7 +191,7 @@ def _row(variant: Variant) -> list[str]:
                       for name in ("flops", "processor_seconds"))  # fmt: skip
     return [
         variant.label,
-        f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})",
+        median_and_range(values),
         f"{len(values)} of {len(variant.runs)}",
         f"{first['model']['parameters']:,}",
         bytes_text(first["model"]["state_bytes"]),
@@ -185,8 +199,3 @@ def _row(variant: Variant) -> list[str]:
         f"{seconds:.1f} s",
         rate,
     ]
-
-
-def falls(values: Sequence[float], slack: float = 0.0) -> bool:
-    """Whether each is no more than the one before, but for ``slack``."""
-    return all(after <= before + slack for before, after in pairwise(values))

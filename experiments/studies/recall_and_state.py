@@ -76,7 +76,8 @@ class RecallAndState(Study):
             ),
             Picture(
                 "equal",
-                f"Left: each mixer at its best state, all of the same width and depth ({span(comparison)} parameters)."
+                "Left: each mixer at its best state, all of the same width and depth"
+                f" ({plots.parameter_span(comparison)} parameters)."
                 f" Right: each at the state nearest to {bytes_text(EQUAL_STATE)}, its bytes beside its name; attention"
                 " has one size only, its cache of 64 tokens. Strokes are medians over seeds; chance is dashed.",
                 lambda axes: draw_equal(axes, comparison),
@@ -142,11 +143,6 @@ def gated(models: Mapping[str, list[Variant]]) -> list[Claim]:
 
 def chosen(runs: Runs) -> Comparison:
     return runs.comparison(EXPERIMENT)
-
-
-def span(comparison: Comparison) -> str:
-    counts = [plots.parameters(variant) for variant in comparison.shown]
-    return f"{min(counts):,} to {max(counts):,}"
 
 
 def value_at(models: Mapping[str, list[Variant]], name: str) -> float:

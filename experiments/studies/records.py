@@ -115,7 +115,7 @@ def read(folder: Path) -> list[RecordedRun]:
     """
     file = folder / FILE
     if not file.exists():
-        raise RunnerError(f"{file} does not exist: run the study first, python -m experiments.study {folder.name}")
+        raise RunnerError(f"{file} does not exist: run the study {folder.name} first, in the same version")
     lines = [json.loads(each) for each in file.read_text(encoding="utf-8").splitlines()]
     return [RecordedRun(Path(each["run"]), each["config"], each["record"], each.get("metrics", [])) for each in lines]
 

@@ -35,10 +35,6 @@ class Sweep:
         for arm in self.arms:
             yield from _expanded(shlex.split(f"{self.common} {arm}"))
 
-    def commands(self) -> list[str]:
-        """A sweep of ``experiments.run`` for each arm: the same runs by hand."""
-        return [f"python -m experiments.run --multirun {self.common} {arm}".rstrip() for arm in self.arms]
-
 
 def _expanded(arguments: Sequence[str]) -> Iterator[list[str]]:
     """Every combination of the choices among ``key=a,b`` arguments; the last one of a key counts, as in Hydra."""

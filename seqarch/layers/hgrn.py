@@ -79,7 +79,7 @@ class Hgrn(ElementwiseMixer):
         return self.output(h.to(x.dtype) * F.silu(self.gate(x))), RecurrentState(None, memory)
 
     def _turning(
-        self, candidate: Tensor, write: Tensor, log_decay: Tensor, memory: Tensor | None, cu_seqlens: Offsets
+        self, candidate: Tensor, write: Tensor, log_decay: Tensor, memory: Tensor, cu_seqlens: Offsets
     ) -> tuple[Tensor, Tensor]:
         rows = candidate.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         nothing = torch.zeros(rows, dtype=torch.int64, device=candidate.device)

@@ -113,27 +113,24 @@ def join_rows(rows: Sequence[KVCache], keep: int | None) -> KVCache:
     return right_aligned(keys, values, [row.length for row in rows], keep, max(row.capacity for row in rows))
 
 
-def extend(
-    cache: KVCache | None, k: Tensor, v: Tensor, keep: int | None, first: int = 0
-) -> tuple[Tensor, Tensor, KVCache]:
+def extend(cache: KVCache, k: Tensor, v: Tensor, keep: int | None, first: int = 0) -> tuple[Tensor, Tensor, KVCache]:
     """Append ``k: [B, T, G, K]`` and ``v`` to every row: all held keys and values, old and new, and the cache after.
 
     Those come back in the dtypes of k and v, whatever the cache holds.
     """
-    if cache is None or not cache.capacity:
-        start = None if cache is None else cache.start
-        length = 0 if cache is None else cache.length
-        return k, v, KVCache(_held(k, keep, first, start), _held(v, keep, first, start), length + k.shape[1], start)
+    length = cache.length + k.shape[1]
+    if not cache.capacity:
+        start = cache.start
+        return k, v, KVCache(_held(k, keep, first, start), _held(v, keep, first, start), length, start)
     held = cache.held(keep)
     end = held + k.shape[1]
     if end <= cache.capacity:
         keys, values = _write(cache.keys, k, held), _write(cache.values, v, held)
-        after = KVCache(keys, values, cache.length + k.shape[1], cache.start)
+        after = KVCache(keys, values, length, cache.start)
         return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype), after
     keys = torch.cat([cache.keys[:, :held], k], dim=1)
     values = torch.cat([cache.values[:, :held], v], dim=1)
     start = cache.first_held(keep)
-    length = cache.length + k.shape[1]
     return (
         keys.to(k.dtype),
         values.to(v.dtype),

@@ -90,12 +90,12 @@ class Mamba(RecurrentMixer):
         return self.output(y), RecurrentState(conv, memory)
 
     def _signed_scan(
-        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, memory: Tensor | None, cu_seqlens: Offsets
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, memory: Tensor, cu_seqlens: Offsets
     ) -> tuple[Tensor, Tensor]:
         """The scan without its gate, as one of ``E N`` channels: a decay below 0 is no power of a step size."""
         delta = F.softplus(dt.to(A.dtype)).unsqueeze(-1)
         write = delta * u.unsqueeze(-1) * B.unsqueeze(-2)
-        memory = None if memory is None else memory.flatten(1).unsqueeze(-1)
+        memory = memory.flatten(1).unsqueeze(-1)
         h, memory = elementwise_scan(write.flatten(2), (delta * A).flatten(2), memory, cu_seqlens, signed=True)
         y = (h.unflatten(-1, self.memory_shape) * C.to(h.dtype).unsqueeze(-2)).sum(-1)
         return y.to(u.dtype) + self.D.to(u.dtype) * u, memory.view(-1, *self.memory_shape)

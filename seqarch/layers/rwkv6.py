@@ -87,7 +87,7 @@ class Rwkv6(LinearMixer):
         k: Tensor,
         v: Tensor,
         log_decay: Tensor,
-        memory: Tensor | None,
+        memory: Tensor,
         offsets: Offsets,
     ) -> tuple[Tensor, Tensor]:
         """``r_t S_{t-1}``, and the state after the last token: each token decays and writes at the next one's step."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from seqarch.ops.common.checks import fits, show
 
 if TYPE_CHECKING:
     from seqarch.models.language_model import LanguageModel
@@ -20,29 +22,45 @@ def _as_rows(prompt: Prompts, vocab_size: int, device: torch.device) -> list[Ten
     """The prompts as 1-D tensors.
 
     Raises:
-        ValueError: there is no prompt, one is empty, or a token is no integer or not in the vocabulary.
+        ValueError: there is no prompt, it is of another kind, one is empty, or a token is no integer or not in the
+            vocabulary.
     """
-    if not isinstance(prompt, Tensor) and not len(prompt):
-        raise ValueError("generate: no prompt was given, expected at least one")
     if isinstance(prompt, Tensor):
         rows = list(prompt) if prompt.ndim == 2 else [prompt]
-    elif not isinstance(prompt[0], int):
-        rows = list(prompt)
-    else:
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)):
+        raise ValueError(
+            f"generate: prompt is {show(prompt)}, expected a list of integers, a tensor or a list of these"
+        )
+    elif prompt and all(isinstance(token, int) for token in prompt):
         rows = [prompt]
-    tensors = [torch.as_tensor(row, device=device) for row in rows]
-    if not tensors:
+    else:
+        rows = list(prompt)
+    if not rows:
         raise ValueError("generate: no prompt was given, expected at least one")
+    tensors = [_as_row(i, row).to(device) for i, row in enumerate(rows)]
     for i, row in enumerate(tensors):
         if row.ndim != 1 or row.numel() == 0:
             raise ValueError(f"generate: prompt {i} has shape {list(row.shape)}, expected at least one token [T]")
-        if row.dtype.is_floating_point:
+        if row.dtype.is_floating_point or row.dtype.is_complex or row.dtype == torch.bool:
             raise ValueError(f"generate: prompt {i} has dtype {row.dtype}, expected integers")
         if not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
             raise ValueError(
                 f"generate: prompt {i} has tokens {int(row.min())} to {int(row.max())}, expected 0 to {vocab_size - 1}"
             )
     return [row.long() for row in tensors]
+
+
+def _as_row(i: int, row: Any) -> Tensor:
+    """Prompt i as a tensor.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    try:
+        len(row)  # a single number has none
+        return torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"generate: prompt {i} is {show(row)}, expected a list of integers or a tensor [T]") from error
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -90,10 +108,11 @@ def generate(
         For each prompt, the prompt and what follows it, ``[T + new]``.
 
     Raises:
-        ValueError: a prompt is empty or holds a token outside the vocabulary, or an option is out of range.
+        ValueError: a prompt is empty, of another kind or holds a token outside the vocabulary, or an option is out of
+            range.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens must not be negative, got {max_new_tokens}")
+    if not fits(max_new_tokens, (int,)) or max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens is {show(max_new_tokens)}, expected an int of at least 0")
     if stop_token is not None and not 0 <= stop_token < self.config.vocab_size:
         raise ValueError(f"generate: stop_token must be 0 to {self.config.vocab_size - 1}, got {stop_token}")
     if not temperature >= 0 or not 0 < top_p <= 1:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from seqarch.layers import Layer
 from seqarch.layers.linear import Linear
+from seqarch.layers.mixer import linear_flops
 from seqarch.models.generation import generate
 from seqarch.models.stack import Stack, StackConfig, StackState
+from seqarch.ops.common.checks import entries_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +63,20 @@ class LanguageModel(nn.Module):
     def features(
         self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, StackState]:
-        """What the head reads: ``[B, T, D]``, and the state."""
-        if tokens.ndim != 2 or tokens.dtype.is_floating_point:
-            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {list(tokens.shape)}")
-        embedded = self.embedding(tokens)
+        """What the head reads: ``[B, T, D]``, and the state.
+
+        Raises:
+            ValueError: the tokens are not int32 or int64 ``[B, T]``, or (on a CPU) one is not in the vocabulary.
+        """
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+            tensor = isinstance(tokens, Tensor)
+            given = f"{tokens.dtype} of shape {list(tokens.shape)}" if tensor else type(tokens).__name__
+            raise ValueError(f"tokens must be int32 or int64 [B, T], got {given}")
+        try:
+            embedded = self.embedding(tokens)
+        except IndexError:  # a check of every token in advance would cost one-token decoding 3 %
+            entries_within("language model", "tokens", tokens, 0, self.config.vocab_size - 1)
+            raise
         if self.config.embedding_scale != 1:
             embedded = embedded * self.config.embedding_scale
         x, after = self.stack(embedded, state, cu_seqlens)
@@ -91,8 +103,11 @@ class LanguageModel(nn.Module):
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """FLOPs of the forward pass over ``length`` tokens, the head included; a lookup costs none."""
-        head = 2 * self.config.d_model * self.config.vocab_size * length * batch_size
-        return self.stack.flops(length, batch_size) + head
+        return self.stack.flops(length, batch_size) + linear_flops(self.head, length * batch_size)
+
+    def step_flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of one more token after ``length`` of them, counted as in :meth:`flops`."""
+        return self.stack.step_flops(length, batch_size) + linear_flops(self.head, batch_size)
 
     def num_parameters(self) -> int:
         """Parameters, shared ones counted once."""

@@ -14,7 +14,7 @@ from seqarch.layers.mixer import State, check_options
 from seqarch.layers.norms import RMSNorm
 from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import LayerPattern, tile_pattern
-from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.common.checks import show, unknown_name
 from seqarch.ops.common.token_cpp import Program, Unserved, Value
 
 StackState = tuple[tuple[State, ...], ...]
@@ -56,6 +56,10 @@ class StackConfig:
         for name in (*self.channels, *(layer.channel or self.channel for layer in layers)):
             if name not in CHANNEL_MIXERS and name != "none":
                 raise unknown_name("channel mixer", name, [*CHANNEL_MIXERS, "none"])
+        for kind, given in (("mixer", self.mixers), ("channel mixer", self.channels)):
+            for name, options in given.items():
+                if not isinstance(options, dict):
+                    raise ValueError(f"{kind} {name!r}: expected a dict of options, got {show(options)}")
 
 
 class StackLayer(nn.Module):
@@ -123,6 +127,20 @@ def in_turn(
     return x, tuple(after)
 
 
+def _check_state(state: StackState, layers: Sequence[StackLayer]) -> None:
+    """Raise unless the state has an entry for each layer, and that one for each mixer; these check their own."""
+    if not isinstance(state, (tuple, list)):
+        raise ValueError(f"stack: the state is {type(state).__name__}, expected a tuple of {len(layers)} layers")
+    if len(state) != len(layers):
+        raise ValueError(f"stack: the state is of {len(state)} layers, expected {len(layers)}")
+    for i, (layer, own) in enumerate(zip(layers, state, strict=True)):
+        mixers = len(layer.mixers)
+        if not isinstance(own, (tuple, list)):
+            raise ValueError(f"stack: the state of layer {i} is {show(own)}, expected a tuple of {mixers} mixers")
+        if len(own) != mixers:
+            raise ValueError(f"stack: the state of layer {i} is of {len(own)} mixers, expected {mixers}")
+
+
 Schedule = Callable[..., tuple[Tensor, StackState]]
 """What runs the layers of a stack, as :func:`in_turn` does; :mod:`seqarch.parallel` has another."""
 
@@ -144,10 +162,16 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, StackState]:
         if x.ndim != 3 or x.shape[-1] != self.config.d_model:
             raise ValueError(f"stack: x has shape {list(x.shape)}, expected [B, T, {self.config.d_model}]")
-        return self.schedule(self._layers(), x, state, cu_seqlens)
+        layers = self._layers()
+        if state is not None:
+            _check_state(state, layers)
+        return self.schedule(layers, x, state, cu_seqlens)
 
     def _layers(self) -> list[StackLayer]:
         return [layer for layer in self.layers if isinstance(layer, StackLayer)]
+
+    def _mixers(self) -> list[Any]:
+        return [mixer for layer in self._layers() for mixer in layer.mixers]
 
     def init_state(
         self,
@@ -162,13 +186,20 @@ class Stack(nn.Module):
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
         """Bytes of the state after ``length`` tokens."""
-        mixers = [mixer for layer in self._layers() for mixer in layer.mixers]
-        return sum(mixer.state_bytes(length, batch_size) for mixer in mixers)  # type: ignore[operator]
+        return sum(mixer.state_bytes(length, batch_size) for mixer in self._mixers())
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """FLOPs of the forward pass over ``length`` tokens, counted as in :meth:`seqarch.layers.Mixer.flops`."""
-        parts = [part for layer in self._layers() for part in (*layer.mixers, layer.channel) if part is not None]
-        return sum(part.flops(length, batch_size) for part in parts)  # type: ignore[operator]
+        mixers = sum(mixer.flops(length, batch_size) for mixer in self._mixers())
+        return mixers + self._channel_flops(length, batch_size)
+
+    def step_flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of one more token after ``length`` of them, counted as in :meth:`flops`."""
+        mixers = sum(mixer.step_flops(length, batch_size) for mixer in self._mixers())
+        return mixers + self._channel_flops(1, batch_size)
+
+    def _channel_flops(self, length: int, batch_size: int) -> int:
+        return sum(channel.flops(length, batch_size) for channel in self.channels().values())
 
     def explain_one_token(self) -> list[str]:
         """For each layer, whether one decoded token of it is compiled (:mod:`seqarch.models.one_token`), or why not."""

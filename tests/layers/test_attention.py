@@ -275,3 +275,5 @@ def test_wrong_calls_are_named():
         mixer(inputs(2, 1), clone_state(state), [0, 2])
     with pytest.raises(ValueError, match="cu_seqlens must end at the length 4, got 3"):
         mixer(inputs(4, 1), None, [0, 3])
+    with pytest.raises(ValueError, match="cu_seqlens: expected offsets from 0 to T, got 3"):
+        mixer(inputs(4, 1), None, 3)  # pyright: ignore[reportArgumentType]

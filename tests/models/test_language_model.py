@@ -85,7 +85,15 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ([1, 11], {}, "prompt 0 has tokens 1 to 11, expected 0 to 10"),
     ([1], {"temperature": -1.0}, "expected temperature >= 0"),
     ([1], {"top_p": 0.0}, r"top_p in \(0, 1\], got 0.0 and 0.0"),
-    ([1], {"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+    ([1], {"max_new_tokens": -1}, "max_new_tokens is int -1, expected an int of at least 0"),
+    ([1], {"max_new_tokens": 3.5}, "max_new_tokens is float 3.5, expected an int of at least 0"),
+    ("abc", {}, "prompt is str 'abc', expected a list of integers, a tensor or a list of these"),
+    (None, {}, "prompt is None, expected a list of integers"),
+    ([1.0, 2.0], {}, r"prompt 0 is float 1.0, expected a list of integers or a tensor \[T\]"),
+    ([1, [2]], {}, "prompt 0 is int 1, expected a list of integers"),
+    ([[1], "ab"], {}, "prompt 1 is str 'ab', expected a list of integers"),
+    ([[1, [2]]], {}, r"prompt 0 is list \[1, \[2\]\], expected a list of integers"),
+    ([True, False], {}, "prompt 0 has dtype torch.bool, expected integers"),
 ]
 
 
@@ -95,9 +103,44 @@ def test_a_wrong_prompt_or_option_is_named(prompt: Any, options: dict[str, Any],
         model().generate(prompt, **({"max_new_tokens": 3} | options))
 
 
-def test_tokens_must_be_integers_in_rows():
-    with pytest.raises(ValueError, match=r"tokens must be integers \[B, T\], got torch.float64 of shape \[1, 3\]"):
-        model()(torch.zeros(1, 3, dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("tokens", "given"),
+    [
+        (torch.zeros(1, 3, dtype=torch.float64), r"torch.float64 of shape \[1, 3\]"),
+        (torch.zeros(1, 3, dtype=torch.bool), r"torch.bool of shape \[1, 3\]"),
+        (torch.zeros(3, dtype=torch.int64), r"torch.int64 of shape \[3\]"),
+        ([[1, 2]], "list"),
+    ],
+    ids=["float", "bool", "one_dimension", "list"],
+)
+def test_tokens_must_be_integers_in_rows(tokens: Any, given: str):
+    with pytest.raises(ValueError, match=rf"tokens must be int32 or int64 \[B, T\], got {given}"):
+        model()(tokens)
+
+
+@pytest.mark.parametrize(("tokens", "ends"), [([[3, 11]], "3 to 11"), ([[-1]], "-1 to -1")])
+def test_tokens_outside_the_vocabulary_are_named(tokens: list[list[int]], ends: str):
+    lm = model()
+    state = lm(torch.tensor([[1, 2]]))[1]
+    with pytest.raises(ValueError, match=f"tokens has entries from {ends}, expected 0 to 10"):
+        lm(torch.tensor(tokens), state)
+
+
+def test_a_compiled_model_takes_tokens_and_a_state_in_one_graph():
+    lm, tokens = model("mamba2+attention", 1).float(), torch.tensor([PROMPTS[2]])
+    with torch.no_grad():
+        expected, _ = lm(tokens)
+        _, state = lm(tokens[:, :4])
+        torch._dynamo.reset()
+        got, _ = torch.compile(lm, fullgraph=True, backend="aot_eager")(tokens[:, 4:], state)
+    assert torch.allclose(got, expected[:, 4:], rtol=0, atol=1e-5)
+
+
+def test_a_models_flops_are_its_stacks_and_its_heads():
+    lm, head = model(), 2 * 11 * 32
+    assert lm.flops(9, 2) == lm.stack.flops(9, 2) + 2 * 9 * head
+    assert lm.step_flops(9, 2) == lm.stack.step_flops(9, 2) + 2 * head
+    assert lm.step_flops(9, 2) == lm.flops(10, 2) - lm.flops(9, 2)
 
 
 def test_tied_embeddings_are_one_parameter():

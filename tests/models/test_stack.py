@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from seqarch.layers import CHANNEL_MIXERS, MIXERS, clone_state, measured_state_bytes
+from seqarch.layers import CHANNEL_MIXERS, MIXERS, Mixer, clone_state, measured_state_bytes
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig, parameter_groups
 from tests.laws import assert_close, reference
 
@@ -55,6 +55,21 @@ def test_the_accounting_of_a_stack_is_that_of_its_parts():
         _, state = model(x)
     assert counter.get_total_flops() == model.flops(21, 2)
     assert measured_state_bytes(state) == model.state_bytes(21, 2)
+    with reference(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x[:, :1], state)
+    assert counter.get_total_flops() == model.step_flops(21, 2)
+
+
+def test_one_more_token_costs_what_its_parts_say():
+    model = stack()
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    channels = sum(channel.flops(1, 3) for channel in model.channels().values())
+    for context in (0, 9, 100):
+        assert model.step_flops(context, 3) == sum(mixer.step_flops(context, 3) for mixer in mixers) + channels
+        assert model.step_flops(context, 3) == model.flops(context + 1, 3) - model.flops(context, 3)
+    assert model.step_flops(9) < model.step_flops(100)
+    recurrent = stack("mamba2 gated_delta_net/moe rg_lru s4d/none")
+    assert recurrent.step_flops(0) == recurrent.step_flops(9) == recurrent.step_flops(100) == recurrent.flops(1)
 
 
 def test_branches_are_normalised_where_asked():
@@ -147,6 +162,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mixers": {"attention": {"num_heads": 3}}}, r"num_heads \(3\) must divide d_model \(32\)"),
     ({"pattern": "attention mamba", "depth": 3}, "a depth of 3 does not fit the pattern"),
     ({"d_model": 0}, "d_model must be at least 1, got 0"),
+    ({"mixers": {"mamba": None}}, "mixer 'mamba': expected a dict of options, got None"),
+    ({"channels": {"mlp": [1]}}, r"channel mixer 'mlp': expected a dict of options, got list \[1\]"),
 ]
 
 
@@ -159,3 +176,21 @@ def test_a_wrong_stack_is_named(changes: dict[str, Any], message: str):
 def test_a_stack_reads_only_its_own_width():
     with pytest.raises(ValueError, match=r"x has shape \[2, 5, 31\], expected \[B, T, 32\]"):
         stack()(torch.randn(2, 5, 31, dtype=torch.float64))
+
+
+def test_a_stack_reads_only_its_own_state():
+    model, x = stack("2*mamba2 attention+retention", 3), torch.randn(1, 4, 32, dtype=torch.float64)
+    state = model(x)[1]
+    wrong = [
+        ((*state, state[0]), "the state is of 4 layers, expected 3"),
+        (state[:2], "the state is of 2 layers, expected 3"),
+        ((), "the state is of 0 layers, expected 3"),
+        (((), *state[1:]), "the state of layer 0 is of 0 mixers, expected 1"),
+        ((*state[:2], state[2][:1]), "the state of layer 2 is of 1 mixers, expected 2"),
+        ((state[0], None, state[2]), "the state of layer 1 is None, expected a tuple of 1 mixers"),
+        (x, "the state is Tensor, expected a tuple of 3 layers"),
+    ]
+    for given, message in wrong:
+        for tokens in (x, x[:, :1]):
+            with pytest.raises(ValueError, match=f"stack: {message}"):
+                model(tokens, given)  # pyright: ignore[reportArgumentType]

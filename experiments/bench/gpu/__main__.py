@@ -39,6 +39,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in options.contests or ():
         if name not in GPU_CONTESTS:
             parser.error(f"unknown contest {name!r}: {choices_hint(name, GPU_CONTESTS)}")
+    for option in ("widths", "lengths"):
+        if min(getattr(options, option)) < 1:
+            parser.error(f"--{option} is {getattr(options, option)}, expected numbers of at least 1")
+    if options.tokens < max(options.lengths):
+        parser.error(f"--tokens is {options.tokens}, expected at least one sequence of {max(options.lengths)}")
+    if not options.budget > 0:
+        parser.error(f"--budget is {options.budget}, expected seconds, more than 0")
     return options
 
 

@@ -121,7 +121,8 @@ def sequence_offsets(
     """Check ``cu_seqlens`` and return it as plain integers (``None`` stays ``None``).
 
     Raises:
-        ValueError: the batch is not 1, or the offsets do not start at 0, decrease, or do not end at ``length``.
+        ValueError: the batch is not 1, or the offsets are none, do not start at 0, decrease, or do not end at
+            ``length``.
     """
     if cu_seqlens is None:
         return None
@@ -132,6 +133,8 @@ def sequence_offsets(
                 f" got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
             )
         cu_seqlens = cu_seqlens.tolist()
+    if not isinstance(cu_seqlens, Sequence):
+        raise ValueError(f"{op}: cu_seqlens: expected offsets from 0 to T, got {cu_seqlens!r}")
     offsets = tuple(cu_seqlens)
     if not all(isinstance(offset, int) for offset in offsets):
         raise ValueError(f"{op}: cu_seqlens must be whole numbers, got {cu_seqlens!r}")
