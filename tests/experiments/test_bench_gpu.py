@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -281,3 +282,19 @@ def test_the_page_says_what_was_not_measured(tmp_path: Path, monkeypatch: pytest
     assert "| retention | one decay a head | measured |" in page
     assert "Pretend, driver 0" in page
     assert "| forward | 16 | chunk_torch | 1 " in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--widths", "0"], r"--widths is \[0\], expected numbers of at least 1"),
+        (["--lengths", "64", "-1"], r"--lengths is \[64, -1\], expected numbers of at least 1"),
+        (["--lengths", "4096", "--tokens", "64"], "--tokens is 64, expected at least one sequence of 4096"),
+        (["--budget", "0"], "--budget is 0.0, expected seconds, more than 0"),
+    ],
+    ids=["widths", "lengths", "tokens", "budget"],
+)
+def test_options_out_of_range_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        command.parse(arguments)
+    assert re.search(message, capsys.readouterr().err)

@@ -258,6 +258,17 @@ def test_a_version_that_a_study_lacks(tmp_path):
         draw(Tiny(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "no study is named"), (["length", "--jobs", "0"], "--jobs is 0, expected at least 1")],
+    ids=["no_name", "no_jobs"],
+)
+def test_a_command_that_says_too_little(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("sys.argv", ["study", *arguments])
+    assert main() == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_study_that_nobody_knows(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["study", "recall_and_stat"])
     assert main() == 1
