@@ -79,7 +79,7 @@ class StackLayer(nn.Module):
         self.mixers = nn.ModuleList(
             build_mixer(name, d_model=width, **config.mixers.get(name, {})) for name in pattern.mixers
         )
-        branches = len(self.mixers)
+        self.branches = branches = len(self.mixers)
         weights = torch.full((branches, width), 1 / branches)
         self.branch_weights = nn.Parameter(weights) if branches > 1 else None
         normed = config.branch_norm and branches > 1
@@ -134,11 +134,12 @@ def _check_state(state: StackState, layers: Sequence[StackLayer]) -> None:
     if len(state) != len(layers):
         raise ValueError(f"stack: the state is of {len(state)} layers, expected {len(layers)}")
     for i, (layer, own) in enumerate(zip(layers, state, strict=True)):
-        mixers = len(layer.mixers)
         if not isinstance(own, (tuple, list)):
-            raise ValueError(f"stack: the state of layer {i} is {show(own)}, expected a tuple of {mixers} mixers")
-        if len(own) != mixers:
-            raise ValueError(f"stack: the state of layer {i} is of {len(own)} mixers, expected {mixers}")
+            raise ValueError(
+                f"stack: the state of layer {i} is {show(own)}, expected a tuple of {layer.branches} mixers"
+            )
+        if len(own) != layer.branches:
+            raise ValueError(f"stack: the state of layer {i} is of {len(own)} mixers, expected {layer.branches}")
 
 
 Schedule = Callable[..., tuple[Tensor, StackState]]
