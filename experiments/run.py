@@ -100,6 +100,11 @@ class SweepCallback(Callback):
         open_board(Path(config.hydra.sweep.dir), total)
 
 
+def sweep_name() -> str:
+    """Of a sweep that this process starts now, different from all others of this machine."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
 def open_board(path: Path, total: int) -> Board:
     """Put up the board of a sweep of so many runs, and show what happens on it until :func:`close_boards`."""
     board = Board(path)
@@ -145,7 +150,7 @@ def main() -> int:
     except RunnerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    os.environ["SEQARCH_SWEEP"] = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    os.environ["SEQARCH_SWEEP"] = sweep_name()
     stopped = watch_signals()
     code, killed = 0, False
     try:

@@ -16,7 +16,6 @@ import os
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -230,7 +229,7 @@ def main() -> int:
     try:
         search = Search(sys.argv[1:])
         total = search.options.trials * len(search.seeds)
-        path = Path(search.config.runs) / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        path = Path(search.config.runs) / ".sweeps" / run.sweep_name()
         ending = search.run(run.open_board(path, total))
     except RunnerError as error:
         ending = "failed"

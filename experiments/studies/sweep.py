@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,7 +68,7 @@ def train(sweep: Sweep, runs: Path, jobs: int) -> int:
     """
     stopped = run.watch_signals()
     wanted = composed(sweep, runs)
-    board = run.open_board(runs / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}", len(wanted))
+    board = run.open_board(runs / ".sweeps" / run.sweep_name(), len(wanted))
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda number: execute(wanted[number], board, number), range(len(wanted))))
     entries = run.close_boards()

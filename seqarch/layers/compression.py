@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from seqarch.layers.selection import Blocks, importance, positions, query_chunks, select_blocks, whole
 from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.operators import define
 
 
 class BlockCompressor(nn.Module):
@@ -131,12 +132,6 @@ def _outputs(
     return v.new_empty(*q.shape[:3], v.shape[3]), index
 
 
-_operator = torch.library.custom_op("seqarch::compressed_attention", forward, mutates_args=())
-_gradient = torch.library.custom_op("seqarch::compressed_attention_backward", backward, mutates_args=())
-_operator.register_fake(_outputs)
-_gradient.register_fake(lambda do, q, k, v, *others: tuple(x.new_empty(x.shape) for x in (q, k, v)))
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.options = inputs[4:]
@@ -146,7 +141,10 @@ def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]
     return *_gradient(do, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-_operator.register_autograd(_differentiate, setup_context=_save)
+_operator, _gradient = define(
+    "compressed_attention", forward, backward, _outputs,
+    lambda do, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)), _save, _differentiate,
+)  # fmt: skip
 _attend = whole(_operator, forward)
 
 

@@ -158,9 +158,11 @@ def test_the_custom_operators_keep_torchs_rules(options: tuple[Any, ...]):
     inputs = make("attention", "more_keys", torch.float32).values()
     plain = [x.repeat(2, 1, 1, 1) for x in inputs]
     rest = (causal, window, 0.5, None if start is None else torch.tensor(start), offsets)
-    torch.library.opcheck(chunk_cpp.forward, (*(x.clone().requires_grad_() for x in plain), *rest))
-    o, log_sum = chunk_cpp.forward(*plain, *rest)
-    torch.library.opcheck(chunk_cpp.backward, (*plain, *rest, o, log_sum, torch.randn_like(o)))
+    torch.library.opcheck(chunk_cpp.attend, (*(x.clone().requires_grad_() for x in plain), *rest))
+    o, log_sum = chunk_cpp.attend(*plain, *rest)
+    torch.library.opcheck(
+        torch.ops.seqarch.attention_backward.default, (*plain, *rest, o, log_sum, torch.randn_like(o))
+    )
 
 
 @pytest.mark.parametrize("op", COMPILED)

@@ -231,8 +231,8 @@ def test_the_custom_operators_keep_torchs_rules(offsets: list[int] | None):
     plain = [*tensors, state]
     leaves = [None if m is None else m.clone().requires_grad_() for m in plain]
     operators = chunk_cuda.OPERATORS
-    torch.library.opcheck(operators.scan, (*leaves, softplus, scale_input, True, offsets))
-    y, last, starts = operators.scan(*plain, softplus, scale_input, True, offsets)
+    torch.library.opcheck(operators.forward, (*leaves, softplus, scale_input, True, offsets))
+    y, last, starts = operators.forward(*plain, softplus, scale_input, True, offsets)
     torch.library.opcheck(operators.backward, (*tensors, starts, softplus, scale_input, True, offsets, y, last))
     rows = list(placed(conv.make(dtype=torch.float32, **packed)).values())
     leaves = [m.clone().requires_grad_() for m in rows]

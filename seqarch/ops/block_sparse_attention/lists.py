@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.operators import define
 
 
 def run(
@@ -81,10 +82,6 @@ def differentiable(name: str, forward: Callable[..., Any], backward: Callable[..
     ``forward(q, k, v, entries, first, block_size, window, scale)`` gives o and the logarithm of each softmax's sum,
     ``backward(do, q, k, v, entries, first, o, log_sum, block_size, window, scale)`` the gradients of q, k and v.
     """
-    operator = torch.library.custom_op(f"seqarch::{name}", forward, mutates_args=())
-    gradient = torch.library.custom_op(f"seqarch::{name}_backward", backward, mutates_args=())
-    operator.register_fake(lambda q, k, v, *others: outputs(q, k, v))
-    gradient.register_fake(lambda do, q, k, v, *others: tuple(torch.empty(x.shape).to(x) for x in (q, k, v)))
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:5], *output)
@@ -94,7 +91,10 @@ def differentiable(name: str, forward: Callable[..., Any], backward: Callable[..
         with torch.autocast(do.device.type, enabled=False):  # of whoever calls backward within its own
             return *gradient(do, *ctx.saved_tensors, *ctx.options), *[None] * 5
 
-    operator.register_autograd(differentiate, setup_context=save)
+    operator, gradient = define(
+        name, forward, backward, lambda q, k, v, *_: outputs(q, k, v),
+        lambda do, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)), save, differentiate,
+    )  # fmt: skip
     return operator
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqarch.ops.common.operators import define
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -48,19 +50,16 @@ class Operators:
     """The forward and the backward operator of an engine, with their fakes and the autograd formula.
 
     Args:
-        name: of the forward operator, ``seqarch::NAME``.
+        name: of the forward operator, after ``seqarch::``.
         device: the type of device that it runs on; ``None``: any.
     """
 
     def __init__(self, name: str, engine: Engine, device: str | None):
         self.engine = engine
-        self.forward = torch.library.custom_op(name, self._forward, mutates_args=(), device_types=device)
-        self.backward = torch.library.custom_op(
-            f"{name}_backward", self._backward, mutates_args=(), device_types=device
-        )
-        self.forward.register_fake(self._room)
-        self.backward.register_fake(self._room_for_gradients)
-        self.forward.register_autograd(self._differentiate, setup_context=self._save)
+        self.forward, self.backward = define(
+            name, self._forward, self._backward, self._room, self._room_for_gradients, self._save, self._differentiate,
+            device,
+        )  # fmt: skip
 
     def _inputs(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Any, ...]:
         x, weight = _rows(x), weight.contiguous()

@@ -27,5 +27,5 @@ def refuse(x: Tensor, weight: Tensor, *_: Any) -> str | None:
 
 
 ENGINE = Engine(_forward, _backward, native.DTYPES, lambda cu_seqlens, _: cu_seqlens)
-OPERATORS = Operators("seqarch::causal_conv1d", ENGINE, "cpu")
+OPERATORS = Operators("causal_conv1d", ENGINE, "cpu")
 run = OPERATORS.forward

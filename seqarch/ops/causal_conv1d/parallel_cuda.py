@@ -29,5 +29,5 @@ def refuse(x: Tensor, weight: Tensor, *_: Any) -> str | None:
 
 
 ENGINE = Engine(_forward, _backward, NUMBERS, library_cuda.offsets)
-OPERATORS = Operators("seqarch::causal_conv1d_cuda", ENGINE, None)
+OPERATORS = Operators("causal_conv1d_cuda", ENGINE, None)
 run = OPERATORS.forward

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import seqarch
+from seqarch.ops.common import native
 from seqarch.ops.common.native import ERRORS, NUMBERS, LibraryError
 
 INTERFACE = 1
@@ -50,15 +51,7 @@ def open_library(file: Path) -> ctypes.CDLL:
     Raises:
         LibraryError: it is stale or broken.
     """
-    try:
-        library = ctypes.CDLL(str(file))
-    except OSError as error:
-        raise LibraryError(f"the CUDA library cannot be loaded: {error}") from error
-    if library.seqarch_cuda_interface() != INTERFACE:
-        raise LibraryError(
-            f"the CUDA library has interface {library.seqarch_cuda_interface()}, expected {INTERFACE}: it was built"
-            " from other sources than this Python code; install seqarch again"
-        )
+    library = native.load("CUDA", file, "seqarch_cuda_interface", INTERFACE)
     library.seqarch_cuda_error.restype = ctypes.c_char_p
     return library
 

@@ -133,14 +133,23 @@ def _open(isa: str, folders: Iterable[str]) -> ctypes.CDLL:
             "the compiled library is not installed: building it failed when seqarch was installed, most often for want"
             " of a C++ compiler; install one, then seqarch again"
         )
+    return load("compiled", files[0], "seqarch_interface", INTERFACE)
+
+
+def load(kind: str, file: Path, version: str, expected: int) -> ctypes.CDLL:
+    """The library in this file, whose function ``version`` gives the interface that it was built with.
+
+    Raises:
+        LibraryError: it is stale or broken.
+    """
     try:
-        library = ctypes.CDLL(str(files[0]))
+        library = ctypes.CDLL(str(file))
     except OSError as error:
-        raise LibraryError(f"the compiled library cannot be loaded: {error}") from error
-    if library.seqarch_interface() != INTERFACE:
+        raise LibraryError(f"the {kind} library cannot be loaded: {error}") from error
+    if (found := getattr(library, version)()) != expected:
         raise LibraryError(
-            f"the compiled library has interface {library.seqarch_interface()}, expected {INTERFACE}: it was built from"
-            " other sources than this Python code; install seqarch again"
+            f"the {kind} library has interface {found}, expected {expected}: it was built from other sources than this"
+            " Python code; install seqarch again"
         )
     return library
 

@@ -38,5 +38,5 @@ def refuse(
 
 
 ENGINE = Engine(_forward, _backward, native.DTYPES, CHUNK, lambda cu_seqlens, _: cu_seqlens)
-OPERATORS = Operators("seqarch::selective_scan", ENGINE, "cpu")
+OPERATORS = Operators("selective_scan", ENGINE, "cpu")
 run = OPERATORS.run

@@ -45,5 +45,5 @@ def refuse(
 
 
 ENGINE = Engine(_forward, _backward, NUMBERS, CHUNK, library_cuda.offsets)
-OPERATORS = Operators("seqarch::selective_scan_cuda", ENGINE, None)
+OPERATORS = Operators("selective_scan_cuda", ENGINE, None)
 run = OPERATORS.run

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqarch.ops.common.operators import define
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -60,19 +62,16 @@ class Operators:
     """The forward and the backward operator of an engine, with their fakes and the autograd formula.
 
     Args:
-        name: of the forward operator, ``seqarch::NAME``.
+        name: of the forward operator, after ``seqarch::``.
         device: the type of device that it runs on; ``None``: any.
     """
 
     def __init__(self, name: str, engine: Engine, device: str | None):
         self.engine = engine
-        self.scan = torch.library.custom_op(name, self._scan, mutates_args=(), device_types=device)
-        self.backward = torch.library.custom_op(
-            f"{name}_backward", self._scan_backward, mutates_args=(), device_types=device
-        )
-        self.scan.register_fake(self._room)
-        self.backward.register_fake(self._room_for_gradients)
-        self.scan.register_autograd(self._differentiate, setup_context=self._save)
+        self.forward, self.backward = define(
+            name, self._forward, self._backward, self._room, self._room_for_gradients, self._save, self._differentiate,
+            device,
+        )  # fmt: skip
 
     def run(
         self,
@@ -92,7 +91,7 @@ class Operators:
         D, dt_bias = (None if m is None else m.to(state.dtype) for m in (D, dt_bias))
         inputs = x, dt, A.to(state.dtype), B, C, D, z, dt_bias, state
         keep = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in inputs)
-        y, last, _ = self.scan(*inputs, dt_softplus, scale_input, keep, offsets)
+        y, last, _ = self.forward(*inputs, dt_softplus, scale_input, keep, offsets)
         return y, last
 
     def _problem(
@@ -115,7 +114,7 @@ class Operators:
         offsets = self.engine.offsets(cu_seqlens, x.device)
         return self.engine.numbers[A.dtype], *inputs, *parameters, offsets, *sizes, softplus, scale_input
 
-    def _scan(
+    def _forward(
         self,
         x: Tensor,
         dt: Tensor,
@@ -139,11 +138,11 @@ class Operators:
         return y, last, starts
 
     def _room(self, x, dt, A, B, C, D, z, dt_bias, state, softplus, scale_input, keep, cu_seqlens):
-        """Room for what :meth:`_scan` returns."""
+        """Room for what :meth:`_forward` returns."""
         count = chunks(x, cu_seqlens, self.engine.chunk) if keep else 0
         return like(x), like(state), state.new_empty(count, A.shape[0] * A.shape[1])
 
-    def _scan_backward(
+    def _backward(
         self,
         x: Tensor,
         dt: Tensor,
@@ -174,7 +173,7 @@ class Operators:
     def _room_for_gradients(
         self, x, dt, A, B, C, D, z, dt_bias, starts, softplus, scale_input, shared, cu_seqlens, dy, dlast
     ):
-        """Room for what :meth:`_scan_backward` returns; empty where there is nothing."""
+        """Room for what :meth:`_backward` returns; empty where there is nothing."""
         dB, dC = (like(m) if shared else m.new_empty(0) for m in (B, C))
         dz = x.new_empty(0) if z is None else like(z)
         return like(x), like(dt), like(A), dB, dC, A.new_empty(len(A)), dz, A.new_empty(len(A)), like(dlast)
