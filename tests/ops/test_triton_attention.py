@@ -160,9 +160,8 @@ def test_no_tensor_is_as_large_as_all_pairs(monkeypatch: pytest.MonkeyPatch):
             if index:
                 entries = torch.randint(0, length // 32, (1, length, 1, 2), device=DEVICE) * 2
                 rest = entries, torch.zeros(1, length, dtype=torch.int64, device=DEVICE), 32, 0, 1.0
-            forward = module.forward if index else getattr(torch.ops.seqarch, "attention_triton")  # noqa: B009
             with listed.LargestTensor() as largest:
-                o, log_sum = forward(q, k, v, *rest)
+                o, log_sum = module.forward(q, k, v, *rest)
                 if index:
                     module.backward(o, q, k, v, *rest[:2], o, log_sum, *rest[2:])
                 else:
@@ -291,7 +290,7 @@ def test_auto_leaves_whole_sequences_to_torch():
 def test_the_custom_operators_keep_torchs_rules():
     (q, k, v), _ = whole.make(**whole.CALLS["grouped"])
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(OPS["attention"].backends["chunk_triton"].module.forward, (*leaves, True, 3, 0.5, None, None))
+    torch.library.opcheck(OPS["attention"].backends["chunk_triton"].module.attend, (*leaves, True, 3, 0.5, None, None))
     (q, k, v, index), options = listed.make("list_a_query_head")
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
     entries = torch.where(index >= 0, 2 * index, index).to(DEVICE)
