@@ -24,6 +24,7 @@ from experiments.bench.gpu.measure import GpuRecord, Measurement, forward_backwa
 from experiments.bench.measure import Ceilings
 from experiments.errors import RunnerError
 from seqarch.ops import OPS
+from seqarch.ops.common import native
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 4e12}, 1e11)
@@ -84,7 +85,8 @@ def test_every_check_passes_here():
     found = list(checks.compare(CPU))
     assert [one for one in found if not one.passed] == []
     told = {one.name.split(",")[0] for one in found}
-    assert told == set(OPS)
+    # Without the compiled library the convolution has its reference alone.
+    assert told == set(OPS) - ({"causal_conv1d"} if native.unavailable() else set())
     assert any("cut: last state" in one.name for one in found)
     assert any("packed: gradient of v" in one.name for one in found)
 

@@ -30,6 +30,8 @@ class Runs:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    if (reason := native.unavailable()) is not None:
+        pytest.skip(f"no program runs: {reason}")
     runs, run = Runs(), token_cpp.Program.run
 
     def counted(*arguments: object) -> Tensor | None:
