@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 
 from experiments.building import build_model, build_task
 from experiments.config import RunConfig
 from experiments.engine import autocast, choose_device
 from experiments.optimizers import Optimizers
 from seqarch.models import LanguageModel
-from seqarch.ops.common.checks import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,7 @@ def _activation_bytes(model: LanguageModel, config: RunConfig, rows: int, length
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         with autocast(tokens.device, config.train.precision):
-            logits = model(tokens)[0].flatten(0, 1)
-        F.cross_entropy(logits.to(accumulation_dtype(logits)), tokens.flatten(), reduction="sum")
+            model.loss(tokens, tokens, reduction="sum")
     if not config.train.recompute:
         return saved.total
     stream = rows * length * config.model.d_model * 4

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -77,6 +77,7 @@ class Engine:
         for layer in model.stack.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "loss")
 
     def gradients(self, model: LanguageModel, batch: Batch) -> Tensor:
         """Set the gradients of the whole batch's loss, of which ``batch`` is this process's share.
@@ -91,9 +92,7 @@ class Engine:
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
             with autocast(self.device, self.config.precision):
-                logits, _ = model(tokens[rows])
-            logits = logits.flatten(0, 1).to(accumulation_dtype(logits))
-            part = F.cross_entropy(logits, targets[rows].flatten(), ignore_index=IGNORED, reduction="sum") / answers
+                part = model.loss(tokens[rows], targets[rows], ignore_index=IGNORED, reduction="sum") / answers
             extra = model.auxiliary_loss() * (len(tokens[rows]) / self.config.batch_size)
             # FSDP takes the mean over processes, and the sum is wanted.
             ((part + extra) * processes.count()).backward()

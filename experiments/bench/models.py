@@ -65,11 +65,7 @@ def _training(model: nn.Module, loss: Call) -> Call:
 def _training_ours(config: LMConfig) -> Contestant:
     def enter(inputs: Inputs) -> tuple[Call, Inputs]:
         model = LanguageModel(config)
-
-        def loss(tokens: Tensor) -> Tensor:
-            return F.cross_entropy(model(tokens)[0][:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-        return _training(model, loss), inputs
+        return _training(model, lambda tokens: model.loss(tokens, F.pad(tokens[:, 1:], (0, 1), value=-100))), inputs
 
     return Contestant(enter)
 
