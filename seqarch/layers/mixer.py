@@ -290,13 +290,13 @@ def row_count(x: Tensor, offsets: Offsets) -> int:
 
 
 def choose_heads(d_model: int, num_heads: int | None) -> int:
-    """The number of heads: the one given, or heads of width 64 where that divides ``d_model``, else of width 32.
+    """The number of heads: the one given, or heads of width 64 where that divides ``d_model``, else of width 32, or one.
 
     Raises:
         ValueError: the heads do not divide the width.
     """
     if num_heads is None:
-        num_heads = d_model // 64 if d_model % 64 == 0 else d_model // 32
+        num_heads = max(1, d_model // (64 if d_model % 64 == 0 else 32))
     if num_heads < 1 or d_model % num_heads:
         raise ValueError(f"num_heads ({num_heads}) must divide d_model ({d_model})")
     return num_heads

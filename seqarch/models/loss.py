@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqarch.ops.common import linear_onednn
 from seqarch.ops.common.autocast import autocast_is_on
@@ -70,8 +69,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return (totals - chosen).where(counted, 0).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("LanguageModel.loss has first derivatives only: for others, F.cross_entropy of the logits")
         features, weight, targets, counted, logits, totals = ctx.saved_tensors
         factors = gradient * counted
         for rows, total, factor in zip(*_blocks(logits, totals[:, None], factors[:, None]), strict=True):

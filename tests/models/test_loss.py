@@ -15,7 +15,7 @@ VOCABULARY = 37
 
 def model(**options) -> LanguageModel:
     torch.manual_seed(0)
-    lm = LanguageModel(LMConfig(vocab_size=VOCABULARY, d_model=16, pattern="mlp", depth=1, **options)).double()
+    lm = LanguageModel(LMConfig(vocab_size=VOCABULARY, d_model=32, pattern="attention", depth=1, **options)).double()
     torch.nn.init.normal_(lm.embedding.weight)
     return lm
 
@@ -94,7 +94,7 @@ def test_the_logits_are_held_once():
 
 def test_a_carried_state_and_packed_sequences():
     torch.manual_seed(0)
-    lm = LanguageModel(LMConfig(vocab_size=VOCABULARY, d_model=16, pattern="retention", depth=2)).double()
+    lm = LanguageModel(LMConfig(vocab_size=VOCABULARY, d_model=32, pattern="retention", depth=2)).double()
     tokens, targets = batch()
     with torch.no_grad():
         first, state = lm(tokens[:, :4])[0], lm(tokens[:, :4])[1]
@@ -112,9 +112,8 @@ def test_one_backward_pass_and_first_derivatives():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     loss = lm.loss(tokens, targets)
-    (first,) = torch.autograd.grad(loss, lm.head.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="has first derivatives only"):
+        torch.autograd.grad(loss, lm.head.weight, create_graph=True)
 
 
 def test_its_products_are_counted():
