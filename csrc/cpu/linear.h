@@ -9,7 +9,8 @@
 
 namespace seqarch {
 
-constexpr int kRows = 4, kSums = 4;  // of x at once, and of one product, added up side by side
+constexpr int kRows = 4, kSums = 4;   // of x at once, and of one product, added up side by side
+constexpr int64_t kAhead = 4096;     // bytes of weights that are fetched early: the processor itself stops at a page
 
 // The weights of one vector, in the accumulation type.
 inline Vector<float> load_wide(const float* from) { return load_vector(from); }
@@ -31,6 +32,7 @@ inline void products(int64_t depth, const T* weight, const A* x, int64_t stride,
     for (; k + kSides * L <= depth; k += kSides * L)
 #pragma GCC unroll 4
         for (int64_t side = 0; side < kSides; ++side) {
+            __builtin_prefetch(weight + k + side * L + kAhead / sizeof(T));
             const Vector<A> w = load_wide(weight + k + side * L);
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) sum[r][side] += w * load_vector(x + r * stride + k + side * L);

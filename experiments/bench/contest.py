@@ -102,7 +102,7 @@ class Way:
 
 
 def _forward(call: Call, inputs: Inputs) -> Runner:
-    return torch.no_grad()(_whole(call, inputs))
+    return torch.no_grad()(timed(call, inputs))
 
 
 def _forward_backward(call: Call, inputs: Inputs) -> Runner:
@@ -126,7 +126,9 @@ def _forward_backward(call: Call, inputs: Inputs) -> Runner:
     return run
 
 
-def _whole(call: Call, inputs: Inputs) -> Runner:
+def timed(call: Call, inputs: Inputs) -> Runner:
+    """The call, from its beginning to its end."""
+
     def run() -> float:
         start = time.perf_counter()
         call(**inputs)
@@ -138,7 +140,7 @@ def _whole(call: Call, inputs: Inputs) -> Runner:
 WAYS = {
     "forward": Way(_forward, 1, 1),
     "forward + backward": Way(_forward_backward, 3, 2),
-    "training step": Way(_whole, 3, 3),
+    "training step": Way(timed, 3, 3),
     "one token": Way(_forward, 1, 1),
 }
 

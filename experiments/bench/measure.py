@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +26,9 @@ WARM_UP = 64
 """Tokens of the call that comes before a measurement of memory."""
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+COPIED = 2**28
+"""Bytes of a copy: far more than a cache holds."""
+
 RESET = "/proc/self/clear_refs"
 """Where Linux sets the high-water mark of resident memory back."""
 
@@ -128,16 +132,20 @@ class Ceilings:
         return max((arithmetic, "arithmetic"), (memory, "bandwidth"))
 
 
-def ceilings(size: int = 2048, copied: int = 2**28, tries: int = 5) -> Ceilings:
+def ceilings(size: int = 2048, copied: int = COPIED, tries: int = 5) -> Ceilings:
     square = torch.randn(size, size)
-    source = torch.ones(copied // 4)
-    target = torch.empty_like(source)
     products = {str(dtype)[6:]: square.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     best = {name: _best(lambda m=matrix: m @ m, tries) for name, matrix in products.items()}
     if linear_onednn.unavailable() is None:
         best["float32"] = min(best["float32"], _best(lambda: linear_onednn.product(square, square), tries))
-    copy = _best(lambda: target.copy_(source), tries)
+    copy = _best(copying(copied), tries)
     return Ceilings({name: 2 * size**3 / seconds for name, seconds in best.items()}, 2 * copied / copy)
+
+
+def copying(copied: int = COPIED) -> Callable[[], object]:
+    """A call that reads so many bytes and writes as many."""
+    source = torch.ones(copied // 4)
+    return partial(torch.empty_like(source).copy_, source)
 
 
 def _best(work: Callable[[], object], tries: int) -> float:

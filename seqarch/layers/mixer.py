@@ -290,7 +290,7 @@ def row_count(x: Tensor, offsets: Offsets) -> int:
 
 
 def choose_heads(d_model: int, num_heads: int | None) -> int:
-    """The number of heads: the one given, or heads of width 64 where that divides ``d_model``, else of width 32, or one.
+    """The number of heads: the one given, or heads of width 64 where that divides ``d_model``, else of 32; at least 1.
 
     Raises:
         ValueError: the heads do not divide the width.

@@ -71,7 +71,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
-            raise RuntimeError("LanguageModel.loss has first derivatives only: for others, F.cross_entropy of the logits")
+            raise RuntimeError(
+                "LanguageModel.loss has first derivatives only; F.cross_entropy of the logits has others"
+            )
         features, weight, targets, counted, logits, totals = ctx.saved_tensors
         factors = gradient * counted
         for rows, total, factor in zip(*_blocks(logits, totals[:, None], factors[:, None]), strict=True):
@@ -90,4 +92,3 @@ def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Each cut along its first dimension into the same blocks, of :data:`BLOCK` numbers of the widest."""
     widest = max(tensor.numel() // max(len(tensor), 1) for tensor in tensors)
     return [tensor.split(max(1, BLOCK // max(widest, 1))) for tensor in tensors]
-
