@@ -1,5 +1,5 @@
-"""The tables of docs/bench.md, from what ``python -m experiments.bench --folder docs/results/cpu`` measured, and
-``python -m experiments.bench.gpu`` left in docs/results/gpu."""
+"""The tables of docs/bench.md, from what ``python -m experiments.bench --folder docs/results/cpu`` measured, its
+``targets`` too, and what ``python -m experiments.bench.gpu`` left in docs/results/gpu."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.gpu.contests import GPU_CONTESTS
+from experiments.bench.targets import Result
 from experiments.blocks import table
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
@@ -20,6 +21,19 @@ def bench_tables() -> str:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     contests = [record for record in records if "contest" in record]
     return "\n\n".join(part for record in contests for part in _section(record)) or "No measurements are kept yet."
+
+
+def target_table() -> str:
+    """The project's targets beside what was reached, and on which machine."""
+    kept = json.loads((RESULTS / "targets.json").read_text(encoding="utf-8"))
+    machine, results = kept["hardware"], [Result.of(row) for row in kept["targets"]]
+    said = {True: "yes", False: "**no**", None: ""}
+    rows = [(each.work, each.said, each.asked, said[each.met], each.note) for each in results]
+    return (
+        f"{sum(each.met is True for each in results)} of {len(results)} are met. {machine['cpu']}, {machine['threads']}"
+        f" threads, load {machine['load']:.1f} at the end, torch {kept['software']['packages']['torch']}.\n\n"
+        + table(("work", "reached", "asked for", "met", "measured"), rows)
+    )
 
 
 def _section(record: dict[str, Any]) -> Iterator[str]:

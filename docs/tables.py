@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from docs.benchmarks import bench_tables, gpu_tables
+from docs.benchmarks import bench_tables, gpu_tables, target_table
 from docs.costs import costs
 from docs.docstrings import (
     cell,
@@ -144,7 +144,7 @@ def layer_sections() -> str:
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
-    Path("docs/bench.md"): {"bench": bench_tables, "gpu bench": gpu_tables},
+    Path("docs/bench.md"): {"targets": target_table, "bench": bench_tables, "gpu bench": gpu_tables},
     Path("docs/tasks.md"): {"overview": task_table, "tasks": task_sections},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},
     **{page: blocks(name) for name, page in PAGES.items()},

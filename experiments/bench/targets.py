@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -40,6 +41,15 @@ class Result:
     bound: float
     at_least: bool
     note: str = ""
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Result:
+        """From a row of ``targets.json``."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+    @property
+    def asked(self) -> str:
+        return f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
 
     @property
     def met(self) -> bool | None:
@@ -187,8 +197,7 @@ def table(results: list[Result]) -> Table:
     for column, right in (("work", False), ("reached", True), ("bound", True), ("met", False), ("", False)):
         shown.add_column(column, justify="right" if right else "left")
     for row in results:
-        bound = f"{'at least' if row.at_least else 'at most'} {row.bound:g}"
-        shown.add_row(row.work, row.said, bound, {True: "yes", False: "no", None: ""}[row.met], row.note)
+        shown.add_row(row.work, row.said, row.asked, {True: "yes", False: "no", None: ""}[row.met], row.note)
     return shown
 
 

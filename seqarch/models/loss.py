@@ -55,7 +55,7 @@ def head_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, ignore
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a b^T``."""
-    return linear_onednn.product(a, b) if linear_onednn.serves(a, b) else a @ b.t()
+    return linear_onednn.raw_product(a, b) if linear_onednn.serves(a, b) else a @ b.t()
 
 
 class _HeadCrossEntropy(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
-from seqarch.ops.experts import flops, grouped_torch, groups
+from seqarch.ops.experts import chunk_torch, flops, grouped_torch, groups
 from tests.laws import available
 
 BACKENDS = available("experts")
@@ -101,6 +103,34 @@ def test_a_choice_of_no_expert_adds_nothing(backend):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_chunks_are_the_whole(gated, monkeypatch):
+    """Two tokens at a time, the last alone; some choose no expert."""
+    given = make()
+    given["expert_index"].masked_fill_(torch.rand(given["expert_index"].shape) < 0.2, -1)
+    if not gated:
+        del given["w_gate"]
+    expected = with_gradients(lambda **g: ops.experts(backend="parallel_torch", **g), given)
+    for name in ("NUMBERS", "LEAST_ROWS"):
+        monkeypatch.setattr(chunk_torch, name, 1)
+    found = with_gradients(lambda **g: ops.experts(backend="chunk_torch", **g), given)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
+
+
+def test_chunks_add_up_wide(monkeypatch):
+    """In bfloat16 a sum over many chunks is no worse than the products in it."""
+    given = make(torch.bfloat16, (600,), 16, 16)
+    exact = with_gradients(each_token, {name: x.double() if x.is_floating_point() else x for name, x in given.items()})
+    errors = {}
+    for numbers in (1, 2**22):
+        for name in ("NUMBERS", "LEAST_ROWS"):
+            monkeypatch.setattr(chunk_torch, name, numbers)
+        found = with_gradients(lambda **g: ops.experts(backend="chunk_torch", **g), given)["w_in"]
+        errors[numbers] = (found.double() - exact["w_in"]).norm() / exact["w_in"].norm()
+    assert errors[1] < 1.2 * errors[2**22] < 0.02
+
+
 def test_compiles_whole_and_is_checked_there_too():
     given = make()
     compiled = torch.compile(ops.experts, fullgraph=True, backend="aot_eager")
@@ -123,6 +153,12 @@ def test_operators_keep_their_word():
     torch.library.opcheck(groups.sort_by_expert, (chosen, 5))
     torch.library.opcheck(grouped_torch.grouped_matmul, (rows, weight, starts))
     torch.library.opcheck(grouped_torch.grouped_outer, (rows, right, starts))
+    given = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in make().items()}
+    arguments = *(given[name] for name in ("x", "w_in", "w_out", "expert_index", "expert_weight", "w_gate")), "silu"
+    torch.library.opcheck(chunk_torch.forward, (*arguments, True))
+    kept = chunk_torch.forward(*arguments, True)[1].detach()
+    detached: list[Any] = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    torch.library.opcheck(chunk_torch.backward, (torch.randn(TOKENS, WIDTH).double(), *detached, kept))
     assert torch.autograd.gradgradcheck(lambda *x: grouped_torch.grouped_matmul(*x, starts), (rows, weight))
 
 

@@ -55,13 +55,18 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
+def raw_product(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`product` without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), None, "none", [], "")
+
+
 class _Product(torch.autograd.Function):
     """``a b^T`` of ``a [M, K]`` and ``b [N, K]``, of any strides; its gradients are such products again."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), None, "none", [], "")
+        return raw_product(a, b)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]

@@ -65,7 +65,7 @@ def prepare(
 OP = Op(
     NAME,
     prepare,
-    order=("grouped_mm", "grouped_triton", "grouped_torch", "parallel_torch"),
+    order=("grouped_mm", "grouped_triton", "chunk_torch", "grouped_torch", "parallel_torch"),
     reference="parallel_torch",
     autocast=True,
 )

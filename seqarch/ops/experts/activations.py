@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_aten = torch.ops.aten
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -25,3 +28,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "squared_relu": squared_relu,
 }
+
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": lambda dy, x: _aten.gelu_backward(dy, x, approximate="tanh"),
+    "relu": lambda dy, x: dy * (x > 0),
+    "silu": _aten.silu_backward,
+    "squared_relu": lambda dy, x: 2 * dy * F.relu(x),
+}
+"""The gradient of x, from that of the activation's result and x."""
+
+
+def name_of(activation: Callable[[Tensor], Tensor]) -> str:
+    return next(name for name, function in ACTIVATIONS.items() if function is activation)
