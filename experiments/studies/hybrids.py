@@ -26,23 +26,26 @@ RATIOS = (
     mixed("1_to_1", "delta_net attention"),
     mixed("1_to_3", "2*delta_net attention delta_net"),
 )
-PLACES = (
-    mixed("1_to_3_first", "attention 3*delta_net"),
-    mixed("1_to_3_last", "3*delta_net attention"),
+ONE_OF_EIGHT = (
+    mixed("1_to_7", "4*delta_net attention 3*delta_net"),
+    mixed("1_to_7_first", "attention 7*delta_net"),
+    mixed("1_to_7_last", "7*delta_net attention"),
 )
 OTHER = ("model=gla", mixed("1_to_3_gla", "2*gla attention gla"))
+MORE_STATE = "model=delta_net model.name=delta_net_2_heads model.mixers.delta_net.num_heads=2"
+"""DeltaNet with as many bytes of state as one layer of attention in eight has."""
+
 RECALL, TEXT = "experiment=hybrids_recall", "experiment=hybrids_text"
-RATES = {RECALL: "train.lr=5e-3,1e-2", TEXT: "train.lr=3e-3,1e-2"}
+RATES = {RECALL: "train.lr=3e-3,5e-3", TEXT: "train.lr=3e-3,6e-3"}
 EXPERIMENTS = ("results/hybrids_recall", "results/hybrids_text")
 SHARE_MARKERS = {0.0: "o", 0.125: "v", 0.25: "s", 0.5: "D", 1.0: "^"}
 """A marker for each share of layers that are attention."""
 
 EIGHT = (
     *RATIOS,
-    mixed("1_to_7", "4*delta_net attention 3*delta_net"),
-    mixed("1_to_7_first", "attention 7*delta_net"),
-    mixed("1_to_7_last", "7*delta_net attention"),
-    *PLACES,
+    *ONE_OF_EIGHT,
+    mixed("1_to_3_first", "attention 3*delta_net"),
+    mixed("1_to_3_last", "3*delta_net attention"),
     *OTHER,
     mixed("1_to_7_gla", "4*gla attention 3*gla"),
     "model=mamba2",
@@ -61,29 +64,32 @@ class Hybrids(Study):
     sweeps: ClassVar[Mapping[str, Sweep]] = {
         "recorded": Sweep(
             "seed=0,1,2",
-            tuple(f"{RECALL} {RATES[RECALL]} {arm}" for arm in (PURE, *RATIOS, *PLACES))
-            + tuple(f"{TEXT} {RATES[TEXT]} {arm}" for arm in (PURE, *RATIOS)),
+            tuple(f"{RECALL} {RATES[RECALL]} {arm}" for arm in (PURE, MORE_STATE, *RATIOS, *ONE_OF_EIGHT, *OTHER))
+            + tuple(f"{TEXT} {RATES[TEXT]} {arm}" for arm in (PURE, *RATIOS, ONE_OF_EIGHT[0], *OTHER)),
         ),
         "small": Sweep(
-            "seed=0,1,2",
-            tuple(f"{RECALL} train.lr=1e-2 {arm}" for arm in (PURE, *RATIOS))
-            + tuple(f"{TEXT} train.lr=1e-2 train.steps=100 {arm}" for arm in (PURE, RATIOS[1])),
+            "seed=0,1,2 model.depth=4 train.lr=1e-2",
+            tuple(f"{RECALL} train.steps=250 {arm}" for arm in (PURE, *RATIOS))
+            + tuple(f"{TEXT} train.steps=100 {arm}" for arm in (PURE, RATIOS[1])),
         ),
         "large": Sweep(
-            "seed=0,1,2 model.depth=8 model.d_model=256 train.eval_every=500 train.device=cuda",
+            "seed=0,1,2 model.d_model=256 train.eval_every=500 train.device=cuda",
             tuple(f"{task} {arm}" for task in LARGE_TASKS for arm in (PURE, *EIGHT)),
         ),
     }
 
     def pictures(self, runs: Runs) -> Sequence[Picture]:
         recall, text = both(runs)
-        marks = "The marker is the share of attention layers: circle none, square 1:3, diamond 1:1, triangle all."
+        marks = (
+            "The marker is the share of attention layers: circle none, triangle downwards 1:7, square 1:3, diamond 1:1,"
+            " triangle all."
+        )
         return [
             Picture(
                 "ratio",
                 "Recall (left, more is better) and bits per byte of text (right, less is better) on the test splits"
                 " against the share of layers that are attention, by the recurrence beside it. Small marks are seeds,"
-                " lines join medians, bars are ranges; hybrids of one in four with attention in the third layer."
+                " lines join medians, bars are ranges; hybrids with attention in the middle of each group."
                 f" Learning rates by median validation among {plots.grid_text(recall)} and {plots.grid_text(text)}.",
                 lambda axes: draw_ratio(axes, (recall, text)),
                 columns=2,
@@ -101,8 +107,7 @@ class Hybrids(Study):
             Picture(
                 "place",
                 "Recall of every model: its seeds, their range and the median. Names say how many recurrent layers"
-                " stand beside one of attention and where that is, in the third of four layers unless it says"
-                " otherwise.",
+                " stand beside one of attention and where that is, in the middle unless it says otherwise.",
                 lambda axes: draw_place(axes[0], recall),
                 size=(7.6, 3.6),
             ),
@@ -114,32 +119,43 @@ class Hybrids(Study):
 
     def claims(self, runs: Runs) -> Sequence[Claim]:
         recall, text = (medians(comparison) for comparison in both(runs))
-        mixed_recall = {name: value for name, value in recall.items() if name in ("1_to_1", "1_to_3")}
-        mixed_text = {name: value for name, value in text.items() if name in ("1_to_1", "1_to_3")}
+        names = [name for name in ("1_to_7", "1_to_3", "1_to_1") if name in recall]
+        mixed_recall = [recall[name] for name in names]
+        mixed_text = [text[name] for name in names if name in text]
         found = [
             Claim(
                 "attention brings recall",
                 "Recall rises with the share of attention, most of it by one layer in four (arXiv 2507.06457)",
-                told(recall, "delta_net", "1_to_3", "1_to_1", "attention"),
-                recall["delta_net"] < min(mixed_recall.values()) and recall["1_to_1"] >= recall["1_to_3"] - 0.01,
+                told(recall, "delta_net", *names, "attention"),
+                recall["delta_net"] < min(mixed_recall) and recall["1_to_1"] >= recall["1_to_3"] - 0.01,
             ),
             Claim(
                 "text hardly depends on the ratio",
                 "Language modelling hardly depends on the ratio (the same): the hybrids differ by less than 0.05 bits"
                 " per byte, and the best of them is no worse than either pure model",
-                told(text, "delta_net", "1_to_3", "1_to_1", "attention"),
-                max(mixed_text.values()) - min(mixed_text.values()) < 0.05
-                and min(mixed_text.values()) <= min(text["attention"], text["delta_net"]),
+                told(text, "delta_net", *names, "attention"),
+                max(mixed_text) - min(mixed_text) < 0.05
+                and min(mixed_text) <= min(text["attention"], text["delta_net"]),
             ),
         ]
-        if "1_to_3_first" in recall:
+        if "delta_net_2_heads" in recall:
+            found += [
+                Claim(
+                    "at equal state",
+                    "One layer of attention among eight is worth more than its bytes: a hybrid recalls more than a"
+                    " recurrence with as much state",
+                    told(recall, "delta_net", "delta_net_2_heads", "1_to_7"),
+                    recall["1_to_7"] > recall["delta_net_2_heads"],
+                ),
+            ]
+        if "1_to_7_first" in recall:
+            places = ("1_to_7_first", "1_to_7", "1_to_7_last")
             found += [
                 Claim(
                     "the place hardly matters",
                     "Where the one layer of attention stands matters less than that it is there",
-                    told(recall, "1_to_3_first", "1_to_3", "1_to_3_last", "delta_net"),
-                    spread_of(recall, "1_to_3_first", "1_to_3", "1_to_3_last")
-                    < min(recall[name] for name in ("1_to_3_first", "1_to_3", "1_to_3_last")) - recall["delta_net"],
+                    told(recall, *places, "delta_net"),
+                    spread_of(recall, *places) < min(recall[name] for name in places) - recall["delta_net"],
                 ),
             ]
         if "1_to_3_gla" in recall:
@@ -181,13 +197,14 @@ def look(variant: Variant) -> dict[str, Any]:
     return {"color": variant.colour, "marker": SHARE_MARKERS[share(variant)]}
 
 
-def placed_in_the_middle(variant: Variant) -> bool:
-    return not variant.label.endswith(("first", "last"))
+def on_a_line(variant: Variant) -> bool:
+    """Whether a variant differs from the others in its share of attention alone."""
+    return not variant.label.endswith(("first", "last", "heads"))
 
 
 def draw_ratio(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None:
     for axes, comparison in zip(panels, comparisons, strict=True):
-        shown = [variant for variant in comparison.shown if placed_in_the_middle(variant)]
+        shown = [variant for variant in comparison.shown if on_a_line(variant)]
         for partner, dash in (("delta_net", "-"), ("gla", (0, (5, 1.5)))):
             line = sorted((v for v in shown if is_with(v, partner)), key=share)
             if len(line) < 2:
@@ -198,7 +215,7 @@ def draw_ratio(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> Non
             plots.draw_seeds(axes, share(variant), variant.values(test_of), look(variant), size=5)
             axes.plot([share(variant)], [plots.median_of(variant)], markersize=9, markeredgecolor="white", zorder=4,
                       **look(variant))  # fmt: skip
-        axes.set_xticks([0, 0.25, 0.5, 1], ["none", "1:3", "1:1", "all"])
+        axes.set_xticks([0, 0.125, 0.25, 0.5, 1], ["none", "1:7", "1:3", "1:1", "all"])
         axes.set_xlabel("Layers of attention to recurrent layers")
         axes.legend(fontsize=8, frameon=False, loc="center")
         finish(axes, comparison)
