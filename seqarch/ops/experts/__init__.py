@@ -37,8 +37,7 @@ def prepare(
 ) -> tuple[Any, ...]:
     """Check the arguments and flatten the tokens; the backends check the index's range, as they wait for it anyway.
 
-    What every backend takes: ``x [N, D], w_in, w_out, expert_index [N, k], expert_weight [N, k], w_gate, activation``,
-    the last a function.
+    What every backend takes: ``x [N, D], w_in, w_out, expert_index [N, k], expert_weight [N, k], w_gate, activation``.
     """
     checks.floating_on_one_device(NAME, x=x, w_in=w_in, w_out=w_out, expert_weight=expert_weight, w_gate=w_gate)
     tokens = "B T" if x.ndim == 3 else "N"
@@ -59,7 +58,7 @@ def prepare(
         raise ValueError(f"{NAME}: expert_index is on {expert_index.device}, expected {x.device} as x")
     flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, expert_index, expert_weight))
     x, expert_index, expert_weight = flat
-    return x, w_in, w_out, expert_index, expert_weight, w_gate, ACTIVATIONS[activation]
+    return x, w_in, w_out, expert_index, expert_weight, w_gate, activation
 
 
 OP = Op(
