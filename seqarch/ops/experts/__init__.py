@@ -8,7 +8,8 @@ or ``act(x W_in) W_out`` without a gate. Shazeer et al. 2017, "Outrageously Larg
 token kept, as in Gale et al. 2022, "MegaBlocks", section 4; the gated form: Shazeer 2020, "GLU Variants", section 2.
 
 The index -1 names no expert: such a choice, one dropped by the caller, costs and adds nothing. Work is ``O(k D F)`` a
-token, whatever E. An expert without tokens costs nothing and gets a zero gradient.
+token, whatever E. An expert without tokens costs nothing and gets a zero gradient. Second derivatives are those of
+``grouped_torch``, which ``auto`` does not take on a CPU.
 """
 
 from __future__ import annotations
