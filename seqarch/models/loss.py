@@ -54,6 +54,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         for total, rows in zip(*_blocks(totals, logits), strict=True):
             torch.logsumexp(rows, dim=1, out=total)
         ctx.save_for_backward(features, weight, targets, counted, logits, totals)
+        ctx.spent = False
         return (totals - chosen).where(counted, 0).sum()
 
     @staticmethod
@@ -62,8 +63,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "LanguageModel.loss has first derivatives only; F.cross_entropy of the logits has others"
             )
+        if ctx.spent:
+            raise RuntimeError("LanguageModel.loss serves one backward pass; F.cross_entropy of the logits serves more")
+        ctx.spent = True
         features, weight, targets, counted, logits, totals = ctx.saved_tensors
-        factors = gradient * counted
+        factors = torch.where(counted, gradient, 0)  # of no targets at all, the mean's is infinite
         for rows, total, factor in zip(*_blocks(logits, totals[:, None], factors[:, None]), strict=True):
             rows.sub_(total).exp_().mul_(factor)
         logits.scatter_add_(1, targets[:, None], -factors[:, None])

@@ -89,6 +89,15 @@ def test_it_is_torchs_whatever_logits_are(change: str, options: dict[str, float]
     torch.testing.assert_close(lm.loss(tokens, targets), by_torch(lm, tokens, targets))
 
 
+def test_hooks_on_all_modules_see_the_head():
+    lm, (tokens, targets) = model(), batch()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, x, y: 2 * y if module is lm.head else y)
+    try:
+        torch.testing.assert_close(lm.loss(tokens, targets), by_torch(lm, tokens, targets))
+    finally:
+        hook.remove()
+
+
 def test_hooks_on_the_head_see_the_backward_pass():
     lm, seen = model(), []
     lm.head.register_full_backward_hook(lambda head, of_x, of_y: seen.append(of_y[0].shape))
@@ -160,7 +169,12 @@ def test_one_backward_pass_and_first_derivatives():
     lm, (tokens, targets) = model(), batch()
     loss = lm.loss(tokens, targets)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="serves one backward pass"):
+        loss.backward()
+    with torch.autograd.graph.save_on_cpu():
+        loss = lm.loss(tokens, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="serves one backward pass"):
         loss.backward()
     loss = lm.loss(tokens, targets)
     with pytest.raises(RuntimeError, match="has first derivatives only"):
@@ -179,8 +193,11 @@ def test_its_products_are_counted():
 
 def test_no_target_counts():
     lm, (tokens, targets) = model(), batch()
-    assert lm.loss(tokens, torch.full_like(targets, 7), ignore_index=7).isnan()
-    assert lm.loss(tokens, torch.full_like(targets, 7), ignore_index=7, reduction="sum") == 0
+    none = torch.full_like(targets, 7)
+    loss = lm.loss(tokens, none, ignore_index=7)
+    assert loss.isnan()
+    assert all(not gradient.any() for gradient in gradients(lm, loss).values())
+    assert lm.loss(tokens, none, ignore_index=7, reduction="sum") == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}], ids=["plain", "capped"])

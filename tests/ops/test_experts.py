@@ -245,6 +245,45 @@ def test_what_is_not_trained_costs_no_gradient(trained):
     assert all((gradients[0][name].numel() > 0) == weights for name in ("w_in", "w_out", "w_gate"))
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_autocast_around_the_backward_pass_alone_changes_nothing(activation):
+    given = make(torch.float32)
+    given["x"].requires_grad_()
+    expected, found = (ops.experts(backend="chunk_torch", activation=activation, **given).sum() for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(found, given["x"])
+    assert torch.equal(found, torch.autograd.grad(expected, given["x"])[0])
+
+
+def test_what_is_kept_has_no_gradient_made():
+    """As large as it is, zeros for it would be a quarter of the peak."""
+    given = make()
+    given["x"].requires_grad_()
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.append(getattr(result, "shape", None))
+            return result
+
+    loss = ops.experts(backend="chunk_torch", **given).sum()
+    with Watch():
+        loss.backward()
+    assert (2, TOKENS * TOP_K, HIDDEN) not in made
+
+
+def test_weights_of_any_strides_compile():
+    given = make()
+    given["expert_weight"] = given["expert_weight"].t().contiguous().t()
+    given["x"] = given["x"].t().contiguous().t()
+    given["w_in"] = given["w_in"].mT.contiguous().mT
+    arguments = *(given[name] for name in ("x", "w_in", "w_out", "expert_index", "expert_weight", "w_gate")), "silu"
+    kept = chunk_torch.forward(*arguments, True)[1]
+    upstream = torch.randn(TOKENS, WIDTH).double()
+    torch.library.opcheck(chunk_torch.backward, (upstream, *arguments, kept, True, True))
+
+
 def test_chunks_have_first_derivatives_only_and_say_who_has_others():
     given = make()
     given["x"].requires_grad_()

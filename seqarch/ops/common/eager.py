@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules import module as global_hooks
 
 from seqarch.ops.common.autocast import autocast_is_on
 
@@ -25,4 +26,4 @@ def watched() -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module is its class's ``forward`` and nothing more: no hooks, no ``forward`` of its own."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return not any(hooks) and "forward" not in vars(module)
+    return not any(hooks) and not global_hooks._has_any_global_hook() and "forward" not in vars(module)

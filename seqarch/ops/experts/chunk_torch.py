@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype
 from seqarch.ops.common.linear_onednn import fastest_product, serves
 from seqarch.ops.common.operators import define
@@ -24,7 +25,8 @@ CHUNK_NUMBERS = 2**22
 """Of a chunk's rows, in the wider of their widths: 16 MB in float32."""
 
 LEAST_ROWS = 256
-"""Rows an expert in a chunk, where all have as many: with fewer the weights would be read too often."""
+"""Rows an expert in a chunk, where all have as many: with fewer the weights would be read too often. For them a chunk
+may be four times as large."""
 
 
 def refuse(x: Tensor, *others: Any) -> str | None:
@@ -69,7 +71,8 @@ class _Chunk:
 def _chunks(expert_index: Tensor, w_in: Tensor) -> Iterator[_Chunk]:
     experts, *widths = w_in.shape
     top_k = max(expert_index.shape[1], 1)
-    count = max(CHUNK_NUMBERS // (top_k * max(*widths, 1)), LEAST_ROWS * experts // top_k, 1)
+    count = max(CHUNK_NUMBERS // (top_k * max(*widths, 1)), 1)
+    count = max(count, min(LEAST_ROWS * experts // top_k, 4 * count))
     for start in range(0, len(expert_index), count):
         yield _Chunk(start, expert_index[start : start + count], experts)
 
@@ -187,21 +190,25 @@ def _gradients(
     """Room for what :func:`_backward` returns, those of the experts' weights in the dtype of ``wide``."""
     shapes = [w.shape if for_weights and w is not None else (0,) for w in (w_in, w_out, w_gate)]
     of_weights = [(x if wide is None else wide).new_empty(shape) for shape in shapes]
-    return x.new_empty(x.shape if for_x else (0,)), *of_weights, torch.empty_like(expert_weight)
+    return x.new_empty(x.shape if for_x else (0,)), *of_weights, expert_weight.new_empty(expert_weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.activation, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros as large as what is kept would be made for nothing
 
 
-def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
     if torch.is_grad_enabled():
         raise RuntimeError("experts: chunk_torch has first derivatives only; for others choose grouped_torch")
     for_x, *for_weights = (ctx.needs_input_grad[i] for i in (0, 1, 2, 5))
     *inputs, kept = ctx.saved_tensors
-    dx, *dws, dweight = backward(dy, *inputs, ctx.activation, kept, for_x, any(for_weights))
+    with without_autocast(dy.device):  # of whoever calls backward within its own
+        dx, *dws, dweight = backward(dy, *inputs, ctx.activation, kept, for_x, any(for_weights))
     dw_in, dw_out, dw_gate = (dw if wanted else None for dw, wanted in zip(dws, for_weights, strict=True))
     return dx if for_x else None, dw_in, dw_out, None, dweight, dw_gate, None, None
 
