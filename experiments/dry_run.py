@@ -120,7 +120,8 @@ def _activation_bytes(model: LanguageModel, config: RunConfig, rows: int, length
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     counting = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
     with counting, autocast(tokens.device, config.train.precision):
-        model.loss(tokens, tokens, reduction="sum") + model.auxiliary_loss()
+        model.loss(tokens, tokens, reduction="sum")
+        model.auxiliary_loss()
     if not config.train.recompute:
         return saved.total
     stream = rows * length * config.model.d_model * 4
