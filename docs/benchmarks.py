@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.gpu.contests import GPU_CONTESTS
-from experiments.bench.targets import Result
+from experiments.bench.targets import HEADER, Result
 from experiments.blocks import table
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
@@ -23,16 +23,20 @@ def bench_tables() -> str:
     return "\n\n".join(part for record in contests for part in _section(record)) or "No measurements are kept yet."
 
 
+def kept_targets() -> tuple[list[Result], dict[str, Any]]:
+    """The results of the kept run, and its machine and versions."""
+    kept = json.loads((RESULTS / "targets.json").read_text(encoding="utf-8"))
+    return [Result(**row) for row in kept.pop("targets")], kept
+
+
 def target_table() -> str:
     """The project's targets beside what was reached, and on which machine."""
-    kept = json.loads((RESULTS / "targets.json").read_text(encoding="utf-8"))
-    machine, results = kept["hardware"], [Result.of(row) for row in kept["targets"]]
-    said = {True: "yes", False: "**no**", None: ""}
-    rows = [(each.work, each.said, each.asked, said[each.met], each.note) for each in results]
+    results, kept = kept_targets()
+    machine = kept["hardware"]
     return (
         f"{sum(each.met is True for each in results)} of {len(results)} are met. {machine['cpu']}, {machine['threads']}"
-        f" threads, load {machine['load']:.1f} at the end, torch {kept['software']['packages']['torch']}.\n\n"
-        + table(("work", "reached", "asked for", "met", "measured"), rows)
+        f" threads, load {machine['load']:.1f} at the end, torch {kept['software']['packages']['torch']}, code"
+        f" {str(kept['code']['commit'])[:10]}.\n\n" + table(HEADER, (each.cells for each in results))
     )
 
 

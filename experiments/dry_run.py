@@ -118,9 +118,10 @@ def _activation_bytes(model: LanguageModel, config: RunConfig, rows: int, length
     """What autograd keeps of a micro-batch; when layers are recomputed, their inputs and the largest layer's own."""
     saved = SavedBytes(model)
     tokens = torch.zeros(rows, length, dtype=torch.int64)
-    kept = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
-    with kept, autocast(tokens.device, config.train.precision):
+    counting = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+    with counting, autocast(tokens.device, config.train.precision):
         model.loss(tokens, tokens, reduction="sum")
+        model.auxiliary_loss()
     if not config.train.recompute:
         return saved.total
     stream = rows * length * config.model.d_model * 4

@@ -9,8 +9,9 @@
 
 namespace seqarch {
 
-constexpr int kRows = 4, kSums = 4;   // of x at once, and of one product, added up side by side
-constexpr int64_t kAhead = 4096;     // bytes of weights that are fetched early: the processor itself stops at a page
+constexpr int kRows = 4, kSums = 4;  // of x at once, and of one product, added up side by side
+// Bytes of weights that are fetched early, as the processor itself stops at a page; beyond the last, which is harmless.
+constexpr int64_t kAhead = 4096;
 
 // The weights of one vector, in the accumulation type.
 inline Vector<float> load_wide(const float* from) { return load_vector(from); }

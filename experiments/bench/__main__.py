@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
     commands = parser.add_subparsers(dest="command", metavar="targets")
     commands.add_parser("targets", help="print the targets beside what is reached").add_argument(
-        "--only", default="", help="the rows whose work has this in it"
+        "--only", default="", help="the rows whose work has this in it, which are shown and not written"
     )
     options = parser.parse_args(arguments)
     for name in options.ops or ():

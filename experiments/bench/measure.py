@@ -26,9 +26,6 @@ WARM_UP = 64
 """Tokens of the call that comes before a measurement of memory."""
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-COPIED = 2**28
-"""Bytes of a copy: far more than a cache holds."""
-
 RESET = "/proc/self/clear_refs"
 """Where Linux sets the high-water mark of resident memory back."""
 
@@ -130,6 +127,10 @@ class Ceilings:
         """The least time for so much work, and the name of the ceiling that sets it."""
         arithmetic, memory = cost.flops / self.flops[dtype], cost.bytes / self.bandwidth
         return max((arithmetic, "arithmetic"), (memory, "bandwidth"))
+
+
+COPIED = 2**28
+"""Bytes of a copy: far more than a cache holds."""
 
 
 def ceilings(size: int = 2048, copied: int = COPIED, tries: int = 5) -> Ceilings:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -32,6 +31,9 @@ def point(contest: str, contestant: str, way: str, length: int, dtype: str = "fl
     return contest, contestant, way, length, dtype
 
 
+HEADER = ("work", "reached", "asked for", "met", "measured")
+
+
 @dataclass(frozen=True)
 class Result:
     """A target's row; ``reached`` is ``None`` where it was not measured, and ``note`` says why."""
@@ -42,15 +44,6 @@ class Result:
     at_least: bool
     note: str = ""
 
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Result:
-        """From a row of ``targets.json``."""
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
-
-    @property
-    def asked(self) -> str:
-        return f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
-
     @property
     def met(self) -> bool | None:
         if self.reached is None:
@@ -58,8 +51,11 @@ class Result:
         return self.reached >= self.bound if self.at_least else self.reached <= self.bound
 
     @property
-    def said(self) -> str:
-        return "not measured" if self.reached is None else f"{self.reached:.3g}"
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """What stands under :data:`HEADER`."""
+        reached = "not measured" if self.reached is None else f"{self.reached:.3g}"
+        asked = f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
+        return self.work, reached, asked, {True: "yes", False: "no", None: ""}[self.met], self.note
 
 
 @dataclass(frozen=True)
@@ -194,24 +190,25 @@ def all_targets() -> list[Target]:
 
 def table(results: list[Result]) -> Table:
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column, right in (("work", False), ("reached", True), ("bound", True), ("met", False), ("", False)):
-        shown.add_column(column, justify="right" if right else "left")
-    for row in results:
-        shown.add_row(row.work, row.said, row.asked, {True: "yes", False: "no", None: ""}[row.met], row.note)
+    for column in HEADER:
+        shown.add_column(column, justify="right" if column in ("reached", "asked for") else "left")
+    for result in results:
+        shown.add_row(*result.cells)
     return shown
 
 
 def run(console: Console, only: str, folder: Path, budget: float) -> None:
     """Measure the targets whose work has ``only`` in it, ``budget`` seconds a contestant and target.
 
-    ``targets.json`` is renewed with each; the table is last.
+    The table is last. ``targets.json`` is renewed with each row, unless ``only`` would leave a part of them in it.
     """
     results: list[Result] = []
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for target in (target for target in all_targets() if only in target.work):
             results.append(target.measure(budget))
-            console.print(f"{len(results)}. {results[-1].work}: {results[-1].said}", highlight=False)
-            rows = [asdict(result) | {"met": result.met} for result in results]
-            (folder / "targets.json").write_text(json.dumps({"targets": rows} | machine(), indent=1) + "\n")
+            console.print(f"{len(results)}. {results[-1].work}: {results[-1].cells[1]}", highlight=False)
+            if not only:
+                kept = {"targets": [asdict(result) for result in results]} | machine()
+                (folder / "targets.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     console.print(table(results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ ONE_OF_EIGHT = (
 )
 OTHER = ("model=gla", mixed("1_to_3_gla", "2*gla attention gla"))
 MORE_STATE = "model=delta_net model.name=delta_net_2_heads model.mixers.delta_net.num_heads=2"
-"""DeltaNet with as many bytes of state as one layer of attention in eight has."""
+"""DeltaNet with about as many bytes of state at 64 tokens as 1 to 7: 83,968 and 79,872."""
 
 RECALL, TEXT = "experiment=hybrids_recall", "experiment=hybrids_text"
 RATES = {RECALL: "train.lr=3e-3,5e-3", TEXT: "train.lr=3e-3,6e-3"}
@@ -41,7 +42,7 @@ EXPERIMENTS = ("results/hybrids_recall", "results/hybrids_text")
 SHARE_MARKERS = {0.0: "o", 0.125: "v", 0.25: "s", 0.5: "D", 1.0: "^"}
 """A marker for each share of layers that are attention."""
 
-EIGHT = (
+LARGE_HYBRIDS = (
     *RATIOS,
     *ONE_OF_EIGHT,
     mixed("1_to_3_first", "attention 3*delta_net"),
@@ -74,7 +75,7 @@ class Hybrids(Study):
         ),
         "large": Sweep(
             "seed=0,1,2 model.d_model=256 train.eval_every=500 train.device=cuda",
-            tuple(f"{task} {arm}" for task in LARGE_TASKS for arm in (PURE, *EIGHT)),
+            tuple(f"{task} {arm}" for task in LARGE_TASKS for arm in (PURE, MORE_STATE, *LARGE_HYBRIDS)),
         ),
     }
 
@@ -89,7 +90,8 @@ class Hybrids(Study):
                 "ratio",
                 "Recall (left, more is better) and bits per byte of text (right, less is better) on the test splits"
                 " against the share of layers that are attention, by the recurrence beside it. Small marks are seeds,"
-                " lines join medians, bars are ranges; hybrids with attention in the middle of each group."
+                " lines join medians, bars are ranges; hybrids have attention in the middle of each"
+                " group, recurrences four heads."
                 f" Learning rates by median validation among {plots.grid_text(recall)} and {plots.grid_text(text)}.",
                 lambda axes: draw_ratio(axes, (recall, text)),
                 columns=2,
@@ -107,7 +109,8 @@ class Hybrids(Study):
             Picture(
                 "place",
                 "Recall of every model: its seeds, their range and the median. Names say how many recurrent layers"
-                " stand beside one of attention and where that is, in the middle unless it says otherwise.",
+                " stand beside one of attention and where that is, in the middle unless it says otherwise. DeltaNet"
+                " has four heads, or two and so twice the state.",
                 lambda axes: draw_place(axes[0], recall),
                 size=(7.6, 3.6),
             ),
@@ -120,14 +123,14 @@ class Hybrids(Study):
     def claims(self, runs: Runs) -> Sequence[Claim]:
         recall, text = (medians(comparison) for comparison in both(runs))
         names = [name for name in ("1_to_7", "1_to_3", "1_to_1") if name in recall]
-        mixed_recall = [recall[name] for name in names]
         mixed_text = [text[name] for name in names if name in text]
         found = [
             Claim(
                 "attention brings recall",
                 "Recall rises with the share of attention, most of it by one layer in four (arXiv 2507.06457)",
                 told(recall, "delta_net", *names, "attention"),
-                recall["delta_net"] < min(mixed_recall) and recall["1_to_1"] >= recall["1_to_3"] - 0.01,
+                rises(recall, "delta_net", *names, "attention")
+                and recall["1_to_3"] - recall["delta_net"] > 0.5 * (recall["attention"] - recall["delta_net"]),
             ),
             Claim(
                 "text hardly depends on the ratio",
@@ -139,34 +142,34 @@ class Hybrids(Study):
             ),
         ]
         if "delta_net_2_heads" in recall:
-            found += [
+            found.append(
                 Claim(
                     "at equal state",
                     "One layer of attention among eight is worth more than its bytes: a hybrid recalls more than a"
-                    " recurrence with as much state",
+                    " recurrence with as much state (expected before the runs, without a source)",
                     told(recall, "delta_net", "delta_net_2_heads", "1_to_7"),
                     recall["1_to_7"] > recall["delta_net_2_heads"],
-                ),
-            ]
+                )
+            )
         if "1_to_7_first" in recall:
             places = ("1_to_7_first", "1_to_7", "1_to_7_last")
-            found += [
+            found.append(
                 Claim(
                     "the place hardly matters",
                     "Where the one layer of attention stands matters less than that it is there",
                     told(recall, *places, "delta_net"),
                     spread_of(recall, *places) < min(recall[name] for name in places) - recall["delta_net"],
-                ),
-            ]
+                )
+            )
         if "1_to_3_gla" in recall:
-            found += [
+            found.append(
                 Claim(
                     "the order of pure models is not that of hybrids",
                     "The best pure recurrence does not make the best hybrid (the same)",
                     told(recall, "delta_net", "gla", "1_to_3", "1_to_3_gla"),
                     (recall["delta_net"] > recall["gla"]) != (recall["1_to_3"] > recall["1_to_3_gla"]),
-                ),
-            ]
+                )
+            )
         return found
 
 
@@ -180,7 +183,12 @@ def medians(comparison: Comparison) -> dict[str, float]:
 
 
 def told(values: Mapping[str, float], *names: str) -> str:
-    return ", ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
+    return plots.told({name: values[name] for name in names if name in values})
+
+
+def rises(values: Mapping[str, float], *names: str) -> bool:
+    """Whether values rise in this order, or fall by a hundredth at most."""
+    return all(values[before] <= values[after] + 0.01 for before, after in pairwise(names))
 
 
 def spread_of(values: Mapping[str, float], *names: str) -> float:

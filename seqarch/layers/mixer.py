@@ -290,7 +290,8 @@ def row_count(x: Tensor, offsets: Offsets) -> int:
 
 
 def choose_heads(d_model: int, num_heads: int | None) -> int:
-    """The number of heads: the one given, or heads of width 64 where that divides ``d_model``, else of 32; at least 1.
+    """The number of heads: the one given, or heads of width 64 where that divides ``d_model``, else as many
+    as are at least 32 wide, but one at least.
 
     Raises:
         ValueError: the heads do not divide the width.

@@ -16,7 +16,8 @@ from seqarch.layers.mixer import linear_flops
 from seqarch.models.generation import generate
 from seqarch.models.loss import head_cross_entropy, serves
 from seqarch.models.stack import Stack, StackConfig, StackState
-from seqarch.ops.common.checks import accumulation_dtype, entries_within
+from seqarch.ops.common.checks import accumulation_dtype, entries_within, unknown_name
+from seqarch.ops.common.eager import is_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,39 +100,43 @@ class LanguageModel(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> Tensor:
-        """The cross entropy of the logits and ``targets`` ``[B, T]``, the tokens that come next.
+        """The cross entropy of the logits and ``targets`` ``[B, T]``, the tokens that come next: a scalar.
 
-        As ``F.cross_entropy`` of what the model returns. On a CPU, in float32 or float64, the logits are held once
-        rather than four times, which is faster, and good for one backward pass and first derivatives.
+        It is ``F.cross_entropy`` of what the model returns, in float32 at least. On a CPU, in float32 or float64, the
+        logits are held once and not four times, and one backward pass can be made, for first derivatives. Everywhere
+        else, and under autocast, a compiler, ``torch.func``, a ``logit_cap``, hooks or another head, torch computes it.
 
         Args:
             ignore_index: the target of a token that does not count.
             reduction: ``"mean"`` over the targets that count, or ``"sum"``.
 
         Raises:
-            ValueError: the targets are not int64 of the tokens' shape, one is not in the vocabulary, or there is no
-                such reduction.
+            ValueError: tokens or targets are not integers ``[B, T]``, or (on a CPU) one is not in the vocabulary; or
+                there is no such reduction.
         """
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"language model: unknown reduction {reduction!r}, expected mean or sum")
-        if targets.shape != tokens.shape or targets.dtype != torch.int64:
+            raise unknown_name("reduction", reduction, ("mean", "sum"))
+        features = self.features(tokens, state, cu_seqlens)[0].flatten(0, 1)
+        if not isinstance(targets, Tensor) or targets.shape != tokens.shape or targets.dtype != torch.int64:
+            given = f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(
-                f"language model: targets must be int64 {list(tokens.shape)} as the tokens, got {targets.dtype} of "
-                f"shape {list(targets.shape)}"
+                f"language model: targets are {given}, expected torch.int64 {list(tokens.shape)} as tokens"
             )
-        features, expected = self.features(tokens, state, cu_seqlens)[0].flatten(0, 1), targets.flatten()
+        expected = targets.flatten()
+        counted = expected != ignore_index
+        entries_within("language model", "targets", expected.where(counted, 0), 0, self.config.vocab_size - 1)
         if self._head_is_plain() and serves(features, self.head.weight):
             total = head_cross_entropy(features, self.head.weight, expected, ignore_index)
         else:
             logits = self.logits(features)
             logits = logits.to(accumulation_dtype(logits))
             total = F.cross_entropy(logits, expected, ignore_index=ignore_index, reduction="sum")
-        return total if reduction == "sum" else total / (expected != ignore_index).sum()
+        return total if reduction == "sum" else total / counted.sum()
 
     def _head_is_plain(self) -> bool:
-        """Whether the logits are the product of features and the head's weights, and nobody watches the head."""
-        hooks = self.head._forward_hooks or self.head._forward_pre_hooks
-        return self.config.logit_cap is None and type(self.head) is Linear and self.head.bias is None and not hooks
+        """Whether the logits are the product of features and the head's weights, and nobody changed or watches it."""
+        own = type(self).logits is LanguageModel.logits and "logits" not in vars(self)
+        return own and self.config.logit_cap is None and type(self.head) is Linear and is_plain(self.head)
 
     def init_state(
         self,

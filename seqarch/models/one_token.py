@@ -16,7 +16,7 @@ from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
 from seqarch.ops.common import token_cpp
-from seqarch.ops.common.autocast import autocast_is_on
+from seqarch.ops.common.eager import as_made, watched
 from seqarch.ops.common.token_cpp import MOST_ROWS, Program, Unserved
 from seqarch.ops.op import left_alone
 
@@ -76,10 +76,8 @@ def _serves(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and not autocast_is_on(x.device)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
-        and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+        and as_made(x.device)
+        and not watched()
         and not global_hooks._has_any_global_hook()
         and left_alone()
         and token_cpp.unavailable() is None

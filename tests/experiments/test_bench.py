@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from docs import benchmarks
+from docs.benchmarks import kept_targets
 from experiments.bench import __main__ as command
 from experiments.bench import measure, models, peers, targets
 from experiments.bench.contest import AUTO, WAYS, Absent, Contest, Contestant, Cost
@@ -349,6 +350,28 @@ def test_targets_speak_of_contests_that_there_are():
             assert target.contest in CONTESTS
 
 
+def test_the_kept_targets_are_those_that_there_are():
+    assert [result.work for result in kept_targets()[0]] == [target.work for target in targets.all_targets()]
+
+
+def test_a_part_of_the_targets_is_not_kept(small, tmp_path, monkeypatch):
+    peer, ours = (targets.point("small", name, "forward", 64) for name in ("peer", "ours"))
+    found = [targets.Faster(work, peer, ours, 1e-9) for work in ("one", "another")]
+    monkeypatch.setattr(targets, "all_targets", lambda: found)
+    command.main(["--budget", "0.01", "--folder", str(tmp_path), "targets", "--only", "one"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_is_measured_in_turn_with_a_copy(small, monkeypatch):
+    """Two calls of the same length: a copy of twice as many bytes as the weights have takes as long as the token."""
+    monkeypatch.setattr(targets, "timed", lambda call, inputs: lambda: 0.25)
+    monkeypatch.setattr(Contest, "runner", lambda *_: lambda: 0.125)
+    result = targets.OfBandwidth("token", "decoding_mamba", 64, 0.85).measure(0.01)
+    weights = CONTESTS["decoding_mamba"].cost(CONTESTS["decoding_mamba"].inputs(64, torch.float32)).bytes
+    assert result.reached == pytest.approx(2 * weights / (2 * measure.COPIED))
+    assert "8 tokens/s" in result.note
+
+
 def test_a_target_is_met_missed_or_not_measured(small):
     peer, ours, elsewhere = (targets.point("small", name, "forward", 64) for name in ("peer", "ours", "elsewhere"))
     easy, hard = (targets.Faster("work", peer, ours, bound).measure(0.01) for bound in (1e-9, 1e9))
@@ -375,7 +398,7 @@ def test_targets_are_printed_and_written(small, monkeypatch, tmp_path, capsys):
     command.main(["--folder", str(tmp_path), "targets"])
     assert re.search(r"our work .*at least 1e\+09 +no", capsys.readouterr().out)
     record = json.loads((tmp_path / "targets.json").read_text())
-    assert [row["met"] for row in record["targets"]] == [False]
+    assert [targets.Result(**row).met for row in record["targets"]] == [False]
 
 
 def test_importing_the_package_is_light():

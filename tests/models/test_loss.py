@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import seqarch.models.loss
 from seqarch.models import LanguageModel, LMConfig
+from seqarch.ops.common import linear_onednn
 from seqarch.ops.common.checks import accumulation_dtype
 
 VOCABULARY = 37
@@ -52,20 +54,67 @@ def test_it_is_torchs_with_its_gradients(blocks, tied: bool, reduction: str):
     torch.testing.assert_close(gradients(lm, 3 * own), gradients(lm, 3 * expected), rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("change", "options"),
-    [
-        (lambda lm: lm, {"logit_cap": 2.0}),
-        (lambda lm: lm.bfloat16(), {}),
-        (lambda lm: lm.head.register_forward_hook(lambda head, x, y: 2 * y), {}),
-        (lambda lm: torch.nn.utils.parametrizations.weight_norm(lm.head), {}),
-    ],
-    ids=["capped", "bfloat16", "a hook", "a parametrization"],
-)
-def test_where_logits_are_no_plain_product_it_is_torchs(change, options):
+class Doubled(LanguageModel):
+    def logits(self, features: Tensor) -> Tensor:
+        return 2 * super().logits(features)
+
+
+def replace_forward(lm: LanguageModel) -> None:
+    forward = lm.head.forward
+    lm.head.forward = lambda x: 3 * forward(x)
+
+
+def replace_logits(lm: LanguageModel) -> None:
+    logits = lm.logits
+    lm.logits = lambda x: 3 * logits(x)
+
+
+CHANGES = {
+    "nothing": lambda lm: None,
+    "bfloat16": lambda lm: lm.bfloat16(),
+    "a hook": lambda lm: lm.head.register_forward_hook(lambda head, x, y: 2 * y),
+    "a hook before": lambda lm: lm.head.register_forward_pre_hook(lambda head, x: (2 * x[0],)),
+    "a parametrization": lambda lm: torch.nn.utils.parametrizations.weight_norm(lm.head),
+    "a forward of its own": replace_forward,
+    "logits of its own": replace_logits,
+    "a subclass": lambda lm: setattr(lm, "__class__", Doubled),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}], ids=["plain", "capped"])
+def test_it_is_torchs_whatever_logits_are(change: str, options: dict[str, float]):
     lm, (tokens, targets) = model(**options), batch()
-    change(lm)
-    assert torch.equal(lm.loss(tokens, targets), by_torch(lm, tokens, targets))
+    CHANGES[change](lm)
+    torch.testing.assert_close(lm.loss(tokens, targets), by_torch(lm, tokens, targets))
+
+
+def test_hooks_on_all_modules_see_the_head():
+    lm, (tokens, targets) = model(), batch()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, x, y: 2 * y if module is lm.head else y)
+    try:
+        torch.testing.assert_close(lm.loss(tokens, targets), by_torch(lm, tokens, targets))
+    finally:
+        hook.remove()
+
+
+def test_hooks_on_the_head_see_the_backward_pass():
+    lm, seen = model(), []
+    lm.head.register_full_backward_hook(lambda head, of_x, of_y: seen.append(of_y[0].shape))
+    lm.loss(*batch()).backward()
+    assert seen == [(33, VOCABULARY)]
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["oneDNN", "torch"])
+def test_float32_products_of_either_library(here: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(linear_onednn, "unavailable", lambda: None if here else "not here")
+    lm, (tokens, targets) = model(), batch()
+    expected = by_torch(lm, tokens, targets)
+    exact = gradients(lm, expected)
+    own = lm.float().loss(tokens, targets)
+    torch.testing.assert_close(own.double(), expected, rtol=1e-5, atol=0)
+    for name, value in gradients(lm, own).items():
+        torch.testing.assert_close(value.double(), exact[name], rtol=1e-3, atol=1e-5 * exact[name].abs().max())
 
 
 def test_numbers_far_from_zero():
@@ -77,19 +126,30 @@ def test_numbers_far_from_zero():
     torch.testing.assert_close(gradients(lm, own), gradients(lm, expected))
 
 
+class Allocations(TorchDispatchMode):
+    """Counts tensors with a number a word and token that a call makes, forward and backward; none is freed."""
+
+    def __init__(self, numbers: int):
+        super().__init__()
+        self.numbers, self.made = numbers, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple) else (result,):
+            if isinstance(each, Tensor) and each.numel() == self.numbers:
+                self.made[each.untyped_storage().data_ptr()] = each
+        return result
+
+
 def test_the_logits_are_held_once():
-    """What autograd keeps: the features of the head and one logit a word and token, where torch keeps two."""
+    """And by torch four times: logits, their log-probabilities, and the gradient of each."""
     lm, (tokens, targets) = model(), batch()
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() == tokens.numel() * VOCABULARY:
-            kept[tensor.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        lm.loss(tokens, targets)
-    assert len(kept) == 1
+    counts = {}
+    for name, loss in {"own": lm.loss, "torch": lambda *both: by_torch(lm, *both)}.items():
+        with Allocations(tokens.numel() * VOCABULARY) as found:
+            loss(tokens, targets).backward()
+        counts[name] = len(found.made)
+    assert counts == {"own": 1, "torch": 4}
 
 
 def test_a_carried_state_and_packed_sequences():
@@ -109,7 +169,12 @@ def test_one_backward_pass_and_first_derivatives():
     lm, (tokens, targets) = model(), batch()
     loss = lm.loss(tokens, targets)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="serves one backward pass"):
+        loss.backward()
+    with torch.autograd.graph.save_on_cpu():
+        loss = lm.loss(tokens, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="serves one backward pass"):
         loss.backward()
     loss = lm.loss(tokens, targets)
     with pytest.raises(RuntimeError, match="has first derivatives only"):
@@ -128,20 +193,34 @@ def test_its_products_are_counted():
 
 def test_no_target_counts():
     lm, (tokens, targets) = model(), batch()
-    assert lm.loss(tokens, torch.full_like(targets, 7), ignore_index=7).isnan()
-    assert lm.loss(tokens, torch.full_like(targets, 7), ignore_index=7, reduction="sum") == 0
+    none = torch.full_like(targets, 7)
+    loss = lm.loss(tokens, none, ignore_index=7)
+    assert loss.isnan()
+    assert all(not gradient.any() for gradient in gradients(lm, loss).values())
+    assert lm.loss(tokens, none, ignore_index=7, reduction="sum") == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}], ids=["plain", "capped"])
 @pytest.mark.parametrize(
-    ("targets", "options", "message"),
+    ("targets", "arguments", "message"),
     [
-        (torch.zeros(3, 10, dtype=torch.int64), {}, r"targets must be int64 \[3, 11\] as the tokens, got torch.int64"),
-        (torch.zeros(3, 11), {}, r"got torch.float32 of shape \[3, 11\]"),
+        (
+            torch.zeros(3, 10, dtype=torch.int64),
+            {},
+            r"targets are torch.int64 \[3, 10\], expected torch.int64 \[3, 11\]",
+        ),
+        (torch.zeros(3, 11), {}, r"targets are torch.float32 \[3, 11\], expected torch.int64"),
+        ([[0]], {}, "targets are list, expected torch.int64"),
         (torch.full((3, 11), 37), {}, "targets has entries from 37 to 37, expected 0 to 36"),
         (torch.full((3, 11), -1), {}, "targets has entries from -1 to -1, expected 0 to 36"),
-        (torch.zeros(3, 11, dtype=torch.int64), {"reduction": "none"}, "unknown reduction 'none', expected mean"),
+        (torch.zeros(3, 11, dtype=torch.int64), {"reduction": "men"}, "unknown reduction 'men'.* Did you mean 'mean'"),
     ],
 )
-def test_wrong_targets_are_told(targets, options, message):
+def test_wrong_targets_are_told(targets, arguments, message, options):
     with pytest.raises(ValueError, match=message):
-        model().loss(batch()[0], targets, **options)
+        model(**options).loss(batch()[0], targets, **arguments)
+
+
+def test_wrong_tokens_are_told_as_by_the_model():
+    with pytest.raises(ValueError, match="tokens must be int32 or int64"):
+        model().loss([[1, 2]], batch()[1])

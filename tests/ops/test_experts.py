@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
+from seqarch.ops.common import linear_onednn
 from seqarch.ops.experts import chunk_torch, flops, grouped_torch, groups
+from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES
 from tests.laws import available
 
 BACKENDS = available("experts")
@@ -111,7 +114,7 @@ def test_chunks_are_the_whole(gated, monkeypatch):
     if not gated:
         del given["w_gate"]
     expected = with_gradients(lambda **g: ops.experts(backend="parallel_torch", **g), given)
-    for name in ("NUMBERS", "LEAST_ROWS"):
+    for name in ("CHUNK_NUMBERS", "LEAST_ROWS"):
         monkeypatch.setattr(chunk_torch, name, 1)
     found = with_gradients(lambda **g: ops.experts(backend="chunk_torch", **g), given)
     for name in expected:
@@ -124,7 +127,7 @@ def test_chunks_add_up_wide(monkeypatch):
     exact = with_gradients(each_token, {name: x.double() if x.is_floating_point() else x for name, x in given.items()})
     errors = {}
     for numbers in (1, 2**22):
-        for name in ("NUMBERS", "LEAST_ROWS"):
+        for name in ("CHUNK_NUMBERS", "LEAST_ROWS"):
             monkeypatch.setattr(chunk_torch, name, numbers)
         found = with_gradients(lambda **g: ops.experts(backend="chunk_torch", **g), given)["w_in"]
         errors[numbers] = (found.double() - exact["w_in"]).norm() / exact["w_in"].norm()
@@ -158,7 +161,8 @@ def test_operators_keep_their_word():
     torch.library.opcheck(chunk_torch.forward, (*arguments, True))
     kept = chunk_torch.forward(*arguments, True)[1].detach()
     detached: list[Any] = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    torch.library.opcheck(chunk_torch.backward, (torch.randn(TOKENS, WIDTH).double(), *detached, kept))
+    for wanted in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(chunk_torch.backward, (torch.randn(TOKENS, WIDTH).double(), *detached, kept, *wanted))
     assert torch.autograd.gradgradcheck(lambda *x: grouped_torch.grouped_matmul(*x, starts), (rows, weight))
 
 
@@ -200,19 +204,120 @@ def test_bfloat16_stays_within_its_own_rounding(backend):
         assert error.sqrt() < 0.01, name
 
 
-def test_runs_under_autocast():
+@pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
+def library(request, monkeypatch):
+    """What float32 products run on, on every processor."""
+    monkeypatch.setattr(linear_onednn, "unavailable", lambda: None if request.param else "not here")
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_float32_products_of_either_library(library, chunk, monkeypatch):
+    monkeypatch.setattr(chunk_torch, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(chunk_torch, "LEAST_ROWS", 20)
+    given = make(torch.float32, (100,), 24, 40)
+    exact = with_gradients(each_token, {name: x.double() if x.is_floating_point() else x for name, x in given.items()})
+    found = with_gradients(lambda **g: ops.experts(backend="chunk_torch", **g), given)
+    for name in exact:
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-5 * exact[name].abs().max())
+
+
+@pytest.mark.parametrize("trained", [{"x"}, {"w_in"}, {"w_out", "expert_weight"}, {"w_gate", "x"}, {"expert_weight"}])
+def test_what_is_not_trained_costs_no_gradient(trained):
+    given, gradients = make(), []
+    for name in trained:
+        given[name].requires_grad_()
+    expected = torch.autograd.grad(each_token(**given).square().sum(), [given[name] for name in sorted(trained)])
+    backward = torch.ops.seqarch.experts_backward.default
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is backward:
+                gradients.append(dict(zip(("x", "w_in", "w_out", "w_gate", "expert_weight"), result, strict=True)))
+            return result
+
+    loss = ops.experts(backend="chunk_torch", **given).square().sum()
+    with Watch():
+        found = torch.autograd.grad(loss, [given[name] for name in sorted(trained)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    weights = any(name.startswith("w_") for name in trained)
+    assert (gradients[0]["x"].numel() > 0) == ("x" in trained)
+    assert all((gradients[0][name].numel() > 0) == weights for name in ("w_in", "w_out", "w_gate"))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_autocast_around_the_backward_pass_alone_changes_nothing(activation):
+    given = make(torch.float32)
+    given["x"].requires_grad_()
+    expected, found = (ops.experts(backend="chunk_torch", activation=activation, **given).sum() for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(found, given["x"])
+    assert torch.equal(found, torch.autograd.grad(expected, given["x"])[0])
+
+
+def test_what_is_kept_has_no_gradient_made():
+    """As large as it is, zeros for it would be a quarter of the peak."""
+    given = make()
+    given["x"].requires_grad_()
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.append(getattr(result, "shape", None))
+            return result
+
+    loss = ops.experts(backend="chunk_torch", **given).sum()
+    with Watch():
+        loss.backward()
+    assert (2, TOKENS * TOP_K, HIDDEN) not in made
+
+
+def test_weights_of_any_strides_compile():
+    given = make()
+    given["expert_weight"] = given["expert_weight"].t().contiguous().t()
+    given["x"] = given["x"].t().contiguous().t()
+    given["w_in"] = given["w_in"].mT.contiguous().mT
+    arguments = *(given[name] for name in ("x", "w_in", "w_out", "expert_index", "expert_weight", "w_gate")), "silu"
+    kept = chunk_torch.forward(*arguments, True)[1]
+    upstream = torch.randn(TOKENS, WIDTH).double()
+    torch.library.opcheck(chunk_torch.backward, (upstream, *arguments, kept, True, True))
+
+
+def test_chunks_have_first_derivatives_only_and_say_who_has_others():
+    given = make()
+    given["x"].requires_grad_()
+    y = ops.experts(backend="chunk_torch", **given)
+    with pytest.raises(RuntimeError, match="first derivatives only; for others choose grouped_torch"):
+        torch.autograd.grad(y.sum(), given["x"], create_graph=True)
+    y = ops.experts(backend="grouped_torch", **given)
+    (first,) = torch.autograd.grad(y.sum(), given["x"], create_graph=True)
+    assert first.requires_grad
+
+
+def test_every_activation_has_a_derivative():
+    x = torch.linspace(-3, 3, 101, dtype=torch.float64, requires_grad=True)
+    assert set(DERIVATIVES) == set(ACTIVATIONS)
+    for name, function in ACTIVATIONS.items():
+        (expected,) = torch.autograd.grad(function(x), x, x.detach())
+        torch.testing.assert_close(DERIVATIVES[name](x.detach(), x.detach()), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_under_autocast(backend):
     given = make(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = with_gradients(lambda **g: ops.experts(backend="grouped_torch", **g), given)
+        found = with_gradients(lambda **g: ops.experts(backend=backend, **g), given)
     expected = with_gradients(each_token, given)
     for name, value in expected.items():
         assert found[name].dtype == torch.float32
         assert ((found[name] - value).square().mean() / value.square().mean()).sqrt() < 0.02, name
 
 
-def test_repeating_the_call_gives_the_same_bits():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeating_the_call_gives_the_same_bits(backend):
     given = make(torch.float32, tokens=(300,))
-    first, second = (with_gradients(lambda **g: ops.experts(backend="grouped_torch", **g), given) for _ in range(2))
+    first, second = (with_gradients(lambda **g: ops.experts(backend=backend, **g), given) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.autocast import autocast_is_on
+from seqarch.ops.common.eager import as_made, watched
 
 LEAST_ROWS = 8
 """Fewer take as long as reading the weights, which oneDNN would bring into another order first."""
@@ -42,10 +42,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and x.numel() >= LEAST_ROWS * x.shape[-1] > 0
         and weight.numel() > 0
         and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
-        and not autocast_is_on(x.device)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
-        and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+        and as_made(x.device)
+        and not watched()
         and unavailable() is None
     )
 
@@ -55,9 +53,13 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
-def raw_product(a: Tensor, b: Tensor) -> Tensor:
-    """:func:`product` without gradients."""
+def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), None, "none", [], "")
+
+
+def fastest_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b^T``, for where no gradients are recorded: by oneDNN where that serves, else by torch."""
+    return _product(a, b) if serves(a, b) else a @ b.t()
 
 
 class _Product(torch.autograd.Function):
@@ -66,7 +68,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return raw_product(a, b)
+        return _product(a, b)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from seqarch.ops.common import native
+from seqarch.ops.common.eager import is_plain
 from seqarch.ops.common.native import Instructions, int64
 
 MOST_ROWS = 4
@@ -96,7 +97,7 @@ class Program:
         computed = [_owner(kind, each) for each in ("forward", "carry")]
         if own is None or not all(each is None or issubclass(own, each) for each in computed):
             raise Unserved(f"{kind.__name__} has no instructions for one token")
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if not is_plain(module):
             raise Unserved(f"{kind.__name__} has hooks, or a forward pass of its own")
         return module.one_token(self, *arguments)  # type: ignore[operator]
 

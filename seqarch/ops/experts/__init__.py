@@ -8,7 +8,8 @@ or ``act(x W_in) W_out`` without a gate. Shazeer et al. 2017, "Outrageously Larg
 token kept, as in Gale et al. 2022, "MegaBlocks", section 4; the gated form: Shazeer 2020, "GLU Variants", section 2.
 
 The index -1 names no expert: such a choice, one dropped by the caller, costs and adds nothing. Work is ``O(k D F)`` a
-token, whatever E. An expert without tokens costs nothing and gets a zero gradient.
+token, whatever E. An expert without tokens costs nothing and gets a zero gradient. Second derivatives are those of
+``grouped_torch``, which ``auto`` does not take on a CPU.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ def prepare(
 ) -> tuple[Any, ...]:
     """Check the arguments and flatten the tokens; the backends check the index's range, as they wait for it anyway.
 
-    What every backend takes: ``x [N, D], w_in, w_out, expert_index [N, k], expert_weight [N, k], w_gate, activation``,
-    the last a function.
+    What every backend takes: ``x [N, D], w_in, w_out, expert_index [N, k], expert_weight [N, k], w_gate, activation``.
     """
     checks.floating_on_one_device(NAME, x=x, w_in=w_in, w_out=w_out, expert_weight=expert_weight, w_gate=w_gate)
     tokens = "B T" if x.ndim == 3 else "N"
@@ -59,7 +59,7 @@ def prepare(
         raise ValueError(f"{NAME}: expert_index is on {expert_index.device}, expected {x.device} as x")
     flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, expert_index, expert_weight))
     x, expert_index, expert_weight = flat
-    return x, w_in, w_out, expert_index, expert_weight, w_gate, ACTIVATIONS[activation]
+    return x, w_in, w_out, expert_index, expert_weight, w_gate, activation
 
 
 OP = Op(

@@ -37,7 +37,3 @@ DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "squared_relu": lambda dy, x: 2 * dy * F.relu(x),
 }
 """The gradient of x, from that of the activation's result and x."""
-
-
-def name_of(activation: Callable[[Tensor], Tensor]) -> str:
-    return next(name for name, function in ACTIVATIONS.items() if function is activation)

@@ -6,7 +6,6 @@ which is what ``grouped_torch`` does already. Rows of no expert are 0 and go wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -39,7 +38,7 @@ def refuse(
     expert_index: Tensor,
     expert_weight: Tensor,
     w_gate: Tensor | None,
-    activation: Callable[[Tensor], Tensor],
+    activation: str,
 ) -> str | None:
     if x.device.type != "cuda":
         return f"x is on {x.device}, where torch's grouped product is a loop over the experts, expected cuda"

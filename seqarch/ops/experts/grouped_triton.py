@@ -7,7 +7,6 @@ added up by one program, in the order of the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -25,7 +24,7 @@ def refuse(
     expert_index: Tensor,
     expert_weight: Tensor,
     w_gate: Tensor | None,
-    activation: Callable[[Tensor], Tensor],
+    activation: str,
 ) -> str | None:
     return gpu.refuse("x", x, groups.product_dtype(x))
 

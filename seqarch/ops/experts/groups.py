@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seqarch.ops.common.autocast import autocast_is_on
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.experts.activations import ACTIVATIONS
 
 
 def check_range(lowest: int, highest: int, experts: int) -> None:
@@ -89,7 +90,7 @@ def run(
     expert_index: Tensor,
     expert_weight: Tensor,
     w_gate: Tensor | None,
-    activation: Callable[[Tensor], Tensor],
+    activation: str,
 ) -> Tensor:
     """What a grouped backend does with the prepared arguments, by its product of rows and their experts' matrices."""
     (tokens, top_k), width = expert_index.shape, x.shape[-1]
@@ -98,8 +99,8 @@ def run(
     rows = x[:, None].expand(-1, top_k, -1).reshape(-1, width).index_select(0, order)
     dtype = product_dtype(x)
     rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
-    hidden = product(rows, w_in, starts)
-    hidden = activation(hidden) if w_gate is None else activation(product(rows, w_gate.to(dtype), starts)) * hidden
+    act, hidden = ACTIVATIONS[activation], product(rows, w_in, starts)
+    hidden = act(hidden) if w_gate is None else act(product(rows, w_gate.to(dtype), starts)) * hidden
     outputs = product(hidden, w_out, starts)
     y = torch.empty_like(outputs).index_copy(0, order, outputs).view(tokens, top_k, width)
     wide = accumulation_dtype(y, expert_weight)

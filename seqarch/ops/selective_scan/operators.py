@@ -181,10 +181,18 @@ class Operators:
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         *tensors, _state, ctx.softplus, ctx.scale_input, _, ctx.cu_seqlens = inputs
         ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)  # or zeros as large as the starts would be made for nothing
         ctx.save_for_backward(*tensors, output[-1])
+        ctx.outputs = [(each.shape, each.dtype) for each in output[:2]]
 
-    def _differentiate(self, ctx: Any, dy: Tensor, dlast: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def _differentiate(
+        self, ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         *inputs, starts = ctx.saved_tensors
+        dy, dlast = (
+            starts.new_zeros(shape, dtype=dtype) if given is None else given
+            for given, (shape, dtype) in zip((dy, dlast), ctx.outputs, strict=True)
+        )
         shared = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         options = ctx.softplus, ctx.scale_input, shared, ctx.cu_seqlens
         found = self.backward(*inputs, starts, *options, dy, dlast)
