@@ -74,7 +74,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         of_features, of_weight, *_ = ctx.needs_input_grad
         return (
             fastest_product(logits, weight.t()) if of_features else None,
-            fastest_product(logits.t(), features.t()) if of_weight else None,
+            # The transpose of this product with its factors turned would have oneDNN copy the logits.
+            fastest_product(features.t(), logits.t()).t().contiguous() if of_weight else None,
             None,
             None,
         )
