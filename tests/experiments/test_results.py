@@ -47,7 +47,9 @@ HEADLINES: dict[str, dict[str, bool]] = {
     "hybrids": {
         "attention brings recall": True,
         "text hardly depends on the ratio": True,
+        "at equal state": False,
         "the place hardly matters": True,
+        "the order of pure models is not that of hybrids": False,
     },
     "learning_rate": {
         "recurrent models have narrower bands": False,

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.memory import in_huge_pages
 from seqarch.ops.common.operators import define
 
 
 def outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Room for o ``[B, Tq, H, V]`` and the logarithms of the softmax's sums ``[B, Tq, H]``."""
-    return v.new_empty(*q.shape[:3], v.shape[3]), v.new_empty(q.shape[:3], dtype=accumulation_dtype(v))
+    return in_huge_pages(v.new_empty(*q.shape[:3], v.shape[3])), v.new_empty(q.shape[:3], dtype=accumulation_dtype(v))
 
 
 def gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for those of q, k and v."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return in_huge_pages(q.new_empty(q.shape)), in_huge_pages(k.new_empty(k.shape)), in_huge_pages(v.new_empty(v.shape))
 
 
 def differentiable(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seqarch.ops.block_sparse_attention.lists import differentiable, outputs, sequence_starts
 from seqarch.ops.common import native
+from seqarch.ops.common.memory import in_huge_pages
 from seqarch.ops.common.native import Heads, Pointer, float64, int32, int64
 
 # The order of the header, csrc/include/seqarch.h.
@@ -82,7 +83,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = native.common_dtype(q, k, v)
-    dq, dk, dv = (torch.empty(x.shape, dtype=dtype) for x in (q, k, v))
+    dq, dk, dv = (in_huge_pages(torch.empty(x.shape, dtype=dtype)) for x in (q, k, v))
     inputs = _inputs(dtype, q, k, v, block_index, first, block_size, window, scale)
     upstream = native.rows(o.to(dtype)), log_sum.contiguous(), native.rows(do.to(dtype))
     _backward(*inputs, *upstream, dq, dk, dv, *_problem(q, k, v, block_index))

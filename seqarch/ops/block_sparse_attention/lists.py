@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.memory import in_huge_pages
 from seqarch.ops.common.operators import define
 
 
@@ -100,5 +101,5 @@ def differentiable(name: str, forward: Callable[..., Any], backward: Callable[..
 
 def outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Zeros for o ``[B, Tq, H, V]`` and the logarithms of the softmax's sums ``[B, Tq, H]``."""
-    o = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
-    return o, torch.zeros(q.shape[:3], dtype=accumulation_dtype(q, k, v), device=q.device)
+    o = in_huge_pages(v.new_empty(*q.shape[:3], v.shape[3]))
+    return o.zero_(), torch.zeros(q.shape[:3], dtype=accumulation_dtype(q, k, v), device=q.device)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import seqarch
 from seqarch.ops.common.checks import accumulation_dtype, unknown_name
+from seqarch.ops.common.memory import in_huge_pages
 
 INTERFACE = 6
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
@@ -263,7 +264,7 @@ def rows(tensor: Tensor) -> Tensor:
 
 def like(tensor: Tensor) -> Tensor:
     """Room for a contiguous tensor of this shape and dtype."""
-    return tensor.new_empty(tensor.shape)
+    return in_huge_pages(tensor.new_empty(tensor.shape))
 
 
 def common_dtype(*inputs: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from torch import Tensor
 from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype
 from seqarch.ops.common.linear_onednn import fastest_product, serves
+from seqarch.ops.common.memory import in_huge_pages
 from seqarch.ops.common.operators import define
 from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES
 from seqarch.ops.experts.groups import product_dtype, sort_by_expert
@@ -93,7 +94,8 @@ def _add_product(a: Tensor, b: Tensor, to: Tensor, is_first: bool) -> None:
 
 
 def _room_to_keep(x: Tensor, w_in: Tensor, expert_index: Tensor, w_gate: Tensor | None, keep: bool) -> Tensor:
-    return x.new_empty(1 if w_gate is None else 2, expert_index.numel() if keep else 0, w_in.shape[2])
+    shape = 1 if w_gate is None else 2, expert_index.numel() if keep else 0, w_in.shape[2]
+    return in_huge_pages(x.new_empty(shape))
 
 
 def _forward(
@@ -108,7 +110,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y in the dtype of ``expert_weight``; and, to ``keep``, the first products' results, sorted as chunks are."""
     act = ACTIVATIONS[activation]
-    y, kept = expert_weight.new_empty(x.shape), _room_to_keep(x, w_in, expert_index, w_gate, keep)
+    y, kept = _outputs(x, w_in, w_out, expert_index, expert_weight, w_gate, activation, keep)
     for chunk in _chunks(expert_index, w_in):
         weight = chunk.weights(expert_weight)
         outputs = y.new_empty(len(weight), x.shape[1])
@@ -181,7 +183,7 @@ def _backward(
 
 
 def _outputs(x, w_in, w_out, expert_index, expert_weight, w_gate, activation, keep):
-    return expert_weight.new_empty(x.shape), _room_to_keep(x, w_in, expert_index, w_gate, keep)
+    return in_huge_pages(expert_weight.new_empty(x.shape)), _room_to_keep(x, w_in, expert_index, w_gate, keep)
 
 
 def _gradients(
@@ -190,7 +192,8 @@ def _gradients(
     """Room for what :func:`_backward` returns, those of the experts' weights in the dtype of ``wide``."""
     shapes = [w.shape if for_weights and w is not None else (0,) for w in (w_in, w_out, w_gate)]
     of_weights = [(x if wide is None else wide).new_empty(shape) for shape in shapes]
-    return x.new_empty(x.shape if for_x else (0,)), *of_weights, expert_weight.new_empty(expert_weight.shape)
+    dx = in_huge_pages(x.new_empty(x.shape if for_x else (0,)))
+    return dx, *of_weights, expert_weight.new_empty(expert_weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

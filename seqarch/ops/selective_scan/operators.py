@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqarch.ops.common.memory import in_huge_pages
 from seqarch.ops.common.operators import define
 
 Pair = tuple[Tensor, Tensor]
@@ -44,7 +45,7 @@ def rows(m: Tensor) -> Tensor:
 
 
 def like(m: Tensor) -> Tensor:
-    return m.new_empty(m.shape)
+    return in_huge_pages(m.new_empty(m.shape))
 
 
 def _sequences(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
@@ -140,7 +141,7 @@ class Operators:
     def _room(self, x, dt, A, B, C, D, z, dt_bias, state, softplus, scale_input, keep, cu_seqlens):
         """Room for what :meth:`_forward` returns."""
         count = chunks(x, cu_seqlens, self.engine.chunk) if keep else 0
-        return like(x), like(state), state.new_empty(count, A.shape[0] * A.shape[1])
+        return like(x), like(state), in_huge_pages(state.new_empty(count, A.shape[0] * A.shape[1]))
 
     def _backward(
         self,
