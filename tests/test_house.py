@@ -39,7 +39,7 @@ EDGES = {
     "wandb": {"experiments/trackers.py"},
     "torch.utils.tensorboard": {"experiments/trackers.py"},
     "matplotlib": {"experiments/style.py", "experiments/figures.py", "experiments/studies/"},
-    "ctypes": {"seqarch/ops/common/native.py", "seqarch/ops/common/library_cuda.py"},
+    "ctypes": {f"seqarch/ops/common/{name}.py" for name in ("native", "library_cuda", "memory")},
 }
 """Packages that stand at the edge, and the files, or folders, that may import them."""
 
