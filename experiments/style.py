@@ -129,12 +129,15 @@ def spread(wanted: list[float], gap: float, low: float, high: float) -> list[flo
                 placed[i] -= short / 2
                 placed[i + 1] += short / 2
                 moved = True
-        if placed and placed[0] < low:
-            placed = [value + low - placed[0] for value in placed]
-        if placed and placed[-1] > high:
-            placed = [value - (placed[-1] - high) for value in placed]
         if not moved:
             break
+    most, least = high, low
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], most)
+        most = placed[i] - gap
+    for i in range(len(placed)):
+        placed[i] = max(placed[i], least)
+        least = placed[i] + gap
     result = [0.0] * len(wanted)
     for i, value in zip(order, placed, strict=True):
         result[i] = value

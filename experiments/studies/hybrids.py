@@ -225,7 +225,7 @@ def draw_ratio(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> Non
                       **look(variant))  # fmt: skip
         axes.set_xticks([0, 0.125, 0.25, 0.5, 1], ["none", "1:7", "1:3", "1:1", "all"])
         axes.set_xlabel("Layers of attention to recurrent layers")
-        axes.legend(fontsize=8, frameon=False, loc="center")
+        axes.legend(fontsize=8, frameon=False, loc="best")
         finish(axes, comparison)
 
 
@@ -251,15 +251,17 @@ def draw_state(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> Non
 
 
 def label_points(axes: Axes, comparison: Comparison) -> None:
-    """Names beside the medians, moved apart where several models have the same state."""
+    """Names in a column beside the plot, each joined to its median: many models have nearly the same state."""
     low, high = axes.get_ylim()
-    for size in dict.fromkeys(plots.state_bytes(variant) for variant in comparison.shown):
-        there = [variant for variant in comparison.shown if plots.state_bytes(variant) == size]
-        heights = spread([plots.median_of(variant) for variant in there], 0.055 * (high - low), low, high)
-        offset, side = (9, "left") if len(there) == 1 else (-9, "right")
-        for variant, height in zip(there, heights, strict=True):
-            axes.annotate(variant.label, (size, height), xytext=(offset, 0), textcoords="offset points", va="center",
-                          ha=side, fontsize=8, color=variant.colour)  # fmt: skip
+    ordered = sorted(comparison.shown, key=lambda variant: (plots.median_of(variant), -plots.state_bytes(variant)))
+    heights = spread([plots.median_of(variant) for variant in ordered], 0.06 * (high - low), low, high)
+    for variant, height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            variant.label, (plots.state_bytes(variant), plots.median_of(variant)), (1.03, height),
+            textcoords=axes.get_yaxis_transform(), va="center", ha="left", fontsize=8, color=variant.colour,
+            annotation_clip=False, zorder=1,
+            arrowprops={"arrowstyle": "-", "color": variant.colour, "linewidth": 0.6, "alpha": 0.5, "shrinkB": 4},
+        )  # fmt: skip
 
 
 def finish(axes: Axes, comparison: Comparison) -> None:
