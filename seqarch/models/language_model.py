@@ -124,9 +124,10 @@ class LanguageModel(nn.Module):
             )
         expected = targets.flatten()
         counted = expected != ignore_index
-        entries_within("language model", "targets", expected.where(counted, 0), 0, self.config.vocab_size - 1)
+        words = expected.where(counted, 0)
+        entries_within("language model", "targets", words, 0, self.config.vocab_size - 1)
         if self._head_is_plain() and serves(features, self.head.weight):
-            total = head_cross_entropy(features, self.head.weight, expected, ignore_index)
+            total = head_cross_entropy(features, self.head.weight, words, counted)
         else:
             logits = self.logits(features)
             logits = logits.to(accumulation_dtype(logits))

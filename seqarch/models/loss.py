@@ -31,18 +31,17 @@ def serves(features: Tensor, weight: Tensor) -> bool:
     )
 
 
-def head_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The sum of ``-log softmax(weight features)[target]`` over targets other than ``ignore_index``.
+def head_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """The sum of ``-log softmax(weight features)[target]`` over the targets that are counted.
 
     One backward pass and no second derivative: the logits are gone after the first.
 
     Args:
         features: ``[M, D]``, where :func:`serves` says so.
         weight: ``[N, D]``.
-        targets: int64 ``[M]``, from 0 to N - 1 or ``ignore_index``.
+        targets: int64 ``[M]``, from 0 to N - 1.
+        counted: bool ``[M]``.
     """
-    counted = targets != ignore_index
-    targets = targets.where(counted, 0)
     return _HeadCrossEntropy.apply(features, weight, targets, counted)  # type: ignore[return-value]
 
 
