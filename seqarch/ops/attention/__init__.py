@@ -62,7 +62,7 @@ OP = Op(
     prepare,
     order=("chunk_cpp", "chunk_triton", "chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
     reference="recurrent_torch",
-    step_order=("chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
+    step_order=("chunk_triton", "chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
     named=("chunk_flash_attn",),
     autocast=True,
 )

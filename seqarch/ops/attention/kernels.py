@@ -4,6 +4,10 @@ Keys that every query of a tile sees are read without a mask; only the edges of 
 Dao 2023, "FlashAttention-2", section 3; no weight is kept, the backward pass computes them from the logarithms of
 their sums.
 
+A few queries, as of a token that is generated, would leave a device idle so: their keys are split among programs, each
+with the queries of all heads that share them, and ``softmax_triton.combine`` adds the parts up (Dao et al. 2023,
+"Flash-Decoding for long-context inference").
+
 Tokens are counted in 32 bits inside a batch row, or inside the one row of packed sequences; pointers are moved in 64.
 ``tiles [n, 2]`` holds each tile's sequence and first token, ``bounds [sequences, 4]`` where each sequence's queries and
 keys begin and end.
@@ -104,6 +108,45 @@ def attend(
     here = (r[:, None] < count) & (column < V)
     tl.store(o + row * V + r[:, None] * heads * V + column, total.to(o.dtype.element_ty), mask=here)
     tl.store(log_sum + row + r * heads, sums, mask=r < count)
+
+
+@triton.jit
+def attend_split(
+    q, k, v, o, log_sum, key_start, scale, window, queries, keys, shared, parts, reach,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, groups,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WHOLE: tl.constexpr, WORK: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``o [B, queries, groups, parts, shared, V]`` and ``log_sum`` without V: each part the softmax over its share of
+    the keys alone, ``reach`` of them, a multiple of BT; a program BQ queries of the heads that share a head of keys, and
+    a part. ``log_sum`` is -inf where nothing is seen, or 0 if there is one part, the WHOLE."""
+    pid = tl.program_id(0).to(tl.int64)
+    part, group, tiles = pid % parts, pid // parts % groups, tl.cdiv(queries * shared, BQ)
+    sequence, r = pid // parts // groups // tiles, (pid // parts // groups % tiles).to(tl.int32) * BQ + tl.arange(0, BQ)
+    here, query, head = r < queries * shared, r // shared, group * shared + r % shared
+    c, column = tl.arange(0, BK), tl.arange(0, BV)[None, :]
+    q += sequence * q_batch + (query.to(tl.int64) * q_row + head * q_head)[:, None]
+    own = piece(q, 0, c[None, :], here[:, None].to(tl.int32), 0, K, BK, False)
+    first = 0
+    if START:
+        first = tl.maximum(tl.load(key_start + sequence).to(tl.int32), 0)
+    if WINDOWED:
+        first = tl.maximum(first, keys - queries - window + 1)
+    start = first + part.to(tl.int32) * reach
+    most, norm = tl.full([BQ], float("-inf"), ACC), tl.zeros([BQ], ACC)
+    total = tl.zeros([BQ, BV], ACC)
+    most, norm, total = _attend_keys(
+        own, k + sequence * k_batch + group * k_head, v + sequence * v_batch + group * v_head, query + keys - queries,
+        most, norm, total, start, tl.minimum(start + reach, keys), keys, window, scale, k_row, v_row,
+        K, V, BK, BV, BT, True, CAUSAL, WINDOWED, WORK, PRECISION,
+    )  # fmt: skip
+    total, sums = finish(most, norm, total)
+    if not WHOLE:
+        sums = tl.where(norm > 0, sums, float("-inf"))
+    place = (((sequence * queries + query) * groups + group) * parts + part) * shared + r % shared
+    tl.store(o + place[:, None] * V + column, total.to(o.dtype.element_ty), mask=here[:, None] & (column < V))
+    tl.store(log_sum + place, sums, mask=here)
 
 
 @triton.jit

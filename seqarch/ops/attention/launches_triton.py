@@ -6,16 +6,21 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from seqarch.ops.attention import kernels
-from seqarch.ops.common import launch_triton
-from seqarch.ops.common.launch_triton import Tuned, block, heads_of, products, strides
+from seqarch.ops.common import launch_triton, softmax_triton
+from seqarch.ops.common.launch_triton import Tuned, block, heads_of, persistent, products, strides
 from seqarch.ops.common.tuning import Configuration
 
 Bounds = tuple[tuple[int, int, int, int], ...]
+
+FEW = 16
+"""Queries of a sequence up to which its keys are split among programs."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,16 @@ def tiles(width: int, wide: bool) -> Tiles:
     return Tiles(128, 64, choices("BT", *forward), choices("BT", *backward), choices("BQ", *backward))
 
 
+SPLIT = Configuration(4, 3), Configuration(4, 2), Configuration(8, 2)
+
+
+def split_tiles(rows: int, width: int, wide: bool) -> tuple[int, int]:
+    """Where keys are split: rows of queries and heads that a program holds, and keys that it reads at a time."""
+    if wide:
+        return 16, 32 if width <= 128 else 16
+    return block(rows, 64), 64 if width <= 128 else 32
+
+
 class Attention:
     """One call: its sizes, tables and dtypes. ``q, k, v`` are of one dtype, ``window`` 0 for none."""
 
@@ -88,17 +103,25 @@ class Attention:
         self.keys, self.groups, V = v.shape[1:]
         self.q, self.k, self.v = heads_of(q), heads_of(k), heads_of(v)
         if offsets is None:
-            bounds = ((0, self.queries, 0, self.keys),) * batch
+            self.bounds: Bounds = ((0, self.queries, 0, self.keys),) * batch
         else:
-            bounds = tuple((start, end, start, end) for start, end in pairwise(offsets))
+            self.bounds = tuple((start, end, start, end) for start, end in pairwise(offsets))
         self.tiles = tiles(max(K, V), v.dtype.itemsize > 2)
-        self.tables = Tables.of(bounds, self.tiles.queries, self.tiles.keys, v.device)
-        self.packed = offsets is not None
-        self.start = self.tables.bounds if key_start is None else key_start
-        self.numbers = self.tables.bounds, self.start, float(scale), min(window, self.keys)
+        self.packed, self.shared = offsets is not None, self.heads // max(1, self.groups)
+        self.start, self.scale, self.window = key_start, float(scale), min(window, self.keys)
         self.inputs = strides(self.packed, self.q, self.k, self.v)
         flags = {"CAUSAL": causal, "WINDOWED": window > 0, "START": key_start is not None}
         self.constants = {"K": K, "V": V, "BK": block(K, 256), "BV": block(V, 256)} | flags | products(v.dtype)
+
+    @functools.cached_property
+    def tables(self) -> Tables:
+        return Tables.of(self.bounds, self.tiles.queries, self.tiles.keys, self.v.device)
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """What kernels are told of sequences and of which keys are seen."""
+        bounds = self.tables.bounds
+        return bounds, bounds if self.start is None else self.start, self.scale, self.window
 
     def _rows(self, count: int) -> int:
         """How far the rows of one sequence are from those of the next, in what kernels write."""
@@ -106,12 +129,39 @@ class Attention:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """``o [B, Tq, H, V]``, and ``[B, Tq, H]`` the logarithms of the softmax's sums."""
+        if self.queries <= FEW and not self.packed:
+            return self._forward_split()
         o, log_sum = outputs(self.q, self.v)
         launch_triton.launch(
             Tuned(kernels.attend, self.tiles.forward), self._programs(self.tables.queries, self.heads),
             self.q, self.k, self.v, o, log_sum, self.tables.queries, *self.numbers, self._rows(self.queries),
             *self.inputs, self.groups, self.heads, BQ=self.tiles.queries, **self.constants,
         )  # fmt: skip
+        return o, log_sum
+
+    def _forward_split(self) -> tuple[Tensor, Tensor]:
+        """``forward`` by programs that share out the keys of each sequence, as many as fill the device."""
+        o, log_sum = outputs(self.q, self.v)
+        rows = self.queries * self.shared
+        BQ, BT = split_tiles(rows, max(o.shape[3], self.q.shape[3]), o.dtype.itemsize > 2)
+        seen = min(self.keys, self.queries + self.window - 1) if self.window else self.keys
+        programs, blocks = o.shape[0] * self.groups * triton.cdiv(rows, BQ), max(1, triton.cdiv(seen, BT))
+        reach = triton.cdiv(blocks, max(1, persistent(programs * blocks) // max(1, programs)))
+        parts = triton.cdiv(blocks, reach)
+        each = [o, log_sum] if parts == 1 else [log_sum.new_empty(parts * x.numel()) for x in (o, log_sum)]
+        start = log_sum if self.start is None else self.start
+        launch_triton.launch(
+            Tuned(kernels.attend_split, SPLIT), programs * parts,
+            self.q, self.k, self.v, *each, start, self.scale, self.window, self.queries, self.keys, self.shared, parts,
+            reach * BT, *self.inputs, self.groups, BQ=BQ, BT=BT, WHOLE=parts == 1, **self.constants,
+        )  # fmt: skip
+        if parts > 1:
+            launch_triton.launch(
+                softmax_triton.combine, log_sum.numel(),
+                *each, log_sum, o, log_sum, parts, self.shared, self.heads, 1.0, o.stride(1), o.stride(2),
+                D=o.shape[3], BLOCK=self.constants["BV"], PARTS=16, WEIGHTED=True, LISTED=False, num_warps=4,
+                ACC=self.constants["ACC"],
+            )  # fmt: skip
         return o, log_sum
 
     def differentiate(self, o: Tensor, log_sum: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ OP = Op(
     prepare,
     order=("grouped_cpp", "grouped_triton", "grouped_torch", "chunk_torch", "recurrent_torch"),
     reference="recurrent_torch",
-    step_order=("grouped_cpp", "chunk_torch", "recurrent_torch"),
+    step_order=("grouped_cpp", "grouped_triton", "chunk_torch", "recurrent_torch"),
 )
 
 

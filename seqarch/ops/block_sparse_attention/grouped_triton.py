@@ -19,8 +19,6 @@ from seqarch.ops.block_sparse_attention.lists import differentiable, outputs
 from seqarch.ops.common import gpu
 from seqarch.ops.common.checks import promoted_dtype
 
-LEAST_BLOCK = 16
-
 unavailable = gpu.unavailable
 
 
@@ -35,8 +33,6 @@ def refuse(
     offsets: tuple[int, ...] | None,
     key_start: Tensor | None,
 ) -> str | None:
-    if block_size < LEAST_BLOCK:
-        return f"blocks of {block_size} tokens are too short for products of their own, expected {LEAST_BLOCK} or more"
     return gpu.refuse_attention(q, k, v)
 
 

@@ -6,7 +6,8 @@ in that order, ``runs`` where each block does, both with one more place for the 
 Rows of a tile are pairs times the ``shared`` heads of a list, so a tile is as full with one head a list as with many.
 Programs take every so many-th tile: how many there are depends on the data, and nobody waits to be told.
 
-Each pair has outputs and a logarithm of its sum of its own, which ``combine`` adds up in the order of the list.
+Each pair has outputs and a logarithm of its sum of its own, which ``combine`` adds up in the order of the list. For
+one query a row, pairs keep their order, and a tile is a pair; what is no block is then a tile that sees nothing.
 """
 
 # Triton gives Python's syntax another meaning than its types say.
@@ -23,17 +24,21 @@ from seqarch.ops.common.tiles_triton import dot
 
 @triton.jit
 def _block(order, entries, first, begin, first_row, queries, listed, lists, groups, block_size):
-    """Of the block that the pair at a place in the order names: the row of the batch, the head and the first key."""
+    """Of the block that the pair at a place in the order names: the row of the batch, the head and the first key.
+
+    Of a pair that names none: the first key of the sequence.
+    """
     pair = tl.load(order + begin)
     token, list_ = pair // listed // lists, pair // listed % lists
-    row = token // queries
-    start = tl.load(first + row * first_row + token % queries) + (tl.load(entries + pair) >> 1) * block_size
+    row, number = token // queries, tl.maximum(tl.load(entries + pair), 0) >> 1
+    start = tl.load(first + row * first_row + token % queries) + number * block_size
     return row, list_ // (lists // groups), start
 
 
 @triton.jit
 def _pairs(order, entries, begin, end, r, keys, queries, listed, lists, shared):
-    """Of rows r, pairs times heads: the pairs, tokens, heads, positions, whether only the window sees, and which exist.
+    """Of rows r, pairs times heads: the pairs, tokens, heads, positions, whether only the window sees, and which exist
+    and name a block.
 
     Tokens are counted through the batch; places that do not exist stand for the first pair.
     """
@@ -42,7 +47,8 @@ def _pairs(order, entries, begin, end, r, keys, queries, listed, lists, shared):
     token, list_ = pair // listed // lists, pair // listed % lists
     head = list_ * shared + r % shared
     at = (token % queries + keys - queries).to(tl.int32)
-    return pair, token, head, at, (tl.load(entries + pair) & 1) == 1, here
+    entry = tl.load(entries + pair)
+    return pair, token, head, at, (entry & 1) == 1, here & (entry >= 0)
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def partial_outputs(
         total = tl.zeros([BQ, BV], ACC)
         near_k, near_v = k + row * k_batch + start * k_row + group * k_head, v + row * v_batch + group * v_head
         near_v += start * v_row
-        latest = tl.minimum(tl.max(tl.where(here, at, 0)) + 1 - start, block_size).to(tl.int32)
+        latest = tl.minimum(tl.max(tl.where(here, at, -1)) + 1 - start, block_size).to(tl.int32)
         reach = (at - start).to(tl.int32)[:, None]
         for inside in range(0, latest, BT):
             there = inside + t
@@ -88,41 +94,6 @@ def partial_outputs(
         tl.store(log_sum + place, tl.where(norm > 0, sums, float("-inf")), mask=here)
         out = o + place[:, None] * V + column[None, :]
         tl.store(out, total.to(o.dtype.element_ty), mask=here[:, None] & (column[None, :] < V))
-
-
-@triton.jit
-def combine(
-    parts, log_sums, entries, out, log_sum, rows, listed, shared, heads, scale, out_row, out_head,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Of each token and head, the sum over its list of ``parts [pairs, shared, D]`` times scale; WEIGHTED, by each
-    pair's share of the softmax, whose logarithms of sums are ``log_sums [pairs, shared]``, into ``log_sum [rows]``."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = row < rows
-    first = row // shared * listed
-    column = tl.arange(0, BLOCK)[None, :]
-    most, norm = tl.full([ROWS], float("-inf"), ACC), tl.zeros([ROWS], ACC)
-    total = tl.zeros([ROWS, BLOCK], ACC)
-    for slot in range(listed):
-        pair = first + slot
-        listed_here = here & (tl.load(entries + pair, mask=here, other=-1) >= 0)
-        place = pair * shared + row % shared
-        part = tl.load(parts + place[:, None] * D + column, mask=listed_here[:, None] & (column < D), other=0.0)
-        if WEIGHTED:
-            score = tl.load(log_sums + place, mask=listed_here, other=float("-inf")) * LOG2E
-            highest = tl.maximum(most, score)
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            kept, weight = tl.exp2(most - base), tl.exp2(score - base)
-            norm = norm * kept + weight
-            total = total * kept[:, None] + weight[:, None] * part.to(ACC)
-            most = highest
-        else:
-            total += part.to(ACC)
-    if WEIGHTED:
-        total, sums = finish(most, norm, total)
-        tl.store(log_sum + row, sums, mask=here)
-    place = out + (row // heads * out_row + row % heads * out_head)[:, None] + column
-    tl.store(place, (total * scale).to(out.dtype.element_ty), mask=here[:, None] & (column < D))
 
 
 @triton.jit

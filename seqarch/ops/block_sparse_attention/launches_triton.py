@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,20 +11,17 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention import kernels
-from seqarch.ops.common import launch_triton
+from seqarch.ops.common import launch_triton, softmax_triton
 from seqarch.ops.common.launch_triton import Tuned, block, heads_of, persistent, products, strides
 from seqarch.ops.common.tuning import Configuration
 
 WORKSPACE = 2**28
 """Numbers of what pairs hold at a time; heads of keys take turns if together they would need more."""
 
-ROWS = 16
-"""Rows that a program combines."""
-
 
 @dataclass(frozen=True)
 class Order:
-    """The pairs sorted by block, on the device; see ``kernels``. No field's shape depends on the data."""
+    """In which order pairs are met, on the device; see ``kernels``. No field's shape depends on the data."""
 
     order: Tensor
     tiles: Tensor
@@ -31,8 +29,15 @@ class Order:
     ends: Tensor
 
     @classmethod
-    def of(cls, entries: Tensor, first: Tensor, block_size: int, keys: int, groups: int, per_tile: int) -> Order:
-        """From plain lists ``[B, Tq, I, S]``, and tiles of so many pairs at most."""
+    @functools.lru_cache(maxsize=32)
+    def as_listed(cls, pairs: int, device: torch.device) -> Order:
+        """Each pair a tile, for outputs alone: of one query a row, next to none name the same block."""
+        places = torch.arange(pairs + 1, device=device)
+        return cls(places, places, places[:0], places[-1:])
+
+    @classmethod
+    def by_block(cls, entries: Tensor, first: Tensor, block_size: int, keys: int, groups: int, per_tile: int) -> Order:
+        """Sorted, from plain lists ``[B, Tq, I, S]``, in tiles of so many pairs at most."""
         batch, _, lists, _ = entries.shape
         row = torch.arange(batch, device=entries.device)[:, None] * groups
         group = torch.arange(lists, device=entries.device) // (lists // groups)
@@ -86,42 +91,50 @@ class Part:
         self.lists, self.listed = entries.shape[2:]
         self.shared, self.block_size = self.heads // self.lists, block_size
         width, narrow = max(self.K, self.V), v.dtype.itemsize == 2
-        self.BQ, most = (16, 16) if not narrow else (64, 64) if width <= 128 else (32, 32)
-        self.BT, self.key_tile = block(block_size, most), block(block_size, most if width <= 64 else min(most, 32))
-        per_tile = max(1, self.BQ // self.shared)
-        self.order = Order.of(self.entries, self.first, block_size, self.keys, self.groups, per_tile)
-        self.parts = triton.cdiv(per_tile * self.shared, self.BQ)
+        self.most = 16 if not narrow else 64 if width <= 128 else 32
+        self.BT = block(block_size, self.most)
+        self.key_tile = self.BT if width <= 64 else min(self.BT, 32)
         self.scale, self.window = float(scale), window or self.keys
         first_row = self.queries if first.shape[0] > 1 else 0
-        self.tables = self.order.order, self.entries, self.first
         self.sizes = (
             self.scale, self.window, first_row, self.queries, self.keys, self.listed, self.lists, self.groups,
             self.shared, block_size,
         )  # fmt: skip
         self.inputs = strides(False, self.q, self.k, self.v)
         widths = {"K": self.K, "V": self.V, "BK": block(self.K, 256), "BV": block(self.V, 256)}
-        self.constants = widths | {"BQ": self.BQ, "BT": self.BT} | products(v.dtype)
+        self.constants = widths | {"BT": self.BT} | products(v.dtype)
+
+    def _by_block(self) -> tuple[Order, int]:
+        """The pairs sorted by block, and the rows of a tile."""
+        per_tile = max(1, self.most // self.shared)
+        order = Order.by_block(self.entries, self.first, self.block_size, self.keys, self.groups, per_tile)
+        return order, per_tile * self.shared
 
     def forward(self, o: Tensor, log_sum: Tensor) -> None:
         """Write ``o [B, Tq, H, V]`` and ``log_sum [B, Tq, H]``, views of the call's."""
         pairs = self.entries.numel() * self.shared
         each, sums = self.v.new_empty(pairs, self.V), log_sum.new_empty(pairs)
+        if self.queries == 1:
+            order, rows = Order.as_listed(self.entries.numel(), self.entries.device), self.shared
+        else:
+            order, rows = self._by_block()
+        BQ = block(rows, self.most)
+        parts = triton.cdiv(rows, BQ)
         launch_triton.launch(
-            _tried(kernels.partial_outputs), persistent(len(self.order.tiles) * self.parts),
-            self.q, self.k, self.v, each, sums, *self.tables, self.order.tiles, self.order.ends, *self.sizes,
-            self.parts, *self.inputs, **self.constants,
+            _tried(kernels.partial_outputs), persistent(len(order.tiles) * parts),
+            self.q, self.k, self.v, each, sums, order.order, self.entries, self.first, order.tiles, order.ends,
+            *self.sizes, parts, *self.inputs, BQ=BQ, **self.constants,
         )  # fmt: skip
         whole = torch.empty(log_sum.shape, dtype=log_sum.dtype, device=log_sum.device)
         self._combine(each, sums, o, whole, 1.0, weighted=True)
         log_sum.copy_(whole)
 
     def _combine(self, each: Tensor, sums: Tensor, out: Tensor, log_sum: Tensor, scale: float, weighted: bool) -> None:
-        rows, width = self.batch * self.queries * self.heads, each.shape[1]
         launch_triton.launch(
-            kernels.combine, triton.cdiv(rows, ROWS),
-            each, sums, self.entries, out, log_sum, rows, self.listed, self.shared, self.heads, scale, out.stride(1),
-            out.stride(2), D=width, BLOCK=block(width, 256), ROWS=ROWS, WEIGHTED=weighted, num_warps=4,
-            ACC=self.constants["ACC"],
+            softmax_triton.combine, self.batch * self.queries * self.heads,
+            each, sums, self.entries, out, log_sum, self.listed, self.shared, self.heads, scale, out.stride(1),
+            out.stride(2), D=each.shape[1], BLOCK=block(each.shape[1], 256), PARTS=16, WEIGHTED=weighted, LISTED=True,
+            num_warps=4, ACC=self.constants["ACC"],
         )  # fmt: skip
 
     def differentiate(self, do: Tensor, log_sum: Tensor, between: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -130,18 +143,20 @@ class Part:
         each = self.q.new_empty(self.entries.numel() * self.shared, self.K)
         inputs = self.q, self.k, self.v, do, log_sum, between
         numbers = (*self.inputs, *strides(False, do))
+        order, rows = self._by_block()
+        tables, BQ = (order.order, self.entries, self.first), block(rows, self.most)
+        parts = triton.cdiv(rows, BQ)
         launch_triton.launch(
-            _tried(kernels.partial_gradients), persistent(len(self.order.tiles) * self.parts),
-            *inputs, each, *self.tables, self.order.tiles, self.order.ends, *self.sizes, self.parts, *numbers,
-            **self.constants,
+            _tried(kernels.partial_gradients), persistent(len(order.tiles) * parts),
+            *inputs, each, *tables, order.tiles, order.ends, *self.sizes, parts, *numbers, BQ=BQ, **self.constants,
         )  # fmt: skip
         self._combine(each, log_sum, dq, log_sum, self.scale, weighted=False)
         dkeys, dvalues = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
         parts = triton.cdiv(self.block_size, self.key_tile)
         launch_triton.launch(
-            _tried(kernels.block_gradients), persistent(len(self.order.runs) * parts),
-            *inputs, dkeys, dvalues, *self.tables, self.order.runs, self.order.ends, *self.sizes, parts, *numbers,
-            **self.constants | {"BQ": min(self.BQ, 32), "BT": self.key_tile},
+            _tried(kernels.block_gradients), persistent(len(order.runs) * parts),
+            *inputs, dkeys, dvalues, *tables, order.runs, order.ends, *self.sizes, parts, *numbers,
+            **self.constants | {"BQ": min(BQ, 32), "BT": self.key_tile},
         )  # fmt: skip
         dk.copy_(dkeys)
         dv.copy_(dvalues)

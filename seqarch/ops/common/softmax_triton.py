@@ -1,4 +1,4 @@
-"""What Triton kernels of softmax attention share: tiles at full speed, and a softmax that grows key by key.
+"""What Triton kernels of softmax attention share: tiles at full speed, a softmax that grows key by key, and its parts.
 
 Scores are in base 2, so that a weight is one ``exp2``. As in ``tiles_triton``, a pointer stands at a tile's first row,
 moved there in 64 bits, and tiles are transposed only as they are read.
@@ -58,3 +58,44 @@ def finish(most, norm, total):
 def weights_of(scores, log_sums, visible):
     """The weights once more, from scores and logarithms of sums that broadcast; never above 1, however scores round."""
     return tl.where(visible, tl.exp2(tl.minimum(scores - log_sums * LOG2E, 0.0)), 0.0)
+
+
+@triton.jit
+def combine(
+    parts, log_sums, entries, out, log_sum, count, shared, heads, scale, out_row, out_head,
+    D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, LISTED: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The sum of each row's ``count`` parts, times scale; a program a row, a token's head, PARTS parts at a time.
+
+    ``parts [rows / shared, count, shared, D]``. If LISTED, ``entries [rows / shared, count]`` are negative where there
+    is no part. If WEIGHTED, parts count by their share of the softmax, the logarithms of whose sums are ``log_sums``,
+    as ``parts`` without D, and ``log_sum [rows]`` gets that of the whole.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first, head = row // shared * count, row % shared
+    column = tl.arange(0, BLOCK)[None, :]
+    most, norm = tl.full([1], float("-inf"), ACC), tl.zeros([1], ACC)
+    total = tl.zeros([1, BLOCK], ACC)
+    for start in range(0, count, PARTS):
+        number = start + tl.arange(0, PARTS)
+        there = number < count
+        if LISTED:
+            there = there & (tl.load(entries + first + number, mask=there, other=-1) >= 0)
+        place = (first + number) * shared + head
+        part = tl.load(parts + place[:, None] * D + column, mask=there[:, None] & (column < D), other=0.0).to(ACC)
+        if WEIGHTED:
+            score = tl.load(log_sums + place, mask=there, other=float("-inf")) * LOG2E
+            highest = tl.maximum(most, tl.max(score, 0))
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            weight, kept = tl.exp2(score - base), tl.exp2(most - base)
+            norm = norm * kept + tl.sum(weight, 0)
+            total = total * kept[:, None] + tl.sum(weight[:, None] * part, 0)[None, :]
+            most = highest
+        else:
+            total += tl.sum(part, 0)[None, :]
+    if WEIGHTED:
+        total, sums = finish(most, norm, total)
+        tl.store(log_sum + row + tl.arange(0, 1), sums)
+    place = out + (row // heads * out_row + row % heads * out_head) + column
+    tl.store(place, (total * scale).to(out.dtype.element_ty), mask=column < D)
