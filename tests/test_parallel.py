@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.processes import gloo_in_order
 from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
 from seqarch.models.stack import StackLayer
@@ -183,7 +184,8 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+    meeting = {"init_method": f"file://{folder}/meeting", "rank": rank, "world_size": PROCESSES}
+    dist.init_process_group(gloo_in_order(), **meeting)
     everyone, pair = dist.new_group(list(range(PROCESSES))), dist.new_group([1, 2])
     results: dict[str, Any] = {name: stack_results(name, everyone) for name in PATTERNS}
     results |= {

@@ -65,12 +65,15 @@ class Launch:
             options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
         names = kernel.arg_names
         # As Triton does where a call is run: an integer that is 1 becomes part of the code.
-        constants |= {name: 1 for name, x in zip(names, arguments, strict=False) if type(x) is int and x == 1}
+        open_ = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        given = [(name, x) for name, x in zip(names, arguments, strict=False) if name not in open_]
+        constants |= {name: 1 for name, x in given if type(x) is int and x == 1}
         signature = dict(zip(names, map(kind, arguments), strict=False)) | dict.fromkeys(constants, "constexpr")
         divisible = {
             (place,): [["tt.divisibility", 16]]
             for place, argument in enumerate(arguments)
-            if isinstance(argument, Tensor) or (isinstance(argument, int) and argument % 16 == 0)
+            if isinstance(argument, Tensor)
+            or (isinstance(argument, int) and argument % 16 == 0 and names[place] not in open_)
         }
         flags = [f"{key}={getattr(value, 'name', value)}" for key, value in sorted(constants.items())]
         types = sorted({kind.removeprefix("*") for kind in signature.values() if kind.startswith("*")} - {"i64"})
@@ -146,14 +149,19 @@ def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -
 
 
 def softmax(dtype: torch.dtype, width: int) -> None:
-    """Attention over all keys and over a window from where rows begin, and over blocks with one head a list."""
+    """Attention over all keys and over a window from where rows begin, and over blocks with one head a list; and of one
+    query, over its keys in one part and in many."""
     x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    one = x[:, :1]
     for window, key_start in ((0, None), (100, start)):
         o, log_sum = attention.forward(x, x, x, True, window, 0.5, key_start, None)
         attention.backward(x, x, x, True, window, 0.5, key_start, None, o, log_sum, o)
+        for keys in (x[:, :16], x):
+            attention.forward(one, keys, keys, True, window, 0.5, key_start, None)
     entries, first = torch.zeros(1, 256, 2, 3, dtype=torch.int64), torch.zeros(1, 256, dtype=torch.int64)
     o, log_sum = blocks.forward(x, x, x, entries, first, 64, 0, 0.5)
     blocks.backward(o, x, x, x, entries, first, o, log_sum, 64, 0, 0.5)
+    blocks.forward(one, x, x, entries[:, :1], first[:, :1], 64, 0, 0.5)
 
 
 def products(dtype: torch.dtype) -> None:

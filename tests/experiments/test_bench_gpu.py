@@ -18,7 +18,7 @@ from docs import benchmarks
 from experiments.bench.contest import Contestant
 from experiments.bench.gpu import __main__ as command
 from experiments.bench.gpu import checks, contests, peers
-from experiments.bench.gpu.contests import DECODED, GPU_CONTESTS, Shape, decoding
+from experiments.bench.gpu.contests import DECODED, GPU_CONTESTS, Shape, decoding, token_cost
 from experiments.bench.gpu.device import ceilings
 from experiments.bench.gpu.measure import GpuRecord, Measurement, forward_backward, lines
 from experiments.bench.measure import Ceilings
@@ -160,6 +160,21 @@ def test_one_token_goes_on_from_many(name: str):
     assert inputs["q"].shape[1] == 1
     call, own = contests.backend(GPU_CONTESTS[name].op, "recurrent_torch").enter(inputs)
     assert call(**own).shape == (2, 1, contests.HEADS, 16)
+
+
+@pytest.mark.parametrize(("name", "seen"), [("attention", 1100), ("window_attention", 1024),
+                                            ("block_sparse_attention", 1024)])  # fmt: skip
+def test_a_token_costs_what_its_query_sees(name: str, seen: int):
+    size = shape(length=1100)
+    cost = token_cost(GPU_CONTESTS[name], size, decoding(GPU_CONTESTS[name], size))
+    numbers = 2 * contests.HEADS * 16  # of a row of keys
+    assert (cost.flops, cost.bytes) == (4 * seen * numbers, 4 * (2 * seen + 2) * numbers)
+
+
+def test_a_token_costs_its_state():
+    contest, size = GPU_CONTESTS["linear_attention"], shape(length=1100)
+    inputs = decoding(contest, size)
+    assert token_cost(contest, size, inputs) == contest.cost(shape(length=1), inputs)
 
 
 def test_a_measurement_leaves_a_record(tmp_path: Path):

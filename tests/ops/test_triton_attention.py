@@ -28,9 +28,19 @@ from tests.ops import test_experts as routed
 from tests.ops.test_triton_recurrences import BOUND, DEVICE, EXACT, surrounded
 
 QUICK = ("packed_window", "key_start_window", "more_queries_window", "bidirectional", "long_window_of_a_block")
-QUICK_LISTED = ("lists_between", "packed_window", "window_key_start", "more_keys")
+QUICK_LISTED = ("lists_between", "packed_window", "window_key_start", "more_keys", "step", "key_start_step")
 LONG = {"shape": (1, 131, 150, 2, 1, 8, 6)}
 """More keys than one tile holds, seen whole."""
+
+FEW: dict[str, dict[str, Any]] = {
+    "step": {"shape": (2, 1, 300, 4, 2, 8, 6)},
+    "steps_of_many_heads": {"shape": (1, 5, 150, 40, 2, 4, 4)},
+    "window": {"shape": (2, 3, 300, 4, 2, 8, 6), "window": 150},
+    "key_start": {"shape": (3, 1, 200, 2, 1, 8, 8), "key_start": [0, 190, 200]},
+    "key_start_window": {"shape": (3, 2, 200, 2, 1, 8, 8), "key_start": [0, 190, 70], "window": 120},
+    "bidirectional": {"shape": (1, 16, 200, 2, 2, 8, 6), "causal": False},
+}
+"""Calls as of tokens that are generated."""
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
@@ -42,12 +52,6 @@ def kernels() -> Iterator[None]:
     """Kernels run: on the device, or else by the interpreter."""
     with nullcontext() if DEVICE == "cuda" else gpu.interpreted():
         yield
-
-
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that are too short to be fast are as good to test."""
-    monkeypatch.setattr(grouped_triton, "LEAST_BLOCK", 1)
 
 
 def placed(options: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +106,22 @@ def test_attention_of_more_kinds_equals_a_dense_softmax(call: str):
 def test_attention_over_whole_tiles(dtype: torch.dtype):
     """16-bit inputs have other tiles than float32 ones."""
     compare_whole(LONG, dtype)
+
+
+@pytest.mark.parametrize("call", FEW)
+@pytest.mark.parametrize("dtype", [EXACT, torch.bfloat16], ids=str)
+def test_few_queries_and_many_keys(call: str, dtype: torch.dtype):
+    """Their keys are split: parts of one row that see nothing, and rows of more heads than a program holds."""
+    compare_whole(FEW[call], dtype)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 1000])
+def test_any_number_of_parts(parts: int, monkeypatch: pytest.MonkeyPatch):
+    """Of a GPU of any size."""
+    from seqarch.ops.attention import launches_triton
+
+    monkeypatch.setattr(launches_triton, "persistent", lambda most: min(most, parts))
+    compare_whole({"shape": (1, 2, 400, 2, 1, 8, 6)})
 
 
 @pytest.mark.parametrize("call", QUICK_LISTED)
@@ -256,9 +276,8 @@ def test_what_the_kernels_refuse(monkeypatch: pytest.MonkeyPatch):
     x = torch.zeros(1, 20, 2, 300, device=DEVICE)
     with pytest.raises(ops.BackendError, match="'chunk_triton' cannot serve this call: K is 300, expected at most 256"):
         ops.attention(x, x, x, backend="chunk_triton")
-    monkeypatch.setattr(grouped_triton, "LEAST_BLOCK", 16)
     index = torch.zeros(1, 20, 2, 1, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ops.BackendError, match="blocks of 8 tokens are too short"):
+    with pytest.raises(ops.BackendError, match="'grouped_triton' cannot serve this call: K is 300"):
         ops.block_sparse_attention(x, x, x, index, 8, backend="grouped_triton")
     experts = OPS["experts"]
     prepared = experts.prepare(**routed.make(torch.bfloat16))

@@ -59,10 +59,19 @@ inputs = [*x, -torch.rand(2, 1, 2, 5)]
 call = lambda q, k, v: ops.attention(q, k, v, window=20, backend="chunk_triton")
 inputs = [torch.randn(1, 70, 2, 5), torch.randn(1, 75, 1, 5), torch.randn(1, 75, 1, 3)]
 """,
+    "attention_of_one_query": """
+call = lambda q, k, v: ops.attention(q, k, v, backend="chunk_triton")
+inputs = [torch.randn(2, 1, 2, 5), torch.randn(2, 375, 1, 5), torch.randn(2, 375, 1, 3)]
+""",
     "block_sparse_attention": """
 call = lambda q, k, v, i: ops.block_sparse_attention(q, k, v, i, 16, window=5, backend="grouped_triton")
 index = torch.randint(-1, 3, (1, 37, 1, 2))
 inputs = [torch.randn(1, 37, 2, 5), torch.randn(1, 37, 1, 5), torch.randn(1, 37, 1, 3), index]
+""",
+    "blocks_of_one_query": """
+call = lambda q, k, v, i: ops.block_sparse_attention(q, k, v, i, 16, window=5, backend="grouped_triton")
+index = torch.tensor([[[[2, -1]]], [[[0, 1]]]])
+inputs = [torch.randn(2, 1, 2, 5), torch.randn(2, 37, 1, 5), torch.randn(2, 37, 1, 3), index]
 """,
     "experts": """
 index = torch.randint(-1, 3, (20, 2))
@@ -96,7 +105,8 @@ def run(program: str, *arguments: str, folder: Path) -> int:
     return subprocess.run([sys.executable, file, *arguments], env=environment, cwd=ROOT).returncode
 
 
-EACH = [name if name == "block_sparse_attention" else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
+QUICK = ("block_sparse_attention", "blocks_of_one_query")
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
 
 
 @pytest.mark.parametrize("name", EACH)

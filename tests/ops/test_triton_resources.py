@@ -29,7 +29,7 @@ SPILLING = {
     "fp16": {"corrected_states", "invert"},
     "fp32": {
         *("corrected_gradients", "corrected_states", "invert", "value_gradients"),
-        *("block_gradients", "combine", "key_gradients", "query_gradients"),
+        *("key_gradients", "query_gradients"),
     },
 }
 """By dtype of the activations, the kernels in which some thread runs out of registers: what is left to mend."""

@@ -202,13 +202,28 @@ GPU_CONTESTS: dict[str, GpuContest] = {
 
 def decoding(contest: GpuContest, shape: Shape) -> Inputs:
     """The inputs of one token for each row, after ``shape.length`` tokens: a state, or the keys and values so far."""
-    one = Shape(shape.batch, 1, shape.width, shape.dtype, shape.device)
+    one = _one_token(shape)
     if contest.op in ("linear_attention", "delta_rule"):
         state = torch.randn(shape.batch, HEADS, shape.width, shape.width, device=shape.device)
         return contest.inputs(one) | {"state": state}
     past: dict[str, Any] = contest.inputs(shape)
-    return past | {"q": contest.inputs(one)["q"]}
+    last = {name: past[name][:, -1:] for name in ("q", "block_index") if name in past}
+    return past | last
 
 
-DECODED = ("attention", "linear_attention", "delta_rule")
+def token_cost(contest: GpuContest, shape: Shape, inputs: Inputs) -> Cost:
+    """Of one token for each row: its state once, or the keys and values that its query sees."""
+    if "state" in inputs:
+        return contest.cost(_one_token(shape), inputs)
+    seen = BLOCKS * BLOCK if "block_index" in inputs else inputs.get("window", shape.length)
+    row = shape.batch * HEADS * shape.width
+    read = 2 * min(seen, shape.length)  # keys and values
+    return Cost(2 * read * row, (read + 2) * row * inputs["q"].element_size())
+
+
+def _one_token(shape: Shape) -> Shape:
+    return Shape(shape.batch, 1, shape.width, shape.dtype, shape.device)
+
+
+DECODED = ("attention", "window_attention", "block_sparse_attention", "linear_attention", "delta_rule")
 """The contests that are run for one token too."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from experiments.bench.contest import WAYS, Absent, Call, Cost, Inputs
-from experiments.bench.gpu.contests import GpuContest, Shape, decoding
+from experiments.bench.gpu.contests import GpuContest, Shape, decoding, token_cost
 from experiments.bench.measure import Ceilings, alternate, expected, quartiles, ratio, rounded
 from experiments.environment import code_version, software
 from experiments.errors import writing
@@ -111,11 +111,7 @@ class Measurement:
         """One token of so many sequences, after that many others."""
         shape = self._shape(batch, length, width)
         inputs = decoding(self.contest, shape)
-        one = Shape(batch, 1, width, shape.dtype, shape.device)
-        cost = self.contest.cost(one, inputs)
-        if "state" not in inputs:  # all keys are met by one query
-            cost = Cost(4 * batch * length * inputs["q"].shape[2] * width, cost.bytes)
-        self._way(TOKEN, shape, inputs, forward, cost)
+        self._way(TOKEN, shape, inputs, forward, token_cost(self.contest, shape, inputs))
 
     def _shape(self, batch: int, length: int, width: int) -> Shape:
         torch.manual_seed(0)

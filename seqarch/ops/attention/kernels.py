@@ -110,7 +110,7 @@ def attend(
     tl.store(log_sum + row + r * heads, sums, mask=r < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys", "parts"])  # they change from token to token
 def attend_split(
     q, k, v, o, log_sum, key_start, scale, window, queries, keys, shared, parts, reach,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, groups,
@@ -118,9 +118,12 @@ def attend_split(
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WHOLE: tl.constexpr, WORK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``o [B, queries, groups, parts, shared, V]`` and ``log_sum`` without V: each part the softmax over its share of
-    the keys alone, ``reach`` of them, a multiple of BT; a program BQ queries of the heads that share a head of keys, and
-    a part. ``log_sum`` is -inf where nothing is seen, or 0 if there is one part, the WHOLE."""
+    """``o [B, queries, groups, parts, shared, V]`` and ``log_sum`` without V; a program a part of BQ rows, queries and
+    heads that share one of the keys.
+
+    A part is the softmax over its share of the keys alone, ``reach`` of them, a multiple of BT. Its ``log_sum`` is -inf
+    where nothing is seen, or 0 if it is the WHOLE.
+    """
     pid = tl.program_id(0).to(tl.int64)
     part, group, tiles = pid % parts, pid // parts % groups, tl.cdiv(queries * shared, BQ)
     sequence, r = pid // parts // groups // tiles, (pid // parts // groups % tiles).to(tl.int32) * BQ + tl.arange(0, BQ)
