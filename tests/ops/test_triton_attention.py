@@ -302,6 +302,9 @@ def test_auto_leaves_whole_sequences_to_torch():
         reason = ops.explain("attention", x, x, x, **options).reasons.get("chunk_triton", "")
         assert ("queries see whole sequences" in reason) == passed_over, options
         assert ops.attention(x, x, x, **options, backend="chunk_triton").shape == x.shape
+    for queries, passed_over in ((1, True), (2, False)):
+        reason = ops.explain("attention", x[:, :queries], x, x).reasons.get("chunk_triton", "")
+        assert ("queries see whole sequences" in reason) == passed_over, queries
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Triton kernels (Dao 2023, "FlashAttention-2"): tiles of queries walk over the keys that they see, and no others.
 
 Windows, packed sequences, rows of different lengths and heads that share keys are part of the kernels: nothing is
-masked beforehand, copied or repeated. Products of 16-bit inputs are 16-bit with float32 sums; those of float32 ones are
+masked beforehand, copied or repeated. Of few queries, as of a token that is generated, programs share out the keys.
+Products of 16-bit inputs are 16-bit with float32 sums; those of float32 ones are
 TF32, three products for one where float32 is asked to be exact (``torch.set_float32_matmul_precision("highest")``,
 torch's default). Each gradient is added up by one program, in an order that does not change.
 """
@@ -43,7 +44,7 @@ def yields(
     offsets: tuple[int, ...] | None,
     key_start: Tensor | None,
 ) -> str | None:
-    masked = window is not None or key_start is not None or (causal and q.shape[1] != k.shape[1])
+    masked = window is not None or key_start is not None or (causal and q.shape[1] not in (1, k.shape[1]))
     if masked or (offsets is not None and len(offsets) > 2):
         return None
     return "queries see whole sequences, for which torch has kernels of its own"
