@@ -149,15 +149,15 @@ def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -
 
 
 def softmax(dtype: torch.dtype, width: int) -> None:
-    """Attention over all keys and over a window from where rows begin, and over blocks with one head a list; and of one
-    query, over its keys in one part and in many."""
+    """Attention over all keys and over a window from where rows begin, and over blocks with one head a list; and of few
+    queries: of one over its keys in one part and in many, of several with heads that share keys."""
     x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-    one = x[:, :1]
+    one, several = x[:, :1], torch.zeros(1, 16, 16, width, dtype=dtype)
     for window, key_start in ((0, None), (100, start)):
         o, log_sum = attention.forward(x, x, x, True, window, 0.5, key_start, None)
         attention.backward(x, x, x, True, window, 0.5, key_start, None, o, log_sum, o)
-        for keys in (x[:, :16], x):
-            attention.forward(one, keys, keys, True, window, 0.5, key_start, None)
+        for queries, keys in ((one, x[:, :16]), (one, x), (several, x)):
+            attention.forward(queries, keys, keys, True, window, 0.5, key_start, None)
     entries, first = torch.zeros(1, 256, 2, 3, dtype=torch.int64), torch.zeros(1, 256, dtype=torch.int64)
     o, log_sum = blocks.forward(x, x, x, entries, first, 64, 0, 0.5)
     blocks.backward(o, x, x, x, entries, first, o, log_sum, 64, 0, 0.5)

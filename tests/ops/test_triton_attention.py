@@ -33,7 +33,7 @@ LONG = {"shape": (1, 131, 150, 2, 1, 8, 6)}
 """More keys than one tile holds, seen whole."""
 
 FEW: dict[str, dict[str, Any]] = {
-    "step": {"shape": (2, 1, 300, 4, 2, 8, 6)},
+    "step": {"shape": (2, 1, 700, 4, 2, 8, 6)},
     "steps_of_many_heads": {"shape": (1, 5, 150, 40, 2, 4, 4)},
     "window": {"shape": (2, 3, 300, 4, 2, 8, 6), "window": 150},
     "key_start": {"shape": (3, 1, 200, 2, 1, 8, 8), "key_start": [0, 190, 200]},
@@ -117,11 +117,37 @@ def test_few_queries_and_many_keys(call: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("parts", [1, 3, 1000])
 def test_any_number_of_parts(parts: int, monkeypatch: pytest.MonkeyPatch):
-    """Of a GPU of any size."""
+    """On a GPU of any size; more of them than are added up at a time."""
     from seqarch.ops.attention import launches_triton
 
-    monkeypatch.setattr(launches_triton, "persistent", lambda most: min(most, parts))
-    compare_whole({"shape": (1, 2, 400, 2, 1, 8, 6)})
+    monkeypatch.setattr(launches_triton, "persistent", lambda most, _: min(most, parts))
+    compare_whole({"shape": (1, 2, 700, 2, 1, 8, 6)})
+
+
+def test_few_queries_of_any_strides():
+    (q, k, v), _ = whole.make((2, 3, 200, 4, 2, 8, 6))
+    apart = [x.to(DEVICE, EXACT).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    expected = ops.attention(*(x.contiguous() for x in apart), backend="chunk_triton")
+    assert torch.equal(ops.attention(*apart, backend="chunk_triton"), expected)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("start", [2**31 - 1, 2**32, 2**62])
+def test_rows_that_begin_past_all_numbers_are_hidden(queries: int, start: int):
+    (q, k, v), _ = whole.make((2, queries, 300, 2, 1, 8, 6))
+    inputs = [x.to(DEVICE, EXACT) for x in (q, k, v)]
+    begins = torch.tensor([0, start], device=DEVICE)
+    found = ops.attention(*inputs, key_start=begins, backend="chunk_triton")
+    assert_close(found[:1], ops.attention(*(x[:1] for x in inputs), backend="chunk_triton"), BOUND[EXACT], "o")
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize(("batch", "keys"), [(2, 0), (0, 9)])
+def test_few_queries_without_keys_or_rows(batch: int, keys: int):
+    (q, k, v), _ = whole.make((batch, 3, keys, 2, 1, 8, 6))
+    inputs = [x.to(DEVICE, EXACT) for x in (q, k, v)]
+    for found in listed.with_gradients(lambda *x: ops.attention(*x, backend="chunk_triton"), inputs):
+        assert not found.any()
 
 
 @pytest.mark.parametrize("call", QUICK_LISTED)
@@ -142,12 +168,13 @@ def test_listed_blocks_in_low_precision(dtype: torch.dtype):
     compare_listed("packed_window", dtype)
 
 
-def test_many_heads_share_a_list():
+@pytest.mark.parametrize("queries", [1, 20])
+def test_many_heads_share_a_list(queries: int):
     """More heads than a tile has rows, and a number that is no power of two."""
     for heads in (3, 70):
         torch.manual_seed(0)
-        inputs = [torch.randn(1, 20, heads, 4), torch.randn(1, 20, 1, 4), torch.randn(1, 20, 1, 4)]
-        index = torch.randint(-1, 2, (1, 20, 1, 2))
+        inputs = [torch.randn(1, queries, heads, 4), torch.randn(1, 20, 1, 4), torch.randn(1, 20, 1, 4)]
+        index = torch.randint(-1, 2, (1, queries, 1, 2))
         compare(
             lambda *x: ops.block_sparse_attention(*x, 16, backend="grouped_triton"),
             lambda *x: listed.dense(*x, block_size=16), [*inputs, index],
@@ -302,9 +329,25 @@ def test_auto_leaves_whole_sequences_to_torch():
         reason = ops.explain("attention", x, x, x, **options).reasons.get("chunk_triton", "")
         assert ("queries see whole sequences" in reason) == passed_over, options
         assert ops.attention(x, x, x, **options, backend="chunk_triton").shape == x.shape
-    for queries, passed_over in ((1, True), (2, False)):
-        reason = ops.explain("attention", x[:, :queries], x, x).reasons.get("chunk_triton", "")
-        assert ("queries see whole sequences" in reason) == passed_over, queries
+    start = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for queries, options, passed_over in (
+        (1, {}, True),
+        (1, {"causal": False}, True),
+        (1, {"window": 3}, False),
+        (1, {"key_start": start}, False),
+        (2, {}, False),
+        (2, {"causal": False}, True),
+    ):
+        reason = ops.explain("attention", x[:, :queries], x, x, **options).reasons.get("chunk_triton", "")
+        assert ("queries see whole sequences" in reason) == passed_over, (queries, options)
+
+
+def test_auto_leaves_short_blocks_to_torch_but_for_one_query():
+    x = torch.zeros(1, 40, 2, 4, device=DEVICE)
+    for queries, size, passed_over in ((40, 15, True), (40, 16, False), (1, 1, False)):
+        index = torch.zeros(1, queries, 2, 1, dtype=torch.int64, device=DEVICE)
+        told = ops.explain("block_sparse_attention", x[:, :queries], x, x, index, size)
+        assert ("tokens leave most of a tile empty" in told.reasons.get("grouped_triton", "")) == passed_over
 
 
 @pytest.mark.slow

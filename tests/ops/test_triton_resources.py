@@ -71,6 +71,38 @@ def test_the_record_is_what_the_kernels_need(tmp_path: Path):
             assert needs[capability]["shared"] <= most, (name, capability)
 
 
+GROWING = """
+import torch
+from tests import triton_resources
+from tests.triton_resources import attention, blocks
+
+def tokens():
+    triton_resources.recurrences = triton_resources.products = lambda *_: None
+    triton_resources.DTYPES, triton_resources.WIDTHS = {"bfloat16": torch.bfloat16}, (64,)
+    for keys in range(300, 340):
+        q, k = (torch.zeros(1, length, 2, 64, dtype=torch.bfloat16) for length in (1, keys))
+        entries, first = torch.zeros(1, 1, 2, 3, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+
+        def softmax(*_):
+            attention.forward(q, k, k, True, 0, 0.5, None, None)
+            attention.forward(q, k, k, True, 1000, 0.5, first[0], None)
+            blocks.forward(q, k, k, entries, first, 64, 0, 0.5)
+
+        triton_resources.softmax = softmax
+        triton_resources.launches.cache_clear()
+        yield {launch.name: launch.divisible for launch in triton_resources.launches()}
+
+before, *others = tokens()
+assert len(before) == 5, before.keys()
+assert all(other == before for other in others)
+"""
+
+
+def test_nothing_is_compiled_anew_for_each_token():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", GROWING], cwd=ROOT, env=environment, check=True)
+
+
 SPILLS = """
 import torch
 from seqarch.ops.attention import launches_triton

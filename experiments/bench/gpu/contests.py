@@ -207,7 +207,7 @@ def decoding(contest: GpuContest, shape: Shape) -> Inputs:
         state = torch.randn(shape.batch, HEADS, shape.width, shape.width, device=shape.device)
         return contest.inputs(one) | {"state": state}
     past: dict[str, Any] = contest.inputs(shape)
-    last = {name: past[name][:, -1:] for name in ("q", "block_index") if name in past}
+    last = {name: past[name][:, -1:].clone() for name in ("q", "block_index") if name in past}
     return past | last
 
 
@@ -215,10 +215,19 @@ def token_cost(contest: GpuContest, shape: Shape, inputs: Inputs) -> Cost:
     """Of one token for each row: its state once, or the keys and values that its query sees."""
     if "state" in inputs:
         return contest.cost(_one_token(shape), inputs)
-    seen = BLOCKS * BLOCK if "block_index" in inputs else inputs.get("window", shape.length)
-    row = shape.batch * HEADS * shape.width
-    read = 2 * min(seen, shape.length)  # keys and values
-    return Cost(2 * read * row, (read + 2) * row * inputs["q"].element_size())
+    heads = shape.batch * HEADS
+    if "block_index" in inputs:
+        pairs = _listed_pairs(inputs["block_index"], shape.length)
+    else:
+        pairs = heads * min(inputs.get("window", shape.length), shape.length)
+    numbers = 2 * (pairs + heads) * shape.width  # keys and values, q and o
+    return Cost(pair_flops(pairs, shape.width, shape.width), numbers * inputs["q"].element_size())
+
+
+def _listed_pairs(index: Tensor, length: int) -> int:
+    """How many keys the last query's heads see together: a block drawn twice once, its own up to itself."""
+    before = index.sort(-1).values.diff(dim=-1).ne(0).sum().item()  # its own is the last block
+    return int(before) * BLOCK + index[..., 0].numel() * (length - (length - 1) // BLOCK * BLOCK)
 
 
 def _one_token(shape: Shape) -> Shape:

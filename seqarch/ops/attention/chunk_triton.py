@@ -2,9 +2,9 @@
 
 Windows, packed sequences, rows of different lengths and heads that share keys are part of the kernels: nothing is
 masked beforehand, copied or repeated. Of few queries, as of a token that is generated, programs share out the keys.
-Products of 16-bit inputs are 16-bit with float32 sums; those of float32 ones are
-TF32, three products for one where float32 is asked to be exact (``torch.set_float32_matmul_precision("highest")``,
-torch's default). Each gradient is added up by one program, in an order that does not change.
+Products of 16-bit inputs are 16-bit with float32 sums; those of float32 ones are TF32, three products for one where
+float32 is asked to be exact (``torch.set_float32_matmul_precision("highest")``, torch's default). Each gradient is
+added up by one program, in an order that does not change.
 """
 
 from __future__ import annotations

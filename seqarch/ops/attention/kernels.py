@@ -1,8 +1,8 @@
 """Triton kernels of softmax attention: a program holds a tile of queries, or of keys, and walks over those it meets.
 
-Keys that every query of a tile sees are read without a mask; only the edges of the window and the diagonal have one.
-Dao 2023, "FlashAttention-2", section 3; no weight is kept, the backward pass computes them from the logarithms of
-their sums.
+Forward, keys that every query of a tile sees are read without a mask; only the edges of the window and the diagonal
+have one. Dao 2023, "FlashAttention-2", section 3; no weight is kept, the backward pass computes them from the
+logarithms of their sums.
 
 A few queries, as of a token that is generated, would leave a device idle so: their keys are split among programs, each
 with the queries of all heads that share them, and ``softmax_triton.combine`` adds the parts up (Dao et al. 2023,
@@ -36,8 +36,8 @@ def _place(tiles, bounds, key_start, heads, START: tl.constexpr):
     place = bounds + 4 * sequence
     begin, end = tl.load(place).to(tl.int32), tl.load(place + 1).to(tl.int32)
     key_begin, key_end = tl.load(place + 2).to(tl.int32), tl.load(place + 3).to(tl.int32)
-    if START:
-        key_begin = tl.maximum(key_begin, tl.load(key_start + sequence).to(tl.int32))
+    if START:  # which may be any number of 64 bits
+        key_begin = tl.minimum(tl.maximum(tl.load(key_start + sequence), key_begin), key_end).to(tl.int32)
     return sequence, first, (pid % heads).to(tl.int64), begin, end, key_begin, key_end
 
 
@@ -110,7 +110,7 @@ def attend(
     tl.store(log_sum + row + r * heads, sums, mask=r < count)
 
 
-@triton.jit(do_not_specialize=["keys", "parts"])  # they change from token to token
+@triton.jit(do_not_specialize=["window", "keys", "parts"])  # they change from token to token
 def attend_split(
     q, k, v, o, log_sum, key_start, scale, window, queries, keys, shared, parts, reach,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, groups,
@@ -118,11 +118,11 @@ def attend_split(
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WHOLE: tl.constexpr, WORK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``o [B, queries, groups, parts, shared, V]`` and ``log_sum`` without V; a program a part of BQ rows, queries and
-    heads that share one of the keys.
+    """``o [B, queries, groups, parts, shared, V]`` and ``log_sum`` without V; a program holds BQ rows, queries times
+    the heads that share a head of keys, and walks over one part of the keys.
 
-    A part is the softmax over its share of the keys alone, ``reach`` of them, a multiple of BT. Its ``log_sum`` is -inf
-    where nothing is seen, or 0 if it is the WHOLE.
+    A part is the softmax over its ``reach`` keys alone, a multiple of BT. Its ``log_sum`` is -inf where nothing is
+    seen, or 0 if it is the WHOLE.
     """
     pid = tl.program_id(0).to(tl.int64)
     part, group, tiles = pid % parts, pid // parts % groups, tl.cdiv(queries * shared, BQ)
@@ -132,8 +132,8 @@ def attend_split(
     q += sequence * q_batch + (query.to(tl.int64) * q_row + head * q_head)[:, None]
     own = piece(q, 0, c[None, :], here[:, None].to(tl.int32), 0, K, BK, False)
     first = 0
-    if START:
-        first = tl.maximum(tl.load(key_start + sequence).to(tl.int32), 0)
+    if START:  # which may be any number of 64 bits
+        first = tl.minimum(tl.maximum(tl.load(key_start + sequence), 0), keys).to(tl.int32)
     if WINDOWED:
         first = tl.maximum(first, keys - queries - window + 1)
     start = first + part.to(tl.int32) * reach

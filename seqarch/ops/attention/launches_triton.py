@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.attention import kernels
-from seqarch.ops.common import launch_triton, softmax_triton
-from seqarch.ops.common.launch_triton import Tuned, block, heads_of, persistent, products, strides
+from seqarch.ops.common import launch_triton
+from seqarch.ops.common.launch_triton import Tuned, block, combine, heads_of, persistent, products, strides
 from seqarch.ops.common.tuning import Configuration
 
 Bounds = tuple[tuple[int, int, int, int], ...]
@@ -75,14 +75,11 @@ def tiles(width: int, wide: bool) -> Tiles:
     return Tiles(128, 64, choices("BT", *forward), choices("BT", *backward), choices("BQ", *backward))
 
 
-SPLIT = Configuration(4, 3), Configuration(4, 2), Configuration(8, 2)
-
-
-def split_tiles(rows: int, width: int, wide: bool) -> tuple[int, int]:
-    """Where keys are split: rows of queries and heads that a program holds, and keys that it reads at a time."""
-    if wide:
-        return 16, 32 if width <= 128 else 16
-    return block(rows, 64), 64 if width <= 128 else 32
+def split_tiles(rows: int, width: int, wide: bool) -> tuple[int, int, tuple[Configuration, ...]]:
+    """Where keys are split: rows of a program, keys that it reads at a time, and configurations, as of ``tiles``."""
+    warps = 4 if width <= 128 else 8
+    BQ, BT = (16, 32 if width <= 128 else 16) if wide else (block(rows, 32), 64 if width <= 128 else 32)
+    return BQ, BT, (Configuration(warps, 3), Configuration(warps, 2), Configuration(12 - warps, 2))
 
 
 class Attention:
@@ -142,26 +139,21 @@ class Attention:
     def _forward_split(self) -> tuple[Tensor, Tensor]:
         """``forward`` by programs that share out the keys of each sequence, as many as fill the device."""
         o, log_sum = outputs(self.q, self.v)
-        rows = self.queries * self.shared
-        BQ, BT = split_tiles(rows, max(o.shape[3], self.q.shape[3]), o.dtype.itemsize > 2)
+        rows, width = self.queries * self.shared, max(self.q.shape[3], self.v.shape[3])
+        BQ, BT, configurations = split_tiles(rows, width, o.dtype.itemsize > 2)
         seen = min(self.keys, self.queries + self.window - 1) if self.window else self.keys
         programs, blocks = o.shape[0] * self.groups * triton.cdiv(rows, BQ), max(1, triton.cdiv(seen, BT))
-        reach = triton.cdiv(blocks, max(1, persistent(programs * blocks) // max(1, programs)))
+        reach = triton.cdiv(blocks, max(1, persistent(programs * blocks, o.device) // max(1, programs)))
         parts = triton.cdiv(blocks, reach)
-        each = [o, log_sum] if parts == 1 else [log_sum.new_empty(parts * x.numel()) for x in (o, log_sum)]
-        start = log_sum if self.start is None else self.start
+        each, sums = (o, log_sum) if parts == 1 else (log_sum.new_empty(parts * x.numel()) for x in (o, log_sum))
         launch_triton.launch(
-            Tuned(kernels.attend_split, SPLIT), programs * parts,
-            self.q, self.k, self.v, *each, start, self.scale, self.window, self.queries, self.keys, self.shared, parts,
-            reach * BT, *self.inputs, self.groups, BQ=BQ, BT=BT, WHOLE=parts == 1, **self.constants,
+            Tuned(kernels.attend_split, configurations), programs * parts,
+            self.q, self.k, self.v, each, sums, log_sum if self.start is None else self.start, self.scale, self.window,
+            self.queries, self.keys, self.shared, parts, reach * BT, *self.inputs, self.groups,
+            BQ=BQ, BT=BT, WHOLE=parts == 1, **self.constants,
         )  # fmt: skip
         if parts > 1:
-            launch_triton.launch(
-                softmax_triton.combine, log_sum.numel(),
-                *each, log_sum, o, log_sum, parts, self.shared, self.heads, 1.0, o.stride(1), o.stride(2),
-                D=o.shape[3], BLOCK=self.constants["BV"], PARTS=16, WEIGHTED=True, LISTED=False, num_warps=4,
-                ACC=self.constants["ACC"],
-            )  # fmt: skip
+            combine(each, sums, None, o, log_sum, parts, self.shared)
         return o, log_sum
 
     def differentiate(self, o: Tensor, log_sum: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Triton kernels, a block of keys at a time with the queries that list it: full tiles for any number of heads a list.
 
 The pairs of a query and a block that it lists are sorted by block, so that a block is read once for many queries (as Lu
-et al. 2025, "MoBA", algorithm 1, which keeps outputs a block as this does); those of one query a row, which shares its
-blocks with none, stay as they are. Each pair has an output of its own, and these are combined by their sums. Backward,
-the pairs of a block are walked through in the same order by the program that adds up the gradients of its keys. Memory
-beyond inputs and outputs is bounded: heads take turns. Nothing waits for the device. Products are as in ``attention``.
+et al. 2025, "MoBA", algorithm 1, which keeps outputs a block as this does); those of one query a row, which has next to
+none to share its blocks with, stay as they are. Each pair has an output of its own, and these are combined by their
+sums. Backward, the pairs of a block are walked through in the same order by the program that adds up the gradients of
+its keys. Memory beyond inputs and outputs is bounded: heads take turns. Nothing waits for the device. Products are as
+in ``attention``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from seqarch.ops.block_sparse_attention import lists
 from seqarch.ops.block_sparse_attention.lists import differentiable, outputs
 from seqarch.ops.common import gpu
 from seqarch.ops.common.checks import promoted_dtype
+
+LEAST_BLOCK = 16
 
 unavailable = gpu.unavailable
 
@@ -34,6 +37,22 @@ def refuse(
     key_start: Tensor | None,
 ) -> str | None:
     return gpu.refuse_attention(q, k, v)
+
+
+def yields(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_size: int,
+    window: int,
+    scale: float,
+    offsets: tuple[int, ...] | None,
+    key_start: Tensor | None,
+) -> str | None:
+    if block_size < LEAST_BLOCK and q.shape[1] > 1:
+        return f"blocks of {block_size} tokens leave most of a tile empty, which has {LEAST_BLOCK} keys or more"
+    return None
 
 
 def forward(

@@ -6,8 +6,9 @@ in that order, ``runs`` where each block does, both with one more place for the 
 Rows of a tile are pairs times the ``shared`` heads of a list, so a tile is as full with one head a list as with many.
 Programs take every so many-th tile: how many there are depends on the data, and nobody waits to be told.
 
-Each pair has outputs and a logarithm of its sum of its own, which ``combine`` adds up in the order of the list. For
-one query a row, pairs keep their order, and a tile is a pair; what is no block is then a tile that sees nothing.
+Each pair has outputs and a logarithm of its sum of its own, which ``softmax_triton.combine`` adds up, always in the
+same order. For one query a row, pairs keep their order, and a tile is a pair; what is no block is then a tile that sees
+nothing.
 """
 
 # Triton gives Python's syntax another meaning than its types say.
@@ -57,7 +58,7 @@ def _seen(at, key, near, here, end, window):
     return here & (key <= at) & (key < end) & ((at - key < window) | (near == 0))
 
 
-@triton.jit(do_not_specialize=["keys"])  # it changes from token to token
+@triton.jit(do_not_specialize=["window", "keys"])  # they change from token to token
 def partial_outputs(
     q, k, v, o, log_sum, order, entries, first, tiles, ends, scale, window, first_row, queries, keys, listed, lists,
     groups, shared, block_size, parts,
@@ -122,7 +123,7 @@ def partial_gradients(
         met = tl.load(between + of_row, mask=here, other=0.0)
         near_k, near_v = k + row * k_batch + start * k_row + group * k_head, v + row * v_batch + group * v_head
         near_v += start * v_row
-        latest = tl.minimum(tl.max(tl.where(here, at, 0)) + 1 - start, block_size).to(tl.int32)
+        latest = tl.minimum(tl.max(tl.where(here, at, -1)) + 1 - start, block_size).to(tl.int32)
         reach = (at - start).to(tl.int32)[:, None]
         total = tl.zeros([BQ, BK], ACC)
         for inside in range(0, latest, BT):

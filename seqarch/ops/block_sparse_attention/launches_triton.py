@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,8 +10,8 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention import kernels
-from seqarch.ops.common import launch_triton, softmax_triton
-from seqarch.ops.common.launch_triton import Tuned, block, heads_of, persistent, products, strides
+from seqarch.ops.common import launch_triton
+from seqarch.ops.common.launch_triton import Tuned, block, combine, heads_of, persistent, products, strides
 from seqarch.ops.common.tuning import Configuration
 
 WORKSPACE = 2**28
@@ -29,7 +28,6 @@ class Order:
     ends: Tensor
 
     @classmethod
-    @functools.lru_cache(maxsize=32)
     def as_listed(cls, pairs: int, device: torch.device) -> Order:
         """Each pair a tile, for outputs alone: of one query a row, next to none name the same block."""
         places = torch.arange(pairs + 1, device=device)
@@ -91,6 +89,7 @@ class Part:
         self.lists, self.listed = entries.shape[2:]
         self.shared, self.block_size = self.heads // self.lists, block_size
         width, narrow = max(self.K, self.V), v.dtype.itemsize == 2
+        # Of a tile's queries and keys, such that threads keep to their registers.
         self.most = 16 if not narrow else 64 if width <= 128 else 32
         self.BT = block(block_size, self.most)
         self.key_tile = self.BT if width <= 64 else min(self.BT, 32)
@@ -121,21 +120,13 @@ class Part:
         BQ = block(rows, self.most)
         parts = triton.cdiv(rows, BQ)
         launch_triton.launch(
-            _tried(kernels.partial_outputs), persistent(len(order.tiles) * parts),
+            _tried(kernels.partial_outputs), persistent(len(order.tiles) * parts, self.v.device),
             self.q, self.k, self.v, each, sums, order.order, self.entries, self.first, order.tiles, order.ends,
             *self.sizes, parts, *self.inputs, BQ=BQ, **self.constants,
         )  # fmt: skip
         whole = torch.empty(log_sum.shape, dtype=log_sum.dtype, device=log_sum.device)
-        self._combine(each, sums, o, whole, 1.0, weighted=True)
+        combine(each, sums, self.entries, o, whole, self.listed, self.shared)
         log_sum.copy_(whole)
-
-    def _combine(self, each: Tensor, sums: Tensor, out: Tensor, log_sum: Tensor, scale: float, weighted: bool) -> None:
-        launch_triton.launch(
-            softmax_triton.combine, self.batch * self.queries * self.heads,
-            each, sums, self.entries, out, log_sum, self.listed, self.shared, self.heads, scale, out.stride(1),
-            out.stride(2), D=each.shape[1], BLOCK=block(each.shape[1], 256), PARTS=16, WEIGHTED=weighted, LISTED=True,
-            num_warps=4, ACC=self.constants["ACC"],
-        )  # fmt: skip
 
     def differentiate(self, do: Tensor, log_sum: Tensor, between: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Write dq, and dk and dv, zeros so far, where keys are seen; views of the call's, as the gradient of o is."""
@@ -147,14 +138,14 @@ class Part:
         tables, BQ = (order.order, self.entries, self.first), block(rows, self.most)
         parts = triton.cdiv(rows, BQ)
         launch_triton.launch(
-            _tried(kernels.partial_gradients), persistent(len(order.tiles) * parts),
+            _tried(kernels.partial_gradients), persistent(len(order.tiles) * parts, self.v.device),
             *inputs, each, *tables, order.tiles, order.ends, *self.sizes, parts, *numbers, BQ=BQ, **self.constants,
         )  # fmt: skip
-        self._combine(each, log_sum, dq, log_sum, self.scale, weighted=False)
+        combine(each, log_sum, self.entries, dq, log_sum, self.listed, self.shared, self.scale, weighted=False)
         dkeys, dvalues = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
         parts = triton.cdiv(self.block_size, self.key_tile)
         launch_triton.launch(
-            _tried(kernels.block_gradients), persistent(len(order.runs) * parts),
+            _tried(kernels.block_gradients), persistent(len(order.runs) * parts, self.v.device),
             *inputs, dkeys, dvalues, *tables, order.runs, order.ends, *self.sizes, parts, *numbers,
             **self.constants | {"BQ": min(BQ, 32), "BT": self.key_tile},
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqarch.ops.common import gpu, tuning
+from seqarch.ops.common import gpu, softmax_triton, tuning
 from seqarch.ops.common.tuning import Choices, Configuration
 
 TYPES = {
@@ -95,11 +95,25 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
             kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)
 
 
-def persistent(most: int) -> int:
-    """How many programs share out a number of pieces that only the device knows, at most ``most``."""
-    if not torch.cuda.is_available():
+def combine(
+    parts: Tensor, log_sums: Tensor, entries: Tensor | None, out: Tensor, log_sum: Tensor, count: int, shared: int,
+    scale: float = 1.0, weighted: bool = True,
+) -> None:  # fmt: skip
+    """Add up ``count`` parts of each row into ``out [B, Tq, H, D]``, as :func:`softmax_triton.combine` says."""
+    heads, width = out.shape[2:]
+    launch(
+        softmax_triton.combine, out.shape[:3].numel(),
+        parts, log_sums, log_sum if entries is None else entries, out, log_sum, count, shared, heads, scale,
+        out.stride(1), out.stride(2), D=width, BLOCK=block(width, 256), PARTS=16, WEIGHTED=weighted,
+        LISTED=entries is not None, ACC=TYPES[log_sum.dtype], num_warps=4,
+    )  # fmt: skip
+
+
+def persistent(most: int, device: torch.device) -> int:
+    """How many programs share out pieces of work, ``most`` or as many as a device runs at a time."""
+    if device.type != "cuda":
         return min(most, 8)
-    return min(most, 8 * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+    return min(most, 8 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def block(width: int, most: int) -> int:

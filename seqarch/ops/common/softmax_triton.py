@@ -60,7 +60,7 @@ def weights_of(scores, log_sums, visible):
     return tl.where(visible, tl.exp2(tl.minimum(scores - log_sums * LOG2E, 0.0)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # of parts of keys, whose number changes from token to token
 def combine(
     parts, log_sums, entries, out, log_sum, count, shared, heads, scale, out_row, out_head,
     D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, LISTED: tl.constexpr,
