@@ -146,16 +146,17 @@ def test_the_custom_operators_keep_torchs_rules():
         log_decay = inputs["log_decay"]
         log_decay = None if log_decay is None else native.stepwise(log_decay, inputs["v"])
         plain = [inputs["q"], inputs["k"], inputs["v"], log_decay, 0.5, inputs["state"], None]
-        _check(linear_cpp, plain)
+        _check("linear_attention", linear_cpp, plain)
         beta = torch.rand(2, 7, 4)
         for apart in ((None, None), (inputs["k"].clone(), None), (inputs["q"].clone(), inputs["k"].clone())):
-            _check(delta_cpp, [*plain[:3], beta, log_decay, *apart, *plain[4:]])
+            _check("delta_rule", delta_cpp, [*plain[:3], beta, log_decay, *apart, *plain[4:]])
 
 
-def _check(module: Any, plain: list[Any]) -> None:
+def _check(op: str, module: Any, plain: list[Any]) -> None:
     leaves = [m.detach().clone().requires_grad_() if isinstance(m, Tensor) else m for m in plain]
-    torch.library.opcheck(module.forward, tuple(leaves))
-    torch.library.opcheck(module.backward, (*plain, *module.forward(*plain)))
+    torch.library.opcheck(module.recur, tuple(leaves))
+    gradient = getattr(torch.ops.seqarch, f"{op}_backward").default
+    torch.library.opcheck(gradient, (*plain, *module.recur(*plain)))
 
 
 @pytest.mark.parametrize("op", COMPILED if ISAS else ())

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from seqarch.ops.common import native
-from seqarch.ops.common.memory import LEAST_BYTES, in_huge_pages
+from seqarch.ops.common.memory import LEAST_BYTES, in_huge_pages, like
 
 MAPS = Path("/proc/self/smaps")
 
@@ -29,7 +28,7 @@ def advised(address: int) -> bool:
 def test_large_results_are_asked_to_lie_in_huge_pages():
     """Of 64 MiB, which the allocator maps anew."""
     plain = torch.empty(2**24)
-    large = native.like(plain)
+    large = like(plain)
     assert advised(large.data_ptr() + 2**25)
     assert not advised(plain.data_ptr() + 2**25)
 

@@ -217,8 +217,8 @@ def test_importing_the_library_loads_no_triton():
 def test_the_custom_operators_keep_torchs_rules(op: str):
     inputs = {n: x.to(DEVICE) for n, x in make(op, "step", **SMALL | {"T": 2}, dtype=torch.float32).items()}
     for backend in BACKENDS:
-        forward = OPS[op].backends[backend].module.forward
+        recur = OPS[op].backends[backend].module.recur
         names = ("q", "k", "v", "log_decay") if op == "linear_attention" else ("q", "k", "v", "beta", "log_decay")
         leaves = [inputs[name].requires_grad_() for name in names]
         read = [] if op == "linear_attention" else [None]
-        torch.library.opcheck(forward, (*leaves, *read, 0.5, inputs["state"].requires_grad_(), None))
+        torch.library.opcheck(recur, (*leaves, *read, 0.5, inputs["state"].requires_grad_(), None))

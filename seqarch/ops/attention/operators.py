@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.memory import in_huge_pages
+from seqarch.ops.common.memory import in_huge_pages, like
 from seqarch.ops.common.operators import define
 
 
@@ -20,7 +20,7 @@ def outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for those of q, k and v."""
-    return in_huge_pages(q.new_empty(q.shape)), in_huge_pages(k.new_empty(k.shape)), in_huge_pages(v.new_empty(v.shape))
+    return like(q), like(k), like(v)
 
 
 def differentiable(

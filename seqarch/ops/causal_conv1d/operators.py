@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.memory import in_huge_pages
+from seqarch.ops.common.memory import like
 from seqarch.ops.common.operators import define
 
 
@@ -90,7 +90,7 @@ class Operators:
     def _room(self, x, weight, bias, state, silu, cu_seqlens):
         """Room for a tensor like ``x`` and for a state."""
         last = x.new_empty(_sequences(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
-        return in_huge_pages(torch.empty_like(x, memory_format=torch.contiguous_format)), last
+        return like(x), last
 
     def _backward(
         self,

@@ -16,6 +16,11 @@ if _ADVICE is not None:
     _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+def like(tensor: Tensor) -> Tensor:
+    """Room for a contiguous tensor of this shape and dtype."""
+    return in_huge_pages(tensor.new_empty(tensor.shape))
+
+
 def in_huge_pages(room: Tensor) -> Tensor:
     """The tensor itself, which nobody has written to: its new pages will be 2 MiB and not 4 KiB, if it is large.
 

@@ -26,7 +26,6 @@ from torch import Tensor
 
 import seqarch
 from seqarch.ops.common.checks import accumulation_dtype, unknown_name
-from seqarch.ops.common.memory import in_huge_pages
 
 INTERFACE = 6
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
@@ -260,11 +259,6 @@ class Kernel:
 def rows(tensor: Tensor) -> Tensor:
     """The tensor itself if the numbers of its last dimension lie side by side, else a copy in which they do."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def like(tensor: Tensor) -> Tensor:
-    """Room for a contiguous tensor of this shape and dtype."""
-    return in_huge_pages(tensor.new_empty(tensor.shape))
 
 
 def common_dtype(*inputs: Tensor) -> torch.dtype:

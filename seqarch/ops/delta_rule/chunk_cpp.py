@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seqarch.ops.common import native
+from seqarch.ops.common.memory import like
 from seqarch.ops.common.native import Heads, Offsets, Pointer, float64, int32, int64
+from seqarch.ops.common.recurrence import differentiable, room_for_gradients
 
 # The order of the header, csrc/include/seqarch.h.
 _INPUTS = (int32, *[Heads] * 5, int32, Heads, Heads, float64, Pointer)
@@ -48,7 +49,6 @@ def _problem(q: Tensor, v: Tensor, state: Tensor, cu_seqlens: Sequence[int] | No
     return cu_seqlens, state.shape[0], q.shape[1], q.shape[2], v.shape[2], q.shape[3], v.shape[3]
 
 
-@torch.library.custom_op("seqarch::delta_rule", mutates_args=(), device_types="cpu")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -62,23 +62,12 @@ def forward(
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """``q, k, v, read, erase`` of one dtype, ``beta``, ``log_decay`` and ``state`` in that of sums."""
-    outputs = native.like(v), native.like(state)
+    outputs = like(v), like(state)
     inputs = _inputs(q, k, v, beta, log_decay, read, erase, scale, state)
     _forward(*inputs, *outputs, *_problem(q, v, state, cu_seqlens))
     return outputs
 
 
-@forward.register_fake
-def _(q, k, v, beta, log_decay, read, erase, scale, state, cu_seqlens):
-    return native.like(v), native.like(state)
-
-
-def _gradients(*inputs: Tensor | None) -> list[Tensor]:
-    """Room for the gradient of each; an empty tensor for ``None``."""
-    return [torch.empty(0) if each is None else native.like(each) for each in inputs]
-
-
-@torch.library.custom_op("seqarch::delta_rule_backward", mutates_args=(), device_types="cpu")
 def backward(
     q: Tensor,
     k: Tensor,
@@ -93,32 +82,14 @@ def backward(
     do: Tensor,
     dstate_out: Tensor,
 ) -> list[Tensor]:
-    """The gradients of the tensors before ``scale``, empty where there is none, and of ``state``."""
-    gradients = _gradients(q, k, v, beta, log_decay, read, erase, state)
+    gradients = room_for_gradients(q, k, v, beta, log_decay, read, erase, state)
     inputs = _inputs(q, k, v, beta, log_decay, read, erase, scale, state)
     upstream = native.rows(do), dstate_out.contiguous()
     _backward(*inputs, *upstream, *gradients, *_problem(q, v, state, cu_seqlens))
     return gradients
 
 
-@backward.register_fake
-def _(q, k, v, beta, log_decay, read, erase, scale, state, cu_seqlens, do, dstate_out):
-    return _gradients(q, k, v, beta, log_decay, read, erase, state)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, state, ctx.cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, state)
-
-
-def _differentiate(ctx: Any, do: Tensor, dstate_out: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, state = ctx.saved_tensors
-    *gradients, dstate = backward(*tensors, ctx.scale, state, ctx.cu_seqlens, do, dstate_out)
-    given = [None if each is None else gradient for each, gradient in zip(tensors, gradients, strict=True)]
-    return *given, None, dstate, None
-
-
-forward.register_autograd(_differentiate, setup_context=_save)
+recur = differentiable("delta_rule", forward, backward, "cpu")
 
 
 def run(
@@ -139,5 +110,5 @@ def run(
         log_decay = native.stepwise(log_decay.to(state.dtype), v)
     apart = [None if each is None else each.to(dtype) for each in apart]
     narrow = q.to(dtype), k.to(dtype), v.to(dtype), beta.to(state.dtype)
-    o, state = forward(*narrow, log_decay, *apart, scale, state, offsets)
+    o, state = recur(*narrow, log_decay, *apart, scale, state, offsets)
     return o.to(v.dtype), state

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from seqarch.ops.common import gpu
+from seqarch.ops.common.recurrence import differentiable
 from seqarch.ops.delta_rule import chunk_triton
 
 unavailable, refuse = chunk_triton.unavailable, chunk_triton.refuse
 
 
-@torch.library.custom_op("seqarch::delta_rule_triton_steps", mutates_args=(), device_types=("cpu", "cuda"))
 def forward(
     q: Tensor,
     k: Tensor,
@@ -31,12 +30,7 @@ def forward(
     return steps(q, k, v, beta, log_decay, read, scale, state, cu_seqlens)
 
 
-@forward.register_fake
-def _(q, k, v, beta, log_decay, read, scale, state, cu_seqlens):
-    return v.new_empty(v.shape), state.new_empty(state.shape)
-
-
-forward.register_autograd(chunk_triton.differentiate, setup_context=chunk_triton.save)
+recur = differentiable("delta_rule_triton_steps", forward, chunk_triton.backward, ("cpu", "cuda"))
 
 
 def run(
@@ -52,4 +46,4 @@ def run(
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
     steps = gpu.stepwise(log_decay, v)
-    return forward(q, k, v, beta, steps, None if read is k else read, float(scale), state, offsets)
+    return recur(q, k, v, beta, steps, None if read is k else read, float(scale), state, offsets)

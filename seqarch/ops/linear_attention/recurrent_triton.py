@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from seqarch.ops.common import gpu
+from seqarch.ops.common.recurrence import differentiable
 from seqarch.ops.linear_attention import chunk_triton
 
 unavailable, refuse = chunk_triton.unavailable, chunk_triton.refuse
 
 
-@torch.library.custom_op("seqarch::linear_attention_triton_steps", mutates_args=(), device_types=("cpu", "cuda"))
 def forward(
     q: Tensor,
     k: Tensor,
@@ -29,12 +28,7 @@ def forward(
     return steps(q, k, v, None, log_decay, None, scale, state, cu_seqlens)
 
 
-@forward.register_fake
-def _(q, k, v, log_decay, scale, state, cu_seqlens):
-    return v.new_empty(v.shape), state.new_empty(state.shape)
-
-
-forward.register_autograd(chunk_triton.differentiate, setup_context=chunk_triton.save)
+recur = differentiable("linear_attention_triton_steps", forward, chunk_triton.backward, ("cpu", "cuda"))
 
 
 def run(
@@ -46,4 +40,4 @@ def run(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, gpu.stepwise(log_decay, v), float(scale), state, offsets)
+    return recur(q, k, v, gpu.stepwise(log_decay, v), float(scale), state, offsets)

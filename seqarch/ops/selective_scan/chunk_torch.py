@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqarch.ops.common.operators import define
 from seqarch.ops.common.packed import over_sequences
 from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size, written
 
@@ -86,8 +87,7 @@ def _room(u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), state.new_empty(state.shape), state.new_empty(chunks, *state.shape)
 
 
-@torch.library.custom_op("seqarch::selective_scan_chunk", mutates_args=())
-def scan(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``u, delta [B, T, D]``, ``B, C [B, T, G, N]``, ``A [D, N]``, ``state [B, D, N]`` to y, the last state and those
     before each chunk."""
     y, last, starts = _room(u, state)
@@ -102,16 +102,10 @@ def scan(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tenso
     return y, last.copy_(state), starts
 
 
-@scan.register_fake
-def _(u, delta, B, C, A, state):
-    return _room(u, state)
-
-
-@torch.library.custom_op("seqarch::selective_scan_chunk_backward", mutates_args=())
-def scan_backward(
+def backward(
     u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, starts: Tensor, dy: Tensor, dlast: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of all that :func:`scan` takes."""
+    """The gradients of all that :func:`forward` takes."""
     du, ddelta, dB, dC, dA, carried = _gradients(u, delta, B, C, A, dlast)
     u, delta, B, C, dy = _time_first(u, delta, B, C, dy)
     dA.zero_()
@@ -137,11 +131,6 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(m.new_empty(m.shape) for m in inputs)
 
 
-@scan_backward.register_fake
-def _(u, delta, B, C, A, starts, dy, dlast):
-    return _gradients(u, delta, B, C, A, dlast)
-
-
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:-1], output[-1])
 
@@ -150,7 +139,10 @@ def _differentiate(ctx: Any, dy: Tensor, dlast: Tensor, _: Tensor) -> tuple[Tens
     return scan_backward(*ctx.saved_tensors, dy, dlast)
 
 
-scan.register_autograd(_differentiate, setup_context=_save)
+scan, scan_backward = define(
+    "selective_scan_chunk", forward, backward, lambda u, delta, B, C, A, state: _room(u, state),
+    lambda u, delta, B, C, A, starts, dy, dlast: _gradients(u, delta, B, C, A, dlast), _save, _differentiate,
+)  # fmt: skip
 
 
 def _states_gradient(dy: Tensor, C: Tensor, decay: Tensor, carried: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.memory import in_huge_pages
+from seqarch.ops.common.memory import in_huge_pages, like
 from seqarch.ops.common.operators import define
 
 Pair = tuple[Tensor, Tensor]
@@ -42,10 +42,6 @@ def rows(m: Tensor) -> Tensor:
     """``[B, T, ...]`` in which a token's elements lie side by side: the tensor itself or a copy."""
     side_by_side = m.stride(-1) == 1 and (m.ndim == 3 or m.stride(2) == m.shape[3])
     return m if side_by_side else m.contiguous()
-
-
-def like(m: Tensor) -> Tensor:
-    return in_huge_pages(m.new_empty(m.shape))
 
 
 def _sequences(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
