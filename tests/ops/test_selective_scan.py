@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -211,7 +210,7 @@ def test_what_only_torch_serves():
 
 
 def test_return_codes_become_errors(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chunk_cpp.OPERATORS, "engine", dataclasses.replace(chunk_cpp.ENGINE, chunk=0))
+    monkeypatch.setattr(chunk_cpp.OPERATORS, "chunk", 0)
     monkeypatch.setattr(scan_operators, "chunks", lambda *_: 1)
     for isa in ISAS:
         with native.use_isa(isa), pytest.raises(ValueError, match="selective_scan_forward returned 1: an argument"):

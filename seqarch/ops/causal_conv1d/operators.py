@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqarch.ops.common import packed
 from seqarch.ops.common.memory import like
-from seqarch.ops.common.operators import define
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Two C functions of ``seqarch.h`` or ``seqarch_cuda.h``, and what to know of them.
-
-    Attributes:
-        forward, backward: the functions, called in the header's order, without what follows ``silu``.
-        numbers: the header's number of each dtype.
-        offsets: what the functions take for ``cu_seqlens``.
-    """
-
-    forward: Callable[..., None]
-    backward: Callable[..., None]
-    numbers: dict[torch.dtype, int]
-    offsets: Callable[[Sequence[int] | None, torch.device], Any]
+from seqarch.ops.common.operators import Engine, define
 
 
 def refuse_dtypes(x: Tensor, weight: Tensor, numbers: dict[torch.dtype, int]) -> str | None:
@@ -41,10 +25,6 @@ def refuse_dtypes(x: Tensor, weight: Tensor, numbers: dict[torch.dtype, int]) ->
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor itself if its channels lie side by side, else a copy in which they do."""
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
-def _sequences(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
-    return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 class Operators:
@@ -70,7 +50,7 @@ class Operators:
 
     def _problem(self, x: Tensor, weight: Tensor, silu: bool, cu_seqlens: Sequence[int] | None) -> tuple[Any, ...]:
         offsets = self.engine.offsets(cu_seqlens, x.device)
-        return offsets, _sequences(x, cu_seqlens), x.shape[1], x.shape[2], weight.shape[1], silu
+        return offsets, packed.count(x, cu_seqlens), x.shape[1], x.shape[2], weight.shape[1], silu
 
     def _forward(
         self,
@@ -89,7 +69,7 @@ class Operators:
 
     def _room(self, x, weight, bias, state, silu, cu_seqlens):
         """Room for a tensor like ``x`` and for a state."""
-        last = x.new_empty(_sequences(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
+        last = x.new_empty(packed.count(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
         return like(x), last
 
     def _backward(

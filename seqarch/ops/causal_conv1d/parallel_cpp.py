@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.causal_conv1d.operators import Engine, Operators, refuse_dtypes
+from seqarch.ops.causal_conv1d.operators import Operators, refuse_dtypes
 from seqarch.ops.common import native
 from seqarch.ops.common.native import Offsets, Pointer, int32, int64
+from seqarch.ops.common.operators import Engine
 
 unavailable = native.unavailable
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.causal_conv1d.operators import Engine, Operators, refuse_dtypes
+from seqarch.ops.causal_conv1d.operators import Operators, refuse_dtypes
 from seqarch.ops.common import library_cuda
 from seqarch.ops.common.native import NUMBERS, Pointer, int32, int64
+from seqarch.ops.common.operators import Engine
 
 unavailable = library_cuda.unavailable
 

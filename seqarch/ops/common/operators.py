@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Two C functions of ``seqarch.h`` or ``seqarch_cuda.h``, and what to know of them.
+
+    Attributes:
+        forward, backward: the functions, called in the header's order, but for the number of threads or the stream.
+        numbers: the header's number of each dtype.
+        offsets: what the functions take for ``cu_seqlens``.
+    """
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+    numbers: dict[torch.dtype, int]
+    offsets: Callable[[Sequence[int] | None, torch.device], Any]
 
 
 def define(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def count(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
+    """How many sequences ``x [B, T, ...]`` holds."""
+    return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def split_sequences(offsets: tuple[int, ...], *inputs: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:

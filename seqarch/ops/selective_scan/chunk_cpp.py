@@ -13,7 +13,8 @@ from torch import Tensor
 
 from seqarch.ops.common import native
 from seqarch.ops.common.native import Offsets, Pointer, Rows, int32, int64
-from seqarch.ops.selective_scan.operators import Engine, Operators
+from seqarch.ops.common.operators import Engine
+from seqarch.ops.selective_scan.operators import Operators
 
 unavailable = native.unavailable
 
@@ -37,6 +38,6 @@ def refuse(
     return None
 
 
-ENGINE = Engine(_forward, _backward, native.DTYPES, CHUNK, lambda cu_seqlens, _: cu_seqlens)
-OPERATORS = Operators("selective_scan", ENGINE, "cpu")
+ENGINE = Engine(_forward, _backward, native.DTYPES, lambda cu_seqlens, _: cu_seqlens)
+OPERATORS = Operators("selective_scan", ENGINE, CHUNK, "cpu")
 run = OPERATORS.run

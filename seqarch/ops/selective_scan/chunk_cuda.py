@@ -13,7 +13,8 @@ from torch import Tensor
 from seqarch.ops.common import library_cuda
 from seqarch.ops.common.library_cuda import CHUNK, STATES
 from seqarch.ops.common.native import NUMBERS, Pointer, Rows, int32, int64
-from seqarch.ops.selective_scan.operators import Engine, Operators
+from seqarch.ops.common.operators import Engine
+from seqarch.ops.selective_scan.operators import Operators
 
 unavailable = library_cuda.unavailable
 
@@ -44,6 +45,6 @@ def refuse(
     return library_cuda.refuse(x=x, dt=dt, B=B, C=C, z=z)
 
 
-ENGINE = Engine(_forward, _backward, NUMBERS, CHUNK, library_cuda.offsets)
-OPERATORS = Operators("selective_scan_cuda", ENGINE, None)
+ENGINE = Engine(_forward, _backward, NUMBERS, library_cuda.offsets)
+OPERATORS = Operators("selective_scan_cuda", ENGINE, CHUNK, None)
 run = OPERATORS.run

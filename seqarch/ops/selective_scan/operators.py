@@ -6,46 +6,24 @@ the state before it, which the forward pass keeps: memory is ``O(T D + T D N / C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqarch.ops.common import packed
 from seqarch.ops.common.memory import in_huge_pages, like
-from seqarch.ops.common.operators import define
+from seqarch.ops.common.operators import Engine, define
 
 Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Two C functions of ``seqarch.h`` or ``seqarch_cuda.h``, and what to know of them.
-
-    Attributes:
-        forward, backward: the functions, called in the header's order, without what follows the last gradient.
-        numbers: the header's number of each dtype.
-        chunk: C, the tokens between two states that are kept.
-        offsets: what the functions take for ``cu_seqlens``.
-    """
-
-    forward: Callable[..., None]
-    backward: Callable[..., None]
-    numbers: dict[torch.dtype, int]
-    chunk: int
-    offsets: Callable[[Sequence[int] | None, torch.device], Any]
 
 
 def rows(m: Tensor) -> Tensor:
     """``[B, T, ...]`` in which a token's elements lie side by side: the tensor itself or a copy."""
     side_by_side = m.stride(-1) == 1 and (m.ndim == 3 or m.stride(2) == m.shape[3])
     return m if side_by_side else m.contiguous()
-
-
-def _sequences(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
-    return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def chunks(x: Tensor, cu_seqlens: Sequence[int] | None, size: int) -> int:
@@ -60,11 +38,12 @@ class Operators:
 
     Args:
         name: of the forward operator, after ``seqarch::``.
+        chunk: C, the tokens between two states that are kept.
         device: the type of device that it runs on; ``None``: any.
     """
 
-    def __init__(self, name: str, engine: Engine, device: str | None):
-        self.engine = engine
+    def __init__(self, name: str, engine: Engine, chunk: int, device: str | None):
+        self.engine, self.chunk = engine, chunk
         self.forward, self.backward = define(
             name, self._forward, self._backward, self._room, self._room_for_gradients, self._save, self._differentiate,
             device,
@@ -107,7 +86,7 @@ class Operators:
     ) -> tuple[Any, ...]:
         inputs = [None if m is None else rows(m) for m in (x, dt, B, C, z)]
         parameters = [None if m is None else m.contiguous() for m in (A, D, dt_bias)]
-        sizes = _sequences(x, cu_seqlens), *x.shape[1:], A.shape[1], B.shape[2], self.engine.chunk
+        sizes = packed.count(x, cu_seqlens), *x.shape[1:], A.shape[1], B.shape[2], self.chunk
         offsets = self.engine.offsets(cu_seqlens, x.device)
         return self.engine.numbers[A.dtype], *inputs, *parameters, offsets, *sizes, softplus, scale_input
 
@@ -136,7 +115,7 @@ class Operators:
 
     def _room(self, x, dt, A, B, C, D, z, dt_bias, state, softplus, scale_input, keep, cu_seqlens):
         """Room for what :meth:`_forward` returns."""
-        count = chunks(x, cu_seqlens, self.engine.chunk) if keep else 0
+        count = chunks(x, cu_seqlens, self.chunk) if keep else 0
         return like(x), like(state), in_huge_pages(state.new_empty(count, A.shape[0] * A.shape[1]))
 
     def _backward(
