@@ -45,10 +45,9 @@ def gloo_in_order() -> str:
     """The name, for ``init_process_group``, of gloo with one worker thread instead of two.
 
     Each thread notes the name of what it did last in a string that they share, without a lock (torch 2.13,
-    ``ProcessGroupGloo::runLoop``; no issue of torch's tells of it). Two that end at once free the same memory, and some
-    later allocation ends the process: with eight small exchanges in flight, mostly within half a minute. What torch
-    keeps for gloo by its name is not there: ``monitored_barrier``, and one thread in the groups that
-    ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` adds.
+    ``ProcessGroupGloo::runLoop``). Two that end at once free the same memory, and some later allocation ends the
+    process: with eight small exchanges in flight, mostly within half a minute (docs/log.md). Under a name of its own
+    the group lacks ``monitored_barrier``, and groups that ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` adds still have two.
     """
     name = "gloo_in_order"
     if name not in dist.Backend.backend_list:

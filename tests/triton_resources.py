@@ -65,15 +65,15 @@ class Launch:
             options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
         names = kernel.arg_names
         # As Triton does where a call is run: an integer that is 1 becomes part of the code.
-        open_ = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-        given = [(name, x) for name, x in zip(names, arguments, strict=False) if name not in open_]
+        changing = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        given = [(name, x) for name, x in zip(names, arguments, strict=False) if name not in changing]
         constants |= {name: 1 for name, x in given if type(x) is int and x == 1}
         signature = dict(zip(names, map(kind, arguments), strict=False)) | dict.fromkeys(constants, "constexpr")
         divisible = {
             (place,): [["tt.divisibility", 16]]
             for place, argument in enumerate(arguments)
             if isinstance(argument, Tensor)
-            or (isinstance(argument, int) and argument % 16 == 0 and names[place] not in open_)
+            or (isinstance(argument, int) and argument % 16 == 0 and names[place] not in changing)
         }
         flags = [f"{key}={getattr(value, 'name', value)}" for key, value in sorted(constants.items())]
         types = sorted({kind.removeprefix("*") for kind in signature.values() if kind.startswith("*")} - {"i64"})

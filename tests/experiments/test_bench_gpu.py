@@ -25,6 +25,7 @@ from experiments.bench.measure import Ceilings
 from experiments.errors import RunnerError
 from seqarch.ops import OPS
 from seqarch.ops.common import native
+from seqarch.ops.linear_attention import flops as linear_flops
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 4e12}, 1e11)
@@ -176,10 +177,12 @@ def test_a_token_costs_what_its_query_sees(name: str):
     assert (cost.flops, cost.bytes) == (4 * pairs * 16, 4 * rows * 16)
 
 
-def test_a_token_costs_its_state():
+def test_a_token_reads_and_writes_its_state():
     contest, size = GPU_CONTESTS["linear_attention"], shape(length=1100)
-    inputs = decoding(contest, size)
-    assert token_cost(contest, size, inputs) == contest.cost(shape(length=1), inputs)
+    cost = token_cost(contest, size, decoding(contest, size))
+    heads = 2 * contests.HEADS
+    numbers = 4 * heads * 16 + heads + 2 * heads * 16 * 16  # q, k, v and o, decays, states
+    assert (cost.flops, cost.bytes) == (linear_flops(1, contests.HEADS, 16, 16, 2), 4 * numbers)
 
 
 def test_a_measurement_leaves_a_record(tmp_path: Path):

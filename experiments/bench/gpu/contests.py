@@ -212,9 +212,10 @@ def decoding(contest: GpuContest, shape: Shape) -> Inputs:
 
 
 def token_cost(contest: GpuContest, shape: Shape, inputs: Inputs) -> Cost:
-    """Of one token for each row: its state once, or the keys and values that its query sees."""
+    """Of one token for each row: its state, read and written, or the keys and values that its query sees."""
     if "state" in inputs:
-        return contest.cost(_one_token(shape), inputs)
+        cost, state = contest.cost(_one_token(shape), inputs), inputs["state"]
+        return Cost(cost.flops, cost.bytes + state.numel() * state.element_size())
     heads = shape.batch * HEADS
     if "block_index" in inputs:
         pairs = _listed_pairs(inputs["block_index"], shape.length)

@@ -11,6 +11,7 @@ in ``attention``.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from seqarch.ops.common import gpu
 from seqarch.ops.common.checks import promoted_dtype
 
 LEAST_BLOCK = 16
+"""Keys of the smallest tile that a tensor core multiplies."""
 
 unavailable = gpu.unavailable
 
@@ -39,17 +41,7 @@ def refuse(
     return gpu.refuse_attention(q, k, v)
 
 
-def yields(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> str | None:
+def yields(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, block_size: int, *others: Any) -> str | None:
     if block_size < LEAST_BLOCK and q.shape[1] > 1:
         return f"blocks of {block_size} tokens leave most of a tile empty, which has {LEAST_BLOCK} keys or more"
     return None

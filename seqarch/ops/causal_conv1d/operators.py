@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common import packed
 from seqarch.ops.common.memory import like
 from seqarch.ops.common.operators import Engine, define
+from seqarch.ops.common.packed import sequence_count
 
 
 def refuse_dtypes(x: Tensor, weight: Tensor, numbers: dict[torch.dtype, int]) -> str | None:
@@ -50,7 +50,7 @@ class Operators:
 
     def _problem(self, x: Tensor, weight: Tensor, silu: bool, cu_seqlens: Sequence[int] | None) -> tuple[Any, ...]:
         offsets = self.engine.offsets(cu_seqlens, x.device)
-        return offsets, packed.count(x, cu_seqlens), x.shape[1], x.shape[2], weight.shape[1], silu
+        return offsets, sequence_count(x, cu_seqlens), x.shape[1], x.shape[2], weight.shape[1], silu
 
     def _forward(
         self,
@@ -69,7 +69,7 @@ class Operators:
 
     def _room(self, x, weight, bias, state, silu, cu_seqlens):
         """Room for a tensor like ``x`` and for a state."""
-        last = x.new_empty(packed.count(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
+        last = x.new_empty(sequence_count(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
         return like(x), last
 
     def _backward(

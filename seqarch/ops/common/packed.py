@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def count(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
+def sequence_count(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
     """How many sequences ``x [B, T, ...]`` holds."""
     return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 

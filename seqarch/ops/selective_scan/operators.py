@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common import packed
 from seqarch.ops.common.memory import in_huge_pages, like
 from seqarch.ops.common.operators import Engine, define
+from seqarch.ops.common.packed import sequence_count
 
 Pair = tuple[Tensor, Tensor]
 
@@ -86,7 +86,7 @@ class Operators:
     ) -> tuple[Any, ...]:
         inputs = [None if m is None else rows(m) for m in (x, dt, B, C, z)]
         parameters = [None if m is None else m.contiguous() for m in (A, D, dt_bias)]
-        sizes = packed.count(x, cu_seqlens), *x.shape[1:], A.shape[1], B.shape[2], self.chunk
+        sizes = sequence_count(x, cu_seqlens), *x.shape[1:], A.shape[1], B.shape[2], self.chunk
         offsets = self.engine.offsets(cu_seqlens, x.device)
         return self.engine.numbers[A.dtype], *inputs, *parameters, offsets, *sizes, softplus, scale_input
 
