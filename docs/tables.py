@@ -8,6 +8,7 @@ backends run there.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Callable
 from functools import cache
@@ -209,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m docs.tables", description=(__doc__ or "").splitlines()[0]).parse_args()
     main()

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -95,10 +96,13 @@ def differences(nvcc: str) -> list[str]:
 
 
 def main() -> None:
+    command = argparse.ArgumentParser("python -m tests.cuda_resources", description=(__doc__ or "").splitlines()[0])
+    command.add_argument("--check", action="store_true", help="compare with the record, and write nothing")
+    asked = command.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("there is no nvcc here: install the CUDA toolkit, or its pip packages, and set CUDA_HOME")
-    if "--check" in sys.argv[1:]:
+    if asked.check:
         wrong = differences(nvcc)
         sys.exit("\n".join(wrong) if wrong else None)
     rows = [f"{json.dumps(name)}: {json.dumps(needs)}" for name, needs in find_needs(nvcc).items()]

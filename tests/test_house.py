@@ -35,6 +35,7 @@ ENGINES = {
 EDGES = {
     "hydra": {"experiments/run.py", "experiments/overrides.py"},
     "omegaconf": {"experiments/run.py", "experiments/overrides.py"},
+    "joblib": {"experiments/workers.py"},
     "optuna": {"experiments/search.py"},
     "wandb": {"experiments/trackers.py"},
     "torch.utils.tensorboard": {"experiments/trackers.py"},

@@ -127,7 +127,7 @@ class Sleeping(StackLayer):
         nn.Module.__init__(self)
         self.mixers = nn.ModuleList([nn.Identity()])
 
-    def forward(self, x: Tensor, states: Any, cu_seqlens: Any) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, states: Any, cu_seqlens: Any, token_mask: Any = None) -> tuple[Tensor, Any]:
         time.sleep(LAYER_SECONDS)
         return x, (x[:, -1],)
 

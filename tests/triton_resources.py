@@ -9,12 +9,12 @@ operations say.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,10 +179,12 @@ def needs(index: int) -> tuple[str, dict[str, dict[str, int]]]:
 
 
 def main() -> None:
+    command = argparse.ArgumentParser("python -m tests.triton_resources", description=(__doc__ or "").splitlines()[0])
+    command.add_argument("file", nargs="?", type=Path, default=RECORD, help=f"which is written; default: {RECORD}")
+    target = command.parse_args().file
     with multiprocessing.get_context("spawn").Pool() as pool:
         found = sorted(pool.map(needs, range(len(launches())), chunksize=1))
     lines = [f'"triton": "{triton.__version__}"', *(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in found)]
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORD
     target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 

@@ -6,6 +6,7 @@
 // on the number of threads.
 #include <vector>
 
+#include "arguments.h"
 #include "dtypes.h"
 #include "key_sums.h"
 #include "softmax_tiles.h"
@@ -39,7 +40,7 @@ struct Sequence {
         key = {z.offsets ? 0 : s, begin, z.offsets ? begin : s * z.keys};
         queries = z.offsets ? z.offsets[s + 1] - begin : z.queries;
         keys = z.offsets ? queries : z.keys;
-        first_key = z.key_start ? std::max<int64_t>(z.key_start[s], 0) : 0;
+        first_key = z.key_start ? std::clamp<int64_t>(z.key_start[s], 0, keys) : 0;
     }
     // The keys [first, last) that a query sees.
     int64_t first(const Sizes& z, int64_t query) const {
@@ -153,7 +154,8 @@ std::vector<TileTask> tile_tasks(const Sizes& z) {
 
 int threads_for(const Sizes& z, int num_threads) {
     const int64_t seen = z.window ? std::min(z.window, z.keys) : z.keys;
-    return z.query_tokens() * z.heads * seen * (z.key_width + z.value_width) > kSmallWork ? num_threads : 1;
+    const double pairs = static_cast<double>(z.query_tokens()) * z.heads * seen;
+    return pairs * (z.key_width + z.value_width) > kSmallWork ? num_threads : 1;
 }
 
 template <class T>
@@ -261,9 +263,16 @@ void backward(const Inputs<T>& in, const Gradients<T>& g) {
     dv.add_up(spans, z.groups, A(1), g.dv, threads);
 }
 
-bool valid(const Sizes& z) {
-    return z.groups > 0 && z.heads % z.groups == 0 && z.window >= 0 && (z.causal || !z.window) &&
-           (!z.offsets || (z.queries == z.keys && !z.key_start));
+// All sizes can be counted, and a window is no longer than the keys.
+bool valid(Sizes& z, int num_threads) {
+    constexpr int64_t kPadding = 64;  // of widths to vectors, and of sequences to tiles
+    if (num_threads < 1 || z.groups < 1 || z.heads % z.groups || z.window < 0 || (!z.causal && z.window)) return false;
+    if (!countable({z.sequences, z.queries, z.heads}) || !countable({z.sequences, z.keys, z.groups})) return false;
+    if (!countable({z.key_width, z.value_width}) || (z.offsets && (z.queries != z.keys || z.key_start))) return false;
+    const int64_t rows = z.offsets ? 1 : z.sequences, width = z.key_width + z.value_width + kPadding;
+    z.window = std::min(z.window, std::max<int64_t>(z.keys, 1));
+    return countable({rows, z.queries + kPadding, z.heads, width}) &&
+           countable({rows, z.keys + kPadding, z.groups, width}) && packs(z.offsets, z.sequences, z.queries);
 }
 
 template <class T>
@@ -279,9 +288,8 @@ int32_t seqarch_attention_forward(int32_t dtype, const seqarch_heads* q, const s
                                   void* log_sum, const int64_t* offsets, int64_t sequences, int64_t queries,
                                   int64_t keys, int64_t groups, int64_t heads, int64_t key_width, int64_t value_width,
                                   int32_t num_threads) {
-    const Sizes z{offsets, key_start, sequences, queries, keys, groups, heads, key_width, value_width, window,
-                  causal != 0};
-    if (!valid(z)) return SEQARCH_BAD_ARGUMENT;
+    Sizes z{offsets, key_start, sequences, queries, keys, groups, heads, key_width, value_width, window, causal != 0};
+    if (!valid(z, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         forward(inputs<T>(z, q, k, v, scale, num_threads), static_cast<T*>(o), static_cast<Acc<T>*>(log_sum));
@@ -294,9 +302,8 @@ int32_t seqarch_attention_backward(int32_t dtype, const seqarch_heads* q, const 
                                    const seqarch_heads* dout, void* dq, void* dk, void* dv, const int64_t* offsets,
                                    int64_t sequences, int64_t queries, int64_t keys, int64_t groups, int64_t heads,
                                    int64_t key_width, int64_t value_width, int32_t num_threads) {
-    const Sizes z{offsets, key_start, sequences, queries, keys, groups, heads, key_width, value_width, window,
-                  causal != 0};
-    if (!valid(z)) return SEQARCH_BAD_ARGUMENT;
+    Sizes z{offsets, key_start, sequences, queries, keys, groups, heads, key_width, value_width, window, causal != 0};
+    if (!valid(z, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         backward(inputs<T>(z, q, k, v, scale, num_threads),

@@ -6,6 +6,7 @@
 // so results do not depend on the number of threads.
 #include <vector>
 
+#include "arguments.h"
 #include "dtypes.h"
 #include "key_sums.h"
 #include "softmax_tiles.h"
@@ -114,7 +115,8 @@ std::vector<QueriesPart> cut(const Sizes& z, const std::vector<Run>& runs) {
 }
 
 int threads_for(const Sizes& z, int num_threads) {
-    const int64_t pairs = z.batch * z.queries * z.heads * std::min(z.most_blocks() * z.block_size, z.keys);
+    const double seen = std::min<double>(static_cast<double>(z.most_blocks()) * z.block_size, z.keys);
+    const double pairs = static_cast<double>(z.batch * z.queries) * z.heads * seen;
     return pairs * (z.key_width + z.value_width) > kSmallWork ? num_threads : 1;
 }
 
@@ -391,9 +393,19 @@ void backward(const Inputs<T>& in, const Gradients<T>& g) {
     dv.add_up(spans, z.groups, A(1), g.dv, threads);
 }
 
-bool valid(const Sizes& z) {
-    return z.groups > 0 && z.lists > 0 && z.lists % z.groups == 0 && z.heads % z.lists == 0 && z.block_size > 0 &&
-           z.window >= 0 && z.queries < int64_t{1} << 31;
+// All sizes can be counted, and neither a window nor a block is longer than the keys.
+bool valid(Sizes& z, int num_threads) {
+    constexpr int64_t kPadding = 64;  // of widths to vectors, and of sequences to tiles
+    if (num_threads < 1 || z.groups < 1 || z.lists < 1 || z.lists % z.groups || z.heads % z.lists) return false;
+    if (z.block_size < 1 || z.window < 0 || z.queries >= int64_t{1} << 31 || z.first_stride < 0) return false;
+    if (!countable({z.batch, z.keys, z.groups}) || !countable({z.key_width, z.value_width})) return false;
+    z.window = std::min(z.window, std::max<int64_t>(z.keys, 1));
+    z.block_size = std::min(z.block_size, std::max<int64_t>(z.keys, 1));
+    const int64_t width = z.key_width + z.value_width + kPadding;
+    return countable({z.batch, z.queries, z.lists, z.listed}) &&
+           countable({z.batch, z.queries, z.lists, z.most_blocks()}) &&
+           countable({z.batch, z.queries + kPadding, z.heads, width}) &&
+           countable({z.batch, z.keys + kPadding, z.groups, width});
 }
 
 template <class T>
@@ -409,9 +421,9 @@ int32_t seqarch_block_sparse_attention_forward(
     int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale, void* o,
     void* log_sum, int64_t batch, int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads,
     int64_t key_width, int64_t value_width, int32_t num_threads) {
-    const Sizes z{index,   first, first_stride, listed, block_size, window,    batch,
+    Sizes z{index,   first, first_stride, listed, block_size, window,    batch,
                   queries, keys,  groups,       lists,  heads,      key_width, value_width};
-    if (!valid(z)) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(z, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         forward(inputs<T>(z, q, k, v, scale, num_threads), static_cast<T*>(o), static_cast<Acc<T>*>(log_sum));
@@ -424,9 +436,9 @@ int32_t seqarch_block_sparse_attention_backward(
     const seqarch_heads* o, const void* log_sum, const seqarch_heads* dout, void* dq, void* dk, void* dv, int64_t batch,
     int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads, int64_t key_width, int64_t value_width,
     int32_t num_threads) {
-    const Sizes z{index,   first, first_stride, listed, block_size, window,    batch,
+    Sizes z{index,   first, first_stride, listed, block_size, window,    batch,
                   queries, keys,  groups,       lists,  heads,      key_width, value_width};
-    if (!valid(z)) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(z, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         backward(inputs<T>(z, q, k, v, scale, num_threads),

@@ -6,13 +6,16 @@
 #include <algorithm>
 #include <vector>
 
+#include "arguments.h"
 #include "dtypes.h"
 #include "numbers.h"
 #include "seqarch.h"
 
 namespace {
 
+using seqarch::countable;
 using seqarch::load;
+using seqarch::packs;
 using seqarch::store;
 using seqarch::with_dtype;
 
@@ -43,7 +46,7 @@ struct Problem {
     int num_threads;
 
     bool worth_threads(int64_t blocks) const {
-        return blocks * std::min(length, kTimeBlock) * channels * width > kSmallWork;
+        return static_cast<double>(blocks * std::min(length, kTimeBlock)) * channels * width > kSmallWork;
     }
 
     int64_t steps(int64_t sequence) const {
@@ -224,13 +227,20 @@ void backward(const Problem<T>& p, const Gradients<T>& g) {
     if (g.dbias) std::copy_n(total.data() + p.width * p.channels, p.channels, g.dbias);
 }
 
+bool valid(const int64_t* offsets, int64_t sequences, int64_t length, int64_t channels, int64_t width,
+           int num_threads) {
+    const int64_t steps = kTimeBlock + kMaxWidth;  // of a block, which a sequence of no steps has too
+    return num_threads > 0 && width >= 2 && width <= kMaxWidth && countable({sequences, steps, channels, width}) &&
+           countable({offsets ? 1 : sequences, length, channels, width}) && packs(offsets, sequences, length);
+}
+
 }  // namespace
 
 int32_t seqarch_causal_conv1d_forward(int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride,
                                       const void* weight, const void* bias, const void* state, void* y,
                                       void* state_out, const int64_t* offsets, int64_t sequences, int64_t length,
                                       int64_t channels, int64_t width, int32_t silu, int32_t num_threads) {
-    if (width < 2 || width > kMaxWidth) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(offsets, sequences, length, channels, width, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -247,7 +257,7 @@ int32_t seqarch_causal_conv1d_backward(int32_t dtype, const void* x, int64_t x_b
                                        void* dx, void* dweight, void* dbias, void* dstate, const int64_t* offsets,
                                        int64_t sequences, int64_t length, int64_t channels, int64_t width,
                                        int32_t silu, int32_t num_threads) {
-    if (width < 2 || width > kMaxWidth) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(offsets, sequences, length, channels, width, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;

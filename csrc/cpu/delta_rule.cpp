@@ -462,7 +462,7 @@ int32_t seqarch_delta_rule_forward(int32_t dtype, const seqarch_heads* q, const 
                                    double scale, const void* state, void* o, void* state_out, const int64_t* offsets,
                                    int64_t sequences, int64_t length, int64_t groups, int64_t heads, int64_t keys,
                                    int64_t values, int32_t num_threads) {
-    if (groups < 1 || heads % groups) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(offsets, sequences, length, groups, heads, keys, values, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -482,7 +482,7 @@ int32_t seqarch_delta_rule_backward(int32_t dtype, const seqarch_heads* q, const
                                     void* dlog_decay, void* dread, void* derase, void* dstate, const int64_t* offsets,
                                     int64_t sequences, int64_t length, int64_t groups, int64_t heads, int64_t keys,
                                     int64_t values, int32_t num_threads) {
-    if (groups < 1 || heads % groups) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(offsets, sequences, length, groups, heads, keys, values, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <new>
+#include <stdexcept>
 
 #include "numbers.h"
 #include "seqarch.h"
@@ -19,6 +20,8 @@ int32_t with_dtype(int32_t dtype, F f) {
             default: return SEQARCH_BAD_ARGUMENT;
         }
     } catch (const std::bad_alloc&) {
+        return SEQARCH_OUT_OF_MEMORY;
+    } catch (const std::length_error&) {  // of a std::vector
         return SEQARCH_OUT_OF_MEMORY;
     }
 }

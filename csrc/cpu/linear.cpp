@@ -4,6 +4,7 @@
 // cache, while it is there. A result is computed by one thread, so it does not depend on how many there are.
 #include "linear.h"
 
+#include "arguments.h"
 #include "dtypes.h"
 #include "memory.h"
 #include "seqarch.h"
@@ -16,7 +17,7 @@ constexpr int64_t kSmallWork = 1 << 20;  // weights fewer than starting the thre
 
 template <class T, class A>
 void linear(const A* x, const T* weight, const A* bias, T* y, int64_t rows, int64_t depth, int64_t width, int threads) {
-    const int team = width * depth < kSmallWork ? 1 : std::max(1, threads);
+    const int team = width * depth < kSmallWork ? 1 : threads;
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
     for (int64_t j = 0; j < width; ++j)
         products_of_all(rows, depth, weight + j * depth, x, depth,
@@ -27,6 +28,8 @@ void linear(const A* x, const T* weight, const A* bias, T* y, int64_t rows, int6
 
 int32_t seqarch_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y, int64_t rows,
                        int64_t depth, int64_t width, int32_t num_threads) {
+    if (num_threads < 1 || !countable({rows, depth}) || !countable({rows, width}) || !countable({depth, width}))
+        return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = typename accumulation<T>::type;

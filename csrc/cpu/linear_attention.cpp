@@ -298,7 +298,7 @@ int32_t seqarch_linear_attention_forward(int32_t dtype, const seqarch_heads* q, 
                                          double scale, const void* state, void* o, void* state_out,
                                          const int64_t* offsets, int64_t sequences, int64_t length, int64_t groups,
                                          int64_t heads, int64_t keys, int64_t values, int32_t num_threads) {
-    if (groups < 1 || heads % groups) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(offsets, sequences, length, groups, heads, keys, values, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const Sizes sizes(offsets, sequences, length, groups, heads, keys, values, log_decay, decay_per_key);
@@ -314,7 +314,7 @@ int32_t seqarch_linear_attention_backward(int32_t dtype, const seqarch_heads* q,
                                           void* dv, void* dlog_decay, void* dstate, const int64_t* offsets,
                                           int64_t sequences, int64_t length, int64_t groups, int64_t heads,
                                           int64_t keys, int64_t values, int32_t num_threads) {
-    if (groups < 1 || heads % groups) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(offsets, sequences, length, groups, heads, keys, values, num_threads)) return SEQARCH_BAD_ARGUMENT;
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;

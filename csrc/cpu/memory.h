@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <new>
 
 namespace seqarch {
@@ -10,7 +11,7 @@ namespace seqarch {
 template <class A>
 class Buffer {
   public:
-    explicit Buffer(int64_t count) : data_(static_cast<A*>(::operator new(count * sizeof(A), kAlignment))) {}
+    explicit Buffer(int64_t count) : data_(static_cast<A*>(::operator new(bytes(count), kAlignment))) {}
     Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -18,6 +19,11 @@ class Buffer {
     operator A*() const { return data_; }
 
   private:
+    static size_t bytes(int64_t count) {
+        if (count < 0 || count > std::numeric_limits<int64_t>::max() / static_cast<int64_t>(sizeof(A)))
+            throw std::bad_alloc();
+        return static_cast<size_t>(count) * sizeof(A);
+    }
     static constexpr std::align_val_t kAlignment{64};
     A* data_;
 };

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "decay.h"
 #include "dtypes.h"
 #include "heads.h"
@@ -44,8 +45,19 @@ struct Sizes {
         return offsets ? offsets[sequence + 1] - offsets[sequence] : length;
     }
     int64_t tokens() const { return offsets ? length : sequences * length; }
-    bool worth_threads() const { return tokens() * heads * keys * values > kSmallWork; }
+    bool worth_threads() const { return static_cast<double>(tokens()) * heads * keys * values > kSmallWork; }
 };
+
+// Whether a kernel computes with these sizes: also the states at the starts of all chunks can be counted.
+inline bool valid(const int64_t* offsets, int64_t sequences, int64_t length, int64_t groups, int64_t heads, int64_t keys,
+                  int64_t values, int num_threads) {
+    constexpr int64_t kPadding = 64;  // of widths to vectors, and of sequences to chunks
+    if (num_threads < 1 || groups < 1 || heads % groups || !countable({sequences, length, heads, keys, values}))
+        return false;
+    const int64_t rows = offsets ? 1 : sequences;
+    return countable({rows, length + kPadding, std::max(groups, heads), keys + kPadding, values + kPadding}) &&
+           countable({sequences, heads, keys + kPadding, values + kPadding}) && packs(offsets, sequences, length);
+}
 
 struct Task {
     int64_t sequence, steps, group, first_head, last_head, first_value, last_value, part;

@@ -134,7 +134,9 @@ int32_t seqarch_selective_scan_forward(
     const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
     int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
     int32_t scale_input, const void* state, const seqarch_rows* y, void* state_out, void* starts, int32_t num_threads) {
-    if (wrong(channels, groups, chunk, {x, dt, B, C, z, y})) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(offsets, sequences, length, channels, state_width, groups, chunk, num_threads, {x, dt, B, C, z, y}))
+        return SEQARCH_BAD_ARGUMENT;
+    chunk = std::min(chunk, std::max<int64_t>(length, 1));
     return with_accumulation(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const Problem<T> p{x, dt, B, C, z, static_cast<const T*>(A), static_cast<const T*>(D),

@@ -13,12 +13,14 @@
 #include <limits>
 #include <new>
 #include <numeric>
+#include <stdexcept>
 #include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "arguments.h"
 #include "memory.h"
 #include "numbers.h"
 #include "rows.h"
@@ -111,8 +113,7 @@ std::vector<Run> cut(const Problem<A>& p, int64_t team, int64_t& longest) {
 
 template <class A>
 int threads(const Problem<A>& p) {
-    const bool small = p.total_steps() * p.channels * p.states < kSmallWork;
-    return small ? 1 : std::max(1, p.num_threads);
+    return static_cast<double>(p.total_steps()) * p.channels * p.states < kSmallWork ? 1 : p.num_threads;
 }
 
 inline int thread_number() {
@@ -248,12 +249,20 @@ int32_t with_accumulation(int32_t dtype, F f) {
         }
     } catch (const std::bad_alloc&) {
         return SEQARCH_OUT_OF_MEMORY;
+    } catch (const std::length_error&) {  // of a std::vector
+        return SEQARCH_OUT_OF_MEMORY;
     }
 }
 
-inline bool wrong(int64_t channels, int64_t groups, int64_t chunk, std::initializer_list<const seqarch_rows*> all) {
-    const bool known = std::all_of(all.begin(), all.end(), seqarch::known);
-    return !known || chunk < 1 || groups < 1 || channels % groups;
+// Whether a kernel computes with these sizes. What it works in has for each step a state and a number of each channel,
+// and for each block of channels and step a state.
+inline bool valid(const int64_t* offsets, int64_t sequences, int64_t length, int64_t channels, int64_t states,
+                  int64_t groups, int64_t chunk, int num_threads, std::initializer_list<const seqarch_rows*> all) {
+    if (!std::all_of(all.begin(), all.end(), seqarch::known) || num_threads < 1 || chunk < 1) return false;
+    if (groups < 1 || !countable({channels}) || channels % groups) return false;
+    const int64_t width = channels + groups * kWidth;  // blocks of a group, the last one padded
+    return countable({groups, kWidth}) && countable({sequences, width, states}) &&
+           countable({offsets ? 1 : sequences, length, width, states}) && packs(offsets, sequences, length);
 }
 
 }  // namespace seqarch::scan

@@ -282,8 +282,11 @@ int32_t seqarch_selective_scan_backward(
     int32_t scale_input, const void* starts, const seqarch_rows* dy, const void* dstate_out, const seqarch_rows* dx,
     const seqarch_rows* ddt, const seqarch_rows* dB, const seqarch_rows* dC, const seqarch_rows* dz, void* dA, void* dD,
     void* ddt_bias, void* dstate, int32_t num_threads) {
-    if (wrong(channels, groups, chunk, {x, dt, B, C, z, dy, dx, ddt, dB, dC, dz})) return SEQARCH_BAD_ARGUMENT;
+    if (!valid(offsets, sequences, length, channels, state_width, groups, chunk, num_threads,
+               {x, dt, B, C, z, dy, dx, ddt, dB, dC, dz}))
+        return SEQARCH_BAD_ARGUMENT;
     if ((dB == nullptr) != (dC == nullptr) || (dz == nullptr) != (z == nullptr)) return SEQARCH_BAD_ARGUMENT;
+    chunk = std::min(chunk, std::max<int64_t>(length, 1));
     return with_accumulation(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const Problem<T> p{x, dt, B, C, z, static_cast<const T*>(A), static_cast<const T*>(D),

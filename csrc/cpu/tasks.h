@@ -18,6 +18,7 @@ void run_parallel(int64_t count, int num_threads, LayOut lay_out, Run run) {
     Arena<A> counting;
     lay_out(counting);
     const int64_t each = counting.used;
+    if (each > std::numeric_limits<int64_t>::max() / threads) throw std::bad_alloc();
     const Buffer<A> memory(each * threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

@@ -10,6 +10,7 @@
 #include <omp.h>
 #endif
 
+#include "arguments.h"
 #include "linear.h"
 #include "numbers.h"
 #include "seqarch.h"
@@ -143,16 +144,25 @@ int32_t run(const seqarch_instruction& i, Member member) {
     }
 }
 
+bool valid(const seqarch_instruction& i) {
+    const int64_t parts = i.kind == SEQARCH_NORM ? 1 : 0, taps = i.kind == SEQARCH_CONVOLVE ? 2 : 0;
+    return i.kind >= SEQARCH_NORM && i.kind <= SEQARCH_SCAN && i.sizes[1] >= std::max(parts, taps) &&
+           countable({i.rows, i.sizes[0], i.sizes[1]});
+}
+
 int team_of(const seqarch_instruction* instructions, int64_t count, int num_threads) {
-    int64_t weights = 0;
+    double weights = 0;
     for (int64_t i = 0; i < count; ++i)
-        if (instructions[i].kind == SEQARCH_LINEAR) weights += instructions[i].sizes[0] * instructions[i].sizes[1];
-    return weights < kSmallWork ? 1 : std::max(1, num_threads);
+        if (instructions[i].kind == SEQARCH_LINEAR)
+            weights += static_cast<double>(instructions[i].sizes[0]) * instructions[i].sizes[1];
+    return weights < kSmallWork ? 1 : num_threads;
 }
 
 }  // namespace
 
 int32_t seqarch_run_token(const seqarch_instruction* instructions, int64_t count, int32_t num_threads) {
+    if (num_threads < 1 || count < 0 || !std::all_of(instructions, instructions + count, valid))
+        return SEQARCH_BAD_ARGUMENT;
     const int team = team_of(instructions, count, num_threads);
     std::atomic<int32_t> code{SEQARCH_OK};
 #pragma omp parallel num_threads(team) if (team > 1)

@@ -5,6 +5,8 @@
  *
  * Conventions
  *   - Every kernel returns SEQARCH_OK, or one of the codes below and has then written nothing of use.
+ *   - Sizes below 0, sizes whose products no memory has, offsets that do not pack and fewer threads than 1 are
+ *     SEQARCH_BAD_ARGUMENT. Windows and blocks may be of any length, starts and listed blocks any numbers.
  *   - Sizes, strides and offsets are int64_t. Strides count elements, not bytes. The last dimension has stride 1;
  *     a tensor without stated strides is contiguous.
  *   - `dtype` is the type of the activations. Parameters, their gradients and all sums have the accumulation type:

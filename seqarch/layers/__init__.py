@@ -39,6 +39,7 @@ from seqarch.layers.moe import MixtureOfExperts
 from seqarch.layers.native_sparse import NativeSparse
 from seqarch.layers.retention import Retention
 from seqarch.layers.rg_lru import RgLru
+from seqarch.layers.rows import state_rows
 from seqarch.layers.rwkv6 import Rwkv6
 from seqarch.layers.rwkv7 import Rwkv7
 from seqarch.layers.s4d import S4d
@@ -100,14 +101,14 @@ def build_mixer(name: str, *, d_model: int, **options: Any) -> Mixer:
     Raises:
         ValueError: no mixer has that name, it has no such option, or an option's value is out of range.
     """
-    if name not in MIXERS:
+    if not isinstance(name, str) or name not in MIXERS:
         raise unknown_name("mixer", name, MIXERS)
     return build_layer("mixer", name, MIXERS[name], {"d_model": d_model, **options})
 
 
 def build_channel_mixer(name: str, *, d_model: int, **options: Any) -> ChannelMixer:
     """The channel mixer of that name; errors as in :func:`build_mixer`."""
-    if name not in CHANNEL_MIXERS:
+    if not isinstance(name, str) or name not in CHANNEL_MIXERS:
         raise unknown_name("channel mixer", name, CHANNEL_MIXERS)
     return build_layer("channel mixer", name, CHANNEL_MIXERS[name], {"d_model": d_model, **options})
 
@@ -125,4 +126,5 @@ __all__ = [
     "clone_state",
     "materialize",
     "measured_state_bytes",
+    "state_rows",
 ]

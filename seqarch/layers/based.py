@@ -69,8 +69,8 @@ class Based(Mixer):
         return distant + near, BasedState(linear, window)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> BasedState:
-        linear = self.linear.init_state(batch_size, max_length, device, dtype)
-        window = self.window.init_state(batch_size, max_length, device, dtype)
+        linear = self.linear.new_state(batch_size, max_length, device, dtype)
+        window = self.window.new_state(batch_size, max_length, device, dtype)
         return BasedState(linear, window)
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:

@@ -46,17 +46,25 @@ class BigBird(BlockSparse):
 
     def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         config, own = self.config, block_of(place.positions, self.config.block_size)
-        near = own[..., None] - torch.arange(config.window_blocks, device=own.device)
+        begun = -(-place.length // config.block_size)
+        near = own[..., None] - torch.arange(min(config.window_blocks, begun), device=own.device)
         near = near.clamp(min=-1)
-        first = torch.arange(config.global_blocks, device=own.device).expand(*own.shape, -1)
+        first = torch.arange(min(config.global_blocks, begun), device=own.device).expand(*own.shape, -1)
         fixed = torch.cat([near, first], dim=-1).unsqueeze(2).expand(-1, -1, config.kv_heads, -1)
-        blocks = torch.cat([fixed, self._random_blocks(own)], dim=-1)
+        blocks = torch.cat([fixed, self._random_blocks(own, begun)], dim=-1)
         return (blocks.expand(k.shape[0], -1, -1, -1),), ()
 
-    def _random_blocks(self, own: Tensor) -> Tensor:
-        """``[..., G, random_blocks]`` between the global blocks and the window; later ones where these are too few."""
+    def _random_blocks(self, own: Tensor, begun: int) -> Tensor:
+        """``[..., G, random_blocks]`` between the global blocks and the window; later ones where these are too few.
+
+        Where they are too few for every query, of so many blocks that have begun, as many as there are.
+        """
         config = self.config
-        between = (own - (config.window_blocks - 1) - config.global_blocks)[..., None]
+        window, count = min(config.window_blocks, begun), min(config.global_blocks, begun)
+        between, most = (own - (window - 1) - count)[..., None], max(0, begun - window - count)
+        if config.random_blocks >= most:
+            block = torch.arange(most, device=own.device).expand(*own.shape, config.kv_heads, -1)
+            return torch.where(block < between[..., None], block, own[..., None, None] + 1) + count
         head = torch.arange(config.kv_heads, device=own.device)
         drawn = own.new_zeros(*own.shape, config.kv_heads, 0)
         for draw in range(config.random_blocks):
@@ -66,7 +74,7 @@ class BigBird(BlockSparse):
                 block = block + (block >= earlier)
             block = torch.where(left > 0, block, own[..., None] + 1)
             drawn = torch.cat([drawn, block[..., None]], dim=-1).sort(dim=-1).values
-        return drawn + config.global_blocks
+        return drawn + count
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         config = self.config

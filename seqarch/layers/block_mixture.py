@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from seqarch.layers.block_sparse import BlockSparse, BlockSparseConfig
 from seqarch.layers.cached_attention import Place
 from seqarch.layers.kv_cache import KVCache, PackedKV
-from seqarch.layers.mixer import Device
+from seqarch.layers.mixer import Device, numbers_of
 from seqarch.layers.positions import block_of
 from seqarch.ops.common.checks import accumulation_dtype
 
@@ -102,7 +102,7 @@ class BlockMixture(BlockSparse):
         return -(-length // self.config.block_size)
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
-        width = self.config.kv_heads * self.config.head_width * accumulation_dtype(self.output.weight).itemsize
+        width = self.config.kv_heads * self.config.head_width * accumulation_dtype(numbers_of(self)).itemsize
         return super().state_bytes(length, batch_size) + batch_size * self._blocks(length) * width
 
     def _score_flops(self, tokens: int, length: int, batch_size: int) -> int:

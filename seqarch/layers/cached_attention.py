@@ -16,7 +16,7 @@ from seqarch.layers import kv_cache
 from seqarch.layers.heads import HeadProjection, HeadsConfig
 from seqarch.layers.kv_cache import KVCache, PackedKV
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import Device, Mixer, Offsets, choose_heads, row_count
+from seqarch.layers.mixer import Device, Mixer, Offsets, choose_heads, measured_state_bytes, numbers_of, row_count
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.positions import token_positions
 from seqarch.layers.rotary import rotary_tables, rotate
@@ -211,8 +211,8 @@ class CacheMixer(Mixer):
         return torch.cat([self.attend(q, key[None], value[None], *s) for key, value, q, *s in rows], dim=1), cache
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
-        weight = self.output.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        like = numbers_of(self)
+        device, dtype = device or like.device, dtype or like.dtype
         heads, *widths = self.cache_shape
         shape = (batch_size, self._held(max_length), heads)
         keys, values = (torch.zeros(*shape, width, device=device, dtype=dtype) for width in widths)
@@ -230,9 +230,9 @@ class CacheMixer(Mixer):
         A state made with ``max_length`` has ``state_bytes(max_length)`` from the start.
         """
         heads, keys, values = self.cache_shape
-        width = heads * (keys + values) * self.output.weight.element_size()
-        conv = self.short_conv
-        return batch_size * self._held(length) * width + (0 if conv is None else conv.state_bytes(length, batch_size))
+        conv = self.init_state(batch_size, 0, "meta").conv
+        width = heads * (keys + values) * numbers_of(self).element_size()
+        return batch_size * self._held(length) * width + measured_state_bytes(conv)
 
 
 class CachedAttention(CacheMixer):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from einops import rearrange
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from seqarch.layers.selection import Blocks, importance, positions, query_chunks, select_blocks, whole
 from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.operators import define
+from seqarch.ops.common.operators import Formula, Saved, define
 
 
 class BlockCompressor(nn.Module):
@@ -24,7 +23,7 @@ class BlockCompressor(nn.Module):
 
     Args:
         width: K, of a head.
-        length, stride: of the blocks.
+        length, stride: of the blocks; the stride divides the length.
         hidden: the inner width.
     """
 
@@ -38,9 +37,13 @@ class BlockCompressor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, G, K]`` to ``[B, M, G, K]``, M the whole blocks in T tokens."""
-        if x.shape[1] < self.length:
-            return x[:, :0]
-        blocks = x.unfold(1, self.length, self.stride).transpose(-1, -2) + self.place
+        if x.shape[1] < self.length:  # no blocks, of which a gradient of zeros reaches the parameters
+            blocks = x[:, :0, :, None].expand(-1, -1, -1, self.length, -1)
+        else:
+            count, strides = (x.shape[1] - self.length) // self.stride + 1, self.length // self.stride
+            pieces = x[:, : (count + strides - 1) * self.stride].unflatten(1, (-1, self.stride))
+            blocks = torch.cat([pieces[:, i : i + count] for i in range(strides)], dim=2).transpose(2, 3)
+        blocks = blocks + self.place
         return F.linear(F.silu(F.linear(blocks.flatten(-2), self.w_in)), self.w_out)
 
     def flops(self, blocks: int) -> int:
@@ -87,16 +90,35 @@ def compressed_attention(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, before: int, sizes: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    blocks, keys, values = Blocks(*sizes), _heads_first(q, k), _heads_first(q, v)
     o, index = _outputs(q, k, v, start, before, sizes, scale)
+    for part, read, chosen in _parts(q, k, v, start, before, sizes, scale):
+        o[:, part], index[:, part] = read, chosen
+    return o, index
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, before: int, sizes: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """What ``forward`` computes, written to nothing."""
+    parts = [part[1:] for part in _parts(q, k, v, start, before, sizes, scale)]
+    if not parts:
+        return _outputs(q, k, v, start, before, sizes, scale)
+    o, index = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    return o.to(v.dtype), index
+
+
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, before: int, sizes: Sequence[int], scale: float
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some queries at a time: which, their outputs and their lists."""
+    blocks, keys, values = Blocks(*sizes), _heads_first(q, k), _heads_first(q, v)
     for part, tokens in query_chunks(q.shape[1], before):
         seen, position = blocks.complete(tokens), positions(part, before, start, q.device)
         weights = _weights(q[:, part], keys[:, :, :seen], position, blocks, scale)
         read = weights.flatten(2, 3) @ values[:, :, :seen]
-        o[:, part] = rearrange(read, "b g (t r) v -> b t (g r) v", t=position.shape[1])
         scores = importance(weights.sum(3), blocks, blocks.selectable(before + q.shape[1]))
-        index[:, part] = select_blocks(scores, position, blocks)
-    return o, index
+        o = rearrange(read, "b g (t r) v -> b t (g r) v", t=position.shape[1])
+        yield part, o, select_blocks(scores, position, blocks)
 
 
 def backward(
@@ -132,20 +154,16 @@ def _outputs(
     return v.new_empty(*q.shape[:3], v.shape[3]), index
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gradient(do, *ctx.saved_tensors, *ctx.options), None, None, None, None
+def _differentiate(call: Saved, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradient(do, *call.inputs)
 
 
 _operator, _gradient = define(
     "compressed_attention", forward, backward, _outputs,
-    lambda do, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)), _save, _differentiate,
+    lambda do, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    Formula(_differentiate, lambda *inputs: plain(*inputs)[0]),
 )  # fmt: skip
-_attend = whole(_operator, forward)
+_attend = whole(_operator, forward, plain)
 
 
 def _heads_first(q: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,13 +16,15 @@ from seqarch.layers import kv_cache
 from seqarch.layers.cached_attention import KVHeadsConfig
 from seqarch.layers.heads import HeadProjection
 from seqarch.layers.kv_cache import KVCache
-from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.linear import Linear, widened
+from seqarch.layers.mixer import Offsets, numbers_of
 from seqarch.layers.row_attention import CacheShape, RowAttention
 from seqarch.layers.selection import largest, positions, query_chunks, whole
 from seqarch.ops.attention import flops as attention_flops
 from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.eager import transform
+from seqarch.ops.common.operators import Formula, Saved, differentiate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,7 @@ class DeepseekSparse(RowAttention):
             if k.shape[1] > self.config.top_k:
                 chosen = _choose(*(x.detach() for x in (index_q, index_k, weight)), self.config.top_k, before, start)
             if self.training and torch.is_grad_enabled():
-                loss = _loss(index_q, index_k, weight, q.detach(), k.detach(), chosen, before, start)[0]
+                loss = _loss(index_q, index_k, weight, q.detach(), k.detach(), chosen, before, start)
                 self._losses = [*self._losses, loss]
         if chosen is None:
             o = ops.attention(q, k, v, key_start=start)
@@ -132,10 +135,9 @@ class DeepseekSparse(RowAttention):
 
     def _index(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The indexer's queries ``[B, T, Hi, Ki]``, keys ``[B, T, 1, Ki]`` and heads' weights ``[B, T, Hi]``."""
-        x, norm = x.detach().to(accumulation_dtype(x, self.index_key.weight)), self.index_norm
-        maps = (self.index_query, self.index_key, self.index_weight)
-        q, k, weight = (F.linear(x, each.weight.to(x.dtype)) for each in maps)
-        k = F.layer_norm(k, k.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+        x = x.detach().to(accumulation_dtype(x, numbers_of(self)))
+        q, k, weight = (widened(each, x) for each in (self.index_query, self.index_key, self.index_weight))
+        k = widened(self.index_norm, k)
         q, k = self.rotate(q.unflatten(-1, (-1, k.shape[-1])), k.unsqueeze(2), at=at)
         return q, k, weight * (q.shape[2] * q.shape[3]) ** -0.5
 
@@ -183,14 +185,56 @@ def _visible(part: slice, tokens: int, before: int, start: Tensor | None, device
 
 def choose(q: Tensor, k: Tensor, weight: Tensor, count: int, before: int, start: Tensor | None) -> Tensor:
     """The chosen tokens of each query, ``[B, T, count]``, counted from its row's first; -1 where there are fewer."""
-    chosen = torch.full((*q.shape[:2], count), -1, device=q.device)
+    chosen = [torch.empty(q.shape[0], 0, count, dtype=torch.int64, device=q.device)]
     for part, tokens in query_chunks(q.shape[1], before):
         scores, _ = _index_scores(q[:, part], k[:, :tokens], weight[:, part])
         seen = _visible(part, tokens, before, start, q.device).expand_as(scores)
         best = largest(scores.masked_fill(~seen, -torch.inf), count)
         listed = best if start is None else best - start[:, None, None]
-        chosen[:, part, : best.shape[-1]] = listed.masked_fill(~seen.gather(-1, best), -1)
-    return chosen
+        listed = listed.masked_fill(~seen.gather(-1, best), -1)
+        chosen.append(F.pad(listed, (0, count - best.shape[-1]), value=-1))
+    return torch.cat(chosen, dim=1)
+
+
+class _Compared(NamedTuple):
+    """A chunk's queries and the tokens up to its last.
+
+    Attributes:
+        part, tokens: the queries, and how many tokens.
+        products: ``[B, C, Hi, M]``, of index queries and index keys.
+        log_guess: ``log softmax(I) [B, C, M]`` over the tokens that each chose.
+        target: p, their weights in the attention.
+        loss: the sum of the queries' divergences.
+    """
+
+    part: slice
+    tokens: int
+    products: Tensor
+    log_guess: Tensor
+    target: Tensor
+    loss: Tensor
+
+
+def _compare(
+    index_q: Tensor,
+    index_k: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    k: Tensor,
+    chosen: Tensor | None,
+    before: int,
+    start: Tensor | None,
+) -> Iterator[_Compared]:
+    q, k = q.to(index_q.dtype), k.to(index_q.dtype)
+    for part, tokens in query_chunks(q.shape[1], before):
+        seen = _visible(part, tokens, before, start, q.device)
+        if chosen is not None:
+            seen = seen & _listed(chosen[:, part], tokens, start)
+        scores, products = _index_scores(index_q[:, part], index_k[:, :tokens], weight[:, part])
+        log_guess = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
+        target = _mean_weights(q[:, part], k[:, :tokens], seen)
+        loss = (target.xlogy(target) - target * log_guess.masked_fill(~seen, 0)).sum()
+        yield _Compared(part, tokens, products, log_guess, target, loss)
 
 
 def index_loss(
@@ -208,36 +252,49 @@ def index_loss(
     Its gradient by the scores is ``softmax(I) - p``, known as soon as the loss is: those of the first three arguments
     follow it, and the backward pass only scales them.
     """
-    q, k = q.to(index_q.dtype), k.to(index_q.dtype)
-    loss, *gradients = (torch.zeros_like(x) for x in (q.sum(), index_q, index_k, weight))
-    dq, dk, dweight = gradients
-    for part, tokens in query_chunks(q.shape[1], before):
-        seen = _visible(part, tokens, before, start, q.device)
-        if chosen is not None:
-            seen = seen & _listed(chosen[:, part], tokens, start)
-        keys = index_k[:, :tokens]
-        scores, products = _index_scores(index_q[:, part], keys, weight[:, part])
-        log_guess = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
-        target = _mean_weights(q[:, part], k[:, :tokens], seen)
-        loss += (target.xlogy(target) - target * log_guess.masked_fill(~seen, 0)).sum()
-        dscores = (log_guess.exp() - target).unsqueeze(2)
+    loss, dq, dk, dweight = (torch.zeros_like(x) for x in (index_q.sum(), index_q, index_k, weight))
+    for part, tokens, products, log_guess, target, own in _compare(
+        index_q, index_k, weight, q, k, chosen, before, start
+    ):
+        loss += own
+        keys, dscores = index_k[:, :tokens, 0], (log_guess.exp() - target).unsqueeze(2)
         dweight[:, part] = (dscores @ products.relu().mT).squeeze(2)
         dproducts = (weight[:, part].unsqueeze(-1) * dscores * (products > 0)).flatten(1, 2)
-        dq[:, part] = (dproducts @ keys[:, :, 0]).unflatten(1, products.shape[1:3])
+        dq[:, part] = (dproducts @ keys).unflatten(1, products.shape[1:3])
         dk[:, :tokens, 0] += dproducts.mT @ index_q[:, part].flatten(1, 2)
     return loss, dq, dk, dweight
 
 
+def _plain_loss(
+    index_q: Tensor,
+    index_k: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    k: Tensor,
+    chosen: Tensor | None,
+    before: int,
+    start: Tensor | None,
+) -> Tensor:
+    """The loss alone, which torch differentiates in any way; q and k teach nothing."""
+    parts = [part.loss for part in _compare(index_q, index_k, weight, q.detach(), k.detach(), chosen, before, start)]
+    return torch.stack(parts).sum() if parts else 0 * (index_q.sum() + index_k.sum() + weight.sum())
+
+
+def _scaled(call: Saved, dloss: Tensor) -> list[Tensor]:
+    return [dloss * gradient for gradient in call.kept]
+
+
 _choose_operator = torch.library.custom_op("seqarch::index_choice", choose, mutates_args=())
 _choose_operator.register_fake(lambda q, k, weight, count, *_: q.new_empty(*q.shape[:2], count, dtype=torch.int64))
-_choose = whole(_choose_operator, choose)
+_choose = whole(_choose_operator, choose, choose)
 
-_loss = torch.library.custom_op("seqarch::index_loss", index_loss, mutates_args=())
-_loss.register_fake(lambda *given: (given[0].new_empty(()), *(torch.empty_like(x) for x in given[:3])))
-_loss.register_autograd(
-    lambda ctx, dloss, *_: (*(dloss * gradient for gradient in ctx.saved_tensors), *[None] * 5),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]),
-)
+_loss_operator = torch.library.custom_op("seqarch::index_loss", index_loss, mutates_args=())
+_loss_operator.register_fake(lambda *given: (given[0].new_empty(()), *(torch.empty_like(x) for x in given[:3])))
+differentiate(_loss_operator, Formula(_scaled, _plain_loss, keeps=(1, 2, 3)))
+
+
+def _loss(*arguments: Any) -> Tensor:
+    return _loss_operator(*arguments)[0] if transform() is None else _plain_loss(*arguments)
 
 
 def _listed(chosen: Tensor, tokens: int, start: Tensor | None) -> Tensor:

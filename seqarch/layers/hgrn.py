@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.elementwise import ElementwiseMixer, elementwise_scan
-from seqarch.layers.linear import Linear
+from seqarch.layers.linear import Linear, widened
 from seqarch.layers.mixer import LayerConfig, Offsets
 from seqarch.layers.positions import token_positions
 from seqarch.layers.recurrent import RecurrentState
@@ -75,7 +75,7 @@ class Hgrn(ElementwiseMixer):
             h, memory = self._turning(candidate, write.repeat(1, 1, 2), log_decay.repeat(1, 1, 2), memory, offsets)
         else:
             h, memory = elementwise_scan(write * candidate, log_decay, memory, offsets)
-        h = self.norm(h.to(self.norm.weight.dtype))
+        h = widened(self.norm, h)
         return self.output(h.to(x.dtype) * F.silu(self.gate(x))), RecurrentState(None, memory)
 
     def _turning(

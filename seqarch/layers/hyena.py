@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from seqarch.layers import long_conv
-from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import Device, LayerConfig, Mixer, Offsets, linear_flops, measured_state_bytes
+from seqarch.layers.linear import Linear, is_product, widened
+from seqarch.layers.mixer import Device, LayerConfig, Mixer, Offsets, linear_flops, measured_state_bytes, numbers_of
+from seqarch.layers.rows import select
 from seqarch.layers.short_conv import ShortConvolution
 from seqarch.ops.common.autocast import without_autocast
 
@@ -55,6 +58,14 @@ class HyenaState(NamedTuple):
     conv: Tensor
     inputs: Tensor
     lengths: tuple[int, ...]
+
+    @property
+    def row_count(self) -> int:
+        return len(self.lengths)
+
+    def select_rows(self, index: list[int]) -> HyenaState:
+        conv, inputs = (select(part, index) for part in (self.conv, self.inputs))
+        return HyenaState(conv, inputs, tuple(self.lengths[i] for i in index))
 
 
 class Hyena(Mixer):
@@ -111,7 +122,9 @@ class Hyena(Mixer):
         return z, torch.stack(inputs, dim=1)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> HyenaState:
-        conv = self.conv.init_state(batch_size, device, dtype)
+        like = numbers_of(self)
+        assert self.short_conv is not None
+        conv = self.short_conv.init_state(batch_size, device or like.device, dtype or like.dtype)
         shape = batch_size, self.config.order, max_length, self.config.d_model
         return HyenaState(conv, conv.new_zeros(shape), (0,) * batch_size)
 
@@ -133,6 +146,18 @@ class Hyena(Mixer):
         return projections + self.conv.flops(length, batch_size)
 
 
+class _Kept(threading.local):
+    """What each module of filters was last computed from, and gave: of one thread, as what is computed anew depends in
+    its last bits on how many positions are computed together.
+    """
+
+    def __init__(self) -> None:
+        self.of: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+
+_kept = _Kept()
+
+
 class ImplicitFilters(nn.Module):
     """The filters ``[N, T, D]`` as a function of position, computed in float32 or wider."""
 
@@ -145,7 +170,6 @@ class ImplicitFilters(nn.Module):
         self.frequency = nn.Parameter(torch.full((hidden,), float(config.filter_frequency)))
         self.last = Linear(hidden, outputs, bias=False)
         # the sum over t of (w . sines)^2 exp(-2 a t / L), where a sine's mean square is 1/2, is 1
-        self._kept: tuple[Tensor, Tensor] | None = None
         energy = self.rates().repeat(config.order).reciprocal() * config.length / 2 * hidden / 2
         with torch.no_grad():
             self.last.weight.uniform_(-1, 1).mul_((3 / energy).sqrt().unsqueeze(-1))
@@ -160,12 +184,13 @@ class ImplicitFilters(nn.Module):
             return self._between(0, length)
         # compared by value: parameters may be changed in ways that leave no other trace
         values = torch.cat([parameter.flatten() for parameter in self.parameters()])
-        filters = self._kept[1] if step and self._kept is not None and same(self._kept[0], values) else None
+        kept = _kept.of.get(self) if step and all(map(is_product, self._maps())) else None
+        filters = kept[1] if kept is not None and same(kept[0], values) else None
         if filters is None:
             filters = self._between(0, length)
         elif filters.shape[1] < length:
             filters = torch.cat([filters, self._between(filters.shape[1], length)], dim=1)
-        self._kept = values, filters
+        _kept.of[self] = values, filters
         return filters[:, :length]
 
     def _between(self, start: int, end: int) -> Tensor:
@@ -174,19 +199,22 @@ class ImplicitFilters(nn.Module):
         time = torch.arange(start, end, dtype=torch.float64, device=device).unsqueeze(-1) / self.config.length
         angles = 2 * math.pi * time * torch.arange(self.config.filter_features, device=device)
         hidden = torch.cat([time, angles.cos(), angles.sin()], dim=-1).to(dtype)
-        for layer in (self.first, self.second, self.third):
-            hidden = F.linear(hidden, layer.weight.to(dtype), layer.bias.to(dtype))
-            hidden = torch.sin(self.frequency.to(dtype) * hidden)
+        *inner, outer = self._maps()
+        for layer in inner:
+            hidden = torch.sin(self.frequency.to(dtype) * widened(layer, hidden))
         window = torch.exp(-time.to(dtype) * self.rates(dtype, device)).unsqueeze(1)
-        filters = F.linear(hidden, self.last.weight.to(dtype))
+        filters = widened(outer, hidden)
         return (filters.unflatten(-1, (self.config.order, -1)) * window).transpose(0, 1)
+
+    def _maps(self) -> tuple[nn.Module, ...]:
+        return self.first, self.second, self.third, self.last
 
     def flops(self, length: int) -> int:
         return sum(linear_flops(layer, length) for layer in (self.first, self.second, self.third, self.last))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return a.dtype == b.dtype and a.device == b.device and not a.is_meta and torch.equal(a, b)
 
 
 def last(inputs: Tensor, length: int) -> Tensor:

@@ -8,7 +8,7 @@ w - 1 earlier keys).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,20 @@ class PackedKV(NamedTuple):
     keys: Tensor
     values: Tensor
     offsets: tuple[int, ...]
+
+    @property
+    def row_count(self) -> int:
+        return len(self.offsets) - 1
+
+    def select_rows(self, index: list[int]) -> KVCache | PackedKV:
+        """Some of the sequences, copied (:func:`seqarch.layers.rows.state_rows`)."""
+        if not index:
+            keys, values = (x.new_empty(0, 0, *x.shape[2:]) for x in (self.keys, self.values))
+            return KVCache(keys, values, 0)
+        lengths = [self.offsets[i + 1] - self.offsets[i] for i in index]
+        pieces = [slice(self.offsets[i], self.offsets[i + 1]) for i in index]
+        keys, values = (torch.cat([x[:, piece] for piece in pieces], dim=1) for x in (self.keys, self.values))
+        return PackedKV(keys, values, tuple(accumulate(lengths, initial=0)))
 
 
 def as_rows(cache: KVCache | PackedKV, keep: int | None, capacity: int = 0, first: int = 0) -> KVCache:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.cached_attention import POSITIONS, CacheMixer, Place
 from seqarch.layers.heads import HeadsConfig
-from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import choose_heads, linear_flops
+from seqarch.layers.linear import Linear, is_product
+from seqarch.layers.mixer import choose_heads
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.rotary import rotary_tables, rotate
 from seqarch.ops.attention import flops as attention_flops
@@ -87,7 +87,8 @@ class LatentAttention(CacheMixer):
     of the cache too, become keys and values of every head. Absorbed: the queries go through W_k into the space of the
     latents, which then are one head of keys and values, and what is read goes through W_v. The first saves
     ``2 C - K - V`` multiply-adds a pair of query and key and head, the second ``C (K + V)`` an earlier token: so
-    sequences from their start are expanded (while C is above the mean of K and V), steps absorbed.
+    sequences from their start are expanded (while C is above the mean of K and V), steps absorbed. Absorbing needs the
+    matrices themselves: where ``expand`` is another module or has hooks (an adapter, a quantiser), all are expanded.
     """
 
     Config = LatentAttentionConfig
@@ -124,7 +125,7 @@ class LatentAttention(CacheMixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
         expanded, absorbed = self._costs(q.shape[1], k.shape[1])
-        read = self._expanded if expanded <= absorbed else self._absorbed
+        read = self._absorbed if absorbed < expanded and is_product(self.expand) else self._expanded
         return read(q, k, scale=q.shape[-1] ** -0.5, **where)
 
     def _expanded(self, q: Tensor, entries: Tensor, **options: Any) -> Tensor:
@@ -148,7 +149,8 @@ class LatentAttention(CacheMixer):
         config = self.config
         expanded = attention_flops(queries, keys, config.heads, config.keys + config.shared, config.values)
         absorbed = attention_flops(queries, keys, config.heads, config.rank + config.shared, config.rank)
-        return expanded + linear_flops(self.expand, keys - queries), absorbed
+        expand = 2 * config.rank * config.heads * (config.keys + config.values)
+        return expanded + expand * (keys - queries), absorbed
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return batch_size * min(self._costs(length, length))

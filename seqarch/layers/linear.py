@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from seqarch.ops.common import linear_cpp, linear_onednn
+from seqarch.ops.common.eager import is_untouched
 from seqarch.ops.common.token_cpp import Program, Value
+
+PLAIN = (nn.Parameter, Tensor)
+"""Types of weights that are their numbers; a subclass, as quantisers make, says itself how it is multiplied."""
 
 
 class Linear(nn.Linear):
@@ -16,11 +23,27 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if linear_cpp.serves(x, self.weight, self.bias):
-            return linear_cpp.linear(x, self.weight, self.bias)
-        if linear_onednn.serves(x, self.weight):
-            return linear_onednn.linear(x, self.weight, self.bias)
+        if type(self.weight) in PLAIN:
+            if linear_cpp.serves(x, self.weight, self.bias):
+                return linear_cpp.linear(x, self.weight, self.bias)
+            if linear_onednn.serves(x, self.weight):
+                return linear_onednn.linear(x, self.weight, self.bias)
         return super().forward(x)
 
     def one_token(self, program: Program, x: Value, add_to: Value | None = None) -> Value:
         return program.linear(x, self.weight, self.bias, add_to)
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether calling a module is the product with its own ``weight`` and no more, so that another may take its place.
+
+    Not where it is an adapter's or a quantiser's, has hooks, or a forward pass of its own: these must be called.
+    """
+    return type(module) in (Linear, nn.Linear) and is_untouched(module) and type(module.weight) in PLAIN
+
+
+def widened(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` computed in the dtype of x: with all its floating-point tensors in that, whatever it is made of."""
+    named = chain(module.named_parameters(), module.named_buffers())
+    others = {name: m.to(x.dtype) for name, m in named if m.is_floating_point() and m.dtype != x.dtype}
+    return functional_call(module, others, (x,)) if others else module(x)

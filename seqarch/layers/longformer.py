@@ -61,7 +61,8 @@ class Longformer(BlockSparse):
         return self.config.global_tokens
 
     def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        blocks = torch.arange(self.config.global_tokens // self.config.block_size, device=q.device)
+        begun = -(-place.length // self.config.block_size)
+        blocks = torch.arange(min(self.config.global_tokens // self.config.block_size, begun), device=q.device)
         return (blocks.expand(*k.shape[:3], -1),), ()
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:

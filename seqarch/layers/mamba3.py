@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.initialisation import step_size_bias
 from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import Device, LayerConfig, Offsets
+from seqarch.layers.mixer import Device, LayerConfig, Offsets, numbers_of
 from seqarch.layers.norms import GatedRMSNorm, HeadNorm
 from seqarch.layers.positions import tokens_before
 from seqarch.layers.recurrent import RecurrentMixer
@@ -189,7 +189,7 @@ class Mamba3(RecurrentMixer):
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Mamba3State:
         config, memory = self.config, super().new_state(batch_size, max_length, device, dtype).memory
-        like = {"device": memory.device, "dtype": dtype or self.output.weight.dtype}
+        like = {"device": memory.device, "dtype": dtype or numbers_of(self).dtype}
         key = torch.zeros(batch_size, config.heads, config.mimo_rank, config.d_state, **like)
         value = torch.zeros(batch_size, config.heads, config.head_dim, **like)
         angle = memory.new_zeros(batch_size, config.heads, config.angles)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,12 @@ Offsets = tuple[int, ...] | None
 """The same once they are checked, as every mixer's own code gets them."""
 
 Device = torch.device | str | None
+
+MOST = 2**63 - 1
+"""The largest whole number among options: what torch and kernels take."""
+
+MOST_COUNTED = 2**31 - 1
+"""The most rows, tokens or words that are made room for."""
 
 State = Any
 """A pytree (named tuples) of tensors: whatever one mixer carries from token to token."""
@@ -49,7 +56,7 @@ class LayerConfig:
 
 
 def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
-    """Check the type of every field of a dataclass, and that numbers are finite and positive.
+    """Check the type of every field of a dataclass, and that numbers are finite, positive and, integers, within reach.
 
     Raises:
         ValueError: one is not; it is named.
@@ -64,6 +71,8 @@ def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
             if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
                 least = "at least 0" if zero else "at least 1" if int in expected else "positive"
                 raise ValueError(f"{option.name} must be {least}, got {value}")
+            if isinstance(value, int) and value > MOST:
+                raise ValueError(f"{option.name} must be at most {MOST}, got {value}")
 
 
 class Layer(nn.Module, ABC):
@@ -88,10 +97,23 @@ class Layer(nn.Module, ABC):
 
     def check_input(self, x: Tensor) -> None:
         """Raise unless x is floating point ``[B, T, D]``."""
-        width = self.config.d_model
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
-            given = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{type(self).__name__}: x is {given}, expected floating point [B, T, {width}]")
+        check_features(type(self).__name__, x, self.config.d_model)
+
+    def _call(self, x: Tensor, *arguments: Any) -> Any:
+        """The call itself; where torch fails and x is of another dtype than the parameters, that is said.
+
+        Afterwards, since which dtypes go together depends on autocast and on what the submodules are.
+        """
+        try:
+            return nn.Module.__call__(self, x, *arguments)
+        except RuntimeError as error:
+            own = numbers_of(self).dtype
+            if x.dtype == own:
+                raise
+            raise ValueError(
+                f"{type(self).__name__}: x is {x.dtype}, its parameters are {own}: expected one dtype"
+                " (or torch.autocast around the call)"
+            ) from error
 
     def auxiliary_loss(self) -> Tensor | None:
         """What training adds to the loss for the last forward pass, weighted: a scalar, or ``None`` for nothing."""
@@ -110,7 +132,7 @@ class Mixer(Layer):
         offsets = sequence_offsets(type(self).__name__, cu_seqlens, x.shape[0], x.shape[1])
         if state is not None and not torch.compiler.is_compiling():
             self.check_state(state, x.shape[0] if offsets is None else len(offsets) - 1)
-        return super().__call__(x, state, offsets)
+        return self._call(x, state, offsets)
 
     def check_state(self, state: State, rows: int) -> None:
         """Raise unless the state is one of this mixer's, with so many rows.
@@ -126,7 +148,7 @@ class Mixer(Layer):
 
     @cached_property
     def _state_form(self) -> StateForm:
-        return StateForm(self.init_state(1, 0, "meta"), self.init_state(1, 1 << 40, "meta"))
+        return StateForm(*(self.new_state(1, length, "meta", None) for length in (0, 1 << 40)))
 
     def forward(self, x: Tensor, state: State | None = None, offsets: Offsets = None) -> tuple[Tensor, State]:
         return self.carry(x, self.start(x, offsets) if state is None else state, offsets)
@@ -154,11 +176,15 @@ class Mixer(Layer):
             device, dtype: default to those of the parameters.
 
         Raises:
-            ValueError: ``batch_size`` or ``max_length`` is no whole number of at least 0.
+            ValueError: ``batch_size`` or ``max_length`` is no whole number from 0 to :data:`MOST_COUNTED`, or the
+                ``dtype`` is none of floating point.
         """
         for name, count in (("batch_size", batch_size), ("max_length", 0 if max_length is None else max_length)):
-            if not fits(count, (int,)) or count < 0:
-                raise ValueError(f"{type(self).__name__}: {name} is {show(count)}, expected an int of at least 0")
+            if not fits(count, (int,)) or not 0 <= count <= MOST_COUNTED:
+                least = f"an int of at least 0 (and at most {MOST_COUNTED})"
+                raise ValueError(f"{type(self).__name__}: {name} is {show(count)}, expected {least}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{type(self).__name__}: dtype is {show(dtype)}, expected a floating point torch.dtype")
         return self.new_state(batch_size, max_length or 0, device, dtype)
 
     @abstractmethod
@@ -190,11 +216,20 @@ class Mixer(Layer):
 
 
 class ChannelMixer(Layer):
-    """Mixes along channels, each token for itself: ``y = channel(x)`` with ``x, y: [B, T, D]``."""
+    """Mixes along channels, each token for itself: ``y = channel(x)`` with ``x, y: [B, T, D]``.
 
-    def __call__(self, x: Tensor) -> Tensor:
+    ``token_mask [B, T]`` is false where a token is padding. One that counts tokens, as routers do, sets ``takes_mask``
+    and gets it as a second argument of ``forward``; to all others padding is a token like any.
+    """
+
+    takes_mask: ClassVar[bool] = False
+
+    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         self.check_input(x)
-        return super().__call__(x)
+        if token_mask is None or not self.takes_mask:
+            return self._call(x)
+        check_mask(type(self).__name__, token_mask, x)
+        return self._call(x, token_mask)
 
     def router_metrics(self) -> dict[str, Any]:
         """How the last forward pass was routed; empty where nothing is."""
@@ -232,7 +267,9 @@ def build_layer(kind: str, name: str, layer: Any, options: dict[str, Any]) -> An
 def _naming(kind: str, name: str, options: dict[str, Any]) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, OverflowError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         given = ", ".join(f"{option}={reprlib.repr(value)}" for option, value in options.items())
         raise ValueError(f"{kind} {name!r}: {str(error).splitlines()[0]} (given {given})") from error
 
@@ -284,6 +321,21 @@ def _show_bounds(least: int, most: int) -> str:
     return str(least) if least == most else f"{least} or more" if most > 1 << 32 else f"{least} to {most}"
 
 
+def check_features(name: str, x: Any, width: int) -> None:
+    """Raise unless x is floating point ``[B, T, width]``."""
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+        given = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: x is {given}, expected floating point [B, T, {width}]")
+
+
+def check_mask(name: str, mask: Any, x: Tensor) -> None:
+    """Raise unless the mask is bool, and ``[B, T]`` as x is ``[B, T, ...]``."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else show(mask)
+        expected = f"torch.bool {list(x.shape[:2])}, true for real tokens"
+        raise ValueError(f"{name}: token_mask is {given}, expected {expected}")
+
+
 def row_count(x: Tensor, offsets: Offsets) -> int:
     """Rows of the state of a call on x: one a sequence."""
     return x.shape[0] if offsets is None else len(offsets) - 1
@@ -303,9 +355,17 @@ def choose_heads(d_model: int, num_heads: int | None) -> int:
     return num_heads
 
 
-def linear_flops(linear: nn.Linear, tokens: int) -> int:
-    """FLOPs of a linear map of ``tokens`` rows."""
-    return 2 * linear.in_features * linear.out_features * tokens
+def linear_flops(module: nn.Module, tokens: int) -> int:
+    """FLOPs of a linear map of ``tokens`` rows, or of those inside a module that stands in its place."""
+    maps = [module] if isinstance(module, nn.Linear) else [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(2 * each.in_features * each.out_features * tokens for each in maps)
+
+
+def numbers_of(module: nn.Module) -> Tensor:
+    """The first floating-point parameter or buffer of a module: its dtype and device are the module's."""
+    named = chain(module.parameters(), module.buffers())
+    found = next((tensor for tensor in named if tensor.is_floating_point()), None)
+    return torch.empty(0) if found is None else found
 
 
 def clone_state(state: State) -> State:

@@ -59,6 +59,7 @@ class MixtureOfExperts(ChannelMixer):
     """
 
     Config = MixtureOfExpertsConfig
+    takes_mask = True
 
     def __init__(self, config: MixtureOfExpertsConfig):
         super().__init__(config)
@@ -72,8 +73,8 @@ class MixtureOfExperts(ChannelMixer):
         self.shared_gate = Linear(width, 1, bias=False) if config.shared_gate else None
         self._routing: Routing | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        routing, weight = self.router(x)
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        routing, weight = self.router(x, token_mask)
         self._routing = routing if self.training and not _in_backward() else routing.detach()
         index = routing.index if routing.kept is None else routing.index.masked_fill(~routing.kept, -1)
         tokens = x.reshape(-1, x.shape[-1])
@@ -93,8 +94,9 @@ class MixtureOfExperts(ChannelMixer):
         routing, config = self._routing, self.config
         weighed = config.load_balance_weight or config.router_z_weight
         if routing is None or not routing.training or not len(routing.index) or not weighed:
-            return torch.zeros((), device=self.router.weight.device)
-        if torch.is_grad_enabled() and self.router.weight.requires_grad and not routing.logits.requires_grad:
+            return torch.zeros((), device=self.w_in.device)
+        learns = any(parameter.requires_grad for parameter in self.router.parameters())
+        if torch.is_grad_enabled() and learns and not routing.logits.requires_grad:
             raise RuntimeError(
                 "auxiliary_loss: the last forward pass ran without gradients, so its losses would train nothing;"
                 " checkpoint activations with use_reentrant=False, or give both losses the weight 0"
@@ -103,7 +105,9 @@ class MixtureOfExperts(ChannelMixer):
         return balance + config.router_z_weight * router_z_loss(routing)
 
     def update_router(self) -> None:
-        self.router.update_bias()
+        for router in self.modules():
+            if isinstance(router, Router):
+                router.update_bias()
 
     def router_metrics(self) -> dict[str, Any]:
         """How the last forward pass used the experts, as :func:`seqarch.layers.router.routing_metrics`; empty before

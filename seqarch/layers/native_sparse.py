@@ -145,7 +145,7 @@ class NativeSparse(RowAttention):
         """The first two entries of the state after these keys and values."""
         keep = self.config.compressed_length - 1
         keys, values, recent = kv_cache.extend(state.recent, k, v, keep)
-        if recent.start is None:
+        if recent.start is None or not len(keys):
             return recent, self._append(state.compressed, keys, values, recent.length)
         # rows of different lengths complete their blocks at different times
         first = state.recent.first_held(keep)
@@ -159,7 +159,7 @@ class NativeSparse(RowAttention):
     def _append(self, compressed: KVCache, keys: Tensor, values: Tensor, length: int) -> KVCache:
         """The cache with what the last keys and values, of ``length`` tokens in all, complete."""
         stride, old, new = self.config.compressed_stride, compressed.length, self.config.blocks.complete(length)
-        if old == new:
+        if old == new and not torch.is_grad_enabled():  # with gradients, none are those of no blocks: zeros
             return compressed
         skipped = old * stride - (length - keys.shape[1])
         key, value = self.compress_key(keys[:, skipped:]), self.compress_value(values[:, skipped:])
@@ -203,7 +203,7 @@ class NativeSparse(RowAttention):
         config, after = self.config, before + queries
         blocks, heads, width = config.blocks, config.heads, config.head_width
         new = batch_size * config.kv_heads * (blocks.complete(after) - blocks.complete(before))
-        compress = self.compress_key.flops(new) + self.compress_value.flops(new)
+        compress = sum(m.flops(new) for m in self.modules() if isinstance(m, BlockCompressor))
         scores = compressed_flops(queries, before, heads, width, blocks, batch_size)
         pairs = blocks.visible_pairs(after) - blocks.visible_pairs(before)
         selected = pair_flops(batch_size * heads * pairs, width, width)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqarch.layers.mixer import Device, Mixer, measured_state_bytes
+from seqarch.layers.mixer import Device, Mixer, measured_state_bytes, numbers_of
 from seqarch.ops.linear_attention import flops as linear_attention_flops
 
 
@@ -35,14 +35,16 @@ class RecurrentMixer(Mixer):
     @property
     def memory_dtype(self) -> torch.dtype:
         """The dtype of the memory: float64 in a float64 module, else float32."""
-        return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+        return torch.float64 if numbers_of(self).dtype == torch.float64 else torch.float32
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RecurrentState:
         """Zeros; ``dtype`` is that of the convolution's inputs, the memory is never narrower than float32."""
-        device = device or next(self.parameters()).device
+        like = numbers_of(self)
+        device = device or like.device
         memory = torch.zeros(batch_size, *self.memory_shape, dtype=self.memory_dtype, device=device)
         conv = self.short_conv
-        return RecurrentState(None if conv is None else conv.init_state(batch_size, device, dtype), memory)
+        inputs = None if conv is None else conv.init_state(batch_size, device, dtype or like.dtype)
+        return RecurrentState(inputs, memory)
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
         return batch_size * measured_state_bytes(self.init_state(1, device="meta"))

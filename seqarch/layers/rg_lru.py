@@ -115,7 +115,7 @@ class RgLru(ElementwiseMixer):
         return RgLruState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        gates = self.write_gate.flops(length, batch_size) + self.decay_gate.flops(length, batch_size)
+        gates = sum(m.flops(length, batch_size) for m in self.modules() if isinstance(m, BlockLinear))
         return gates + super().sequence_flops(length, batch_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +11,8 @@ from torch.nn import functional as F
 
 from seqarch.layers.mixer import LayerConfig
 from seqarch.ops.common.autocast import without_autocast
-from seqarch.ops.common.checks import accumulation_dtype, unknown_name
+from seqarch.ops.common.checks import BackendError, accumulation_dtype, unknown_name
+from seqarch.ops.common.eager import transform
 
 _NONZERO = 1e-20
 """Added to sums of sigmoid scores, which may all have underflowed; too little to change any other sum."""
@@ -70,6 +70,7 @@ class Routing(NamedTuple):
         index: ``[N, k]``, the chosen experts, before any is dropped.
         kept: ``[N, k]``, which choices found room; ``None`` where all do.
         training: whether the module was training.
+        counted: ``[N]``, which tokens are no padding; ``None`` where none is. Padding counts nowhere.
     """
 
     logits: Tensor
@@ -77,20 +78,29 @@ class Routing(NamedTuple):
     index: Tensor
     kept: Tensor | None
     training: bool
+    counted: Tensor | None = None
 
     def load(self) -> Tensor:
-        """``[E]``, the share of the N k choices that each expert got, dropped ones included."""
-        counts = count_choices(self.index, self.logits.shape[1])
-        return counts.to(self.logits.dtype) / max(1, self.index.numel())
+        """``[E]``, the share of the choices that each expert got, dropped ones included."""
+        counts = count_choices(self.index, self.logits.shape[1], self.counted)
+        return counts.to(self.logits.dtype) / counts.sum().clamp(min=1)
+
+    def mean(self, each: Tensor) -> Tensor:
+        """The mean of ``[N, ...]`` over the tokens."""
+        if self.counted is None:
+            return each.mean(dim=0)
+        counted = self.counted.view(-1, *[1] * (each.ndim - 1))
+        return torch.where(counted, each, 0).sum(dim=0) / self.counted.sum().clamp(min=1)
 
     def detach(self) -> Routing:
         return self._replace(logits=self.logits.detach(), probabilities=self.probabilities.detach())
 
 
-def count_choices(index: Tensor, experts: int) -> Tensor:
-    """``[E]`` int64; unlike ``bincount``, without waiting for a GPU."""
+def count_choices(index: Tensor, experts: int, counted: Tensor | None = None) -> Tensor:
+    """``[E]`` int64, of the tokens ``counted [N]``; unlike ``bincount``, without waiting for a GPU."""
     counts = torch.zeros(experts, dtype=torch.int64, device=index.device)
-    return counts.scatter_add(0, index.flatten(), torch.ones_like(index).flatten())
+    ones = torch.ones_like(index) if counted is None else counted.to(index.dtype)[:, None].expand_as(index)
+    return counts.scatter_add(0, index.flatten(), ones.flatten())
 
 
 class _CountInBackward(torch.autograd.Function):
@@ -100,16 +110,16 @@ class _CountInBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: Tensor, load: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
+    def forward(ctx: Any, weight: Tensor, index: Tensor, counted: Tensor | None, load: Tensor) -> Tensor:
+        ctx.save_for_backward(index, counted)
         ctx.load = load  # not saved: it changes in place between the forward and the backward of micro-batches
         return weight.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (index,) = ctx.saved_tensors
-        ctx.load.add_(count_choices(index, len(ctx.load)))
-        return grads[0], None, None
+        index, counted = ctx.saved_tensors
+        ctx.load.add_(count_choices(index, len(ctx.load), counted))
+        return grads[0], None, None, None
 
 
 class Router(nn.Module):
@@ -122,6 +132,8 @@ class Router(nn.Module):
     the choices of training since the last :meth:`update_bias`, in the backward pass: once each under activation
     checkpointing, summed over micro-batches, and not at all in evaluation or without gradients. Across data-parallel
     processes, sum ``load`` before the update.
+
+    **Padding** counts nowhere: not in loads, losses and metrics, and it takes no expert's room.
 
     **Capacity** drops choices that find their expert full: earlier positions come first, at one position earlier rows,
     in one token higher scores. A dropped choice adds nothing and the token's other weights stay as they are. Later
@@ -142,9 +154,13 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(config.num_experts) if config.expert_bias else None)
         self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
-        """Where ``x [B, T, D]`` goes, and the weights ``[N, k]`` with N = B T."""
-        config = self.config
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Routing, Tensor]:
+        """Where ``x [B, T, D]`` goes, and the weights ``[N, k]`` with N = B T.
+
+        Args:
+            token_mask: bool ``[B, T]``, false where a token is padding.
+        """
+        config, counted = self.config, None if token_mask is None else token_mask.flatten()
         logits = self._logits(x.reshape(-1, x.shape[-1]))
         if config.router == "softmax":
             scores = probabilities = logits.softmax(dim=-1)
@@ -158,25 +174,35 @@ class Router(nn.Module):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + _NONZERO)
         weight = weight * config.weight_scale
         if self.training and self.expert_bias is not None:
-            weight = _CountInBackward.apply(weight, index, self.load)
-        kept = None if config.capacity_factor is None else self._find_room(index.view(*x.shape[:-1], config.top_k))
-        return Routing(logits, probabilities, index, kept, self.training), weight
+            if (reason := transform()) is not None:
+                raise BackendError(f"Router: expert_bias counts loads in backward passes: {reason}; expected eval()")
+            weight = _CountInBackward.apply(weight, index, counted, self.load)
+        kept = None
+        if config.capacity_factor is not None:
+            kept = self._find_room(index.view(*x.shape[:-1], config.top_k), token_mask)
+        return Routing(logits, probabilities, index, kept, self.training, counted), weight
 
     def _logits(self, tokens: Tensor) -> Tensor:
         wide = accumulation_dtype(tokens, self.weight)
         with without_autocast(tokens.device):
             return F.linear(tokens.to(wide), self.weight.to(wide))
 
-    def _find_room(self, index: Tensor) -> Tensor:
+    def _find_room(self, index: Tensor, token_mask: Tensor | None) -> Tensor:
         """Which choices ``[B, T, k]`` find their expert with room, ``[N, k]``: first come, first served, along time."""
-        config, by_time = self.config, index.transpose(0, -2)
+        config = self.config
         assert config.capacity_factor is not None
+        choices = torch.full((), index.numel(), dtype=torch.float64, device=index.device)
+        if token_mask is not None:  # padding stands in a line of its own
+            index = index.masked_fill(~token_mask.unsqueeze(-1), config.num_experts)
+            choices = token_mask.sum().double() * config.top_k
+        by_time = index.transpose(0, -2)
         # 1e-6 less: 1.1 * 100 / 10 is above 11 in floating point
-        share = config.capacity_factor * index.numel() / config.num_experts - 1e-6
-        capacity = max(1, math.ceil(min(share, index.numel())))
+        share = config.capacity_factor * choices / config.num_experts - 1e-6
+        capacity = torch.minimum(share, choices).ceil().clamp(min=1)
         experts, order = by_time.flatten().sort(stable=True)
         place = torch.arange(len(order), device=order.device) - torch.searchsorted(experts, experts)
-        kept = torch.empty_like(order, dtype=torch.bool).scatter(0, order, place < capacity)
+        room = (place < capacity) & (experts < config.num_experts)
+        kept = torch.empty_like(order, dtype=torch.bool).scatter(0, order, room)
         return kept.view(by_time.shape).transpose(0, -2).reshape(-1, index.shape[-1])
 
     @torch.no_grad()
@@ -193,12 +219,19 @@ class Router(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         # a bias in bfloat16 would soon be too coarse for its steps
-        before = self.expert_bias
+        before, load = self.expert_bias, self.load
         super()._apply(fn, recurse)
         after = self.expert_bias
         if before is not None and after is not None and torch.finfo(after.dtype).bits < 32:
             self.expert_bias = before.to(after.device)
+        # no state dict fills the counts after to_empty
+        self.load = torch.zeros_like(self.load) if load.is_meta else load.to(self.load.device)
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.load.is_meta:  # the numbers of others are assigned, these are in no state dict
+            self.load = torch.zeros_like(self.load, device=self.weight.device)
 
 
 def load_balance_loss(routing: Routing) -> Tensor:
@@ -208,16 +241,16 @@ def load_balance_loss(routing: Routing) -> Tensor:
     f_i is expert i's share of the choices, count_i / (N k), and P_i its mean probability (Fedus et al. 2021, "Switch
     Transformers", eq. 4-6, and as in MegaBlocks for k > 1). Mixtral's release divides by N alone: k when balanced.
     """
-    return routing.logits.shape[1] * (routing.load() * routing.probabilities.mean(dim=0)).sum()
+    return routing.logits.shape[1] * (routing.load() * routing.mean(routing.probabilities)).sum()
 
 
 def router_z_loss(routing: Routing) -> Tensor:
     """``mean_t logsumexp(logits_t)^2`` (Zoph et al. 2022, "ST-MoE", eq. 5): keeps the router's logits small."""
-    return routing.logits.logsumexp(dim=-1).square().mean()
+    return routing.mean(routing.logits.logsumexp(dim=-1).square())
 
 
 def routing_metrics(routing: Routing) -> dict[str, Any]:
-    """How the experts were used; empty of no tokens.
+    """How the experts were used; empty of no tokens (padding is none).
 
     Returns:
         ``largest_load``: the busiest expert's load over the mean load (1 when balanced, at most E / k);
@@ -226,16 +259,16 @@ def routing_metrics(routing: Routing) -> dict[str, Any]:
         ``dropped_share``: the share of the choices that found no room; ``load``: each expert's share of the choices,
         a list of E. Loads count dropped choices.
     """
-    if not len(routing.index):
+    if not len(routing.index) or (routing.counted is not None and not routing.counted.any()):
         return {}
     load = routing.load()
-    entropy = torch.special.entr(routing.probabilities.detach()).sum(dim=-1).mean()
+    entropy = routing.mean(torch.special.entr(routing.probabilities.detach()).sum(dim=-1))
     return {
         "largest_load": (load.max() * len(load)).item(),
         "dead_experts": int((load == 0).sum()),
         "load_variation": (load.std(correction=0) * len(load)).item(),
         "router_entropy": entropy.item(),
-        "mean_abs_logit": routing.logits.detach().abs().mean().item(),
-        "dropped_share": 0.0 if routing.kept is None else 1 - routing.kept.double().mean().item(),
+        "mean_abs_logit": routing.mean(routing.logits.detach().abs().mean(dim=-1)).item(),
+        "dropped_share": 0.0 if routing.kept is None else 1 - routing.mean(routing.kept.double().mean(dim=-1)).item(),
         "load": load.tolist(),
     }

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from seqarch.layers import kv_cache
 from seqarch.layers.kv_cache import KVCache
-from seqarch.layers.mixer import Device, Mixer, Offsets
+from seqarch.layers.mixer import Device, Mixer, Offsets, numbers_of
 from seqarch.layers.rotary import rotary_tables, rotate
+from seqarch.layers.rows import select
 from seqarch.ops.common import checks
 
 
@@ -34,6 +35,19 @@ class CacheShape(NamedTuple):
     wide: bool = False
 
 
+class PackedRows(NamedTuple):
+    """The states of packed sequences, of one row each."""
+
+    rows: tuple[Any, ...]
+
+    @property
+    def row_count(self) -> int:
+        return len(self.rows)
+
+    def select_rows(self, index: list[int]) -> Any:
+        return PackedRows(tuple(select(self.rows[i], [0]) for i in index)) if index else select(self.rows[0], [])
+
+
 class RowAttention(Mixer):
     """An attention whose state is a named tuple ``State`` of :class:`KVCache`.
 
@@ -53,18 +67,19 @@ class RowAttention(Mixer):
 
     def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
         if offsets is None:
-            return self.mix(x, state if isinstance(state, self.State) else self.join(state))
-        states = self.split(state) if isinstance(state, self.State) else state
+            return self.mix(x, self.join(state.rows) if isinstance(state, PackedRows) else state)
+        states = state.rows if isinstance(state, PackedRows) else self.split(state)
         pieces = x.split([end - start for start, end in pairwise(offsets)], dim=1)
         outputs, after = zip(*map(self.mix, pieces, states), strict=True)
-        return torch.cat(outputs, dim=1), after
+        return torch.cat(outputs, dim=1), PackedRows(after)
 
     def check_state(self, state: Any, rows: int) -> None:
-        packed = type(state) is tuple and bool(state)
-        if packed and len(state) != rows:
-            raise ValueError(f"{type(self).__name__}: the state has {len(state)} rows, the call {rows} sequences")
-        for part in state if packed else (state,):
-            super().check_state(part, 1 if packed else rows)
+        if type(state) is not PackedRows:
+            return super().check_state(state, rows)
+        if state.row_count != rows:
+            raise ValueError(f"{type(self).__name__}: the state has {state.row_count} rows, the call {rows} sequences")
+        for part in state.rows:
+            super().check_state(part, 1)
 
     def split(self, state: Any) -> list[Any]:
         """A state of one row for each row, without padding."""
@@ -86,11 +101,11 @@ class RowAttention(Mixer):
         return [rotate(each, tables) for each in heads]
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
-        weight = next(self.parameters())
-        device, dtype = device or weight.device, dtype or weight.dtype
+        like = numbers_of(self)
+        device, dtype = device or like.device, dtype or like.dtype
         caches = []
         for held, heads, key_width, value_width, _, wide in self.caches(max_length):
-            kind = checks.accumulation_dtype(weight.new_empty(0, dtype=dtype)) if wide else dtype
+            kind = checks.accumulation_dtype(like.new_empty(0, dtype=dtype)) if wide else dtype
             shapes = ((batch_size, held, heads, width) for width in (key_width, value_width))
             keys, values = (torch.zeros(shape, device=device, dtype=kind) for shape in shapes)
             caches.append(KVCache(keys, values, 0))
@@ -101,9 +116,9 @@ class RowAttention(Mixer):
 
         A state made with ``max_length`` has ``state_bytes(max_length)`` from the start.
         """
-        weight = next(self.parameters())
+        like = numbers_of(self)
         numbers = {False: 0, True: 0}
         for held, heads, key_width, value_width, _, wide in self.caches(length):
             numbers[wide] += held * heads * (key_width + value_width)
-        wide_bytes = numbers[True] * checks.accumulation_dtype(weight).itemsize
-        return batch_size * (numbers[False] * weight.element_size() + wide_bytes)
+        wide_bytes = numbers[True] * checks.accumulation_dtype(like).itemsize
+        return batch_size * (numbers[False] * like.element_size() + wide_bytes)

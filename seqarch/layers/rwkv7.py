@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.heads import HeadsConfig
@@ -44,12 +46,17 @@ class Rwkv7Config(HeadsConfig):
 
 
 class TokenShift(ShortConvolution):
-    """The token before each, as a short convolution of width 2 with the fixed weights 1 and 0."""
+    """The token before each, as a short convolution of width 2 with the fixed weights 1 and 0: it has no tensors."""
 
     def __init__(self, channels: int):
         super().__init__(channels, 2)
         del self.weight
-        self.register_buffer("weight", torch.tensor([1.0, 0.0]).repeat(channels, 1), persistent=False)
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        weight = F.pad(x.new_ones(self.channels, 1), (0, 1))
+        return ops.causal_conv1d(x, weight, state=state, cu_seqlens=cu_seqlens)
 
 
 class Rwkv7(RecurrentMixer):
@@ -129,5 +136,5 @@ def low_rank(size: int, rank: int, between: nn.Module, bias: Tensor | None = Non
     outer = Linear(rank, size, bias=bias is not None)
     nn.init.orthogonal_(outer.weight, gain=0.1 * max(1.0, rank / size) ** 0.5)
     if bias is not None:
-        outer.bias = nn.Parameter(bias)
+        outer.bias = nn.Parameter(bias.clone())  # several maps may start alike, and are trained apart
     return nn.Sequential(Linear(size, rank, bias=False), between, outer)

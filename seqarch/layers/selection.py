@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqarch.ops.common.eager import transform
+
 QUERIES = 128
 """Queries of a chunk: its scores take the memory of the queries themselves times ``128 / K`` and the share of keys."""
 
@@ -20,13 +22,16 @@ def query_chunks(queries: int, before: int) -> Iterator[tuple[slice, int]]:
         yield slice(start, stop), before + stop
 
 
-def whole(operator: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
+def whole(operator: Callable[..., Any], compute: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """A loop over chunks as the custom operator that was made of it, which differentiates it and compilers leave whole.
 
-    Where neither is asked for, the function is called as it is, and what counts FLOPs sees its products.
+    Where neither is asked for, the function is called as it is, and what counts FLOPs sees its products. ``plain`` is
+    the same by functions that torch's transforms go through.
     """
 
     def call(*arguments: Any) -> Any:
+        if transform() is not None:
+            return plain(*arguments)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return operator(*arguments)
         return compute(*arguments)
@@ -89,11 +94,12 @@ def importance(weights: Tensor, blocks: Blocks, count: int) -> Tensor:
     Block j gets the sum over m < size / stride, n < length / stride of ``weights[(size / stride) j + m - n]``: each
     compressed block that overlaps it, times the strides that they share.
     """
-    pieces = count * (blocks.size // blocks.stride)  # of one stride, each in length / stride compressed blocks
-    room = pieces - weights.shape[-1]
     if not weights.shape[-1]:  # a compressed block may be longer than all blocks that have begun
         return weights.new_zeros(*weights.shape[:-1], count)
-    spread = [F.pad(weights, (n, room - n)) for n in range(blocks.length // blocks.stride)]
+    overlap, pieces = blocks.length // blocks.stride, count * (blocks.size // blocks.stride)  # of one stride each
+    if count == 1:  # the block may be longer than the sequence
+        pieces = min(pieces, weights.shape[-1] + overlap - 1)
+    spread = [F.pad(weights, (n, pieces - weights.shape[-1] - n)) for n in range(overlap)]
     return torch.stack(spread).sum(0).unflatten(-1, (count, -1)).sum(-1)
 
 

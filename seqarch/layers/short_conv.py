@@ -28,7 +28,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         if not 2 <= width <= 8:
             raise ValueError(f"conv_width: a short convolution has a width of 2 to 8, got {width}")
-        self.activation = activation
+        self.channels, self.width, self.activation = channels, width, activation
         bound = width**-0.5
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if bias else None
@@ -43,19 +43,8 @@ class ShortConvolution(nn.Module):
     def one_token(self, program: Program, x: Value, state: Slot) -> Value:
         return program.convolve(x, self.weight, self.bias, state, self.activation)
 
-    def init_state(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        channels, width = self.weight.shape
-        return torch.zeros(
-            batch_size, width - 1, channels, device=device or self.weight.device, dtype=dtype or self.weight.dtype
-        )
-
-    def state_bytes(self, length: int, batch_size: int = 1) -> int:
-        """Bytes of the state, whatever the ``length``."""
-        channels, width = self.weight.shape
-        return batch_size * (width - 1) * channels * self.weight.element_size()
+    def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(batch_size, self.width - 1, self.channels, device=device, dtype=dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        channels, width = self.weight.shape
-        return conv_flops(length, channels, width, batch_size)
+        return conv_flops(length, self.channels, self.width, batch_size)

@@ -1,5 +1,6 @@
 """Stacks of mixers from a pattern, and language models on them."""
 
+from seqarch.layers.rows import state_rows
 from seqarch.models.language_model import LanguageModel, LMConfig
 from seqarch.models.optimisation import parameter_groups
 from seqarch.models.pattern import LayerPattern, parse_pattern, tile_pattern
@@ -13,5 +14,6 @@ __all__ = [
     "StackConfig",
     "parameter_groups",
     "parse_pattern",
+    "state_rows",
     "tile_pattern",
 ]

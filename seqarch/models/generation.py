@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from seqarch.layers.mixer import MOST_COUNTED, numbers_of
 from seqarch.ops.common.checks import fits, show
 
 if TYPE_CHECKING:
@@ -108,21 +110,18 @@ def generate(
         For each prompt, the prompt and what follows it, ``[T + new]``.
 
     Raises:
-        ValueError: a prompt is empty, of another kind or holds a token outside the vocabulary, or an option is out of
-            range.
+        ValueError: a prompt is empty, of another kind or holds a token outside the vocabulary, or an option is of
+            another kind or out of range.
+        RuntimeError: the logits of a row that still runs have no largest number: one is NaN or infinite.
     """
-    if not fits(max_new_tokens, (int,)) or max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens is {show(max_new_tokens)}, expected an int of at least 0")
-    if stop_token is not None and not 0 <= stop_token < self.config.vocab_size:
-        raise ValueError(f"generate: stop_token must be 0 to {self.config.vocab_size - 1}, got {stop_token}")
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise ValueError(f"generate: expected temperature >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
-    device = self.head.weight.device
+    _check_options(max_new_tokens, temperature, top_p, stop_token, generator, self.config.vocab_size)
+    device = numbers_of(self).device
     rows = _as_rows(prompt, self.config.vocab_size, device)
     logits, state = _read_prompts(self, rows, max_new_tokens)
     new: list[Tensor] = []
     running = torch.ones(len(rows), dtype=torch.bool, device=device)
     while len(new) < max_new_tokens and bool(running.any()):
+        _check_logits(logits, running, len(new))
         tokens = sample(logits, temperature, top_p, generator)
         new.append(tokens)
         if stop_token is not None:
@@ -132,6 +131,39 @@ def generate(
             logits = self.logits(features[:, 0])
     following = torch.stack(new, dim=1) if new else torch.empty(len(rows), 0, dtype=torch.int64, device=device)
     return [torch.cat([row, _until(tokens, stop_token)]) for row, tokens in zip(rows, following, strict=True)]
+
+
+def _check_options(
+    max_new_tokens: Any, temperature: Any, top_p: Any, stop_token: Any, generator: Any, vocab_size: int
+) -> None:
+    last = vocab_size - 1
+    rules = [
+        ("max_new_tokens", max_new_tokens, (int,), lambda: 0 <= max_new_tokens <= MOST_COUNTED, "an int of at least 0"),
+        ("temperature", temperature, (float,), lambda: temperature >= 0, "a float of at least 0"),
+        ("top_p", top_p, (float,), lambda: 0 < top_p <= 1, "a float in (0, 1]"),
+        (
+            "stop_token",
+            stop_token,
+            (int, NoneType),
+            lambda: stop_token is None or 0 <= stop_token <= last,
+            f"an int from 0 to {last}",
+        ),
+        ("generator", generator, (torch.Generator, NoneType), lambda: True, "a torch.Generator or None"),
+    ]
+    for name, value, kinds, holds, expected in rules:
+        if not fits(value, kinds) or not holds():
+            raise ValueError(f"generate: {name} is {show(value)}, expected {expected}")
+
+
+def _check_logits(logits: Tensor, running: Tensor, step: int) -> None:
+    """Raise where the largest logit of a running row is no number; greedy decoding would take some token even so."""
+    lost = ~logits.amax(dim=-1).isfinite() & running
+    if bool(lost.any()):
+        row = int(lost.nonzero()[0])
+        raise RuntimeError(
+            f"generate: after {step} new tokens the logits of prompt {row} hold NaN or infinity: look for it in the"
+            " model's parameters, or in activations that overflow its dtype"
+        )
 
 
 def _read_prompts(model: LanguageModel, rows: list[Tensor], max_new_tokens: int) -> tuple[Tensor, StackState]:

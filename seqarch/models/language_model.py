@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers import Layer
-from seqarch.layers.linear import Linear
-from seqarch.layers.mixer import linear_flops
+from seqarch.layers.linear import PLAIN, Linear, is_product
+from seqarch.layers.mixer import MOST_COUNTED, CuSeqlens, linear_flops, numbers_of
 from seqarch.models.generation import generate
 from seqarch.models.loss import head_cross_entropy, serves
 from seqarch.models.stack import Stack, StackConfig, StackState
-from seqarch.ops.common.checks import accumulation_dtype, entries_within, unknown_name
+from seqarch.ops.common.checks import accumulation_dtype, entries_within, fits, show, unknown_name
 from seqarch.ops.common.eager import is_plain
 
 
@@ -36,6 +35,11 @@ class LMConfig(StackConfig):
     embedding_scale: float = 1.0
     logit_cap: float | None = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vocab_size > MOST_COUNTED:
+            raise ValueError(f"vocab_size must be at most {MOST_COUNTED}, got {self.vocab_size}")
+
 
 class LanguageModel(nn.Module):
     """``logits, state = model(tokens, state, cu_seqlens)``: tokens ``[B, T]``, logits ``[B, T, vocab_size]``.
@@ -48,25 +52,50 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: LMConfig):
         super().__init__()
+        if not isinstance(config, LMConfig):
+            raise ValueError(f"language model: config is {show(config)}, expected an LMConfig")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.stack = Stack(config)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        _tie(self)
+        self.register_load_state_dict_post_hook(_tie)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
+        super()._apply(fn, recurse)
+        _tie(self)  # each module's tensors are converted by themselves, as by to_empty
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        names = f"{prefix}embedding.weight", f"{prefix}head.weight"
+        given = [state_dict.get(name) for name in names]
+        if self.config.tie_embeddings and all(type(each) in PLAIN for each in given) and not _equal(*given):
+            arguments[-1].append(f"{names[0]} and {names[1]} are one parameter (tie_embeddings) but differ here")
 
     def forward(
-        self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        cu_seqlens: CuSeqlens = None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
-        features, after = self.features(tokens, state, cu_seqlens)
+        features, after = self.features(tokens, state, cu_seqlens, token_mask)
         return self.logits(features), after
 
     def features(
-        self, tokens: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        cu_seqlens: CuSeqlens = None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
         """What the head reads: ``[B, T, D]``, and the state.
+
+        Args:
+            token_mask: bool ``[B, T]``, false where a token is padding, as :class:`seqarch.models.Stack` takes it.
 
         Raises:
             ValueError: the tokens are not int32 or int64 ``[B, T]``, or (on a CPU) one is not in the vocabulary.
@@ -82,7 +111,7 @@ class LanguageModel(nn.Module):
             raise
         if self.config.embedding_scale != 1:
             embedded = embedded * self.config.embedding_scale
-        x, after = self.stack(embedded, state, cu_seqlens)
+        x, after = self.stack(embedded, state, cu_seqlens, token_mask)
         return self.norm(x), after
 
     def logits(self, features: Tensor) -> Tensor:
@@ -95,8 +124,9 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         targets: Tensor,
         state: StackState | None = None,
-        cu_seqlens: Tensor | Sequence[int] | None = None,
+        cu_seqlens: CuSeqlens = None,
         *,
+        token_mask: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> Tensor:
@@ -107,7 +137,9 @@ class LanguageModel(nn.Module):
         else, and under autocast, a compiler, ``torch.func``, a ``logit_cap``, hooks or another head, torch computes it.
 
         Args:
-            ignore_index: the target of a token that does not count.
+            token_mask: bool ``[B, T]``, false where a token is padding, which routers then do not count. Not the same
+                as an ignored target: a question's tokens are read, and routed, though nobody asks what comes next.
+            ignore_index: the target of a token that does not count in this loss.
             reduction: ``"mean"`` over the targets that count, or ``"sum"``.
 
         Raises:
@@ -116,7 +148,9 @@ class LanguageModel(nn.Module):
         """
         if reduction not in ("mean", "sum"):
             raise unknown_name("reduction", reduction, ("mean", "sum"))
-        features = self.features(tokens, state, cu_seqlens)[0].flatten(0, 1)
+        if not fits(ignore_index, (int,)):
+            raise ValueError(f"language model: ignore_index is {show(ignore_index)}, expected an int")
+        features = self.features(tokens, state, cu_seqlens, token_mask)[0].flatten(0, 1)
         if not isinstance(targets, Tensor) or targets.shape != tokens.shape or targets.dtype != torch.int64:
             given = f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(
@@ -137,7 +171,8 @@ class LanguageModel(nn.Module):
     def _head_is_plain(self) -> bool:
         """Whether the logits are the product of features and the head's weights, and nobody changed or watches it."""
         own = type(self).logits is LanguageModel.logits and "logits" not in vars(self)
-        return own and self.config.logit_cap is None and type(self.head) is Linear and is_plain(self.head)
+        product = is_product(self.head) and is_plain(self.head) and self.head.bias is None
+        return own and product and self.config.logit_cap is None
 
     def init_state(
         self,
@@ -168,7 +203,7 @@ class LanguageModel(nn.Module):
     def auxiliary_loss(self) -> Tensor:
         """What the layers add to the loss of the last forward pass (such as routers' losses); 0 without any."""
         losses = [layer.auxiliary_loss() for layer in self.stack.modules() if isinstance(layer, Layer)]
-        zero = torch.zeros((), device=self.head.weight.device)
+        zero = torch.zeros((), device=numbers_of(self).device)
         return sum((loss for loss in losses if loss is not None), zero)
 
     def router_metrics(self) -> dict[str, Any]:
@@ -180,3 +215,17 @@ class LanguageModel(nn.Module):
         """Move the routers' biases: to be called once an optimizer step, after it, however many its micro-batches."""
         for channel in self.stack.channels().values():
             channel.update_router()
+
+
+def _tie(model: LanguageModel, *_: Any) -> None:
+    """Make the head's weight the embedding's again, where a conversion or an assignment has made two of it."""
+    parts = (model.embedding._parameters, model.head._parameters)
+    if model.config.tie_embeddings and all(part.get("weight") is not None for part in parts):
+        model.head.weight = model.embedding.weight
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; what holds none does not differ."""
+    if a is b or a.is_meta or b.is_meta or a.shape != b.shape:
+        return True
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -7,11 +7,12 @@ why others have none, ``Stack.explain_one_token`` tells.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
@@ -32,7 +33,8 @@ class OneToken:
     """Runs one token through compiled programs where it can, anything else as ``otherwise`` does.
 
     It can on a CPU, in float32, without gradients, for up to 4 rows, while no backend is chosen or recorded. Programs
-    are written when first needed, and again when layers have changed. They replace the state in place.
+    are written when first needed, and again when layers have changed. They replace the state in place. Threads may
+    share one: programs are only read.
     """
 
     def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState]]):
@@ -43,16 +45,16 @@ class OneToken:
         return OneToken, (self.otherwise,)  # without the addresses in programs: copies write their own
 
     def __call__(
-        self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Any
+        self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Any, mask: Any = None
     ) -> tuple[Tensor, StackState]:
-        if cu_seqlens is not None or not _serves(x):
-            return self.otherwise(layers, x, state, cu_seqlens)
+        if cu_seqlens is not None or mask is not None or not _serves(x):
+            return self.otherwise(layers, x, state, cu_seqlens, mask)
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
         after: list[Any] = []
-        for program, part in self._parts(layers, len(x)):
+        for (program, part), memory in self._parts(layers, len(x)):
             before = state[len(after) : len(after) + len(part)]
-            y = program.run(x, _tensors(before))
+            y = None if memory is None else program.run(x, _tensors(before))
             if y is None:
                 x, before = self.otherwise(part, x, before, None)
             else:
@@ -60,12 +62,15 @@ class OneToken:
             after += before
         return x, tuple(after)
 
-    def _parts(self, layers: Sequence[StackLayer], rows: int) -> list[Part]:
+    def _parts(self, layers: Sequence[StackLayer], rows: int) -> list[tuple[Part, list[UntypedStorage] | None]]:
+        """The parts with their parameters' memory, ``None`` where another thread has changed layers just now."""
         parts = self.programs.get(rows, [])
+        memory = [program.hold() for program, _ in parts]
         known = chain.from_iterable(part for _, part in parts)
-        if not parts or [*known] != [*layers] or not all(program.holds() for program, _ in parts):
+        if not parts or [*known] != [*layers] or any(each is None for each in memory):
             parts = self.programs[rows] = _write(layers, rows)
-        return parts
+            memory = [program.hold() for program, _ in parts]
+        return list(zip(parts, memory, strict=True))
 
 
 def _serves(x: Tensor) -> bool:
@@ -93,7 +98,13 @@ def _write(layers: Sequence[StackLayer], rows: int) -> list[Part]:
     """Neighbouring layers that have instructions with their program, the others with one that stays empty."""
     refused = {layer: _refusal(layer, rows) is not None for layer in layers}
     groups = [list(group) for _, group in groupby(layers, key=refused.__getitem__)]
-    return [(_empty(part, rows) if refused[part[0]] else _program(part, rows), part) for part in groups]
+    return [(_empty(part, rows) if refused[part[0]] else _finished(part, rows), part) for part in groups]
+
+
+def _finished(layers: Sequence[StackLayer], rows: int) -> Program:
+    with suppress(Unserved):  # only where another thread has changed a layer since it was asked
+        return _program(layers, rows)
+    return _empty(layers, rows)
 
 
 def _empty(layers: Sequence[StackLayer], rows: int) -> Program:

@@ -12,12 +12,18 @@ A pattern is tiled over the depth. Commas read as spaces.
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass
+
+from seqarch.ops.common.checks import fits, show
 
 _TOKEN = re.compile(r"\s*(?:([0-9]+)\s*\*|([A-Za-z_]\w*)|([()+/]))")
 
 MOST = 10_000
-"""Repetitions that a pattern may ask for: far beyond any stack, and few enough to write out."""
+"""Layers that a pattern or a stack may have: far beyond any that is built, and few enough to write out."""
+
+DEEPEST = 100
+"""How many parentheses may be open at once."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,11 @@ def parse_pattern(pattern: str) -> list[LayerPattern]:
     """The layers that a pattern names, repetitions written out.
 
     Raises:
-        ValueError: the pattern is empty or malformed; the error shows where.
+        ValueError: the pattern is no string, empty or malformed (the error shows where), or of more than :data:`MOST`
+            layers.
     """
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern is {show(pattern)}, expected a string such as '3*mamba2 attention'")
     parser = _Parser(pattern)
     layers = parser.sequence()
     if parser.peek():
@@ -48,16 +57,19 @@ def tile_pattern(pattern: str, depth: int) -> list[LayerPattern]:
     """The layers of a stack of that depth.
 
     Raises:
-        ValueError: the pattern is malformed, or its length does not divide the depth.
+        ValueError: the pattern is malformed, or its length does not divide the depth, or this is no whole number of at
+            most :data:`MOST`.
     """
+    if not fits(depth, (int,)) or depth > MOST:
+        raise ValueError(f"depth is {show(depth)}, expected an int of at most {MOST} layers")
     layers = parse_pattern(pattern)
     size = len(layers)
     if depth < 1 or depth % size:
         shown = " ".join(map(str, layers))
-        fits = max(1, depth // size) * size
+        nearest = max(1, depth // size) * size
         raise ValueError(
             f"a depth of {depth} does not fit the pattern {pattern!r} of {size} layers ({shown}):"
-            f" use a multiple of {size}, such as {fits} or {fits + size}"
+            f" use a multiple of {size}, such as {nearest} or {nearest + size}"
         )
     return layers * (depth // size)
 
@@ -76,19 +88,23 @@ class _Parser:
                 break
             self.tokens.append((match.group().replace(" ", "").strip(), match.start()))
             at = match.end()
-        self.at = 0
+        self.at = self.open = 0
 
     def peek(self) -> str:
         return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
 
     def error(self, expected: str) -> ValueError:
         found = repr(self.peek()) if self.peek() else "the end"
-        return ValueError(f"pattern {self.text!r}: expected {expected}, found {found} after {self.at} tokens")
+        return ValueError(
+            f"pattern {reprlib.repr(self.text)}: expected {expected}, found {found} after {self.at} tokens"
+        )
 
     def sequence(self) -> list[LayerPattern]:
         layers = self.item()
         while self.peek() and self.peek() != ")":
             layers += self.item()
+            if len(layers) > MOST:
+                raise self.error(f"at most {MOST} layers in all")
         return layers
 
     def item(self) -> list[LayerPattern]:
@@ -101,11 +117,15 @@ class _Parser:
             self.at += 1
         if self.peek() != "(":
             return [self.layer()] * count
-        self.at += 1
+        if self.open == DEEPEST:
+            raise self.error(f"at most {DEEPEST} parentheses within one another")
+        self.at, self.open = self.at + 1, self.open + 1
         layers = self.sequence()
         if self.peek() != ")":
             raise self.error("')'")
-        self.at += 1
+        self.at, self.open = self.at + 1, self.open - 1
+        if len(layers) * count > MOST:
+            raise self.error(f"at most {MOST} layers in all")
         return layers * count
 
     def layer(self) -> LayerPattern:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, build_channel_mixer, build_mixer
-from seqarch.layers.mixer import State, check_options
+from seqarch.layers.mixer import CuSeqlens, State, check_features, check_mask, check_options
 from seqarch.layers.norms import RMSNorm
 from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import LayerPattern, tile_pattern
@@ -60,6 +60,9 @@ class StackConfig:
             for name, options in given.items():
                 if not isinstance(options, dict):
                     raise ValueError(f"{kind} {name!r}: expected a dict of options, got {show(options)}")
+                for option in options:
+                    if not isinstance(option, str) or option == "d_model":
+                        raise ValueError(f"{kind} {name!r} has no option {option!r} of its own: d_model is the stack's")
 
 
 class StackLayer(nn.Module):
@@ -91,7 +94,7 @@ class StackLayer(nn.Module):
             self.channel = build_channel_mixer(channel, d_model=width, **config.channels.get(channel, {}))
 
     def forward(
-        self, x: Tensor, states: Sequence[State], cu_seqlens: Tensor | Sequence[int] | None
+        self, x: Tensor, states: Sequence[State], cu_seqlens: CuSeqlens, token_mask: Tensor | None = None
     ) -> tuple[Tensor, tuple[State, ...]]:
         normed = self.norm(x)
         results = [mixer(normed, state, cu_seqlens) for mixer, state in zip(self.mixers, states, strict=True)]
@@ -101,7 +104,7 @@ class StackLayer(nn.Module):
             for (y, _), weight in zip(results, self.branch_weights.unbind(0), strict=True):
                 x = x + weight.to(y.dtype) * self.branch_norm(y)
         if self.channel is not None and self.channel_norm is not None:
-            x = x + self.channel(self.channel_norm(x))
+            x = x + self.channel(self.channel_norm(x), token_mask)
         return x, tuple(state for _, state in results)
 
     def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
@@ -116,13 +119,17 @@ class StackLayer(nn.Module):
 
 
 def in_turn(
-    layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Tensor | Sequence[int] | None
+    layers: Sequence[StackLayer],
+    x: Tensor,
+    state: StackState | None,
+    cu_seqlens: CuSeqlens,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, StackState]:
     """The outputs ``[B, T, D]`` of layers one after another, and the state after them."""
     after = []
     for i, layer in enumerate(layers):
         before = (None,) * len(layer.mixers) if state is None else state[i]
-        x, carried = layer(x, before, cu_seqlens)
+        x, carried = layer(x, before, cu_seqlens, token_mask)
         after.append(carried)
     return x, tuple(after)
 
@@ -149,24 +156,34 @@ Schedule = Callable[..., tuple[Tensor, StackState]]
 class Stack(nn.Module):
     """Layers on a residual stream: ``y, state = stack(x, state, cu_seqlens)`` with ``x, y: [B, T, D]``.
 
+    ``token_mask [B, T]`` is false where a token is padding, which routers then do not count. It hides no token from
+    mixers: padding belongs after the tokens of its row, and the state after it has read it. Packed rows need neither.
+
     Each mixer and channel mixer initialises itself; the stack overwrites nothing. The output is not normalised.
     """
 
     def __init__(self, config: StackConfig):
         super().__init__()
+        if not isinstance(config, StackConfig):
+            raise ValueError(f"stack: config is {show(config)}, expected a StackConfig")
         self.config = config
         self.layers = nn.ModuleList(StackLayer(config, layer) for layer in tile_pattern(config.pattern, config.depth))
         self.schedule: Schedule = OneToken(in_turn)
 
     def forward(
-        self, x: Tensor, state: StackState | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+        self,
+        x: Tensor,
+        state: StackState | None = None,
+        cu_seqlens: CuSeqlens = None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
-        if x.ndim != 3 or x.shape[-1] != self.config.d_model:
-            raise ValueError(f"stack: x has shape {list(x.shape)}, expected [B, T, {self.config.d_model}]")
+        check_features("stack", x, self.config.d_model)
         layers = self._layers()
         if state is not None:
             _check_state(state, layers)
-        return self.schedule(layers, x, state, cu_seqlens)
+        if token_mask is not None:
+            check_mask("stack", token_mask, x)
+        return self.schedule(layers, x, state, cu_seqlens, token_mask)
 
     def _layers(self) -> list[StackLayer]:
         return [layer for layer in self.layers if isinstance(layer, StackLayer)]

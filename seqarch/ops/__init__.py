@@ -38,6 +38,8 @@ OPS: dict[str, Op] = {
 def use_backends(**choices: str) -> AbstractContextManager[None]:
     """Within the block, what ``backend="auto"`` means: ``use_backends(linear_attention="recurrent_torch")``.
 
+    In this thread or task, and in the threads of torch that run the block's backward passes.
+
     Raises:
         ValueError: no operation, or no backend of it, has that name.
     """

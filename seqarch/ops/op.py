@@ -7,6 +7,8 @@ it, and holds
 - ``run(*arguments)``: computes the operation on the arguments that the op's ``prepare`` returned;
 - ``refuse(*arguments) -> str | None``, optional: why it cannot serve this call;
 - ``yields(*arguments) -> str | None``, optional: why ``"auto"`` passes it over for this call, though it can serve it;
+- ``TRANSFORMABLE = True``, optional: it is made of torch's own functions, so that forward-mode derivatives and the
+  transforms of ``torch.func`` go through it. Where one of these is under way, other backends refuse the call;
 - ``unavailable() -> str | None``, optional: why it cannot run on this machine at all. A module whose import raises
   ``ImportError`` is unavailable for that reason.
 """
@@ -15,16 +17,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from seqarch.ops.common.autocast import without_autocast
-from seqarch.ops.common.checks import typed, unknown_name
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot serve the call."""
+from seqarch.ops.common.checks import BackendError, typed, unknown_name
+from seqarch.ops.common.eager import transform
+from seqarch.ops.common.scoped import Scoped
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Call:
     result: Any
 
 
-_chosen: dict[str, str] = {}
-_observers: list[Callable[[Call], None]] = []
+_chosen: Scoped[dict[str, str]] = Scoped("backends", {})
+_observers: Scoped[tuple[Callable[[Call], None], ...]] = Scoped("observers", ())
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,16 @@ class Backend:
     def refuse(self, *arguments: Any) -> str | None:
         """Why this backend cannot serve a call with these prepared arguments, or ``None`` if it can."""
         reason = self.unavailable()
+        if reason is None and not self.transformable:
+            reason = transform()
         if reason is None and hasattr(self.module, "refuse"):
             reason = self.module.refuse(*arguments)
         return reason
+
+    @property
+    def transformable(self) -> bool:
+        """Whether torch's transforms go through this backend."""
+        return getattr(self.module, "TRANSFORMABLE", False)
 
     def passed_over(self, *arguments: Any) -> str | None:
         """Why ``"auto"`` does not take this backend for these prepared arguments, or ``None`` if it does."""
@@ -129,7 +136,7 @@ class Op:
         arguments = self.prepare(*args, **kwargs)
         chosen = self.select(backend, arguments)
         result = self._run(chosen, arguments)
-        for observe in _observers:
+        for observe in _observers.get():
             observe(Call(self.name, chosen.name, args, kwargs, result))
         return result
 
@@ -148,24 +155,30 @@ class Op:
             ValueError: no backend has that name.
             BackendError: the named backend, or under ``"auto"`` every backend, refuses the call.
         """
-        name = _chosen.get(self.name, backend) if backend == "auto" else backend
+        name = _chosen.get().get(self.name, backend) if backend == "auto" else backend
         if name != "auto":
             if not isinstance(name, str) or name not in self.backends:
                 raise unknown_name(f"backend of {self.name}", name, [*self.backends, "auto"])
             reason = self.backends[name].refuse(*arguments)
             if reason is not None:
-                raise BackendError(f"{self.name}: backend {name!r} cannot serve this call: {reason}")
+                raise BackendError(
+                    f"{self.name}: backend {name!r} cannot serve this call: {reason}; {self._served(arguments)}"
+                )
             return self.backends[name]
         for candidate in self.auto_order(arguments):
             if self.backends[candidate].passed_over(*arguments) is None:
                 return self.backends[candidate]
         raise BackendError(str(self.explain(arguments)))
 
+    def _served(self, arguments: tuple[Any, ...]) -> str:
+        able = [name for name, backend in self.backends.items() if backend.refuse(*arguments) is None]
+        return f"expected one of {', '.join(able)}" if able else "no other backend can"
+
     def explain(self, arguments: tuple[Any, ...]) -> Explanation:
         pick: str | None = None
         reasons: dict[str, str] = {}
         order = self.auto_order(arguments)
-        forced = _chosen.get(self.name)
+        forced = _chosen.get().get(self.name)
         for name in dict.fromkeys((*order, *self.backends)):
             backend = self.backends[name]
             reason = (backend.passed_over if forced is None else backend.refuse)(*arguments)
@@ -185,27 +198,17 @@ class Op:
 @contextmanager
 def choose_backends(choices: dict[str, str]) -> Iterator[None]:
     """Within the block, what ``backend="auto"`` means, by the names of operations."""
-    before = dict(_chosen)
-    _chosen.update(choices)
-    try:
+    with _chosen.set({**_chosen.get(), **choices}):
         yield
-    finally:
-        _chosen.clear()
-        _chosen.update(before)
 
 
-@contextmanager
-def _observed_by(observe: Callable[[Call], None]) -> Iterator[None]:
-    _observers.append(observe)
-    try:
-        yield
-    finally:
-        _observers[:] = [other for other in _observers if other is not observe]
+def _observed_by(observe: Callable[[Call], None]) -> AbstractContextManager[None]:
+    return _observers.set((*_observers.get(), observe))
 
 
 def left_alone() -> bool:
     """Whether nobody has chosen backends, and nobody collects which run."""
-    return not _chosen and not _observers
+    return not _chosen.get() and not _observers.get()
 
 
 @contextmanager

@@ -11,7 +11,9 @@ import torch
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer, clone_state, materialize
 from seqarch.layers.kv_cache import KVCache
 from seqarch.layers.materialize import VALUES
+from seqarch.layers.mixer import MOST, MOST_COUNTED
 from seqarch.ops import record_calls
+from seqarch.ops.common.checks import annotated_kinds
 
 LAYERS = {**dict.fromkeys(MIXERS, build_mixer), **dict.fromkeys(CHANNEL_MIXERS, build_channel_mixer)}
 
@@ -32,6 +34,18 @@ def test_inputs_of_another_kind_are_refused(name, x, given):
         LAYERS[name](name, d_model=32)(x)
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "moe"])  # whose operation widens what it gets
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float32, torch.bfloat16)])
+def test_another_dtype_than_the_parameters_is_named(name, dtypes):
+    layer = LAYERS[name](name, d_model=32)
+    for own, given in (dtypes, dtypes[::-1]):
+        with pytest.raises(ValueError, match=rf"x is {given}, its parameters are {own}: expected one dtype"):
+            layer.to(own)(torch.zeros(1, 4, 32, dtype=given))
+    layer.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.zeros(1, 4, 32).bfloat16())
+
+
 def refusal(name: str, **options) -> str | None:
     """Why the layer cannot be built; ``None`` if it can."""
     try:
@@ -42,13 +56,20 @@ def refusal(name: str, **options) -> str | None:
     return None
 
 
+def integer(name: str, option: str) -> bool:
+    return int in annotated_kinds({**MIXERS, **CHANNEL_MIXERS}[name].Config)[option]
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_wrong_option_is_an_error_that_names_it(name):
     for option in (field.name for field in fields({**MIXERS, **CHANNEL_MIXERS}[name].Config)):
         for value in (0, -1, 1.5, 7, 1000, 1e300, "x", None, True):
             message = refusal(name, **{option: value})
             assert message is None or (option in message and name in message), message
-        for value in (math.nan, math.inf, [1]):
+        for value in (MOST_COUNTED, MOST):
+            message = refusal(name, **{option: value})
+            assert message is None or (option in message and name in message), message
+        for value in (math.nan, math.inf, [1], *([2**63] if integer(name, option) else [])):
             assert f"{option} must be" in str(refusal(name, **{option: value}))
 
 
@@ -88,12 +109,15 @@ def test_an_attention_does_not_take_a_window_for_all_keys_nor_all_keys_for_a_win
 @pytest.mark.parametrize("name", MIXERS)
 def test_sizes_of_states_are_checked(name):
     mixer = build_mixer(name, d_model=32)
-    for wrong in (-1, 1.5, "2", True, None):
+    for wrong in (-1, 1.5, "2", True, None, 2**63):
         with pytest.raises(ValueError, match=f"batch_size is .*{wrong}.*, expected an int of at least 0"):
             mixer.init_state(wrong)  # pyright: ignore[reportArgumentType]
         if wrong is not None:
             with pytest.raises(ValueError, match=f"max_length is .*{wrong}.*, expected an int of at least 0"):
                 mixer.init_state(1, wrong)  # pyright: ignore[reportArgumentType]
+    for wrong in ("float32", torch.int64):
+        with pytest.raises(ValueError, match=rf"dtype is .*{wrong}.*, expected a floating point torch.dtype"):
+            mixer.init_state(1, dtype=wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0), (0, 1)])
@@ -111,12 +135,45 @@ def test_no_rows_and_no_tokens_are_empty_outputs(name, shape):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_parameter_receives_a_gradient_at_every_length(name):
+    """Of zeros where nothing depends on it yet: processes that add gradients up wait for each."""
+    layer = LAYERS[name](name, d_model=32)
+    for length in (1, 2, 5, 31, 32, 33):
+        layer.zero_grad()
+        x = torch.randn(2, length, 32)
+        state = layer.init_state(2, max_length=3) if name in MIXERS else None
+        y = layer(x)[0] + layer(x, state)[0] if name in MIXERS else layer(x)
+        extra = layer.auxiliary_loss()
+        (y.sum() + (0 if extra is None else extra)).backward()
+        without = [key for key, parameter in layer.named_parameters() if parameter.grad is None]
+        assert without == [], f"{length} tokens"
+        assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    if name in MIXERS:
+        after_others(layer)
+
+
+def after_others(mixer):
+    """A few tokens more, from a state that gradients do not go through, of rows alike and of packed ones."""
+    with torch.no_grad():
+        states = [mixer(torch.randn(2, 40, 32))[1], mixer(torch.randn(1, 44, 32), None, [0, 40, 44])[1]]
+    for state in states:
+        mixer.zero_grad()
+        y, _ = mixer(torch.randn(2, 3, 32), state)
+        extra = mixer.auxiliary_loss()
+        (y.sum() + (0 if extra is None else extra)).backward()
+        assert all(parameter.grad is not None for parameter in mixer.parameters())
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_shapes_are_known_without_data(name):
     with torch.device("meta"):
         mixer, x = build_mixer(name, d_model=32), torch.empty(2, 7, 32)
         y, state = mixer(x)
         assert mixer(x[:, :1], state)[0].shape == (2, 1, 32)
+        with torch.no_grad():
+            _, state = mixer(x[:, :1], state)
+            assert mixer(x[:, :1], state)[0].shape == (2, 1, 32)
     assert y.shape == x.shape
 
 

@@ -378,6 +378,83 @@ def test_with_drops_later_tokens_change_nothing_but_the_length_does():
     assert enough.router_metrics()["dropped_share"] == 0
 
 
+LENGTHS = (9, 3, 5)
+MASK = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_padding_counts_nowhere(router, capacity):
+    """Rows with padding that a mask names, against the same tokens alone: what is asked of the router, and its room."""
+    options = {"router": router, "expert_bias": True, "capacity_factor": capacity, "load_balance_weight": 0.5}
+    x, results = inputs(9, batch=3), []
+    padded = x.masked_fill(~MASK[..., None], 1e3)
+    for call in ((x[MASK][None],), (padded, MASK)):
+        mixer = moe(**options)
+        y, metrics = mixer(*call), mixer.router_metrics()
+        (0 * y.sum() + mixer.auxiliary_loss()).backward()
+        assert mixer.router.load.sum() == sum(LENGTHS) * 2
+        numbers = torch.tensor([*metrics.pop("load"), *metrics.values()], dtype=torch.float64)
+        results.append([mixer.auxiliary_loss(), mixer.router.load.double(), mixer.router.weight.grad, numbers])
+    for a, b in zip(*results, strict=True):
+        same(a, b)
+
+
+def test_padding_takes_no_room():
+    mixer, x = moe(capacity_factor=0.5), inputs(9, batch=1)
+    longer = torch.cat([x, inputs(40, batch=1, seed=2)], dim=1)
+    same(mixer(longer, torch.arange(49)[None] < 9)[:, :9], mixer(x))
+    assert (mixer(longer)[:, :9] - mixer(x)).abs().max() > 1e-3
+
+
+def test_nothing_but_padding():
+    mixer, x = moe(expert_bias=True), inputs()
+    y = mixer(x, torch.zeros(2, 10, dtype=torch.bool))
+    assert mixer.auxiliary_loss() == 0
+    assert mixer.router_metrics() == {}
+    (y.sum() + mixer.auxiliary_loss()).backward()
+    assert mixer.router.load.count_nonzero() == 0
+
+
+def test_a_padded_batch_of_a_model_is_a_packed_one():
+    """Losses, loads and biases; an ignored target alone is no padding."""
+    config = LMConfig(
+        vocab_size=11, d_model=32, pattern="attention/moe mamba2/swiglu gla/moe", depth=3,
+        channels={"moe": {"expert_bias": True, "bias_rate": 0.5}},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    padded, packed = LanguageModel(config).double(), LanguageModel(config).double()
+    packed.load_state_dict(padded.state_dict())
+    tokens = torch.randint(11, (3, 9))
+    targets = torch.randint(11, (3, 9)).masked_fill(torch.rand(3, 9) < 0.3, -100)
+    losses = [
+        padded.loss(tokens, targets.masked_fill(~MASK, -100), token_mask=MASK),
+        packed.loss(tokens[MASK][None], targets[MASK][None], cu_seqlens=[0, 9, 12, 17]),
+    ]
+    same(*losses)
+    same(padded.auxiliary_loss(), packed.auxiliary_loss())
+    assert {key: pytest.approx(value) for key, value in padded.router_metrics().items()} == packed.router_metrics()
+    for model, loss in zip((padded, packed), losses, strict=True):
+        (loss + model.auxiliary_loss()).backward()
+        model.update_routers()
+    for (name, a), b in zip(padded.named_parameters(), packed.parameters(), strict=True):
+        assert a.grad is not None, name
+        same(a.grad, b.grad)  # pyright: ignore[reportArgumentType]
+    assert all(torch.equal(a, b) for a, b in zip(padded.buffers(), packed.buffers(), strict=True))
+    without = LanguageModel(config).double()
+    without.loss(tokens, targets.masked_fill(~MASK, -100)).backward()
+    counts = [name for name, load in without.named_buffers() if "load" in name and load.sum() == 3 * 9 * 2]
+    assert len(counts) == 2
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 10), torch.ones(2, 9, dtype=torch.bool), [[True] * 10] * 2])
+def test_a_mask_of_another_kind_is_named(mask):
+    stack = LanguageModel(LMConfig(vocab_size=11, d_model=32, pattern="gla", depth=1)).stack
+    for call in (lambda x: moe()(x, mask), lambda x: stack(x.float(), token_mask=mask)):
+        with pytest.raises(ValueError, match=r"token_mask is .*, expected torch.bool \[2, 10\], true for real tokens"):
+            call(inputs())
+
+
 def test_flops_with_all_parts():
     mixer = moe(shared_experts=1, shared_gate=True, router="sigmoid", expert_bias=True)
     with ops.use_backends(experts="parallel_torch"), FlopCounterMode(display=False) as counter:
@@ -395,7 +472,7 @@ def test_compiles_whole(options):
     for call in (mixer, torch.compile(mixer, fullgraph=True, backend="aot_eager")):
         mixer.zero_grad()
         mixer.router.load.zero_()
-        y = torch.cat([call(before), call(x)])
+        y = torch.cat([call(before), call(x, torch.arange(10).expand(2, -1) < 7)])
         (y.square().sum() + mixer.auxiliary_loss()).backward()
         gradients = [parameter.grad for parameter in mixer.parameters() if parameter.grad is not None]
         results.append([y.detach(), mixer.router.load.double(), *gradients])

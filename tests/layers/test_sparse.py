@@ -103,7 +103,7 @@ def test_generation_chooses_as_training_does():
 def test_big_bird_is_its_pattern():
     options = {"block_size": 2, "window_blocks": 2, "global_blocks": 1, "random_blocks": 2, "seed": 5}
     mixer, x = build("big_bird", num_heads=4, num_kv_heads=2, **options), inputs(30)
-    drawn = mixer._random_blocks(torch.arange(15)[None])[0]
+    drawn = mixer._random_blocks(torch.arange(15)[None], 15)[0]
 
     def see(q: Tensor, k: Tensor, h: int, t: int) -> set[int]:
         return in_blocks({0, t // 2 - 1, t // 2, *drawn[t // 2, h // 2].tolist()}, 2, t)
@@ -113,7 +113,7 @@ def test_big_bird_is_its_pattern():
 
 def test_big_birds_draws():
     mixer = build("big_bird", num_heads=4, block_size=4, seed=3)
-    drawn = mixer._random_blocks(torch.arange(400)[None])[0]
+    drawn = mixer._random_blocks(torch.arange(400)[None], 400)[0]
     for own, blocks in enumerate(drawn.tolist()):
         between = set(range(2, own - 2))
         for head in blocks:
@@ -121,12 +121,12 @@ def test_big_birds_draws():
             assert found <= between, (own, head)
             assert len(found) == min(3, len(between)), (own, head)
     assert (drawn[50:, 0] != drawn[50:, 1]).any(-1).float().mean() > 0.9
-    other = build("big_bird", num_heads=4, block_size=4, seed=4)._random_blocks(torch.arange(400)[None])[0]
+    other = build("big_bird", num_heads=4, block_size=4, seed=4)._random_blocks(torch.arange(400)[None], 400)[0]
     assert (drawn[50:] != other[50:]).any(-1).float().mean() > 0.9
     share = ((drawn[50:] - 2) / (torch.arange(50, 400)[:, None, None] - 4)).flatten()
     counts = torch.histc(share, bins=4, min=0, max=1) / len(share)
     assert (counts - 0.25).abs().max() < 0.04, "draws are not uniform"
-    assert torch.equal(mixer._random_blocks(torch.tensor([[77]]))[0, 0], drawn[77])
+    assert torch.equal(mixer._random_blocks(torch.tensor([[77]]), 78)[0, 0], drawn[77])
 
 
 def test_longformer_is_its_pattern():

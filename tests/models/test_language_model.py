@@ -77,14 +77,20 @@ def test_sampling_is_repeatable():
 
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ([], {}, "no prompt was given"),
-    ([1], {"stop_token": 11}, "stop_token must be 0 to 10, got 11"),
-    ([1], {"temperature": float("nan")}, "expected temperature >= 0"),
+    ([1], {"stop_token": 11}, "stop_token is int 11, expected an int from 0 to 10"),
+    ([1], {"stop_token": 1.5}, "stop_token is float 1.5, expected an int from 0 to 10"),
+    ([1], {"stop_token": True}, "stop_token is bool True, expected an int"),
+    ([1], {"temperature": float("nan")}, "temperature is float nan, expected a float of at least 0"),
+    ([1], {"temperature": "1"}, "temperature is str '1', expected a float of at least 0"),
     ([[1, 2], []], {}, "prompt 1 has shape .0., expected at least one token"),
     (torch.empty(0, 3, dtype=torch.int64), {}, "no prompt was given"),
     ([[1.5, 2.0]], {}, "prompt 0 has dtype torch.float32, expected integers"),
     ([1, 11], {}, "prompt 0 has tokens 1 to 11, expected 0 to 10"),
-    ([1], {"temperature": -1.0}, "expected temperature >= 0"),
-    ([1], {"top_p": 0.0}, r"top_p in \(0, 1\], got 0.0 and 0.0"),
+    ([1], {"temperature": -1.0}, "temperature is float -1.0, expected a float"),
+    ([1], {"top_p": 0.0}, r"top_p is float 0.0, expected a float in \(0, 1\]"),
+    ([1], {"top_p": None}, "top_p is None, expected a float"),
+    ([1], {"generator": 3}, "generator is int 3, expected a torch.Generator or None"),
+    ([1], {"max_new_tokens": 2**63}, "max_new_tokens is int 9223372036854775808, expected an int of at least 0"),
     ([1], {"max_new_tokens": -1}, "max_new_tokens is int -1, expected an int of at least 0"),
     ([1], {"max_new_tokens": 3.5}, "max_new_tokens is float 3.5, expected an int of at least 0"),
     ("abc", {}, "prompt is str 'abc', expected a list of integers, a tensor or a list of these"),
@@ -101,6 +107,24 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
 def test_a_wrong_prompt_or_option_is_named(prompt: Any, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         model().generate(prompt, **({"max_new_tokens": 3} | options))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_end_generation_with_the_row_and_the_step(temperature: float, value: float):
+    lm, calls = model(), []
+
+    def third_of_the_second_row(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        calls.append(logits)
+        return (
+            logits.index_put((torch.tensor(1), torch.tensor(4)), logits.new_tensor(value))
+            if len(calls) == 3
+            else logits
+        )
+
+    lm.head.register_forward_hook(third_of_the_second_row)
+    with pytest.raises(RuntimeError, match="after 2 new tokens the logits of prompt 1 hold NaN or infinity"):
+        lm.generate([[1, 2], [3]], 5, temperature=temperature)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +185,8 @@ def test_the_embedding_is_scaled_and_the_logits_are_bounded():
     assert changed.generate(PROMPTS[2], 3)[0].tolist() == prompt
     with pytest.raises(ValueError, match="logit_cap must be positive, got 0"):
         model(logit_cap=0)
+    with pytest.raises(ValueError, match="vocab_size must be at most 2147483647, got 100000000000000"):
+        LMConfig(vocab_size=10**14, d_model=32, pattern="gla", depth=1)
 
 
 def test_the_routers_losses_and_metrics_are_per_layer():

@@ -213,6 +213,7 @@ def test_no_target_counts():
         ([[0]], {}, "targets are list, expected torch.int64"),
         (torch.full((3, 11), 37), {}, "targets has entries from 37 to 37, expected 0 to 36"),
         (torch.full((3, 11), -1), {}, "targets has entries from -1 to -1, expected 0 to 36"),
+        (torch.zeros(3, 11, dtype=torch.int64), {"ignore_index": "x"}, "ignore_index is str 'x', expected an int"),
         (torch.zeros(3, 11, dtype=torch.int64), {"reduction": "men"}, "unknown reduction 'men'.* Did you mean 'mean'"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers import clone_state
 from seqarch.layers.mamba import Mamba
-from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
+from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig, one_token
 from seqarch.ops.common import native, token_cpp
 from tests.laws import assert_close
 
@@ -128,6 +128,21 @@ def test_what_changes_in_a_layer_changes_its_program(runs: Runs):
     compare(stack, 1, runs)
     stack.layers[1].norm.eps = 0.5  # type: ignore[union-attr]
     compare(stack, 1, runs)
+
+
+def test_a_program_keeps_the_memory_that_it_runs_on(runs: Runs):
+    """What another thread does between the question whether a program holds and its run."""
+    stack = make()
+    program = one_token._write(stack._layers(), 1)[0][0]
+    x, (state, other) = torch.randn(1, 1, 96), (stack.init_state(1) for _ in range(2))
+    expected = program.run(x, one_token._tensors(state))
+    memory = program.hold()
+    assert memory is not None
+    for parameter in stack.parameters():
+        parameter.data = torch.full_like(parameter, torch.nan)
+    torch.testing.assert_close(program.run(x, one_token._tensors(other)), expected, rtol=0, atol=0)
+    assert program.hold() is None
+    assert runs.count == 2
 
 
 def test_hooks_and_forward_passes_of_others_are_not_passed_over(runs: Runs):

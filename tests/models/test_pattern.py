@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from seqarch.models import LayerPattern, parse_pattern, tile_pattern
+from seqarch.models import LayerPattern, StackConfig, parse_pattern, tile_pattern
 
 
 def shown(pattern: str) -> str:
@@ -48,14 +50,29 @@ def test_writing_a_pattern_and_reading_it_again_is_the_identity():
         ("a*3 b", "expected a mixer, found '[*]' after 1 tokens"),
         ("a & b", "expected a mixer, found '&' after 1 tokens"),
         ("3mamba", "expected a mixer, found '3'"),
+        ("(" * 5000 + "a" + ")" * 5000, "expected at most 100 parentheses within one another, found '[(]' after 100"),
+        ("9999*(9999*(9999*a))", "expected at most 10000 layers in all"),
+        ("9999*a 9999*b", "expected at most 10000 layers in all"),
+        (5, "pattern is int 5, expected a string such as"),
+        (None, "pattern is None, expected a string"),
     ],
 )
-def test_a_malformed_pattern_shows_where(pattern: str, message: str):
+def test_a_malformed_pattern_shows_where(pattern: Any, message: str):
     with pytest.raises(ValueError, match=message):
         parse_pattern(pattern)
 
 
+@pytest.mark.parametrize("depth", [10**9, 2**63, 1.5, "3", True, None])
+def test_a_depth_that_no_stack_has_is_named(depth: Any):
+    with pytest.raises(ValueError, match=f"depth is .*{str(depth)[:3]}.*, expected an int of at most 10000 layers"):
+        tile_pattern("a", depth)
+    with pytest.raises(ValueError, match="depth"):
+        StackConfig(d_model=32, pattern="gla", depth=depth)
+
+
 def test_a_pattern_is_tiled_over_the_depth():
+    assert len(parse_pattern("100*(100*a)")) == 10_000
+    assert parse_pattern("(" * 100 + "a" + ")" * 100) == parse_pattern("a")
     assert [str(layer) for layer in tile_pattern("mamba2 attention", 4)] == ["mamba2", "attention"] * 2
 
 

@@ -162,6 +162,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mixers": {"attention": {"num_heads": 3}}}, r"num_heads \(3\) must divide d_model \(32\)"),
     ({"pattern": "attention mamba", "depth": 3}, "a depth of 3 does not fit the pattern"),
     ({"d_model": 0}, "d_model must be at least 1, got 0"),
+    ({"mixers": {"gla": {"d_model": 1}}}, "'gla' has no option 'd_model' of its own: d_model is the stack's"),
+    ({"mixers": {"gla": {3: 1}}}, "'gla' has no option 3 of its own"),
+    ({"depth": 10**9}, "depth is int 1000000000, expected an int of at most 10000 layers"),
+    ({"d_model": 2**63}, "d_model must be at most 9223372036854775807, got 9223372036854775808"),
     ({"mixers": {"mamba": None}}, "mixer 'mamba': expected a dict of options, got None"),
     ({"channels": {"mlp": [1]}}, r"channel mixer 'mlp': expected a dict of options, got list \[1\]"),
 ]
@@ -174,8 +178,17 @@ def test_a_wrong_stack_is_named(changes: dict[str, Any], message: str):
 
 
 def test_a_stack_reads_only_its_own_width():
-    with pytest.raises(ValueError, match=r"x has shape \[2, 5, 31\], expected \[B, T, 32\]"):
-        stack()(torch.randn(2, 5, 31, dtype=torch.float64))
+    for x, given in (
+        (torch.randn(2, 5, 31), r"torch.float32 of shape \[2, 5, 31\]"),
+        (torch.zeros(2, 5, 32, dtype=torch.int64), r"torch.int64 of shape \[2, 5, 32\]"),
+        ([1], "list"),
+    ):
+        with pytest.raises(ValueError, match=rf"stack: x is {given}, expected floating point \[B, T, 32\]"):
+            stack()(x)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"stack: config is dict .*, expected a StackConfig"):
+        Stack({"d_model": 32})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"language model: config is StackConfig .*, expected an LMConfig"):
+        LanguageModel(stack().config)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_stack_reads_only_its_own_state():

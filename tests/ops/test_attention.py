@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -250,6 +251,14 @@ def test_bad_offsets_are_named(offsets):
     (q, k, v), _ = make((1, 6, 6, 2, 2, 8, 8))
     with pytest.raises(ValueError, match="cu_seqlens must"):
         ops.attention(q, k, v, cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_beyond_all_keys_is_none(backend):
+    inputs, _ = make((2, 9, 33, 4, 2, 8, 8), torch.float32)
+    expected = ops.attention(*inputs, window=33, backend=backend)
+    for window in (10**9, 2**31, 2**62, sys.maxsize):
+        assert torch.equal(ops.attention(*inputs, window=window, backend=backend), expected)
 
 
 def test_packed_queries_and_keys_have_one_length():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from seqarch.ops.block_sparse_attention import flops, lists
 from tests.laws import available
 
 BACKENDS = available("block_sparse_attention")
-FAST = [name for name in BACKENDS if name != "recurrent_torch"]
+FAST = [name for name in BACKENDS if name not in ("parallel_torch", "recurrent_torch")]
 
 CALLS: dict[str, dict[str, Any]] = {
     "square": {"shape": (2, 13, 13, 4, 4, 4, 8, 8), "lists": 2, "size": 4},
@@ -33,6 +34,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "packed": {"shape": (1, 20, 20, 4, 2, 2, 8, 8), "lists": 2, "size": 4, "cu_seqlens": [0, 3, 3, 12, 13, 20]},
     "key_start": {"shape": (3, 4, 13, 4, 2, 4, 8, 8), "lists": 2, "size": 4, "key_start": [0, 7, 13]},
     "key_start_step": {"shape": (3, 1, 13, 4, 2, 4, 8, 8), "lists": 2, "size": 4, "key_start": [0, 12, 15]},
+    "short_key_start": {"shape": (2, 20, 40, 2, 1, 2, 8, 8), "lists": 3, "size": 16, "key_start": [3, 36]},
     "window": {"shape": (2, 23, 23, 4, 2, 2, 8, 8), "lists": 2, "size": 4, "window": 6},
     "window_of_one": {"shape": (2, 9, 9, 2, 2, 2, 8, 8), "lists": 1, "size": 4, "window": 1},
     "window_of_a_block": {"shape": (1, 23, 26, 2, 2, 2, 8, 8), "lists": 1, "size": 4, "window": 5},
@@ -246,6 +248,25 @@ def test_the_custom_operators_are_sound(backend):
     leaves = [x.requires_grad_() for x in (q, k, v)]
     first = torch.zeros(1, 130, dtype=torch.int64)
     torch.library.opcheck(module.attend, (*leaves, entries, first, options["block_size"], 0, 0.3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_beyond_all_keys_mean_all_of_them(backend):
+    def found(**changed: Any) -> list[Tensor]:
+        inputs, options = make("short_key_start")
+        inputs[3] = inputs[3].clamp(max=0) if "block_size" in changed else inputs[3]
+        return with_gradients(call_op(backend, options | changed), inputs)
+
+    keys = 40
+    for option in ("window", "block_size"):
+        expected = found(**{option: keys})
+        for beyond in (10**9, 2**31, 2**62, sys.maxsize):
+            for one, other in zip(found(**{option: beyond}), expected, strict=True):
+                same(one, other)
+    expected = found(window=9, key_start=torch.tensor([0, keys]))
+    for starts in ([-1, keys + 1], [-(2**63), 2**63 - 1], [-(2**62), 2**62]):
+        for one, other in zip(found(window=9, key_start=torch.tensor(starts)), expected, strict=True):
+            same(one, other)
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -284,17 +284,6 @@ def test_weights_of_any_strides_compile():
     torch.library.opcheck(chunk_torch.backward, (upstream, *arguments, kept, True, True))
 
 
-def test_chunks_have_first_derivatives_only_and_say_who_has_others():
-    given = make()
-    given["x"].requires_grad_()
-    y = ops.experts(backend="chunk_torch", **given)
-    with pytest.raises(RuntimeError, match="first derivatives only; for others choose grouped_torch"):
-        torch.autograd.grad(y.sum(), given["x"], create_graph=True)
-    y = ops.experts(backend="grouped_torch", **given)
-    (first,) = torch.autograd.grad(y.sum(), given["x"], create_graph=True)
-    assert first.requires_grad
-
-
 def test_every_activation_has_a_derivative():
     x = torch.linspace(-3, 3, 101, dtype=torch.float64, requires_grad=True)
     assert set(DERIVATIVES) == set(ACTIVATIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -102,3 +104,46 @@ def test_where_it_is_the_faster_library(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert reason("AVX512", "AuthenticAMD") is None
     assert "AVX-512 here" in str(reason("AVX512", "GenuineIntel"))
     assert "no AVX-512" in str(reason("AVX2", "AuthenticAMD"))
+
+
+def test_oneDNN_sees_few_sizes_of_what_differs_from_call_to_call(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    seen, product = set(), linear_onednn._product
+    monkeypatch.setattr(linear_onednn, "unavailable", lambda: None)
+    monkeypatch.setattr(linear_onednn, "_product", lambda a, b: seen.add((a.shape, b.shape)) or product(a, b))
+    weight = torch.randn(9, 5)
+    for count in (*range(8, 60), *range(200, 700, 9)):
+        x, upstream = torch.randn(count, 5), torch.randn(count, 9)
+        y = linear_onednn.fastest_product(x, weight)
+        assert y.is_contiguous()
+        assert_close(y, x.double() @ weight.double().t(), BOUND)
+        assert_close(linear_onednn.fastest_product(upstream.t(), x.t()), upstream.double().t() @ x.double(), BOUND)
+    assert len(seen) < 120  # of 216
+    counts = [linear_onednn.rounded(count) for count in range(1, 5000)]
+    assert all(count <= most <= 1.125 * count for count, most in enumerate(counts, 1))
+    assert len(set(counts)) < 16 * 10
+    assert [linear_onednn.rounded(count) for count in (8, 64, 96, 384, 4096)] == [8, 64, 96, 384, 4096]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_sizes_that_experts_had():
+    program = """
+import torch
+from seqarch.layers import build_channel_mixer
+from seqarch.ops.common import linear_onednn
+
+linear_onednn.unavailable = lambda: None
+torch.manual_seed(0)
+torch.set_num_threads(1)
+mixer = build_channel_mixer("moe", d_model=32, num_experts=8, top_k=2)
+
+def resident(steps):
+    for _ in range(steps):
+        mixer(torch.randn(1, int(torch.randint(40, 2000, ())), 32)).square().mean().backward()
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+before = resident(2)
+print(resident(150) - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=600)
+    assert float(grown.stdout) < 250  # 620 with a size a call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqarch
 from seqarch import ops
@@ -85,6 +87,49 @@ def test_return_codes_become_errors():
     for isa in native.supported_isas():
         with native.use_isa(isa), pytest.raises(ValueError, match="causal_conv1d_forward returned 1: an argument"):
             parallel_cpp.OPERATORS.forward(x, torch.ones(3, 9), None, state, False, None)
+
+
+def test_a_kernel_takes_no_tensor_whose_numbers_are_elsewhere():
+    x, freed, lent = torch.ones(2, 4), torch.ones(2, 4), torch.ones(8).view(2, 4)
+    freed.untyped_storage().resize_(0)
+    lent.untyped_storage().resize_(16)
+    with FakeTensorMode():
+        fake = torch.ones(2, 4)
+    wrong = [
+        (native.Pointer, x.to("meta"), "memory on meta, expected cpu"),
+        (native.Heads, fake, "memory on meta, expected cpu"),
+        (native.Pointer, freed, "a storage of 0 bytes, expected at least 32"),
+        (native.Rows, lent, "a storage of 16 bytes, expected at least 32"),
+        (native.Pointer, x.t(), "gaps after its first 0 dimensions"),
+        (native.Rows, torch.ones(2, 4, 6)[..., ::2], "gaps after its first 2 dimensions"),
+    ]
+    for kind, tensor, message in wrong:
+        with pytest.raises(ValueError, match=f"scan: a tensor of shape .* {message}"):
+            native.check_memory("scan", [native.int32, kind], [0, tensor], "cpu")
+    fits = x, x[:, 1:3].unsqueeze(2), x.expand(3, 2, 4), torch.ones(2, 0), torch.ones(4, 2).t()[..., None]
+    native.check_memory("scan", [native.Heads] * len(fits), fits, "cpu")
+
+
+def test_memory_is_held_while_a_kernel_runs():
+    """Another thread may give a tensor other memory meanwhile."""
+    for kind in (native.Pointer, native.Rows, native.Heads):
+        x = torch.full((1, 2, 3), 7.0)
+        argument = kind.from_param(x)
+        x.data = torch.zeros(1, 2, 3)
+        structure = getattr(argument, "_obj", argument)
+        address = structure.value if kind is native.Pointer else structure.data
+        assert structure.memory.data_ptr() == address
+        assert list((ctypes.c_float * 6).from_address(address)) == [7.0] * 6
+
+
+def test_a_size_that_nothing_has_is_refused():
+    """tests/sanitize has all sizes of all kernels."""
+    x, empty = torch.ones(1, 1, 1, 1), torch.empty(0)
+    for isa in native.supported_isas():
+        for wrong in (-1, -(2**63), 2**60, 2**63 - 1):
+            sizes = None, 1, 1, 1, 1, wrong, 1
+            with native.use_isa(isa), pytest.raises(ValueError, match="linear_attention_forward returned 1"):
+                attention_cpp._forward(0, x, x, x, None, False, 1.0, empty, empty, empty, *sizes)
 
 
 def test_running_out_of_memory_is_an_error():

@@ -53,40 +53,57 @@ struct Tensors {
 void attention(Random& random) {
     const Shape z(random);
     const bool causal = random.coin();
-    const int64_t window = causal ? random.pick({0, 1, 20, 64, 1000}) : 0;
+    const int64_t window = causal ? any_count(random, {0, 1, 20, 64, 1000}) : 0;
     std::vector<int64_t> starts;
-    for (int64_t s = 0; s < z.keys.count; ++s) starts.push_back(random.pick({0, 0, 5, 64, 500}));
+    for (int64_t s = 0; s < z.keys.count; ++s) starts.push_back(random.pick({0, 0, 5, 64, 500, INT64_MIN, INT64_MAX}));
     const int64_t* start = z.keys.packed() || random.coin() ? nullptr : starts.data();
     const Tensors t(z, random);
-    const int32_t forward = seqarch_attention_forward(
-        z.dtype, &t.q, &t.k, &t.v, causal, window, 0.3, start, t.o.data(), t.log_sum.data(), z.queries.packed(),
-        z.queries.count, z.queries.steps, z.keys.steps, z.groups, z.heads, z.key_width, z.value_width, z.threads);
-    const int32_t backward = seqarch_attention_backward(
-        z.dtype, &t.q, &t.k, &t.v, causal, window, 0.3, start, &t.o_heads, t.log_sum.data(), &t.dout, t.dq.data(),
-        t.dk.data(), t.dv.data(), z.queries.packed(), z.queries.count, z.queries.steps, z.keys.steps, z.groups, z.heads,
-        z.key_width, z.value_width, z.threads);
-    t.written(forward, backward, "attention");
+    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_attention_forward(z.dtype, &t.q, &t.k, &t.v, causal, window, 0.3, start, t.o.data(),
+                                         t.log_sum.data(), offsets, n[0], n[1], n[2], n[3], n[4], n[5], n[6], z.threads);
+    };
+    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_attention_backward(z.dtype, &t.q, &t.k, &t.v, causal, window, 0.3, start, &t.o_heads,
+                                          t.log_sum.data(), &t.dout, t.dq.data(), t.dk.data(), t.dv.data(), offsets,
+                                          n[0], n[1], n[2], n[3], n[4], n[5], n[6], z.threads);
+    };
+    const std::vector<int64_t> sizes{z.queries.count, z.queries.steps, z.keys.steps, z.groups,
+                                     z.heads,         z.key_width,     z.value_width};
+    refuses(sizes, z.queries.offsets, forward, "attention_forward took a wrong size");
+    refuses(sizes, z.queries.offsets, backward, "attention_backward took a wrong size");
+    const int32_t first = forward(sizes, z.queries.packed()), second = backward(sizes, z.queries.packed());
+    t.written(first, second, "attention");
 }
 
 void block_sparse_attention(Random& random) {
     const Shape z(random);
     const int64_t sharing = z.heads / z.groups, lists = z.groups * (sharing && random.coin() ? sharing : 1);
     const int64_t rows = z.queries.rows(), steps = z.queries.steps, listed = random.pick({0, 1, 3});
-    const int64_t block_size = random.pick({1, 7, 64, 100, 1000}), window = random.pick({0, 0, 1, 20, 1000});
+    const int64_t block_size = std::max<int64_t>(1, any_count(random, {1, 7, 64, 100, 1000}));
+    const int64_t window = any_count(random, {0, 0, 1, 20, 1000});
     std::vector<int64_t> index(rows * steps * lists * listed), first(rows * steps);
-    for (int64_t& block : index) block = random.pick({-5, -1, 0, 0, 1, 2, 3, 100, int64_t{1} << 62});
+    for (int64_t& block : index) block = random.pick({INT64_MIN, -1, 0, 0, 1, 2, 3, 100, int64_t{1} << 62, INT64_MAX});
     for (int64_t s = 0; s < z.queries.count; ++s) {
         const int64_t begin = z.queries.packed() ? z.queries.offsets[s] : s * steps;
-        const int64_t start = z.queries.packed() ? begin : random.pick({0, 0, 5, 64, 500});
+        const int64_t start = z.queries.packed() ? begin : random.pick({0, 0, 5, 64, 500, INT64_MIN, INT64_MAX});
         std::fill_n(first.begin() + begin, z.queries.length(s), start);
     }
     const Tensors t(z, random);
-    const int32_t forward = seqarch_block_sparse_attention_forward(
-        z.dtype, &t.q, &t.k, &t.v, index.data(), listed, first.data(), steps, block_size, window, 0.3, t.o.data(),
-        t.log_sum.data(), rows, steps, z.keys.steps, z.groups, lists, z.heads, z.key_width, z.value_width, z.threads);
-    const int32_t backward = seqarch_block_sparse_attention_backward(
-        z.dtype, &t.q, &t.k, &t.v, index.data(), listed, first.data(), steps, block_size, window, 0.3, &t.o_heads,
-        t.log_sum.data(), &t.dout, t.dq.data(), t.dk.data(), t.dv.data(), rows, steps, z.keys.steps, z.groups, lists,
-        z.heads, z.key_width, z.value_width, z.threads);
-    t.written(forward, backward, "block_sparse_attention");
+    const auto forward = [&](const std::vector<int64_t>& n, const int64_t*) {
+        return seqarch_block_sparse_attention_forward(
+            z.dtype, &t.q, &t.k, &t.v, index.data(), n[0], first.data(), steps, block_size, window, 0.3, t.o.data(),
+            t.log_sum.data(), n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], z.threads);
+    };
+    const auto backward = [&](const std::vector<int64_t>& n, const int64_t*) {
+        return seqarch_block_sparse_attention_backward(
+            z.dtype, &t.q, &t.k, &t.v, index.data(), n[0], first.data(), steps, block_size, window, 0.3, &t.o_heads,
+            t.log_sum.data(), &t.dout, t.dq.data(), t.dk.data(), t.dv.data(), n[1], n[2], n[3], n[4], n[5], n[6], n[7],
+            n[8], z.threads);
+    };
+    const std::vector<int64_t> sizes{listed, rows,    steps,       z.keys.steps, z.groups,
+                                     lists,  z.heads, z.key_width, z.value_width};
+    refuses(sizes, {}, forward, "block_sparse_attention_forward took a wrong size");
+    refuses(sizes, {}, backward, "block_sparse_attention_backward took a wrong size");
+    const int32_t done = forward(sizes, nullptr), differentiated = backward(sizes, nullptr);
+    t.written(done, differentiated, "block_sparse_attention");
 }

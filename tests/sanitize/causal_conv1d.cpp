@@ -16,18 +16,25 @@ void causal_conv1d(Random& random) {
     const Numbers last(dtype, states), dweight(wide, channels * width), dbias(wide, channels), dstate(dtype, states);
 
     const void *b = has_bias ? bias.data() : nullptr, *h = has_state ? state.data() : nullptr;
-    require(seqarch_causal_conv1d_forward(dtype, x.numbers.data(), (*x).batch_stride, (*x).time_stride, weight.data(), b,
-                                          h, y.numbers.data(), last.data(), s.packed(), s.count, s.steps, channels,
-                                          width, silu, threads) == SEQARCH_OK,
-            "causal_conv1d_forward refused");
+    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_causal_conv1d_forward(dtype, x.numbers.data(), (*x).batch_stride, (*x).time_stride, weight.data(),
+                                             b, h, y.numbers.data(), last.data(), offsets, n[0], n[1], n[2], n[3], silu,
+                                             threads);
+    };
+    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_causal_conv1d_backward(
+            dtype, x.numbers.data(), (*x).batch_stride, (*x).time_stride, weight.data(), b, h, dy.numbers.data(),
+            (*dy).batch_stride, (*dy).time_stride, dlast.data(), dx.numbers.data(), dweight.data(),
+            has_bias ? dbias.data() : nullptr, has_state ? dstate.data() : nullptr, offsets, n[0], n[1], n[2], n[3],
+            silu, threads);
+    };
+    const std::vector<int64_t> sizes{s.count, s.steps, channels, width};
+    refuses(sizes, s.offsets, forward, "causal_conv1d_forward took a wrong size");
+    refuses(sizes, s.offsets, backward, "causal_conv1d_backward took a wrong size");
+    require(forward(sizes, s.packed()) == SEQARCH_OK, "causal_conv1d_forward refused");
     all_written(y.numbers, "causal_conv1d y");
     all_written(last, "causal_conv1d state");
-    require(seqarch_causal_conv1d_backward(
-                dtype, x.numbers.data(), (*x).batch_stride, (*x).time_stride, weight.data(), b, h, dy.numbers.data(),
-                (*dy).batch_stride, (*dy).time_stride, dlast.data(), dx.numbers.data(), dweight.data(),
-                has_bias ? dbias.data() : nullptr, has_state ? dstate.data() : nullptr, s.packed(), s.count, s.steps,
-                channels, width, silu, threads) == SEQARCH_OK,
-            "causal_conv1d_backward refused");
+    require(backward(sizes, s.packed()) == SEQARCH_OK, "causal_conv1d_backward refused");
     all_written(dx.numbers, "causal_conv1d dx");
     all_written(dweight, "causal_conv1d dweight");
     if (has_bias) all_written(dbias, "causal_conv1d dbias");

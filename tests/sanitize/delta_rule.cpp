@@ -32,19 +32,26 @@ void delta_rule(Random& random) {
 
     const auto given = [](bool there, const HeadInputs& inputs) { return there ? &inputs : nullptr; };
     const seqarch_heads* log_decay = given(has_decay, decay);
-    require(seqarch_delta_rule_forward(dtype, &q, &k, &v, &beta, log_decay, per_key, given(has_read, read),
-                                       given(has_erase, erase), 0.5, state.data(), o.data(), last.data(), s.packed(),
-                                       s.count, s.steps, G, H, K, V, threads) == SEQARCH_OK,
-            "delta_rule_forward refused");
+    const auto maybe = [](bool there, const Numbers& numbers) { return there ? numbers.data() : nullptr; };
+    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_delta_rule_forward(dtype, &q, &k, &v, &beta, log_decay, per_key, given(has_read, read),
+                                          given(has_erase, erase), 0.5, state.data(), o.data(), last.data(), offsets,
+                                          n[0], n[1], n[2], n[3], n[4], n[5], threads);
+    };
+    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_delta_rule_backward(
+            dtype, &q, &k, &v, &beta, log_decay, per_key, given(has_read, read), given(has_erase, erase), 0.5,
+            state.data(), &dout, dlast.data(), dq.data(), dk.data(), dv.data(), dbeta.data(), maybe(has_decay, ddecay),
+            maybe(has_read, dread), maybe(has_erase, derase), dstate.data(), offsets, n[0], n[1], n[2], n[3], n[4], n[5],
+            threads);
+    };
+    const std::vector<int64_t> sizes{s.count, s.steps, G, H, K, V};
+    refuses(sizes, s.offsets, forward, "delta_rule_forward took a wrong size");
+    refuses(sizes, s.offsets, backward, "delta_rule_backward took a wrong size");
+    require(forward(sizes, s.packed()) == SEQARCH_OK, "delta_rule_forward refused");
     all_written(o, "delta_rule o");
     all_written(last, "delta_rule state");
-    const auto maybe = [](bool there, const Numbers& numbers) { return there ? numbers.data() : nullptr; };
-    require(seqarch_delta_rule_backward(
-                dtype, &q, &k, &v, &beta, log_decay, per_key, given(has_read, read), given(has_erase, erase), 0.5,
-                state.data(), &dout, dlast.data(), dq.data(), dk.data(), dv.data(), dbeta.data(),
-                maybe(has_decay, ddecay), maybe(has_read, dread), maybe(has_erase, derase), dstate.data(), s.packed(),
-                s.count, s.steps, G, H, K, V, threads) == SEQARCH_OK,
-            "delta_rule_backward refused");
+    require(backward(sizes, s.packed()) == SEQARCH_OK, "delta_rule_backward refused");
     all_written(dq, "delta_rule dq");
     all_written(dk, "delta_rule dk");
     all_written(dv, "delta_rule dv");

@@ -1,6 +1,7 @@
 // Random shapes and exactly sized memory for calls of the kernels' C functions.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -142,7 +143,31 @@ inline void all_written(const Numbers& numbers, const char* name) {
     }
 }
 
-// One call of each kernel's functions on random sizes.
+// A function called with each size in turn that no memory has, and with offsets that do not pack, refuses each.
+template <class Call>
+void refuses(const std::vector<int64_t>& sizes, const std::vector<int64_t>& offsets, Call call, const char* name) {
+    const int64_t* given = offsets.empty() ? nullptr : offsets.data();
+    for (size_t i = 0; i < sizes.size(); ++i)
+        for (int64_t wrong : {INT64_MIN, int64_t{-1}, int64_t{1} << 60, INT64_MAX}) {
+            std::vector<int64_t> changed = sizes;
+            changed[i] = wrong;
+            require(call(changed, given) == SEQARCH_BAD_ARGUMENT, name);
+        }
+    for (size_t i = 0; i < offsets.size(); ++i)
+        for (int64_t wrong : {INT64_MIN, int64_t{-1}, offsets.back() + 1, INT64_MAX}) {
+            std::vector<int64_t> changed = offsets;
+            changed[i] = wrong;
+            require(call(sizes, changed.data()) == SEQARCH_BAD_ARGUMENT, name);
+        }
+}
+
+// Counts of tokens that a caller may name whatever there are.
+inline int64_t any_count(Random& random, std::initializer_list<int64_t> usual) {
+    const int64_t unusual[] = {int64_t{1} << 31, int64_t{1} << 62, INT64_MAX};
+    return random.pick({0, 0, 0, 1}) ? unusual[random.pick({0, 1, 2})] : random.pick(usual);
+}
+
+// One call of each kernel's functions on random sizes, and the calls that they refuse.
 void attention(Random& random);
 void block_sparse_attention(Random& random);
 void causal_conv1d(Random& random);

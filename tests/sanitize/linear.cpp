@@ -7,8 +7,11 @@ void linear(Random& random) {
     const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3}));
     const Numbers x(dtype, rows * depth, random), weight(dtype, width * depth, random), bias(dtype, width, random);
     const Numbers y(dtype, rows * width);
-    require(seqarch_linear(dtype, x.data(), weight.data(), random.coin() ? bias.data() : nullptr, y.data(), rows, depth,
-                           width, threads) == SEQARCH_OK,
-            "linear refused");
+    const void* b = random.coin() ? bias.data() : nullptr;
+    const auto call = [&](const std::vector<int64_t>& n, const int64_t*) {
+        return seqarch_linear(dtype, x.data(), weight.data(), b, y.data(), n[0], n[1], n[2], threads);
+    };
+    refuses({rows, depth, width}, {}, call, "linear took a wrong size");
+    require(call({rows, depth, width}, nullptr) == SEQARCH_OK, "linear refused");
     all_written(y, "linear y");
 }

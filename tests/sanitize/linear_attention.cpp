@@ -20,17 +20,23 @@ void linear_attention(Random& random) {
     const Numbers ddecay(wide, tokens * H * (per_key ? K : 1));
 
     const seqarch_heads* log_decay = has_decay ? &decay : nullptr;
-    require(seqarch_linear_attention_forward(dtype, &q, &k, &v, log_decay, per_key, 0.5, state.data(), o.data(),
-                                             last.data(), s.packed(), s.count, s.steps, G, H, K, V,
-                                             threads) == SEQARCH_OK,
-            "linear_attention_forward refused");
+    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_linear_attention_forward(dtype, &q, &k, &v, log_decay, per_key, 0.5, state.data(), o.data(),
+                                                last.data(), offsets, n[0], n[1], n[2], n[3], n[4], n[5], threads);
+    };
+    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_linear_attention_backward(dtype, &q, &k, &v, log_decay, per_key, 0.5, state.data(), &dout,
+                                                 dlast.data(), dq.data(), dk.data(), dv.data(),
+                                                 has_decay ? ddecay.data() : nullptr, dstate.data(), offsets, n[0], n[1],
+                                                 n[2], n[3], n[4], n[5], threads);
+    };
+    const std::vector<int64_t> sizes{s.count, s.steps, G, H, K, V};
+    refuses(sizes, s.offsets, forward, "linear_attention_forward took a wrong size");
+    refuses(sizes, s.offsets, backward, "linear_attention_backward took a wrong size");
+    require(forward(sizes, s.packed()) == SEQARCH_OK, "linear_attention_forward refused");
     all_written(o, "linear_attention o");
     all_written(last, "linear_attention state");
-    require(seqarch_linear_attention_backward(dtype, &q, &k, &v, log_decay, per_key, 0.5, state.data(), &dout,
-                                              dlast.data(), dq.data(), dk.data(), dv.data(),
-                                              has_decay ? ddecay.data() : nullptr, dstate.data(), s.packed(), s.count,
-                                              s.steps, G, H, K, V, threads) == SEQARCH_OK,
-            "linear_attention_backward refused");
+    require(backward(sizes, s.packed()) == SEQARCH_OK, "linear_attention_backward refused");
     all_written(dq, "linear_attention dq");
     all_written(dk, "linear_attention dk");
     all_written(dv, "linear_attention dv");

@@ -16,14 +16,14 @@ void selective_scan(Random& random) {
     const int32_t wide = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_FLOAT64}));
     const auto dtype = [&] { return static_cast<int32_t>(random.pick({wide, wide, SEQARCH_FLOAT32, SEQARCH_BFLOAT16})); };
     const int64_t groups = random.pick({1, 1, 2, 5}), channels = groups * random.pick({0, 1, 3, 16, 33, 130, 300});
-    const int64_t N = random.pick({0, 1, 1, 3, 8, 16, 17}), chunk = random.pick({1, 3, 32});
+    const int64_t N = random.pick({0, 1, 1, 3, 8, 16, 17}), chunk = std::max<int64_t>(1, any_count(random, {1, 3, 32}));
     const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3})), softplus = random.coin();
     const int32_t scale_input = random.coin();
     const bool has_z = random.coin(), has_D = random.coin(), has_bias = softplus && random.coin();
     const bool has_state = random.coin(), shared = random.coin(), keep = random.coin();
     const Sequences s(random);
     int64_t chunks = 0;
-    for (int64_t i = 0; i < s.count; ++i) chunks += (s.length(i) + chunk - 1) / chunk;
+    for (int64_t i = 0; i < s.count; ++i) chunks += s.length(i) / chunk + (s.length(i) % chunk != 0);
 
     Numbers A(wide, channels * N, random);
     const Numbers D(wide, channels, random), bias(wide, channels, random);
@@ -39,21 +39,28 @@ void selective_scan(Random& random) {
     const Numbers dA(wide, channels * N), dD(wide, channels), dbias(wide, channels);
 
     const auto maybe = [](bool there, const Numbers& numbers) { return there ? numbers.data() : nullptr; };
-    require(seqarch_selective_scan_forward(
-                wide, &x, &dt, &B, &C, has_z ? &z : nullptr, A.data(), maybe(has_D, D), maybe(has_bias, bias),
-                s.packed(), s.count, s.steps, channels, N, groups, chunk, softplus, scale_input,
-                maybe(has_state, state), &y, last.data(), maybe(keep, starts), threads) == SEQARCH_OK,
-            "selective_scan_forward refused");
+    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_selective_scan_forward(wide, &x, &dt, &B, &C, has_z ? &z : nullptr, A.data(), maybe(has_D, D),
+                                              maybe(has_bias, bias), offsets, n[0], n[1], n[2], n[3], n[4], chunk,
+                                              softplus, scale_input, maybe(has_state, state), &y, last.data(),
+                                              maybe(keep, starts), threads);
+    };
+    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
+        return seqarch_selective_scan_backward(
+            wide, &x, &dt, &B, &C, has_z ? &z : nullptr, A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, n[0],
+            n[1], n[2], n[3], n[4], chunk, softplus, scale_input, starts.data(), &dy, dlast.data(), &dx, &ddt,
+            shared ? &dB : nullptr, shared ? &dC : nullptr, has_z ? &dz : nullptr, dA.data(), maybe(has_D, dD),
+            maybe(has_bias, dbias), dstate.data(), threads);
+    };
+    const std::vector<int64_t> sizes{s.count, s.steps, channels, N, groups};
+    refuses(sizes, s.offsets, forward, "selective_scan_forward took a wrong size");
+    refuses(sizes, s.offsets, backward, "selective_scan_backward took a wrong size");
+    require(forward(sizes, s.packed()) == SEQARCH_OK, "selective_scan_forward refused");
     all_written(y.numbers, "selective_scan y");
     all_written(last, "selective_scan state");
     if (!keep) return;
     all_written(starts, "selective_scan starts");
-    require(seqarch_selective_scan_backward(
-                wide, &x, &dt, &B, &C, has_z ? &z : nullptr, A.data(), maybe(has_D, D), maybe(has_bias, bias),
-                s.packed(), s.count, s.steps, channels, N, groups, chunk, softplus, scale_input, starts.data(), &dy,
-                dlast.data(), &dx, &ddt, shared ? &dB : nullptr, shared ? &dC : nullptr, has_z ? &dz : nullptr,
-                dA.data(), maybe(has_D, dD), maybe(has_bias, dbias), dstate.data(), threads) == SEQARCH_OK,
-            "selective_scan_backward refused");
+    require(backward(sizes, s.packed()) == SEQARCH_OK, "selective_scan_backward refused");
     for (const Rows* rows : {std::addressof(dx), std::addressof(ddt)}) all_written(rows->numbers, "selective_scan dx, ddt");
     if (has_z) all_written(dz.numbers, "selective_scan dz");
     if (shared) all_written(dB.numbers, "selective_scan dB");

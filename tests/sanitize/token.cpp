@@ -46,6 +46,15 @@ void token(Random& random) {
          {y, u, mapped, B, C, parameter(A), parameter(D, with_bias), z, parameter(memory)}},
     };
     const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3}));
+    for (const seqarch_instruction& instruction : instructions) {
+        const auto call = [&](const std::vector<int64_t>& n, const int64_t*) {
+            seqarch_instruction changed = instruction;
+            changed.rows = n[0];
+            std::copy_n(n.begin() + 1, 2, changed.sizes);
+            return seqarch_run_token(&changed, 1, threads);
+        };
+        refuses({rows, instruction.sizes[0], instruction.sizes[1]}, {}, call, "run_token took a wrong size");
+    }
     require(seqarch_run_token(instructions, 5, threads) == SEQARCH_OK, "run_token refused");
     for (const Numbers* written : {&gated.numbers, &y.numbers, &inputs, &memory}) all_written(*written, "run_token");
 }

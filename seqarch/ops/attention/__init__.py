@@ -11,6 +11,11 @@ et al. 2020, "Longformer", section 3.1, to the past only.
 ``i + Tk - Tq`` and sees the keys up to it, itself included. A query that sees no key gives 0, with gradient 0; so do
 the first queries where Tq > Tk.
 
+Numbers are expected to be finite. A value that is not reaches, beside the queries that see it, earlier ones of its
+tile, in ``parallel_sdpa`` all earlier ones. Where ``chunk_sdpa`` and ``parallel_sdpa`` mask, keys and padding do so
+too. No other row or head is reached, and no other packed sequence but in ``chunk_sdpa``; in ``recurrent_torch`` only
+what sees it.
+
 Work is ``O(Tq Tk (K + V))`` a head, or ``O(Tq w (K + V))`` with a window of w.
 """
 
@@ -38,7 +43,10 @@ def prepare(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     key_start: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Check the arguments; what every backend takes: ``q, k, v, causal, window, scale, offsets, key_start``."""
+    """Check the arguments; what every backend takes: ``q, k, v, causal, window, scale, offsets, key_start``.
+
+    A window longer than all keys is as long as they are: no backend sees a size that is not one of memory.
+    """
     checks.floating_on_one_device(NAME, q=q, k=k, v=v)
     sizes = checks.match_shapes(
         NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B")
@@ -53,8 +61,8 @@ def prepare(
         raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
     checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
-    scale = sizes["K"] ** -0.5 if scale is None else scale
-    return q, k, v, causal, window, scale, offsets, key_start
+    window = None if window is None else min(window, max(1, sizes["Tk"]))
+    return q, k, v, causal, window, checks.finite_scale(NAME, scale, sizes["K"]), offsets, key_start
 
 
 OP = Op(
@@ -86,7 +94,8 @@ def attention(
         q: ``[B, Tq, H, K]``.
         k, v: ``[B, Tk, G, K]`` and ``[B, Tk, G, V]``; query head h uses head ``h // (H / G)``.
         causal: the last query stands at the last key, and none sees a later key than its own.
-        window: a query sees its own key and the ``window - 1`` before it; needs ``causal``.
+        window: a query sees its own key and the ``window - 1`` before it, or all before it where they are fewer; needs
+            ``causal``.
         scale: defaults to ``K ** -0.5``.
         cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T; needs Tq = Tk.
         key_start: ``[B]``, the first key of each row that is not padding: for rows of different lengths that end

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common import vendors
+from seqarch.ops.common.operators import first_derivatives_only
 
 WIDEST = 256
 """The greatest head width that the kernels take."""
@@ -53,10 +54,15 @@ def run(
 
     reach = (-1, -1) if window is None else (window - 1, 0)  # theirs does not count the token itself
     if offsets is None:
-        return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal, window_size=reach)
+        return _alone(flash_attn_func(q, k, v, softmax_scale=scale, causal=causal, window_size=reach))
     borders = torch.tensor(offsets, dtype=torch.int32, device=q.device)
     longest = max(end - start for start, end in pairwise(offsets))
     o = flash_attn_varlen_func(
         q[0], k[0], v[0], borders, borders, longest, longest, softmax_scale=scale, causal=causal, window_size=reach
     )
-    return o[None]
+    return _alone(o[None])
+
+
+def _alone(o: Tensor) -> Tensor:
+    first_derivatives_only("attention: backend 'chunk_flash_attn'", "choose chunk_triton or recurrent_torch", o)
+    return o

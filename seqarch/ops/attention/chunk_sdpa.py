@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from seqarch.ops.attention import parallel_sdpa
 
+TRANSFORMABLE = True
+
 BLOCKS = (32, 64, 128)
 """The least that reaches over the window is the fastest on a CPU, up to 128: at T = 4096, twice as fast as 128 for a
 window of 16 or 64, and 128 is faster than 64 and 256 for windows of 128 and 512."""
@@ -41,13 +43,14 @@ def run(
     scale: float,
     offsets: tuple[int, ...] | None,
     key_start: Tensor | None,
+    plain: bool = False,
 ) -> Tensor:
     batch, queries = q.shape[:2]
     size = next((size for size in BLOCKS if size >= window - 1), BLOCKS[-1])
     count = -(-queries // size)
     seen = 1 + -(-(window - 1) // size)  # blocks of keys for a block of queries, its own included
     if seen * size >= _reach(queries, k.shape[1], window, offsets):
-        return parallel_sdpa.run(q, k, v, causal, window, scale, offsets, key_start)
+        return parallel_sdpa.run(q, k, v, causal, window, scale, offsets, key_start, plain)
     shift = k.shape[1] - queries  # the position of the first query
     after = count * size - queries
     before = (seen - 1) * size - shift  # negative where the first keys are out of reach of every query
@@ -60,7 +63,7 @@ def run(
     earliest = F.pad(_earliest(queries, shift, window, offsets, key_start, q.device), (0, after))
     mask = _visible(earliest.unflatten(1, (count, size)), shift, seen)
     mask = mask.expand(batch, -1, -1, -1).reshape(batch * count, 1, size, seen * size)
-    o = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), scale, mask)
+    o = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), scale, mask, plain=plain)
     return o.reshape(batch, count * size, q.shape[2], v.shape[3])[:, :queries]
 
 

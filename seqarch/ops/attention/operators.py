@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqarch.ops.attention import chunk_sdpa, parallel_sdpa
 from seqarch.ops.common.checks import accumulation_dtype
 from seqarch.ops.common.memory import in_huge_pages, like
-from seqarch.ops.common.operators import define
+from seqarch.ops.common.operators import Formula, Saved, define
 
 
 def outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,23 +34,30 @@ def differentiable(
     o, these logarithms and the gradient of o, and gives the gradients of q, k and v.
     """
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, ctx.causal, ctx.window, ctx.scale, key_start, ctx.cu_seqlens = inputs
-        ctx.save_for_backward(q, k, v, key_start, *output)
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, key_start, o, log_sum = ctx.saved_tensors
-        if do is None:
-            return (None,) * 8
-        options = ctx.causal, ctx.window, ctx.scale, key_start, ctx.cu_seqlens
-        return *gradient(q, k, v, *options, o, log_sum, do), None, None, None, None, None
+    def differentiate(call: Saved, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return gradient(*call.inputs, *call.kept, do)
 
     operator, gradient = define(
-        name, forward, backward, lambda q, k, v, *_: outputs(q, k, v), lambda q, k, v, *_: gradients(q, k, v), save,
-        differentiate, devices,
+        name, forward, backward, lambda q, k, v, *_: outputs(q, k, v), lambda q, k, v, *_: gradients(q, k, v),
+        Formula(differentiate, _plain, keeps=(0, 1)), devices,
     )  # fmt: skip
     return operator
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int,
+    scale: float,
+    key_start: Tensor | None,
+    cu_seqlens: Sequence[int] | None,
+) -> Tensor:
+    offsets = None if cu_seqlens is None else tuple(cu_seqlens)
+    if window:
+        return chunk_sdpa.run(q, k, v, causal, window, scale, offsets, key_start, plain=True)
+    return parallel_sdpa.run(q, k, v, causal, None, scale, offsets, key_start, plain=True)
 
 
 def run(

@@ -1,4 +1,7 @@
-"""torch's ``scaled_dot_product_attention`` on all queries at once, with a mask only where it needs one."""
+"""torch's ``scaled_dot_product_attention`` on all queries at once, with a mask only where it needs one.
+
+Its fused kernels have first derivatives in reverse mode alone. For transforms the same is computed in parts, ``plain``.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqarch.ops.common.checks import promoted_dtype
+from seqarch.ops.common.checks import accumulation_dtype, promoted_dtype
+from seqarch.ops.common.eager import transform
+from seqarch.ops.common.operators import first_derivatives_only
 from seqarch.ops.common.packed import each_sequence
+from seqarch.ops.common.softmax import masked_softmax
+
+TRANSFORMABLE = True
+
+OTHERS = "choose chunk_cpp, chunk_triton or recurrent_torch"
 
 
 def run(
@@ -19,15 +29,23 @@ def run(
     scale: float,
     offsets: tuple[int, ...] | None,
     key_start: Tensor | None,
+    plain: bool = False,
 ) -> Tensor:
     def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend(q, k, v, causal, window, scale, key_start)
+        return _attend(q, k, v, causal, window, scale, key_start, plain)
 
     return each_sequence(one, offsets, q, k, v)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_start: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    key_start: Tensor | None,
+    plain: bool,
 ) -> Tensor:
     unseen = 0 if window is None else max(0, k.shape[1] - q.shape[1] - window + 1)
     if unseen:  # keys that have left even the first query's window
@@ -38,9 +56,9 @@ def _attend(
     if q.shape[1] == 1:  # the last query sees all that is left
         causal, window = False, None
     # torch aligns is_causal with the first key, this operation with the last
-    plain = window is None and key_start is None and (not causal or q.shape[1] == k.shape[1])
-    mask = None if plain else visible(q.shape[1], k.shape[1], causal, window, key_start, q.device)
-    return sdpa(q, k, v, scale, mask, is_causal=causal and plain)
+    whole = window is None and key_start is None and (not causal or q.shape[1] == k.shape[1])
+    mask = None if whole else visible(q.shape[1], k.shape[1], causal, window, key_start, q.device)
+    return sdpa(q, k, v, scale, mask, is_causal=causal and whole, plain=plain)
 
 
 def visible(
@@ -57,12 +75,36 @@ def visible(
     return mask & (key >= key_start[:, None, None, None])
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    is_causal: bool = False,
+    plain: bool = False,
+) -> Tensor:
     """``scaled_dot_product_attention`` in this project's layout, dtypes and shared heads."""
+    if plain or transform() is not None:
+        if mask is None:
+            mask = visible(q.shape[1], k.shape[1], is_causal, None, None, q.device)
+        return _in_parts(q, k, v, scale, mask)
+    if not scale > 0:  # with which torch's fused kernel for CPUs multiplies masked scores, too
+        q, scale = q * scale, 1.0
     common = promoted_dtype(q, k, v)
     heads_first = (tensor.to(common).transpose(1, 2) for tensor in (q, k, v))
     shared = q.shape[2] != k.shape[2]
     o = F.scaled_dot_product_attention(
         *heads_first, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared
     )
+    if not torch.compiler.is_compiling() and "ScaledDotProduct" in str(o.grad_fn):  # else torch took it apart
+        first_derivatives_only("attention: torch's fused kernel", OTHERS, o)
     return o.transpose(1, 2).to(v.dtype)
+
+
+def _in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
+    wide, groups = accumulation_dtype(q, k, v), k.shape[2]
+    queries, keys, values = (x.to(wide).transpose(1, 2) for x in (q * scale, k, v))
+    scores = queries.unflatten(1, (groups, -1)) @ keys.unsqueeze(2).mT
+    o = masked_softmax(scores, mask.unsqueeze(1)) @ values.unsqueeze(2)
+    return o.flatten(1, 2).transpose(1, 2).to(v.dtype)

@@ -8,6 +8,8 @@ from torch import Tensor
 from seqarch.ops.common.checks import accumulation_dtype
 from seqarch.ops.common.packed import each_sequence
 
+TRANSFORMABLE = True
+
 
 def run(
     q: Tensor,

@@ -12,6 +12,10 @@ Blocks have ``block_size`` tokens and count from each sequence's own first token
 key: of Tq queries and Tk keys, query i has position ``i + Tk - Tq``. A block listed twice counts once, -1 is no block,
 and what lies after the query is not seen, listed or not. A query that sees no key gives 0, with gradient 0.
 
+Numbers are expected to be finite. A value that is not reaches, beside the queries that see it, earlier ones of its
+block, in ``parallel_torch`` all earlier ones; no other row, head or packed sequence. In ``chunk_torch`` and
+``recurrent_torch`` it reaches none but those that see it.
+
 Work is ``O(Tq S b (K + V))`` a query head for lists of S blocks, and no tensor of a call, forward or backward, holds
 all pairs of queries and keys.
 """
@@ -29,6 +33,9 @@ from seqarch.ops.op import Op
 
 NAME = "block_sparse_attention"
 
+LEAST_BLOCK = 128
+"""A block of so many tokens at least keeps its size where there are fewer keys: backends choose by it."""
+
 
 def prepare(
     q: Tensor,
@@ -44,7 +51,8 @@ def prepare(
 ) -> tuple[Any, ...]:
     """Check the arguments; for every backend ``q, k, v, block_index, block_size, window, scale, offsets, key_start``.
 
-    The window is 0 for none.
+    The window is 0 for none. Where a window or a block is longer than all keys it is as long as they are, and where
+    ``key_start`` is before the first or after the last it is there: no backend sees a size that is not one of memory.
     """
     checks.floating_on_one_device(NAME, q=q, k=k, v=v)
     sizes = checks.match_shapes(
@@ -57,6 +65,7 @@ def prepare(
     )
     checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["I"], "the heads of block_index")
     checks.divides(NAME, sizes["I"], "the heads of block_index", sizes["H"], "the heads of q")
+    checks.dense(NAME, "block_index", block_index)
     if block_index.dtype != torch.int64 or block_index.device != q.device:
         given = f"{block_index.dtype} on {block_index.device}"
         raise TypeError(f"{NAME}: block_index is {given}, expected torch.int64 on {q.device}")
@@ -68,16 +77,19 @@ def prepare(
     checks.entries_within(NAME, "block_index", block_index, -1, -(-sizes["Tk"] // block_size) - 1)
     checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
-    scale = sizes["K"] ** -0.5 if scale is None else scale
-    return q, k, v, block_index, block_size, window or 0, scale, offsets, key_start
+    window = 0 if window is None else min(window, max(1, sizes["Tk"]))
+    block_size = min(block_size, max(LEAST_BLOCK, sizes["Tk"]))
+    key_start = None if key_start is None else key_start.clamp(0, sizes["Tk"])
+    scale = checks.finite_scale(NAME, scale, sizes["K"])
+    return q, k, v, block_index, block_size, window, scale, offsets, key_start
 
 
 OP = Op(
     NAME,
     prepare,
-    order=("grouped_cpp", "grouped_triton", "grouped_torch", "chunk_torch", "recurrent_torch"),
+    order=("grouped_cpp", "grouped_triton", "grouped_torch", "chunk_torch", "parallel_torch", "recurrent_torch"),
     reference="recurrent_torch",
-    step_order=("grouped_cpp", "grouped_triton", "chunk_torch", "recurrent_torch"),
+    step_order=("grouped_cpp", "grouped_triton", "chunk_torch", "parallel_torch", "recurrent_torch"),
 )
 
 
@@ -102,13 +114,14 @@ def block_sparse_attention(
         block_index: ``[B, Tq, I, S]``, int64: the blocks of each query, -1 for none, in any order. G divides I and I
             divides H; query head h uses list ``h // (H / I)``. That entries are below ``ceil(Tk / block_size)`` is
             checked on a CPU outside of ``torch.compile`` alone; elsewhere a block that does not exist is no block.
-        block_size: tokens of a block.
-        window: a query also sees its own key and the ``window - 1`` before it; ``None`` for listed blocks alone.
+        block_size: tokens of a block; any number that is not below Tk makes one block of all.
+        window: a query also sees its own key and the ``window - 1`` before it, or all before it where they are fewer;
+            ``None`` for listed blocks alone.
         scale: defaults to ``K ** -0.5``.
         cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T; needs Tq = Tk. Blocks count from the
             start of each sequence.
         key_start: ``[B]``, the first key of each row that is not padding: for rows of different lengths that end
-            together, as in a cache. Blocks count from it.
+            together, as in a cache. Blocks count from it. Below 0 it counts as 0, past Tk it hides the whole row.
         backend: a name, or ``"auto"``.
 
     Returns:

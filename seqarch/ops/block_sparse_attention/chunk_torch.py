@@ -42,9 +42,10 @@ class _Chunks:
             times = self.first[part].unsqueeze(-1) + (entries >> 1) * len(self.inside) + self.inside
             yield part, entries.expand_as(times).flatten(2), times.flatten(2)
 
-    def place(self, part: slice, times: Tensor, steps: tuple[int, ...]) -> Tensor:
-        """The rows of memory in which those tokens lie."""
-        times = times.clamp(0, self.keys - 1)
+    def place(self, part: slice, times: Tensor, unseen: Tensor, steps: tuple[int, ...]) -> Tensor:
+        """The rows of memory in which those tokens lie; the query's own for what it does not see, so that no number of
+        another token is read, which may not be finite."""
+        times = torch.where(unseen, self.at[part], times).clamp(0, self.keys - 1)
         return (self.row[part] * steps[0] + times * steps[1] + self.head * steps[2]).flatten()
 
 
@@ -64,13 +65,14 @@ def forward(
     queries, o_lists, log_lists = _by_lists(q, count), _by_lists(o, count), _by_lists(log_sum, count)
     (key_rows, key_steps), (value_rows, value_steps) = rows(k), rows(v)
     for part, inside, times in chunks:
-        keys = key_rows.index_select(0, chunks.place(part, times, key_steps)).to(wide)
+        unseen = hidden(inside, times, chunks.at[part], window)
+        keys = key_rows.index_select(0, chunks.place(part, times, unseen, key_steps)).to(wide)
         scores = (queries[part].to(wide) * scale) @ keys.view(*times.shape, -1).mT
-        scores.masked_fill_(hidden(inside, times, chunks.at[part], window).unsqueeze(2), -torch.inf)
+        scores.masked_fill_(unseen.unsqueeze(2), -torch.inf)
         largest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
         weights = scores.sub_(largest).exp_()
         total = weights.sum(-1, keepdim=True).clamp(min=1)  # it is 1 or more, or 0 where nothing is seen
-        values = value_rows.index_select(0, chunks.place(part, times, value_steps)).to(wide)
+        values = value_rows.index_select(0, chunks.place(part, times, unseen, value_steps)).to(wide)
         o_lists[part] = (weights @ values.view(*times.shape, -1) / total).to(o.dtype)
         log_lists[part] = (largest + total.log()).squeeze(-1)
     return o, log_sum
@@ -98,11 +100,12 @@ def backward(
     dq_lists, (dk_rows, steps), (dv_rows, _) = _by_lists(dq, count), rows(dk), rows(dv)
     key_rows, value_rows = (rows(x.contiguous())[0] for x in (k, v))
     for part, inside, times in chunks:
-        place = chunks.place(part, times, steps)
+        unseen = hidden(inside, times, chunks.at[part], window)
+        place = chunks.place(part, times, unseen, steps)
         keys, values = (x.index_select(0, place).to(wide).view(*times.shape, -1) for x in (key_rows, value_rows))
         query, upstream = queries[part].to(wide) * scale, do[part].to(wide)
-        unseen = hidden(inside, times, chunks.at[part], window).unsqueeze(2)
-        weights = (query @ keys.mT).sub_(log_sum[part].unsqueeze(-1)).masked_fill_(unseen, -torch.inf).exp_()
+        weights = (query @ keys.mT).sub_(log_sum[part].unsqueeze(-1))
+        weights.masked_fill_(unseen.unsqueeze(2), -torch.inf).exp_()
         dv_rows.index_add_(0, place, (weights.mT @ upstream).flatten(0, 2))
         own = (upstream * o[part].to(wide)).sum(-1, keepdim=True)
         dscores = (upstream @ values.mT).sub_(own).mul_(weights)

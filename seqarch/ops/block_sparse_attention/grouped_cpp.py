@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.block_sparse_attention.lists import differentiable, outputs, sequence_starts
+from seqarch.ops.block_sparse_attention.lists import differentiable, outputs
+from seqarch.ops.block_sparse_attention.starts import sequence_starts
 from seqarch.ops.common import native
 from seqarch.ops.common.memory import in_huge_pages
 from seqarch.ops.common.native import Heads, Pointer, float64, int32, int64
@@ -91,7 +92,7 @@ def backward(
 
 
 NAME = "block_sparse_attention_compiled"
-attend = differentiable(NAME, forward, backward)
+attend = differentiable(NAME, forward, backward, blocks=lambda block_index: block_index)
 
 
 def run(

@@ -91,12 +91,15 @@ class _Tiles:
         times = (blocks % length)[:, None] + self.inside
         heads = (blocks // length)[:, None]
         row, head = heads // self.heads, heads % self.heads * key_heads // self.heads
-        keys = (row * length + times.clamp(max=length - 1)) * key_heads + head
-        some = pairs.clamp(max=len(self.entries) - 1)
+        padded = pairs == len(self.entries)
+        # by a query of the same tile, so that a number that is not finite stays among those that share its block
+        some = torch.where(padded, pairs[:: self.size].repeat_interleave(self.size), pairs)
         of_list = some // self.listed
         at = of_list // self.heads % self.queries + length - self.queries
-        entries = self.entries[some].masked_fill(pairs == len(self.entries), -1)
+        entries = self.entries[some].masked_fill(padded, -1)
         entries, at = (x.view(len(blocks), -1, 1) for x in (entries, at))
+        # no key after all queries of the tile is read: in packed sequences it may be of the next one
+        keys = (row * length + torch.minimum(times, at.amax(1))) * key_heads + head
         unseen = hidden(entries, times.unsqueeze(1), at, self.window)
         return _Chunk(pairs, of_list, keys.flatten(), unseen.unsqueeze(2))
 

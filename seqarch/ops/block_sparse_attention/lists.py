@@ -7,15 +7,16 @@ nothing. No block is there twice, and none begins after the query.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqarch.ops.block_sparse_attention import parallel_torch
+from seqarch.ops.block_sparse_attention.starts import sequence_starts
 from seqarch.ops.common.checks import accumulation_dtype
 from seqarch.ops.common.memory import in_huge_pages
-from seqarch.ops.common.operators import define
+from seqarch.ops.common.operators import Formula, Saved, define
 
 
 def run(
@@ -34,18 +35,6 @@ def run(
     first = sequence_starts(q.shape[1], offsets, key_start, q.device)
     position = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device) - first
     return attend(q, k, v, plain_lists(block_index, position, block_size, window), first, block_size, window, scale)[0]
-
-
-def sequence_starts(
-    queries: int, offsets: tuple[int, ...] | None, key_start: Tensor | None, device: torch.device
-) -> Tensor:
-    """Where the keys of each query's sequence begin: ``[1, Tq]`` or ``[B, Tq]``."""
-    if offsets is not None:
-        lengths = torch.tensor([end - start for start, end in pairwise(offsets)], device=device)
-        return torch.tensor(offsets[:-1], device=device).repeat_interleave(lengths, output_size=queries)[None]
-    if key_start is not None:
-        return key_start.long()[:, None].expand(-1, queries)
-    return torch.zeros(1, queries, dtype=torch.int64, device=device)
 
 
 def plain_lists(block_index: Tensor, position: Tensor, block_size: int, window: int) -> Tensor:
@@ -77,24 +66,33 @@ def rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x.as_strided((count, width), (width, 1)), steps
 
 
-def differentiable(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+def blocks_of(entries: Tensor) -> Tensor:
+    """The blocks that plain lists name: without those of which only the window is seen."""
+    return torch.where((entries >= 0) & (entries % 2 == 0), entries >> 1, -1)
+
+
+def differentiable(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], blocks: Callable[[Tensor], Tensor] = blocks_of
+) -> Callable[..., Any]:
     """A custom operator, which compilers leave whole: its loop over chunks stays a loop, its memory bounded.
 
     ``forward(q, k, v, entries, first, block_size, window, scale)`` gives o and the logarithm of each softmax's sum,
     ``backward(do, q, k, v, entries, first, o, log_sum, block_size, window, scale)`` the gradients of q, k and v.
+    ``blocks`` gives the lists of blocks that such entries stand for.
     """
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:5], *output)
-        ctx.options = inputs[5:]
+    def differentiate(call: Saved, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return gradient(do, *call.inputs[:5], *call.kept, *call.inputs[5:])
 
-    def differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(do.device.type, enabled=False):  # of whoever calls backward within its own
-            return *gradient(do, *ctx.saved_tensors, *ctx.options), *[None] * 5
+    def plain(
+        q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int, scale: float
+    ) -> Tensor:
+        return parallel_torch.attend(q, k, v, blocks(entries), first, block_size, window, scale)
 
     operator, gradient = define(
         name, forward, backward, lambda q, k, v, *_: outputs(q, k, v),
-        lambda do, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)), save, differentiate,
+        lambda do, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+        Formula(differentiate, plain, keeps=(0, 1)),
     )  # fmt: skip
     return operator
 

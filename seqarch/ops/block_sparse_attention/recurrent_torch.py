@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.eager import is_batched
 from seqarch.ops.common.packed import each_sequence
+
+TRANSFORMABLE = True
+
+
+def refuse(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, *others: Any) -> str | None:
+    return "block_index is batched by vmap, and its values are asked for" if is_batched(block_index) else None
 
 
 def run(

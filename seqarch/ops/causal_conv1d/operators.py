@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqarch.ops.causal_conv1d import parallel_torch
 from seqarch.ops.common.memory import like
-from seqarch.ops.common.operators import Engine, define
+from seqarch.ops.common.operators import Engine, Formula, Saved, define
 from seqarch.ops.common.packed import sequence_count
 
 
@@ -38,8 +39,8 @@ class Operators:
     def __init__(self, name: str, engine: Engine, device: str | None):
         self.engine = engine
         self.forward, self.backward = define(
-            name, self._forward, self._backward, self._room, self._room_for_gradients, self._save, self._differentiate,
-            device,
+            name, self._forward, self._backward, self._room, self._room_for_gradients,
+            Formula(self._gradients, parallel_torch.run, results=2), device,
         )  # fmt: skip
 
     def _inputs(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Any, ...]:
@@ -96,11 +97,6 @@ class Operators:
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         return dx, dweight, weight.new_empty(weight.shape[0]), dstate
 
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, state, ctx.silu, ctx.cu_seqlens = inputs
-        ctx.save_for_backward(x, weight, bias, state)
-
-    def _differentiate(self, ctx: Any, dy: Tensor, dstate_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, state = ctx.saved_tensors
-        dx, dweight, dbias, dstate = self.backward(x, weight, bias, state, ctx.silu, ctx.cu_seqlens, dy, dstate_out)
-        return dx, dweight, None if bias is None else dbias, None if state is None else dstate, None, None
+    def _gradients(self, call: Saved, dy: Tensor, dstate_out: Tensor) -> list[Tensor | None]:
+        found = self.backward(*call.inputs, dy, dstate_out)
+        return [None if given is None else one for given, one in zip(call.inputs, found, strict=False)]

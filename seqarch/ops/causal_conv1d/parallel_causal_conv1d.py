@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common import vendors
+from seqarch.ops.common.operators import first_derivatives_only
 from seqarch.ops.common.packed import over_sequences
 
 WIDTHS = range(2, 5)
@@ -53,6 +54,9 @@ def run(
     activation = "silu" if silu else None
     y = causal_conv1d_fn(
         x.transpose(1, 2), weight, bias, seq_idx=_numbers(offsets, x), initial_states=first, activation=activation
+    )
+    first_derivatives_only(
+        "causal_conv1d: backend 'parallel_causal_conv1d'", "choose parallel_cuda or parallel_torch", y
     )
     rows = x.shape[0] if offsets is None else len(offsets) - 1
     if state is None:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from seqarch.ops.causal_conv1d.operators import Operators, refuse_dtypes
 from seqarch.ops.common import native
-from seqarch.ops.common.native import Offsets, Pointer, int32, int64
+from seqarch.ops.common.native import Offsets, Pointer, Start, int32, int64
 from seqarch.ops.common.operators import Engine
 
 unavailable = native.unavailable
 
 # The order of the header, csrc/include/seqarch.h.
-_INPUTS = (int32, Pointer, int64, int64, Pointer, Pointer, Pointer)
-_UPSTREAM = (Pointer, int64, int64, Pointer)
+_INPUTS = (int32, Start, int64, int64, Pointer, Pointer, Pointer)
+_UPSTREAM = (Start, int64, int64, Pointer)
 _PROBLEM = (Offsets, int64, int64, int64, int64, int32)
 _forward = native.Kernel("causal_conv1d_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
 _backward = native.Kernel("causal_conv1d_backward", *_INPUTS, *_UPSTREAM, Pointer, Pointer, Pointer, Pointer, *_PROBLEM)

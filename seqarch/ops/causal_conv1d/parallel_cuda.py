@@ -12,14 +12,14 @@ from torch import Tensor
 
 from seqarch.ops.causal_conv1d.operators import Operators, refuse_dtypes
 from seqarch.ops.common import library_cuda
-from seqarch.ops.common.native import NUMBERS, Pointer, int32, int64
+from seqarch.ops.common.native import NUMBERS, Pointer, Start, int32, int64
 from seqarch.ops.common.operators import Engine
 
 unavailable = library_cuda.unavailable
 
 # The order of the header, csrc/include/seqarch_cuda.h.
-_INPUTS = (int32, Pointer, int64, int64, Pointer, Pointer, Pointer)
-_UPSTREAM = (Pointer, int64, int64, Pointer)
+_INPUTS = (int32, Start, int64, int64, Pointer, Pointer, Pointer)
+_UPSTREAM = (Start, int64, int64, Pointer)
 _PROBLEM = (Pointer, int64, int64, int64, int64, int32)
 _forward = library_cuda.Kernel("causal_conv1d_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
 _backward = library_cuda.Kernel("causal_conv1d_backward", *_INPUTS, *_UPSTREAM, *[Pointer] * 4, *_PROBLEM)

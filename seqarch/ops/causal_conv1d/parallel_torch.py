@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqarch.ops.common.eager import transform
 from seqarch.ops.common.packed import over_sequences
+
+TRANSFORMABLE = True
 
 
 def _convolve(history: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -14,8 +17,12 @@ def _convolve(history: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     As a two-dimensional convolution of height 1, whose channels-last layout is what ``history`` already has: on a CPU
     several times faster than ``conv1d``, which wants channels first. In float64, where torch has a slow loop
-    for it, as a matrix product of the windows.
+    for it, as a matrix product of the windows; under transforms, which have rules for neither, tap by tap.
     """
+    if transform() is not None:
+        length = history.shape[1] - weight.shape[1] + 1
+        taps = [history[:, w : w + length] * weight[:, w] for w in range(weight.shape[1])]
+        return torch.stack(taps).sum(0) if bias is None else torch.stack(taps).sum(0) + bias
     if weight.dtype == torch.float64:
         windows = history.unfold(1, weight.shape[1], 1).permute(2, 0, 1, 3)
         y = (windows.flatten(1, 2) @ weight.unsqueeze(-1)).view(windows.shape[:3]).permute(1, 2, 0)

@@ -13,6 +13,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from seqarch.ops.common.eager import is_batched, is_traced
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot serve the call."""
+
 
 def unknown_name(kind: str, given: str, choices: Iterable[str]) -> ValueError:
     """The error for a name that is not in a registry: lists the right ones and the nearest."""
@@ -102,17 +108,42 @@ def divides(op: str, few: int, few_name: str, many: int, many_name: str) -> None
         raise ValueError(f"{op}: {many_name} ({many}) must be a multiple of {few_name} ({few})")
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def floating_on_one_device(op: str, **tensors: Tensor | None) -> None:
-    """Raise unless all tensors are floating point and on one device."""
+    """Raise unless all tensors are dense, of a dtype of :data:`FLOATS` and on one device."""
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating point dtype")
+        if tensor.dtype not in FLOATS:
+            floats = "a floating point dtype: float64, float32, bfloat16 or float16"
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {floats}")
+        dense(op, name, tensor)
         first = first or (name, tensor)
         if tensor.device != first[1].device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first[1].device} as {first[0]}")
+
+
+def dense(op: str, name: str, tensor: Tensor) -> None:
+    """Raise if a tensor is sparse, nested or in a library's own layout."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided")
+
+
+def finite_scale(op: str, scale: float | None, width: int) -> float:
+    """The scale of scores or outputs, ``width ** -0.5`` unless given."""
+    if width < 1:
+        raise ValueError(f"{op}: q and k are {width} wide, expected at least 1")
+    if scale is None:
+        return width**-0.5
+    if not -_LARGEST <= scale <= _LARGEST:
+        raise ValueError(f"{op}: scale is {show(scale)}, expected a finite number")
+    return float(scale)
+
+
+_LARGEST = torch.finfo(torch.float64).max
 
 
 def sequence_offsets(
@@ -127,6 +158,9 @@ def sequence_offsets(
     if cu_seqlens is None:
         return None
     if isinstance(cu_seqlens, Tensor):
+        dense(op, "cu_seqlens", cu_seqlens)
+        if cu_seqlens.is_meta:
+            raise ValueError(f"{op}: cu_seqlens is on meta, expected a device that holds its values")
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"{op}: cu_seqlens must be a 1-D int32 or int64 tensor,"
@@ -136,7 +170,7 @@ def sequence_offsets(
     if not isinstance(cu_seqlens, Sequence):
         raise ValueError(f"{op}: cu_seqlens: expected offsets from 0 to T, got {cu_seqlens!r}")
     offsets = tuple(cu_seqlens)
-    if not all(isinstance(offset, int) for offset in offsets):
+    if not all(fits(offset, (int,)) for offset in offsets):
         raise ValueError(f"{op}: cu_seqlens must be whole numbers, got {cu_seqlens!r}")
     if batch != 1:
         raise ValueError(f"{op}: cu_seqlens packs sequences into a batch of 1, got a batch of {batch}")
@@ -152,8 +186,7 @@ def sequence_offsets(
 
 def entries_within(op: str, name: str, index: Tensor, least: int, most: int) -> None:
     """Raise unless all entries are in ``least..most``; only on a CPU and not in a trace, where nothing has to wait."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)  # type: ignore[attr-defined]
-    if traced or type(index) is not Tensor or index.device.type != "cpu" or not index.numel():
+    if is_traced() or is_batched(index) or type(index) is not Tensor or index.device.type != "cpu" or not index.numel():
         return
     low, high = (int(end) for end in index.aminmax())
     if low < least or high > most:
@@ -166,6 +199,7 @@ def key_start(op: str, start: Tensor | None, packed: bool, device: torch.device)
         return
     if packed:
         raise ValueError(f"{op}: key_start is for rows of a batch, cu_seqlens for packed sequences; give one of them")
+    dense(op, "key_start", start)
     if start.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: key_start has dtype {start.dtype}, expected int32 or int64")
     if start.device != device:

@@ -150,6 +150,7 @@ class Kernel:
     def __call__(self, *arguments: object) -> None:
         tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
         with torch.cuda.device_of(tensor):
+            native.check_memory(self.name, self.argument_types, arguments, tensor.device.type)
             stream = torch.cuda.current_stream().cuda_stream if tensor.is_cuda else None
             needed = ctypes.c_int64(0)
             self._call(*arguments, None, needed, stream)

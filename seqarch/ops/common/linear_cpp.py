@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common import native
+from seqarch.ops.common.eager import transform
 from seqarch.ops.common.native import Pointer, int32, int64
 
 MOST_ROWS = 4
@@ -30,6 +31,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and all(tensor.dtype == weight.dtype and tensor.device.type == "cpu" for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch.is_autocast_enabled("cpu")
+        and transform() is None
         and native.unavailable() is None
     )
 

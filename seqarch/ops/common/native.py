@@ -6,9 +6,10 @@ plain C interface (``csrc/include/seqarch.h``). The kernels of the best one that
 environment variable ``SEQARCH_ISA`` names an older one. That a library is missing or stale is a reason which
 :func:`unavailable` tells, never an error on import.
 
-A kernel's argument types: :class:`Pointer`, :class:`Rows` and :class:`Heads` take a tensor or ``None``, the last two
-with its strides, :class:`Offsets` a sequence of integers or ``None``, :class:`Instructions` an array of them, ``int32``
-and ``int64`` an integer, ``float64`` a float.
+A kernel's argument types: :class:`Pointer`, :class:`Start`, :class:`Rows` and :class:`Heads` take a tensor or ``None``,
+the last two with its strides, :class:`Offsets` a sequence of integers or ``None``, :class:`Instructions` an array of
+them, ``int32`` and ``int64`` an integer, ``float64`` a float. A tensor's memory is held while its kernel runs: other
+threads do too, and may give the tensor other memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import seqarch
 from seqarch.ops.common.checks import accumulation_dtype, unknown_name
+from seqarch.ops.common.scoped import Scoped
 
 INTERFACE = 6
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
@@ -41,30 +43,87 @@ NUMBERS = {**DTYPES, torch.float16: 3}
 
 ERRORS = {1: (ValueError, "an argument is outside its domain"), 2: (MemoryError, "out of memory")}
 
+_CPU = torch.device("cpu")
+
 int32, int64, float64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 
 
-class Pointer:
-    """Argument type: the address of a tensor's first element; null for ``None``."""
+class _Memory:
+    """Argument type: a tensor whose dimensions after the first ``free`` lie side by side, or ``None``."""
+
+    free: int
+
+    @classmethod
+    def check(cls, kernel: str, tensor: Tensor, device: str) -> None:
+        """Raise unless all numbers of the tensor lie where a kernel for this type of device looks for them.
+
+        Raises:
+            ValueError: they are elsewhere or nowhere (meta and fake tensors, a storage that was resized), or have gaps.
+        """
+        shown = f"{kernel}: a tensor of shape {list(tensor.shape)} and strides {list(tensor.stride())}"
+        memory = tensor.untyped_storage()
+        if memory.device.type != device:
+            raise ValueError(f"{shown} has its memory on {memory.device}, expected {device}")
+        if tensor.numel() and memory.nbytes() < (needed := _bytes_to_end(tensor)):
+            raise ValueError(f"{shown} has a storage of {memory.nbytes()} bytes, expected at least {needed}")
+        if not _side_by_side(tensor, cls.free):
+            raise ValueError(f"{shown} has gaps after its first {cls.free} dimensions, expected none")
+
+
+def _bytes_to_end(tensor: Tensor) -> int:
+    """From the start of the storage to the end of the last number."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
+
+
+def _side_by_side(tensor: Tensor, free: int) -> bool:
+    if tensor.is_contiguous():
+        return True
+    step = 1
+    for size, stride in zip(reversed(tensor.shape[free:]), reversed(tensor.stride()[free:]), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+class Pointer(_Memory):
+    """Argument type: the address of a contiguous tensor's first element; null for ``None``."""
+
+    free = 0
 
     @classmethod
     def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
-        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+        address = ctypes.c_void_p()
+        if tensor is not None:
+            address.memory = tensor.untyped_storage()  # type: ignore[attr-defined]
+            address.value = tensor.data_ptr()
+        return address
+
+
+class Start(Pointer):
+    """Argument type: the same of a tensor ``[B, T, D]`` whose strides the kernel is told beside it."""
+
+    free = 2
 
 
 class _RowsStructure(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("batch_stride", int64), ("time_stride", int64), ("dtype", int32))
 
 
-class Rows:
+class Rows(_Memory):
     """Argument type: ``seqarch_rows`` of a tensor ``[B, T, ...]`` whose dimensions after the second lie side by side;
     null for ``None``."""
+
+    free = 2
 
     @classmethod
     def from_param(cls, tensor: Tensor | None) -> Any:
         if tensor is None:
             return None
+        memory = tensor.untyped_storage()
         rows = _RowsStructure(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), NUMBERS[tensor.dtype])
+        rows.memory = memory
         return ctypes.byref(rows)
 
 
@@ -77,14 +136,19 @@ class _Heads(ctypes.Structure):
     ]
 
 
-class Heads:
+class Heads(_Memory):
     """Argument type: a tensor ``[B, T, H]`` or ``[B, T, H, D]`` with its strides, D's being 1; null for ``None``."""
+
+    free = 3
 
     @classmethod
     def from_param(cls, tensor: Tensor | None) -> Any:
         if tensor is None:
             return None
-        return ctypes.byref(_Heads(tensor.data_ptr(), *tensor.stride()[:3]))
+        memory = tensor.untyped_storage()
+        heads = _Heads(tensor.data_ptr(), *tensor.stride()[:3])
+        heads.memory = memory
+        return ctypes.byref(heads)
 
 
 class Offsets:
@@ -180,7 +244,7 @@ if _asked is not None and _asked not in ISAS:
     raise unknown_name("instruction set in SEQARCH_ISA", _asked, ISAS)
 if _asked is not None and _libraries and _asked not in _libraries:
     _reason = f"SEQARCH_ISA is {_asked}, but this processor runs only {', '.join(_libraries)}"
-_isa = _asked or (list(_libraries) or ISAS)[-1]
+_isa = Scoped("isa", _asked or (list(_libraries) or ISAS)[-1])
 
 
 def unavailable() -> str | None:
@@ -201,25 +265,19 @@ def library() -> ctypes.CDLL:
     """
     if _reason is not None:
         raise LibraryError(_reason)
-    return _libraries[_isa]
+    return _libraries[_isa.get()]
 
 
 def chosen_isa() -> str:
     """The instruction set whose kernels run."""
-    return _isa
+    return _isa.get()
 
 
-@contextmanager
-def use_isa(isa: str) -> Iterator[None]:
+def use_isa(isa: str) -> AbstractContextManager[None]:
     """Within the block, the kernels of this instruction set run, one of :func:`supported_isas`."""
-    global _isa
     if isa not in _libraries:
         raise unknown_name("instruction set of this processor", isa, _libraries)
-    before, _isa = _isa, isa
-    try:
-        yield
-    finally:
-        _isa = before
+    return _isa.set(isa)
 
 
 def library_hash() -> str:
@@ -230,6 +288,19 @@ def library_hash() -> str:
 def openmp_version() -> int:
     """The OpenMP version that the library was built with, a date such as 201511; 0 without OpenMP."""
     return library().seqarch_openmp()
+
+
+def check_memory(kernel: str, kinds: Sequence[type], arguments: Sequence[object], device: str) -> None:
+    """Raise what :meth:`_Memory.check` does of a kernel's arguments."""
+    for kind, argument in zip(kinds, arguments, strict=False):
+        if isinstance(argument, Tensor) and not (device == "cpu" and _whole(argument)):
+            kind.check(kernel, argument, device)  # type: ignore[attr-defined]
+
+
+def _whole(tensor: Tensor) -> bool:
+    """Whether it owns all of a storage in the CPU's memory, as most do: quicker than :meth:`_Memory.check`."""
+    memory = tensor.untyped_storage()
+    return memory.nbytes() == tensor.nbytes and tensor.is_contiguous() and memory.device == _CPU
 
 
 class Kernel:
@@ -247,6 +318,7 @@ class Kernel:
         self.name, self.argument_types = name, (*argument_types, int32)
 
     def __call__(self, *arguments: object) -> None:
+        check_memory(self.name, self.argument_types, arguments, "cpu")
         function = getattr(library(), f"seqarch_{self.name}")
         if function.argtypes is None:
             function.argtypes, function.restype = self.argument_types, int32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqarch.ops.common import checks
 from seqarch.ops.common.memory import like
-from seqarch.ops.common.operators import define
+from seqarch.ops.common.operators import Formula, Saved, define
 from seqarch.ops.common.packed import over_sequences
 
 DECAY_PATTERNS = {1: "H", 3: "B T H", 4: "B T H K"}
@@ -58,49 +58,49 @@ def prepare_recurrence(
     shape = (rows, sizes["H"], sizes["K"], sizes["V"])
     dtype = checks.accumulation_dtype(q, k, v, beta, log_decay, state, *keys.values())
     state = checks.initial_state(op, state, shape, dtype, v.device)
-    return sizes["K"] ** -0.5 if scale is None else scale, state, offsets
+    return checks.finite_scale(op, scale, sizes["K"]), state, offsets
 
 
-def room_for_gradients(*inputs: Tensor | None) -> list[Tensor]:
-    """Room for the gradient of each; an empty tensor for ``None``."""
-    return [torch.empty(0) if each is None else like(each) for each in inputs]
+def room_for_gradients(*inputs: Tensor | None) -> Any:
+    """A tuple of room for the gradient of each; an empty tensor for ``None``."""
+    return tuple(torch.empty(0) if each is None else like(each) for each in inputs)
 
 
-def as_given(inputs: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients in the dtypes and shapes of what they are of; an empty tensor for ``None``."""
-    return [
+def as_given(inputs: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> Any:
+    """A tuple of gradients in the dtypes and shapes of what they are of; an empty tensor for ``None``."""
+    return tuple(
         torch.empty(0) if each is None or one is None else one.to(each.dtype).view(each.shape)
         for each, one in zip(inputs, found, strict=True)
-    ]
+    )
 
 
 def differentiable(
-    name: str, forward: Callable[..., Any], backward: Callable[..., Any], devices: str | Sequence[str]
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    plain: Callable[..., tuple[Tensor, Tensor]],
+    devices: str | Sequence[str],
 ) -> Callable[..., Any]:
     """The operator ``seqarch::NAME`` for these types of device, of which nothing is kept but inputs.
 
     ``forward(q, k, v, ..., scale, state, cu_seqlens)`` gives o and the last state. ``backward`` takes the same and the
     gradients of both, and gives those of the tensors before ``scale``, empty where there is none, and of ``state``.
+    ``plain`` is ``forward`` by torch's own functions.
     """
 
     def outputs(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         return like(v), like(others[-2])
 
-    def gradients(*inputs: Any) -> list[Tensor]:
+    def gradients(*inputs: Any) -> tuple[Tensor, ...]:
         *tensors, _, state, _, _, _ = inputs
         return room_for_gradients(*tensors, state)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale, state, ctx.cu_seqlens = inputs
-        ctx.save_for_backward(*tensors, state)
+    def differentiate(call: Saved, do: Tensor, dstate_out: Tensor) -> list[Tensor | None]:
+        *found, dstate = gradient(*call.inputs, do, dstate_out)
+        return [None if each is None else one for each, one in zip(call.inputs, found, strict=False)] + [None, dstate]
 
-    def differentiate(ctx: Any, do: Tensor, dstate_out: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, state = ctx.saved_tensors
-        *found, dstate = gradient(*tensors, ctx.scale, state, ctx.cu_seqlens, do, dstate_out)
-        given = [None if each is None else one for each, one in zip(tensors, found, strict=True)]
-        return *given, None, dstate, None
-
-    operator, gradient = define(name, forward, backward, outputs, gradients, save, differentiate, devices)
+    formula = Formula(differentiate, plain, results=2)
+    operator, gradient = define(name, forward, backward, outputs, gradients, formula, devices)
     return operator
 
 
@@ -128,7 +128,7 @@ def recur(
         log_decay = log_decay.unsqueeze(-1)
 
     def each_head(x: Tensor) -> Tensor:
-        return x.to(state.dtype).repeat_interleave(state.shape[1] // x.shape[2], dim=2).unsqueeze(-2)
+        return x.to(state.dtype).repeat_interleave(state.shape[1] // max(1, x.shape[2]), dim=2).unsqueeze(-2)
 
     def one(state: Tensor, log_decay: Tensor | None, q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []

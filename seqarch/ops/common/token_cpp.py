@@ -3,7 +3,10 @@
 A :class:`Program` is a list of instructions that layers write once, each in its method ``one_token``, which says in
 instructions what its ``forward`` says in torch. Running it costs what reading the weights costs; the same token in some
 twenty calls a layer costs as much again. Programs hold addresses of parameters, so one is good for as long as
-:meth:`Program.holds`.
+:meth:`Program.hold` says.
+
+The library runs while other threads do, so that a finished program is only read: each run has a :class:`_Room` to
+itself, with the memory of the values and the instructions that name it.
 """
 
 from __future__ import annotations
@@ -15,8 +18,7 @@ from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, UntypedStorage, nn
 
 from seqarch.ops.common import native
 from seqarch.ops.common.eager import is_plain
@@ -64,6 +66,9 @@ class Slot:
 Source = Value | Slot | Tensor | None
 """What an instruction reads or writes; a tensor is a parameter."""
 
+Place = Value | Slot | int | None
+"""Where that lies; a number is the address of a parameter."""
+
 
 def _owner(kind: type, method: str) -> type | None:
     return next((base for base in kind.__mro__ if method in vars(base)), None)
@@ -79,8 +84,9 @@ class Program:
         self.rows = rows
         self.slots: list[Slot] = []
         self.complete = False
-        self._written: list[tuple[int, int, float, int, tuple[int, int], tuple[Source, ...]]] = []
-        self._room = self._used = 0
+        self._written: list[tuple[int, int, float, int, tuple[int, int], tuple[Place, ...]]] = []
+        self._size = self._used = 0
+        self._rooms: list[_Room] = []
         self._watch = _Watch(modules)
         self.input = self.value(width)
 
@@ -105,7 +111,7 @@ class Program:
         """Room for a value."""
         value = Value(self._used, width, width)
         self._used += -(-(rows or self.rows) * width // _LINE) * _LINE
-        self._room = max(self._room, self._used)
+        self._size = max(self._size, self._used)
         return value
 
     def state(self, shape: Sequence[int]) -> Slot:
@@ -159,37 +165,23 @@ class Program:
     ) -> None:  # fmt: skip
         if activation not in _ACTIVATIONS:
             raise Unserved(f"no instruction has the activation {activation}")
-        for each in operands:
-            if isinstance(each, Tensor):
-                self._watch.take(each)
-        self._written.append((kind, _ACTIVATIONS[activation], factor, rows or self.rows, sizes, operands))
+        places = tuple(self._watch.take(each) if isinstance(each, Tensor) else each for each in operands)
+        self._written.append((kind, _ACTIVATIONS[activation], factor, rows or self.rows, sizes, places))
 
     def finish(self) -> None:
-        """To be called once, before the first run: gives values their memory and operands their addresses."""
+        """To be called once, before the first run: nothing is written after it."""
+        self._shapes = [slot.shape for slot in self.slots]
         self.complete = True
-        self._memory = torch.zeros(self._room)
-        self._input = self._memory[: self.rows * self.input.width].view(self.rows, 1, self.input.width)
-        self._instructions = Instructions.of_length(len(self._written))
-        self._states: list[list[Any]] = [[] for _ in self.slots]
-        self._shapes, self._addresses = [slot.shape for slot in self.slots], []
-        for instruction, written in zip(self._instructions, self._written, strict=True):
-            *plain, sizes, operands = written
-            instruction.kind, instruction.activation, instruction.factor, instruction.rows = plain
-            instruction.sizes[:] = sizes
-            for operand, source in zip(instruction.operands, operands, strict=False):
-                if isinstance(source, Slot):
-                    self._states[source.number].append(operand)
-                elif isinstance(source, Value):
-                    operand.data, operand.stride = self._memory.data_ptr() + 4 * source.first, source.stride
-                elif source is not None:
-                    operand.data = source.data_ptr()
 
-    def holds(self) -> bool:
-        """Whether the layers are as they were when they wrote it, or could not."""
-        return self._watch.holds() and (self.complete or self._watch.hooks_are_the_same())
+    def hold(self) -> list[UntypedStorage] | None:
+        """The parameters' memory, to be kept while the program runs: another thread may give a parameter other memory.
+
+        ``None`` where the layers are no longer as they were when they wrote the program, or could not.
+        """
+        return self._watch.hold(self.complete)
 
     def run(self, x: Tensor, states: Sequence[Tensor]) -> Tensor | None:
-        """The output for ``x [rows, 1, width]``, and the states replaced in place.
+        """The output for ``x [rows, 1, width]``, and the states replaced in place; any number of threads may.
 
         ``None`` where states do not fit, or layers had no instructions, so that the program was never finished.
         """
@@ -197,15 +189,46 @@ class Program:
             return None
         if list(map(_shape, states)) != self._shapes or any(map(_needed, states)) or not all(map(_plain, states)):
             return None
+        try:
+            room = self._rooms.pop()
+        except IndexError:  # as many runs are under way as there are rooms
+            room = _Room(self._written, self._size, self.input.width, self.rows, len(self.slots))
+        y = room.run(x, states)
+        self._rooms.append(room)
+        return y
+
+
+class _Room:
+    """What one run of a program has to itself: the values' memory, and the instructions with their addresses."""
+
+    def __init__(self, written: Sequence[tuple[Any, ...]], size: int, width: int, rows: int, slots: int):
+        self.memory = torch.zeros(size)
+        self.input = self.memory[: rows * width].view(rows, 1, width)
+        self.instructions = Instructions.of_length(len(written))
+        self.states: list[list[Any]] = [[] for _ in range(slots)]
+        self.addresses: list[int] = []
+        for instruction, each in zip(self.instructions, written, strict=True):
+            *plain, sizes, places = each
+            instruction.kind, instruction.activation, instruction.factor, instruction.rows = plain
+            instruction.sizes[:] = sizes
+            for operand, place in zip(instruction.operands, places, strict=False):
+                if isinstance(place, Slot):
+                    self.states[place.number].append(operand)
+                elif isinstance(place, Value):
+                    operand.data, operand.stride = self.memory.data_ptr() + 4 * place.first, place.stride
+                elif place is not None:
+                    operand.data = place
+
+    def run(self, x: Tensor, states: Sequence[Tensor]) -> Tensor:
         addresses = list(map(Tensor.data_ptr, states))
-        if addresses != self._addresses:
-            self._addresses = addresses
-            for operands, address in zip(self._states, addresses, strict=True):
+        if addresses != self.addresses:
+            self.addresses = addresses
+            for operands, address in zip(self.states, addresses, strict=True):
                 for operand in operands:
                     operand.data = address
-        self._input.copy_(x)
-        _run(self._instructions, len(self._instructions))
-        return self._input.clone()
+        self.input.copy_(x)
+        _run(self.instructions, len(self.instructions))
+        return self.input.clone()
 
 
 _shape, _needed = attrgetter("shape"), attrgetter("requires_grad")
@@ -220,6 +243,7 @@ class _Watch:
     """What a program was written from: modules, their hooks, submodules, numbers and names, and the parameters' memory.
 
     It is asked at every token, when its own data has left the cache: the fewer objects it looks at, the better.
+    Nothing in it changes once the program is written.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
@@ -229,33 +253,31 @@ class _Watch:
             (owner, name)
             for module in self.modules
             for owner in (vars(module), module._parameters, module._modules)
-            for name, value in owner.items()
+            for name, value in list(owner.items())
             if isinstance(value, (Tensor, nn.Module, float, str))
         ]
         self.owners, self.names = (list(each) for each in zip(*watched, strict=True))
         self.values = list(map(getitem, self.owners, self.names))
         self.hooks: list[Any] = [each for m in self.modules for each in (m._forward_hooks, m._forward_pre_hooks)]
         self.counts = list(map(len, self.hooks))
-        self.last_hook = RemovableHandle.next_id
         self.tensors: list[Tensor] = []
         self.addresses: list[int] = []
 
-    def take(self, parameter: Tensor) -> None:
+    def take(self, parameter: Tensor) -> int:
+        """Its address."""
         if type(parameter) is not nn.Parameter or not _plain(parameter):  # others may be computed, and gone tomorrow
             raise Unserved(f"a parameter is a {type(parameter).__name__} of {parameter.dtype} on {parameter.device}")
         self.tensors.append(parameter)
         self.addresses.append(parameter.data_ptr())
+        return self.addresses[-1]
 
-    def hooks_are_the_same(self) -> bool:
-        return list(map(len, self.hooks)) == self.counts
-
-    def holds(self) -> bool:
-        if RemovableHandle.next_id != self.last_hook:  # somebody registered one somewhere
-            if not self.hooks_are_the_same():
-                return False
-            self.last_hook = RemovableHandle.next_id
-        return (
-            list(map(len, map(vars, self.modules))) == self.sizes
+    def hold(self, complete: bool) -> list[UntypedStorage] | None:
+        """See :meth:`Program.hold`; none of the modules of a complete program has hooks."""
+        memory = list(map(Tensor.untyped_storage, self.tensors))  # first: what is kept stays where it is found next
+        same = (
+            (not any(self.hooks) if complete else list(map(len, self.hooks)) == self.counts)
+            and list(map(len, map(vars, self.modules))) == self.sizes
             and all(map(is_, map(dict.get, self.owners, self.names), self.values))
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
+        return memory if same else None

@@ -11,6 +11,7 @@ from seqarch.ops.common import native
 from seqarch.ops.common.memory import like
 from seqarch.ops.common.native import Heads, Offsets, Pointer, float64, int32, int64
 from seqarch.ops.common.recurrence import differentiable, room_for_gradients
+from seqarch.ops.delta_rule import chunk_torch
 
 # The order of the header, csrc/include/seqarch.h.
 _INPUTS = (int32, *[Heads] * 5, int32, Heads, Heads, float64, Pointer)
@@ -81,7 +82,7 @@ def backward(
     cu_seqlens: Sequence[int] | None,
     do: Tensor,
     dstate_out: Tensor,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = room_for_gradients(q, k, v, beta, log_decay, read, erase, state)
     inputs = _inputs(q, k, v, beta, log_decay, read, erase, scale, state)
     upstream = native.rows(do), dstate_out.contiguous()
@@ -89,7 +90,7 @@ def backward(
     return gradients
 
 
-recur = differentiable("delta_rule", forward, backward, "cpu")
+recur = differentiable("delta_rule", forward, backward, chunk_torch.plain, "cpu")
 
 
 def run(

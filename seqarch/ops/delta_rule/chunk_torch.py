@@ -11,12 +11,15 @@ With read, erase and write apart it is ``erase_t^T u_t`` with ``u_t = -beta_t re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from seqarch.ops.common.decay import chunk_decay, chunk_heads, join_heads
 from seqarch.ops.common.packed import Chunks
 
+TRANSFORMABLE = True
 CHUNK = 32
 
 
@@ -64,3 +67,20 @@ def run(
     o = decay.scores(qc, erases) @ torch.stack(corrected, dim=1) + decay.from_start(qc) @ torch.stack(before, dim=1)
     o = o if erase is None else o + decay.scores(qc, kc) @ writes
     return join_heads(o, chunks).to(v.dtype), torch.cat(last).flatten(1, 2)
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    read: Tensor | None,
+    erase: Tensor | None,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """What the custom operators compute, of the arguments that they take: ``read`` is ``None`` for k."""
+    offsets = None if cu_seqlens is None else tuple(cu_seqlens)
+    return run(q, k, v, beta, log_decay, k if read is None else read, erase, scale, state, offsets)

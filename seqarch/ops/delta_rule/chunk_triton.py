@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seqarch.ops.common import gpu
 from seqarch.ops.common.recurrence import as_given, differentiable
+from seqarch.ops.delta_rule import chunk_torch
 
 unavailable = gpu.unavailable
 
@@ -67,7 +68,7 @@ def backward(
     cu_seqlens: Sequence[int] | None,
     do: Tensor,
     dstate_out: Tensor,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from seqarch.ops.common.launch_triton import rows
     from seqarch.ops.delta_rule.launches_triton import DeltaRule
 
@@ -76,7 +77,21 @@ def backward(
     return as_given((q, k, v, beta, log_decay, read, state), found)
 
 
-recur = differentiable("delta_rule_triton", forward, backward, ("cpu", "cuda"))
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    read: Tensor | None,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    return chunk_torch.plain(q, k, v, beta, log_decay, read, None, scale, state, cu_seqlens)
+
+
+recur = differentiable("delta_rule_triton", forward, backward, plain, ("cpu", "cuda"))
 
 
 def run(

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from seqarch.ops.common.recurrence import recur
 
+TRANSFORMABLE = True
+
 
 def run(
     q: Tensor,

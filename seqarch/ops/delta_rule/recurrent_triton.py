@@ -30,7 +30,7 @@ def forward(
     return steps(q, k, v, beta, log_decay, read, scale, state, cu_seqlens)
 
 
-recur = differentiable("delta_rule_triton_steps", forward, chunk_triton.backward, ("cpu", "cuda"))
+recur = differentiable("delta_rule_triton_steps", forward, chunk_triton.backward, chunk_triton.plain, ("cpu", "cuda"))
 
 
 def run(

@@ -8,8 +8,7 @@ or ``act(x W_in) W_out`` without a gate. Shazeer et al. 2017, "Outrageously Larg
 token kept, as in Gale et al. 2022, "MegaBlocks", section 4; the gated form: Shazeer 2020, "GLU Variants", section 2.
 
 The index -1 names no expert: such a choice, one dropped by the caller, costs and adds nothing. Work is ``O(k D F)`` a
-token, whatever E. An expert without tokens costs nothing and gets a zero gradient. Second derivatives are those of
-``grouped_torch``, which ``auto`` does not take on a CPU.
+token, whatever E. An expert without tokens costs nothing and gets a zero gradient.
 """
 
 from __future__ import annotations
@@ -53,11 +52,12 @@ def prepare(
     )
     if activation not in ACTIVATIONS:
         raise checks.unknown_name("activation", activation, ACTIVATIONS)
+    checks.dense(NAME, "expert_index", expert_index)
     if expert_index.dtype != torch.int64:
         raise TypeError(f"{NAME}: expert_index has dtype {expert_index.dtype}, expected torch.int64")
     if expert_index.device != x.device:
         raise ValueError(f"{NAME}: expert_index is on {expert_index.device}, expected {x.device} as x")
-    flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, expert_index, expert_weight))
+    flat = (tensor.flatten(0, -2) for tensor in (x, expert_index, expert_weight))
     x, expert_index, expert_weight = flat
     return x, w_in, w_out, expert_index, expert_weight, w_gate, activation
 

@@ -2,7 +2,7 @@
 
 Neither copies of the tokens nor what lies between the products are ever whole in memory. Of the forward pass the
 results of the first products are kept for the backward pass, and nothing else. float32 products take the faster of
-torch's libraries (:mod:`seqarch.ops.common.linear_onednn`). Derivatives are first ones; ``grouped_torch`` has others.
+torch's libraries (:mod:`seqarch.ops.common.linear_onednn`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.autocast import without_autocast
 from seqarch.ops.common.checks import accumulation_dtype
 from seqarch.ops.common.linear_onednn import fastest_product, serves
 from seqarch.ops.common.memory import in_huge_pages
-from seqarch.ops.common.operators import define
+from seqarch.ops.common.operators import Formula, Saved, define
+from seqarch.ops.experts import parallel_torch
 from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES
 from seqarch.ops.experts.groups import product_dtype, sort_by_expert
 
@@ -196,27 +196,20 @@ def _gradients(
     return dx, *of_weights, expert_weight.new_empty(expert_weight.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.activation, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or zeros as large as what is kept would be made for nothing
-
-
-def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 8
-    if torch.is_grad_enabled():
-        raise RuntimeError("experts: chunk_torch has first derivatives only; for others choose grouped_torch")
-    for_x, *for_weights = (ctx.needs_input_grad[i] for i in (0, 1, 2, 5))
-    *inputs, kept = ctx.saved_tensors
-    with without_autocast(dy.device):  # of whoever calls backward within its own
-        dx, *dws, dweight = backward(dy, *inputs, ctx.activation, kept, for_x, any(for_weights))
+def _differentiate(call: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, _ = call.inputs
+    for_x, *for_weights = (call.needed[i] for i in (0, 1, 2, 5))
+    dx, *dws, dweight = backward(dy, *inputs, *call.kept, for_x, any(for_weights))
     dw_in, dw_out, dw_gate = (dw if wanted else None for dw, wanted in zip(dws, for_weights, strict=True))
-    return dx if for_x else None, dw_in, dw_out, None, dweight, dw_gate, None, None
+    return dx if for_x else None, dw_in, dw_out, None, dweight, dw_gate
 
 
-forward, backward = define("experts", _forward, _backward, _outputs, _gradients, _save, _differentiate, "cpu")
+def _plain(x, w_in, w_out, expert_index, expert_weight, w_gate, activation, keep):
+    return parallel_torch.run(x.to(expert_weight.dtype), w_in, w_out, expert_index, expert_weight, w_gate, activation)
+
+
+_formula = Formula(_differentiate, _plain, keeps=(1,))
+forward, backward = define("experts", _forward, _backward, _outputs, _gradients, _formula, "cpu")
 
 
 def run(

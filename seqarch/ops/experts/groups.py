@@ -96,7 +96,7 @@ def run(
     (tokens, top_k), width = expert_index.shape, x.shape[-1]
     order, starts = sort_by_expert(expert_index.flatten(), w_in.shape[0])
     # Copying each token k times first makes the gather a permutation, whose backward adds no two rows.
-    rows = x[:, None].expand(-1, top_k, -1).reshape(-1, width).index_select(0, order)
+    rows = x[:, None].expand(-1, top_k, -1).flatten(0, 1).index_select(0, order)
     dtype = product_dtype(x)
     rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
     act, hidden = ACTIVATIONS[activation], product(rows, w_in, starts)

@@ -11,6 +11,7 @@ from seqarch.ops.common import native
 from seqarch.ops.common.memory import like
 from seqarch.ops.common.native import Heads, Offsets, Pointer, float64, int32, int64
 from seqarch.ops.common.recurrence import differentiable, room_for_gradients
+from seqarch.ops.linear_attention import chunk_torch
 
 # The order of the header, csrc/include/seqarch.h.
 _INPUTS = (int32, Heads, Heads, Heads, Heads, int32, float64, Pointer)
@@ -71,7 +72,7 @@ def backward(
     cu_seqlens: Sequence[int] | None,
     do: Tensor,
     dstate_out: Tensor,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = room_for_gradients(q, k, v, log_decay, state)
     upstream = native.rows(do), dstate_out.contiguous()
     inputs = _inputs(q, k, v, log_decay, scale, state)
@@ -79,7 +80,7 @@ def backward(
     return gradients
 
 
-recur = differentiable("linear_attention", forward, backward, "cpu")
+recur = differentiable("linear_attention", forward, backward, chunk_torch.run, "cpu")
 
 
 def run(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common import vendors
+from seqarch.ops.common.operators import first_derivatives_only
 
 CHUNK = 256
 KEYS = 256
@@ -59,9 +60,13 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     q = q * scale
     if log_decay is not None and log_decay.ndim == 3:
-        return _Stepwise.apply(q, k, v, log_decay, state)
-    rate = state.new_zeros(v.shape[2]) if log_decay is None else log_decay.to(state.dtype).clamp(min=-MOST)
-    return _scan(q, k, v, state.new_ones(v.shape[:3]), rate, state)
+        outputs = _Stepwise.apply(q, k, v, log_decay, state)
+    else:
+        rate = state.new_zeros(v.shape[2]) if log_decay is None else log_decay.to(state.dtype).clamp(min=-MOST)
+        outputs = _scan(q, k, v, state.new_ones(v.shape[:3]), rate, state)
+    others = "choose chunk_triton or chunk_torch"
+    first_derivatives_only("linear_attention: backend 'chunk_mamba_ssm'", others, *outputs)
+    return outputs
 
 
 def _scan(q: Tensor, k: Tensor, x: Tensor, steps: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from seqarch.ops.common.decay import chunk_decay, chunk_heads, join_heads
 from seqarch.ops.common.packed import Chunks
 
+TRANSFORMABLE = True
 CHUNK = 32
 
 

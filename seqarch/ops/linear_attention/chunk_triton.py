@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seqarch.ops.common import gpu
 from seqarch.ops.common.recurrence import as_given, differentiable
+from seqarch.ops.linear_attention import chunk_torch
 
 unavailable = gpu.unavailable
 
@@ -60,7 +61,7 @@ def backward(
     cu_seqlens: Sequence[int] | None,
     do: Tensor,
     dstate_out: Tensor,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from seqarch.ops.common.launch_triton import rows
     from seqarch.ops.common.recurrence_triton import Recurrence
 
@@ -76,7 +77,7 @@ def backward(
     return as_given((q, k, v, log_decay, state), (dq, dk, dv, ddecay, dstate))
 
 
-recur = differentiable("linear_attention_triton", forward, backward, ("cpu", "cuda"))
+recur = differentiable("linear_attention_triton", forward, backward, chunk_torch.run, ("cpu", "cuda"))
 
 
 def run(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqarch.ops.common import gpu
 from seqarch.ops.common.recurrence import differentiable
-from seqarch.ops.linear_attention import chunk_triton
+from seqarch.ops.linear_attention import chunk_torch, chunk_triton
 
 unavailable, refuse = chunk_triton.unavailable, chunk_triton.refuse
 
@@ -28,7 +28,9 @@ def forward(
     return steps(q, k, v, None, log_decay, None, scale, state, cu_seqlens)
 
 
-recur = differentiable("linear_attention_triton_steps", forward, chunk_triton.backward, ("cpu", "cuda"))
+recur = differentiable(
+    "linear_attention_triton_steps", forward, chunk_triton.backward, chunk_torch.run, ("cpu", "cuda")
+)
 
 
 def run(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common import vendors
+from seqarch.ops.common.operators import first_derivatives_only
 
 STATES = 256
 """The most states a channel that the kernel takes."""
@@ -82,4 +83,5 @@ def run(
     rate, skip, bias = (None if m is None else m.to(state.dtype) for m in (A, D, dt_bias))
     options = {"z": gate, "delta_bias": bias, "delta_softplus": dt_softplus, "return_last_state": True}
     y, last = selective_scan_fn(u, delta, rate, inputs, outputs, skip, **options)
+    first_derivatives_only("selective_scan: backend 'chunk_mamba_ssm'", "choose chunk_cuda or recurrent_torch", y)
     return y.transpose(1, 2), _NoGradient.apply(last.to(state.dtype))

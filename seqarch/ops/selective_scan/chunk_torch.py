@@ -7,13 +7,12 @@ the scan is one operator: traced, its loop would be a graph of several nodes a t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.operators import define
+from seqarch.ops.common.operators import Formula, Saved, define
 from seqarch.ops.common.packed import over_sequences
+from seqarch.ops.selective_scan import recurrent_torch
 from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size, written
 
 CHUNK_ELEMENTS = 2**18
@@ -131,17 +130,14 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(m.new_empty(m.shape) for m in inputs)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:-1], output[-1])
-
-
-def _differentiate(ctx: Any, dy: Tensor, dlast: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    return scan_backward(*ctx.saved_tensors, dy, dlast)
+def _differentiate(call: Saved, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
+    return scan_backward(*call.inputs[:-1], *call.kept, dy, dlast)
 
 
 scan, scan_backward = define(
     "selective_scan_chunk", forward, backward, lambda u, delta, B, C, A, state: _room(u, state),
-    lambda u, delta, B, C, A, starts, dy, dlast: _gradients(u, delta, B, C, A, dlast), _save, _differentiate,
+    lambda u, delta, B, C, A, starts, dy, dlast: _gradients(u, delta, B, C, A, dlast),
+    Formula(_differentiate, recurrent_torch.scan, results=2, keeps=(2,)),
 )  # fmt: skip
 
 

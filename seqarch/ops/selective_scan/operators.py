@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.common.memory import in_huge_pages, like
-from seqarch.ops.common.operators import Engine, define
+from seqarch.ops.common.operators import Engine, Formula, Saved, define
 from seqarch.ops.common.packed import sequence_count
+from seqarch.ops.selective_scan import recurrent_torch
 
 Pair = tuple[Tensor, Tensor]
 
@@ -45,8 +46,8 @@ class Operators:
     def __init__(self, name: str, engine: Engine, chunk: int, device: str | None):
         self.engine, self.chunk = engine, chunk
         self.forward, self.backward = define(
-            name, self._forward, self._backward, self._room, self._room_for_gradients, self._save, self._differentiate,
-            device,
+            name, self._forward, self._backward, self._room, self._room_for_gradients,
+            Formula(self._gradients, _plain, results=2, keeps=(2,)), device,
         )  # fmt: skip
 
     def run(
@@ -154,23 +155,13 @@ class Operators:
         dz = x.new_empty(0) if z is None else like(z)
         return like(x), like(dt), like(A), dB, dC, A.new_empty(len(A)), dz, A.new_empty(len(A)), like(dlast)
 
-    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, _state, ctx.softplus, ctx.scale_input, _, ctx.cu_seqlens = inputs
-        ctx.mark_non_differentiable(output[-1])
-        ctx.set_materialize_grads(False)  # or zeros as large as the starts would be made for nothing
-        ctx.save_for_backward(*tensors, output[-1])
-        ctx.outputs = [(each.shape, each.dtype) for each in output[:2]]
+    def _gradients(self, call: Saved, dy: Tensor, dlast: Tensor) -> list[Tensor | None]:
+        *inputs, _state, softplus, scale_input, _keep, cu_seqlens = call.inputs
+        shared = call.needed[3] or call.needed[4]
+        found = self.backward(*inputs, *call.kept, softplus, scale_input, shared, cu_seqlens, dy, dlast)
+        return [one if needed else None for one, needed in zip(found, call.needed, strict=False)]
 
-    def _differentiate(
-        self, ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        *inputs, starts = ctx.saved_tensors
-        dy, dlast = (
-            starts.new_zeros(shape, dtype=dtype) if given is None else given
-            for given, (shape, dtype) in zip((dy, dlast), ctx.outputs, strict=True)
-        )
-        shared = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        options = ctx.softplus, ctx.scale_input, shared, ctx.cu_seqlens
-        found = self.backward(*inputs, starts, *options, dy, dlast)
-        gradients = [m if needed else None for m, needed in zip(found, ctx.needs_input_grad, strict=False)]
-        return *gradients, None, None, None, None
+
+def _plain(x, dt, A, B, C, D, z, dt_bias, state, softplus, scale_input, keep, cu_seqlens):
+    offsets = None if cu_seqlens is None else tuple(cu_seqlens)
+    return recurrent_torch.run(x, dt, A, B, C, D, z, dt_bias, softplus, scale_input, state, offsets)

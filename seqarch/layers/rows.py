@@ -1,0 +1,76 @@
+"""Rows of a state: chosen, repeated, left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.common.checks import show
+
+
+def state_rows(state: Any, index: Sequence[int] | Tensor) -> Any:
+    """The rows ``index`` of a state of a mixer, a stack or a model, as a state of their own: ``O(size of the result)``.
+
+    For the beams of a search, rows that are finished, requests that come and go: a row may be named more than once or
+    not at all, in any order. The result is a copy; a call that consumes it leaves the given state alone. Rows of
+    different lengths, as after packed prompts, keep the room of the longest one there was. Gradients flow.
+
+    A state is a named tuple whose tensors have the rows first. A part that holds its rows in another way has a property
+    ``row_count`` and a method ``select_rows(index: list[int])``, as :class:`~seqarch.layers.kv_cache.PackedKV` has.
+
+    Args:
+        state: what a call returned, or ``init_state``.
+        index: whole numbers from 0 to the number of rows - 1, a list or an integer tensor ``[R]``.
+
+    Raises:
+        ValueError: it is no state, its parts differ in their rows, or the index is of another kind or out of range.
+    """
+    counts = set(_counts(state))
+    if len(counts) != 1:
+        what = f"parts of {sorted(counts)} rows" if counts else show(state)
+        raise ValueError(f"state_rows: the state is {what}, expected one that a mixer, a stack or a model returned")
+    return select(state, row_numbers(index, counts.pop()))
+
+
+def select(part: Any, index: list[int]) -> Any:
+    """The rows of a part of a state; what is no tensor is the same for all rows."""
+    if hasattr(part, "select_rows"):
+        return part.select_rows(index)
+    if isinstance(part, Tensor):
+        return part.index_select(0, torch.tensor(index, dtype=torch.int64, device=part.device))
+    if isinstance(part, (tuple, list)):
+        made = [select(each, index) for each in part]
+        return type(part)(*made) if hasattr(part, "_fields") else type(part)(made)
+    return part
+
+
+def _counts(part: Any) -> list[int]:
+    """The numbers of rows of all parts."""
+    if hasattr(part, "select_rows"):
+        return [part.row_count]
+    if isinstance(part, Tensor):
+        return [len(part)] if part.ndim else []
+    if isinstance(part, (tuple, list)):
+        return [count for each in part for count in _counts(each)]
+    return []
+
+
+def row_numbers(index: Any, rows: int) -> list[int]:
+    """The index as integers.
+
+    Raises:
+        ValueError: it is none, or a number is not from 0 to ``rows - 1``.
+    """
+    numbers: Any = index.tolist() if isinstance(index, Tensor) and index.ndim == 1 else index
+    whole = isinstance(numbers, Sequence) and all(type(number) is int for number in numbers)
+    if not whole or isinstance(numbers, str):
+        given = f"{index.dtype} {list(index.shape)}" if isinstance(index, Tensor) else show(index)
+        hint = "; of a mask, mask.nonzero().flatten()" if isinstance(index, Tensor) else ""
+        raise ValueError(f"state_rows: index is {given}, expected a list of row numbers{hint}")
+    for number in numbers:
+        if not 0 <= number < rows:
+            raise ValueError(f"state_rows: row {number} was asked for, expected 0 to {rows - 1}: the state has {rows}")
+    return [*numbers]

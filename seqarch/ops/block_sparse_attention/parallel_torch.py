@@ -1,0 +1,59 @@
+"""All pairs of queries and keys, masked: for derivatives of any kind, at the cost and memory of full attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.block_sparse_attention.starts import sequence_starts
+from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.common.packed import each_sequence
+from seqarch.ops.common.softmax import masked_softmax
+
+TRANSFORMABLE = True
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_size: int,
+    window: int,
+    scale: float,
+    offsets: tuple[int, ...] | None,
+    key_start: Tensor | None,
+) -> Tensor:
+    def one(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor) -> Tensor:
+        first = sequence_starts(q.shape[1], None, key_start, q.device)
+        return attend(q, k, v, block_index, first, block_size, window, scale)
+
+    return each_sequence(one, offsets, q, k, v, block_index)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, first: Tensor, block_size: int, window: int, scale: float
+) -> Tensor:
+    """``first [B or 1, Tq]`` is where each query's sequence begins; o ``[B, Tq, H, V]`` in v's dtype."""
+    wide, lists, groups = accumulation_dtype(q, k, v), block_index.shape[2], k.shape[2]
+    seen = visible(block_index, first, k.shape[1], block_size, window)
+    queries = (q.to(wide) * scale).unflatten(2, (groups, lists // groups, -1))  # [B, Tq, G, I / G, H / I, K]
+    scores = torch.einsum("btgirk,bsgk->btgirs", queries, k.to(wide))
+    weights = masked_softmax(scores, seen.unflatten(2, (groups, -1)).unsqueeze(4))
+    return torch.einsum("btgirs,bsgv->btgirv", weights, v.to(wide)).flatten(2, 4).to(v.dtype)
+
+
+def visible(block_index: Tensor, first: Tensor, keys: int, block_size: int, window: int) -> Tensor:
+    """Which keys each list's queries see: booleans ``[B, Tq, I, Tk]``."""
+    queries, key = block_index.shape[1], torch.arange(keys, device=block_index.device)
+    at = torch.arange(keys - queries, keys, device=block_index.device)[:, None]
+    own, begun = key - first[..., None], (key <= at) & (key >= first[..., None])  # [B or 1, Tq, Tk]
+    count = -(-keys // block_size)  # blocks that there are; one more place for those that are not
+    there = (block_index >= 0) & (block_index < count)
+    listed = torch.zeros(*block_index.shape[:3], count + 1, dtype=torch.bool, device=block_index.device)
+    listed = listed.scatter(-1, block_index.where(there, count), True)
+    block = (own.clamp(min=0) // block_size).unsqueeze(2).expand(*block_index.shape[:3], -1)
+    seen = listed.gather(-1, block)
+    if window:
+        seen = seen | (at - key < window)[:, None]
+    return seen & begun.unsqueeze(2)

@@ -1,0 +1,13 @@
+"""Softmax over what a mask leaves, by torch functions that have derivatives of any kind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_softmax(scores: Tensor, seen: Tensor) -> Tensor:
+    """Weights along the last axis; 0 where nothing is seen, with gradient 0."""
+    some = seen.any(-1, keepdim=True)
+    weights = scores.masked_fill(~seen, -torch.inf).masked_fill(~some, 0).softmax(-1)
+    return weights.masked_fill(~seen, 0)
