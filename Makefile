@@ -1,6 +1,10 @@
 # make demo | results-small | test | lint | bench | docs: each sets up what it needs in .venv, from nothing but this checkout.
+# What is removed and made anew lies in this checkout, whatever the command line says and wherever make is called from.
+ifneq ($(realpath $(CURDIR)),$(realpath $(dir $(firstword $(MAKEFILE_LIST)))))
+$(error make works in the folder of its Makefile: make -C $(dir $(firstword $(MAKEFILE_LIST))))
+endif
 PYTHON ?= python3
-VENV := .venv
+override VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -30,6 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -t
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "seqarch needs Python 3.11 to 3.13, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
 	       "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is no virtual environment: move it away" >&2; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  $(CUDA_TARGETS) --editable '.[experiments,peers,dev]'

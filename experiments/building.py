@@ -40,8 +40,11 @@ def resolve(config: RunConfig) -> RunConfig:
         "channels": _used("channels", model.channels, CHANNEL_MIXERS, channels, model.d_model),
     }
     resolved = replace(config, model=replace(model, **used))
-    with torch.device("meta"):
-        build_model(resolved)
+    try:
+        with torch.device("meta"):
+            build_model(resolved)
+    except RuntimeError as error:  # Torch's, of sizes beyond all machines.
+        raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
     return resolved
 
 

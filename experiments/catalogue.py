@@ -5,7 +5,8 @@ There is no index to go stale: 1000 runs are found and read in less than a secon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,25 @@ from experiments.records import RunFolder, flat
 NEVER_INSIDE = ("checkpoints", "wandb", "tensorboard", "report", ".sweeps")
 """Folders that hold no runs, and may hold very many files."""
 
+STATUSES = ("finished", "failed", "running", "killed", "interrupted", "preempted", "damaged", "not started")
+"""That a run can have, by what its folder tells."""
+
+
+@dataclass(frozen=True)
+class Unlisted:
+    """A folder that cannot be listed, so that nobody knows which runs are below it."""
+
+    path: Path
+    problem: str
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A run as its folder tells it.
+    """A run as its folder tells it, or a folder that cannot be listed.
 
     Attributes:
         config, record: what ``config.json`` and ``run.json`` hold, as far as they can be read.
-        problem: why one of them cannot; ``None`` where both can.
+        problem: why something of it cannot be read; ``None`` where all can.
     """
 
     folder: RunFolder
@@ -61,14 +73,14 @@ class Entry:
 
 
 def find(root: Path) -> list[Entry]:
-    """Every run at any depth below a folder, by path.
+    """Every run at any depth below a folder, by path, and every folder there that cannot be listed.
 
     Raises:
         RunnerError: there is no such folder.
     """
     if not root.is_dir():
         raise RunnerError(f"{root} is no folder; give one that holds runs, such as runs or runs/mqar")
-    return [_read(path) for path in sorted(_run_folders(root))]
+    return [_entry(found) for found in run_folders(root)]
 
 
 def pick(root: Path, wanted: str) -> Entry:
@@ -77,35 +89,57 @@ def pick(root: Path, wanted: str) -> Entry:
     Raises:
         RunnerError: none or several fit.
     """
-    if (Path(wanted) / "config.json").exists():
+    if os.path.lexists(Path(wanted) / "config.json"):
         return _read(Path(wanted))
-    paths = sorted(_run_folders(root)) if root.is_dir() else []
+    found = run_folders(root) if root.is_dir() else []
+    paths = [path for path in found if isinstance(path, Path)]
     exact = [path for path in paths if path.name == wanted]
     fitting = exact or [path for path in paths if wanted in path.name]
     if not fitting:
         hint = choices_hint(wanted, [path.name for path in paths]) if paths else "there are none"
-        raise RunnerError(f"no run below {root} is called {wanted!r}: {hint}")
+        unlisted = "".join(f"\n    {each.problem}" for each in found if isinstance(each, Unlisted))
+        raise RunnerError(f"no run below {root} is called {wanted!r}: {hint}{unlisted}")
     if len(fitting) > 1:
         shown = "".join(f"\n    {path}" for path in fitting[:10])
         raise RunnerError(f"{len(fitting)} runs below {root} are called {wanted!r}; give more of the name:{shown}")
     return _read(fitting[0])
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    if (folder / "config.json").is_file():
+def run_folders(root: Path) -> list[Path | Unlisted]:
+    """Every folder at any depth that has a ``config.json``, of whatever kind, and every one that cannot be listed."""
+    return sorted(_below(root), key=lambda found: found if isinstance(found, Path) else found.path)
+
+
+def _below(folder: Path) -> Iterator[Path | Unlisted]:
+    try:
+        with os.scandir(folder) as entries:
+            inner = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    except OSError as error:
+        yield Unlisted(folder, f"cannot read {folder}: {error.strerror}")
+        return
+    if "config.json" in inner:
         yield folder
         return
-    for inner in folder.iterdir():
-        if inner.name not in NEVER_INSIDE and inner.is_dir() and not inner.is_symlink():
-            yield from _run_folders(inner)
+    for name, is_folder in inner.items():
+        if is_folder and name not in NEVER_INSIDE:
+            yield from _below(folder / name)
+
+
+def _entry(found: Path | Unlisted) -> Entry:
+    return _read(found) if isinstance(found, Path) else Entry(RunFolder(found.path), {}, {}, found.problem)
 
 
 def _read(path: Path) -> Entry:
-    folder, config, record = RunFolder(path), {}, {}
-    try:
-        config = read_json(folder.config_file) or {}
-        record = read_json(folder.run_file) or {}
-        folder.record()
-    except RunnerError as error:
-        return Entry(folder, config, record, str(error))
-    return Entry(folder, config, record)
+    folder, problems = RunFolder(path), []
+
+    def read(get: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        try:
+            return get() or {}
+        except RunnerError as error:
+            problems.append(str(error))
+            return {}
+
+    config, record = read(lambda: read_json(folder.config_file)), read(lambda: read_json(folder.run_file))
+    if not problems:
+        read(folder.record)
+    return Entry(folder, config, record, "; ".join(problems) or None)

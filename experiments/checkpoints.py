@@ -2,7 +2,8 @@
 
 ``checkpoints/step-000100/`` holds the tensors as ``torch.distributed.checkpoint`` writes them, which any number of
 processes can load, the random streams of each process, and ``manifest.json`` with the counters and, of every other
-file, size and SHA-256. The folder has to be one that all processes see.
+file, size and SHA-256. The folder has to be one that all processes see. A checksum tells what was damaged and not what
+was forged, so nothing in these files is run as they are read.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import io
 import json
 import math
 import os
+import pickle
 import random
-import shutil
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from experiments import processes
 from experiments.errors import RunnerError, writing
-from experiments.files import read_json, write_json
+from experiments.files import half_checkpoints, make_folder, read_json, remove_checkpoint, sync, write_json
+from experiments.tensor_reader import TensorReader
 
 Content = dict[str, dict[str, Tensor]]
 """What training goes on from: the tensors, sharded or not, of the model, the optimizer and the rest."""
 
 MANIFEST = "manifest.json"
+NUMBERS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
+NUMBERS |= {f"{kind} | None": (*types, type(None)) for kind, types in NUMBERS.items()}
+"""What JSON gives for a counter, by its type in :class:`TrainState`."""
 
 
 @dataclass
@@ -48,6 +54,7 @@ class TrainState:
         validation: the validation metric at the last look.
         best, best_step: the best so far, and the step it was seen at.
         stale: looks at the validation split since then.
+        looks: at the validation split so far. Each left a line of metrics, on the disk before the checkpoint is.
         bad_steps: steps that were skipped, as ``train.bad_step`` says.
         train_seconds, eval_seconds: spent in training steps and on the validation split.
         processor_seconds: of all threads of the main process, in training steps: what a busy machine does not change
@@ -61,6 +68,7 @@ class TrainState:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+    looks: int = 0
     bad_steps: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -68,6 +76,13 @@ class TrainState:
     joules: float | None = None
     peak_memory_bytes: int = 0
     peak_gpu_memory_bytes: int = 0
+
+
+UNFIT = (
+    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError),
+    *(MemoryError, pickle.PickleError),
+)
+"""What torch raises for files that hold something else than what they are loaded into."""
 
 
 class Damaged(RunnerError):
@@ -103,8 +118,8 @@ class Checkpoints:
         aside = path.with_name(f".{path.name}.tmp")
         with writing(path):
             if processes.is_main():
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
+                remove_checkpoint(aside)
+                make_folder(aside)
             processes.barrier()
             _distributed(lambda: save(content, storage_writer=FileSystemWriter(aside), no_dist=_alone()))
             buffer = io.BytesIO()  # Of a full disk, a file says more than torch does.
@@ -112,13 +127,13 @@ class Checkpoints:
             _streams_file(aside).write_bytes(buffer.getvalue())
             processes.barrier()
         manifest = {"state": asdict(state), "processes": processes.count(), "torch": torch.__version__}
-        manifest["files"] = _digests(aside, sorted(file.name for file in aside.iterdir()))
+        manifest["files"] = _digests(aside, sorted(file.name for file in aside.iterdir()), synced=True)
         if processes.is_main():
             write_json(aside / MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
             with writing(path):
                 _remove(path)  # Where it is there, it was found damaged.
                 os.replace(aside, path)
-                _sync(self.folder)
+                sync(self.folder)
                 self._prune()
         processes.barrier()
 
@@ -144,37 +159,79 @@ class Checkpoints:
             )
         return None
 
+    def load_first(self, paths: Iterable[Path], content: Content) -> tuple[Path, TrainState, list[str]]:
+        """Load the first of some checkpoints that is intact; which, and what is wrong with those before it.
+
+        Raises:
+            RunnerError: none is.
+        """
+        problems: list[str] = []
+        for path in paths:
+            try:
+                return path, self.load(path, content), problems
+            except Damaged as error:
+                problems.append(str(error))
+        raise RunnerError("; ".join([*problems, f"delete {self.folder} to train the run again from the beginning"]))
+
     def load(self, path: Path, content: Content) -> TrainState:
         """Load a checkpoint's tensors into ``content``, and with the optimizer's the random streams.
 
         Raises:
             Damaged: a file of it is missing or not what was written.
-            RunnerError: it is of another model, or of another version of the runner.
+            RunnerError: it is of another model, of another version of the runner, or was not written by it at all.
         """
-        manifest = verified(path)
+        state = state_of(path, verified(path))
+        reader = TensorReader(path)
         try:
-            state = TrainState(**manifest["state"])
-        except TypeError as error:
-            raise RunnerError(f"cannot load checkpoint {path}: another version of the runner wrote it") from error
-        try:
-            _distributed(lambda: load(content, storage_reader=FileSystemReader(path), no_dist=_alone()))
-        except (RuntimeError, LookupError, ValueError) as error:
+            _distributed(lambda: load(content, storage_reader=reader, no_dist=_alone()))
+            streams = _streams_file(path)
+            if "optimizer" in content and streams.exists():  # There are none for a process that was not there.
+                set_random_streams(torch.load(streams, weights_only=True))
+        except UNFIT as error:
             raise RunnerError(f"cannot load checkpoint {path}: {_first_line(error)}") from error
-        streams = _streams_file(path)
-        if "optimizer" in content and streams.exists():  # There are none for a process that was not there.
-            set_random_streams(torch.load(streams, weights_only=True))
         return state
+
+    def states(self) -> dict[Path, TrainState]:
+        """What the checkpoints know of the run, the newest first, as far as their manifests are intact."""
+        found = {}
+        for path in self.newest_first():
+            with suppress(RunnerError):  # Of another version, which nothing here goes on from.
+                if manifest := _manifest(path):
+                    found[path] = state_of(path, manifest)
+        return found
 
     def _prune(self) -> None:
         """Remove what is neither among the latest nor the best that one of these knows; and what was left half done."""
         states = [manifest["state"] for path in self.newest_first() if (manifest := _manifest(path))]
-        latest = states[: self.keep]
-        kept = {self.path(step) for state in latest for step in (state["step"], state["best_step"]) if step is not None}
+        steps = [state.get(key) for state in states[: self.keep] for key in ("step", "best_step")]
+        kept = {self.path(step) for step in steps if type(step) is int}
         for path in self.newest_first():
             if path not in kept:
                 _remove(path)
-        for path in self.folder.glob(".step-*"):
-            shutil.rmtree(path)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a process that was killed left half written or half removed. Whoever trains the run may."""
+        for path in half_checkpoints(self.folder):
+            remove_checkpoint(path)
+
+
+def state_of(path: Path, manifest: dict[str, Any]) -> TrainState:
+    """The counters in a manifest.
+
+    Raises:
+        RunnerError: they are not those of this version of the runner, or of another step.
+    """
+    try:
+        state = TrainState(**manifest["state"])
+        wrong = [each.name for each in fields(TrainState) if type(getattr(state, each.name)) not in NUMBERS[each.type]]
+    except TypeError as error:
+        raise RunnerError(f"cannot load checkpoint {path}: another version of the runner wrote it") from error
+    if wrong:
+        raise RunnerError(f"cannot load checkpoint {path}: its {wrong[0]} is {getattr(state, wrong[0])!r}")
+    if path.name != f"step-{state.step:06d}":
+        raise RunnerError(f"cannot load checkpoint {path}: it is of step {state.step}")
+    return state
 
 
 def verified(path: Path) -> dict[str, Any]:
@@ -222,23 +279,28 @@ def _manifest(path: Path) -> dict[str, Any] | None:
         manifest = read_json(path / MANIFEST) or {}
     except RunnerError:
         return None
-    return manifest if manifest.pop("sha256", None) == _digest_of(manifest) else None
+    if manifest.pop("sha256", None) != _digest_of(manifest) or not isinstance(manifest.get("state"), dict):
+        return None
+    files = manifest.get("files")
+    listed = isinstance(files, dict) and all(isinstance(each, dict) and "bytes" in each for each in files.values())
+    return manifest if listed else None
 
 
 def _digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files by name, and what was just written safely on the disk; each process reads some."""
-    own = {name: _digest(folder / name) for name in names[processes.rank() :: processes.count()]}
+def _digests(folder: Path, names: list[str], synced: bool = False) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files by name, with ``synced`` once they are on the disk; each process reads some."""
+    own = {name: _digest(folder / name, synced) for name in names[processes.rank() :: processes.count()]}
     return {name: entry for part in processes.gather(own) for name, entry in part.items()}
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def _digest(path: Path, synced: bool) -> dict[str, Any]:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
+        if synced:
+            os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
@@ -267,17 +329,9 @@ def _remove(path: Path) -> None:
     """Take a folder away in one move, so that no half of it is ever met under its name."""
     if path.exists():
         aside = path.with_name(f".{path.name}.gone")
+        remove_checkpoint(aside)
         os.replace(path, aside)
-        shutil.rmtree(aside)
-
-
-def _sync(folder: Path) -> None:
-    """Make sure that a rename in a folder is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        remove_checkpoint(aside)
 
 
 def _first_line(error: BaseException) -> str:

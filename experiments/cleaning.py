@@ -1,21 +1,37 @@
-"""What can go from a folder of runs: leftovers of processes that were killed and, on request, more."""
+"""What can go from a folder of runs: leftovers of processes that were killed and, on request, more.
+
+Only what the runner wrote is ever removed, by the names that it gives (``experiments/owned.py``), and only where a
+folder is proven to be a run's or a sweep's; other files in it are left, and told of.
+"""
 
 from __future__ import annotations
 
-import shutil
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments import board, owned
 from experiments.board import Board
 from experiments.catalogue import Entry, find
 from experiments.errors import RunnerError, writing
-from experiments.records import RunFolder
+from experiments.files import OLD_SECONDS, half_checkpoints
+from experiments.identity import is_of_the_dead
+from experiments.records import ASIDE, RunFolder
 
-OLD_SECONDS = 3600.0
-"""A file that a process writes aside and renames is a leftover once it is this old."""
+CHECKPOINT = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|random-\d+\.pt|\.?manifest\.json(\..+\.tmp)?"
+IN_CHECKPOINT = re.compile(CHECKPOINT)
+"""What lies in a checkpoint."""
+IN_CHECKPOINTS = rf"\.?step-\d+(\.tmp|\.gone)*/({CHECKPOINT})?"
+CHECKPOINTS = re.compile(IN_CHECKPOINTS)
+"""What lies in the folder ``checkpoints``."""
+RUN = re.compile(
+    r"(config|run|progress|claim)\.json|metrics\.jsonl|train\.log|code\.diff|bad/(step-\d+\.npz)?"
+    rf"|(bad/)?{ASIDE.pattern}|checkpoints/({IN_CHECKPOINTS})?|(wandb|tensorboard)/.*"
+)
+"""What lies in the folder of a run (``experiments/records.py``), with what trackers keep there."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +41,23 @@ class Leftover:
     Attributes:
         why: in a few words.
         run: the folder of the run that it is part of; ``None`` where it belongs to none.
+        ours: of a folder, the paths in it that the runner writes; ``None`` for a file.
+        status: what the run's record has to say still when it goes; ``None`` where that plays no part.
     """
 
     path: Path
     why: str
     run: RunFolder | None = None
+    ours: re.Pattern[str] | None = None
+    status: str | None = None
 
     @property
     def size(self) -> int:
-        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
-        return sum(file.lstat().st_size for file in files if not file.is_dir())
+        """Bytes of what can go."""
+        if self.ours is None:
+            return self.path.lstat().st_size
+        found = (path for path in owned.contents(self.path) if self.ours.fullmatch(path) and not path.endswith("/"))
+        return sum((self.path / path).lstat().st_size for path in found)
 
 
 def leftovers(root: Path, checkpoints: bool = False, failed: bool = False) -> list[Leftover]:
@@ -48,9 +71,12 @@ def leftovers(root: Path, checkpoints: bool = False, failed: bool = False) -> li
         RunnerError: there is no such folder.
     """
     found = list(_abandoned_boards(root))
-    for entry in find(root):
+    runs = [entry for entry in find(root) if _is_run(entry)]
+    for entry in runs:
         if not entry.folder.claim.is_held():
             found += _of_run(entry, checkpoints, failed)
+    above = {parent for entry in runs for parent in entry.folder.path.parents if parent.is_relative_to(root)}
+    found += _of_reports({root, *above})
     return found
 
 
@@ -61,32 +87,80 @@ def remove(found: Iterable[Leftover]) -> Iterator[tuple[Leftover, str | None]]:
     """
     for leftover in found:
         try:
-            with leftover.run.claim if leftover.run else nullcontext(), writing(leftover.path):
-                shutil.rmtree(leftover.path) if leftover.path.is_dir() else leftover.path.unlink(missing_ok=True)
+            with leftover.run.claim if leftover.run else nullcontext():
+                _remove(leftover)
             yield leftover, None
         except RunnerError as error:
             yield leftover, str(error)
 
 
+def _remove(leftover: Leftover) -> None:
+    """Take it away, whole or not at all.
+
+    Raises:
+        RunnerError: it holds what the runner did not write, or cannot be removed, or is no leftover any more.
+    """
+    if leftover.run and leftover.status and (status := leftover.run.status()) != leftover.status:
+        raise RunnerError(f"the run is {status} by now")  # The claim is held: it says so for good.
+    if leftover.ours is None:
+        with writing(leftover.path):
+            leftover.path.unlink(missing_ok=True)
+        return
+    if others := owned.strangers(leftover.path, leftover.ours):
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise RunnerError(
+            f"it holds {', '.join(others[:3])}{more}, which the runner did not write; nothing was removed"
+        )
+    owned.remove(leftover.path, leftover.ours)
+
+
 def _abandoned_boards(root: Path) -> Iterator[Leftover]:
-    for owner in root.glob(".sweeps/*/owner.json"):
-        if not (owner.parent / ".submitit").exists() and Board(owner.parent).is_abandoned():
-            yield Leftover(owner.parent, "of a sweep that was killed")
+    for marker in root.glob(f"{board.SWEEPS}/*/{owned.MARKER}"):
+        if Board(marker.parent).is_abandoned():
+            yield Leftover(marker.parent, "of a sweep that was killed", ours=board.FILES)
+    for folder in root.glob(f"{board.SWEEPS}/*"):
+        # A job that began after its sweep was over: Hydra makes a folder for it, and nothing comes into it.
+        if (
+            board.NAME.fullmatch(folder.name)
+            and _is_empty(folder)
+            and time.time() - folder.stat().st_mtime > OLD_SECONDS
+        ):
+            yield Leftover(folder, "an empty folder of a sweep", ours=board.FILES)
+
+
+def _is_run(entry: Entry) -> bool:
+    """Whether a folder is what the runner made for a run: other programs keep a ``config.json``, too."""
+    try:
+        config = entry.folder.config()
+    except RunnerError:
+        return False
+    return re.fullmatch(rf"{re.escape(config.model.name)}-seed{config.seed}-[0-9a-f]{{10}}", entry.name) is not None
 
 
 def _of_run(entry: Entry, checkpoints: bool, failed: bool) -> Iterator[Leftover]:
     folder = entry.folder
     if failed and entry.status == "failed":
-        yield Leftover(folder.path, "a failed run", folder)
+        yield Leftover(folder.path, "a failed run", folder, RUN, "failed")
         return
-    now = time.time()
-    for path in (*folder.path.glob(".*.tmp"), *folder.path.glob(".claim.*.dead")):
-        if now - path.lstat().st_mtime > OLD_SECONDS:
-            yield Leftover(path, "half written", folder)
+    for path in folder.half_written():
+        yield Leftover(path, "half written", folder)
+    for path in half_checkpoints(folder.checkpoints):
+        yield Leftover(path, "half a checkpoint", folder, IN_CHECKPOINT)
     if folder.progress_file.exists():
         yield Leftover(folder.progress_file, "of a process that was killed", folder)
     if folder.claim.path.exists():
         yield Leftover(folder.claim.path, "of a process that was killed", folder)
-    stored = folder.path / "checkpoints"
-    if checkpoints and entry.status == "finished" and stored.is_dir() and any(stored.iterdir()):
-        yield Leftover(stored, "checkpoints of a finished run", folder)
+    if checkpoints and entry.status == "finished" and folder.checkpoints.is_dir() and not _is_empty(folder.checkpoints):
+        yield Leftover(folder.checkpoints, "checkpoints of a finished run", folder, CHECKPOINTS, "finished")
+
+
+def _of_reports(folders: Iterable[Path]) -> Iterator[Leftover]:
+    """What was written aside for a search or a report, by processes here that are surely gone."""
+    for folder in sorted(folders):
+        for path in (*folder.glob(".*.tmp"), *folder.glob("report/.*.tmp")):
+            if is_of_the_dead(path):
+                yield Leftover(path, "half written")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())

@@ -81,8 +81,8 @@ class TrainConfig:
         batch_size: sequences a step, each of the task's training length, in all processes together.
         micro_batch: sequences that one process takes at a time, their gradients summed; 0 for its whole share.
         optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
-        lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, then falls along the
-            schedule to ``final_lr_ratio * lr`` at ``steps``.
+        lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
+            falls along the schedule to ``final_lr_ratio * lr`` at ``steps``.
         schedule: ``cosine``, or ``wsd``: stable, then falling in a line over the last ``decay_share`` of the steps.
         grad_clip: bound on the norm of the gradient; 0 for none.
         spike: a gradient norm above this many times its running mean is bad as one that is not finite is; 0 for never.
@@ -137,8 +137,10 @@ class TrainConfig:
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number and not negative, got {getattr(self, name)}")
-        if self.decay_share > 1:
-            raise ValueError(f"decay_share must be at most 1, got {self.decay_share}")
+        for name in ("decay_share", "final_lr_ratio"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        self._check_schedule()
         if 0 < self.spike <= 1:
             raise ValueError(f"spike must be above 1, or 0 for never, got {self.spike}")
         if self.target is not None and not math.isfinite(self.target):
@@ -148,6 +150,17 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, {choices_hint(getattr(self, name), choices)}")
+
+    def _check_schedule(self) -> None:
+        """Refuse rates that would never reach ``lr``, or would jump down from it."""
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
+        decay = self.decay_share * self.steps
+        if self.schedule == "wsd" and self.warmup and self.warmup + decay > self.steps + 1e-6:
+            raise ValueError(
+                f"warmup ({self.warmup}) and the {decay:g} steps of decay_share ({self.decay_share:g}) must fit into"
+                f" steps ({self.steps})"
+            )
 
 
 @dataclass(frozen=True)
@@ -211,6 +224,7 @@ class RunConfig:
     runs: str = "runs"
 
     def __post_init__(self):
+        folder_path("runs", self.runs)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
         for name, text in (("experiment", self.experiment), ("model.name", self.model.name)):
@@ -223,13 +237,40 @@ class RunConfig:
             raise ValueError(f"{shares}: every process has to get the same number of sequences")
 
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run: the resolved configuration without :data:`NOT_IDENTITY`."""
-        return without(to_dict(self), NOT_IDENTITY)
+        """What makes this run this run: the resolved configuration without :data:`NOT_IDENTITY`.
+
+        Equal configurations have one identity: numbers count by their value, and a layer's option at its default is
+        as one that is left out.
+        """
+        from experiments.options import canonical  # Imports torch, which a wrong key need not wait for.
+
+        given = self._given()
+        return {**given, "model": canonical(given["model"])}
 
     def folder(self) -> Path:
-        text = json.dumps(self.identity(), sort_keys=True, allow_nan=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        """Where the run lies: by its identity, or where the same words put it before identities were of values."""
+        path, before = self._path(self.identity()), self._path(self._given())
+        return before if before.is_dir() and not path.exists() else path
+
+    def _given(self) -> dict[str, Any]:
+        return without(to_dict(self), NOT_IDENTITY)
+
+    def _path(self, identity: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
         return Path(self.runs) / self.experiment / f"{self.model.name}-seed{self.seed}-{digest}"
+
+
+def folder_path(name: str, given: object) -> Path:
+    """The path of a folder that an option names.
+
+    Raises:
+        ConfigError: it is none, or begins with a ``~`` that no shell has replaced.
+    """
+    if not isinstance(given, str) or not given.strip():
+        raise ConfigError(f"{name}: expected the path of a folder, got {given!r}")
+    if given.startswith("~"):
+        raise ConfigError(f"{name}: {given!r} begins with a ~ that the shell did not replace; write $HOME instead")
+    return Path(given)
 
 
 def without(values: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
@@ -248,23 +289,24 @@ def run_config(composed: Mapping[str, Any]) -> RunConfig:
         ConfigError: naming the full path of a wrong key, type or value and the nearest right one.
     """
     composed = dict(composed)
-    for name, typed in (("task", _task_config), ("tracker", _tracker_config)):
+    for name, typed in (("task", task_config), ("tracker", _tracker_config)):
         if isinstance(composed.get(name), Mapping):
             composed[name] = typed(composed[name])
     return convert(RunConfig, composed)
 
 
-def _task_config(task: Mapping[str, Any]) -> TaskConfig:
+def task_config(task: Mapping[str, Any]) -> TaskConfig:
+    """The typed form of a task's name and options; errors as in :func:`run_config`."""
     options = dict(task)
     name = options.pop("name", None)
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise ConfigError(f"task.name: unknown task {name!r}, {choices_hint(name, TASKS)}")
     return TaskConfig(name, convert(TASKS[name].Config, options, "task"))
 
 
 def _tracker_config(tracker: Mapping[str, Any]) -> TrackerConfig:
     name = tracker.get("name", TrackerConfig.name)
-    if name not in TRACKERS:
+    if not isinstance(name, str) or name not in TRACKERS:
         raise ConfigError(f"tracker.name: unknown tracker {name!r}, {choices_hint(name, TRACKERS)}")
     options = convert(TRACKERS[name].Config, tracker.get("options", {}), "tracker.options")
     return convert(TrackerConfig, {**tracker, "options": options}, "tracker")

@@ -5,11 +5,13 @@ Runs the commands that a person could type, and prints them. Finished runs are n
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 MODELS = "attention,linear_attention,mamba2,delta_net,hybrid"
 COMMANDS = (
@@ -19,8 +21,9 @@ COMMANDS = (
 )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Run the commands in order; the code of the first that was stopped, else the worst."""
+    argparse.ArgumentParser("python -m experiments.demo", description=__doc__).parse_args(arguments)
     started, worst = time.monotonic(), 0
     for command in COMMANDS:
         print(f"\n$ python {command}", flush=True)
@@ -50,4 +53,4 @@ def run_to_the_end(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

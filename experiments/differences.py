@@ -67,7 +67,7 @@ def _course(a: RunFolder, b: RunFolder) -> dict[str, tuple[Any, Any]]:
     """The first evaluation at which the metrics of both are not the same."""
     try:
         lines = [{line["step"]: line for line in folder.metrics()} for folder in (a, b)]
-    except RunnerError as error:
+    except (RunnerError, OSError) as error:
         return {"metrics.jsonl": (str(error), ABSENT)}
     for step in sorted(lines[0].keys() & lines[1].keys()):
         pairs = _differing(*({key: x for key, x in line[step].items() if key not in TIMES} for line in lines))

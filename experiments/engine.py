@@ -85,14 +85,16 @@ class Engine:
         Returns:
             The mean loss of the whole batch's targets: a scalar, still on the device.
         """
-        tokens, targets = to_device(batch, self.device)
+        tokens, targets, real = to_device(batch, self.device)
         answers = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
         loss = torch.zeros((), device=self.device)
         for rows, is_last in self._micro_batches(len(tokens)):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
             with autocast(self.device, self.config.precision):
-                part = model.loss(tokens[rows], targets[rows], ignore_index=IGNORED, reduction="sum") / answers
+                mask = None if real is None else real[rows]
+                total = model.loss(tokens[rows], targets[rows], token_mask=mask, ignore_index=IGNORED, reduction="sum")
+                part = total / answers
             extra = model.auxiliary_loss() * (len(tokens[rows]) / self.config.batch_size)
             # FSDP takes the mean over processes, and the sum is wanted.
             ((part + extra) * processes.count()).backward()
@@ -124,9 +126,9 @@ class Engine:
         """
         total, parts = len(batch.tokens), processes.count()
         rows = np.arange(processes.rank(), -(-total // parts) * parts, parts) % total
-        tokens, targets = to_device(Batch(batch.tokens[rows], batch.targets[rows]), self.device)
+        tokens, targets, real = to_device(batch.rows(rows), self.device)
         with autocast(self.device, self.config.precision):
-            logits = model(tokens)[0]
+            logits = model(tokens, token_mask=real)[0]
         logits = logits.to(accumulation_dtype(logits))
         losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         own = losses.cpu().numpy(), (logits.argmax(-1) == targets).cpu().numpy()
@@ -141,13 +143,19 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(batch.tokens).to(device), torch.from_numpy(np.ascontiguousarray(batch.targets)).to(device)
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    tokens, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch[:2])
+    return tokens, targets, None if batch.real is None else torch.from_numpy(batch.real).to(device)
+
+
+def require_device(name: str) -> None:
+    """Raise ``RunnerError`` unless this machine has a device of that name."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunnerError("train.device is 'cuda', but torch sees no CUDA device here; choose 'cpu' or 'auto'")
 
 
 def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RunnerError("train.device is 'cuda', but torch sees no CUDA device here; choose 'cpu' or 'auto'")
+    require_device(name)
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

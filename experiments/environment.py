@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,71 +16,65 @@ from typing import Any
 import torch
 
 import seqarch
+from experiments.secrecy import masked_text
 from seqarch.ops.common import library_cuda, native
 
 ROOT = Path(__file__).resolve().parent.parent
+PUBLIC = 0o666
+"""The mode of a new file, less what the umask forbids."""
+
 PACKAGES = ("torch", "numpy", "einops", "triton", "hydra-core", "omegaconf", "wandb")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 VARIABLES = (*THREADS, "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "SEQARCH_ISA", "SEQARCH_AUTOTUNE",
              "TRITON_INTERPRET")  # fmt: skip
 """Environment variables that change results or speed; no others are recorded, as they may hold secrets."""
 
-SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".yaml", ".yml", ".toml", ".sh")
-"""Endings of the untracked files whose content a diff holds: other files may be large, or hold secrets."""
-
-DIFF_BYTES = 2**20
-"""Of untracked files together."""
+HASHED_BYTES = 2**28
+"""Of untracked files together: a folder of data among them would take minutes."""
 
 
-def code_version() -> tuple[dict[str, Any], str]:
-    """The commit and whether the files differ from it; and how they differ, as a diff that ``git apply`` takes.
+def code_version() -> tuple[dict[str, Any], str, int]:
+    """The commit and whether the files differ from it; how they differ, as a diff that ``git apply`` takes; and the
+    mode that a file with this diff may have.
 
-    Files that git neither tracks nor ignores are part of the code: ``untracked`` names them, the diff adds those that
-    are sources, and ``left_out`` names those that it does not hold.
+    Files that git neither tracks nor ignores are part of the code: ``untracked`` has their sizes and hashes by name.
+    Their content, which may be large or secret, is nowhere in it.
     """
     commit = _git("rev-parse", "HEAD")
     if commit is None:
-        return {"commit": None, "dirty": None, "library": compiled_library()}, ""
+        return {"commit": None, "dirty": None, "library": compiled_library()}, "", PUBLIC
     changed = _git("status", "--porcelain") or ""
     diff = (_git("diff", "HEAD") or "") if changed.strip() else ""
-    untracked = [name for name in (_git("ls-files", "--others", "--exclude-standard", "-z") or "").split("\0") if name]
-    added, left_out = untracked_diff(ROOT, untracked)
     code = {"commit": commit.strip(), "dirty": bool(changed.strip()), "library": compiled_library()}
-    lists = {"untracked": untracked, "left_out": left_out}
-    return code | {name: files for name, files in lists.items() if files}, diff + added
+    if untracked := _names("ls-files", "--others", "--exclude-standard", "-z"):
+        code["untracked"] = fingerprints(ROOT, untracked)
+    if (shown := masked_text(diff)) != diff:
+        code["masked"] = "keys in the diff"
+    return code, shown, least_mode(ROOT / name for name in _names("diff", "HEAD", "--name-only", "-z"))
 
 
-def untracked_diff(root: Path, names: Sequence[str]) -> tuple[str, list[str]]:
-    """A diff that adds the sources among some files, as far as :data:`DIFF_BYTES` allow; and the names of the rest."""
-    parts, left_out, room = [], [], DIFF_BYTES
+def fingerprints(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of some files; of links, and of what is beyond :data:`HASHED_BYTES`, the size alone."""
+    found, room = {}, HASHED_BYTES
     for name in names:
-        text = _source_text(root / name, room)
-        if text is None:
-            left_out.append(name)
-            continue
-        room -= len(text.encode())
-        parts.append(_addition(name, text))
-    return "".join(parts), left_out
+        try:
+            size = (root / name).lstat().st_size
+            found[name] = {"bytes": size}
+            if not (root / name).is_symlink() and (root / name).is_file() and size <= room:
+                room -= size
+                found[name]["sha256"] = hashlib.sha256((root / name).read_bytes()).hexdigest()
+        except OSError as error:  # Gone meanwhile, or closed to this user.
+            found[name] = {"unread": error.strerror}
+    return found
 
 
-def _source_text(path: Path, room: int) -> str | None:
-    """The text of a source of at most so many bytes; ``None`` for any other file."""
-    try:
-        if path.suffix not in SOURCES or path.is_symlink() or not path.is_file() or path.stat().st_size > room:
-            return None
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _addition(name: str, text: str) -> str:
-    header = f"diff --git a/{name} b/{name}\nnew file mode 100644\n"
-    if not text:
-        return header
-    lines = text.removesuffix("\n").split("\n")
-    body = "".join(f"+{line}\n" for line in lines)
-    open_end = "" if text.endswith("\n") else "\\ No newline at end of file\n"
-    return f"{header}--- /dev/null\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n{body}{open_end}"
+def least_mode(paths: Iterable[Path]) -> int:
+    """What every one of some files lets its group and others do, as a copy of them must not let more."""
+    mode = PUBLIC
+    for path in paths:
+        if path.exists():  # What was deleted stands in the commit, as open as that is.
+            mode &= path.stat().st_mode | 0o600
+    return mode
 
 
 @cache
@@ -139,6 +133,10 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _names(*arguments: str) -> list[str]:
+    return [name for name in (_git(*arguments) or "").split("\0") if name]
 
 
 def _git(*arguments: str) -> str | None:

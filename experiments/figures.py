@@ -122,7 +122,7 @@ def draw_training(panels: Sequence[Axes], comparison: Comparison) -> None:
 
 
 def _steps(run: RecordedRun, key: str) -> tuple[list[int], list[float]]:
-    lines = [line for line in run.metrics if key in line]
+    lines = [line for line in run.metrics if isinstance(line.get(key), (int, float))]
     return [line["step"] for line in lines], [line[key] for line in lines]
 
 
@@ -130,16 +130,29 @@ def _draw_steps(axes: Axes, run: RecordedRun, key: str, **look) -> None:
     axes.plot(*_steps(run, key), **look)
 
 
+def curves(comparison: Comparison) -> list[tuple[Variant, list[dict[str, Any]]]]:
+    """The variants that have the metric along something, each with its seeds' curves: those along the same points.
+
+    A curve that is no number somewhere is left out.
+    """
+    found = []
+    for variant in comparison.shown:
+        recorded = [run.record["results"].get("curve") for run in variant.finished]
+        found.append((variant, [curve for curve in recorded if curve and np.isfinite(curve["y"]).all()]))
+    points = next((own[0]["x"] for _, own in found if own), None)
+    same = [(variant, [curve for curve in own if curve["x"] == points]) for variant, own in found]
+    return [(variant, own) for variant, own in same if own]
+
+
 def draw_curve(axes: Axes, comparison: Comparison) -> None:
     """The metric along the task's own axis, such as the position in the file: seeds thin, their median thick."""
-    drawn = [variant for variant in comparison.shown if "curve" in variant.finished[0].record["results"]]
-    first = drawn[0].finished[0].record["results"]["curve"]
+    drawn = curves(comparison)
+    first = drawn[0][1][0]
     ends, numbers = [], strokes(comparison)
-    for variant in drawn:
-        curves = [run.record["results"]["curve"] for run in variant.finished]
-        x, middle = curves[0]["x"], np.median([curve["y"] for curve in curves], axis=0)
-        if len(curves) > 1:
-            for curve in curves:
+    for variant, own in drawn:
+        x, middle = first["x"], np.median([curve["y"] for curve in own], axis=0)
+        if len(own) > 1:
+            for curve in own:
                 axes.plot(x, curve["y"], color=variant.colour, alpha=0.35, linewidth=0.8)
         axes.plot(x, middle, color=variant.colour, **line_look(numbers[variant.label]))
         ends.append((x[-1], float(middle[-1])))
@@ -149,7 +162,7 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlabel(f"{first['x_label']} ({first['x_unit']}, logarithmic)")
     axes.set_ylabel(metric_label(comparison))
     _mark_chance(axes, comparison, vertical=False)
-    _label_ends(axes, [variant.label for variant in drawn], [variant.colour for variant in drawn], ends)
+    _label_ends(axes, [variant.label for variant, _ in drawn], [variant.colour for variant, _ in drawn], ends)
     trained_to = first.get("trained_to")
     if trained_to and trained_to < first["x"][-1]:
         axes.axvline(trained_to, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
@@ -182,6 +195,8 @@ def draw_cost(axes: Axes, comparison: Comparison) -> None:
     """Quality against the bytes of state that a model carries at the longest position."""
     shown = comparison.shown
     sizes = [variant.finished[0].record["model"]["state_bytes"] for variant in shown]
+    least = least_size(sizes)
+    sizes = [size or least for size in sizes]
     for variant, size in zip(shown, sizes, strict=True):
         values = variant.values(test_of)
         axes.plot([size] * len(values), values, "-", color=variant.colour, alpha=0.35, linewidth=4,
@@ -191,7 +206,7 @@ def draw_cost(axes: Axes, comparison: Comparison) -> None:
     axes.set_xscale("log", base=2)
     room = max(max(sizes) / min(sizes), 4) ** 0.18
     axes.set_xlim(min(sizes) / room, max(sizes) * room)
-    _powers_of_two(axes, bytes_text)
+    _powers_of_two(axes, lambda size: bytes_text(0 if size <= least else size))
     length = comparison.sample["model"]["state_length"]
     axes.set_xlabel(f"State after {length:,} tokens (bytes, logarithmic)")
     axes.set_ylabel(f"{metric_label(comparison)} on test")
@@ -201,6 +216,16 @@ def draw_cost(axes: Axes, comparison: Comparison) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _mark_chance(axes, comparison, vertical=False)
     _label_points(axes, shown, sizes)
+
+
+def least_size(sizes: Sequence[float]) -> float:
+    """Where a logarithmic axis has the models without a state: a power of two below all others'; 0 without such models.
+
+    The axis has no place for 0 bytes.
+    """
+    if min(sizes) > 0:
+        return 0.0
+    return 2.0 ** (math.floor(math.log2(min((size for size in sizes if size), default=4.0))) - 2)
 
 
 def _label_points(axes: Axes, shown: Sequence[Variant], sizes: Sequence[float]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from experiments import environment, processes
 from experiments.checkpoints import TrainState
 from experiments.config import RunConfig
 from experiments.engine import Engine
-from experiments.errors import RunnerError
+from experiments.errors import RunnerError, writing
 from experiments.files import write_atomic, write_json
+from experiments.interrupts import INTERRUPTS, Preempted
 from experiments.metering import measured_peak, peak_memory, price, utilisation
-from experiments.progress import Preempted
 from experiments.records import RunFolder
 from experiments.reporter import Silent
+from experiments.secrecy import masked, masked_command
 from experiments.tasks import Task
 from experiments.trackers import Guarded
 from seqarch.models import LanguageModel
@@ -59,12 +59,11 @@ def now() -> str:
 def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Training]) -> int:
     """Train, with the record written before and after, however it ends; returns the exit code."""
     try:
+        folder.tidy()
         _open(folder, config)
         status, ending = _train(folder, make)
         folder.claim.check()  # The record is that of whoever took over.
-        folder.update(status=status, ended=now(), **ending)
-    except KeyboardInterrupt as stop:
-        return EXIT_CODES[_status_of(stop)]
+        folder.update(status=status, ended=now(), **masked(ending))
     except RunnerError as error:  # Such as a full disk: what is written stands, and the exit code tells.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CODES["failed"]
@@ -76,7 +75,8 @@ def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Trainin
 def follow(make: Callable[[], Training]) -> int:
     """Train in a process that keeps no record, beside the one that does; returns the exit code."""
     try:
-        make().train()
+        with INTERRUPTS.at_once():
+            make().train()
     except KeyboardInterrupt as stop:
         return EXIT_CODES[_status_of(stop)]
     except RunnerError as error:
@@ -90,16 +90,18 @@ def _status_of(stop: KeyboardInterrupt) -> str:
 
 
 def _open(folder: RunFolder, config: RunConfig) -> None:
-    code, diff = environment.code_version()
+    code, diff, mode = environment.code_version()
+    with writing(folder.diff_file):  # That of an earlier attempt may be open to more readers than this one.
+        folder.diff_file.unlink(missing_ok=True)
     if diff:
-        write_atomic(folder.diff_file, diff)
+        write_atomic(folder.diff_file, diff, mode=mode)
     record = {
         "status": "running",
         "attempt": folder.record().get("attempt", 0) + 1,
         "name": folder.path.name,
         "experiment": config.experiment,
         "started": now(),
-        "command": os.environ.get("SEQARCH_COMMAND", shlex.join(sys.argv)),
+        "command": masked_command(os.environ.get("SEQARCH_COMMAND", shlex.join(sys.argv))),
         "seeds": {"initialisation": config.seed, "training data": config.seed, "held-out data": 0},
         "code": {**code, "diff": folder.diff_file.name if diff else None},
         "environment": environment.software(),
@@ -109,13 +111,15 @@ def _open(folder: RunFolder, config: RunConfig) -> None:
 
 def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[str, Any]]:
     """How training ended, and what is to be recorded of it."""
-    run, ending, status = None, {}, "failed"
+    run, status = None, "failed"
+    ending: dict[str, Any] = {}
     with record_backends() as backends:
         try:
-            run = make()
-            folder.update(**_describe(run))
-            ending["results"] = run.train()
-            status = "finished"
+            with INTERRUPTS.at_once():
+                run = make()
+                folder.update(**masked(_describe(run)))
+                results = run.train()
+            status, ending = "finished", {"results": results}
         except KeyboardInterrupt as stop:
             status, ending["reason"] = _status_of(stop), str(stop) or "stopped from outside"
         except RunnerError as error:
@@ -123,7 +127,6 @@ def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[s
         except Exception as error:  # A record of any failure; the whole of it goes to the log.
             traceback.print_exc()
             ending["reason"] = f"{type(error).__name__}: {error}"
-    _ignore_interrupts()
     ending["backends"] = backends
     if run is not None:
         ending["cost"] = _cost(run)
@@ -177,9 +180,3 @@ def _cost(run: Training) -> dict[str, Any]:
     if device.type == "cuda":
         cost["peak_gpu_memory_bytes"] = max(state.peak_gpu_memory_bytes, gpu_memory)
     return cost
-
-
-def _ignore_interrupts() -> None:
-    """From here on the run is over: a second signal must not tear its record."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

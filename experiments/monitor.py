@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
 import threading
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -30,6 +34,60 @@ WORDS = {
 }
 
 
+class Outlet:
+    """A stream that takes text also when it cannot pass it on: a sweep does not end because nobody hears of it.
+
+    Args:
+        stream: ``None`` where a process was started without one.
+
+    Attributes:
+        open: whether it can pass on what comes.
+        problem: why it cannot, once that is so; a reader that has left, as ``| head`` does, is none.
+    """
+
+    def __init__(self, stream: IO[str] | None):
+        self._stream, self.open = stream, stream is not None
+        self.problem: str | None = None
+
+    def write(self, text: str) -> int:
+        self._try(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def _try(self, action: Callable[[IO[str]], object]) -> None:
+        try:
+            if self.open and self._stream is not None:
+                action(self._stream)
+        except OSError as error:  # A full disk, a terminal that is closed.
+            self.open = False
+            self.problem = None if error.errno == errno.EPIPE else error.strerror or str(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def complain(reason: str) -> None:
+    """Tell of an error, where anybody can hear of it."""
+    with contextlib.suppress(OSError):
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+
+
+def flush_output() -> bool:
+    """Whether all that was printed could be written; what could not is dropped.
+
+    Python would try once more as it ends, and tell of that in its own way.
+    """
+    outlet = Outlet(sys.stdout)
+    outlet.flush()
+    if sys.stdout is not None and not outlet.open:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if outlet.problem is not None:
+        complain(f"cannot write the standard output: {outlet.problem}")
+    return outlet.problem is None
+
+
 class Monitor:
     """Watches a board from a thread until it is closed.
 
@@ -40,7 +98,9 @@ class Monitor:
 
     def __init__(self, board: Board, total: int, console: Console | None = None):
         self._board, self.total = board, total
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._outlet = Outlet(sys.stdout)
+        stream = cast(IO[str], self._outlet)
+        self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
         self._told: dict[int, str] = {}
         self._over = threading.Event()
         can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal
@@ -75,8 +135,15 @@ class Monitor:
             self._console.print(f"{len(entries)} runs: {told}", markup=False)
         # A whole sweep is often refused for one and the same mistake, which is to be read once.
         for message, number in Counter(e["message"] for e in entries if e["status"] == "refused").items():
-            print(f"error: {message}" + (f" ({number} runs)" if number > 1 else ""), file=sys.stderr)
+            complain(message + (f" ({number} runs)" if number > 1 else ""))
+        if self.problem:
+            complain(f"cannot write the standard output: {self.problem}; the record of the runs is whole")
         return entries
+
+    @property
+    def problem(self) -> str | None:
+        """Why not all could be shown."""
+        return self._outlet.problem
 
 
 class Bars:
@@ -86,10 +153,10 @@ class Bars:
         bar = BarColumn(bar_width=24, complete_style="cyan", finished_style="green")
         columns = (
             # Names alone may be cut, since the others are not to wrap.
-            TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="ellipsis")),
             *([bar] if console.width >= BAR_FROM_WIDTH else []),
-            TextColumn("{task.fields[count]}", justify="right"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[count]}", markup=False, justify="right"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self._progress = Progress(*columns, console=console, transient=True)
         self._rows: dict[int, Any] = {}

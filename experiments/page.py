@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments.blocks import table
 from experiments.figures import bytes_text, test_of
 from experiments.files import write_atomic
-from experiments.reading import Comparison, Variant
+from experiments.reading import TUNED, Comparison, Variant, listed
 
 
 def table_rows(comparison: Comparison) -> list[list[str]]:
@@ -21,17 +21,23 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
         "Training FLOPs",
         f"State at {length:,}",
         "Tokens/s",
-        "Learning rate",
+        *(TUNED[name].capitalize() for name in settings(comparison)),
     ]
-    return [header, *(_row(variant, len(comparison.seeds)) for variant in comparison.variants)]
+    return [header, *(_row(variant, comparison) for variant in comparison.variants)]
 
 
-def _row(variant: Variant, seeds: int) -> list[str]:
+def settings(comparison: Comparison) -> list[str]:
+    """The paths of the tuned settings that a table shows: the learning rate, and what was chosen among besides."""
+    return [name for name in TUNED if name == "train.lr" or name in comparison.grids]
+
+
+def _row(variant: Variant, comparison: Comparison) -> list[str]:
+    seeds, chosen = len(comparison.seeds), [_setting(variant, name) for name in settings(comparison)]
     if not variant.finished:
-        return [variant.label, "none finished", f"0 of {seeds}", "", "", "", "", _rate(variant)]
+        return [variant.label, "none finished", f"0 of {seeds}", "", "", "", "", *chosen]
     record, values = variant.finished[0].record, variant.values(test_of)
     spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    failed = sum(run.status == "failed" for run in variant.runs)
+    failed = sum(run.status in ("failed", "finished") and not run.finished for run in variant.runs)
     return [
         variant.label,
         f"{variant.median(test_of):.3f}{spread}",
@@ -40,14 +46,13 @@ def _row(variant: Variant, seeds: int) -> list[str]:
         f"{variant.median(lambda run: run.record['cost']['flops']):.1e}".replace("e+", "e"),
         bytes_text(record["model"]["state_bytes"]),
         f"{variant.median(lambda run: run.record['cost']['tokens_per_second']):,.0f}",
-        _rate(variant),
+        *chosen,
     ]
 
 
-def _rate(variant: Variant) -> str:
-    tried = variant.grid["train.lr"]
-    rate = f"{variant.runs[0].config['train']['lr']:g}"
-    return rate if len(tried) < 2 else f"{rate} (of {', '.join(f'{other:g}' for other in tried)})"
+def _setting(variant: Variant, name: str) -> str:
+    tried, value = variant.grid[name], f"{variant.setting(name):g}"
+    return value if len(tried) < 2 else f"{value} (of {listed(tried)})"
 
 
 def write_page(
@@ -57,7 +62,7 @@ def write_page(
     pictures: dict[str, list[tuple[str, str]]],
     problems: list[str],
 ) -> None:
-    parts = ["# " + " and ".join(dict.fromkeys(c.sample["task"]["title"] for c in comparisons if c.shown))]
+    parts = ["# " + " and ".join(dict.fromkeys(c.title for c in comparisons if c.shown))]
     if len(pictures) > 1:
         parts.append("![All comparisons at a glance](overview.png)")
     for comparison in comparisons:
@@ -74,22 +79,21 @@ def _section(comparison: Comparison, pictures: list[tuple[str, str]], titled: bo
     if not comparison.shown:
         return [f"## {comparison.name}", "No run is finished yet.", *_remarks(comparison)]
     sample, metric = comparison.sample, comparison.sample["metric"]
-    parts = [f"## {sample['task']['title']} (`{comparison.name}`)"] if titled else []
+    parts = [f"## {comparison.title} (`{comparison.name}`)"] if titled else []
     parts.append(sample["task"]["reading"])
-    parts += [f"![{sample['task']['title']}: {shows}]({name}.png)" for name, shows in pictures[:1]]
+    parts += [f"![{comparison.title}: {shows}]({name}.png)" for name, shows in pictures[:1]]
     header, *rows = table_rows(comparison)
     parts.append(table(header, rows, align="---:"))
     better = "More" if metric["higher_is_better"] else "Less"
     seeds = ", ".join(map(str, comparison.seeds))
     parts.append(
         f"{better} is better; chance is {metric['chance']:.3g} ({metric['chance_label']}). Seeds: {seeds}. Every run"
-        f" was tested once, with {_tested(comparison)}; where several learning rates were run, the median"
-        " on validation chose. Training FLOPs and tokens per second are medians over seeds; tokens per second are by"
-        " the clock, on the machine as it was, with whatever else ran there. FLOPs are"
-        f" {sample['cost']['flops_formula']}."
+        f" was tested once, with {_tested(comparison)}; {_chosen(comparison)}. Training FLOPs and tokens per second are"
+        " medians over seeds; tokens per second are by the clock, on the machine as it was, with whatever else ran"
+        f" there. FLOPs are {sample['cost']['flops_formula']}."
     )
     parts += _remarks(comparison)
-    parts += [f"![{sample['task']['title']}: {shows}]({name}.png)" for name, shows in pictures[1:]]
+    parts += [f"![{comparison.title}: {shows}]({name}.png)" for name, shows in pictures[1:]]
     data = {key: value for key, value in sample["data"].items() if key != "task"}
     parts.append("Data: " + "; ".join(f"{key} {value}" for key, value in data.items() if key != "hash") + ".")
     hashes = sorted({run.record["data"]["hash"] for variant in comparison.shown for run in variant.finished})
@@ -110,6 +114,14 @@ def _tested(comparison: Comparison) -> str:
     if len(last) == len(comparison.shown):
         return "its last checkpoint"
     return f"{chosen}, or its last checkpoint ({', '.join(last)})"
+
+
+def _chosen(comparison: Comparison) -> str:
+    """Among which settings was chosen, and how."""
+    if not comparison.grids:
+        return "each model was run with one learning rate and one weight decay"
+    grids = "; ".join(f"{TUNED[name]} {listed(values)}" for name, values in comparison.grids.items())
+    return f"where a model was run with several settings, the median on validation chose among them ({grids})"
 
 
 def _remarks(comparison: Comparison) -> list[str]:

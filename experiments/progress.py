@@ -1,4 +1,4 @@
-"""How a training process shows that it lives, how far it is, and how it learns that it should stop."""
+"""How a training process shows that it lives and how far it is."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch import Tensor
 
-from experiments.claims import HEARTBEAT_SECONDS, ClaimLost, is_alive, process_identity
+from experiments.claims import HEARTBEAT_SECONDS, ClaimLost
 from experiments.errors import StorageError
 from experiments.files import write_atomic
+from experiments.identity import is_alive, process_identity
 from experiments.records import RunFolder
 
 REFRESH_SECONDS = 0.5
@@ -75,33 +75,3 @@ class Heartbeat:
                     return
                 except StorageError as error:  # The next write of the run itself will fail and say so.
                     print(f"the claim could not be renewed: {error}", flush=True)
-
-
-class Preempted(KeyboardInterrupt):
-    """Asked to end by SIGTERM, as schedulers do before they take a machine away."""
-
-
-class Preemption:
-    """SIGTERM raises :class:`Preempted` at once, or within :meth:`delayed` sets ``requested`` and nothing else."""
-
-    def __init__(self):
-        self.requested = False
-        self._delayed = False
-
-    def obey(self) -> None:
-        """From here on. SIGINT raises ``KeyboardInterrupt``; a launcher's worker ignores it, which is inherited."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, self._receive)
-
-    @contextmanager
-    def delayed(self) -> Iterator[None]:
-        self._delayed = True
-        try:
-            yield
-        finally:
-            self._delayed = False
-
-    def _receive(self, *_: object) -> None:
-        self.requested = True
-        if not self._delayed:
-            raise Preempted("stopped by SIGTERM")

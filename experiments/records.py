@@ -7,13 +7,14 @@
 ``checkpoints/``    the latest and the best, a folder each
 ``bad/``            the batches of steps whose loss or gradient was no number or a spike
 ``train.log``       what the training process printed
-``code.diff``       how the code differed from the commit, if it did; new source files are in it
+``code.diff``       how the code differed from the commit, if it did; of files that git does not track, none
 ``claim.json``      who is at work here; gone when nobody is
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,26 @@ from typing import Any
 from experiments.claims import Claim
 from experiments.config import RunConfig, run_config, to_dict
 from experiments.errors import ConfigError, RunnerError, writing
-from experiments.files import read_json, write_atomic, write_json
+from experiments.files import (
+    append_line,
+    half_checkpoints,
+    half_written,
+    make_folder,
+    read_json,
+    remove_checkpoint,
+    write_atomic,
+    write_json,
+)
 
-KINDS = {"status": str, "attempt": int, "reason": str, "results": dict, "metric": dict, "cost": dict}
+KINDS: dict[str, type] = {"status": str, "attempt": int, "reason": str}
+KINDS |= dict.fromkeys(("results", "metric", "cost", "metrics_lost"), dict)
 """Of the entries of ``run.json`` on which the runner relies, where they are there."""
+
+
+ASIDE = re.compile(
+    r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
+)
+"""What is written aside there, and in ``bad``, before it is renamed."""
 
 
 class RunFolder:
@@ -75,12 +92,22 @@ class RunFolder:
             raise ConfigError(f"{self.path} holds another configuration: {shown}{more}. It was left untouched")
 
     def create(self, config: RunConfig) -> None:
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         if read_json(self.config_file) != to_dict(config):  # New, or differing in what makes no other run of it.
             write_json(self.config_file, to_dict(config))
+        make_folder(self.checkpoints)
+
+    def half_written(self) -> list[Path]:
+        """What killed processes left beside the files of the run, and no process will go on with."""
+        return [path for folder in (self.path, self.bad) for path in half_written(folder, ASIDE)]
+
+    def tidy(self) -> None:
+        """Remove it, and checkpoints that are half there. For the process that holds the claim: others write these."""
         with writing(self.path):
-            self.checkpoints.mkdir(exist_ok=True)
+            for path in self.half_written():
+                path.unlink(missing_ok=True)
+            for path in half_checkpoints(self.checkpoints):
+                remove_checkpoint(path)
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds.
@@ -104,28 +131,32 @@ class RunFolder:
         write_json(self.run_file, {**self.record(), **changes})
 
     def append_metrics(self, **values: Any) -> None:
-        with writing(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Add a line, which is on the disk on return: a checkpoint that is written next counts on it."""
+        append_line(self.metrics_file, json.dumps(values))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last line cut short by a crash is passed over.
 
         Raises:
-            RunnerError: another line is damaged.
+            RunnerError: another line is damaged, or the file cannot be read.
         """
-        if not self.metrics_file.exists():
+        try:
+            lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise RunnerError(f"cannot read {self.metrics_file}: {error.strerror or error}") from error
         parsed = [_metrics_line(line) for line in lines]
         damaged = [number for number, values in enumerate(parsed, 1) if values is None and number < len(lines)]
         if damaged:
             raise RunnerError(f"line {damaged[0]} of {self.metrics_file} is damaged; delete that line")
         return [values for values in parsed if values is not None]
 
-    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the other lines."""
+    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
+        """Drop the other lines; how many stay."""
         kept = [line for line in self.metrics() if wanted(line)]
         write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        return len(kept)
 
     def leave(self) -> None:
         """The training process ends: nobody is at work here any more, unless another process took over."""

@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from experiments.reporter import Silent
 from experiments.tasks.task import Batch
 from experiments.train import READ_EVERY, Run
 from experiments.vitals import Reading
+
+UNREADABLE = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)
+"""What NumPy raises for files that are not what it wrote."""
 
 SHOWN = 8
 """Parameters, those of the largest gradients first."""
@@ -69,7 +73,10 @@ def replay(path: Path) -> Replay:
     """
     recorded, batch = _read(path)
     folder = RunFolder(path.parent.parent)
-    run = Run(replace(folder.config(), tracker=TrackerConfig()), folder)
+    config = folder.config()
+    if not 1 <= recorded.step <= config.train.steps:
+        raise RunnerError(f"{path} is of step {recorded.step}, and the run has the steps 1 to {config.train.steps}")
+    run = Run(replace(config, tracker=TrackerConfig()), folder)
     run.reporter = Silent()
     began = _go_back(run, recorded.step - 1)
     layers: list[int] = []
@@ -92,11 +99,18 @@ def _read(path: Path) -> tuple[Reading, Batch]:
     try:
         with np.load(path) as kept:
             reading = Reading(*(kept[name].item() for name in Reading._fields))
-            return reading, Batch(kept["tokens"], kept["targets"])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            batch = Batch(kept["tokens"], kept["targets"], kept.get("real"))
+        if any(type(value) is not kind for value, kind in zip(reading, (int, float, float, bool), strict=True)):
+            raise ValueError(f"it holds {reading}")
+        kinds = zip(batch, (np.int64, np.int64, np.bool_), strict=True)
+        if any(each.dtype != kind or each.ndim != 2 for each, kind in kinds if each is not None):
+            held = (f"{each.dtype} {each.shape}" for each in batch if each is not None)
+            raise ValueError(f"it holds {' and '.join(held)}")
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         there = sorted(str(each) for each in path.parent.glob("step-*.npz"))
         kept = f"; {path.parent} holds {', '.join(each.rpartition('/')[2] for each in there)}" if there else ""
         raise RunnerError(f"{path} is not the batch of a bad step ({error}){kept}") from error
+    return reading, batch
 
 
 def _go_back(run: Run, step: int) -> int:

@@ -12,19 +12,26 @@ import sys
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from experiments import figures
 from experiments.errors import RunnerError, writing
 from experiments.files import write_atomic
-from experiments.page import table_rows, write_page
+from experiments.output import console, exit_code
+from experiments.page import settings, table_rows, write_page
 from experiments.reading import Comparison, RecordedRun, compare, read_runs
 from experiments.style import figure
 
 FORMATS = ("png", "svg")
-TERMINAL_HEADER = ("Seeds", "Parameters", "FLOPs", "State", "Tokens/s", "LR")
+WIDE = 110
+"""Columns where the output is no terminal."""
+
+TERMINAL_HEADER = ("Seeds", "Parameters", "FLOPs", "State", "Tokens/s")
+TERMINAL_SETTINGS = {"train.lr": "LR", "train.weight_decay": "WD"}
 """Short names of the table's later columns; ``index.md`` has the long ones."""
+
+OVERVIEW_ACROSS = 4
+"""Comparisons in a row of the overview."""
 
 
 def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
@@ -57,16 +64,15 @@ def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
 
 def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
     """All plots of a comparison; the names of their files without ending, and what each shows."""
-    stem = comparison.name.replace("/", "-")
     rows = len(comparison.shown)
     drawn = []
 
     def paths(kind: str, shows: str) -> list[Path]:
-        drawn.append((f"{stem}-{kind}", shows))
-        return [target / f"{stem}-{kind}.{ending}" for ending in FORMATS]
+        drawn.append((f"{comparison.stem}-{kind}", shows))
+        return [target / f"{comparison.stem}-{kind}.{ending}" for ending in FORMATS]
 
-    title = comparison.sample["task"]["title"]
-    if any("curve" in run.record["results"] for variant in comparison.shown for run in variant.finished):
+    title = comparison.title
+    if figures.curves(comparison):
         with figure(paths("position", "the metric along the position"), size=(7.2, 4.2)) as (_, (axes,)):
             figures.draw_curve(axes, comparison)
             axes.set_title(title)
@@ -92,17 +98,20 @@ def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
 def draw_overview(comparisons: list[Comparison], target: Path) -> None:
     """The comparisons side by side, each by its most telling plot."""
     paths = [target / f"overview.{ending}" for ending in FORMATS]
-    with figure(paths, columns=len(comparisons), size=(6.0 * len(comparisons), 3.9)) as (_, panels):
-        for axes, comparison in zip(panels, comparisons, strict=True):
-            has_curve = "curve" in comparison.shown[0].finished[0].record["results"]
-            (figures.draw_curve if has_curve else figures.draw_ranking)(axes, comparison)
-            axes.set_title(comparison.sample["task"]["title"])
+    across = min(len(comparisons), OVERVIEW_ACROSS)
+    down = -(-len(comparisons) // across)
+    with figure(paths, across, down, size=(6.0 * across, 3.9 * down)) as (_, panels):
+        for panel in panels[len(comparisons) :]:
+            panel.remove()
+        for axes, comparison in zip(panels, comparisons, strict=False):
+            (figures.draw_curve if figures.curves(comparison) else figures.draw_ranking)(axes, comparison)
+            axes.set_title(comparison.title)
 
 
 def results_csv(runs: list[RecordedRun]) -> str:
     """One line a run, failed and unfinished ones too."""
-    columns = ["experiment", "run", "model", "pattern", "seed", "lr", "weight_decay", "status", "reason", "metric",
-               "test", "validation", "steps", "parameters", "flops", "state_bytes", "state_length",
+    columns = ["experiment", "task", "run", "model", "pattern", "seed", "lr", "weight_decay", "status", "reason",
+               "metric", "test", "validation", "steps", "parameters", "flops", "state_bytes", "state_length",
                "tokens_per_second", "train_seconds", "peak_memory_bytes", "data_hash", "commit"]  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
@@ -112,6 +121,7 @@ def results_csv(runs: list[RecordedRun]) -> str:
         writer.writerow(
             {
                 "experiment": run.config["experiment"],
+                "task": run.config["task"].get("name"),
                 "run": run.path.name,
                 "model": run.config["model"]["name"],
                 "pattern": run.config["model"]["pattern"],
@@ -133,37 +143,40 @@ def results_csv(runs: list[RecordedRun]) -> str:
 
 def show(comparisons: list[Comparison], problems: list[str], target: Path) -> None:
     """The tables, in the terminal."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=110)
+    screen = console(WIDE)
     for comparison in comparisons:
         if comparison.shown:
             _, *rows = table_rows(comparison)
-            header = ("Model", comparison.sample["metric"]["label"], *TERMINAL_HEADER)
-            title = f"{comparison.sample['task']['title']} ({comparison.name})"
+            tuned = [TERMINAL_SETTINGS[name] for name in settings(comparison)]
+            header = ("Model", comparison.sample["metric"]["label"], *TERMINAL_HEADER, *tuned)
+            title = f"{comparison.title} ({comparison.name})"
             table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-            for position, name in enumerate(header):
-                table.add_column(name, justify="left" if position == 0 else "right", no_wrap=position != 1)
+            wrapped = (header[1], *tuned)
+            for name in header:
+                table.add_column(name, justify="left" if name == "Model" else "right", no_wrap=name not in wrapped)
             for row in rows:
                 table.add_row(*row)
-            console.print(table)
+            screen.print(table)
         for remark in comparison.remarks:
-            console.print(f"{comparison.name}: {remark}", markup=False)
+            screen.print(f"{comparison.name}: {remark}")
     for problem in problems:
-        console.print(f"not read: {problem}", markup=False, soft_wrap=True)
-    console.print(f"The plots and the whole report: {target / 'index.md'}", markup=False, soft_wrap=True)
+        screen.print(f"not read: {problem}", soft_wrap=True)
+    screen.print(f"The plots and the whole report: {target / 'index.md'}", soft_wrap=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Draw and tell what recorded runs show.")
+    parser = argparse.ArgumentParser(
+        description="Draw and tell what recorded runs show. Exit codes: 0 all is shown, 1 something could not be read."
+    )
     parser.add_argument("root", type=Path, help="a folder that holds runs at any depth, such as runs/mqar")
-    try:
-        target, comparisons, problems = report(parser.parse_args().root)
-    except RunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    show(comparisons, problems, target)
-    return 0
+    root = parser.parse_args().root
+
+    def tell() -> int:
+        target, comparisons, problems = report(root)
+        show(comparisons, problems, target)
+        return 1 if problems else 0
+
+    return exit_code(tell)
 
 
 if __name__ == "__main__":

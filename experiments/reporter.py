@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from experiments import processes
 from experiments.config import RunConfig, to_dict
-from experiments.errors import writing
+from experiments.files import make_folder, write_atomic
 from experiments.progress import ProgressFile
 from experiments.records import RunFolder
+from experiments.secrecy import masked
 from experiments.tasks.task import Batch
 from experiments.trackers import Tracker, make_tracker
 from experiments.vitals import Reading
@@ -24,8 +26,8 @@ class Silent:
 
     tracker = Tracker(None, Path(), {})
 
-    def begin(self, step: int) -> None:
-        """Training goes on after ``step``: what was written beyond is dropped."""
+    def begin(self, step: int, looks: int) -> None:
+        """Training goes on after ``step``, up to which there were so many looks: what was written beyond is dropped."""
 
     def check(self) -> None:
         """Raise ``ClaimLost`` if another process took the run over, and writes now."""
@@ -49,10 +51,13 @@ class Reporter(Silent):
     def __init__(self, folder: RunFolder, config: RunConfig):
         self._folder, self._steps = folder, config.train.steps
         self._progress = ProgressFile(folder, self._steps, 0)
-        self.tracker = make_tracker(config.tracker.name, config.tracker.options, folder.path, to_dict(config))
+        self.tracker = make_tracker(config.tracker.name, config.tracker.options, folder.path, masked(to_dict(config)))
 
-    def begin(self, step: int) -> None:
-        self._folder.keep_metrics(lambda line: line["step"] <= step)
+    def begin(self, step: int, looks: int) -> None:
+        kept = self._folder.keep_metrics(lambda line: line["step"] <= step)
+        if kept < looks:
+            self.tell(f"{looks - kept} of the {looks} lines of metrics up to step {step} are lost; the weights are not")
+            self._folder.update(metrics_lost={"lines": looks - kept, "of": looks, "up_to_step": step})
         self._progress = ProgressFile(self._folder, self._steps, step)
 
     def check(self) -> None:
@@ -72,9 +77,11 @@ class Reporter(Silent):
 
     def keep_batch(self, reading: Reading, batch: Batch) -> Path:
         path = self._folder.bad / f"step-{reading.step:06d}.npz"
-        with writing(path):
-            path.parent.mkdir(exist_ok=True)
-            np.savez_compressed(path, tokens=batch.tokens, targets=batch.targets, **reading._asdict())
+        make_folder(path.parent)
+        content = io.BytesIO()
+        arrays = {name: part for name, part in batch._asdict().items() if part is not None}
+        np.savez_compressed(content, **arrays, **reading._asdict())
+        write_atomic(path, content.getvalue())
         return path
 
 

@@ -6,7 +6,8 @@
     python -m experiments.runs gc --checkpoints --delete
     python -m experiments.runs export runs.csv
 
-A run is named by its folder, or by a part of its name that no other run has.
+A run is named by its folder, or by a part of its name that no other run has. Exit codes: 0 all was shown or done, 1 a
+run or a folder could not be read, and is named.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import io
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,23 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from experiments.catalogue import find, pick
+from experiments.catalogue import STATUSES, Entry, find, pick
 from experiments.cleaning import leftovers, remove
 from experiments.differences import differences
-from experiments.errors import RunnerError, writing
+from experiments.errors import RunnerError, choices_hint, writing
 from experiments.files import write_atomic
+from experiments.output import console, exit_code
 
 FORMATS = (".csv", ".parquet")
 WIDE = 200
 """Columns where the output is no terminal, so that no name is cut."""
 
 
-def list_runs(console: Console, arguments: argparse.Namespace) -> None:
-    entries = [each for each in find(arguments.root) if arguments.status in (None, each.status)]
+def list_runs(screen: Console, arguments: argparse.Namespace) -> int:
+    if arguments.status not in (None, *STATUSES):
+        raise RunnerError(f"--status {arguments.status}: {choices_hint(arguments.status, STATUSES)}")
+    found = find(arguments.root)
+    entries = [each for each in found if arguments.status in (None, each.status)]
     table = Table("Experiment", "Run", "Status", "Validation", "Test", "Steps", "Seconds", "Started", box=SIMPLE_HEAD)
     for entry in entries:
         numbers = ("results.validation", "results.test", "cost.steps", "cost.train_seconds")
@@ -44,57 +50,67 @@ def list_runs(console: Console, arguments: argparse.Namespace) -> None:
         values = (entry.get("config.experiment", ""), entry.name, entry.status, *map(entry.get, numbers), started)
         table.add_row(*map(_text, values))
     if entries:
-        console.print(table)
+        screen.print(table)
     counts = Counter(entry.status for entry in entries)
     told = ", ".join(f"{number} {status}" for status, number in counts.most_common())
-    console.print(f"{len(entries)} runs" + (f": {told}" if told else ""), markup=False)
-    for entry in entries:
-        if entry.problem is not None:
-            console.print(f"damaged: {entry.problem}", markup=False, soft_wrap=True)
+    screen.print(f"{len(entries)} runs" + (f": {told}" if told else ""))
+    return _tell_damage(screen, found)
 
 
-def show_run(console: Console, arguments: argparse.Namespace) -> None:
+def _tell_damage(screen: Console, entries: Iterable[Entry]) -> int:
+    """Tell what cannot be read; 1 if there is something, else 0."""
+    problems = [entry.problem for entry in entries if entry.problem is not None]
+    for problem in problems:
+        screen.print(f"damaged: {problem}", soft_wrap=True)
+    return min(len(problems), 1)
+
+
+def show_run(screen: Console, arguments: argparse.Namespace) -> int:
     entry = pick(arguments.root, arguments.run)
-    console.print(entry.folder.path, markup=False, soft_wrap=True)
+    screen.print(entry.folder.path, soft_wrap=True)
     for key, value in entry.flat().items():
         if value is not None:
-            console.print(f"  {key}: {_text(value)}", markup=False, soft_wrap=True)
+            screen.print(f"  {key}: {_text(value)}", soft_wrap=True)
     for path in sorted(entry.folder.path.iterdir()):
-        console.print(f"  {path.name}" + ("/" if path.is_dir() else ""), markup=False)
+        screen.print(f"  {path.name}" + ("/" if path.is_dir() else ""))
+    return 1 if entry.problem else 0
 
 
-def diff_runs(console: Console, arguments: argparse.Namespace) -> None:
+def diff_runs(screen: Console, arguments: argparse.Namespace) -> int:
     a, b = (pick(arguments.root, name) for name in (arguments.a, arguments.b))
-    console.print(f"A  {a.folder.path}\nB  {b.folder.path}", markup=False, soft_wrap=True)
+    screen.print(f"A  {a.folder.path}\nB  {b.folder.path}", soft_wrap=True)
     found = differences(a, b)
     for section, pairs in found.items():
         table = Table(section, "A", "B", box=SIMPLE_HEAD, title_justify="left")
         for path, pair in pairs.items():
             table.add_row(path, *map(_text, pair))
-        console.print(table)
+        screen.print(table)
     if not found:
-        console.print("they do not differ", markup=False)
+        screen.print("they do not differ")
+    return _tell_damage(screen, (a, b))
 
 
-def collect_garbage(console: Console, arguments: argparse.Namespace) -> None:
+def collect_garbage(screen: Console, arguments: argparse.Namespace) -> int:
     found = leftovers(arguments.root, arguments.checkpoints, arguments.failed)
     freed = sum(leftover.size for leftover in found)
     if not arguments.delete:
         for leftover in found:
-            console.print(f"{leftover.path}: {leftover.why}", markup=False, soft_wrap=True)
-        console.print(f"{len(found)} can go, {freed / 2**20:.1f} MiB; --delete deletes them", markup=False)
-        return
+            screen.print(f"{leftover.path}: {leftover.why}", soft_wrap=True)
+        screen.print(f"{len(found)} can go, {freed / 2**20:.1f} MiB; --delete deletes them")
+        return _tell_damage(screen, find(arguments.root))
     kept = [(leftover, reason) for leftover, reason in remove(found) if reason is not None]
     for leftover, reason in kept:
-        console.print(f"{leftover.path} stayed: {reason}", markup=False, soft_wrap=True)
+        screen.print(f"{leftover.path} stayed: {reason}", soft_wrap=True)
         freed -= leftover.size
-    console.print(f"{len(found) - len(kept)} deleted, {freed / 2**20:.1f} MiB", markup=False)
+    screen.print(f"{len(found) - len(kept)} deleted, {freed / 2**20:.1f} MiB")
+    return _tell_damage(screen, find(arguments.root))
 
 
-def export(console: Console, arguments: argparse.Namespace) -> None:
+def export(screen: Console, arguments: argparse.Namespace) -> int:
     if arguments.file.suffix not in FORMATS:
         raise RunnerError(f"{arguments.file}: expected a name that ends with {' or '.join(FORMATS)}")
-    rows = [{key: _cell(value) for key, value in entry.flat().items()} for entry in find(arguments.root)]
+    entries = find(arguments.root)
+    rows = [{key: _cell(value) for key, value in entry.flat().items()} for entry in entries]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if arguments.file.suffix == ".parquet":
         _write_parquet(arguments.file, columns, rows)
@@ -104,7 +120,8 @@ def export(console: Console, arguments: argparse.Namespace) -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(arguments.file, text.getvalue())
-    console.print(f"{arguments.file}: {len(rows)} runs, {len(columns)} columns", markup=False, soft_wrap=True)
+    screen.print(f"{arguments.file}: {len(rows)} runs, {len(columns)} columns", soft_wrap=True)
+    return _tell_damage(screen, entries)
 
 
 def _write_parquet(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
@@ -135,11 +152,11 @@ def _text(value: Any) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    command = argparse.ArgumentParser(description="Look at recorded runs.")
+    command = argparse.ArgumentParser(description="Look at recorded runs.", allow_abbrev=False)
     commands = command.add_subparsers(required=True)
 
     def add(name: str, action: Any, told: str, *names: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=told, description=told)
+        sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
         for each in names:
             sub.add_argument(each)
         if names:
@@ -150,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     root = {"type": Path, "nargs": "?", "default": Path("runs"), "help": "where runs lie (default: runs)"}
     listing = add("list", list_runs, "every run with its status and result")
     listing.add_argument("root", **root)
-    listing.add_argument("--status", help="only those, such as failed, running or killed")
+    listing.add_argument("--status", help=f"only those: {', '.join(STATUSES)}")
     add("show", show_run, "all that is recorded of a run", "run")
     add("diff", diff_runs, "what differs between two runs", "a", "b")
     cleaning = add("gc", collect_garbage, "what killed processes left behind")
@@ -166,17 +183,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = parser().parse_args()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDE)
-    try:
-        arguments.action(console, arguments)
-    except RunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # As `| head` does.
-        sys.stderr.close()
-    return 0
+    return exit_code(lambda: arguments.action(console(WIDE), arguments))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ the results of those before alone: so the same command again finds what is finis
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,17 +29,19 @@ from optuna.trial import Trial, TrialState
 from experiments import run
 from experiments.board import Board
 from experiments.building import build_task
-from experiments.config import RunConfig
+from experiments.config import NOT_IDENTITY, RunConfig
 from experiments.errors import ConfigError, RunnerError, choices_hint
 from experiments.files import write_json
-from experiments.overrides import Interval, compose, parse_choice
+from experiments.output import exit_code
+from experiments.overrides import Interval, compose, config_folder, parse_choice
 from experiments.records import RunFolder
 from experiments.strict import convert
 from experiments.supervise import execute, resolve_composed
 from experiments.tasks.task import Metric
 
 SAMPLERS = ("tpe", "random")
-NOT_SEARCHED = ("experiment", "runs", "task", "tracker", "launcher", "retry")
+CONFIG_DIR = "--config-dir"
+NOT_SEARCHED = ("experiment", "task", "launcher", "retry", "hydra", *NOT_IDENTITY)
 """Trials that differed in these could not be compared, or would be the same."""
 
 EXIT_CODES = {"complete": 0, "failed": 1, "stopped": run.INTERRUPTED}
@@ -64,6 +67,8 @@ class SearchOptions:
     prune: bool = False
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and below 2^32, got {self.seed}")
         for name in ("trials", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -80,22 +85,29 @@ class Search:
 
     def __init__(self, arguments: Sequence[str]):
         options, self.space, self.fixed, seeds = {}, {}, [], None
-        for argument in arguments:
-            key, value = parse_choice(argument)
-            if key.startswith("search."):
+        for key, (argument, value) in _last_of_each(arguments).items():
+            if key == CONFIG_DIR:
+                self.fixed.append(argument)
+            elif key.startswith("search."):
                 options[key.removeprefix("search.")] = value
+            elif key == "seed" and isinstance(value, Interval):
+                raise ConfigError(
+                    f"{argument}: a trial is trained with every seed; give them one by one, as seed=0,1,2"
+                )
             elif key == "seed" and isinstance(value, list):
+                if len(set(value)) < len(value):
+                    raise ConfigError(f"{argument}: a seed is given twice, and would count twice in the median")
                 seeds = value
             elif isinstance(value, (list, Interval)):
                 self.space[key] = value
             else:
                 self.fixed.append(argument)
         self.options = convert(SearchOptions, options, "search")
-        refused = [key for key in self.space if key.partition(".")[0] in NOT_SEARCHED]
+        refused = [key for key in self.space if f"{key.lstrip('+')}.".startswith(tuple(f"{n}." for n in NOT_SEARCHED))]
         if refused or not self.space:
             what = f"{refused[0]} cannot be searched" if refused else "nothing is searched"
             raise ConfigError(f"{what}; give choices or an interval of another key, as train.lr=1e-3,3e-3")
-        self.config: RunConfig = resolve_composed(compose(self.fixed))
+        self.config: RunConfig = self._checked(seeds or [])
         self.seeds: list[str] = seeds or [str(self.config.seed)]
         self.metric: Metric = build_task(self.config).metric
         self.study = optuna.create_study(
@@ -103,6 +115,27 @@ class Search:
             sampler=_sampler(self.options),
             pruner=optuna.pruners.MedianPruner() if self.options.prune else optuna.pruners.NopPruner(),
         )
+
+    def _checked(self, seeds: Sequence[str]) -> RunConfig:
+        """A run of the search, after every choice, the ends of every interval and every seed have been tried in it.
+
+        Raises:
+            ConfigError: naming the choice that makes no run; choices that make none together show as trials that fail.
+        """
+        ends = {key: [value.low, value.high] if isinstance(value, Interval) else value
+                for key, value in {"seed": seeds, **self.space}.items() if value}  # fmt: skip
+        first = {key: values[0] for key, values in ends.items()}
+        config = resolve_composed(compose([*self.fixed, *_overrides(first)]))
+        if config.train.dry_run or not config.machine.processes:
+            raise ConfigError(
+                "a search trains its trials: train.dry_run and machine.processes=0 are for experiments.run"
+            )
+        for key, value in ((key, value) for key, values in ends.items() for value in values[1:]):
+            try:
+                resolve_composed(compose([*self.fixed, *_overrides({**first, key: value})]))
+            except ConfigError as error:
+                raise ConfigError(f"{key}={value} of the search: {error}") from error
+        return config
 
     @property
     def file(self) -> Path:
@@ -135,7 +168,7 @@ class Search:
                 chosen[key] = trial.suggest_float(key, value.low, value.high, log=value.log)
             else:
                 chosen[key] = trial.suggest_categorical(key, value)
-        overrides = [f"{key}={value}" for key, value in chosen.items()]
+        overrides = _overrides(chosen)
         trial.set_user_attr("overrides", overrides)
         return overrides
 
@@ -216,21 +249,48 @@ class Watch:
         return self.reason
 
 
+def _last_of_each(arguments: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """By key the argument and its value: as in Hydra, the last one of a key counts."""
+    given: dict[str, tuple[str, Any]] = {}
+    for argument in arguments:
+        is_folder = argument.startswith(f"{CONFIG_DIR}=")
+        key, value = (CONFIG_DIR, None) if is_folder else parse_choice(argument)
+        given.pop(key, None)
+        given[key] = argument, value
+    return given
+
+
+def _overrides(chosen: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in chosen.items()]
+
+
 def _sampler(options: SearchOptions) -> optuna.samplers.BaseSampler:
     if options.sampler == "random":
         return optuna.samplers.RandomSampler(options.seed)
     return optuna.samplers.TPESampler(seed=options.seed, constant_liar=options.jobs > 1)
 
 
+def parser() -> argparse.ArgumentParser:
+    said, _, example = (__doc__ or "").partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    command = argparse.ArgumentParser(
+        "python -m experiments.search", description=said, epilog=example, formatter_class=form, allow_abbrev=False
+    )
+    command.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as of experiments.run, and search.*")
+    command.add_argument("--config-dir", "-cd", metavar="FOLDER", help="of configurations besides the runner's own")
+    return command
+
+
 def main() -> int:
+    told = parser().parse_intermixed_args()
     os.environ["SEQARCH_COMMAND"] = shlex.join(["python", "-m", "experiments.search", *sys.argv[1:]])
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     stopped = run.watch_signals()
     try:
-        search = Search(sys.argv[1:])
+        folder = config_folder(sys.argv[1:])
+        search = Search([*([f"{CONFIG_DIR}={folder.absolute()}"] if folder else []), *told.arguments])
         total = search.options.trials * len(search.seeds)
-        path = Path(search.config.runs) / ".sweeps" / run.sweep_name()
-        ending = search.run(run.open_board(path, total))
+        ending = search.run(run.open_board(search.config.runs, total))
     except RunnerError as error:
         ending = "failed"
         print(f"error: {error}", file=sys.stderr)
@@ -244,4 +304,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

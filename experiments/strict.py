@@ -1,11 +1,13 @@
 """Plain dictionaries to typed dataclasses, strictly: a wrong key or type fails with its full path.
 
 Understands what configurations are made of: dataclasses, ``bool``, ``int``, ``float``, ``str``, ``X | None``,
-``dict[str, ...]``, ``list[...]`` and ``Any``. An int is welcome where a float is expected; nothing else is converted.
+``dict[str, ...]``, ``list[...]`` and ``Any``. An int is welcome where a float is expected, and a tuple where a list is;
+nothing else is converted. Numbers are finite.
 """
 
 from __future__ import annotations
 
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -41,15 +43,17 @@ def convert(kind: Any, value: Any, path: str = "") -> Any:
             raise _wrong_type(path, "a mapping", value)
         return {str(key): convert(arguments[1], item, _join(path, str(key))) for key, item in value.items()}
     if origin is list:
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             raise _wrong_type(path, "a list", value)
         return [convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)]
     return _convert_scalar(kind, value, path)
 
 
 def _convert_scalar(kind: type, value: Any, path: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{path}: expected a finite number, got {value!r:.40}")
+        return float(value) + 0.0  # Which makes 0.0 of -0.0: equal configurations are written alike.
     # bool is a subclass of int, yet `steps: true` is a mistake.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise _wrong_type(path, {bool: "true or false", int: "an integer", float: "a number", str: "text"}[kind], value)

@@ -17,8 +17,10 @@ import sys
 from pathlib import Path
 
 from experiments.blocks import fill
+from experiments.config import folder_path
 from experiments.errors import RunnerError, choices_hint, writing
 from experiments.files import write_atomic
+from experiments.output import exit_code
 from experiments.run import INTERRUPTED
 from experiments.studies import STUDIES, records
 from experiments.studies.page import PAGES, RESULTS, ROOT, blocks, how_to_run, results
@@ -69,22 +71,28 @@ def write_page(study: Study, root: Path) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
-    command = argparse.ArgumentParser(description="Answer a question by runs, and write its page.")
+    command = argparse.ArgumentParser(description="Answer a question by runs, and write its page.", allow_abbrev=False)
     command.add_argument("name", nargs="*", help=f"{', '.join(STUDIES)}")
     command.add_argument("--all", action="store_true", help="every study")
     command.add_argument("--version", choices=VERSIONS, default="recorded", help="which size (default: recorded)")
     command.add_argument("--draw", action="store_true", help="train nothing: draw the records that are there")
-    command.add_argument("--runs", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
+    command.add_argument("--runs", default="runs", help="where runs lie (default: runs)")
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
     return command
 
 
 def main() -> int:
+    return exit_code(answer)
+
+
+def answer() -> int:
+    """Do, draw and tell the studies that the command line names; the exit code."""
     arguments = parser().parse_args()
     os.environ["SEQARCH_COMMAND"] = shlex.join(["python", "-m", "experiments.study", *sys.argv[1:]])
-    root = ROOT / RESULTS if arguments.version == "recorded" else arguments.runs / "results" / arguments.version
     names, worst = list(STUDIES) if arguments.all else arguments.name, 0
     try:
+        runs = folder_path("--runs", arguments.runs)
+        root = ROOT / RESULTS if arguments.version == "recorded" else runs / "results" / arguments.version
         if not names:
             raise RunnerError(f"no study is named, {choices_hint('', STUDIES)}, or --all")
         if arguments.jobs < 1:
@@ -94,7 +102,7 @@ def main() -> int:
                 raise RunnerError(f"unknown study {name!r}, {choices_hint(name, STUDIES)}")
         for study in (STUDIES[name] for name in names):
             print(f"\n{study.title} ({study.name}, {arguments.version})", flush=True)
-            code = 0 if arguments.draw else do(study, arguments.version, root, arguments.runs, arguments.jobs)
+            code = 0 if arguments.draw else do(study, arguments.version, root, runs, arguments.jobs)
             if code == INTERRUPTED:
                 print("stopped; the same command goes on with what is missing")
                 return code

@@ -114,6 +114,11 @@ def pattern_mixers(pattern: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", without_channels))
 
 
+def pattern_channels(pattern: str) -> set[str]:
+    """The channel mixers that a pattern names."""
+    return set(re.findall(r"/\s*(\w+)", pattern))
+
+
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
     """Positions near the wanted ones, at least ``gap`` apart and within bounds as far as there is room.
 

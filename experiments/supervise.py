@@ -17,6 +17,7 @@ from experiments.board import Board
 from experiments.config import RunConfig, run_config
 from experiments.errors import ConfigError, RunnerError
 from experiments.records import RunFolder
+from experiments.secrecy import masked_text
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
@@ -55,7 +56,11 @@ def execute(composed: Mapping[str, Any], board: Board, job: int, hopeless: Hopel
 def _bring_about(
     folder: RunFolder, config: RunConfig, board: Board, job: int, retry: int, hopeless: Hopeless | None
 ) -> tuple[str, str]:
-    """The status that the run comes to, and a sentence on it."""
+    """The status that the run comes to, and a sentence on it.
+
+    Raises:
+        RunnerError: it cannot begin here, and nothing was written.
+    """
     first = min([job, *(entry["job"] for entry in board.entries() if entry.get("folder") == str(folder.path))])
     if first < job:
         return "repeated", f"as run {first + 1}"
@@ -65,6 +70,10 @@ def _bring_about(
         return _taken(folder, board, job, "another sweep is training it")
     if folder.status() == "finished":  # Meanwhile, by whoever held it.
         return "kept", _summary(folder)
+    if config.machine.processes:
+        from experiments.engine import require_device  # Imports torch, as this job has by now.
+
+        require_device(config.train.device)
     folder.create(config)
     if config.machine.processes == 0:
         return "made", f"torchrun ... -m experiments.train {folder.path}"
@@ -137,7 +146,7 @@ def _train(folder: RunFolder, config: RunConfig, board: Board, hopeless: Hopeles
         if process.poll() is None:
             process.kill()
     drain.join()
-    return _outcome(folder, earlier, stopped, stopped or _ending(process.returncode), list(tail))
+    return _outcome(folder, earlier, stopped, process.returncode, list(tail))
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -178,13 +187,14 @@ def _drain(output: IO[str], log_file: Path, tail: collections.deque[str]) -> Non
 
 
 def _outcome(
-    folder: RunFolder, earlier: int | None, stopped: str | None, ending: str, tail: list[str]
+    folder: RunFolder, earlier: int | None, stopped: str | None, code: int, tail: list[str]
 ) -> tuple[str, str]:
     """What the ended process left: its own record or, where it came to none, one written for it.
 
     Args:
         earlier: the attempt on record before the process began; its status tells nothing about this one.
         stopped: why the process was asked to end, ``None`` if it was not.
+        code: with which the process ended, negative for a signal.
     """
     record = folder.record()
     status = record.get("status")
@@ -194,8 +204,9 @@ def _outcome(
         return "busy", "another sweep took it"
     last = tail[-1] if tail else "it printed nothing"
     if status not in ("failed", "interrupted", "preempted") or record.get("attempt") == earlier:
-        status = "interrupted" if stopped else "failed"
-        record["reason"] = ending if stopped else f"{ending}; its last line: {last}"
+        # By SIGTERM itself only before the process could listen, and so before it had begun anything.
+        status = "preempted" if code == -signal.SIGTERM else "interrupted" if stopped else "failed"
+        record["reason"] = stopped or f"{_ending(code)}; its last line: {masked_text(last)}"
         # Where the disk is full this fails too, and the last line printed already says so.
         with contextlib.suppress(RunnerError):
             folder.update(status=status, reason=record["reason"])
@@ -215,7 +226,9 @@ def _summary(folder: RunFolder) -> str:
     record = folder.record()
     results, metric, cost = record.get("results", {}), record.get("metric", {}), record.get("cost", {})
     name = str(metric.get("label", "metric")).lower()
-    return f"test {name} {results['test']:.4g} after {cost.get('steps')} steps"
+    lost = record.get("metrics_lost", {}).get("lines")
+    told = f"; {lost} lines of its metrics are lost" if lost else ""
+    return f"test {name} {results['test']:.4g} after {cost.get('steps')} steps{told}"
 
 
 def _name(composed: Mapping[str, Any]) -> str:

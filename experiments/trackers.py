@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import ConfigError, choices_hint
+from experiments.files import read_json, write_atomic
 
 PATIENCE_SECONDS = 60.0
 """How long a tracker may take to begin, to hear of a step, or to end."""
@@ -64,27 +66,47 @@ class WandbOptions:
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases; offline unless told otherwise, with its files in the run's folder under ``wandb/``."""
+    """Weights & Biases; offline unless told otherwise, with its files in the run's folder under ``wandb/``.
+
+    All attempts at a run are one run there, under an id that the first one makes and keeps beside those files: the hash
+    in the folder's name, with chance digits, so that the same run trained anew from an empty folder is another one.
+    Steps that an attempt does again are not sent again; they are the same to the bit.
+    """
 
     Config, package = WandbOptions, "wandb"
 
     def __init__(self, options: WandbOptions, folder: Path, config: Mapping[str, Any]):
         import wandb
 
+        self._file = folder / "wandb" / "told.json"
+        told = read_json(self._file) or {}
+        self._id = told.get("id") or f"{folder.name.rpartition('-')[2]}-{secrets.token_hex(4)}"
+        self._step = told.get("step", 0)
+        self._file.parent.mkdir(exist_ok=True)
+        self._keep(self._step)
         self._run = wandb.init(
             project=options.project,
             entity=options.entity,
             tags=options.tags,
             mode=options.mode,
             dir=folder,
+            id=self._id,
+            resume="allow",
             name=folder.name,
             group=config["experiment"],
             config=dict(config),
+            allow_val_change=True,  # In what makes no other run of it, such as its tracker's options.
             settings=wandb.Settings(console="off", silent=True, disable_git=True),
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        if step > self._step:
+            self._keep(step)
+            self._run.log(dict(values), step=step)
+
+    def _keep(self, step: int) -> None:
+        self._step = step
+        write_atomic(self._file, json.dumps({"id": self._id, "step": step}), durable=False)
 
     def finish(self, status: str, results: Mapping[str, Any]) -> None:
         self._run.summary.update({"status": status, **{k: v for k, v in results.items() if isinstance(v, float)}})

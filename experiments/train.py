@@ -7,6 +7,11 @@ codes: 0 finished, 1 failed, 75 preempted (start it again, and it goes on), 130 
 
 from __future__ import annotations
 
+from experiments.interrupts import INTERRUPTS, Interrupts, Preempted
+
+if __name__ == "__main__":  # Before torch is imported, which takes seconds.
+    INTERRUPTS.obey()
+
 import argparse
 import math
 import sys
@@ -23,10 +28,10 @@ from experiments.config import RunConfig
 from experiments.engine import Engine
 from experiments.errors import RunnerError
 from experiments.judging import evaluate, judge_tests
-from experiments.ledger import follow, keep_ledger
+from experiments.ledger import EXIT_CODES, follow, keep_ledger
 from experiments.metering import Meter
 from experiments.optimizers import Optimizers
-from experiments.progress import Heartbeat, Preempted, Preemption
+from experiments.progress import Heartbeat
 from experiments.records import RunFolder
 from experiments.reporter import make_reporter
 from experiments.vitals import Diverged, Reading, Vitals
@@ -38,9 +43,9 @@ READ_EVERY = 16
 class Run:
     """One run in training: its parts, made from the configuration."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, preemption: Preemption | None = None):
+    def __init__(self, config: RunConfig, folder: RunFolder, interrupts: Interrupts | None = None):
         self.config, self.train_config, self.folder = config, config.train, folder
-        self.preemption = preemption or Preemption()
+        self.interrupts = interrupts or Interrupts()
         self.engine = Engine(config.train)
         torch.manual_seed(config.seed)
         self.task = build_task(config)
@@ -56,7 +61,7 @@ class Run:
         """Train to the end and return the results."""
         config = self.train_config
         self.resume()
-        with self.preemption.delayed():
+        with self.interrupts.delayed():
             while self.state.step < config.steps and not self.is_done():
                 loss = self.step()
                 self.state.step += 1
@@ -67,7 +72,7 @@ class Run:
                     self.save()
                 elif self.state.step % READ_EVERY == 0:
                     self.read()
-                if processes.total(self.preemption.requested):
+                if processes.total(self.interrupts.requested):
                     self.preempt()
         return self.test()
 
@@ -106,6 +111,7 @@ class Run:
         values = {**self.read()[-1].values(), "lr": self.optimizers.lr, "tokens_per_second": self.tokens_per_second()}
         scores = evaluate(self.model, self.task, "validation", self.engine)
         self.meter.evaluated(self.state)
+        self.state.looks += 1
         if not math.isfinite(scores["loss"]):
             raise self.diverged(self.state.step, f"the validation loss is {scores['loss']}")
         metric, best = self.task.metric, self.state.best
@@ -140,7 +146,7 @@ class Run:
         """Go on from the latest intact checkpoint, if there is one."""
         self.state = self.checkpoints.resume(self.content()) or self.state
         self.saved_step = self.state.step or None
-        self.reporter.begin(self.state.step)
+        self.reporter.begin(self.state.step, self.state.looks)
         self.meter.lap()
 
     def content(self) -> dict[str, dict[str, Tensor]]:
@@ -160,14 +166,30 @@ class Run:
         return bool(config.patience) and self.state.stale >= config.patience
 
     def test(self) -> dict[str, Any]:
-        """The test splits, looked at once, with the best checkpoint on validation or the last, as ``select`` says."""
-        step = self.state.best_step if self.train_config.select == "best" else self.state.step
-        assert step is not None
-        chosen = self.checkpoints.path(step)
-        tested = self.checkpoints.load(chosen, {"model": self.model.state_dict()})
+        """The test splits, looked at once, with the best checkpoint on validation or the last, as ``select`` says.
+
+        Where that one is damaged or gone, it is with the next best that is intact, and the results say so.
+        """
+        chosen, tested, problems = self.checkpoints.load_first(self.choices(), {"model": self.model.state_dict()})
         judged = judge_tests(self.model, self.task, self.engine)
         chosen_as = {"validation": tested.validation, "checkpoint": chosen.name, "checkpoint_step": tested.step}
+        if problems:
+            chosen_as["instead_of"] = "; ".join(problems)
+            again = f"delete {self.folder.path} to train the run again from the beginning"
+            self.reporter.tell(f"{problems[0]}; {chosen.name} is tested instead, the best that is intact ({again})")
         return {"test": judged.pop("test"), **chosen_as, **judged}
+
+    def choices(self) -> list[Path]:
+        """The checkpoints that may be tested, the right one first. Those between two looks were never judged."""
+        config, sign = self.train_config, 1 if self.task.metric.higher_is_better else -1
+        known = [state for state in self.checkpoints.states().values() if state.validation is not None]
+        looks = [state for state in known if state.step % config.eval_every == 0 or state.step == config.steps]
+        step = self.state.step
+        if config.select == "best":
+            assert self.state.best_step is not None
+            step = self.state.best_step
+            looks.sort(key=lambda state: (-sign * (state.validation or 0.0), state.step))
+        return list(dict.fromkeys(self.checkpoints.path(each) for each in (step, *(state.step for state in looks))))
 
     def diverged(self, step: int, what: str) -> Diverged:
         kept = "no checkpoint had been written yet"
@@ -185,20 +207,26 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parent", type=int, help="stop when the process with this number is gone")
     arguments = parser.parse_args()
-    folder, preemption = RunFolder(arguments.folder), Preemption()
-    preemption.obey()
+    INTERRUPTS.obey()
     try:
-        config = folder.config()
-        if not processes.is_main():
-            return follow(lambda: Run(config, folder, preemption))
-        folder.claim.take()
+        return attempt(RunFolder(arguments.folder), arguments.parent)
     except RunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    with Heartbeat(folder, arguments.parent):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CODES["preempted" if INTERRUPTS.requested else "failed"]
+    finally:
+        INTERRUPTS.ignore()
+
+
+def attempt(folder: RunFolder, parent: int | None) -> int:
+    """Train as the only process at work in a folder, or beside the one that is; returns the exit code."""
+    config = folder.config()
+    if not processes.is_main():
+        return follow(lambda: Run(config, folder, INTERRUPTS))
+    folder.claim.take(hurry=lambda: INTERRUPTS.requested)
+    with Heartbeat(folder, parent):
         if folder.status() == "finished":  # By another sweep, after this one had looked.
-            return 0
-        return keep_ledger(folder, config, lambda: Run(config, folder, preemption))
+            return EXIT_CODES["finished"]
+        return keep_ledger(folder, config, lambda: Run(config, folder, INTERRUPTS))
 
 
 if __name__ == "__main__":

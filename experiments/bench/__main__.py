@@ -19,17 +19,19 @@ from rich.console import Console
 from experiments.bench import plots, targets
 from experiments.bench.contest import LENGTHS
 from experiments.bench.contests import CONTESTS
-from experiments.bench.measure import Ceilings, ceilings
+from experiments.bench.measure import Ceilings, ceilings, prepare
 from experiments.bench.record import Measurement, Record, table
 from experiments.environment import hardware
-from experiments.errors import RunnerError, choices_hint, writing
+from experiments.errors import RunnerError, choices_hint
 
 QUICK = (512, 2048, 8192)
 DTYPES = ("float32", "bfloat16")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--ops", nargs="+", metavar="CONTEST", help=f"of {', '.join(CONTESTS)}; default: all")
     parser.add_argument("--lengths", nargs="+", type=int, help=f"in tokens, multiples of 64; default: {LENGTHS}")
     parser.add_argument("--quick", action="store_true", help=f"lengths {QUICK}, half a second a contestant")
@@ -68,10 +70,10 @@ def describe(console: Console, found: Ceilings) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    console = Console()
-    with writing(options.folder):  # before the work, not after it
-        options.folder.mkdir(parents=True, exist_ok=True)
-    found, names = ceilings(), options.ops or list(CONTESTS)
+    console = Console(markup=False)  # An error of a library may have brackets in it.
+    names = options.ops or list(CONTESTS)
+    prepare(options.folder, (Record.name(name, options.dtype) for name in names))
+    found = ceilings()
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     for i, name in enumerate(names):
         contest, found = CONTESTS[name], found.best(ceilings())
@@ -106,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         if options.command == "targets":
-            targets.run(Console(), options.only, options.folder, options.budget)
+            targets.run(Console(markup=False), options.only, options.folder, options.budget)
         else:
             run(options)
     except RunnerError as error:

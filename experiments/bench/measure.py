@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,6 +19,8 @@ import torch
 import torch._dynamo  # which the first call of a compiled operator would import: seconds that are not the call's
 
 from experiments.bench.contest import Cost, Runner
+from experiments.errors import RunnerError, writing
+from experiments.files import read_json
 from seqarch.ops.common import linear_onednn
 
 ROUNDS = 20
@@ -209,3 +211,17 @@ def _peak_here(point: Point, threads: int) -> int:
 def _resident(kind: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return 1024 * int(line.split()[1])
+
+
+def prepare(folder: Path, names: Iterable[str]) -> None:
+    """Make the folder of records, before the work; those of these names are to be replaced.
+
+    Raises:
+        RunnerError: the folder cannot be made, or a file of such a name is none that a bench wrote.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        there = [path for ending in ("json", "csv", "png") if (path := folder / f"{name}.{ending}").exists()]
+        if there and not {"software", "code"} <= (read_json(folder / f"{name}.json") or {}).keys():
+            raise RunnerError(f"{there[0]} is no record of a bench and would be written over; give another --folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from rich.table import Table
 from experiments.bench.contest import WAYS, Absent, Contest, Cost, Inputs, Runner
 from experiments.bench.measure import Ceilings, Failure, alternate, expected, peak_memory, quartiles, ratio, rounded
 from experiments.environment import code_version, hardware, software
-from experiments.errors import writing
+from experiments.files import write_atomic
 
 MEMORY_SHARE = 0.6
 """Of the machine's memory, what a call may be expected to need."""
@@ -76,16 +77,21 @@ class Record:
 
     @property
     def file(self) -> str:
-        return self.contest if self.dtype == "float32" else f"{self.contest}.{self.dtype}"
+        return self.name(self.contest, self.dtype)
+
+    @staticmethod
+    def name(contest: str, dtype: str) -> str:
+        """Of the files of a contest, without ending."""
+        return contest if dtype == "float32" else f"{contest}.{dtype}"
 
     def save(self, folder: Path) -> None:
         """Write ``CONTEST.json`` with everything and ``CONTEST.csv`` with the rows alone."""
-        with writing(folder):
-            (folder / f"{self.file}.json").write_text(json.dumps(asdict(self) | machine(), indent=1) + "\n")
-            with (folder / f"{self.file}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, [entry.name for entry in fields(Row)])
-                writer.writeheader()
-                writer.writerows(asdict(row) for row in self.rows)
+        write_atomic(folder / f"{self.file}.json", json.dumps(asdict(self) | machine(), indent=1) + "\n")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [entry.name for entry in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        write_atomic(folder / f"{self.file}.csv", text.getvalue())
 
 
 def machine() -> dict[str, Any]:

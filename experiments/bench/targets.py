@@ -15,9 +15,9 @@ from rich.table import Table
 
 from experiments.bench.contest import AUTO, WAYS, Absent, timed
 from experiments.bench.contests import CONTESTS
-from experiments.bench.measure import COPIED, Failure, Point, alternate, copying, peak_memory, ratio
+from experiments.bench.measure import COPIED, Failure, Point, alternate, copying, peak_memory, prepare, ratio
 from experiments.bench.record import machine
-from experiments.errors import writing
+from experiments.files import write_atomic
 
 SHORT, LONG = 16384, 65536
 GROWS = ("linear_attention", "linear_attention_per_key", "delta_rule", "delta_rule_per_key", "selective_scan",
@@ -203,12 +203,11 @@ def run(console: Console, only: str, folder: Path, budget: float) -> None:
     The table is last. ``targets.json`` is renewed with each row, unless ``only`` would leave a part of them in it.
     """
     results: list[Result] = []
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for target in (target for target in all_targets() if only in target.work):
-            results.append(target.measure(budget))
-            console.print(f"{len(results)}. {results[-1].work}: {results[-1].cells[1]}", highlight=False)
-            if not only:
-                kept = {"targets": [asdict(result) for result in results]} | machine()
-                (folder / "targets.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    prepare(folder, ["targets"])
+    for target in (target for target in all_targets() if only in target.work):
+        results.append(target.measure(budget))
+        console.print(f"{len(results)}. {results[-1].work}: {results[-1].cells[1]}", highlight=False)
+        if not only:
+            kept = {"targets": [asdict(result) for result in results]} | machine()
+            write_atomic(folder / "targets.json", json.dumps(kept, indent=1) + "\n")
     console.print(table(results))

@@ -57,7 +57,7 @@ def _failures(runs: Runs) -> list[str]:
     failed = [run for run in runs.all if not run.finished]
     if not failed:
         return ["No run failed."]
-    told = [f"- {run.path}, rate {run.config['train']['lr']:g}: {run.record.get('reason', run.status)}"
+    told = [f"- {run.path}, rate {run.config['train']['lr']:g}: {run.record.get('reason', run.ending)}"
             for run in failed]  # fmt: skip
     return [f"**Failed runs: {len(failed)} of {len(runs.all)}**\n\n" + "\n".join(told)]
 

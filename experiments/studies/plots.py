@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from experiments.figures import bytes_text, test_of
-from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.reading import Comparison, RecordedRun, Variant, listed
 from experiments.style import COLOURS, INK, QUIET, family, pattern_mixers, spread
 from seqarch.layers import FAMILIES
 
@@ -142,9 +142,10 @@ def draw_rows(axes: Axes, rows: Sequence[tuple[str, dict[str, Any], Sequence[flo
 
 
 def grid_text(comparison: Comparison) -> str:
-    """``0.003, 0.01``: the learning rates that were chosen among, of all variants together."""
+    """``0.003, 0.01``: the learning rates that were chosen among, of all variants together, and the weight decays."""
     rates = sorted({rate for variant in comparison.variants for rate in variant.grid["train.lr"]})
-    return ", ".join(f"{rate:g}" for rate in rates)
+    decays = comparison.grids.get("train.weight_decay")
+    return listed(rates) + (f" and weight decays {listed(decays)}" if decays else "")
 
 
 def nearest(variants: Sequence[Variant], size: float) -> Variant:
@@ -182,8 +183,9 @@ def parameter_span(comparison: Comparison) -> str:
 
 
 def _row(variant: Variant) -> list[str]:
-    tried = ", ".join(f"{rate:g}" for rate in variant.grid["train.lr"])
-    rate = f"{variant.runs[0].config['train']['lr']:g} of {tried}"
+    rate = f"{variant.setting('train.lr'):g} of {listed(variant.grid['train.lr'])}"
+    if len(decays := variant.grid["train.weight_decay"]) > 1:
+        rate += f", weight decay {variant.setting('train.weight_decay'):g} of {listed(decays)}"
     if not variant.finished:
         return [variant.label, "none finished", f"0 of {len(variant.runs)}", "", "", "", "", rate]
     values, first = variant.values(test_of), variant.finished[0].record

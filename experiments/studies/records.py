@@ -111,13 +111,26 @@ def read(folder: Path) -> list[RecordedRun]:
     """The runs that a folder's file of records holds.
 
     Raises:
-        RunnerError: there is no such file.
+        RunnerError: there is no such file, or a line of it is no record.
     """
     file = folder / FILE
-    if not file.exists():
-        raise RunnerError(f"{file} does not exist: run the study {folder.name} first, in the same version")
-    lines = [json.loads(each) for each in file.read_text(encoding="utf-8").splitlines()]
-    return [RecordedRun(Path(each["run"]), each["config"], each["record"], each.get("metrics", [])) for each in lines]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise RunnerError(f"{file} does not exist: run the study {folder.name} first, in the same version") from None
+    except (OSError, ValueError) as error:
+        raise RunnerError(f"cannot read {file}: {error}") from error
+    return [_recorded(text, f"line {number} of {file}") for number, text in enumerate(lines, 1)]
+
+
+def _recorded(text: str, where: str) -> RecordedRun:
+    try:
+        whole = json.loads(text)
+        return RecordedRun(Path(whole["run"]), {**whole["config"]}, {**whole["record"]}, [*whole.get("metrics", [])])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunnerError(
+            f"{where} is no record of a run ({type(error).__name__}: {error}); restore the file, or run the study again"
+        ) from error
 
 
 def digest(folders: Iterable[Path]) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from matplotlib.axes import Axes
 
+from experiments.errors import RunnerError
 from experiments.reading import Comparison, RecordedRun, compare
 from experiments.studies import records
 from experiments.studies.sweep import Sweep
@@ -77,9 +78,16 @@ class Runs:
         return list(found.values())
 
     def comparison(self, experiment: str, keep: Callable[[RecordedRun], bool] = lambda run: True) -> Comparison:
-        """The variants of an experiment with their learning rates chosen on validation."""
-        (found,) = compare([run for run in self.of(experiment) if keep(run)])
-        return found
+        """The variants of an experiment with their learning rates chosen on validation.
+
+        Raises:
+            RunnerError: its runs are of no task or of several, or none is finished.
+        """
+        found = compare([run for run in self.of(experiment) if keep(run)])
+        if len(found) != 1 or not found[0].shown:
+            there = ", ".join(each.name for each in found) or "nothing"
+            raise RunnerError(f"the records hold {there} where finished runs of {experiment} on one task are wanted")
+        return found[0]
 
 
 class Study:

@@ -68,7 +68,7 @@ def train(sweep: Sweep, runs: Path, jobs: int) -> int:
     """
     stopped = run.watch_signals()
     wanted = composed(sweep, runs)
-    board = run.open_board(runs / ".sweeps" / run.sweep_name(), len(wanted))
+    board = run.open_board(str(runs), len(wanted))
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda number: execute(wanted[number], board, number), range(len(wanted))))
     entries = run.close_boards()

@@ -71,7 +71,7 @@ class Copying(GeneratedTask):
         following = np.take_along_axis(string, (twice + 1).clip(0, longest - 1), axis=1)
         targets = np.where((twice >= -1) & (twice < count - 1), following, IGNORED)
         np.put_along_axis(targets, 2 * count + 1, self.end, axis=1)
-        return Batch(tokens, targets)
+        return Batch(tokens, targets, tokens != self.blank)
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return draws.integers("", batch.targets.shape[1], self.config.letters)

@@ -92,7 +92,7 @@ class ListOps(GeneratedTask):
             targets[level.tree[asked], end[asked]] = worth[asked]
             if self.config.asked == "last":
                 break
-        return Batch(tokens, targets)
+        return Batch(tokens, targets, tokens != trees.BLANK)
 
     def roots(self, draws: Draws, length: int) -> np.ndarray:
         """For each example the key of its first tree that has a length asked for.

@@ -105,7 +105,7 @@ class StdlibText(Task):
         # A file shorter than the window ends in start symbols that nobody is asked to predict.
         past = within > sizes[file][:, None]
         window[past] = START
-        return Batch(window[:, :-1], np.where(past, IGNORED, window)[:, 1:])
+        return Batch(window[:, :-1], np.where(past, IGNORED, window)[:, 1:], ~past[:, :-1])
 
     def held_out(self, split: str) -> np.ndarray:
         """``[files, eval_length]`` bytes."""

@@ -15,10 +15,23 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """``tokens, targets: [B, T]`` int64; ``targets[b, t]`` is what position t should predict, or ``IGNORED``."""
+    """Some rows of a task.
+
+    Attributes:
+        tokens: ``[B, T]`` int64.
+        targets: ``[B, T]`` int64; ``targets[b, t]`` is what position t should predict, or ``IGNORED``.
+        real: ``[B, T]`` bool, false where a token is padding after a row's end; ``None`` where none is. A token whose
+            target is ignored is read all the same, and no padding; nor is filler that belongs to the task.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
+    real: np.ndarray | None = None
+
+    def rows(self, index: Any) -> Batch:
+        """Some of its rows."""
+        real = None if self.real is None else self.real[index]
+        return Batch(self.tokens[index], self.targets[index], real)
 
 
 @dataclass(frozen=True)

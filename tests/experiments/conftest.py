@@ -22,6 +22,7 @@ from experiments.config import RunConfig, run_config
 from experiments.ledger import keep_ledger
 from experiments.records import RunFolder
 from experiments.tasks import TASKS, Task
+from experiments.tensor_reader import TensorReader
 from experiments.train import Run
 
 from .small_tasks import SMALL
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = [
     *("model.d_model=32", "model.depth=1"),
     *("task.vocab_size=16", "task.length=16", "task.pairs=2", "task.validation_examples=32", "task.test_examples=32"),
-    *("train.batch_size=8", "train.threads=1", "train.target=null", "train.eval_every=5"),
+    *("train.batch_size=8", "train.threads=1", "train.target=null", "train.eval_every=5", "train.warmup=0"),
 ]
 
 
@@ -63,7 +64,7 @@ def tiny_config(runs: Path, **changes) -> RunConfig:
 @contextmanager
 def handlers_as_before() -> Iterator[None]:
     """A run that is over ignores signals for good, which the processes that are started next would inherit."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -90,7 +91,7 @@ def last(folder: RunFolder) -> Path:
 
 def tensors(path: Path, part: str = "") -> dict[str, torch.Tensor]:
     """What a checkpoint holds, of the ``model``, the ``optimizer`` or everything."""
-    reader = dcp.FileSystemReader(path)
+    reader = TensorReader(path)
     known = reader.read_metadata().state_dict_metadata.items()
     content = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known}
     content = {name: tensor for name, tensor in content.items() if name.startswith(part)}
@@ -109,6 +110,14 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 def _signal_handlers_as_before():
     with handlers_as_before():
         yield
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    """The number that a process had."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 def command_line(*arguments: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def test_ten_steps_or_five_and_five_are_the_same_to_the_bit(tmp_path, monkeypatc
     step = Run.step
 
     def preempted_in_step_5(run):
-        run.preemption.requested = run.state.step == 4
+        run.interrupts.requested = run.state.step == 4
         return step(run)
 
     monkeypatch.setattr(Run, "step", preempted_in_step_5)
@@ -156,20 +157,26 @@ def test_how_many_are_kept_does_not_make_another_run(tmp_path):
     assert one.folder() != tiny_config(tmp_path, train__micro_batch=4).folder()
 
 
-def test_a_best_checkpoint_that_is_damaged_is_not_tested(tmp_path, monkeypatch):
-    scores = iter([0.5, 0.1])
+@pytest.mark.parametrize("how", ["damaged", "gone", "all but the last"])
+def test_where_the_best_checkpoint_is_lost_the_next_best_that_is_intact_is_tested(tmp_path, monkeypatch, capsys, how):
+    """Not one between two looks, on which nothing was ever judged; and the record says that it is not the best."""
+    scores = iter([0.5, 0.9, 0.6, 0.1])
     monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
     look = Run.look
 
-    def damaging(run):
+    def losing(run):
         look(run)
-        if run.state.step == 10:
-            damaged(run.checkpoints.path(5), "a bit")
+        if run.state.step == 20:
+            best = run.checkpoints.path(10)
+            shutil.rmtree(best) if how == "gone" else damaged(best, "a bit")
+            [damaged(run.checkpoints.path(step), "a bit") for step in (5, 15) if how == "all but the last"]
 
-    monkeypatch.setattr(Run, "look", damaging)
-    code, folder = train_here(tiny_config(tmp_path))
-    assert code == 1
-    assert "step-000005 is damaged" in folder.record()["reason"]
+    monkeypatch.setattr(Run, "look", losing)
+    code, folder = train_here(tiny_config(tmp_path, train__steps=20, train__keep=9, train__save_every=4))
+    results, (step, validation) = folder.record()["results"], {"all but the last": (20, 0.1)}.get(how, (15, 0.6))
+    assert (code, results["checkpoint_step"], results["validation"]) == (0, step, validation)
+    assert f"{folder.checkpoints / 'step-000010'} is damaged: " in results["instead_of"]
+    assert f"delete {folder.path} to train the run again" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import fields
 
 import pytest
 
 from experiments.building import resolve
-from experiments.config import ModelConfig, TrainConfig, run_config, to_dict
+from experiments.config import NOT_IDENTITY, ModelConfig, TrainConfig, run_config, to_dict, without
 from experiments.errors import ConfigError
+from experiments.records import RunFolder
 from experiments.strict import convert
 from seqarch.models import LMConfig
 
@@ -29,8 +32,13 @@ def plain(tmp_path):
         ("sed", 1, ["sed", "unknown key", "Did you mean 'seed'?"]),
         ("seed", -1, ["seed must be at least 0 and below 2^63, got -1"]),
         ("seed", 2**64, ["seed must be at least 0 and below 2^63"]),
-        ("train.lr", float("inf"), ["lr must be a finite number and not negative, got inf"]),
-        ("train.target", float("nan"), ["target must be a finite number or null, got nan"]),
+        ("train.lr", float("inf"), ["train.lr: expected a finite number, got inf"]),
+        pytest.param("task.power", 10**400, ["task.power: expected a finite number, got 1000"], id="beyond_floats"),
+        ("train.lr", -1e-3, ["train: lr must be a finite number and not negative, got -0.001"]),
+        ("train.target", float("nan"), ["train.target: expected a finite number, got nan"]),
+        ("task.power", float("inf"), ["task.power: expected a finite number, got inf"]),
+        ("train.warmup", 11, ["train: warmup must be at most steps (10), got 11"]),
+        ("train.final_lr_ratio", 2, ["train: final_lr_ratio must be at most 1, got 2.0"]),
         ("train.threads", 10**5, ["threads must be at most 1024, got 100000"]),
         ("task.name", "mqra", ["task.name", "unknown task 'mqra'", "Did you mean 'mqar'?"]),
         ("task.pair", 2, ["task.pair", "unknown key", "Did you mean 'pairs'?"]),
@@ -71,6 +79,7 @@ def test_a_wrong_value_is_named_by_its_path(tmp_path, path, value, told):
         ({"model__mixers": {"attention": {"heads": 2}}}, ["model", "'heads'", "num_heads"]),
         ({"model__mixers": {"atention": {}}}, ["model.mixers.atention", "Did you mean 'attention'?"]),
         ({"model__mixers": {"mamba2": {"d_stat": 2}}}, ["mamba2", "'d_stat'", "d_state"]),
+        ({"model__d_model": 2**30}, ["model", "Storage size calculation overflowed"]),
         ({"model__channel": "swigloo"}, ["model", "swigloo", "Did you mean 'swiglu'?"]),
     ],
 )
@@ -79,6 +88,13 @@ def test_a_model_that_cannot_be_built_is_refused(tmp_path, changes, told):
         tiny_config(tmp_path, **changes)
     for words in told:
         assert words in str(caught.value)
+
+
+def test_warmup_and_decay_do_not_overlap(tmp_path):
+    """The rate would jump down where the one ends."""
+    with pytest.raises(ConfigError, match=r"warmup \(9\) and the 2 steps of decay_share \(0.2\) must fit into steps"):
+        tiny_config(tmp_path, train__schedule="wsd", train__warmup=9)
+    assert tiny_config(tmp_path, train__schedule="wsd", train__warmup=8).train.warmup == 8
 
 
 def test_a_missing_key_is_named(tmp_path):
@@ -96,6 +112,54 @@ def test_what_is_written_reads_back(tmp_path):
 def test_an_integer_serves_as_a_number():
     config = convert(TrainConfig, {"steps": 1, "batch_size": 1, "lr": 1, "target": None})
     assert (config.lr, type(config.lr)) == (1.0, float)
+
+
+MEANT_ALIKE = {
+    "an integer for a number": ({"rotary_base": 500}, {"rotary_base": 500.0}),
+    "its default": ({"rotary_base": 10000, "conv_width": 4}, {"conv_width": 4}),
+    "no options": ({"qk_norm": False}, None),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), MEANT_ALIKE.values(), ids=MEANT_ALIKE)
+def test_equal_options_of_a_mixer_are_one_run(tmp_path, one, other):
+    given = [{} if options is None else {"attention": options} for options in (one, other)]
+    pair = [tiny_config(tmp_path, model__mixers=mixers) for mixers in given]
+    assert pair[0].folder() == pair[1].folder()
+    RunFolder(pair[0].folder()).create(pair[0])
+    RunFolder(pair[1].folder()).check(pair[1])
+
+
+def test_equal_numbers_are_one_run(tmp_path):
+    """Of training, of a task, of a channel mixer."""
+    alike = [
+        ({"train__lr": 1}, {"train__lr": 1.0}),
+        ({"train__weight_decay": -0.0}, {"train__weight_decay": 0}),
+        ({"task__power": 1}, {"task__power": 1.0}),
+        ({"task__test_lengths": (24, 32)}, {"task__test_lengths": [24, 32]}),
+        ({"model__logit_cap": 30}, {"model__logit_cap": 30.0}),
+        ({"model__channel": "mlp", "model__channels": {"mlp": {"expansion": 2}}},
+         {"model__channel": "mlp", "model__channels": {"mlp": {"expansion": 2.0}}}),
+    ]  # fmt: skip
+    for one, other in alike:
+        assert tiny_config(tmp_path, **one).folder() == tiny_config(tmp_path, **other).folder(), one
+
+
+def test_values_that_differ_are_two_runs(tmp_path):
+    given = [{}, {"rotary_base": 500.0}, {"rotary_base": 501.0}, {"conv_width": 2}, {"qk_norm": True}]
+    folders = {tiny_config(tmp_path, model__mixers={"attention": options}).folder() for options in given}
+    assert len(folders) == len(given)
+
+
+def test_a_run_is_found_where_its_words_put_it_before(tmp_path):
+    """Its name was once the hash of its configuration as it was given, 2 apart from 2.0."""
+    config = tiny_config(tmp_path, model__channel="mlp", model__channels={"mlp": {"expansion": 2}})
+    text = json.dumps(without(to_dict(config), NOT_IDENTITY), sort_keys=True)
+    before = config.folder().with_name(f"attention-seed0-{hashlib.sha256(text.encode()).hexdigest()[:10]}")
+    assert config.folder() != before
+    RunFolder(before).create(config)
+    assert config.folder() == before
+    RunFolder(before).check(config)
 
 
 def test_options_of_mixers_not_in_the_pattern_change_nothing(tmp_path):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from experiments.building import build_model, build_task, resolve
 from experiments.config import RunConfig, run_config
-from experiments.run import as_override
+from experiments.overrides import as_override
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from seqarch.layers import MIXERS
@@ -63,7 +63,7 @@ def test_every_model_fits_every_experiment(experiment, model):
 
 @pytest.mark.parametrize("name", GROUPS["launcher"])
 def test_launchers_exist_and_litter_nothing(name, monkeypatch):
-    monkeypatch.setenv("SEQARCH_SWEEP", "now")
+    monkeypatch.setenv("SEQARCH_BOARD", "runs/.sweeps/now")
     config = composed(f"launcher={name}", hydra=True)
     assert all(word in config.hydra.launcher._target_.lower() for word in name.split("_"))
     assert config.hydra.output_subdir is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,9 @@ from experiments import environment
 from experiments.engine import Engine, choose_device
 from experiments.errors import RunnerError
 from experiments.records import RunFolder
+from experiments.tasks.task import IGNORED, Batch
 from experiments.train import Run
+from seqarch.layers.router import Router
 
 from .conftest import last, tensors, tiny_config, train_here
 
@@ -47,6 +50,28 @@ def test_micro_batches_are_as_large_as_asked_for(tmp_path, monkeypatch):
     run.model.embedding.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
     gradients(run)
     assert seen == [3, 3, 2]
+
+
+def test_padding_counts_in_no_router_and_an_ignored_target_does(tmp_path):
+    """Whatever stands there, in whatever micro-batches; evaluation is told of it, too."""
+    options = {"expert_bias": True, "capacity_factor": 1.0, "num_experts": 4}
+    found = []
+    for filling, size in ((0, 0), (7, 0), (7, 2)):
+        run = prepared(tmp_path, train__micro_batch=size, model__channels={"moe": options}, **MOE)
+        (router,) = (module for module in run.model.modules() if isinstance(module, Router))
+        batch = run.task.train_batch(0, 0, 8)
+        asked = int((batch.targets != IGNORED).sum())
+        real = np.arange(16) < np.array([16, 9] * 4)[:, None]
+        padded = Batch(np.where(real, batch.tokens, filling), np.where(real, batch.targets, IGNORED), real)
+        run.engine.gradients(run.model, batch)
+        assert router.load.sum() == 2 * batch.tokens.size > 2 * asked
+        router.load.zero_()
+        run.engine.gradients(run.model, padded)
+        assert router.load.sum() == 2 * real.sum()
+        judged = [part[real] for part in run.engine.judge(run.model, padded)]
+        found.append([*(parameter.grad for parameter in run.model.parameters()), *map(torch.from_numpy, judged)])
+    for one, two in zip(found[0][1:], found[1][1:], strict=True):  # The embedding has a row for what fills.
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
 
 
 def saved_bytes(run: Run) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import subprocess
 
 import pytest
@@ -25,38 +26,44 @@ def git(root, *arguments):
     return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def test_the_diff_makes_the_code_again(repository):
-    """From the commit, with files that were never added; the index stays as it is."""
-    files = {"kept.py": "a = 2\n", "new.py": "x\n\n+y\n", "deep/er.cpp": "no end of line", "deep/empty.py": ""}
-    files["old.sh"] = "one\r\ntwo\f\r\n"
-    for name, text in files.items():
+def test_the_diff_makes_the_tracked_code_again_and_untracked_files_are_known_by_their_hashes(repository):
+    (repository / "kept.py").write_text("a = 2\n")
+    files = {"secrets.yaml": b"password: hunter2\n", "deep/new.py": b"x = 1\n", "bytes": b"\xff\xfe"}
+    for name, content in files.items():
         (repository / name).parent.mkdir(exist_ok=True)
-        (repository / name).write_bytes(text.encode())
+        (repository / name).write_bytes(content)
     (repository / "ignored.py").write_text("ignored")
+    (repository / "link").symlink_to("/etc/passwd")
     before = git(repository, "status", "--porcelain")
-    code, diff = code_version()
+    code, diff, _ = code_version()
     assert git(repository, "status", "--porcelain") == before
-    assert code["untracked"] == ["deep/empty.py", "deep/er.cpp", "new.py", "old.sh"]
-    assert "left_out" not in code
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    assert {name: entry.get("sha256") for name, entry in code["untracked"].items()} == {**hashes, "link": None}
+    assert "hunter2" not in diff
     git(repository, "clean", "-fdxq")
     git(repository, "checkout", "-q", ".")
     subprocess.run(["git", "-C", str(repository), "apply"], input=diff.encode(), check=True)
-    assert {name: (repository / name).read_bytes().decode() for name in files} == files
+    assert (repository / "kept.py").read_text() == "a = 2\n"
 
 
-def test_what_the_diff_does_not_hold_is_named(repository, monkeypatch):
-    monkeypatch.setattr(environment, "DIFF_BYTES", 100)
-    (repository / "a.py").write_text("a" * 60)
-    (repository / "b.py").write_text("b" * 60)
-    (repository / "c.py").write_bytes(b"\xff\xfe")
-    (repository / "d.py").symlink_to("a.py")
-    (repository / "secret.env").write_text("KEY=1")
-    code, diff = code_version()
-    assert code["left_out"] == ["b.py", "c.py", "d.py", "secret.env"]
-    assert "a" * 60 in diff
-    assert "KEY" not in diff
+def test_large_untracked_files_are_known_by_their_size(repository, monkeypatch):
+    monkeypatch.setattr(environment, "HASHED_BYTES", 100)
+    for name in ("a.bin", "b.bin"):
+        (repository / name).write_bytes(bytes(60))
+    a, b = code_version()[0]["untracked"].values()
+    assert (a["bytes"], b) == (60, {"bytes": 60})
+    assert len(a["sha256"]) == 64
+
+
+def test_a_diff_is_no_more_open_than_the_files_it_shows_and_holds_no_keys(repository):
+    (repository / "kept.py").write_text("key = 'sk-abcdefghijklmnopqrstuvwx'\n")
+    (repository / "kept.py").chmod(0o640)
+    code, diff, mode = code_version()
+    assert mode == 0o640
+    assert "+key = '***'" in diff
+    assert code["masked"]
 
 
 def test_unchanged_code_has_no_diff(repository):
-    code, diff = code_version()
-    assert (code["dirty"], diff, "untracked" in code) == (False, "", False)
+    code, diff, mode = code_version()
+    assert (code["dirty"], diff, "untracked" in code, mode) == (False, "", False, 0o666)

@@ -57,6 +57,13 @@ def processes(cwd: Path) -> list[int]:
     return found
 
 
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
 def folders(cwd: Path) -> list[RunFolder]:
     return [RunFolder(path.parent) for path in sorted(cwd.glob("runs/*/*/config.json"))]
 
@@ -94,8 +101,34 @@ def test_a_killed_sweep_leaves_no_process_behind(tmp_path):
         sweep.kill()
         sweep.wait()
         assert processes(tmp_path)
+        # The runs themselves end as soon as their checkpoints are written.
+        until(lambda: not any("loky" in command_of(pid) for pid in processes(tmp_path)), 5)
         until(lambda: not processes(tmp_path), 60)
     assert not any(folder.claim.is_held() for folder in folders(tmp_path))
+
+
+IDLE = """
+import time
+from joblib import Parallel, delayed
+from experiments import workers
+workers.watch_from_the_start()
+Parallel(n_jobs=2, backend="loky")(delayed(time.sleep)(0) for _ in range(2))
+print("idle", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("moment", ["as they begin", "between jobs"])
+def test_idle_workers_end_with_their_sweep(tmp_path, moment):
+    """Nothing of the runner was called in them yet, or nothing is called in them any more."""
+    with started(tmp_path, program=[sys.executable, "-c", IDLE]) as sweep:
+        if moment == "as they begin":
+            until(lambda: len(processes(tmp_path)) >= 3)  # with a worker, or the process that cleans up after them
+        else:
+            until(lambda: "idle" in (tmp_path / "log").read_text())
+        sweep.kill()
+        sweep.wait()
+        until(lambda: not processes(tmp_path), 5)
 
 
 @pytest.mark.slow

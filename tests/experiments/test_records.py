@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,13 +20,6 @@ from experiments.files import read_json, write_atomic
 from experiments.records import RunFolder
 
 from .conftest import tiny_config
-
-
-@pytest.fixture
-def dead_pid():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 class TestFolder:
@@ -214,15 +205,50 @@ class TestClaim:
         os.utime(claim.path, (old, old))
         claim.take()
 
-    def test_a_machine_that_went_down_a_moment_ago_is_waited_out(self, tmp_path, monkeypatch):
-        """As when a scheduler starts its job again elsewhere at once: no sign of life comes, and the claim is stale."""
-        monkeypatch.setattr("experiments.claims.STALE_SECONDS", 1.0)
+    @pytest.mark.parametrize("ahead", [0, 1e6])
+    def test_a_machine_that_went_down_a_moment_ago_is_waited_out(self, tmp_path, monkeypatch, capsys, ahead):
+        """As when a scheduler starts its job again elsewhere at once: no sign of life comes, and the claim is stale.
+        So it is with a clock that was ahead, and what is waited for is told.
+        """
+        monkeypatch.setattr("experiments.claims.STALE_SECONDS", 0.6)
         claim = Claim(tmp_path / "claim.json")
         claim.path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "1"}))
+        os.utime(claim.path, (time.time() + ahead,) * 2)
+        assert claim.is_held() == (ahead == 0)
         assert claim.stays_held(lambda: True)
-        assert not claim.stays_held(lambda: False)
-        os.utime(claim.path)
+        assert capsys.readouterr().err == ""
+        with renewed(claim.path), pytest.raises(RunnerError, match="on elsewhere"):
+            claim.take()
+        os.utime(claim.path, (time.time() + ahead,) * 2)
+        capsys.readouterr()
         claim.take()
+        assert claim.is_own()
+        told = f"waiting up to 0.6 s for a sign of life of process 1 on elsewhere, which claims {tmp_path}\n"
+        assert capsys.readouterr().err == told
+
+    @pytest.mark.parametrize("number", ["dead", "own"])
+    def test_a_process_number_of_another_container_says_nothing(self, tmp_path, monkeypatch, dead_pid, number):
+        """Under one host name: there a live process may have a number that is nobody's here, or somebody else's."""
+        monkeypatch.setattr("experiments.claims.STALE_SECONDS", 0.6)
+        holder = process_identity({"dead": dead_pid, "own": os.getpid()}[number])
+        claim = Claim(tmp_path / "claim.json")
+        claim.path.write_text(json.dumps({**holder, "namespace": "pid:[1]"}))
+        board = tmp_path / "board"
+        Board(board).create()
+        owner = {**(read_json(board / "owner.json") or {}), **holder, "namespace": "pid:[1]"}
+        (board / "owner.json").write_text(json.dumps(owner))
+        assert claim.is_held()
+        assert not Board(board).is_abandoned()
+        with renewed(claim.path), pytest.raises(RunnerError, match=f"by process {holder['pid']} on {holder['host']}"):
+            claim.take()
+        claim.take()
+        assert claim.is_own()
+
+    def test_a_machine_that_gets_another_name_keeps_its_claims(self, tmp_path, monkeypatch):
+        claim = Claim(tmp_path / "claim.json")
+        claim.take()
+        monkeypatch.setattr("socket.gethostname", lambda: "renamed")
+        claim.renew()
         assert claim.is_own()
 
     def test_a_claim_that_was_taken_over_is_neither_renewed_nor_released(self, tmp_path):
@@ -259,7 +285,8 @@ class TestClaim:
     @pytest.mark.parametrize("pid", ['"12', '"many"', '"12"', "null", "[1]", "0", "-1", "1.5", "1e400", "9" * 30])
     def test_a_damaged_claim_holds_nothing(self, tmp_path, pid):
         claim = Claim(tmp_path / "claim.json")
-        claim.path.write_text(f'{{"host": "{socket.gethostname()}", "pid": {pid}}}')
+        whole = json.dumps(process_identity(os.getpid()))
+        claim.path.write_text(whole.replace(f'"pid": {os.getpid()}', f'"pid": {pid}'))
         assert not claim.is_held()
         claim.take()
         assert claim.is_own()
@@ -278,18 +305,22 @@ class TestBoard:
         assert list(tmp_path.iterdir()) == []
 
     def test_jobs_stop_when_asked_or_when_the_sweep_is_gone(self, tmp_path, dead_pid):
-        Board(tmp_path).create()
-        assert not Board(tmp_path).should_stop()
-        Board(tmp_path).stop()
-        assert Board(tmp_path).should_stop()
+        board = Board(tmp_path / "board")
+        board.create()
+        assert not Board(board.path).should_stop()
+        Board(board.path).stop()
+        assert Board(board.path).should_stop()
         orphaned = Board(tmp_path / "orphaned")
         orphaned.create()
-        (orphaned.path / "owner.json").write_text(json.dumps({**process_identity(os.getpid()), "pid": dead_pid}))
+        marker = orphaned.path / "owner.json"
+        marker.write_text(json.dumps({**json.loads(marker.read_text()), "pid": dead_pid}))
         assert orphaned.should_stop()
+        board.remove()
+        assert Board(board.path).should_stop(), "a job that begins after the sweep is over"
 
     def test_a_launchers_logs_are_kept(self, tmp_path):
         board = Board(tmp_path / "now")
         board.create()
         (board.path / ".submitit").mkdir()
         board.remove()
-        assert board.path.exists()
+        assert [path.name for path in board.path.iterdir()] == [".submitit"]

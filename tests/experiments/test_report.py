@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ import pytest
 
 from experiments import report as report_module
 from experiments.errors import RunnerError
-from experiments.figures import bytes_text, line_look, strokes
+from experiments.figures import bytes_text, curves, draw_cost, draw_curve, line_look, strokes
 from experiments.page import table_rows
 from experiments.reading import compare, read_runs
 from experiments.report import main, report
@@ -19,9 +20,10 @@ from seqarch.layers import FAMILIES, MIXERS
 
 
 def record_run(root: Path, model: str, seed: int, test: float, *, pattern=None, experiment="recall", lr=3e-3,
-               validation=None, status="finished", curve=None, depth=2) -> Path:  # fmt: skip
+               validation=None, status="finished", curve=None, depth=2, decay=0.1, mixers=None,
+               **task) -> Path:  # fmt: skip
     """A run folder as the runner leaves it."""
-    folder = root / experiment / f"{model}-seed{seed}-{lr}-{depth}"
+    folder = root / experiment / f"{model}-seed{seed}-{lr}-{depth}-{decay}-{mixers}-{task}"
     folder.mkdir(parents=True)
     higher = curve is None
     metric = {
@@ -36,9 +38,9 @@ def record_run(root: Path, model: str, seed: int, test: float, *, pattern=None, 
         "experiment": experiment,
         "seed": seed,
         "runs": str(root),
-        "model": {"name": model, "pattern": pattern or model, "d_model": 64, "depth": depth, "mixers": {}},
-        "task": {"name": "mqar", "length": 64},
-        "train": {"lr": lr, "weight_decay": 0.1},
+        "model": {"name": model, "pattern": pattern or model, "d_model": 64, "depth": depth} | {"mixers": mixers or {}},
+        "task": {"name": "mqar", "length": 64, **task},
+        "train": {"lr": lr, "weight_decay": decay},
     }
     record = {
         "status": status,
@@ -157,8 +159,20 @@ def test_missing_failed_and_damaged_runs_are_told(recorded, capsys, monkeypatch)
     garbled = record_run(recorded, "rwkv", 2, 0.9)
     with open(garbled / "metrics.jsonl", "a") as file:
         file.write('{"step": 5 oops}\n{"step": 6}\n')
+    (recorded / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    folder = record_run(recorded, "rwkv", 3, 0.9)
+    (folder / "config.json").write_text("[1]")
+    odd = record_run(recorded, "rwkv", 4, 0.9, curve={**curve(1.0), "y": [1.0]})
     monkeypatch.setattr("sys.argv", ["report", str(recorded)])
-    assert main() == 0
+    assert main() == 1
     terminal = capsys.readouterr().out
     target = recorded / "report"
     page = (target / "index.md").read_text()
@@ -168,7 +182,9 @@ def test_missing_failed_and_damaged_runs_are_told(recorded, capsys, monkeypatch)
         assert words in page
     for words in (f"cannot read {damaged}", f"{hollow}: its record is damaged, it lacks results.validation",
                   f"{untitled}: its record is damaged, it lacks task.title", f"{rateless}: its config.json is not that",
-                  f"line 3 of {garbled}"):  # fmt: skip
+                  f"line 3 of {garbled}", f"cannot read {recorded / 'closed'}: Permission denied",
+                  f"cannot read {folder / 'config.json'}: expected a JSON object",
+                  f"{odd}: its record is damaged, results.curve is no curve: x and y are not"):  # fmt: skip
         assert words in page
         assert f"not read: {words}" in terminal
 
@@ -184,12 +200,94 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path):
     assert table_rows(comparison)[1][1] == "0.700 (0.700 to 0.700)"
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_every_grid_is_shown_and_every_failure_told(tmp_path, capsys, monkeypatch):
+    """Those of the settings that were not chosen, too: they are half of the selection."""
+    for decay in (0.0, 0.1):
+        for lr in (1e-3, 1e-2):
+            failed = {"status": "failed"} if (lr, decay) == (1e-2, 0.1) else {}
+            for seed in (0, 1):
+                record_run(tmp_path, "attention", seed, 0.5 + lr + decay, lr=lr, decay=decay, **failed)
+    for index in range(9):
+        record_run(tmp_path, "mamba2", 0, 0.5, lr=index / 1000)
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
+    assert main() == 0
+    terminal, page = capsys.readouterr().out, (tmp_path / "report" / "index.md").read_text()
+    assert "| 0.001 (of 0.001, 0.01) | 0.1 (of 0, 0.1) |" in page
+    assert "| 0 (of 9 values from 0 to 0.008) | 0.1 |" in page
+    assert "chose among them (learning rate 10 values from 0 to 0.01; weight decay 0, 0.1)" in page
+    for seed in (0, 1):
+        remark = f"attention, not chosen: learning rate 0.01, weight decay 0.1, seed {seed}: failed, the loss is nan"
+        assert remark in page
+        assert remark in " ".join(terminal.split())
+    assert " LR " in terminal
+    assert " WD" in terminal
+    assert "…" not in terminal
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_each_task_of_a_folder_is_a_comparison_of_its_own(tmp_path):
+    """With its own title, chance level and choice of rates; equal options count as equal however they are given."""
+    for seed, given in ((0, {}), (1, {"power": 0.01, "pairs": 4})):
+        record_run(tmp_path, "attention", seed, 0.9, **given)
+    other = record_run(tmp_path, "attention", 0, 0.6, pairs=8)
+    parity = record_run(tmp_path, "attention", 0, 0.7, name="parity")
+    for folder, title, chance in ((other, "Associative recall", 0.125), (parity, "Parity of a stream of bits", 0.5)):
+        record = json.loads((folder / "run.json").read_text())
+        record["metric"]["chance"], record["task"]["title"] = chance, title
+        (folder / "run.json").write_text(json.dumps(record))
+    comparisons = compare(read_runs(tmp_path)[0])
+    assert [(each.name, each.title, each.seeds, each.sample["metric"]["chance"], each.remarks)
+            for each in comparisons] == [
+        ("recall, mqar (pairs=4)", "Associative recall (pairs=4)", [0, 1], 0.125, []),
+        ("recall, mqar (pairs=8)", "Associative recall (pairs=8)", [0], 0.125, []),
+        ("recall, parity", "Parity of a stream of bits", [0], 0.5, []),
+    ]  # fmt: skip
+    page = (report(tmp_path)[0] / "index.md").read_text()
+    assert page.startswith("# Associative recall (pairs=4) and Associative recall (pairs=8) and Parity of")
+    assert "chance is 0.5 (guessing)" in page
+    rows = list(csv.DictReader((tmp_path / "report" / "results.csv").read_text().splitlines()))
+    assert [row["task"] for row in rows].count("parity") == 1
+
+
+def test_no_two_comparisons_share_their_plots(tmp_path):
+    for experiment in ("a/b", "a-b"):
+        record_run(tmp_path, "attention", 0, 0.9, experiment=experiment)
+    assert {each.name: each.stem for each in compare(read_runs(tmp_path)[0])} == {"a-b": "a-b", "a/b": "a-b-2"}
+
+
+def test_equal_options_are_one_variant_and_a_run_counts_once(tmp_path):
+    given = [(0, {}), (1, {"attention": {"rotary_base": 10000}}), (1, {"attention": {"rotary_base": 1e4}})]
+    folders = [record_run(tmp_path, "attention", seed, 0.9, mixers=mixers) for seed, mixers in given]
+    record_run(tmp_path, "attention", 2, 0.9, mixers={"attention": {"rotary_base": 500}})
+    (comparison,) = compare(read_runs(tmp_path)[0])
+    assert {variant.label: len(variant.runs) for variant in comparison.variants} == {
+        "attention (rotary_base=10000.0)": 2,
+        "attention (rotary_base=500.0)": 1,
+    }
+    (twice,) = [remark for remark in comparison.remarks if "twice" in remark]
+    assert all(str(folder) in twice for folder in folders[1:])
+
+
 def test_a_rate_that_fails_on_most_seeds_is_not_chosen_for_the_seed_it_survives(tmp_path):
     for seed in (0, 1, 2):
         record_run(tmp_path, "attention", seed, 0.6, lr=1e-3)
         record_run(tmp_path, "attention", seed, 0.9, lr=1e-2, status="finished" if seed == 1 else "failed")
     (comparison,) = compare(read_runs(tmp_path)[0])
     assert {run.config["train"]["lr"] for run in comparison.variants[0].runs} == {1e-3}
+
+
+def test_results_that_are_no_numbers_count_as_failures(tmp_path):
+    """JSON of this kind says NaN; nothing is drawn of it, and no rate is chosen for the seeds on which it is not."""
+    for seed in (0, 1, 2):
+        record_run(tmp_path, "attention", seed, 0.6, lr=1e-3)
+        record_run(tmp_path, "attention", seed, 0.9 if seed == 1 else float("nan"), lr=1e-2)
+        record_run(tmp_path, "mamba2", seed, 0.5 if seed else float("inf"))
+    (comparison,) = compare(read_runs(tmp_path)[0])
+    assert [variant.setting("train.lr") for variant in comparison.variants] == [1e-3, 3e-3]
+    assert table_rows(comparison)[2][1:3] == ["0.500 (0.500 to 0.500)", "2 of 3, 1 failed"]
+    assert "mamba2, seed 0: finished, its results are {'test': inf, 'validation': inf}" in comparison.remarks
+    report_module.draw(comparison, tmp_path)
 
 
 def test_variants_of_a_model_are_kept_apart_by_what_differs(tmp_path):
@@ -225,6 +323,29 @@ def test_a_report_that_cannot_be_written_is_named(recorded):
     (recorded / "report").write_text("mine")
     with pytest.raises(RunnerError, match=r"cannot write .*report"):
         report(recorded)
+
+
+def test_models_without_a_state_and_without_a_curve_are_drawn(tmp_path):
+    """0 bytes have no place on a logarithmic axis, and a run of another version may lack its curve."""
+    for seed in (0, 1):
+        record_run(tmp_path, "mamba2", seed, 3.4, curve=curve(3.4))
+        record_run(tmp_path, "attention", seed, 3.5, curve=curve(3.5))
+    for path in tmp_path.glob("recall/*seed0*/run.json"):
+        record = json.loads(path.read_text())
+        record["model"]["state_bytes"] = 0 if "mamba2" in str(path) else 4096
+        if "mamba2" in str(path):
+            del record["results"]["curve"]
+        path.write_text(json.dumps(record))
+    (comparison,) = compare(read_runs(tmp_path)[0])
+    drawing, axes = plt.subplots()
+    draw_cost(axes, comparison)
+    drawing.draw_without_rendering()
+    shown = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks()]
+    assert "0 B" in shown
+    assert "4 KiB" in shown
+    assert [(variant.label, len(own)) for variant, own in curves(comparison)] == [("mamba2", 1), ("attention", 2)]
+    draw_curve(axes, comparison)
+    plt.close(drawing)
 
 
 def test_no_text_covers_another(recorded, monkeypatch):

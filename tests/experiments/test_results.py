@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import ClassVar
 
@@ -258,6 +259,22 @@ def test_a_version_that_a_study_lacks(tmp_path):
         do(Tiny(), "large", tmp_path, tmp_path, jobs=1)
     with pytest.raises(RunnerError, match="run the study tiny first, in the same version"):
         draw(Tiny(), tmp_path)
+
+
+def test_records_that_are_cut_are_one_line(tmp_path):
+    """In the middle of a line or after one, or with lines that are something else."""
+    whole = (HOME / "length" / records.FILE).read_text(encoding="utf-8")
+    file = tmp_path / "length" / records.FILE
+    file.parent.mkdir()
+    for text, told in (
+        (whole[:-50], f"line 30 of {file} is no record of a run"),
+        ('{"run": 3}\n', f"line 1 of {file} is no record of a run"),
+        ("[]\n", f"line 1 of {file} is no record of a run"),
+        ("", "the records hold nothing where finished runs of results/length"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(RunnerError, match=re.escape(told)):
+            draw(STUDIES["length"], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from experiments import run
 from experiments.board import Board
-from experiments.config import to_dict
-from experiments.errors import StorageError
+from experiments.config import MachineConfig, to_dict
+from experiments.errors import RunnerError, StorageError
 from experiments.records import RunFolder
 from experiments.supervise import execute
 
@@ -111,6 +113,46 @@ def test_a_killed_worker_is_one_clear_error(tmp_path):
     until(lambda: not any(folder.claim.is_held() for folder in folders(tmp_path / "runs").values()))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_signal_stops_the_sweep_in_order(tmp_path, monkeypatch, capfd, number, full):
+    """Also where the board cannot be written, and where it comes twice at once, from a terminal and passed on."""
+    board = Board(tmp_path / "board")
+    board.create()
+
+    def fail(self):
+        raise StorageError("cannot write: No space left on device")
+
+    monkeypatch.setattr(run, "_monitors", [(board, None)])
+    if full:
+        monkeypatch.setattr(Board, "stop", fail)
+    stopped = run.watch_signals()
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)
+    assert stopped.is_set()
+    assert board.should_stop() is not full
+    assert capfd.readouterr().err.startswith("stopping: what is in training writes a checkpoint first")
+
+
+def test_nohup_is_respected(monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run.watch_signals()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_job_without_a_sweep_does_nothing(tmp_path, monkeypatch):
+    """As one that a scheduler starts when the sweep is over: its board is gone."""
+    monkeypatch.setattr(run, "_monitors", [])
+    monkeypatch.setattr(run.HydraConfig, "get", lambda: OmegaConf.create({"job": {"num": 0}}))
+    monkeypatch.setattr(run, "execute", lambda *_: pytest.fail("it began"))
+    monkeypatch.setenv(run.BOARD, str(tmp_path / "gone"))
+    with pytest.raises(RunnerError, match="gone is none: the sweep is over"):
+        run.job(OmegaConf.create({}))
+    monkeypatch.delenv(run.BOARD)
+    with pytest.raises(RunnerError, match="SEQARCH_BOARD is not set"):
+        run.job(OmegaConf.create({}))
+
+
 def test_a_board_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, capfd):
     """The disk is full after the sweep began."""
 
@@ -121,7 +163,7 @@ def test_a_board_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch
     monkeypatch.setattr(Board, "post", full)
     monkeypatch.setattr(run, "_monitors", [])
     monkeypatch.setattr("sys.argv", ["run", *TINY, "train.steps=5"])
-    for name in ("SEQARCH_COMMAND", "SEQARCH_SWEEP", "HYDRA_FULL_ERROR"):
+    for name in ("SEQARCH_COMMAND", run.BOARD, "HYDRA_FULL_ERROR"):
         monkeypatch.setenv(name, "")
     assert run.main() == 1
     shown = capfd.readouterr()
@@ -184,6 +226,17 @@ class TestJob:
         assert entry["status"] == "refused"
         assert str(config.folder()) in entry["message"]
         assert config.folder().parent.read_text() == "mine"
+
+    def test_a_device_that_is_not_here_is_refused_before_anything_is_written(self, tmp_path, monkeypatch):
+        """But a run that is finished is kept, wherever, and a folder for a torchrun elsewhere is made."""
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        config = tiny_config(tmp_path, train__device="cuda")
+        entry = self.outcome(tmp_path, config)
+        assert (entry["status"], entry["message"].partition(",")[0]) == ("refused", "train.device is 'cuda'")
+        assert not config.folder().parent.exists()
+        assert self.outcome(tmp_path, replace(config, machine=MachineConfig(processes=0)))["status"] == "made"
+        RunFolder(config.folder()).update(status="finished", results={"test": 1.0})
+        assert self.outcome(tmp_path, config)["status"] == "kept"
 
     def test_a_run_that_another_process_trains_is_left_to_it(self, tmp_path):
         config = tiny_config(tmp_path)
@@ -259,7 +312,7 @@ class TestJob:
         assert [entry["status"] for entry in board.entries()] == ["waiting"]
         assert not tiny_config(tmp_path).folder().exists()
 
-    def test_a_run_stopped_before_it_trains_is_interrupted_at_once(self, tmp_path, monkeypatch):
+    def test_a_run_stopped_before_it_trains_is_preempted_at_once(self, tmp_path, monkeypatch):
         """As in a launcher's worker: the process inherits that SIGINT is ignored, and has no handlers yet."""
         config, board = tiny_config(tmp_path), self.board(tmp_path)
         popen = subprocess.Popen
@@ -277,8 +330,8 @@ class TestJob:
         execute(to_dict(config), board, 0)
         assert time.monotonic() - started < 10
         (entry,) = board.entries()
-        assert (entry["status"], entry["message"]) == ("interrupted", "stopped from outside")
-        assert (folder.status(), folder.record()["reason"]) == ("interrupted", "stopped from outside")
+        assert (entry["status"], entry["message"]) == ("preempted", "stopped from outside")
+        assert (folder.status(), folder.record()["reason"]) == ("preempted", "stopped from outside")
 
     def test_a_process_that_cannot_write_is_told_with_the_path(self, tmp_path, monkeypatch):
         """The disk is full from the first byte: nothing can be recorded, so the job itself has to tell."""

@@ -6,21 +6,22 @@ import csv
 import json
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
 import polars
 import pytest
 
-from experiments import runs
+from experiments import report, runs
 from experiments.board import Board
 from experiments.catalogue import find, pick
-from experiments.claims import process_identity
 from experiments.differences import differences
 from experiments.errors import RunnerError
+from experiments.identity import mark, process_identity
 from experiments.records import RunFolder
 
-from .conftest import tiny_config, train_here
+from .conftest import ROOT, command_line, tiny_config, train_here
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_list_tells_what_became_of_each_run(root, monkeypatch, capsys):
     damaged = pick(root, "seed1")
     damaged.folder.run_file.write_text("{")
     code, shown, _ = call(monkeypatch, capsys, "list", root)
-    assert code == 0
+    assert code == 1
     rows = {line.split()[1][: len("attention-seed0")]: line for line in shown.splitlines() if "attention-" in line}
     finished = pick(root, "seed0")
     for words in ("tiny", "finished", f"{finished.get('results.test'):.6g}", finished.get("started")[:10]):
@@ -64,6 +65,91 @@ def test_list_tells_what_became_of_each_run(root, monkeypatch, capsys):
     _, shown, _ = call(monkeypatch, capsys, "list", root, "--status", "failed")
     assert "seed2" in shown
     assert "1 runs: 1 failed" in shown
+    code, _, told = call(monkeypatch, capsys, "list", root, "--status", "faild")
+    assert code == 1
+    assert "--status faild: expected one of damaged, failed, finished, " in told
+    assert "Did you mean 'failed'?" in told
+
+
+def damage(root: Path, monkeypatch) -> dict[str, str]:
+    """A folder that may not be read, one that goes away, and files that hold something else; what is told of each."""
+    told = {}
+    for name, content in (("cut", '{"a": '), ("list", "[1]"), ("bytes", "\xff")):
+        folder = root / "tiny" / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes(content.encode("latin-1"))
+        told[name] = f"cannot read {folder / 'config.json'}"
+    for name in ("config.json", "run.json"):
+        folder = root / "tiny" / f"folder-{name}"
+        (folder / name).mkdir(parents=True)
+        (folder / "config.json").exists() or (folder / "config.json").write_text("{}")
+        told[name] = f"cannot read {folder / name}: [Errno 21] Is a directory"
+    scandir, refused = os.scandir, {"closed": PermissionError(13, "Permission denied"),
+                                    "gone": FileNotFoundError(2, "No such file or directory")}  # fmt: skip
+
+    def refusing(path):
+        if Path(path).name in refused:
+            raise refused[Path(path).name]
+        return scandir(path)
+
+    for name, error in refused.items():
+        (root / name).mkdir()
+        told[name] = f"cannot read {root / name}: {error.strerror}"
+    monkeypatch.setattr(os, "scandir", refusing)
+    return told
+
+
+def test_what_cannot_be_read_is_told_and_the_others_are_shown(root, tmp_path, monkeypatch, capsys):
+    told = damage(root, monkeypatch)
+    file = tmp_path / "all.csv"
+    for command, expected in (("list", "finished"), ("gc", "0 can go"), (f"export {file}", f"{file}: 10 runs")):
+        code, shown, error = call(monkeypatch, capsys, *command.split(), root)
+        assert (code, error) == (1, "")
+        assert expected in shown
+        for words in told.values():
+            assert f"damaged: {words}" in shown
+    rows = read_table(file)
+    assert [row["status"] for row in rows].count("damaged") == 7
+    assert sum(bool(row["config.train.lr"]) for row in rows) == 3
+    code, shown, _ = call(monkeypatch, capsys, "show", "cut", "--root", root)
+    assert code == 1
+    assert f"problem: {told['cut']}" in shown
+    code, _, error = call(monkeypatch, capsys, "show", "nowhere", "--root", root)
+    assert code == 1
+    assert told["closed"] in error
+
+
+def test_what_runs_hold_is_no_markup(root, monkeypatch, capsys):
+    folder = pick(root, "seed2").folder
+    folder.update(reason="undefined symbol [/some/lib.so] in [red]", status="[red]x[/red]")
+    _, shown, _ = call(monkeypatch, capsys, "list", root)
+    assert "[red]x[/red]" in shown
+    _, shown, _ = call(monkeypatch, capsys, "show", "seed2", "--root", root)
+    assert "reason: undefined symbol [/some/lib.so] in [red]" in shown
+    _, shown, _ = call(monkeypatch, capsys, "diff", "seed1", "seed2", "--root", root)
+    assert "[/some/lib.so]" in shown
+
+
+def test_a_full_output_is_one_line(root):
+    """Of every command that ends as these do."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command_line("experiments.runs"), "list", str(root)],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write the standard output: No space left on device\n"
+
+
+def test_a_reader_who_leaves_is_no_error(root):
+    left, output = os.pipe()
+    os.close(left)
+    done = subprocess.run(
+        [*command_line("experiments.runs"), "list", str(root)],
+        cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(output)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_show_tells_all_of_one(root, monkeypatch, capsys):
@@ -125,32 +211,39 @@ def test_the_same_run_does_not_differ(trained, monkeypatch, capsys):
 
 
 class TestGarbage:
-    def litter(self, root: Path) -> list[Path]:
+    def litter(self, root: Path, dead_pid: int) -> list[Path]:
         """What a killed sweep and killed training processes leave."""
         folder = pick(root, "seed0").folder
         gone = {**process_identity(os.getpid()), "started": "1"}
         abandoned = Board(root / ".sweeps" / "killed")
         abandoned.create()
-        (abandoned.path / "owner.json").write_text(json.dumps(gone))
+        marker = abandoned.path / "owner.json"
+        marker.write_text(json.dumps({**json.loads(marker.read_text()), "started": "1"}))
         folder.claim.path.write_text(json.dumps(gone))
         folder.progress_file.write_text("{}")
         aside = folder.path / ".run.json.12.tmp"
         aside.write_text("{")
         os.utime(aside, (time.time() - 7200,) * 2)
-        return [abandoned.path, folder.claim.path, folder.progress_file, aside]
+        half = folder.checkpoints / ".step-000015.tmp"
+        half.mkdir()
+        (half / "__0_0.distcp").write_bytes(b"half")
+        (root / "report").mkdir()
+        report = root / "report" / f".index.md.{dead_pid}-1-{mark().rpartition('-')[2]}.tmp"
+        report.write_text("half")
+        return [abandoned.path, folder.claim.path, folder.progress_file, aside, half, report]
 
-    def test_only_leftovers_go_and_only_on_request(self, root, monkeypatch, capsys):
+    def test_only_leftovers_go_and_only_on_request(self, root, monkeypatch, capsys, dead_pid):
         before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        litter = self.litter(root)
+        litter = self.litter(root, dead_pid)
         fresh = pick(root, "seed1").folder.path / ".run.json.12.tmp"
         fresh.write_text("{")
         live = Board(root / ".sweeps" / "live")
         live.create()
         _, shown, _ = call(monkeypatch, capsys, "gc", root)
-        assert "4 can go" in shown
+        assert "6 can go" in shown
         assert all(str(path) in shown and path.exists() for path in litter)
         _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete")
-        assert "4 deleted" in shown
+        assert "6 deleted" in shown
         assert not any(path.exists() for path in litter)
         assert fresh.exists()
         assert live.path.exists()
@@ -164,6 +257,43 @@ class TestGarbage:
         assert finished.status() == "finished"
         assert len(finished.metrics()) == 2
 
+    def test_what_others_made_stays(self, root, monkeypatch, capsys):
+        """Notes in a run, a folder of another program with the same names in it, what a link leads to."""
+        failed, finished = pick(root, "seed2").folder, pick(root, "seed0").folder
+        (failed.path / "notes.txt").write_text("mine")
+        outside = root.parent / "outside"
+        outside.mkdir()
+        (outside / "step-000001").write_text("mine")
+        (finished.checkpoints / "mine").symlink_to(outside)
+        foreign = root / "another-program"
+        foreign.mkdir()
+        for name in ("config.json", "progress.json", "claim.json", ".run.json.tmp", ".config.json.1.tmp"):
+            (foreign / name).write_text('{"status": "failed"}')
+            os.utime(foreign / name, (0, 0))
+        (foreign / "run.json").write_text('{"status": "failed"}')
+        board = Board(root / ".sweeps" / "now")
+        board.create()
+        (board.path / "owner.json").write_text(json.dumps({"pid": 1, "host": "x", "started": "1", "name": "other"}))
+        (root / ".sweeps" / "linked").symlink_to(outside)
+        shutil.rmtree(pick(root, "seed1").folder.path)
+        before = {path: path.is_dir() or path.read_bytes() for path in root.parent.rglob("*")}
+        _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete", "--checkpoints", "--failed")
+        assert "stayed: it holds notes.txt, which the runner did not write; nothing was removed" in shown
+        assert "stayed: it holds mine, which the runner did not write; nothing was removed" in shown
+        assert {path: path.is_dir() or path.read_bytes() for path in root.parent.rglob("*")} == before
+
+    def test_a_run_with_everything_that_the_runner_writes_can_go(self, tmp_path, monkeypatch, capsys):
+        """The names by which ``gc`` proves that a folder is a run's are those that are written."""
+        config = tiny_config(
+            tmp_path, tracker={"name": "tensorboard"}, train__steps=3, train__lr=1e30, train__grad_clip=0.0
+        )
+        code, folder = train_here(config)
+        assert (code, folder.status()) == (1, "failed")
+        assert folder.bad.is_dir()
+        folder.log_file.write_text("as the supervisor does")
+        call(monkeypatch, capsys, "gc", tmp_path, "--delete", "--failed")
+        assert not folder.path.exists()
+
     def test_a_run_in_training_is_left_alone(self, root, monkeypatch, capsys):
         folder = pick(root, "seed2").folder
         folder.progress_file.write_text("{}")
@@ -171,6 +301,21 @@ class TestGarbage:
         call(monkeypatch, capsys, "gc", root, "--delete", "--failed", "--checkpoints")
         assert folder.progress_file.exists()
         assert folder.claim.is_own()
+
+    @pytest.mark.parametrize("case", [("seed2", "finished", "--failed"), ("seed0", "running", "--checkpoints")])
+    def test_a_run_that_ended_otherwise_meanwhile_stays(self, root, monkeypatch, capsys, case):
+        """Between the look and the removal: what it says under the claim is what counts."""
+        seed, status, option = case
+        folder, take = pick(root, seed).folder, type(RunFolder(root).claim).take
+
+        def meanwhile(claim, *arguments):
+            folder.update(status=status, results={"test": 0.5})
+            take(claim, *arguments)
+
+        monkeypatch.setattr(type(folder.claim), "take", meanwhile)
+        _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete", option)
+        assert f"stayed: the run is {status} by now" in shown
+        assert (folder.status(), folder.checkpoints.exists()) == (status, True)
 
     def test_a_run_that_is_taken_meanwhile_stays(self, root, monkeypatch, capsys):
         entry = pick(root, "seed2")
@@ -208,6 +353,27 @@ def test_export_is_one_line_a_run(root, tmp_path, monkeypatch, capsys, ending):
     assert float(rows[0]["results.test"]) == other.record()["results"]["test"]
     assert rows[2]["results.test"] in (None, "")
     assert [row["config.model.mixers.attention.window"] for row in rows[:2]] == ["16", "all"]
+
+
+def test_a_status_that_no_run_can_have_is_refused(root, monkeypatch, capsys):
+    code, _, told = call(monkeypatch, capsys, "list", root, "--status", "finnished")
+    assert code == 1
+    assert told.startswith("error: --status finnished: expected one of damaged, failed, finished, ")
+    _, shown, _ = call(monkeypatch, capsys, "list", root, "--status", "failed")
+    assert "1 runs: 1 failed" in shown
+
+
+def test_brackets_are_shown_and_not_obeyed(root, monkeypatch, capsys):
+    """An error of a library may name itself so, and rich would take it for an instruction."""
+    folder = pick(root, "seed2").folder
+    record = {**folder.record(), "reason": "in [some/lib.so] and [/some/lib.so]", "started": "[red]then"}
+    folder.run_file.write_text(json.dumps(record))
+    _, shown, _ = call(monkeypatch, capsys, "show", "seed2", "--root", root)
+    assert "in [some/lib.so] and [/some/lib.so]" in shown
+    _, shown, _ = call(monkeypatch, capsys, "list", root)
+    assert "[red]then" in shown
+    report.show([], ["[some/lib.so] is damaged"], root)
+    assert "not read: [some/lib.so] is damaged" in capsys.readouterr().out
 
 
 def test_export_refuses_other_formats_and_places(root, tmp_path, monkeypatch, capsys):

@@ -49,9 +49,22 @@ def test_arguments_are_in_hydras_grammar(argument, value):
         ([*SPACE, "search.trial=3"], "search.trial: unknown key.*Did you mean 'trials'"),
         ([*SPACE, "search.trials=many"], "search.trials: expected an integer"),
         ([*SPACE, "search.jobs=0"], "jobs must be at least 1"),
+        ([*SPACE, "search.seed=-1"], "seed must be at least 0 and below 2\\^32, got -1"),
+        ([*SPACE, "seed=interval(0, 5)"], r"seed=interval\(0, 5\): .*give them one by one, as seed=0,1,2"),
+        ([*SPACE, "seed=0,1,0"], "seed=0,1,0: a seed is given twice"),
+        ([*SPACE, "seed=0,two"], "seed=two of the search: seed: expected an integer"),
+        ([*SPACE, "train.keep=1,2"], "train.keep cannot be searched"),
+        ([*SPACE, "+machine.processes=1,2"], r"\+machine.processes cannot be searched"),
+        ([*SPACE, "train.dry_run=true"], "a search trains its trials"),
+        (["train.weight_decay=0,-1"], "train.weight_decay=-1 of the search: train: weight_decay must be .*, got -1.0"),
+        (["train.warmup=0,5,2000"], "train.warmup=2000 of the search: train: warmup must be at most steps"),
+        (["train.lr=interval(-1, 1)"], "train: lr must be a finite number and not negative, got -1.0"),
+        (["train.steps=interval(10, 20)"], "train.steps: expected an integer, got 10.0"),
+        (["model=attention,none"], "model=none of the search: .*Could not find 'model/none'"),
         ([*SPACE, "search.sampler=grid"], "sampler is 'grid', expected one of random, tpe"),
         ([*SPACE, "train.lrr=1"], "train.lrr: unknown key"),
         ([*SPACE, "model=none"], "Could not find 'model/none'"),
+        (["model=glob(*)"], r"model=glob\(\*\): give the choices one by one"),
         (["train.lr=interval(1"], "no viable alternative|missing"),
         (["train.lr=interval(1, 0)"], "expected two finite numbers, the smaller one first"),
         (["train.lr=tag(log, interval(0, 1))"], "expected two finite numbers above 0, the smaller one first"),
@@ -62,6 +75,14 @@ def test_a_mistake_is_told_before_anything_runs(tmp_path, arguments, told):
     with pytest.raises(ConfigError, match=told):
         Search([*TINY, f"runs={tmp_path}", *arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_one_of_a_key_counts(tmp_path):
+    """And what is fixed need not make a run without what is searched."""
+    given = ["train.lr=1,2", "train.lr=0.5", "seed=0,1", "seed=3", "train.warmup=2000", "train.steps=3000,4000"]
+    search = Search([*TINY, f"runs={tmp_path}", *given])
+    assert (search.space, search.seeds) == ({"train.steps": ["3000", "4000"]}, ["3"])
+    assert (search.config.train.lr, search.config.seed) == (0.5, 3)
 
 
 def record(folder: Path, validation: float, test: float = 0.0, status: str = "finished") -> None:

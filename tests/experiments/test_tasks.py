@@ -41,10 +41,22 @@ class TestEveryTask:
             assert len(asked) > 0
             assert asked.min() >= 0
             assert asked.max() < task.vocab_size
+            if batch.real is not None:
+                assert (batch.real.dtype, batch.real.shape) == (np.bool_, batch.tokens.shape)
+                assert (np.diff(batch.real.astype(int), axis=1) <= 0).all()
+                assert (batch.targets[~batch.real] == IGNORED).all()
         assert task.train_batch(0, 0, 5).tokens.shape == (5, task.length)
         assert next(iter(task.tests)) == "test"
         assert {split: held_out[split].tokens.shape[1] for split in task.tests} == task.tests
         assert max(task.tests.values()) == task.longest
+
+    def test_padding_is_told_from_filler(self, tasks, name):
+        """What follows the end of a formula, a copy or a file; blanks between a task's tokens belong to it."""
+        batch = tasks[name].train_batch(0, 0, 100)
+        assert (batch.real is not None) == (name in ("listops", "copying", "stdlib_text"))
+        if name in ("listops", "copying"):
+            assert not batch.real.all()
+            assert batch.real[batch.targets != IGNORED].all()
 
     def test_an_example_depends_on_seed_and_index_alone(self, tasks, name):
         whole = tasks[name].train_batch(3, 0, 12)

@@ -3,19 +3,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import trackers
 from experiments.config import run_config, to_dict
 from experiments.errors import ConfigError
 from experiments.records import RunFolder
-from experiments.trackers import TensorboardTracker, Tracker, TrackerOptions
+from experiments.trackers import TensorboardTracker, Tracker, TrackerOptions, WandbOptions, WandbTracker
+from experiments.train import Run
 
 from .conftest import ROOT, TINY, command_line, tiny_config, train_here, until
 
@@ -97,6 +100,39 @@ def test_wandb_offline_hears_of_the_run(tmp_path, monkeypatch):
     content = recorded.read_bytes()
     for expected in (b"validation_accuracy", b"labelled", b"attention", folder.path.name.encode()):
         assert expected in content
+
+
+def test_wandb_has_one_run_for_all_attempts_and_no_step_twice(tmp_path, monkeypatch):
+    """Preempted after step 7, where a checkpoint is, and killed after step 10 was told and before its checkpoint."""
+    config = tiny_config(tmp_path, tracker={"name": "wandb", "options": {}}, train__steps=15)
+    sent, log = [], wandb.Run.log
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda run, values, step: (sent.append((run.id, step)), log(run, values, step))
+    )
+    with monkeypatch.context() as stopping:
+        step = Run.step
+
+        def stopped(run):
+            if run.state.step == 7:
+                run.preempt()
+            return step(run)
+
+        stopping.setattr(Run, "step", stopped)
+        code, folder = train_here(config)
+    assert (code, folder.status()) == (os.EX_TEMPFAIL, "preempted")
+    tracker = WandbTracker(WandbOptions(), folder.path, to_dict(config))
+    tracker.log(10, {"loss": 1.0})
+    tracker.finish("interrupted", {})
+    assert train_here(config)[0] == 0
+    assert "tracker_error" not in folder.record()
+    (name,) = {run for run, _ in sent}
+    assert name.startswith(folder.path.name.rpartition("-")[2])
+    assert [step for _, step in sent] == [5, 10, 15]
+    assert {path.name.rpartition(f"-{name}")[1] for path in folder.path.glob("wandb/offline-run-*")} == {f"-{name}"}
+    shutil.rmtree(folder.path)
+    folder.create(config)
+    WandbTracker(WandbOptions(), folder.path, to_dict(config)).finish("interrupted", {})
+    assert json.loads((folder.path / "wandb" / "told.json").read_text())["id"] != name
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:

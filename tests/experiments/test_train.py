@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from experiments.checkpoints import verified
-from experiments.claims import is_alive, process_identity
 from experiments.errors import RunnerError
 from experiments.files import read_json
-from experiments.progress import Heartbeat, Preempted, Preemption, ProgressFile
+from experiments.identity import is_alive, process_identity
+from experiments.interrupts import Interrupts, Preempted
+from experiments.progress import Heartbeat, ProgressFile
 from experiments.records import RunFolder
 from experiments.train import Run, main
 
@@ -247,7 +249,7 @@ def test_a_disk_too_full_for_the_record_is_told_on_the_terminal(tmp_path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     RunFolder(config.folder()).create(config)
-    monkeypatch.setattr("experiments.environment.code_version", lambda: ({"commit": None}, ""))
+    monkeypatch.setattr("experiments.environment.code_version", lambda: ({"commit": None}, "", 0o666))
     monkeypatch.setattr("experiments.files.os.replace", full)
     assert train_here(config)[0] == 1
     assert capsys.readouterr().err.startswith(f"error: cannot write {config.folder() / 'run.json'}: No space left")
@@ -309,14 +311,46 @@ def test_a_process_that_has_ended_and_was_not_asked_how_is_not_alive():
     child.wait()
 
 
-def test_sigterm_waits_while_it_is_delayed_and_ends_at_once_elsewhere():
-    preemption = Preemption()
-    preemption.obey()
-    with preemption.delayed():
-        for _ in range(2):  # A scheduler may send it to torchrun and to each process.
+@pytest.fixture
+def interrupts() -> Interrupts:
+    interrupts = Interrupts()
+    interrupts.obey()
+    return interrupts
+
+
+def test_a_signal_is_noted_where_something_could_be_torn(interrupts):
+    for _ in range(2):  # A scheduler may send it to torchrun and to each process.
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert interrupts.requested
+    with pytest.raises(Preempted), interrupts.at_once():
+        pytest.fail("what was noted before is raised first")
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_sigterm_waits_while_it_is_delayed_and_sigint_does_not(interrupts, number, raised):
+    went_on = []
+
+    def work():
+        with interrupts.at_once():
+            with interrupts.delayed():
+                os.kill(os.getpid(), number)
+                went_on.append("to the end of the delay")
+            went_on.append("beyond it")
+
+    with pytest.raises(raised):
+        work()
+    assert went_on == (["to the end of the delay"] if raised is Preempted else [])
+
+
+def test_a_second_signal_tears_nothing_that_the_first_one_set_off(interrupts):
+    @contextmanager
+    def again():
+        try:
+            yield
+        finally:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.requested
-    with pytest.raises(Preempted):
+
+    with pytest.raises(Preempted), interrupts.at_once(), again():
         os.kill(os.getpid(), signal.SIGTERM)
 
 

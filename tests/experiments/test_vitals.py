@@ -152,7 +152,7 @@ def test_a_step_without_numbers_tells_where_they_end(tmp_path):
     assert "not finite from layer 1 on" in str(again)
 
 
-@pytest.mark.parametrize("content", [None, b"not a batch"])
+@pytest.mark.parametrize("content", [None, b"", b"PK", b"not a batch", b"\x93NUMPY\x01\x00"])
 def test_what_is_no_batch_of_a_bad_step_is_named(tmp_path, content):
     path = tmp_path / "bad" / "step-000003.npz"
     if content is not None:

@@ -79,7 +79,7 @@ def torn_and_whole(root: Path, name: str, changes: dict) -> None:
 
     def preempted_in_step_5(run):
         # One process alone is told, as may happen; both must stop after the same step.
-        run.preemption.requested = run.state.step == 4 and processes.rank() == 1
+        run.interrupts.requested = run.state.step == 4 and processes.rank() == 1
         return step(run)
 
     Run.step = preempted_in_step_5

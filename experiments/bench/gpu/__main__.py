@@ -19,6 +19,7 @@ from experiments.bench.gpu import checks
 from experiments.bench.gpu.contests import DECODED, GPU_CONTESTS
 from experiments.bench.gpu.device import Cuda, ceilings
 from experiments.bench.gpu.measure import LENGTHS, TOKENS, GpuRecord, Measurement, lines
+from experiments.bench.measure import prepare
 from experiments.errors import RunnerError, choices_hint
 
 NO_DEVICE = "this bench times a CUDA device, and torch sees none: run it where there is one, with torch's CUDA build"
@@ -88,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit(NO_DEVICE)
     try:
+        if not options.only_checks:
+            names = options.contests or GPU_CONTESTS
+            prepare(options.folder, (GpuRecord.name(name, options.dtype) for name in names))
         checked = check(torch.device("cuda"))
         if not options.only_checks:
             run(options, Cuda(), checked)

@@ -14,7 +14,7 @@ from experiments.bench.contest import WAYS, Absent, Call, Cost, Inputs
 from experiments.bench.gpu.contests import GpuContest, Shape, decoding, token_cost
 from experiments.bench.measure import Ceilings, alternate, expected, quartiles, ratio, rounded
 from experiments.environment import code_version, software
-from experiments.errors import writing
+from experiments.files import write_atomic
 
 LENGTHS = tuple(2**exponent for exponent in range(10, 18))
 TOKENS = 2**17
@@ -58,12 +58,14 @@ class GpuRecord:
     absent: dict[str, str] = field(default_factory=dict)
     left_out: list[dict[str, Any]] = field(default_factory=list)
 
+    @staticmethod
+    def name(contest: str, dtype: str) -> str:
+        """Of the file of a contest, without ending."""
+        return contest if dtype == "bfloat16" else f"{contest}.{dtype}"
+
     def save(self, folder: Path) -> None:
         told = asdict(self) | {"software": software(), "code": code_version()[0]}
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            name = self.contest if self.dtype == "bfloat16" else f"{self.contest}.{self.dtype}"
-            (folder / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+        write_atomic(folder / f"{self.name(self.contest, self.dtype)}.json", json.dumps(told, indent=1) + "\n")
 
 
 def forward(call: Call, inputs: Inputs) -> Work:

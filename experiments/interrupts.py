@@ -1,0 +1,82 @@
+"""How a training process learns that it should stop: SIGTERM and SIGINT, noted from its first line to its last.
+
+Nothing here takes time to import, so that a process can listen before it imports what does.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Preempted(KeyboardInterrupt):
+    """Asked to end by SIGTERM, as schedulers do before they take a machine away."""
+
+
+class Interrupts:
+    """What the two signals do: they set ``requested``, and within :meth:`at_once` they raise.
+
+    Elsewhere, as where a claim is taken or a record written, nothing is torn: a signal noted there raises as soon as
+    :meth:`at_once` begins. Within :meth:`delayed`, inside of it, SIGTERM is only noted again, and SIGINT raises.
+
+    Attributes:
+        requested: whether SIGTERM has asked to stop.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._interrupted = self._raises = self._delayed = False
+
+    def obey(self) -> None:
+        """From here on. A launcher's worker ignores SIGINT, which is inherited, until here."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def ignore(self) -> None:
+        """From here on the process is at its end: a signal must not change the exit code that tells how it ended."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise :class:`Preempted` at SIGTERM and ``KeyboardInterrupt`` at SIGINT; at once for one noted before."""
+        self._raises = True
+        try:
+            self._raise()
+            yield
+        finally:
+            self._raises = False
+
+    @contextmanager
+    def delayed(self) -> Iterator[None]:
+        self._delayed = True
+        try:
+            yield
+        finally:
+            self._delayed = False
+        if self._raises:
+            self._raise()
+
+    def _receive(self, number: int, _: object) -> None:
+        if number == signal.SIGTERM:
+            self.requested = True
+        else:
+            self._interrupted = True
+        if self._raises:
+            self._raise()
+
+    def _raise(self) -> None:
+        """Raise what was asked for; only once, as a second signal must not tear what the first one set off."""
+        if self._interrupted:
+            self._raises = False
+            raise KeyboardInterrupt
+        if self.requested and not self._delayed:
+            self._raises = False
+            raise Preempted("stopped by SIGTERM")
+
+
+INTERRUPTS = Interrupts()
+"""Of this process, as signals are."""

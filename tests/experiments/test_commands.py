@@ -1,0 +1,125 @@
+"""What all commands of ``experiments`` have in common: help without work, and no argument that is passed over."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import subprocess
+
+import pytest
+from rich.console import Console
+
+from experiments import demo, run
+from experiments.board import Board
+from experiments.monitor import Monitor, Outlet, flush_output
+from experiments.overrides import compose, hydra_arguments
+from experiments.search import Search
+
+from .conftest import ROOT, TINY, command_line
+
+COMMANDS = ["bench.__main__", "bench.gpu.__main__", "replay", "report", "runs", "search", "study", "train"]
+MODEL = "name: mine\npattern: attention\nd_model: 64\ndepth: 1\n"
+
+
+@pytest.mark.parametrize("name", ["demo", *COMMANDS])
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--nonsense", 2)])
+def test_help_is_told_and_unknown_arguments_are_refused(name, argument, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, argument])
+    monkeypatch.setattr("experiments.demo.run_to_the_end", lambda command: pytest.fail("the demo began"))
+    with pytest.raises(SystemExit) as ending:
+        demo.main([argument]) if name == "demo" else importlib.import_module(f"experiments.{name}").main()
+    assert ending.value.code == code
+    assert "usage: " in "".join(capsys.readouterr())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["study", "runs", "bench.__main__"])
+def test_no_option_is_guessed_from_its_beginning(name, monkeypatch, capsys):
+    """``--del`` must not delete."""
+    wanted = {"study": ["--al"], "runs": ["gc", "--del"], "bench.__main__": ["--qui"]}[name]
+    monkeypatch.setattr("sys.argv", [name, *wanted])
+    with pytest.raises(SystemExit) as ending:
+        importlib.import_module(f"experiments.{name}").main()
+    assert ending.value.code == 2
+
+
+def test_configurations_of_ones_own(tmp_path, monkeypatch):
+    """``--config-dir`` as of Hydra, for the runner and for searches."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(MODEL)
+    assert compose([f"--config-dir={tmp_path}", "model=mine"])["model"]["d_model"] == 64
+    assert hydra_arguments(["--config-dir", str(tmp_path), "model=mine", "seed=1"])[2:] == ["model=mine", "++seed=1"]
+    search = Search([f"--config-dir={tmp_path}", "model=mine", "train.lr=1e-3,1e-2"])
+    assert search.config.model.name == "mine"
+
+
+@pytest.mark.parametrize("name", ["run", "search"])
+def test_a_folder_of_configurations_that_is_not_there_is_named(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, "train.lr=1e-3,1e-2", "--config-dir", "nowhere"])
+    monkeypatch.setenv("SEQARCH_COMMAND", "")
+    assert importlib.import_module(f"experiments.{name}").main() == 1
+    assert capsys.readouterr().err == "error: --config-dir nowhere: there is no such folder\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_that_is_searched_twice_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["search", "train.lr=1e-3,1e-2", "seed=0,1,0"])
+    monkeypatch.setenv("SEQARCH_COMMAND", "")
+    assert importlib.import_module("experiments.search").main() == 1
+    assert capsys.readouterr().err.startswith("error: seed=0,1,0: a seed is given twice")
+
+
+def test_a_seed_twice_in_a_sweep_is_run_once_and_told(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def execute(composed, board, number):
+        ran.append(composed["seed"])
+        board.post(number, status="finished" if number == 0 else "repeated", name="n", message="as run 1")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["run", "-m", *TINY, "seed=0,0"])
+    monkeypatch.setattr(run, "execute", execute)
+    for name in (run.BOARD, "SEQARCH_COMMAND", "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "")
+    assert run.main() == 0
+    assert "2 runs: 1 finished, 1 twice in the sweep" in capsys.readouterr().out
+
+
+class Full(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_sweep_goes_on_where_nobody_can_hear_of_it(tmp_path, monkeypatch, capsys):
+    board = Board(tmp_path / "board")
+    board.create()
+    monkeypatch.setattr("sys.stdout", Full())
+    watching = Monitor(board, 1)
+    for status in ("running", "finished"):
+        board.post(0, status=status, name="n", folder=str(tmp_path))
+    assert [entry["status"] for entry in watching.close()] == ["finished"]
+    assert "cannot write the standard output: No space left on device" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_one_line_and_a_failure(tmp_path):
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        options = {"stdout": full, "stderr": subprocess.PIPE, "text": True, "timeout": 60, "env": environment}
+        shown = subprocess.run(command_line("experiments.run", "--cfg", "job"), cwd=tmp_path, **options)
+    assert (shown.returncode, shown.stderr) == (1, "error: cannot write the standard output: No space left on device\n")
+
+
+def test_a_reader_that_has_left_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        outlet = Outlet(pipe)
+        Console(file=outlet).print("nobody reads this")  # type: ignore
+        outlet.flush()
+        assert outlet.problem is None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())
+    assert flush_output()
