@@ -8,6 +8,7 @@
 
 namespace {
 
+using seqarch::countable;
 using namespace seqarch::cuda;
 
 constexpr int kThreads = 128;
@@ -327,6 +328,7 @@ int32_t seqarch_cuda_causal_conv1d_forward(
     int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride, const void* weight, const void* bias,
     const void* state, void* y, void* state_out, const int64_t* offsets, int64_t sequences, int64_t length,
     int64_t channels, int64_t width, int32_t silu, void* workspace, int64_t* workspace_bytes, void* stream) {
+    if (!countable({sequences, length, channels, width})) return SEQARCH_BAD_ARGUMENT;
     return with_width(dtype, width, [&](auto* type, auto w) -> int32_t {
         using A = std::remove_pointer_t<decltype(type)>;
         constexpr int W = decltype(w)::value;
@@ -353,6 +355,7 @@ int32_t seqarch_cuda_causal_conv1d_backward(
     const void* state, const void* dy, int64_t dy_batch_stride, int64_t dy_time_stride, const void* dstate_out,
     void* dx, void* dweight, void* dbias, void* dstate, const int64_t* offsets, int64_t sequences, int64_t length,
     int64_t channels, int64_t width, int32_t silu, void* workspace, int64_t* workspace_bytes, void* stream) {
+    if (!countable({sequences, length, channels, width})) return SEQARCH_BAD_ARGUMENT;
     return with_width(dtype, width, [&](auto* type, auto w) -> int32_t {
         using A = std::remove_pointer_t<decltype(type)>;
         constexpr int W = decltype(w)::value;

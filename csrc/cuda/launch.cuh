@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "arguments.h"
 #include "seqarch_cuda.h"
 
 namespace seqarch::cuda {

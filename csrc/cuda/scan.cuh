@@ -429,7 +429,9 @@ inline bool known(int32_t wide, const seqarch_rows* rows) {
 }
 
 template <class... Each>
-bool wrong(int32_t dtype, int64_t channels, int64_t groups, int64_t chunk, const Each*... rows) {
+bool wrong(int32_t dtype, int64_t sequences, int64_t length, int64_t channels, int64_t states, int64_t groups,
+           int64_t chunk, const Each*... rows) {
+    if (!countable({sequences, length, channels, states, groups})) return true;
     return !(known(dtype, rows) && ...) || chunk != kChunk || groups < 1 || channels % groups;
 }
 

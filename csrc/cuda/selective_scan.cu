@@ -171,7 +171,7 @@ int32_t seqarch_cuda_selective_scan_forward(
     int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
     int32_t scale_input, const void* state, const seqarch_rows* y, void* state_out, void* starts, void* workspace,
     int64_t* workspace_bytes, void* stream) {
-    if (wrong(dtype, channels, groups, chunk, x, dt, B, C, z, y)) return SEQARCH_BAD_ARGUMENT;
+    if (wrong(dtype, sequences, length, channels, state_width, groups, chunk, x, dt, B, C, z, y)) return SEQARCH_BAD_ARGUMENT;
     return with_lanes(dtype, state_width, [&](auto* type, auto lanes) {
         using T = std::remove_pointer_t<decltype(type)>;
         const auto p = problem_of<T>(x, dt, B, C, z, A, D, dt_bias, offsets, sequences, length, channels, state_width,

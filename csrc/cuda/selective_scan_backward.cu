@@ -341,7 +341,8 @@ int32_t seqarch_cuda_selective_scan_backward(
     int32_t scale_input, const void* starts, const seqarch_rows* dy, const void* dstate_out, const seqarch_rows* dx,
     const seqarch_rows* ddt, const seqarch_rows* dB, const seqarch_rows* dC, const seqarch_rows* dz, void* dA, void* dD,
     void* ddt_bias, void* dstate, void* workspace, int64_t* workspace_bytes, void* stream) {
-    if (wrong(dtype, channels, groups, chunk, x, dt, B, C, z, dy, dx, ddt, dB, dC, dz)) return SEQARCH_BAD_ARGUMENT;
+    if (wrong(dtype, sequences, length, channels, state_width, groups, chunk, x, dt, B, C, z, dy, dx, ddt, dB, dC, dz))
+        return SEQARCH_BAD_ARGUMENT;
     if ((dB == nullptr) != (dC == nullptr) || (dz == nullptr) != (z == nullptr)) return SEQARCH_BAD_ARGUMENT;
     return with_lanes(dtype, state_width, [&](auto* type, auto lanes) {
         using T = std::remove_pointer_t<decltype(type)>;

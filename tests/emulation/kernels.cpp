@@ -18,14 +18,15 @@ std::vector<int64_t> tables(const Sequences& s) {
     return all;
 }
 
-// Calls f(workspace, bytes, stream) twice, as the header says.
+// Calls f(sizes, workspace, bytes, stream) twice, as the header says, after the calls that it must refuse.
 template <class F>
-void run(F f, const char* name) {
+void run(const std::vector<int64_t>& sizes, F f, const char* name) {
     int64_t bytes = 0;
-    require(f(nullptr, &bytes, nullptr) == SEQARCH_OK && bytes > 0, name);
+    refuses(sizes, {}, [&](const std::vector<int64_t>& n, const int64_t*) { return f(n, nullptr, &bytes, nullptr); }, name);
+    require(f(sizes, nullptr, &bytes, nullptr) == SEQARCH_OK && bytes > 0, name);
     const std::unique_ptr<char[]> workspace(new char[bytes]);
     std::fill_n(workspace.get(), bytes, static_cast<char>(0xff));  // NaN, whatever the type
-    require(f(workspace.get(), &bytes, nullptr) == SEQARCH_OK, name);
+    require(f(sizes, workspace.get(), &bytes, nullptr) == SEQARCH_OK, name);
 }
 
 void close(const Numbers& found, const Numbers& expected, double bound, const char* name) {
@@ -61,6 +62,8 @@ void convolution(Random& random) {
     const auto rows = [&] { return Rows(dtype, s, channels); };
     const auto states = [&] { return Numbers(dtype, state.count()); };
 
+    const std::vector<int64_t> sizes{s.count, s.steps, channels, width};
+
     const Rows y = rows(), y2 = rows(), dx = rows(), dx2 = rows();
     const Numbers last = states(), last2 = states(), dstate = states(), dstate2 = states();
     const Numbers dweight(wide, weight.count()), dweight2(wide, weight.count()), dbias(wide, channels), dbias2(wide, channels);
@@ -70,10 +73,11 @@ void convolution(Random& random) {
                                           1) == SEQARCH_OK,
             "CPU convolution");
     run(
-        [&](void* workspace, int64_t* bytes, void* stream) {
+        sizes,
+        [&](const std::vector<int64_t>& n, void* workspace, int64_t* bytes, void* stream) {
             return seqarch_cuda_causal_conv1d_forward(
                 dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first, (*y2).data, last2.data(),
-                offsets, s.count, s.steps, channels, width, silu, workspace, bytes, stream);
+                offsets, n[0], n[1], n[2], n[3], silu, workspace, bytes, stream);
         },
         "CUDA convolution");
     close(y2.numbers, y.numbers, bound_of(dtype), "convolution y");
@@ -84,11 +88,12 @@ void convolution(Random& random) {
                                            channels, width, silu, 1) == SEQARCH_OK,
             "CPU convolution backward");
     run(
-        [&](void* workspace, int64_t* bytes, void* stream) {
+        sizes,
+        [&](const std::vector<int64_t>& n, void* workspace, int64_t* bytes, void* stream) {
             return seqarch_cuda_causal_conv1d_backward(
                 dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first, (*dy).data,
                 (*dy).batch_stride, (*dy).time_stride, dlast.data(), (*dx2).data, dweight2.data(), dbias2.data(),
-                dstate2.data(), offsets, s.count, s.steps, channels, width, silu, workspace, bytes, stream);
+                dstate2.data(), offsets, n[0], n[1], n[2], n[3], silu, workspace, bytes, stream);
         },
         "CUDA convolution backward");
     close(dx2.numbers, dx.numbers, bound_of(dtype), "convolution dx");
@@ -132,6 +137,7 @@ void scan(Random& random) {
     const double bound = std::max({bound_of(wide), bound_of((*x).dtype), bound_of((*dt).dtype), bound_of((*z).dtype),
                                    bound_of((*B).dtype), bound_of((*C).dtype)});
 
+    const std::vector<int64_t> sizes{s.count, s.steps, channels, N, groups};
     const Rows y((*x).dtype, s, channels), y2((*x).dtype, s, channels);
     const Numbers last(wide, state.count()), last2(wide, state.count());
     const Numbers starts(wide, chunks(32) * channels * N), starts2(wide, chunks(SEQARCH_CUDA_CHUNK) * channels * N);
@@ -141,10 +147,11 @@ void scan(Random& random) {
                 starts.data(), 1) == SEQARCH_OK,
             "CPU scan");
     run(
-        [&](void* workspace, int64_t* bytes, void* stream) {
+        sizes,
+        [&](const std::vector<int64_t>& n, void* workspace, int64_t* bytes, void* stream) {
             return seqarch_cuda_selective_scan_forward(
-                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, s.count,
-                s.steps, channels, N, groups, SEQARCH_CUDA_CHUNK, softplus, scale_input, maybe(has_state, state), &y2,
+                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, n[0], n[1],
+                n[2], n[3], n[4], SEQARCH_CUDA_CHUNK, softplus, scale_input, maybe(has_state, state), &y2,
                 last2.data(), maybe(keep, starts2), workspace, bytes, stream);
         },
         "CUDA scan");
@@ -166,10 +173,11 @@ void scan(Random& random) {
                 maybe(has_bias, g.dbias), g.dstate.data(), 1) == SEQARCH_OK,
             "CPU scan backward");
     run(
-        [&](void* workspace, int64_t* bytes, void* stream) {
+        sizes,
+        [&](const std::vector<int64_t>& n, void* workspace, int64_t* bytes, void* stream) {
             return seqarch_cuda_selective_scan_backward(
-                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, s.count,
-                s.steps, channels, N, groups, SEQARCH_CUDA_CHUNK, softplus, scale_input, starts2.data(), &dy, dlast.data(),
+                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, n[0], n[1],
+                n[2], n[3], n[4], SEQARCH_CUDA_CHUNK, softplus, scale_input, starts2.data(), &dy, dlast.data(),
                 &g2.dx, &g2.ddt, given(shared, g2.dB), given(shared, g2.dC), given(has_z, g2.dz), g2.dA.data(),
                 maybe(has_D, g2.dD), maybe(has_bias, g2.dbias), g2.dstate.data(), workspace, bytes, stream);
         },
