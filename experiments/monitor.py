@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import IO, Any, cast
 
 from rich.console import Console
@@ -19,6 +15,7 @@ from rich.table import Column
 from experiments.board import DONE, Board
 from experiments.errors import RunnerError
 from experiments.files import read_json
+from experiments.output import Outlet, complain
 from experiments.records import RunFolder
 
 LOOK_SECONDS = 0.5
@@ -32,60 +29,6 @@ WORDS = {
     "busy": "being trained elsewhere",
     "repeated": "twice in the sweep",
 }
-
-
-class Outlet:
-    """A stream that takes text also when it cannot pass it on: a sweep does not end because nobody hears of it.
-
-    Args:
-        stream: ``None`` where a process was started without one.
-
-    Attributes:
-        open: whether it can pass on what comes.
-        problem: why it cannot, once that is so; a reader that has left, as ``| head`` does, is none.
-    """
-
-    def __init__(self, stream: IO[str] | None):
-        self._stream, self.open = stream, stream is not None
-        self.problem: str | None = None
-
-    def write(self, text: str) -> int:
-        self._try(lambda stream: stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(lambda stream: stream.flush())
-
-    def _try(self, action: Callable[[IO[str]], object]) -> None:
-        try:
-            if self.open and self._stream is not None:
-                action(self._stream)
-        except OSError as error:  # A full disk, a terminal that is closed.
-            self.open = False
-            self.problem = None if error.errno == errno.EPIPE else error.strerror or str(error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def complain(reason: str) -> None:
-    """Tell of an error, where anybody can hear of it."""
-    with contextlib.suppress(OSError):
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-
-
-def flush_output() -> bool:
-    """Whether all that was printed could be written; what could not is dropped.
-
-    Python would try once more as it ends, and tell of that in its own way.
-    """
-    outlet = Outlet(sys.stdout)
-    outlet.flush()
-    if sys.stdout is not None and not outlet.open:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if outlet.problem is not None:
-        complain(f"cannot write the standard output: {outlet.problem}")
-    return outlet.problem is None
 
 
 class Monitor:

@@ -35,7 +35,8 @@ from experiments import workers
 from experiments.board import DONE, SWEEPS, Board, sweep_name
 from experiments.config import folder_path
 from experiments.errors import ConfigError, RunnerError
-from experiments.monitor import Monitor, complain, flush_output
+from experiments.monitor import Monitor
+from experiments.output import complain, flush_output
 from experiments.overrides import CONFIGS, hydra_arguments
 from experiments.supervise import execute
 from experiments.workers import INTERRUPTED

@@ -32,7 +32,7 @@ from experiments.building import build_task
 from experiments.config import NOT_IDENTITY, RunConfig
 from experiments.errors import ConfigError, RunnerError, choices_hint
 from experiments.files import write_json
-from experiments.output import exit_code
+from experiments.output import complain, exit_code
 from experiments.overrides import Interval, compose, config_folder, parse_choice
 from experiments.records import RunFolder
 from experiments.strict import convert
@@ -293,7 +293,7 @@ def main() -> int:
         ending = search.run(run.open_board(search.config.runs, total))
     except RunnerError as error:
         ending = "failed"
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
     entries = run.close_boards()
     if stopped.is_set():
         return run.INTERRUPTED

@@ -90,28 +90,24 @@ def answer() -> int:
     arguments = parser().parse_args()
     os.environ["SEQARCH_COMMAND"] = shlex.join(["python", "-m", "experiments.study", *sys.argv[1:]])
     names, worst = list(STUDIES) if arguments.all else arguments.name, 0
-    try:
-        runs = folder_path("--runs", arguments.runs)
-        root = ROOT / RESULTS if arguments.version == "recorded" else runs / "results" / arguments.version
-        if not names:
-            raise RunnerError(f"no study is named, {choices_hint('', STUDIES)}, or --all")
-        if arguments.jobs < 1:
-            raise RunnerError(f"--jobs is {arguments.jobs}, expected at least 1")
-        for name in names:
-            if name not in STUDIES:
-                raise RunnerError(f"unknown study {name!r}, {choices_hint(name, STUDIES)}")
-        for study in (STUDIES[name] for name in names):
-            print(f"\n{study.title} ({study.name}, {arguments.version})", flush=True)
-            code = 0 if arguments.draw else do(study, arguments.version, root, runs, arguments.jobs)
-            if code == INTERRUPTED:
-                print("stopped; the same command goes on with what is missing")
-                return code
-            worst = max(worst, code)
-            drawn = draw(study, root)
-            print("\n".join(map(str, [*drawn, write_page(study, root)])), flush=True)
-    except RunnerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    runs = folder_path("--runs", arguments.runs)
+    root = ROOT / RESULTS if arguments.version == "recorded" else runs / "results" / arguments.version
+    if not names:
+        raise RunnerError(f"no study is named, {choices_hint('', STUDIES)}, or --all")
+    if arguments.jobs < 1:
+        raise RunnerError(f"--jobs is {arguments.jobs}, expected at least 1")
+    for name in names:
+        if name not in STUDIES:
+            raise RunnerError(f"unknown study {name!r}, {choices_hint(name, STUDIES)}")
+    for study in (STUDIES[name] for name in names):
+        print(f"\n{study.title} ({study.name}, {arguments.version})", flush=True)
+        code = 0 if arguments.draw else do(study, arguments.version, root, runs, arguments.jobs)
+        if code == INTERRUPTED:
+            print("stopped; the same command goes on with what is missing")
+            return code
+        worst = max(worst, code)
+        drawn = draw(study, root)
+        print("\n".join(map(str, [*drawn, write_page(study, root)])), flush=True)
     return worst
 
 

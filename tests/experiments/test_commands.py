@@ -12,7 +12,8 @@ from rich.console import Console
 
 from experiments import demo, run
 from experiments.board import Board
-from experiments.monitor import Monitor, Outlet, flush_output
+from experiments.monitor import Monitor
+from experiments.output import Outlet, flush_output
 from experiments.overrides import compose, hydra_arguments
 from experiments.search import Search
 
