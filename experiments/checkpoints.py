@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from experiments import processes
 from experiments.errors import RunnerError, writing
-from experiments.files import half_checkpoints, make_folder, read_json, remove_checkpoint, sync, write_json
+from experiments.files import make_folder, read_json, sync, write_json
+from experiments.owned import remove_half_checkpoint, remove_half_checkpoints
 from experiments.tensor_reader import TensorReader
 
 Content = dict[str, dict[str, Tensor]]
@@ -118,7 +119,7 @@ class Checkpoints:
         aside = path.with_name(f".{path.name}.tmp")
         with writing(path):
             if processes.is_main():
-                remove_checkpoint(aside)
+                remove_half_checkpoint(aside)
                 make_folder(aside)
             processes.barrier()
             _distributed(lambda: save(content, storage_writer=FileSystemWriter(aside), no_dist=_alone()))
@@ -208,12 +209,7 @@ class Checkpoints:
         for path in self.newest_first():
             if path not in kept:
                 _remove(path)
-        self.tidy()
-
-    def tidy(self) -> None:
-        """Remove what a process that was killed left half written or half removed. Whoever trains the run may."""
-        for path in half_checkpoints(self.folder):
-            remove_checkpoint(path)
+        remove_half_checkpoints(self.folder)
 
 
 def state_of(path: Path, manifest: dict[str, Any]) -> TrainState:
@@ -329,9 +325,9 @@ def _remove(path: Path) -> None:
     """Take a folder away in one move, so that no half of it is ever met under its name."""
     if path.exists():
         aside = path.with_name(f".{path.name}.gone")
-        remove_checkpoint(aside)
+        remove_half_checkpoint(aside)
         os.replace(path, aside)
-        remove_checkpoint(aside)
+        remove_half_checkpoint(aside)
 
 
 def _first_line(error: BaseException) -> str:

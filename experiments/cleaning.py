@@ -17,19 +17,19 @@ from experiments import board, owned
 from experiments.board import Board
 from experiments.catalogue import Entry, find
 from experiments.errors import RunnerError, writing
-from experiments.files import OLD_SECONDS, half_checkpoints
+from experiments.files import OLD_SECONDS
 from experiments.identity import is_of_the_dead
 from experiments.records import ASIDE, RunFolder
 
-CHECKPOINT = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|random-\d+\.pt|\.?manifest\.json(\..+\.tmp)?"
-IN_CHECKPOINT = re.compile(CHECKPOINT)
+_IN_CHECKPOINT = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|random-\d+\.pt|\.?manifest\.json(\..+\.tmp)?"
+IN_CHECKPOINT = re.compile(_IN_CHECKPOINT)
 """What lies in a checkpoint."""
-IN_CHECKPOINTS = rf"\.?step-\d+(\.tmp|\.gone)*/({CHECKPOINT})?"
-CHECKPOINTS = re.compile(IN_CHECKPOINTS)
+_IN_CHECKPOINTS = rf"\.?step-\d+(\.tmp|\.gone)*/({_IN_CHECKPOINT})?"
+IN_CHECKPOINTS = re.compile(_IN_CHECKPOINTS)
 """What lies in the folder ``checkpoints``."""
-RUN = re.compile(
+IN_RUN = re.compile(
     r"(config|run|progress|claim)\.json|metrics\.jsonl|train\.log|code\.diff|bad/(step-\d+\.npz)?"
-    rf"|(bad/)?{ASIDE.pattern}|checkpoints/({IN_CHECKPOINTS})?|(wandb|tensorboard)/.*"
+    rf"|(bad/)?{ASIDE.pattern}|checkpoints/({_IN_CHECKPOINTS})?|(wandb|tensorboard)/.*"
 )
 """What lies in the folder of a run (``experiments/records.py``), with what trackers keep there."""
 
@@ -140,18 +140,18 @@ def _is_run(entry: Entry) -> bool:
 def _of_run(entry: Entry, checkpoints: bool, failed: bool) -> Iterator[Leftover]:
     folder = entry.folder
     if failed and entry.status == "failed":
-        yield Leftover(folder.path, "a failed run", folder, RUN, "failed")
+        yield Leftover(folder.path, "a failed run", folder, IN_RUN, "failed")
         return
     for path in folder.half_written():
         yield Leftover(path, "half written", folder)
-    for path in half_checkpoints(folder.checkpoints):
+    for path in owned.half_checkpoints(folder.checkpoints):
         yield Leftover(path, "half a checkpoint", folder, IN_CHECKPOINT)
     if folder.progress_file.exists():
         yield Leftover(folder.progress_file, "of a process that was killed", folder)
     if folder.claim.path.exists():
         yield Leftover(folder.claim.path, "of a process that was killed", folder)
     if checkpoints and entry.status == "finished" and folder.checkpoints.is_dir() and not _is_empty(folder.checkpoints):
-        yield Leftover(folder.checkpoints, "checkpoints of a finished run", folder, CHECKPOINTS, "finished")
+        yield Leftover(folder.checkpoints, "checkpoints of a finished run", folder, IN_CHECKPOINTS, "finished")
 
 
 def _of_reports(folders: Iterable[Path]) -> Iterator[Leftover]:

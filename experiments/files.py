@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +15,6 @@ from typing import Any
 
 from experiments.errors import RunnerError, writing
 from experiments.identity import is_of_the_dead, mark
-
-CHECKPOINT = re.compile(r"\.step-\d+\.(tmp|gone)")
-"""The name of a checkpoint while it is written, or removed."""
 
 OLD_SECONDS = 3600.0
 """What is written aside is a leftover once it is this old, where nobody can tell whether its process runs."""
@@ -95,20 +91,6 @@ def half_written(folder: Path, names: re.Pattern[str]) -> Iterator[Path]:
         gone = is_of_the_dead(path)
         if (gone or (gone is None and _age(path) > OLD_SECONDS)) and (path.is_symlink() or path.is_file()):
             yield path
-
-
-def half_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that are half written or half removed. Where nobody trains, nobody is at them."""
-    return sorted(path for path in folder.glob(".step-*") if CHECKPOINT.fullmatch(path.name))
-
-
-def remove_checkpoint(path: Path) -> None:
-    """A checkpoint with what is in it, or a link of its name, which is not followed; one that is gone is no error."""
-    assert CHECKPOINT.fullmatch(path.name), path
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _age(path: Path) -> float:

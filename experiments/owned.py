@@ -2,13 +2,15 @@
 
 A folder of its own says so in a file, :data:`MARKER`, with the folder's own name, what it is for and the process that
 made it. Whatever is removed is named by a pattern of paths, those that the runner itself writes; everything else stays,
-and no link is ever followed. So a folder of somebody else's cannot be emptied, however its path came here.
+and no link is ever followed. So a folder of somebody else's cannot be emptied, however its path came here. Checkpoints
+that are half written or half removed go whole, by names that nothing else has.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from experiments.identity import process_identity
 MARKER = "owner.json"
 ATTEMPTS = 10
 """Another sweep that ends may take an empty folder away while this one makes a folder in it."""
+
+HALF_CHECKPOINT = re.compile(r"\.step-\d+\.(tmp|gone)")
+"""The name of a checkpoint while it is written, or removed."""
 
 
 def make(path: Path, purpose: str) -> list[Path]:
@@ -109,6 +114,27 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
         except OSError:  # Something lies in it, or it is gone already.
             continue
+
+
+def half_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that are half written or half removed. Where nobody trains, nobody is at them."""
+    return sorted(path for path in folder.glob(".step-*") if HALF_CHECKPOINT.fullmatch(path.name))
+
+
+def remove_half_checkpoints(folder: Path) -> None:
+    """Remove what a process that was killed left of checkpoints. Whoever trains the run may."""
+    for path in half_checkpoints(folder):
+        remove_half_checkpoint(path)
+
+
+def remove_half_checkpoint(path: Path) -> None:
+    """A checkpoint with what is in it, or a link of its name, which is not followed; one that is gone is no error."""
+    if not HALF_CHECKPOINT.fullmatch(path.name):
+        raise ValueError(f"{path} is not named as a half checkpoint is, {HALF_CHECKPOINT.pattern}")
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str, int]]:

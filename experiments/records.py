@@ -22,21 +22,12 @@ from typing import Any
 from experiments.claims import Claim
 from experiments.config import RunConfig, run_config, to_dict
 from experiments.errors import ConfigError, RunnerError, writing
-from experiments.files import (
-    append_line,
-    half_checkpoints,
-    half_written,
-    make_folder,
-    read_json,
-    remove_checkpoint,
-    write_atomic,
-    write_json,
-)
+from experiments.files import append_line, half_written, make_folder, read_json, write_atomic, write_json
+from experiments.owned import remove_half_checkpoints
 
 KINDS: dict[str, type] = {"status": str, "attempt": int, "reason": str}
 KINDS |= dict.fromkeys(("results", "metric", "cost", "metrics_lost"), dict)
 """Of the entries of ``run.json`` on which the runner relies, where they are there."""
-
 
 ASIDE = re.compile(
     r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
@@ -106,8 +97,7 @@ class RunFolder:
         with writing(self.path):
             for path in self.half_written():
                 path.unlink(missing_ok=True)
-            for path in half_checkpoints(self.checkpoints):
-                remove_checkpoint(path)
+            remove_half_checkpoints(self.checkpoints)
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds.

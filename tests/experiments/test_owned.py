@@ -16,10 +16,7 @@ from experiments.errors import StorageError
 from .conftest import ROOT, TINY, call
 
 REMOVERS = ("rmtree", "removedirs")
-MAY_REMOVE = {"experiments/files.py"}
-"""Beside ``owned``: its ``remove_checkpoint`` is for what a training process wrote in its own run's folder."""
-REMOVING = {"experiments/checkpoints.py", "experiments/records.py"}
-"""Who calls that."""
+WHOLE = ("remove_half_checkpoint", "remove_half_checkpoints")
 
 
 def snapshot(root: Path, without: str = "runs") -> dict[str, bytes | str]:
@@ -211,16 +208,13 @@ class TestOwned:
 
 
 def test_folders_are_removed_in_one_place():
-    """Nowhere else in the repository is a whole folder removed."""
-    found, calling = set(), set()
+    """And half checkpoints, which go whole, by whoever trains the run alone."""
+    users: dict[str, set[str]] = {name: set() for name in (*REMOVERS, *WHOLE)}
     for path in (path for top in ("experiments", "seqarch", "docs") for path in (ROOT / top).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(text)) if any(name in text for name in (*REMOVERS, "remove_checkpoint")) else ():
+        for node in ast.walk(ast.parse(text)) if any(name in text for name in users) else ():
             name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-            if name in REMOVERS:
-                found.add(path.relative_to(ROOT).as_posix())
-            imported = isinstance(node, ast.ImportFrom) and node.module == "experiments.files"
-            if imported and any(each.name == "remove_checkpoint" for each in node.names):
-                calling.add(path.relative_to(ROOT).as_posix())
-    assert found <= MAY_REMOVE
-    assert calling <= REMOVING
+            users.get(name, set()).add(path.relative_to(ROOT).as_posix())
+    assert set().union(*(users[name] for name in REMOVERS)) == {"experiments/owned.py"}
+    others = set().union(*(users[name] for name in WHOLE)) - {"experiments/owned.py"}
+    assert others == {"experiments/checkpoints.py", "experiments/records.py"}
