@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import sys
 import warnings
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from experiments import processes
-from experiments.errors import RunnerError, writing
+from experiments.errors import MALFORMED, RunnerError, writing
 from experiments.files import make_folder, read_json, sync, write_json
 from experiments.owned import remove_half_checkpoint, remove_half_checkpoints
 from experiments.tensor_reader import TensorReader
@@ -77,13 +76,6 @@ class TrainState:
     joules: float | None = None
     peak_memory_bytes: int = 0
     peak_gpu_memory_bytes: int = 0
-
-
-UNFIT = (
-    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError),
-    *(MemoryError, pickle.PickleError),
-)
-"""What torch raises for files that hold something else than what they are loaded into."""
 
 
 class Damaged(RunnerError):
@@ -188,7 +180,7 @@ class Checkpoints:
             streams = _streams_file(path)
             if "optimizer" in content and streams.exists():  # There are none for a process that was not there.
                 set_random_streams(torch.load(streams, weights_only=True))
-        except UNFIT as error:
+        except MALFORMED as error:
             raise RunnerError(f"cannot load checkpoint {path}: {_first_line(error)}") from error
         return state
 

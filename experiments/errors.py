@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import pickle
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,13 @@ class ConfigError(RunnerError):
 
 class StorageError(RunnerError):
     """A file or folder that cannot be written."""
+
+
+MALFORMED = (
+    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError),
+    *(MemoryError, pickle.PickleError, zipfile.BadZipFile, zlib.error),
+)
+"""What torch, NumPy and pickle raise for a file that does not hold what it should."""
 
 
 def choices_hint(given: object, choices: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,23 +226,32 @@ def compare(runs: list[RecordedRun]) -> list[Comparison]:
     A task with other options is another one: it has its own chance level, and is judged on its own data.
     """
     colour_of = colours(run.config["model"]["pattern"] for run in runs)
-    comparisons = []
+    found: list[Comparison] = []
     for name in sorted({run.config["experiment"] for run in runs}):
-        tasks: dict[str, list[RecordedRun]] = {}
-        for run in runs:
-            if run.config["experiment"] == name:
-                tasks.setdefault(repr(sorted(_task(run).items())), []).append(run)
-        told = _told_apart([_task(members[0]) for members in tasks.values()])
-        for members, (task, options_told) in zip(tasks.values(), told, strict=True):
-            full = f"{name}, {task}" + (f" ({options_told})" if options_told else "") if len(tasks) > 1 else name
-            comparisons.append(_comparison(full, members, colour_of, options_told))
-    comparisons.sort(key=lambda comparison: comparison.name)
-    for comparison in comparisons:
-        plain = re.sub(r"[^\w.+]+", "-", comparison.name).strip("-")
-        taken = {other.stem for other in comparisons}
-        names = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
-        comparison.stem = next(name for name in names if name not in taken)
+        found += _of_experiment(name, [run for run in runs if run.config["experiment"] == name], colour_of)
+    found.sort(key=lambda comparison: comparison.name)
+    for place, comparison in enumerate(found):
+        comparison.stem = _stem(comparison.name, {other.stem for other in found[:place]})
+    return found
+
+
+def _of_experiment(name: str, runs: Sequence[RecordedRun], colour_of: dict[str, str]) -> list[Comparison]:
+    tasks: dict[str, list[RecordedRun]] = {}
+    for run in runs:
+        tasks.setdefault(repr(sorted(_task(run).items())), []).append(run)
+    comparisons = []
+    told_apart = _told_apart([_task(members[0]) for members in tasks.values()])
+    for members, (task, told) in zip(tasks.values(), told_apart, strict=True):
+        full = f"{name}, {task}" + (f" ({told})" if told else "") if len(tasks) > 1 else name
+        comparisons.append(_comparison(full, members, colour_of, told))
     return comparisons
+
+
+def _stem(name: str, taken: Container[str]) -> str:
+    """A comparison's name as that of a file, different from those taken."""
+    plain = re.sub(r"[^\w.+]+", "-", name).strip("-")
+    names = itertools.chain([plain], (f"{plain}-{number}" for number in itertools.count(2)))
+    return next(each for each in names if each not in taken)
 
 
 def _task(run: RecordedRun) -> dict[str, Any]:

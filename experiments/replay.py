@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,15 +17,12 @@ import numpy as np
 import torch
 
 from experiments.config import TrackerConfig
-from experiments.errors import RunnerError
+from experiments.errors import MALFORMED, RunnerError
 from experiments.records import RunFolder
 from experiments.reporter import Silent
 from experiments.tasks.task import Batch
 from experiments.train import READ_EVERY, Run
 from experiments.vitals import Reading
-
-UNREADABLE = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)
-"""What NumPy raises for files that are not what it wrote."""
 
 SHOWN = 8
 """Parameters, those of the largest gradients first."""
@@ -106,7 +101,7 @@ def _read(path: Path) -> tuple[Reading, Batch]:
         if any(each.dtype != kind or each.ndim != 2 for each, kind in kinds if each is not None):
             held = (f"{each.dtype} {each.shape}" for each in batch if each is not None)
             raise ValueError(f"it holds {' and '.join(held)}")
-    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
+    except (*MALFORMED, OSError) as error:
         there = sorted(str(each) for each in path.parent.glob("step-*.npz"))
         kept = f"; {path.parent} holds {', '.join(each.rpartition('/')[2] for each in there)}" if there else ""
         raise RunnerError(f"{path} is not the batch of a bad step ({error}){kept}") from error

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from experiments.errors import RunnerError
+from experiments.errors import MALFORMED, RunnerError
 
 INDEX = "torch.distributed.checkpoint.metadata"
 ADMITTED = {
@@ -38,13 +38,6 @@ ADMITTED = {
     ("pathlib._local", "PosixPath"),  # Python 3.13
 }
 """What an index may name, besides torch's dtypes. None of it is called or made: see :class:`Held`."""
-
-
-UNREADABLE = (
-    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError, MemoryError),
-    pickle.UnpicklingError,
-)
-"""What unpickling raises for what is no pickle, and :func:`_index` for one of something else."""
 
 
 class Held:
@@ -71,7 +64,7 @@ class TensorReader(FileSystemReader):
         try:
             with open(path, "rb") as file:
                 self._known = _index(_Unpickler(file).load(), load_id=self.load_id)
-        except (*UNREADABLE, OSError) as error:
+        except (*MALFORMED, OSError) as error:
             raise RunnerError(f"cannot read {path}: it is no index of tensors ({error})") from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

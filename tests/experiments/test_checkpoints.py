@@ -169,7 +169,8 @@ def test_where_the_best_checkpoint_is_lost_the_next_best_that_is_intact_is_teste
         if run.state.step == 20:
             best = run.checkpoints.path(10)
             shutil.rmtree(best) if how == "gone" else damaged(best, "a bit")
-            [damaged(run.checkpoints.path(step), "a bit") for step in (5, 15) if how == "all but the last"]
+            for step in (5, 15) if how == "all but the last" else ():
+                damaged(run.checkpoints.path(step), "a bit")
 
     monkeypatch.setattr(Run, "look", losing)
     code, folder = train_here(tiny_config(tmp_path, train__steps=20, train__keep=9, train__save_every=4))

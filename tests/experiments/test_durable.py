@@ -233,8 +233,8 @@ def test_a_damaged_index_is_one_line_however_it_is_damaged(tmp_path):
     checkpoints.load(path, content)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"not a batch", "objects", "other numbers", "no such step"])
-def test_a_damaged_batch_is_one_line(tmp_path, content):
+@pytest.mark.parametrize("content", ["objects", "other numbers", "no such step"])
+def test_a_forged_batch_is_one_line(tmp_path, content):
     folder = RunFolder(tmp_path)
     folder.create(tiny_config(tmp_path))
     folder.bad.mkdir()
@@ -245,10 +245,8 @@ def test_a_damaged_batch_is_one_line(tmp_path, content):
         np.savez(path, tokens=np.array([Harm(tmp_path / "harm")]), targets=batch, **reading, allow_pickle=True)
     elif content == "other numbers":
         np.savez(path, tokens=np.zeros(3), targets=batch, **reading)
-    elif content == "no such step":
-        np.savez(path, tokens=batch, targets=batch, **{**reading, "step": 10**9})
     else:
-        path.write_bytes(content)
+        np.savez(path, tokens=batch, targets=batch, **{**reading, "step": 10**9})
     with pytest.raises(RunnerError, match=r"step-000003\.npz is (not the batch of a bad step|of step 1000000000)"):
         replay(path)
     assert not (tmp_path / "harm").exists()

@@ -119,17 +119,6 @@ def test_what_cannot_be_read_is_told_and_the_others_are_shown(root, tmp_path, mo
     assert told["closed"] in error
 
 
-def test_what_runs_hold_is_no_markup(root, monkeypatch, capsys):
-    folder = pick(root, "seed2").folder
-    folder.update(reason="undefined symbol [/some/lib.so] in [red]", status="[red]x[/red]")
-    _, shown, _ = call(monkeypatch, capsys, "list", root)
-    assert "[red]x[/red]" in shown
-    _, shown, _ = call(monkeypatch, capsys, "show", "seed2", "--root", root)
-    assert "reason: undefined symbol [/some/lib.so] in [red]" in shown
-    _, shown, _ = call(monkeypatch, capsys, "diff", "seed1", "seed2", "--root", root)
-    assert "[/some/lib.so]" in shown
-
-
 def test_a_full_output_is_one_line(root):
     """Of every command that ends as these do."""
     with open("/dev/full", "w") as full:
@@ -355,14 +344,6 @@ def test_export_is_one_line_a_run(root, tmp_path, monkeypatch, capsys, ending):
     assert [row["config.model.mixers.attention.window"] for row in rows[:2]] == ["16", "all"]
 
 
-def test_a_status_that_no_run_can_have_is_refused(root, monkeypatch, capsys):
-    code, _, told = call(monkeypatch, capsys, "list", root, "--status", "finnished")
-    assert code == 1
-    assert told.startswith("error: --status finnished: expected one of damaged, failed, finished, ")
-    _, shown, _ = call(monkeypatch, capsys, "list", root, "--status", "failed")
-    assert "1 runs: 1 failed" in shown
-
-
 def test_brackets_are_shown_and_not_obeyed(root, monkeypatch, capsys):
     """An error of a library may name itself so, and rich would take it for an instruction."""
     folder = pick(root, "seed2").folder
@@ -372,6 +353,8 @@ def test_brackets_are_shown_and_not_obeyed(root, monkeypatch, capsys):
     assert "in [some/lib.so] and [/some/lib.so]" in shown
     _, shown, _ = call(monkeypatch, capsys, "list", root)
     assert "[red]then" in shown
+    _, shown, _ = call(monkeypatch, capsys, "diff", "seed1", "seed2", "--root", root)
+    assert "[/some/lib.so]" in shown
     report.show([], ["[some/lib.so] is damaged"], root)
     assert "not read: [some/lib.so] is damaged" in capsys.readouterr().out
 
