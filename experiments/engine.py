@@ -85,14 +85,14 @@ class Engine:
         Returns:
             The mean loss of the whole batch's targets: a scalar, still on the device.
         """
-        tokens, targets, real = to_device(batch, self.device)
+        tokens, targets, token_mask = to_device(batch, self.device)
         answers = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
         loss = torch.zeros((), device=self.device)
         for rows, is_last in self._micro_batches(len(tokens)):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
             with autocast(self.device, self.config.precision):
-                mask = None if real is None else real[rows]
+                mask = None if token_mask is None else token_mask[rows]
                 total = model.loss(tokens[rows], targets[rows], token_mask=mask, ignore_index=IGNORED, reduction="sum")
                 part = total / answers
             extra = model.auxiliary_loss() * (len(tokens[rows]) / self.config.batch_size)
@@ -126,9 +126,9 @@ class Engine:
         """
         total, parts = len(batch.tokens), processes.count()
         rows = np.arange(processes.rank(), -(-total // parts) * parts, parts) % total
-        tokens, targets, real = to_device(batch.rows(rows), self.device)
+        tokens, targets, token_mask = to_device(batch.rows(rows), self.device)
         with autocast(self.device, self.config.precision):
-            logits = model(tokens, token_mask=real)[0]
+            logits = model(tokens, token_mask=token_mask)[0]
         logits = logits.to(accumulation_dtype(logits))
         losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         own = losses.cpu().numpy(), (logits.argmax(-1) == targets).cpu().numpy()
@@ -145,7 +145,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     tokens, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch[:2])
-    return tokens, targets, None if batch.real is None else torch.from_numpy(batch.real).to(device)
+    return tokens, targets, None if batch.token_mask is None else torch.from_numpy(batch.token_mask).to(device)
 
 
 def require_device(name: str) -> None:

@@ -94,7 +94,7 @@ def _read(path: Path) -> tuple[Reading, Batch]:
     try:
         with np.load(path) as kept:
             reading = Reading(*(kept[name].item() for name in Reading._fields))
-            batch = Batch(kept["tokens"], kept["targets"], kept.get("real"))
+            batch = Batch(kept["tokens"], kept["targets"], kept.get("token_mask"))
         if any(type(value) is not kind for value, kind in zip(reading, (int, float, float, bool), strict=True)):
             raise ValueError(f"it holds {reading}")
         kinds = zip(batch, (np.int64, np.int64, np.bool_), strict=True)

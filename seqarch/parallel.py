@@ -94,7 +94,7 @@ class Relay:
         self._next = Edge(group, rank + 1) if rank + 1 < size else None
 
     def __call__(
-        self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Any, mask: Any = None
+        self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Any, token_mask: Any = None
     ) -> tuple[Tensor, StackState]:
         """As :func:`seqarch.models.stack.in_turn`, for this process's slice.
 
@@ -110,7 +110,7 @@ class Relay:
             before: Any = (None,) * len(layer.mixers) if state is None else state[i]
             if self._before is not None:
                 x, before = receive(x, self._before)
-            x, carried = layer(x, before, None, mask)
+            x, carried = layer(x, before, None, token_mask)
             if self._next is not None:
                 x = send(x, carried, self._next)
             after.append(carried)

@@ -20,18 +20,18 @@ class Batch(NamedTuple):
     Attributes:
         tokens: ``[B, T]`` int64.
         targets: ``[B, T]`` int64; ``targets[b, t]`` is what position t should predict, or ``IGNORED``.
-        real: ``[B, T]`` bool, false where a token is padding after a row's end; ``None`` where none is. A token whose
-            target is ignored is read all the same, and no padding; nor is filler that belongs to the task.
+        token_mask: ``[B, T]`` bool, false where a token is padding after a row's end; ``None`` where none is. A token
+            whose target is ignored is read all the same, and no padding; nor is filler that belongs to the task.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
-    real: np.ndarray | None = None
+    token_mask: np.ndarray | None = None
 
     def rows(self, index: Any) -> Batch:
         """Some of its rows."""
-        real = None if self.real is None else self.real[index]
-        return Batch(self.tokens[index], self.targets[index], real)
+        mask = None if self.token_mask is None else self.token_mask[index]
+        return Batch(self.tokens[index], self.targets[index], mask)
 
 
 @dataclass(frozen=True)

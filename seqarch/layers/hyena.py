@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from seqarch.layers import long_conv
-from seqarch.layers.linear import Linear, is_product, widened
+from seqarch.layers.linear import Linear, is_plain_linear, widened
 from seqarch.layers.mixer import Device, LayerConfig, Mixer, Offsets, linear_flops, measured_state_bytes, numbers_of
 from seqarch.layers.rows import select
 from seqarch.layers.short_conv import ShortConvolution
@@ -184,7 +184,7 @@ class ImplicitFilters(nn.Module):
             return self._between(0, length)
         # compared by value: parameters may be changed in ways that leave no other trace
         values = torch.cat([parameter.flatten() for parameter in self.parameters()])
-        kept = _kept.of.get(self) if step and all(map(is_product, self._maps())) else None
+        kept = _kept.of.get(self) if step and all(map(is_plain_linear, self._maps())) else None
         filters = kept[1] if kept is not None and same(kept[0], values) else None
         if filters is None:
             filters = self._between(0, length)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.cached_attention import POSITIONS, CacheMixer, Place
 from seqarch.layers.heads import HeadsConfig
-from seqarch.layers.linear import Linear, is_product
+from seqarch.layers.linear import Linear, is_plain_linear
 from seqarch.layers.mixer import choose_heads
 from seqarch.layers.norms import HeadNorm
 from seqarch.layers.rotary import rotary_tables, rotate
@@ -125,7 +125,7 @@ class LatentAttention(CacheMixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
         expanded, absorbed = self._costs(q.shape[1], k.shape[1])
-        read = self._absorbed if absorbed < expanded and is_product(self.expand) else self._expanded
+        read = self._absorbed if absorbed < expanded and is_plain_linear(self.expand) else self._expanded
         return read(q, k, scale=q.shape[-1] ** -0.5, **where)
 
     def _expanded(self, q: Tensor, entries: Tensor, **options: Any) -> Tensor:

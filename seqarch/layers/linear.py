@@ -34,10 +34,10 @@ class Linear(nn.Linear):
         return program.linear(x, self.weight, self.bias, add_to)
 
 
-def is_product(module: nn.Module) -> bool:
-    """Whether calling a module is the product with its own ``weight`` and no more, so that another may take its place.
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map and nothing more, so that its ``weight`` may be read where it would be called.
 
-    Not where it is an adapter's or a quantiser's, has hooks, or a forward pass of its own: these must be called.
+    An adapter, a quantised weight, hooks and a ``forward`` of its own are more: such a module must be called.
     """
     return type(module) in (Linear, nn.Linear) and is_untouched(module) and type(module.weight) in PLAIN
 

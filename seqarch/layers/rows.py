@@ -32,7 +32,7 @@ def state_rows(state: Any, index: Sequence[int] | Tensor) -> Any:
     if len(counts) != 1:
         what = f"parts of {sorted(counts)} rows" if counts else show(state)
         raise ValueError(f"state_rows: the state is {what}, expected one that a mixer, a stack or a model returned")
-    return select(state, row_numbers(index, counts.pop()))
+    return select(state, _row_numbers(index, counts.pop()))
 
 
 def select(part: Any, index: list[int]) -> Any:
@@ -58,7 +58,7 @@ def _counts(part: Any) -> list[int]:
     return []
 
 
-def row_numbers(index: Any, rows: int) -> list[int]:
+def _row_numbers(index: Any, rows: int) -> list[int]:
     """The index as integers.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers import Layer
-from seqarch.layers.linear import PLAIN, Linear, is_product
+from seqarch.layers.linear import PLAIN, Linear, is_plain_linear
 from seqarch.layers.mixer import MOST_COUNTED, CuSeqlens, linear_flops, numbers_of
 from seqarch.models.generation import generate
 from seqarch.models.loss import head_cross_entropy, serves
@@ -171,7 +171,7 @@ class LanguageModel(nn.Module):
     def _head_is_plain(self) -> bool:
         """Whether the logits are the product of features and the head's weights, and nobody changed or watches it."""
         own = type(self).logits is LanguageModel.logits and "logits" not in vars(self)
-        product = is_product(self.head) and is_plain(self.head) and self.head.bias is None
+        product = is_plain_linear(self.head) and is_plain(self.head) and self.head.bias is None
         return own and product and self.config.logit_cap is None
 
     def init_state(

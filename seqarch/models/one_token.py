@@ -45,10 +45,10 @@ class OneToken:
         return OneToken, (self.otherwise,)  # without the addresses in programs: copies write their own
 
     def __call__(
-        self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Any, mask: Any = None
+        self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Any, token_mask: Any = None
     ) -> tuple[Tensor, StackState]:
-        if cu_seqlens is not None or mask is not None or not _serves(x):
-            return self.otherwise(layers, x, state, cu_seqlens, mask)
+        if cu_seqlens is not None or token_mask is not None or not _serves(x):
+            return self.otherwise(layers, x, state, cu_seqlens, token_mask)
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
         after: list[Any] = []

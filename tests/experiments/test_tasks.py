@@ -41,10 +41,10 @@ class TestEveryTask:
             assert len(asked) > 0
             assert asked.min() >= 0
             assert asked.max() < task.vocab_size
-            if batch.real is not None:
-                assert (batch.real.dtype, batch.real.shape) == (np.bool_, batch.tokens.shape)
-                assert (np.diff(batch.real.astype(int), axis=1) <= 0).all()
-                assert (batch.targets[~batch.real] == IGNORED).all()
+            if batch.token_mask is not None:
+                assert (batch.token_mask.dtype, batch.token_mask.shape) == (np.bool_, batch.tokens.shape)
+                assert (np.diff(batch.token_mask.astype(int), axis=1) <= 0).all()
+                assert (batch.targets[~batch.token_mask] == IGNORED).all()
         assert task.train_batch(0, 0, 5).tokens.shape == (5, task.length)
         assert next(iter(task.tests)) == "test"
         assert {split: held_out[split].tokens.shape[1] for split in task.tests} == task.tests
@@ -53,10 +53,10 @@ class TestEveryTask:
     def test_padding_is_told_from_filler(self, tasks, name):
         """What follows the end of a formula, a copy or a file; blanks between a task's tokens belong to it."""
         batch = tasks[name].train_batch(0, 0, 100)
-        assert (batch.real is not None) == (name in ("listops", "copying", "stdlib_text"))
+        assert (batch.token_mask is not None) == (name in ("listops", "copying", "stdlib_text"))
         if name in ("listops", "copying"):
-            assert not batch.real.all()
-            assert batch.real[batch.targets != IGNORED].all()
+            assert not batch.token_mask.all()
+            assert batch.token_mask[batch.targets != IGNORED].all()
 
     def test_an_example_depends_on_seed_and_index_alone(self, tasks, name):
         whole = tasks[name].train_batch(3, 0, 12)

@@ -53,16 +53,12 @@ def run(
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     reach = (-1, -1) if window is None else (window - 1, 0)  # theirs does not count the token itself
+    options = {"softmax_scale": scale, "causal": causal, "window_size": reach}
     if offsets is None:
-        return _alone(flash_attn_func(q, k, v, softmax_scale=scale, causal=causal, window_size=reach))
-    borders = torch.tensor(offsets, dtype=torch.int32, device=q.device)
-    longest = max(end - start for start, end in pairwise(offsets))
-    o = flash_attn_varlen_func(
-        q[0], k[0], v[0], borders, borders, longest, longest, softmax_scale=scale, causal=causal, window_size=reach
-    )
-    return _alone(o[None])
-
-
-def _alone(o: Tensor) -> Tensor:
+        o = flash_attn_func(q, k, v, **options)
+    else:
+        borders = torch.tensor(offsets, dtype=torch.int32, device=q.device)
+        longest = max(end - start for start, end in pairwise(offsets))
+        o = flash_attn_varlen_func(q[0], k[0], v[0], borders, borders, longest, longest, **options)[None]
     first_derivatives_only("attention: backend 'chunk_flash_attn'", "choose chunk_triton or recurrent_torch", o)
     return o

@@ -10,6 +10,7 @@ one kernel differentiates both, and the gradient of v is ``-z``. Forward keeps n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -78,17 +79,10 @@ def backward(
 
 
 def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    read: Tensor | None,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Sequence[int] | None,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, read: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor]:
-    return chunk_torch.plain(q, k, v, beta, log_decay, read, None, scale, state, cu_seqlens)
+    """As :func:`chunk_torch.plain`, without ``erase``: of scale, state and cu_seqlens besides."""
+    return chunk_torch.plain(q, k, v, beta, log_decay, read, None, *others)
 
 
 recur = differentiable("delta_rule_triton", forward, backward, plain, ("cpu", "cuda"))

@@ -205,6 +205,7 @@ def _differentiate(call: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _plain(x, w_in, w_out, expert_index, expert_weight, w_gate, activation, keep):
+    """The first output of ``_forward``, of the same arguments, by torch's own functions."""
     return parallel_torch.run(x.to(expert_weight.dtype), w_in, w_out, expert_index, expert_weight, w_gate, activation)
 
 

@@ -163,5 +163,6 @@ class Operators:
 
 
 def _plain(x, dt, A, B, C, D, z, dt_bias, state, softplus, scale_input, keep, cu_seqlens):
+    """y and the last state, of the arguments of ``_forward``, by torch's own functions."""
     offsets = None if cu_seqlens is None else tuple(cu_seqlens)
     return recurrent_torch.run(x, dt, A, B, C, D, z, dt_bias, softplus, scale_input, state, offsets)
