@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def imports(source: str, package: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+@cache
 def imported(file: str) -> list[str]:
     name = module_name(file)
     package = name if file.endswith("__init__.py") else name.rpartition(".")[0]
@@ -81,6 +83,7 @@ def operation(name: str) -> str | None:
     return parts[2] if parts[:2] == ["seqarch", "ops"] and len(parts) > 2 and parts[2] in OPS else None
 
 
+@cache
 def is_backend(name: str) -> bool:
     """Whether a name is a backend's module, or something in it."""
     return any(below(name, f"seqarch.ops.{op.name}.{backend}") for op in OPS.values() for backend in op.backends)
