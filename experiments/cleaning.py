@@ -131,10 +131,9 @@ def _abandoned_boards(root: Path) -> Iterator[Leftover]:
 def _is_run(entry: Entry) -> bool:
     """Whether a folder is what the runner made for a run: other programs keep a ``config.json``, too."""
     try:
-        config = entry.folder.config()
+        return entry.folder.config().may_name(entry.name)
     except RunnerError:
         return False
-    return re.fullmatch(rf"{re.escape(config.model.name)}-seed{config.seed}-[0-9a-f]{{10}}", entry.name) is not None
 
 
 def _of_run(entry: Entry, checkpoints: bool, failed: bool) -> Iterator[Leftover]:

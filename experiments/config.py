@@ -25,6 +25,8 @@ NOT_IDENTITY = ("runs", "tracker", "machine", "train.keep", "train.save_every", 
 """Keys that change where a run is kept, on what it runs or who else hears of it, and never what comes out of it but
 for rounding."""
 
+HASH_DIGITS = 10
+"""Of the hash of a run's identity, in its folder's name."""
 
 MOST_THREADS = 1024
 """More CPU threads than this are a slip of the hand, and torch crashes on them."""
@@ -248,7 +250,7 @@ class RunConfig:
         return {**given, "model": canonical(given["model"])}
 
     def folder(self) -> Path:
-        """Where the run lies: by its identity, or where the same words put it before identities were of values."""
+        """Where the run lies: by its identity, or by the hash of its words, where an earlier version made it."""
         path, before = self._path(self.identity()), self._path(self._given())
         return before if before.is_dir() and not path.exists() else path
 
@@ -256,8 +258,16 @@ class RunConfig:
         return without(to_dict(self), NOT_IDENTITY)
 
     def _path(self, identity: Mapping[str, Any]) -> Path:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-        return Path(self.runs) / self.experiment / f"{self.model.name}-seed{self.seed}-{digest}"
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return Path(self.runs) / self.experiment / f"{self._prefix}{digest[:HASH_DIGITS]}"
+
+    def may_name(self, name: str) -> bool:
+        """Whether the folder of this run can have that name; versions differ in what they hash."""
+        return re.fullmatch(rf"{re.escape(self._prefix)}[0-9a-f]{{{HASH_DIGITS}}}", name) is not None
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.model.name}-seed{self.seed}-"
 
 
 def folder_path(name: str, given: object) -> Path:

@@ -69,7 +69,7 @@ def fingerprints(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def least_mode(paths: Iterable[Path]) -> int:
-    """What every one of some files lets its group and others do, as a copy of them must not let more."""
+    """The access that all of some files give to their group and to others: a copy of them must not give more."""
     mode = PUBLIC
     for path in paths:
         if path.exists():  # What was deleted stands in the commit, as open as that is.

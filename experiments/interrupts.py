@@ -52,6 +52,7 @@ class Interrupts:
 
     @contextmanager
     def delayed(self) -> Iterator[None]:
+        """Note SIGTERM and raise it at the end of the block; whoever works in it looks at ``requested``."""
         self._delayed = True
         try:
             yield

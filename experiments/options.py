@@ -46,9 +46,10 @@ _kinds = cache(annotated_kinds)
 
 def default(path: str) -> Any:
     """The default of an option by its path, ``model.mixers.attention.num_heads``; ``None`` where there is none."""
-    _, key, name, option = [*path.split("."), "", "", "", ""][:4]
-    known = _fields(key, name)
-    return known[option].default if option in known and known[option].default is not MISSING else None
+    match path.split("."):
+        case ["model", key, name, option] if (field := _fields(key, name).get(option)) and field.default is not MISSING:
+            return field.default
+    return None
 
 
 def _fields(key: str, name: str) -> dict[str, Field[Any]]:

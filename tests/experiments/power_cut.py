@@ -16,7 +16,11 @@ import pytest
 
 
 class PowerCut:
-    """Watches what this process syncs below a folder, and makes anew what a power cut would have left of it."""
+    """Watches what this process syncs below a folder, and makes anew what a power cut would have left of it.
+
+    Args:
+        after: called after each sync, which alone changes what would be left.
+    """
 
     def __init__(self, root: Path, after: Callable[[], None] = lambda: None):
         self.root, self._after = root, after
@@ -26,10 +30,6 @@ class PowerCut:
 
     @contextmanager
     def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """
-        Args:
-            after: called after each sync, which alone changes what would be left.
-        """
         fsync = os.fsync
 
         def watched(descriptor: int) -> None:

@@ -151,7 +151,7 @@ def test_values_that_differ_are_two_runs(tmp_path):
     assert len(folders) == len(given)
 
 
-def test_a_run_is_found_where_its_words_put_it_before(tmp_path):
+def test_a_run_that_an_earlier_version_made_is_found(tmp_path):
     """Its name was once the hash of its configuration as it was given, 2 apart from 2.0."""
     config = tiny_config(tmp_path, model__channel="mlp", model__channels={"mlp": {"expansion": 2}})
     text = json.dumps(without(to_dict(config), NOT_IDENTITY), sort_keys=True)

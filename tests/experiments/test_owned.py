@@ -122,7 +122,7 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(precious, monkeypatch
     assert snapshot(precious, without="") == before
 
 
-def test_a_sweep_writes_over_no_file_of_another_name_giver(precious, monkeypatch, capfd):
+def test_a_sweep_overwrites_no_file_but_that_of_a_sweep(precious, monkeypatch, capfd):
     """Hydra's ``multirun.yaml``: that of an earlier sweep is renewed, another file is not."""
     monkeypatch.chdir(precious)
     assert inner("-m", *TINY, "seed=0", "hydra.sweep.dir=mine", monkeypatch=monkeypatch) == 0

@@ -11,10 +11,10 @@ et al. 2020, "Longformer", section 3.1, to the past only.
 ``i + Tk - Tq`` and sees the keys up to it, itself included. A query that sees no key gives 0, with gradient 0; so do
 the first queries where Tq > Tk.
 
-Numbers are expected to be finite. A value that is not reaches, beside the queries that see it, earlier ones of its
-tile, in ``parallel_sdpa`` all earlier ones. Where ``chunk_sdpa`` and ``parallel_sdpa`` mask, keys and padding do so
-too. No other row or head is reached, and no other packed sequence but in ``chunk_sdpa``; in ``recurrent_torch`` only
-what sees it.
+Inputs are expected to be finite. A NaN or an infinity in v reaches the queries that see it and may reach earlier ones
+of its tile, in ``parallel_sdpa`` all earlier ones; where ``chunk_sdpa`` and ``parallel_sdpa`` use a mask, so may one in
+k or in padding. It never reaches another row or head, and another packed sequence only in ``chunk_sdpa``. In
+``recurrent_torch`` it reaches only the queries that see it.
 
 Work is ``O(Tq Tk (K + V))`` a head, or ``O(Tq w (K + V))`` with a window of w.
 """

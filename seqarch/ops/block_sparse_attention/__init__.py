@@ -12,9 +12,9 @@ Blocks have ``block_size`` tokens and count from each sequence's own first token
 key: of Tq queries and Tk keys, query i has position ``i + Tk - Tq``. A block listed twice counts once, -1 is no block,
 and what lies after the query is not seen, listed or not. A query that sees no key gives 0, with gradient 0.
 
-Numbers are expected to be finite. A value that is not reaches, beside the queries that see it, earlier ones of its
-block, in ``parallel_torch`` all earlier ones; no other row, head or packed sequence. In ``chunk_torch`` and
-``recurrent_torch`` it reaches none but those that see it.
+Inputs are expected to be finite. A NaN or an infinity in v reaches the queries that see it and may reach earlier ones
+of its block, in ``parallel_torch`` all earlier ones, but never another row, head or packed sequence. In ``chunk_torch``
+and ``recurrent_torch`` it reaches only the queries that see it.
 
 Work is ``O(Tq S b (K + V))`` a query head for lists of S blocks, and no tensor of a call, forward or backward, holds
 all pairs of queries and keys.

@@ -17,7 +17,7 @@ from seqarch.ops.common.eager import is_batched, is_traced
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot serve the call."""
+    """No backend, or not the one that was asked for, can serve a call, or the derivatives that are asked of it."""
 
 
 def unknown_name(kind: str, given: str, choices: Iterable[str]) -> ValueError:

@@ -8,8 +8,8 @@ environment variable ``SEQARCH_ISA`` names an older one. That a library is missi
 
 A kernel's argument types: :class:`Pointer`, :class:`Start`, :class:`Rows` and :class:`Heads` take a tensor or ``None``,
 the last two with its strides, :class:`Offsets` a sequence of integers or ``None``, :class:`Instructions` an array of
-them, ``int32`` and ``int64`` an integer, ``float64`` a float. A tensor's memory is held while its kernel runs: other
-threads do too, and may give the tensor other memory.
+them, ``int32`` and ``int64`` an integer, ``float64`` a float. A tensor's memory is held while its kernel runs, as
+another thread may give the tensor other memory meanwhile.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ instructions what its ``forward`` says in torch. Running it costs what reading t
 twenty calls a layer costs as much again. Programs hold addresses of parameters, so one is good for as long as
 :meth:`Program.hold` says.
 
-The library runs while other threads do, so that a finished program is only read: each run has a :class:`_Room` to
-itself, with the memory of the values and the instructions that name it.
+The library runs while other threads do, so a finished program is only read: each run has a :class:`_Room` to itself,
+with the memory of the values and the instructions that name it.
 """
 
 from __future__ import annotations

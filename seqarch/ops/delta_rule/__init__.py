@@ -20,8 +20,8 @@ With keys of unit norm the eigenvalue of a step along k_t is ``1 - beta_t``: bet
 makes it negative (Grazzi et al. 2024), beyond 2 the state grows.
 
 Work is ``O(T K V)`` a head, ``O(T C (K + V + C))`` more in chunks of C tokens. Any log decay from 0 to -inf is right.
-Other numbers are expected to be finite: one that is not reaches, beside later outputs, those of earlier tokens in its
-chunk, in ``recurrent_torch`` none of them; no other row, head or packed sequence.
+All other inputs are expected to be finite: a NaN or an infinity reaches later outputs and may reach earlier ones of its
+chunk (none in ``recurrent_torch``), but never another row, head or packed sequence.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ with ``decay_t = exp(log_decay_t)``: none (Katharopoulos et al. 2020, "Transform
 6: q = C, k = B, v = dt x), one a key dimension and step (Yang et al. 2023, "Gated Linear Attention", eq. 3).
 
 Work is ``O(T K V)`` a head, ``O(T C (K + V))`` more in chunks of C tokens. Any log decay from 0 to -inf is right.
-Other numbers are expected to be finite: one that is not reaches, beside later outputs, those of earlier tokens in its
-chunk, in ``recurrent_torch`` none of them; no other row, head or packed sequence.
+All other inputs are expected to be finite: a NaN or an infinity reaches later outputs and may reach earlier ones of its
+chunk (none in ``recurrent_torch``), but never another row, head or packed sequence.
 """
 
 from __future__ import annotations
