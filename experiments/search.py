@@ -35,6 +35,7 @@ from experiments.files import write_json
 from experiments.output import complain, exit_code
 from experiments.overrides import Interval, compose, config_folder, parse_choice
 from experiments.records import RunFolder
+from experiments.secrecy import masked
 from experiments.strict import convert
 from experiments.supervise import execute, resolve_composed
 from experiments.tasks.task import Metric
@@ -157,7 +158,7 @@ class Search:
             for trial, (state, value) in zip(trials, states, strict=True):
                 self.study.tell(trial, value, state)
                 ending = "failed" if state == TrialState.FAIL else ending
-            write_json(self.file, self.summary())
+            write_json(self.file, masked(self.summary()))
         return ending
 
     def _suggest(self, trial: Trial) -> list[str]:

@@ -197,6 +197,11 @@ def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, tr
     assert again.summary()["trials"] == search.summary()["trials"]
 
 
+def test_no_secret_stands_in_the_file_of_a_search(tmp_path, trainer):
+    search, _ = done(tmp_path, "search.trials=1", "tracker=wandb", "tracker.options.project=hf_abcdefghijklmnopqrst")
+    assert "tracker.options.project=***" in json.loads(search.file.read_text())["fixed"]
+
+
 def test_failed_trials_are_shown_and_not_chosen(tmp_path, trainer):
     trainer.fails = 0.01
     search, ending = done(tmp_path, "search.trials=12")
