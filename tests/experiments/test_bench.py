@@ -20,6 +20,7 @@ from experiments.bench import measure, models, peers, targets
 from experiments.bench.contest import AUTO, WAYS, Absent, Contest, Contestant, Cost
 from experiments.bench.contests import CONTESTS
 from experiments.bench.record import Measurement, Record, quartiles
+from experiments.errors import RunnerError
 from seqarch.models import LanguageModel
 from seqarch.ops import OPS
 
@@ -335,6 +336,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(small, more, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"cannot write .*file/bench"):
         command.main(["--folder", str(tmp_path / "file" / "bench"), *more])
+
+
+@pytest.mark.parametrize("name", ["small.json", "small.csv", "small.png"])
+def test_what_no_bench_wrote_is_not_written_over(small, tmp_path, name):
+    (tmp_path / name).write_text('{"mine": true}')
+    with pytest.raises(SystemExit, match=rf"{name} is no record of a bench"):
+        command.main(["--ops", "small", "--lengths", "64", "--folder", str(tmp_path)])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: '{"mine": true}'}
+
+
+def test_records_of_a_bench_are_written_again(small, tmp_path):
+    for _ in range(2):
+        command.main(["--ops", "small", "--lengths", "64", "--budget", "0.01", "--folder", str(tmp_path)])
+    (tmp_path / "targets.csv").write_text("mine")
+    with pytest.raises(RunnerError, match=r"targets\.csv is no record of a bench"):
+        measure.prepare(tmp_path, ["small", "targets"])
 
 
 def test_targets_speak_of_contests_that_there_are():
