@@ -154,9 +154,9 @@ def _of_run(entry: Entry, checkpoints: bool, failed: bool) -> Iterator[Leftover]
 
 
 def _of_reports(folders: Iterable[Path]) -> Iterator[Leftover]:
-    """What was written aside for a search or a report, by processes here that are surely gone."""
+    """What was written aside for a search, a report or a study, by processes here that are surely gone."""
     for folder in sorted(folders):
-        for path in (*folder.glob(".*.tmp"), *folder.glob("report/.*.tmp")):
+        for path in (path for place in ("", "report/", "results/*/*/") for path in folder.glob(f"{place}.*.tmp")):
             if is_of_the_dead(path):
                 yield Leftover(path, "half written")
 

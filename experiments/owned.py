@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,33 @@ def make(path: Path, purpose: str) -> list[Path]:
         remove_empty(made)
         raise
     return made
+
+
+def settle(path: Path, purpose: str, before: Callable[[Path], bool]) -> None:
+    """Make a folder of one's own that later processes write into, too, or go back to it; nothing in it is removed.
+
+    Args:
+        before: whether a folder without a marker is one's own all the same, by the files in it.
+
+    Raises:
+        StorageError: it holds what is somebody else's, or cannot be made.
+    """
+    if maker(path, purpose) is not None:
+        return
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        there = sorted(each.name for each in path.iterdir())
+    if there and not before(path):
+        raise StorageError(f"{path} holds {there[0]} and is no {purpose}, which is to be written there; move it away")
+    write_json(path / MARKER, {"purpose": purpose, "name": path.name, **process_identity(os.getpid())})
+
+
+def mentions(path: Path, words: str) -> bool:
+    """Whether a file of text is there and has some words in it."""
+    try:
+        return words in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def maker(path: Path, purpose: str) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments import figures
+from experiments import figures, owned
 from experiments.errors import RunnerError, writing
 from experiments.files import write_atomic
 from experiments.output import console, exit_code
@@ -38,7 +38,8 @@ def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
     """Write the report of all runs below ``root``; returns its folder, what it compares and what could not be read.
 
     Raises:
-        RunnerError: there is no run, none is finished, or the report cannot be written.
+        RunnerError: there is no run, none is finished, or the report cannot be written, or would be among the files of
+            somebody else.
     """
     if not root.is_dir():
         raise RunnerError(f"{root} is no folder; give one that holds runs, such as runs/mqar")
@@ -48,8 +49,8 @@ def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
         raise RunnerError(f"{root} holds no recorded run (no folder with a config.json){told}")
     comparisons = compare(runs)
     target = root / "report"
+    owned.settle(target, "report", _is_report)
     with writing(target):
-        target.mkdir(exist_ok=True)
         pictures = {comparison.name: draw(comparison, target) for comparison in comparisons if comparison.shown}
         if len(pictures) > 1:
             draw_overview([comparison for comparison in comparisons if comparison.shown], target)
@@ -60,6 +61,11 @@ def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
         remarks = "".join(f"\n    {line}" for line in told)
         raise RunnerError(f"no run below {root} is finished yet, so there is nothing to draw{remarks}")
     return target, comparisons, problems
+
+
+def _is_report(folder: Path) -> bool:
+    """Whether an index without a marker, as reports had before, says how it was made."""
+    return owned.mentions(folder / "index.md", "python -m experiments.report")
 
 
 def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:

@@ -14,8 +14,10 @@ import argparse
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
+from experiments import owned
 from experiments.blocks import fill
 from experiments.config import folder_path
 from experiments.errors import RunnerError, choices_hint, writing
@@ -35,22 +37,39 @@ def do(study: Study, version: str, root: Path, runs: Path, jobs: int) -> int:
         return 0
     if version not in study.sweeps:
         raise RunnerError(f"{study.name} has no version {version!r}, {choices_hint(version, study.sweeps)}")
+    folder = own_folder(study, root)
     code = train(study.sweeps[version], runs, jobs)
     if code != INTERRUPTED:
-        folder = root / study.name
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         records.write(records.collect(configurations(study.sweeps[version], runs), study.history), folder)
     return code
 
 
+def own_folder(study: Study, root: Path) -> Path:
+    """Where the files of a study are written below ``root``.
+
+    Raises:
+        StorageError: it cannot be made, or holds what no study wrote.
+    """
+    folder = root / study.name
+    if root == ROOT / RESULTS:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    else:
+        owned.settle(folder, "study", partial(_is_study, name=study.name))
+    return folder
+
+
+def _is_study(folder: Path, name: str) -> bool:
+    """Whether a page without a marker, as studies had before, says how it was made; or there are records."""
+    page = owned.mentions(folder / "index.md", f"python -m experiments.study {name}")
+    return page or owned.mentions(folder / records.FILE, '"record":')
+
+
 def draw(study: Study, root: Path) -> list[Path]:
     """Every plot of a study, from the records below ``root``. Each carries the hash of those records."""
-    runs, folder, drawn = study.read(root), root / study.name, []
-    source = records.digest(study.folders(root))
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for picture in study.pictures(runs):
+    pictures = study.pictures(study.read(root))
+    folder, source, drawn = own_folder(study, root), records.digest(study.folders(root)), []
+    for picture in pictures:
         path = folder / f"{picture.name}.png"
         with figure([path], picture.columns, picture.rows, picture.size, source=source) as (_, axes):
             picture.draw(axes)

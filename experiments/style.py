@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.files import write_atomic
 from seqarch.layers import FAMILIES
 
 COLOURS = {
@@ -84,7 +86,9 @@ def figure(
         yield drawing, list(axes.flat)
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None, "Source": source}
-            drawing.savefig(path, metadata=metadata)
+            content = io.BytesIO()
+            drawing.savefig(content, format=path.suffix[1:], metadata=metadata)
+            write_atomic(path, content.getvalue(), durable=False)
         plt.close(drawing)
 
 

@@ -92,7 +92,12 @@ def test_the_whole_report(recorded, capsys, monkeypatch):
     stems = ["overview"]
     stems += [f"recall-{kind}" for kind in ("ranking", "training", "state")]
     stems += [f"text-{kind}" for kind in ("position", "ranking", "training", "state")]
-    expected = {"index.md", "results.csv", *(f"{stem}.{ending}" for stem in stems for ending in ("png", "svg"))}
+    expected = {
+        "owner.json",
+        "index.md",
+        "results.csv",
+        *(f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")),
+    }
     assert {path.name for path in target.iterdir()} == expected
     image = plt.imread(target / "overview.png")
     assert image.shape[1] > 1500
@@ -323,6 +328,25 @@ def test_a_report_that_cannot_be_written_is_named(recorded):
     (recorded / "report").write_text("mine")
     with pytest.raises(RunnerError, match=r"cannot write .*report"):
         report(recorded)
+
+
+@pytest.mark.parametrize("name", ["index.md", "recall-state.png", "notes.txt"])
+def test_a_report_is_written_among_no_others_files(recorded, name):
+    (recorded / "report").mkdir()
+    (recorded / "report" / name).write_text("mine")
+    with pytest.raises(RunnerError, match=rf"report holds {name} and is no report"):
+        report(recorded)
+    assert {path.name: path.read_text() for path in (recorded / "report").iterdir()} == {name: "mine"}
+
+
+def test_a_report_is_written_again_whoever_wrote_it_before(recorded):
+    target = report(recorded)[0]
+    marker, page = target / "owner.json", (target / "index.md").read_bytes()
+    for left in (marker, target / "index.md"):  # As reports were before, or as one that was killed left it.
+        left.unlink()
+        report(recorded)
+        assert marker.exists()
+        assert (target / "index.md").read_bytes() == page
 
 
 def test_models_without_a_state_and_without_a_curve_are_drawn(tmp_path):

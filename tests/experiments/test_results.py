@@ -254,6 +254,15 @@ def test_from_nothing_to_a_page_and_again(tmp_path):
     assert not list((runs / ".sweeps").glob("*"))
 
 
+@pytest.mark.parametrize("name", ["index.md", "values.png", records.FILE])
+def test_a_study_is_written_among_no_others_files(tmp_path, name):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / name).write_text("mine")
+    with pytest.raises(RunnerError, match=rf"tiny holds {name} and is no study"):
+        do(Tiny(), "small", tmp_path, tmp_path / "runs", jobs=1)
+    assert {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {name: "mine"}
+
+
 def test_a_version_that_a_study_lacks(tmp_path):
     with pytest.raises(RunnerError, match="tiny has no version 'large', expected one of small"):
         do(Tiny(), "large", tmp_path, tmp_path, jobs=1)

@@ -216,10 +216,12 @@ class TestGarbage:
         half = folder.checkpoints / ".step-000015.tmp"
         half.mkdir()
         (half / "__0_0.distcp").write_bytes(b"half")
-        (root / "report").mkdir()
-        report = root / "report" / f".index.md.{dead_pid}-1-{mark().rpartition('-')[2]}.tmp"
-        report.write_text("half")
-        return [abandoned.path, folder.claim.path, folder.progress_file, aside, half, report]
+        pages = [root / below / f".index.md.{dead_pid}-1-{mark().rpartition('-')[2]}.tmp"
+                 for below in ("report", "results/small/length")]  # fmt: skip
+        for page in pages:
+            page.parent.mkdir(parents=True)
+            page.write_text("half")
+        return [abandoned.path, folder.claim.path, folder.progress_file, aside, half, *pages]
 
     def test_only_leftovers_go_and_only_on_request(self, root, monkeypatch, capsys, dead_pid):
         before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
@@ -229,10 +231,10 @@ class TestGarbage:
         live = Board(root / ".sweeps" / "live")
         live.create()
         _, shown, _ = call(monkeypatch, capsys, "gc", root)
-        assert "6 can go" in shown
+        assert "7 can go" in shown
         assert all(str(path) in shown and path.exists() for path in litter)
         _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete")
-        assert "6 deleted" in shown
+        assert "7 deleted" in shown
         assert not any(path.exists() for path in litter)
         assert fresh.exists()
         assert live.path.exists()
