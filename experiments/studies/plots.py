@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from experiments.errors import RunnerError
 from experiments.figures import bytes_text, test_of
 from experiments.reading import Comparison, RecordedRun, Variant, listed
 from experiments.style import COLOURS, INK, QUIET, family, pattern_mixers, spread
@@ -38,7 +39,15 @@ def by_model(comparison: Comparison) -> dict[str, list[Variant]]:
 
 
 def state_bytes(variant: Variant) -> int:
-    return variant.finished[0].record["model"]["state_bytes"]
+    """Of a model of a study. All have a state; 0 bytes have no place on a logarithmic axis, nor a ratio to others.
+
+    Raises:
+        RunnerError: the records say otherwise.
+    """
+    run = variant.finished[0]
+    if (found := run.record["model"]["state_bytes"]) <= 0:
+        raise RunnerError(f"the record of {run.path} has a state of {found} bytes, expected more than 0")
+    return found
 
 
 def parameters(variant: Variant) -> int:

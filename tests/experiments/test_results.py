@@ -263,6 +263,17 @@ def test_a_study_is_written_among_no_others_files(tmp_path, name):
     assert {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {name: "mine"}
 
 
+@pytest.mark.parametrize("name", ["recall_and_state", "hybrids"])
+def test_a_model_without_a_state_is_named(tmp_path, name):
+    for folder in STUDIES[name].folders(HOME):
+        (tmp_path / folder.name).mkdir()
+        text = (folder / records.FILE).read_text(encoding="utf-8")
+        text = re.sub(r'("pattern":"gla".*"state_bytes":)\d+', r"\g<1>0", text)
+        (tmp_path / folder.name / records.FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(RunnerError, match=r"the record of gla.* has a state of 0 bytes, expected more than 0"):
+        draw(STUDIES[name], tmp_path)
+
+
 def test_a_version_that_a_study_lacks(tmp_path):
     with pytest.raises(RunnerError, match="tiny has no version 'large', expected one of small"):
         do(Tiny(), "large", tmp_path, tmp_path, jobs=1)
