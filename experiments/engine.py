@@ -87,6 +87,7 @@ class Engine:
         """
         tokens, targets, token_mask = to_device(batch, self.device)
         answers = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
+        counted = max(processes.total(_read(batch)), 1)
         loss = torch.zeros((), device=self.device)
         for rows, is_last in self._micro_batches(len(tokens)):
             if isinstance(model, FSDPModule):
@@ -95,7 +96,7 @@ class Engine:
                 mask = None if token_mask is None else token_mask[rows]
                 total = model.loss(tokens[rows], targets[rows], token_mask=mask, ignore_index=IGNORED, reduction="sum")
                 part = total / answers
-            extra = model.auxiliary_loss() * (len(tokens[rows]) / self.config.batch_size)
+            extra = model.auxiliary_loss() * (_read(batch.rows(rows)) / counted)
             # FSDP takes the mean over processes, and the sum is wanted.
             ((part + extra) * processes.count()).backward()
             loss += part.detach()
@@ -135,6 +136,11 @@ class Engine:
         dealt = [np.stack(arrays, axis=1) for arrays in zip(*processes.gather(own), strict=True)]
         loss, hits = (array.reshape(-1, array.shape[-1])[:total] for array in dealt)
         return loss, hits
+
+
+def _read(batch: Batch) -> int:
+    """How many tokens of a batch are no padding."""
+    return batch.tokens.size if batch.real is None else int(batch.real.sum())
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

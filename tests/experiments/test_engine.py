@@ -74,6 +74,20 @@ def test_padding_counts_in_no_router_and_an_ignored_target_does(tmp_path):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_routers_mean_over_tokens_is_that_of_the_batch_however_it_is_padded(tmp_path, double, size):
+    """Each part counts by the tokens that were read in it; of a row of one token that is one."""
+    options = {"load_balance_weight": 0.0, "router_z_weight": 0.5, "num_experts": 4}
+    real, found = np.arange(16) < np.array([1, 9, 16, 2] * 2)[:, None], []
+    for micro_batch in (0, size):
+        run = prepared(tmp_path, train__micro_batch=micro_batch, model__channels={"moe": options}, **MOE)
+        batch = run.task.train_batch(0, 0, 8)
+        run.engine.gradients(run.model, Batch(batch.tokens, np.where(real, batch.targets, IGNORED), real))
+        found.append([parameter.grad for parameter in run.model.parameters()])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
 def saved_bytes(run: Run) -> int:
     """What the graph of the step holds at most: bytes of the storages that autograd saves."""
     seen = {}
