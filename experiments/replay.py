@@ -20,7 +20,8 @@ from experiments.config import TrackerConfig
 from experiments.errors import MALFORMED, RunnerError
 from experiments.records import RunFolder
 from experiments.reporter import Silent
-from experiments.tasks.task import Batch
+from experiments.tasks import Task
+from experiments.tasks.task import IGNORED, Batch
 from experiments.train import READ_EVERY, Run
 from experiments.vitals import Reading
 
@@ -72,6 +73,8 @@ def replay(path: Path) -> Replay:
     if not 1 <= recorded.step <= config.train.steps:
         raise RunnerError(f"{path} is of step {recorded.step}, and the run has the steps 1 to {config.train.steps}")
     run = Run(replace(config, tracker=TrackerConfig()), folder)
+    if odd := _odd(batch, run.task, config.train.batch_size):
+        raise RunnerError(f"{path} is not the batch of a bad step of this run: {odd}")
     run.reporter = Silent()
     began = _go_back(run, recorded.step - 1)
     layers: list[int] = []
@@ -106,6 +109,20 @@ def _read(path: Path) -> tuple[Reading, Batch]:
         kept = f"; {path.parent} holds {', '.join(each.rpartition('/')[2] for each in there)}" if there else ""
         raise RunnerError(f"{path} is not the batch of a bad step ({error}){kept}") from error
     return reading, batch
+
+
+def _odd(batch: Batch, task: Task, most: int) -> str | None:
+    """What a batch holds that none of ``most`` rows of a task has; ``None`` where there is no such thing."""
+    if (length := batch.tokens.shape[1]) != task.length or not 1 <= len(batch.tokens) <= most:
+        return f"it has {len(batch.tokens)} rows of {length} tokens, and the run up to {most} of {task.length}"
+    for name, part in batch._asdict().items():
+        if part is not None and part.shape != batch.tokens.shape:
+            return f"its {name} are {part.shape}, and its tokens {batch.tokens.shape}"
+    asked = batch.targets[batch.targets != IGNORED]
+    for name, part in (("tokens", batch.tokens), ("targets", asked)):
+        if part.size and not 0 <= part.min() <= part.max() < task.vocab_size:
+            return f"its {name} are {part.min()} to {part.max()}, and the task's 0 to {task.vocab_size - 1}"
+    return None
 
 
 def _go_back(run: Run, step: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from experiments.config import TrainConfig
 from experiments.errors import RunnerError
+from experiments.records import RunFolder
 from experiments.replay import replay
 from experiments.train import Run
 from experiments.vitals import SPIKE_FROM, Vitals
@@ -160,6 +162,43 @@ def test_what_is_no_batch_of_a_bad_step_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(RunnerError, match=r"step-000003.npz is not the batch of a bad step"):
         replay(path)
+
+
+def test_a_batch_with_padding_is_kept_and_met_again_to_the_bit(tmp_path):
+    task = {"name": "copying", "length": 16, "shortest": 2, "validation_examples": 8, "test_examples": 8}
+    moe = {"model__channel": "moe", "model__channels": {"moe": {"num_experts": 4}}}
+    skip = {"train__spike": 1.01, "train__bad_step": "skip", "train__steps": 40, "train__eval_every": 20}
+    config = tiny_config(tmp_path, task=task, **skip, **moe)
+    _, folder = train_here(config)
+    path = max(folder.bad.iterdir())
+    assert not np.load(path)["real"].all()
+    again = replay(path)
+    assert (again.loss, again.grad_norm) == (again.recorded.loss, again.recorded.grad_norm)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tokens": np.full((8, 16), 16)}, "its tokens are 16 to 16, and the task's 0 to 15"),
+        ({"targets": np.full((8, 16), -1)}, "its targets are -1 to -1, and the task's 0 to 15"),
+        ({"targets": np.full((8, 9), 1)}, "its targets are (8, 9), and its tokens (8, 16)"),
+        ({"real": np.ones((2, 2), bool)}, "its real are (2, 2), and its tokens (8, 16)"),
+        (
+            {"tokens": np.ones((0, 16), int), "targets": np.ones((0, 16), int)},
+            "it has 0 rows of 16 tokens, and the run up to 8 of 16",
+        ),
+    ],
+    ids=["tokens", "targets", "length", "mask", "nothing"],
+)
+def test_a_batch_that_the_task_does_not_have_is_named(tmp_path, change, told):
+    config = tiny_config(tmp_path)
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    folder.bad.mkdir()
+    whole = {"tokens": np.ones((8, 16), int), "targets": np.ones((8, 16), int)}
+    np.savez(folder.bad / "step-000003.npz", **{**whole, **change}, step=3, loss=1.0, grad_norm=1.0, bad=True)
+    with pytest.raises(RunnerError, match=re.escape(f"is not the batch of a bad step of this run: {told}")):
+        replay(folder.bad / "step-000003.npz")
 
 
 def test_a_run_without_looks_learns_of_a_bad_step_within_sixteen(tmp_path, monkeypatch):
