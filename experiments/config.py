@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ for rounding."""
 
 HASH_DIGITS = 10
 """Of the hash of a run's identity, in its folder's name."""
+
+MOST = 2**31 - 1
+"""Of sequences a step and the numbers that make a task: beyond it nothing can be counted, held or waited for."""
 
 MOST_THREADS = 1024
 """More CPU threads than this are a slip of the hand, and torch crashes on them."""
@@ -136,6 +140,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size > MOST:
+            raise ValueError(f"batch_size must be at most {MOST}, got {self.batch_size}")
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number and not negative, got {getattr(self, name)}")
@@ -311,6 +317,11 @@ def task_config(task: Mapping[str, Any]) -> TaskConfig:
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in TASKS:
         raise ConfigError(f"task.name: unknown task {name!r}, {choices_hint(name, TASKS)}")
+    whole = [field.name for field in fields(TASKS[name].Config) if "int" in str(field.type)]
+    for key in (key for key in whole if key in options):
+        for number in options[key] if isinstance(options[key], list) else [options[key]]:
+            if isinstance(number, int) and abs(number) > MOST:
+                raise ConfigError(f"task.{key} must be at most {MOST}, got {reprlib.repr(number)}")
     return TaskConfig(name, convert(TASKS[name].Config, options, "task"))
 
 
