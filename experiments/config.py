@@ -159,16 +159,19 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, {choices_hint(getattr(self, name), choices)}")
 
+    @property
+    def most_warmup(self) -> int:
+        """The longest warm-up that the steps and the schedule's decay leave room for."""
+        decay = self.decay_share * self.steps if self.schedule == "wsd" else 0.0
+        return math.floor(self.steps - decay + 1e-6)
+
     def _check_schedule(self) -> None:
         """Refuse rates that would never reach ``lr``, or would jump down from it."""
         if self.warmup > self.steps:
             raise ValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
-        decay = self.decay_share * self.steps
-        if self.schedule == "wsd" and self.warmup and self.warmup + decay > self.steps + 1e-6:
-            raise ValueError(
-                f"warmup ({self.warmup}) and the {decay:g} steps of decay_share ({self.decay_share:g}) must fit into"
-                f" steps ({self.steps})"
-            )
+        if self.warmup > self.most_warmup:
+            decay = f"{self.decay_share * self.steps:g} steps of decay_share ({self.decay_share:g})"
+            raise ValueError(f"warmup ({self.warmup}) and the {decay} must fit into steps ({self.steps})")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, QuotedString
 from hydra.errors import CompactHydraException, HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config import TrainConfig
 from experiments.errors import ConfigError, choices_hint
+from experiments.strict import convert
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 HYDRA_OPTIONS = (
@@ -25,6 +27,21 @@ HYDRA_OPTIONS = (
     *("hydra.sweeper.max_batch_size", "hydra.mode", "hydra.verbose"),
 )
 """Options of Hydra that mean something here; others would move the runs, or write over files."""
+
+
+def _fitting_warmup(most: int, *, _parent_: DictConfig) -> int:
+    """A warm-up of so many steps, or as many as a training of these options has room for.
+
+    Where the options make no training, the typed configuration tells of them, and the warm-up says nothing.
+    """
+    given = {key: _parent_[key] for key in _parent_ if key != "warmup"}
+    try:
+        return min(most, convert(TrainConfig, given, "train").most_warmup)
+    except ConfigError:
+        return 0
+
+
+OmegaConf.register_new_resolver("fitting_warmup", _fitting_warmup, replace=True)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_the_new_mixer_obeys_the_laws(copy):
 
 
 def test_the_new_mixer_trains_through_its_yaml(copy):
-    command = "python -m experiments.run experiment=mqar model=simple_gla train.steps=1 train.warmup=0"
+    command = "python -m experiments.run experiment=mqar model=simple_gla train.steps=1"
     follow(copy, command, "train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
     (record,) = copy.glob("runs/mqar/simple_gla-seed0-*/run.json")
     run = json.loads(record.read_text())

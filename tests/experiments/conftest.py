@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = [
     *("model.d_model=32", "model.depth=1"),
     *("task.vocab_size=16", "task.length=16", "task.pairs=2", "task.validation_examples=32", "task.test_examples=32"),
-    *("train.batch_size=8", "train.threads=1", "train.target=null", "train.eval_every=5", "train.warmup=0"),
+    *("train.batch_size=8", "train.threads=1", "train.target=null", "train.eval_every=5"),
 ]
 
 

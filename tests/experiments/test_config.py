@@ -9,8 +9,10 @@ import pytest
 from experiments.building import resolve
 from experiments.config import NOT_IDENTITY, ModelConfig, TrainConfig, run_config, to_dict, without
 from experiments.errors import ConfigError
+from experiments.overrides import compose
 from experiments.records import RunFolder
 from experiments.strict import convert
+from experiments.supervise import resolve_composed
 from seqarch.models import LMConfig
 
 from .conftest import tiny_config
@@ -98,6 +100,36 @@ def test_warmup_and_decay_do_not_overlap(tmp_path):
     with pytest.raises(ConfigError, match=r"warmup \(9\) and the 2 steps of decay_share \(0.2\) must fit into steps"):
         tiny_config(tmp_path, train__schedule="wsd", train__warmup=9)
     assert tiny_config(tmp_path, train__schedule="wsd", train__warmup=8).train.warmup == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warmup"),
+    [
+        ([], 50),
+        (["train.steps=50"], 50),
+        (["train.steps=1"], 1),
+        (["train.steps=30", "train.schedule=wsd"], 24),
+        (["train.steps=1", "train.schedule=wsd"], 0),
+        (["train.steps=30", "train.warmup=7"], 7),
+    ],
+)
+def test_a_short_run_warms_up_for_as_long_as_it_has(arguments, warmup):
+    assert resolve_composed(compose(arguments)).train.warmup == warmup
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train.steps=30", "train.warmup=31"], "train: warmup must be at most steps"),
+        (["train.steps=some"], "train.steps: expected an integer, got 'some'"),
+        (["train.steps=0"], "train: steps must be at least 1"),
+        (["train.steps=1", "train.spike=0.5"], "train: spike must be above 1"),
+        (["train.stepz=1"], "train.stepz: unknown key"),
+    ],
+)
+def test_what_was_given_is_told_and_not_the_warmup(arguments, told):
+    with pytest.raises(ConfigError, match=told):
+        resolve_composed(compose(arguments))
 
 
 def test_a_missing_key_is_named(tmp_path):
