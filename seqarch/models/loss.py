@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.eager import as_made
+from seqarch.ops.common.eager import as_made, is_batched
 from seqarch.ops.common.linear_onednn import fastest_product
 
 BLOCK = 2**20
@@ -66,18 +66,19 @@ class _HeadCrossEntropy(torch.autograd.Function):
             raise RuntimeError("LanguageModel.loss serves one backward pass; F.cross_entropy of the logits serves more")
         ctx.spent = True
         features, weight, targets, counted, logits, totals = ctx.saved_tensors
-        factors = torch.where(counted, gradient, 0)  # of no targets at all, the mean's is infinite
+        times = torch.where(counted.any(), gradient, 0)  # of no targets at all, the mean's is infinite
+        many = is_batched(gradient)  # is_grads_batched: the logits hold one gradient, all others are its multiples
+        factors = torch.where(counted, torch.ones_like(totals) if many else times, 0)
         for rows, total, factor in zip(*_blocks(logits, totals[:, None], factors[:, None]), strict=True):
             rows.sub_(total).exp_().mul_(factor)
         logits.scatter_add_(1, targets[:, None], -factors[:, None])
         of_features, of_weight, *_ = ctx.needs_input_grad
-        return (
+        found = (
             fastest_product(logits, weight.t()) if of_features else None,
             # The transpose of this product with its factors turned would have oneDNN copy the logits.
             fastest_product(features.t(), logits.t()).t().contiguous() if of_weight else None,
-            None,
-            None,
         )
+        return (*(times * each if many and each is not None else each for each in found), None, None)
 
 
 def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

@@ -181,6 +181,17 @@ def test_one_backward_pass_and_first_derivatives():
         torch.autograd.grad(loss, lm.head.weight, create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_several_multiples_at_once(dtype: torch.dtype):
+    lm, (tokens, targets) = model().to(dtype), batch()
+    parameters, times = list(lm.parameters()), torch.tensor([1.0, -2.0, 0.0], dtype=dtype)
+    for wanted in (targets, torch.full_like(targets, -100)):
+        expected = torch.autograd.grad(lm.loss(tokens, wanted), parameters)
+        found = torch.autograd.grad(lm.loss(tokens, wanted), parameters, times, is_grads_batched=True)
+        for each, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(each, torch.stack([time * one for time in times]))
+
+
 def test_its_products_are_counted():
     lm, (tokens, targets) = model(), batch()
     counts = []

@@ -28,10 +28,16 @@ def transform() -> str | None:
     return None
 
 
+_BATCHED_GRADIENT = torch._C._dispatch_key_parse("Batched")
+"""Of tensors in backward passes by ``is_grads_batched``, which are no transforms of ``torch.func``."""
+
+
 def is_batched(x: Tensor) -> bool:
     """Whether a ``vmap`` under way stands for many tensors by this one, whose values nobody can ask for."""
-    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
+    if not torch._C._are_functorch_transforms_active():
+        return torch._C._dispatch_keys(x).has(_BATCHED_GRADIENT)
     functorch = torch._C._functorch  # type: ignore[attr-defined]
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
