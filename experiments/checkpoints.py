@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from experiments import processes
-from experiments.errors import MALFORMED, RunnerError, writing
+from experiments.errors import MALFORMED, RunnerError, StorageError, writing
 from experiments.files import make_folder, read_json, sync, write_json
 from experiments.owned import remove_half_checkpoint, remove_half_checkpoints
 from experiments.tensor_reader import TensorReader
@@ -78,6 +78,10 @@ class TrainState:
     peak_gpu_memory_bytes: int = 0
 
 
+NUMPY_KEYS = 624
+"""Numbers in the state of NumPy's Mersenne Twister."""
+
+
 class Damaged(RunnerError):
     """A checkpoint that is not what was written."""
 
@@ -111,7 +115,8 @@ class Checkpoints:
         aside = path.with_name(f".{path.name}.tmp")
         with writing(path):
             if processes.is_main():
-                remove_half_checkpoint(aside)
+                if stayed := remove_half_checkpoint(aside):
+                    raise StorageError(f"cannot write {aside}: it holds {stayed[0]}, which the runner did not write")
                 make_folder(aside)
             processes.barrier()
             _distributed(lambda: save(content, storage_writer=FileSystemWriter(aside), no_dist=_alone()))
@@ -250,6 +255,9 @@ def random_streams() -> dict[str, Any]:
 
 
 def set_random_streams(streams: dict[str, Any]) -> None:
+    name, keys, place, *_ = streams["numpy"]
+    if name != "MT19937" or len(keys) != NUMPY_KEYS or not 0 <= place <= NUMPY_KEYS:
+        raise ValueError("it is no state of NumPy's generator")  # Which would read there without a look.
     torch.set_rng_state(streams["torch"])
     if len(streams["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(streams["cuda"])

@@ -19,17 +19,14 @@ from experiments.catalogue import Entry, find
 from experiments.errors import RunnerError, writing
 from experiments.files import OLD_SECONDS
 from experiments.identity import is_of_the_dead
+from experiments.owned import FILE_OF_CHECKPOINT, IN_CHECKPOINT
 from experiments.records import ASIDE, RunFolder
 
-_IN_CHECKPOINT = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|random-\d+\.pt|\.?manifest\.json(\..+\.tmp)?"
-IN_CHECKPOINT = re.compile(_IN_CHECKPOINT)
-"""What lies in a checkpoint."""
-_IN_CHECKPOINTS = rf"\.?step-\d+(\.tmp|\.gone)*/({_IN_CHECKPOINT})?"
-IN_CHECKPOINTS = re.compile(_IN_CHECKPOINTS)
+IN_CHECKPOINTS = re.compile(rf"\.?step-\d+(\.tmp|\.gone)*/({FILE_OF_CHECKPOINT})?")
 """What lies in the folder ``checkpoints``."""
 IN_RUN = re.compile(
     r"(config|run|progress|claim)\.json|metrics\.jsonl|train\.log|code\.diff|bad/(step-\d+\.npz)?"
-    rf"|(bad/)?{ASIDE.pattern}|checkpoints/({_IN_CHECKPOINTS})?|(wandb|tensorboard)/.*"
+    rf"|(bad/)?{ASIDE.pattern}|checkpoints/({IN_CHECKPOINTS.pattern})?|(wandb|tensorboard)/.*"
 )
 """What lies in the folder of a run (``experiments/records.py``), with what trackers keep there."""
 

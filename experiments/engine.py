@@ -140,7 +140,7 @@ class Engine:
 
 def _read(batch: Batch) -> int:
     """How many tokens of a batch are no padding."""
-    return batch.tokens.size if batch.real is None else int(batch.real.sum())
+    return batch.tokens.size if batch.token_mask is None else int(batch.token_mask.sum())
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -2,15 +2,13 @@
 
 A folder of its own says so in a file, :data:`MARKER`, with the folder's own name, what it is for and the process that
 made it. Whatever is removed is named by a pattern of paths, those that the runner itself writes; everything else stays,
-and no link is ever followed. So a folder of somebody else's cannot be emptied, however its path came here. Checkpoints
-that are half written or half removed go whole, by names that nothing else has.
+and no link is ever followed. So a folder of somebody else's cannot be emptied, however its path came here.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,9 @@ from experiments.files import read_json, write_json
 from experiments.identity import process_identity
 
 MARKER = "owner.json"
+FILE_OF_CHECKPOINT = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|random-\d+\.pt|\.?manifest\.json(\..+\.tmp)?"
+IN_CHECKPOINT = re.compile(FILE_OF_CHECKPOINT)
+"""What lies in a checkpoint."""
 ATTEMPTS = 10
 """Another sweep that ends may take an empty folder away while this one makes a folder in it."""
 
@@ -154,14 +155,22 @@ def remove_half_checkpoints(folder: Path) -> None:
         remove_half_checkpoint(path)
 
 
-def remove_half_checkpoint(path: Path) -> None:
-    """A checkpoint with what is in it, or a link of its name, which is not followed; one that is gone is no error."""
+def remove_half_checkpoint(path: Path) -> list[str]:
+    """Take away what the runner wrote in a half checkpoint, and that if nothing else is in it; what stayed.
+
+    A link of its name goes and is not followed; one that is gone is no error.
+
+    Raises:
+        StorageError: something cannot be taken away.
+        ValueError: it is not named as a half checkpoint is.
+    """
     if not HALF_CHECKPOINT.fullmatch(path.name):
         raise ValueError(f"{path} is not named as a half checkpoint is, {HALF_CHECKPOINT.pattern}")
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+        return remove(path, IN_CHECKPOINT)
+    with writing(path):
         path.unlink(missing_ok=True)
+    return []
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str, int]]:

@@ -62,12 +62,24 @@ class RunFolder:
         except ConfigError as error:
             raise ConfigError(f"{self.config_file} is damaged or of another version: {error}") from error
 
+    def check_links(self) -> None:
+        """Raise if something that is written here, and not replaced as a whole, would be written elsewhere.
+
+        Raises:
+            RunnerError: naming the link.
+        """
+        for path in (self.checkpoints, self.bad, self.metrics_file, self.log_file):
+            if path.is_symlink():
+                raise RunnerError(f"{path} is a link, and nothing is written through one; runs=FOLDER places the runs")
+
     def check(self, wanted: RunConfig) -> None:
         """Raise unless the folder is new, or holds this very configuration.
 
         Raises:
             ConfigError: naming the first differing keys, with both values.
+            RunnerError: as in :meth:`check_links`.
         """
+        self.check_links()
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, and a run's folder is wanted there")
         stored = read_json(self.config_file)

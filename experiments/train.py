@@ -220,6 +220,7 @@ def main() -> int:
 def attempt(folder: RunFolder, parent: int | None) -> int:
     """Train as the only process at work in a folder, or beside the one that is; returns the exit code."""
     config = folder.config()
+    folder.check_links()
     if not processes.is_main():
         return follow(lambda: Run(config, folder, INTERRUPTS))
     folder.claim.take(hurry=lambda: INTERRUPTS.requested)

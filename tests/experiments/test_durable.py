@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from experiments.board import Board
-from experiments.checkpoints import Checkpoints, Damaged, TrainState, verified
+from experiments.checkpoints import Checkpoints, Damaged, TrainState, random_streams, verified
 from experiments.config import to_dict
 from experiments.errors import RunnerError
 from experiments.identity import mark, start_of
@@ -100,7 +100,8 @@ def test_what_killed_attempts_left_half_written_goes_and_nothing_else(tmp_path, 
     outside.mkdir()
     (outside / "mine").write_text("mine")
     (folder.checkpoints / ".step-000020.tmp").symlink_to(outside)
-    (folder.checkpoints / ".step-000005.gone" / "deep").mkdir(parents=True)
+    (folder.checkpoints / ".step-000005.gone").mkdir()
+    (folder.checkpoints / ".step-000005.gone" / "random-0.pt").touch()
     dead, elsewhere = mark_of(dead_pid), f"{dead_pid}-12-00000000"
     names = ("run.json", "config.json", "metrics.jsonl", "progress.json")
     left = [folder.path / f".{name}.{dead}.tmp" for name in names]
@@ -195,6 +196,17 @@ def test_nothing_that_a_forged_file_beside_it_says_is_run(tmp_path, capsys, name
     assert folder.record()["reason"].startswith(f"cannot load checkpoint {last(folder)}: ")
     assert "Traceback" not in capsys.readouterr().err
     assert not harm.path.exists()
+
+
+@pytest.mark.parametrize(("keys", "place"), [(624, 10**9), (624, -1), (3, 0)])
+def test_random_numbers_are_not_read_from_elsewhere(tmp_path, keys, place):
+    """NumPy takes any place in its state, and would end the process."""
+    content, checkpoints = {"model": {}, "optimizer": {}}, Checkpoints(tmp_path, keep=1)
+    checkpoints.save(content, TrainState(step=1))
+    streams = {**random_streams(), "numpy": ["MT19937", [1] * keys, place, 0, 0.0]}
+    forge(checkpoints.path(1), "random-0.pt", pickled(streams))
+    with pytest.raises(RunnerError, match="it is no state of NumPy's generator"):
+        checkpoints.load(checkpoints.path(1), content)
 
 
 def test_what_an_index_may_name_has_no_way_out(tmp_path):

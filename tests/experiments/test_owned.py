@@ -8,12 +8,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import owned, run
 from experiments.board import FILES, PURPOSE, Board
-from experiments.errors import StorageError
+from experiments.checkpoints import Checkpoints, TrainState
+from experiments.errors import RunnerError, StorageError
+from experiments.records import RunFolder
+from experiments.train import attempt
 
-from .conftest import ROOT, TINY, call
+from .conftest import ROOT, TINY, call, tiny_config
 
 REMOVERS = ("rmtree", "removedirs")
 WHOLE = ("remove_half_checkpoint", "remove_half_checkpoints")
@@ -207,14 +211,44 @@ class TestOwned:
         assert (tmp_path / "now" / "job-0.json").read_text() == "mine"
 
 
+def test_what_somebody_keeps_in_a_checkpoint_stays_when_that_goes(tmp_path):
+    checkpoints, content = Checkpoints(tmp_path, keep=1), {"model": {"w": torch.ones(2)}}
+    (tmp_path / ".step-000007.tmp").mkdir()
+    (tmp_path / ".step-000007.tmp" / "notes").write_text("mine")
+    checkpoints.save(content, TrainState(step=1))
+    (checkpoints.path(1) / "plots").mkdir()
+    (checkpoints.path(1) / "plots" / "mine").write_text("mine")
+    checkpoints.save(content, TrainState(step=2))
+    there = {path.name: list(owned.contents(path)) for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert there == {".step-000001.gone": ["plots/mine", "plots/"], ".step-000007.tmp": ["notes"]}
+    assert checkpoints.newest_first() == [checkpoints.path(2)]
+    with pytest.raises(StorageError, match=r"step-000007.tmp: it holds notes, which the runner did not write"):
+        checkpoints.save(content, TrainState(step=7))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "bad", "metrics.jsonl", "train.log"])
+def test_nothing_is_written_through_a_link_in_a_run(tmp_path, name):
+    folder = RunFolder(tiny_config(tmp_path / "runs").folder())
+    folder.create(config := tiny_config(tmp_path / "runs"))
+    (tmp_path / "elsewhere").mkdir()
+    if name == "checkpoints":
+        folder.checkpoints.rmdir()
+    (folder.path / name).symlink_to(tmp_path / "elsewhere")
+    for action in (lambda: folder.check(config), lambda: attempt(folder, None)):
+        with pytest.raises(RunnerError, match=f"{name} is a link, and nothing is written through one"):
+            action()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert sorted(path.name for path in folder.path.iterdir()) == sorted({"config.json", "checkpoints", name})
+
+
 def test_folders_are_removed_in_one_place():
-    """And half checkpoints, which go whole, by whoever trains the run alone."""
+    """Nowhere is a whole folder removed, whatever is in it; half checkpoints go by whoever trains the run alone."""
     users: dict[str, set[str]] = {name: set() for name in (*REMOVERS, *WHOLE)}
     for path in (path for top in ("experiments", "seqarch", "docs") for path in (ROOT / top).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)) if any(name in text for name in users) else ():
             name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
             users.get(name, set()).add(path.relative_to(ROOT).as_posix())
-    assert set().union(*(users[name] for name in REMOVERS)) == {"experiments/owned.py"}
+    assert set().union(*(users[name] for name in REMOVERS)) == set()
     others = set().union(*(users[name] for name in WHOLE)) - {"experiments/owned.py"}
     assert others == {"experiments/checkpoints.py", "experiments/records.py"}

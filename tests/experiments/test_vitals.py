@@ -171,7 +171,7 @@ def test_a_batch_with_padding_is_kept_and_met_again_to_the_bit(tmp_path):
     config = tiny_config(tmp_path, task=task, **skip, **moe)
     _, folder = train_here(config)
     path = max(folder.bad.iterdir())
-    assert not np.load(path)["real"].all()
+    assert not np.load(path)["token_mask"].all()
     again = replay(path)
     assert (again.loss, again.grad_norm) == (again.recorded.loss, again.recorded.grad_norm)
 
@@ -182,7 +182,7 @@ def test_a_batch_with_padding_is_kept_and_met_again_to_the_bit(tmp_path):
         ({"tokens": np.full((8, 16), 16)}, "its tokens are 16 to 16, and the task's 0 to 15"),
         ({"targets": np.full((8, 16), -1)}, "its targets are -1 to -1, and the task's 0 to 15"),
         ({"targets": np.full((8, 9), 1)}, "its targets are (8, 9), and its tokens (8, 16)"),
-        ({"real": np.ones((2, 2), bool)}, "its real are (2, 2), and its tokens (8, 16)"),
+        ({"token_mask": np.ones((2, 2), bool)}, "its token_mask are (2, 2), and its tokens (8, 16)"),
         (
             {"tokens": np.ones((0, 16), int), "targets": np.ones((0, 16), int)},
             "it has 0 rows of 16 tokens, and the run up to 8 of 16",
