@@ -75,7 +75,7 @@ def flush_output() -> bool:
     return outlet.problem is None
 
 
-class Plain(Console):
+class PlainConsole(Console):
     """A console to which text is text: what runs hold is no markup, "[some/library.so]" is a path."""
 
     def __init__(self, width: int | None = None):
@@ -87,8 +87,8 @@ class Plain(Console):
 
 def console(width: int) -> Console:
     """The terminal, or something else that is so many columns wide."""
-    plain = Plain()
-    return plain if plain.is_terminal else Plain(width)
+    plain = PlainConsole()
+    return plain if plain.is_terminal else PlainConsole(width)
 
 
 def exit_code(command: Callable[[], int]) -> int:

@@ -265,18 +265,9 @@ def index_loss(
     return loss, dq, dk, dweight
 
 
-def _plain_loss(
-    index_q: Tensor,
-    index_k: Tensor,
-    weight: Tensor,
-    q: Tensor,
-    k: Tensor,
-    chosen: Tensor | None,
-    before: int,
-    start: Tensor | None,
-) -> Tensor:
-    """The loss alone, which torch differentiates in any way; q and k teach nothing."""
-    parts = [part.loss for part in _compare(index_q, index_k, weight, q.detach(), k.detach(), chosen, before, start)]
+def _plain_loss(index_q: Tensor, index_k: Tensor, weight: Tensor, q: Tensor, k: Tensor, *others: Any) -> Tensor:
+    """The loss of :func:`index_loss`, which torch differentiates in any way; q and k get no gradient."""
+    parts = [part.loss for part in _compare(index_q, index_k, weight, q.detach(), k.detach(), *others)]
     return torch.stack(parts).sum() if parts else 0 * (index_q.sum() + index_k.sum() + weight.sum())
 
 
