@@ -15,7 +15,7 @@ from rich.table import Column
 from experiments.board import DONE, Board
 from experiments.errors import RunnerError
 from experiments.files import read_json
-from experiments.output import Outlet, complain
+from experiments.output import Outlet, complain, drop_output
 from experiments.records import RunFolder
 
 LOOK_SECONDS = 0.5
@@ -81,6 +81,7 @@ class Monitor:
             complain(message + (f" ({number} runs)" if number > 1 else ""))
         if self.problem:
             complain(f"cannot write the standard output: {self.problem}; the record of the runs is whole")
+            drop_output()
         return entries
 
     @property

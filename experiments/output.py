@@ -61,7 +61,8 @@ def complain(reason: str) -> None:
 
 def drop_output() -> None:
     """Drop what is still to be printed: Python would try once more as it ends, and tell of that in its own way."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(AttributeError, OSError):  # A stream of Python's own has no number.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def flush_output() -> bool:

@@ -65,10 +65,12 @@ def settle(path: Path, purpose: str, before: Callable[[Path], bool]) -> None:
         before: whether a folder without a marker is one's own all the same, by the files in it.
 
     Raises:
-        StorageError: it holds what is somebody else's, or cannot be made.
+        StorageError: it holds what is somebody else's, is a link, or cannot be made.
     """
     if maker(path, purpose) is not None:
         return
+    if path.is_symlink():
+        raise StorageError(f"{path} is a link, and nothing is written through one; move it away")
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         there = sorted(each.name for each in path.iterdir())

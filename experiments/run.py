@@ -213,11 +213,11 @@ def main() -> int:
         code = INTERRUPTED
     except BrokenProcessPool:
         code, killed = 1, True
-    monitors = [monitor for _, monitor in _monitors]
+    wanted = sum(monitor.total for _, monitor in _monitors)
     if killed:
         for board, _ in _monitors:
             _give_up(board)
-    entries, wanted = close_boards(), sum(monitor.total for monitor in monitors)
+    entries, shown = close_boards()
     done = sum(entry["status"] in DONE for entry in entries)
     if killed and not stopped.is_set():
         complain(
@@ -225,23 +225,24 @@ def main() -> int:
             f" {wanted - len(entries)} were not started and {len(entries) - done} not finished."
             " The same command goes on with them"
         )
-    if done < wanted or any(monitor.problem for monitor in monitors) or not flush_output():
+    if done < wanted or not shown or not flush_output():
         code = code or 1
     return INTERRUPTED if stopped.is_set() else code
 
 
-def close_boards() -> list[dict[str, Any]]:
-    """Take down what :func:`open_board` put up; what every job posted last."""
-    entries = []
+def close_boards() -> tuple[list[dict[str, Any]], bool]:
+    """Take down what :func:`open_board` put up; what every job posted last, and whether all could be shown."""
+    entries, shown = [], True
     while _monitors:
         board, monitor = _monitors[-1]
         entries += monitor.close()
+        shown = shown and monitor.problem is None
         try:
             board.remove()
         except RunnerError as error:
             complain(str(error))
         _monitors.pop()
-    return entries
+    return entries, shown
 
 
 def _compose_and_run() -> None:

@@ -295,13 +295,13 @@ def main() -> int:
     except RunnerError as error:
         ending = "failed"
         complain(str(error))
-    entries = run.close_boards()
+    entries, heard = run.close_boards()
     if stopped.is_set():
         return run.INTERRUPTED
     if entries and (best := search.best()):
         shown = f"{search.metric.label.lower()} {best['validation']:.4g} on validation"
         print(f"best: {shlex.join(best['overrides'])}, {shown}\nall trials: {search.file}")
-    return EXIT_CODES[ending]
+    return EXIT_CODES[ending] or int(not heard)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def train(sweep: Sweep, runs: Path, jobs: int) -> int:
     board = run.open_board(str(runs), len(wanted))
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda number: execute(wanted[number], board, number), range(len(wanted))))
-    entries = run.close_boards()
+    entries, shown = run.close_boards()
     if stopped.is_set():
         return run.INTERRUPTED
-    return int(any(entry["status"] not in run.DONE for entry in entries))
+    return int(not shown or any(entry["status"] not in run.DONE for entry in entries))

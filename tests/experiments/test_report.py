@@ -339,6 +339,14 @@ def test_a_report_is_written_among_no_others_files(recorded, name):
     assert {path.name: path.read_text() for path in (recorded / "report").iterdir()} == {name: "mine"}
 
 
+def test_no_report_is_written_through_a_link(recorded, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (recorded / "report").symlink_to(tmp_path / "mine")
+    with pytest.raises(RunnerError, match="report is a link"):
+        report(recorded)
+    assert not list((tmp_path / "mine").iterdir())
+
+
 def test_a_report_is_written_again_whoever_wrote_it_before(recorded):
     target = report(recorded)[0]
     marker, page = target / "owner.json", (target / "index.md").read_bytes()
