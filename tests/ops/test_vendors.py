@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.ops import OPS
 from seqarch.ops.common import vendors
+from seqarch.ops.common.checks import BackendError
 from tests.laws import assert_close
 from tests.ops import test_causal_conv1d as conv
 from tests.ops import test_selective_scan as scans
@@ -322,6 +323,25 @@ def test_attention_refuses_what_the_package_cannot():
         assert reason in str(refusal("attention", "chunk_flash_attn", **{"q": q} | inputs))
     wide = torch.ones(1, 4, 2, 257).bfloat16()
     assert "K is 257, expected 1 to 256" in str(refusal("attention", "chunk_flash_attn", q=wide, k=wide, v=wide))
+
+
+def test_second_derivatives_are_refused():
+    """Kernels outside of torch would be constants in them."""
+    q, k, v = torch.randn(3, 1, 5, 2, 8).bfloat16()
+    scan = scans.make(T=5, full=False, dtype=torch.float32)
+    calls = {
+        "chunk_flash_attn": (ops.attention, {"q": q, "k": k, "v": v}),
+        "parallel_causal_conv1d": (ops.causal_conv1d, {"x": torch.randn(1, 5, 8), "weight": torch.randn(8, 4)}),
+        "chunk_mamba_ssm": (ops.selective_scan, scan),
+        "chunk_mamba_ssm of heads": (ops.linear_attention, heads("head")),
+        "chunk_mamba_ssm of steps": (ops.linear_attention, heads("step")),
+    }
+    for name, (op, inputs) in calls.items():
+        leaves = {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        found = op(**leaves, backend=name.partition(" ")[0])
+        o = found[0] if isinstance(found, tuple) else found
+        with pytest.raises(BackendError, match=rf"backend '{name.partition(' ')[0]}' has first derivatives only"):
+            torch.autograd.grad(o.sum(), [v for v in leaves.values() if isinstance(v, Tensor)], create_graph=True)
 
 
 NAMED = [(name, backend) for name, op in OPS.items() for backend in op.named]
