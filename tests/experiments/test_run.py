@@ -126,6 +126,7 @@ def test_a_signal_stops_the_sweep_in_order(tmp_path, monkeypatch, capfd, number,
     monkeypatch.setattr(run, "_monitors", [(board, None)])
     if full:
         monkeypatch.setattr(Board, "stop", fail)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may ignore it, as nohup does
     stopped = run.watch_signals()
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)
