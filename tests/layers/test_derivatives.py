@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
+from seqarch import ops
 from seqarch.layers import MIXERS, build_channel_mixer, build_mixer
-from seqarch.ops import BackendError
-from tests.laws import D_MODEL, error, inputs
+from seqarch.ops import OPS, BackendError
+from tests.laws import D_MODEL, available, error, inputs
 
 LENGTH = 12
 STEP = 1e-5
@@ -82,8 +83,11 @@ def test_derivatives_of_any_kind(name: str):
         ahead, behind = (loss.moved(tangents, by) for by in (STEP, -STEP))
     differences = [(a - b) / (2 * STEP) for a, b in zip(loss.slopes(*ahead), loss.slopes(*behind), strict=True)]
     leaves = [each.clone().requires_grad_() for each in (loss.x, *loss.parameters.values())]
-    first = loss.slopes(leaves[0], dict(zip(loss.parameters, leaves[1:], strict=True)), again=True)
-    second = torch.autograd.grad(first, leaves, tangents)
+    # Without the compiled library attention is torch's fused kernel, which refuses second derivatives.
+    choices = {} if "chunk_cpp" in available("attention") else {"attention": OPS["attention"].reference}
+    with ops.use_backends(**choices):
+        first = loss.slopes(leaves[0], dict(zip(loss.parameters, leaves[1:], strict=True)), again=True)
+        second = torch.autograd.grad(first, leaves, tangents)
     turned = jvp(grad(loss, (0, 1)), (loss.x, loss.parameters), along)[1]
     for own, by_forward_mode, expected in zip(second, (turned[0], *turned[1].values()), differences, strict=True):
         assert error(own, expected) < BOUND
