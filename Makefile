@@ -77,7 +77,7 @@ sanitize: $(SANITIZED) $(EMULATED)
 
 # csrc/cuda by nvcc for each compute capability, and what its kernels need of a GPU: no GPU is needed.
 cuda-check: $(INSTALLED)
-	$(BIN)/python -m tests.cuda_resources --check
+	$(BIN)/python -m tests.support.cuda_resources --check
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

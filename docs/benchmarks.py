@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.bench.gpu.contests import GPU_CONTESTS
 from experiments.bench.targets import HEADER, Result
-from experiments.blocks import table
+from experiments.util.blocks import table
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 GPU_RESULTS = Path(__file__).parent / "results" / "gpu"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.style import QUIET, figure
+from experiments.util.plot_style import QUIET, figure
 from seqarch.layers import build_mixer, materialize
 
 IMAGE = Path(__file__).parent / "images" / "matrices.png"

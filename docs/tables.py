@@ -31,8 +31,8 @@ from docs.docstrings import (
     split_sections,
 )
 from docs.tasks import task_sections, task_table
-from experiments.blocks import fill, table
 from experiments.studies.page import PAGES, blocks
+from experiments.util.blocks import fill, table
 from seqarch import ops
 from seqarch.layers import CHANNEL_MIXERS, FAMILIES, MIXERS, ChannelMixer, Mixer, build_channel_mixer, build_mixer
 from seqarch.ops import OPS, Op

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from docs.docstrings import cell, markdown, module_docstring, option_rows, source
-from experiments.blocks import table
 from experiments.tasks import TASKS, Task
 from experiments.tasks.generated import GeneratedTask
+from experiments.util.blocks import table
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "tasks"
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.config import TrackerConfig
-from experiments.errors import MALFORMED, RunnerError
-from experiments.records import RunFolder
-from experiments.reporter import Silent
+from experiments.config.schema import TrackerConfig
+from experiments.runs.folder import RunFolder
 from experiments.tasks import Task
 from experiments.tasks.task import IGNORED, Batch
 from experiments.train import READ_EVERY, Run
-from experiments.vitals import Reading
+from experiments.training.reporter import Silent
+from experiments.training.step_monitor import Reading
+from experiments.util.errors import MALFORMED, RunnerError
 
 SHOWN = 8
 """Parameters, those of the largest gradients first."""
@@ -145,7 +145,7 @@ def _note(layers: list[int], number: int, output: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Meet a bad step of a run again.")
+    parser = argparse.ArgumentParser("python -m experiments.replay", description="Meet a bad step of a run again.")
     parser.add_argument("batch", type=Path, help="a file of the folder bad in a run's folder")
     try:
         print(replay(parser.parse_args().batch))

@@ -31,15 +31,16 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import workers
-from experiments.board import DONE, SWEEPS, Board, sweep_name
-from experiments.config import folder_path
-from experiments.errors import ConfigError, RunnerError
-from experiments.monitor import Monitor
-from experiments.output import complain, flush_output
-from experiments.overrides import CONFIGS, hydra_arguments
-from experiments.supervise import execute
-from experiments.workers import INTERRUPTED
+from experiments.config.overrides import hydra_arguments
+from experiments.config.schema import folder_path
+from experiments.sweeps import workers
+from experiments.sweeps.execute import execute
+from experiments.sweeps.monitor import Monitor
+from experiments.sweeps.status import DONE, SWEEPS, Board, sweep_name
+from experiments.sweeps.workers import INTERRUPTED
+from experiments.util.errors import ConfigError, RunnerError
+from experiments.util.output import complain, flush_output
+from experiments.util.paths import CONFIGS
 
 BOARD = "SEQARCH_BOARD"
 """The variable that names a sweep's board to its workers."""

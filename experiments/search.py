@@ -27,18 +27,18 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from experiments import run
-from experiments.board import Board
-from experiments.building import build_task
-from experiments.config import NOT_IDENTITY, RunConfig
-from experiments.errors import ConfigError, RunnerError, choices_hint
-from experiments.files import write_json
-from experiments.output import complain, exit_code
-from experiments.overrides import Interval, compose, config_folder, parse_choice
-from experiments.records import RunFolder
-from experiments.secrecy import masked
-from experiments.strict import convert
-from experiments.supervise import execute, resolve_composed
+from experiments.config.build import build_task
+from experiments.config.convert import convert
+from experiments.config.overrides import Interval, compose, config_folder, parse_choice
+from experiments.config.schema import NOT_IDENTITY, RunConfig
+from experiments.runs.folder import RunFolder
+from experiments.sweeps.execute import execute, resolve_composed
+from experiments.sweeps.status import Board
 from experiments.tasks.task import Metric
+from experiments.util.errors import ConfigError, RunnerError, choices_hint
+from experiments.util.files import write_json
+from experiments.util.output import complain, exit_code
+from experiments.util.secrecy import masked
 
 SAMPLERS = ("tpe", "random")
 CONFIG_DIR = "--config-dir"

@@ -17,18 +17,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from experiments import owned
-from experiments.blocks import fill
-from experiments.config import folder_path
-from experiments.errors import RunnerError, choices_hint, writing
-from experiments.files import write_atomic
-from experiments.output import exit_code
+from experiments.config.schema import folder_path
 from experiments.run import INTERRUPTED
 from experiments.studies import STUDIES, records
-from experiments.studies.page import PAGES, RESULTS, ROOT, blocks, how_to_run, results
+from experiments.studies.page import PAGES, RESULTS, blocks, how_to_run, results
 from experiments.studies.study import VERSIONS, Study
 from experiments.studies.sweep import configurations, train
-from experiments.style import figure
+from experiments.util import owned
+from experiments.util.blocks import fill
+from experiments.util.errors import RunnerError, choices_hint, writing
+from experiments.util.files import write_atomic
+from experiments.util.output import exit_code
+from experiments.util.paths import ROOT
+from experiments.util.plot_style import figure
 
 
 def do(study: Study, version: str, root: Path, runs: Path, jobs: int) -> int:
@@ -90,7 +91,9 @@ def write_page(study: Study, root: Path) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
-    command = argparse.ArgumentParser(description="Answer a question by runs, and write its page.", allow_abbrev=False)
+    command = argparse.ArgumentParser(
+        "python -m experiments.study", description="Answer a question by runs, and write its page.", allow_abbrev=False
+    )
     command.add_argument("name", nargs="*", help=f"{', '.join(STUDIES)}")
     command.add_argument("--all", action="store_true", help="every study")
     command.add_argument("--version", choices=VERSIONS, default="recorded", help="which size (default: recorded)")

@@ -7,7 +7,7 @@ codes: 0 finished, 1 failed, 75 preempted (start it again, and it goes on), 130 
 
 from __future__ import annotations
 
-from experiments.interrupts import INTERRUPTS, Interrupts, Preempted
+from experiments.util.interrupts import INTERRUPTS, Interrupts, Preempted
 
 if __name__ == "__main__":  # Before torch is imported, which takes seconds.
     INTERRUPTS.obey()
@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments import processes
-from experiments.building import build_model, build_task
-from experiments.checkpoints import Checkpoints, TrainState
-from experiments.config import RunConfig
-from experiments.engine import Engine
-from experiments.errors import RunnerError
-from experiments.judging import evaluate, judge_tests
-from experiments.ledger import EXIT_CODES, follow, keep_ledger
-from experiments.metering import Meter
-from experiments.optimizers import Optimizers
-from experiments.progress import Heartbeat
-from experiments.records import RunFolder
-from experiments.reporter import make_reporter
-from experiments.vitals import Diverged, Reading, Vitals
+from experiments.config.build import build_model, build_task
+from experiments.config.schema import RunConfig
+from experiments.runs.folder import RunFolder
+from experiments.training import processes
+from experiments.training.checkpoints import Checkpoints, TrainState
+from experiments.training.cost_meter import Meter
+from experiments.training.engine import Engine
+from experiments.training.evaluate import evaluate, judge_tests
+from experiments.training.optimizers import Optimizers
+from experiments.training.progress import Heartbeat
+from experiments.training.reporter import make_reporter
+from experiments.training.run_record import EXIT_CODES, follow, keep_ledger
+from experiments.training.step_monitor import Diverged, Reading, Vitals
+from experiments.util.errors import RunnerError
 
 READ_EVERY = 16
 """Steps between two readings of the device, besides those before each checkpoint."""
@@ -203,7 +203,9 @@ class Run:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train the run of a folder made by experiments.run.")
+    parser = argparse.ArgumentParser(
+        "python -m experiments.train", description="Train the run of a folder made by experiments.run."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parent", type=int, help="stop when the process with this number is gone")
     arguments = parser.parse_args()

@@ -16,7 +16,8 @@ import torch
 
 import seqarch
 from seqarch.ops import OPS
-from seqarch.ops.common import library_cuda, native, tuning
+from seqarch.ops.native import cpu_library, cuda_library
+from seqarch.ops.triton import autotune
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
@@ -35,18 +36,18 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def library() -> str:
+def cpu_library_line() -> str:
     """The compiled library, or why it is absent."""
-    if (reason := native.unavailable()) is not None:
+    if (reason := cpu_library.unavailable()) is not None:
         return f"absent: {reason}"
-    openmp = f"OpenMP {native.openmp_version()}" if native.openmp_version() else "no OpenMP"
-    isas = f"{native.chosen_isa()} of {', '.join(native.supported_isas())}"
-    return f"{isas}; {openmp}; sha256 {native.library_hash()[:12]}"
+    openmp = f"OpenMP {cpu_library.openmp_version()}" if cpu_library.openmp_version() else "no OpenMP"
+    isas = f"{cpu_library.chosen_isa()} of {', '.join(cpu_library.supported_isas())}"
+    return f"{isas}; {openmp}; sha256 {cpu_library.library_hash()[:12]}"
 
 
-def cuda_library() -> str:
+def cuda_library_line() -> str:
     """The CUDA library, or why it is absent."""
-    return library_cuda.unavailable() or f"sha256 {library_cuda.library_hash()[:12]}"
+    return cuda_library.unavailable() or f"sha256 {cuda_library.library_hash()[:12]}"
 
 
 def versions() -> Iterator[tuple[str, str]]:
@@ -55,8 +56,8 @@ def versions() -> Iterator[tuple[str, str]]:
     yield "torch", torch.__version__
     for package in ("triton", "mamba-ssm", "causal-conv1d", "flash-attn"):
         yield package, version(package)
-    yield "library", library()
-    yield "CUDA library", cuda_library()
+    yield "library", cpu_library_line()
+    yield "CUDA library", cuda_library_line()
 
 
 def devices() -> Iterator[tuple[str, str]]:
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(prog="python -m seqarch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("about", nargs="?", choices=["tuning"], help="the choices of the Triton kernels instead")
     if parser.parse_args(arguments).about:
-        print(*tuning.report(), sep="\n")
+        print(*autotune.report(), sep="\n")
         return
     for title, rows in (("versions", versions()), ("devices", devices()), ("operations", backends())):
         print(title)

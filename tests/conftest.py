@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from seqarch.ops.common import gpu
+from seqarch.ops.triton import availability
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
-    with gpu.interpreted():  # Triton decides as it is loaded, and torch may load it before a test of its kernels does
+    with (
+        availability.interpreted()
+    ):  # Triton decides as it is loaded, and torch may load it before a test of its kernels does
         import triton.language as _  # noqa: F401
 
 

@@ -15,8 +15,8 @@ from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, Mixer
 from seqarch.ops import OPS
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("seqarch", "experiments") for path in ROOT.glob(f"{top}/**/*.py")
 )
@@ -34,20 +34,20 @@ ENGINES = {
 """Packages that only backends named for an engine import."""
 
 EDGES = {
-    "hydra": {"experiments/run.py", "experiments/overrides.py"},
-    "omegaconf": {"experiments/run.py", "experiments/overrides.py"},
-    "joblib": {"experiments/workers.py"},
+    "hydra": {"experiments/run.py", "experiments/config/overrides.py"},
+    "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
+    "joblib": {"experiments/sweeps/workers.py"},
     "optuna": {"experiments/search.py"},
-    "wandb": {"experiments/trackers.py"},
-    "torch.utils.tensorboard": {"experiments/trackers.py"},
-    "matplotlib": {"experiments/style.py", "experiments/figures.py", "experiments/studies/"},
-    "ctypes": {f"seqarch/ops/common/{name}.py" for name in ("native", "library_cuda", "memory")},
+    "wandb": {"experiments/trackers/__init__.py"},
+    "torch.utils.tensorboard": {"experiments/trackers/__init__.py"},
+    "matplotlib": {"experiments/util/plot_style.py", "experiments/report/figures.py", "experiments/studies/"},
+    "ctypes": {f"seqarch/ops/native/{name}.py" for name in ("cpu_library", "cuda_library", "huge_pages")},
 }
 """Packages that stand at the edge, and the files, or folders, that may import them."""
 
 PACKAGES = "mamba_ssm|causal_conv1d|flash_attn"
 BACKEND = re.compile(rf"(recurrent|chunk|parallel|grouped)_(torch|sdpa|mm|cpp|cuda|triton|{PACKAGES})")
-NATIVE = "seqarch.ops.common.native", "seqarch.ops.common.library_cuda"
+NATIVE = "seqarch.ops.native.cpu_library", "seqarch.ops.native.cuda_library"
 """The compiled libraries' loaders."""
 
 
@@ -131,10 +131,12 @@ def test_backends_are_known_to_their_operation_alone(file):
 def test_engines_stay_in_their_backends(file):
     for other in imported(file):
         engine = ENGINES.get(other.split(".")[0])
-        assert engine is None or Path(file).stem.endswith(f"_{engine}") or Path(file).stem == "kernels", other
+        shared = Path(file).stem == "kernels" or (engine == "triton" and file.startswith("seqarch/ops/triton/"))
+        assert engine is None or Path(file).stem.endswith(f"_{engine}") or shared, other
         if any(below(other, loader) for loader in NATIVE):
-            tellers = ("seqarch/__main__.py", "experiments/environment.py")
-            assert Path(file).stem.endswith(("_cpp", "_cuda")) or file in tellers, other
+            tellers = ("seqarch/__main__.py", "experiments/util/environment.py")
+            own = Path(file).stem.endswith(("_cpp", "_cuda")) or file.startswith("seqarch/ops/native/")
+            assert own or file in tellers, other
 
 
 @pytest.mark.parametrize("package", EDGES)
@@ -157,7 +159,7 @@ def test_an_operations_folder_holds_what_it_names(name):
 
 def test_every_folder_of_an_operation_is_registered():
     folders = {path.parent.name for path in (ROOT / "seqarch" / "ops").glob("*/__init__.py")}
-    assert folders - {"common"} == set(OPS)
+    assert folders - {"chunked", "dispatch", "native", "triton"} == set(OPS)
 
 
 @pytest.mark.parametrize("name", [*MIXERS, *CHANNEL_MIXERS])
@@ -166,7 +168,7 @@ def test_a_layer_lives_in_the_file_of_its_name(name):
     layer = MIXERS[name] if name in MIXERS else CHANNEL_MIXERS[name]
     file = layer.__module__.rpartition(".")[2]
     wider = [other for other, kind in MIXERS.items() if kind is not layer and issubclass(layer, kind)]
-    shared = [] if issubclass(layer, Mixer) else ["channel"]
+    shared = [] if issubclass(layer, Mixer) else ["mlp"]
     assert file in (name, *wider, *shared)
     assert layer.Config.__name__ == f"{layer.__name__}Config"
     assert layer.__name__.lower() == name.replace("_", "") or name == "moe"

@@ -16,10 +16,9 @@ import torch
 import seqarch
 from seqarch import __main__ as page
 from seqarch import ops
-from seqarch.ops.common import library_cuda
-from tests.cuda_resources import find_nvcc
-
-ROOT = Path(__file__).resolve().parents[1]
+from seqarch.ops.native import cuda_library
+from tests.support.cuda_resources import find_nvcc
+from tests.support.paths import ROOT
 
 
 def install(folder: Path, **environment: str) -> tuple[str, list[str]]:
@@ -53,7 +52,7 @@ def run_page(folder: Path, **environment: str) -> str:
 def test_installing_without_a_compiler_gives_the_package_alone(tmp_path):
     wheel, files = install(tmp_path, CC="/bin/false", CXX="/bin/false")
     assert wheel == f"seqarch-{seqarch.__version__}-py3-none-any.whl"
-    assert "seqarch/ops/op.py" in files
+    assert "seqarch/ops/dispatch/op.py" in files
     assert not [name for name in files if name.endswith(".so")]
     shown = run_page(tmp_path)
     assert re.search(r"causal_conv1d +parallel_cpp +the compiled library is not installed: .*C\+\+ compiler", shown)
@@ -90,8 +89,8 @@ def test_where_nvcc_is_the_cuda_library_is_built(tmp_path):
     options = ["-DSEQARCH_CUDA_ARCHITECTURES=90", "-DCMAKE_BUILD_TYPE=Release"]
     subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(tmp_path), "--target", "seqarch_cuda", "-j2"], check=True)
-    library = library_cuda.open_library(tmp_path / "libseqarch_cuda.so")
-    assert library.seqarch_cuda_error(library_cuda.FAILED + 1) == b"invalid argument"
+    library = cuda_library.open_library(tmp_path / "libseqarch_cuda.so")
+    assert library.seqarch_cuda_error(cuda_library.FAILED + 1) == b"invalid argument"
 
 
 def test_the_version_is_the_same_everywhere():
@@ -110,7 +109,7 @@ def test_the_page_names_every_backend_with_available_or_a_reason(capsys):
 
 
 def test_the_page_tells_what_is_absent(capsys, monkeypatch):
-    monkeypatch.setattr(page.native, "_reason", "it was never built")
+    monkeypatch.setattr(page.cpu_library, "_reason", "it was never built")
     page.main()
     shown = capsys.readouterr().out
     assert re.search(r"library +absent: it was never built", shown)

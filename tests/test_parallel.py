@@ -16,13 +16,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.processes import gloo_in_order
+from experiments.training.processes import gloo_in_order
 from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
 from seqarch.models.stack import StackLayer
 from seqarch.parallel import Edge, own_slice, sequence_parallel, sum_gradients
-
-from .laws import D_MODEL, assert_close
+from tests.laws import D_MODEL, assert_close
 
 PROCESSES = 4
 LENGTH = 67
@@ -199,7 +198,9 @@ def work(rank: int, folder: str) -> None:
         results["pair"] = {name: stack_results(name, pair) for name in PAIRS}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive this, and abort an interpreter that goes down: experiments/processes.py
+    os._exit(
+        0
+    )  # gloo's threads may outlive this, and abort an interpreter that goes down: experiments/training/processes.py
 
 
 @pytest.fixture(scope="module")

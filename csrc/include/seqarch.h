@@ -27,7 +27,7 @@ extern "C" {
 
 #define SEQARCH_API __attribute__((visibility("default")))
 
-/* Raised with every change of a declaration below; seqarch/ops/common/native.py holds the same number. */
+/* Raised with every change of a declaration below; seqarch/ops/native/cpu_library.py holds the same number. */
 #define SEQARCH_INTERFACE 6
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };

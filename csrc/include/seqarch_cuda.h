@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-/* Raised with every change of a declaration below; seqarch/ops/common/library_cuda.py holds the same number. */
+/* Raised with every change of a declaration below; seqarch/ops/native/cuda_library.py holds the same number. */
 #define SEQARCH_CUDA_INTERFACE 1
 
 enum { SEQARCH_FLOAT16 = 3 };

@@ -21,8 +21,8 @@ from experiments.bench.contest import LENGTHS
 from experiments.bench.contests import CONTESTS
 from experiments.bench.measure import Ceilings, ceilings, prepare
 from experiments.bench.record import Measurement, Record, table
-from experiments.environment import hardware
-from experiments.errors import RunnerError, choices_hint
+from experiments.util.environment import hardware
+from experiments.util.errors import RunnerError, choices_hint
 
 QUICK = (512, 2048, 8192)
 DTYPES = ("float32", "bfloat16")

@@ -19,9 +19,9 @@ import torch
 import torch._dynamo  # which the first call of a compiled operator would import: seconds that are not the call's
 
 from experiments.bench.contest import Cost, Runner
-from experiments.errors import RunnerError, writing
-from experiments.files import read_json
-from seqarch.ops.common import linear_onednn
+from experiments.util.errors import RunnerError, writing
+from experiments.util.files import read_json
+from seqarch.ops.native import onednn
 
 ROUNDS = 20
 WARM_UP = 64
@@ -139,8 +139,8 @@ def ceilings(size: int = 2048, copied: int = COPIED, tries: int = 5) -> Ceilings
     square = torch.randn(size, size)
     products = {str(dtype)[6:]: square.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     best = {name: _best(lambda m=matrix: m @ m, tries) for name, matrix in products.items()}
-    if linear_onednn.unavailable() is None:
-        best["float32"] = min(best["float32"], _best(lambda: linear_onednn.product(square, square), tries))
+    if onednn.unavailable() is None:
+        best["float32"] = min(best["float32"], _best(lambda: onednn.product(square, square), tries))
     copy = _best(copying(copied), tries)
     return Ceilings({name: 2 * size**3 / seconds for name, seconds in best.items()}, 2 * copied / copy)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from experiments.bench.contest import AUTO
 from experiments.bench.contests import CONTESTS
 from experiments.bench.record import Record, Row
-from experiments.style import COLOURS, DASHES, QUIET, RESERVE, Axes, figure, spread
+from experiments.util.plot_style import COLOURS, DASHES, QUIET, RESERVE, Axes, figure, spread
 from seqarch.ops import OPS
 
 PALETTE = (*COLOURS.values(), *RESERVE)

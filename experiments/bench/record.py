@@ -19,8 +19,8 @@ from rich.table import Table
 
 from experiments.bench.contest import WAYS, Absent, Contest, Cost, Inputs, Runner
 from experiments.bench.measure import Ceilings, Failure, alternate, expected, peak_memory, quartiles, ratio, rounded
-from experiments.environment import code_version, hardware, software
-from experiments.files import write_atomic
+from experiments.util.environment import code_version, hardware, software
+from experiments.util.files import write_atomic
 
 MEMORY_SHARE = 0.6
 """Of the machine's memory, what a call may be expected to need."""

@@ -17,7 +17,7 @@ from experiments.bench.contest import AUTO, WAYS, Absent, timed
 from experiments.bench.contests import CONTESTS
 from experiments.bench.measure import COPIED, Failure, Point, alternate, copying, peak_memory, prepare, ratio
 from experiments.bench.record import machine
-from experiments.files import write_atomic
+from experiments.util.files import write_atomic
 
 SHORT, LONG = 16384, 65536
 GROWS = ("linear_attention", "linear_attention_per_key", "delta_rule", "delta_rule_per_key", "selective_scan",

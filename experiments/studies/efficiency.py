@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.figures import bytes_text, metric_label
-from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.report.figures import bytes_text, metric_label
 from experiments.studies import length, plots, recall_and_state
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep
-from experiments.style import QUIET
+from experiments.util.plot_style import QUIET
 
 CONTEXTS = [2**power for power in range(6, 21)]
 COSTS = {"flops": "Training FLOPs (logarithmic)", "processor_seconds": "Processor time of training (s, logarithmic)"}

@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from experiments.figures import test_of
-from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.report.figures import test_of
 from experiments.studies import plots
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep
-from experiments.style import COLOURS, INK, QUIET
+from experiments.util.plot_style import COLOURS, INK, QUIET
 from seqarch.layers import build_channel_mixer
 
 MOE = "model.channels.moe."

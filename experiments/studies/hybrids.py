@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.figures import bytes_text, metric_label, test_of
-from experiments.reading import Comparison, Variant
+from experiments.report.comparison import Comparison, Variant
+from experiments.report.figures import bytes_text, metric_label, test_of
 from experiments.studies import plots
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep
-from experiments.style import COLOURS, pattern_mixers, spread
+from experiments.util.plot_style import COLOURS, pattern_mixers, spread
 from seqarch.models import parse_pattern
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.figures import test_of
-from experiments.reading import RecordedRun
+from experiments.report.comparison import RecordedRun
+from experiments.report.figures import test_of
 from experiments.studies import plots
 from experiments.studies.recall_and_state import HEADS
 from experiments.studies.study import Claim, Picture, Runs, Study, Table

@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.building import build_model
-from experiments.config import run_config
-from experiments.figures import bytes_text
-from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.config.build import build_model
+from experiments.config.schema import run_config
+from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.report.figures import bytes_text
 from experiments.studies import plots
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from experiments.blocks import table
-from experiments.reading import RecordedRun
+from experiments.report.comparison import RecordedRun
 from experiments.studies import STUDIES
 from experiments.studies.records import FILE
 from experiments.studies.study import Picture, Runs, Study
+from experiments.util.blocks import table
+from experiments.util.paths import ROOT
 
 RESULTS = Path("docs/results")
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = {name: RESULTS / f"{name}.md" for name in STUDIES}
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from experiments.errors import RunnerError
-from experiments.figures import bytes_text, test_of
-from experiments.reading import Comparison, RecordedRun, Variant, listed
-from experiments.style import COLOURS, INK, QUIET, family, pattern_mixers, spread
+from experiments.report.comparison import Comparison, RecordedRun, Variant, listed
+from experiments.report.figures import bytes_text, test_of
+from experiments.util.errors import RunnerError
+from experiments.util.plot_style import COLOURS, INK, QUIET, family, pattern_mixers, spread
 from seqarch.layers import FAMILIES
 
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")

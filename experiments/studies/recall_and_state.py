@@ -9,12 +9,12 @@ from typing import ClassVar
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.figures import bytes_text, test_of
-from experiments.reading import Comparison, Variant
+from experiments.report.comparison import Comparison, Variant
+from experiments.report.figures import bytes_text, test_of
 from experiments.studies import plots
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep
-from experiments.style import QUIET
+from experiments.util.plot_style import QUIET
 
 EXPERIMENT = "results/recall_and_state"
 HEADS = {

@@ -13,11 +13,11 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.config import ModelConfig, RunConfig, TrainConfig
-from experiments.errors import RunnerError
-from experiments.files import write_atomic
-from experiments.reading import RecordedRun
-from experiments.records import RunFolder
+from experiments.config.schema import ModelConfig, RunConfig, TrainConfig
+from experiments.report.comparison import RecordedRun
+from experiments.runs.folder import RunFolder
+from experiments.util.errors import RunnerError
+from experiments.util.files import write_atomic
 
 FILE = "records.jsonl"
 OVER = ("finished", "failed")

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.figures import bytes_text
-from experiments.reading import Comparison
+from experiments.report.comparison import Comparison
+from experiments.report.figures import bytes_text
 from experiments.studies import plots
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep
-from experiments.style import QUIET
+from experiments.util.plot_style import QUIET
 
 EXPERIMENT = "results/selective_copying"
 ARMS = ("model=s4d,retention,gla,delta_net",)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.reading import Comparison, RecordedRun, Variant
+from experiments.report.comparison import Comparison, RecordedRun, Variant
 from experiments.studies import plots
 from experiments.studies.study import Claim, Picture, Runs, Study, Table
 from experiments.studies.sweep import Sweep

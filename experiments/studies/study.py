@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.errors import RunnerError
-from experiments.reading import Comparison, RecordedRun, compare
+from experiments.report.comparison import Comparison, RecordedRun, compare
 from experiments.studies import records
 from experiments.studies.sweep import Sweep
+from experiments.util.errors import RunnerError
 
 VERSIONS = ("small", "recorded", "large")
 """``recorded`` is what the page shows, ``small`` for a few minutes on two cores, ``large`` for a GPU."""

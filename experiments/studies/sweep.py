@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import run
-from experiments.config import RunConfig
-from experiments.overrides import compose, parse_choice
-from experiments.supervise import execute, resolve_composed
+from experiments.config.overrides import compose, parse_choice
+from experiments.config.schema import RunConfig
+from experiments.sweeps.execute import execute, resolve_composed
 
 
 @dataclass(frozen=True)

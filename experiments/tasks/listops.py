@@ -18,10 +18,10 @@ from functools import cached_property
 
 import numpy as np
 
-from experiments.errors import RunnerError
 from experiments.tasks import trees
 from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
 from experiments.tasks.task import IGNORED, Batch, stream
+from experiments.util.errors import RunnerError
 
 ASKED = ("last", "all")
 ATTEMPTS = 10000

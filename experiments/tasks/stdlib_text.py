@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.errors import RunnerError
 from experiments.tasks.task import IGNORED, SPLITS, Batch, Metric, Task, stream, uniforms
+from experiments.util.errors import RunnerError
 
 START = 256
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}

@@ -12,7 +12,7 @@ from seqarch.interop import falcon_h1, kimi_linear, mamba, mamba2, mixtral, qwen
 from seqarch.interop.settings import Settings
 from seqarch.interop.weights import WeightMap
 from seqarch.models import LanguageModel, LMConfig
-from seqarch.ops.common.checks import unknown_name
+from seqarch.ops.dispatch.checks import unknown_name
 
 FAMILIES: dict[str, ModuleType] = {
     "falcon_h1": falcon_h1,

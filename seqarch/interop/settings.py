@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from seqarch.ops.common.checks import fits, show, show_kinds, unknown_name
+from seqarch.ops.dispatch.checks import fits, show, show_kinds, unknown_name
 
 _ABSENT = object()
 

@@ -2,29 +2,26 @@
 
 from typing import Any
 
-from seqarch.layers.attention import Attention, SlidingWindow
-from seqarch.layers.based import Based
-from seqarch.layers.big_bird import BigBird
-from seqarch.layers.block_mixture import BlockMixture
-from seqarch.layers.channel import Mlp, SwiGlu
-from seqarch.layers.deepseek_sparse import DeepseekSparse
-from seqarch.layers.delta_net import DeltaNet
-from seqarch.layers.gated_delta_net import GatedDeltaNet
-from seqarch.layers.gated_delta_net_2 import GatedDeltaNet2
-from seqarch.layers.gated_delta_product import GatedDeltaProduct
-from seqarch.layers.gla import Gla
-from seqarch.layers.hgrn import Hgrn
-from seqarch.layers.hgrn2 import Hgrn2
-from seqarch.layers.hyena import Hyena
-from seqarch.layers.kimi_delta import KimiDelta
-from seqarch.layers.latent_attention import LatentAttention
-from seqarch.layers.linear_attention import LinearAttention
-from seqarch.layers.longformer import Longformer
-from seqarch.layers.mamba import Mamba
-from seqarch.layers.mamba2 import Mamba2
-from seqarch.layers.mamba3 import Mamba3
+from seqarch.layers.attention.attention import Attention, SlidingWindow
+from seqarch.layers.attention.latent_attention import LatentAttention
+from seqarch.layers.channel.mlp import Mlp, SwiGlu
+from seqarch.layers.channel.moe import MixtureOfExperts
+from seqarch.layers.convolution.hyena import Hyena
+from seqarch.layers.convolution.s4d import S4d
+from seqarch.layers.delta_rule.delta_net import DeltaNet
+from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet
+from seqarch.layers.delta_rule.gated_delta_net_2 import GatedDeltaNet2
+from seqarch.layers.delta_rule.gated_delta_product import GatedDeltaProduct
+from seqarch.layers.delta_rule.kimi_delta import KimiDelta
+from seqarch.layers.delta_rule.rwkv7 import Rwkv7
+from seqarch.layers.linear_attention.based import Based
+from seqarch.layers.linear_attention.gla import Gla
+from seqarch.layers.linear_attention.hgrn2 import Hgrn2
+from seqarch.layers.linear_attention.linear_attention import LinearAttention
+from seqarch.layers.linear_attention.mlstm import Mlstm
+from seqarch.layers.linear_attention.retention import Retention
+from seqarch.layers.linear_attention.rwkv6 import Rwkv6
 from seqarch.layers.materialize import materialize
-from seqarch.layers.min_gru import MinGru
 from seqarch.layers.mixer import (
     ChannelMixer,
     Layer,
@@ -34,16 +31,19 @@ from seqarch.layers.mixer import (
     clone_state,
     measured_state_bytes,
 )
-from seqarch.layers.mlstm import Mlstm
-from seqarch.layers.moe import MixtureOfExperts
-from seqarch.layers.native_sparse import NativeSparse
-from seqarch.layers.retention import Retention
-from seqarch.layers.rg_lru import RgLru
+from seqarch.layers.recurrent.hgrn import Hgrn
+from seqarch.layers.recurrent.min_gru import MinGru
+from seqarch.layers.recurrent.rg_lru import RgLru
 from seqarch.layers.rows import state_rows
-from seqarch.layers.rwkv6 import Rwkv6
-from seqarch.layers.rwkv7 import Rwkv7
-from seqarch.layers.s4d import S4d
-from seqarch.ops.common.checks import unknown_name
+from seqarch.layers.sparse_attention.big_bird import BigBird
+from seqarch.layers.sparse_attention.block_mixture import BlockMixture
+from seqarch.layers.sparse_attention.deepseek_sparse import DeepseekSparse
+from seqarch.layers.sparse_attention.longformer import Longformer
+from seqarch.layers.sparse_attention.native_sparse import NativeSparse
+from seqarch.layers.state_space.mamba import Mamba
+from seqarch.layers.state_space.mamba2 import Mamba2
+from seqarch.layers.state_space.mamba3 import Mamba3
+from seqarch.ops.dispatch.checks import unknown_name
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,

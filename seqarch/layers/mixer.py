@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seqarch.layers.short_conv import ShortConvolution
-from seqarch.ops.common.checks import annotated_kinds, fits, sequence_offsets, show, show_kinds
+from seqarch.layers.modules.short_conv import ShortConvolution
+from seqarch.ops.dispatch.checks import annotated_kinds, fits, sequence_offsets, show, show_kinds
 
 CuSeqlens = Tensor | Sequence[int] | None
 """Boundaries of the sequences packed into ``B = 1``, from 0 to T; ``None`` where nothing is packed."""

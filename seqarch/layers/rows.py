@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.checks import show
+from seqarch.ops.dispatch.checks import show
 
 
 def state_rows(state: Any, index: Sequence[int] | Tensor) -> Any:
@@ -19,7 +19,8 @@ def state_rows(state: Any, index: Sequence[int] | Tensor) -> Any:
     different lengths, as after packed prompts, keep the room of the longest one there was. Gradients flow.
 
     A state is a named tuple whose tensors have the rows first. A part that holds its rows in another way has a property
-    ``row_count`` and a method ``select_rows(index: list[int])``, as :class:`~seqarch.layers.kv_cache.PackedKV` has.
+    ``row_count`` and a method ``select_rows(index: list[int])``, as
+    :class:`~seqarch.layers.modules.kv_cache.PackedKV` has.
 
     Args:
         state: what a call returned, or ``init_state``.

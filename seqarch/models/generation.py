@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqarch.layers.mixer import MOST_COUNTED, numbers_of
-from seqarch.ops.common.checks import fits, show
+from seqarch.ops.dispatch.checks import fits, show
 
 if TYPE_CHECKING:
     from seqarch.models.language_model import LanguageModel

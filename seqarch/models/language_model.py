@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers import Layer
-from seqarch.layers.linear import PLAIN, Linear, is_plain_linear
 from seqarch.layers.mixer import MOST_COUNTED, CuSeqlens, linear_flops, numbers_of
+from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
 from seqarch.models.generation import generate
 from seqarch.models.loss import head_cross_entropy, serves
 from seqarch.models.stack import Stack, StackConfig, StackState
-from seqarch.ops.common.checks import accumulation_dtype, entries_within, fits, show, unknown_name
-from seqarch.ops.common.eager import is_plain
+from seqarch.ops.dispatch.checks import accumulation_dtype, entries_within, fits, show, unknown_name
+from seqarch.ops.dispatch.eager import is_plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.eager import as_made, is_batched
-from seqarch.ops.common.linear_onednn import fastest_product
+from seqarch.ops.dispatch.eager import as_made, is_batched
+from seqarch.ops.native.onednn import fastest_product
 
 BLOCK = 2**20
 """Logits of a block of rows: 4 MB in float32."""

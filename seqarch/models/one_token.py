@@ -16,10 +16,10 @@ from torch import Tensor, UntypedStorage
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
-from seqarch.ops.common import token_cpp
-from seqarch.ops.common.eager import as_made, watched
-from seqarch.ops.common.token_cpp import MOST_ROWS, Program, Unserved
-from seqarch.ops.op import left_alone
+from seqarch.ops.dispatch.eager import as_made, watched
+from seqarch.ops.dispatch.op import left_alone
+from seqarch.ops.native import token
+from seqarch.ops.native.token import MOST_ROWS, Program, Unserved
 
 if TYPE_CHECKING:
     from seqarch.models.stack import StackLayer, StackState
@@ -85,7 +85,7 @@ def _serves(x: Tensor) -> bool:
         and not watched()
         and not global_hooks._has_any_global_hook()
         and left_alone()
-        and token_cpp.unavailable() is None
+        and token.unavailable() is None
     )
 
 

@@ -15,7 +15,7 @@ import re
 import reprlib
 from dataclasses import dataclass
 
-from seqarch.ops.common.checks import fits, show
+from seqarch.ops.dispatch.checks import fits, show
 
 _TOKEN = re.compile(r"\s*(?:([0-9]+)\s*\*|([A-Za-z_]\w*)|([()+/]))")
 

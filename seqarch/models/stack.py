@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, build_channel_mixer, build_mixer
 from seqarch.layers.mixer import CuSeqlens, State, check_features, check_mask, check_options
-from seqarch.layers.norms import RMSNorm
+from seqarch.layers.modules.norms import RMSNorm
 from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import LayerPattern, tile_pattern
-from seqarch.ops.common.checks import show, unknown_name
-from seqarch.ops.common.token_cpp import Program, Unserved, Value
+from seqarch.ops.dispatch.checks import show, unknown_name
+from seqarch.ops.native.token import Program, Unserved, Value
 
 StackState = tuple[tuple[State, ...], ...]
 """For each layer, the state of each of its mixers."""

@@ -13,14 +13,14 @@ from seqarch.ops.block_sparse_attention import OP as _block_sparse_attention
 from seqarch.ops.block_sparse_attention import block_sparse_attention
 from seqarch.ops.causal_conv1d import OP as _causal_conv1d
 from seqarch.ops.causal_conv1d import causal_conv1d
-from seqarch.ops.common.checks import unknown_name
 from seqarch.ops.delta_rule import OP as _delta_rule
 from seqarch.ops.delta_rule import delta_rule
+from seqarch.ops.dispatch.checks import unknown_name
+from seqarch.ops.dispatch.op import BackendError, Call, Explanation, Op, choose_backends, record_backends, record_calls
 from seqarch.ops.experts import OP as _experts
 from seqarch.ops.experts import experts
 from seqarch.ops.linear_attention import OP as _linear_attention
 from seqarch.ops.linear_attention import linear_attention
-from seqarch.ops.op import BackendError, Call, Explanation, Op, choose_backends, record_backends, record_calls
 from seqarch.ops.selective_scan import OP as _selective_scan
 from seqarch.ops.selective_scan import selective_scan
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.laws import LAWS, available
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FOLDERS = ("seqarch", "configs", "experiments")
 TESTS = ("__init__.py", "conftest.py", "laws.py", "layers/__init__.py", "layers/test_laws.py")

@@ -16,8 +16,8 @@ from docs.costs import state_formula
 from docs.docstrings import entries, markdown, source, split_sections
 from seqarch.layers import MIXERS, build_mixer
 from seqarch.ops import OPS
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 GENERATED = [*tables.BLOCKS, *(Path("docs/ops") / f"{name}.md" for name in OPS)]

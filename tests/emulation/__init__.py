@@ -9,7 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 FOLDER = ROOT / "build" / "emulation"
 LIBRARY = FOLDER / "libseqarch_cuda.so"
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), Path(__file__).parent / "emulation.cpp"]

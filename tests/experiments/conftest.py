@@ -1,38 +1,16 @@
-"""Small runs: a configuration that trains in well under a second, in this process or through the command line."""
+"""What the runner's tests share; :mod:`tests.support.runs` makes small runs."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 
-from experiments.building import resolve
-from experiments.checkpoints import Checkpoints
-from experiments.config import RunConfig, run_config
-from experiments.ledger import keep_ledger
-from experiments.records import RunFolder
 from experiments.tasks import TASKS, Task
-from experiments.tensor_reader import TensorReader
-from experiments.train import Run
-
-from .small_tasks import SMALL
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-TINY = [
-    *("model.d_model=32", "model.depth=1"),
-    *("task.vocab_size=16", "task.length=16", "task.pairs=2", "task.validation_examples=32", "task.test_examples=32"),
-    *("train.batch_size=8", "train.threads=1", "train.target=null", "train.eval_every=5"),
-]
+from tests.support.runs import handlers_as_before
+from tests.support.small_tasks import SMALL
 
 
 @pytest.fixture(scope="session")
@@ -41,73 +19,8 @@ def tasks() -> dict[str, Task]:
     return {name: TASKS[name](config) for name, config in SMALL.items()}
 
 
-def tiny_config(runs: Path, **changes) -> RunConfig:
-    """A run of a tiny model; ``train__steps=3`` changes ``train.steps``."""
-    plain = {
-        "experiment": "tiny",
-        "seed": 0,
-        "runs": str(runs),
-        "model": {"name": "attention", "pattern": "attention", "d_model": 32, "depth": 1, "channel": "none"},
-        "task": {"name": "mqar", "vocab_size": 16, "length": 16, "pairs": 2}
-        | {"validation_examples": 32, "test_examples": 32},
-        "train": {"steps": 10, "batch_size": 8, "lr": 1e-3, "eval_every": 5, "threads": 1, "device": "cpu"},
-    }
-    for key, value in changes.items():
-        *parts, last = key.split("__")
-        target = plain
-        for part in parts:
-            target = target.setdefault(part, {})
-        target[last] = value
-    return resolve(run_config(plain))
-
-
-@contextmanager
-def handlers_as_before() -> Iterator[None]:
-    """A run that is over ignores signals for good, which the processes that are started next would inherit."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train_here(config: RunConfig) -> tuple[int, RunFolder]:
-    """Train in this process; the exit code and the folder."""
-    folder = RunFolder(config.folder())
-    folder.create(config)
-    folder.claim.take()
-    try:
-        with handlers_as_before():
-            return keep_ledger(folder, config, lambda: Run(config, folder)), folder
-    finally:
-        folder.leave()
-
-
-def last(folder: RunFolder) -> Path:
-    """The latest checkpoint."""
-    return Checkpoints(folder.checkpoints, keep=1).newest_first()[0]
-
-
-def tensors(path: Path, part: str = "") -> dict[str, torch.Tensor]:
-    """What a checkpoint holds, of the ``model``, the ``optimizer`` or everything."""
-    reader = TensorReader(path)
-    known = reader.read_metadata().state_dict_metadata.items()
-    content = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known}
-    content = {name: tensor for name, tensor in content.items() if name.startswith(part)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(content, storage_reader=reader, no_dist=True)
-    return content
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    """Whether two checkpoints hold the same bits."""
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.fixture(autouse=True)
-def _signal_handlers_as_before():
+def _signal_handlers_as_before() -> Iterator[None]:
     with handlers_as_before():
         yield
 
@@ -118,23 +31,3 @@ def dead_pid() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
-
-
-def command_line(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", *arguments]
-
-
-def call(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
-    """Run a module as a person would, from an empty folder that must not be littered."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command_line(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **options
-    )
-
-
-def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    """Wait for it, and fail when it does not come."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

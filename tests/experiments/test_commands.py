@@ -11,15 +11,24 @@ import pytest
 from rich.console import Console
 
 from experiments import demo, run
-from experiments.board import Board
-from experiments.monitor import Monitor
-from experiments.output import Outlet, flush_output
-from experiments.overrides import compose, hydra_arguments
+from experiments.config.overrides import compose, hydra_arguments
 from experiments.search import Search
+from experiments.sweeps.monitor import Monitor
+from experiments.sweeps.status import Board
+from experiments.util.output import Outlet, flush_output
+from tests.support.paths import ROOT
+from tests.support.runs import TINY, command_line
 
-from .conftest import ROOT, TINY, command_line
-
-COMMANDS = ["bench.__main__", "bench.gpu.__main__", "replay", "report", "runs", "search", "study", "train"]
+COMMANDS = [
+    "bench.__main__",
+    "bench.gpu.__main__",
+    "replay",
+    "report.__main__",
+    "runs.__main__",
+    "search",
+    "study",
+    "train",
+]
 MODEL = "name: mine\npattern: attention\nd_model: 64\ndepth: 1\n"
 
 
@@ -36,10 +45,10 @@ def test_help_is_told_and_unknown_arguments_are_refused(name, argument, code, tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["study", "runs", "bench.__main__"])
+@pytest.mark.parametrize("name", ["study", "runs.__main__", "bench.__main__"])
 def test_no_option_is_guessed_from_its_beginning(name, monkeypatch, capsys):
     """``--del`` must not delete."""
-    wanted = {"study": ["--al"], "runs": ["gc", "--del"], "bench.__main__": ["--qui"]}[name]
+    wanted = {"study": ["--al"], "runs.__main__": ["gc", "--del"], "bench.__main__": ["--qui"]}[name]
     monkeypatch.setattr("sys.argv", [name, *wanted])
     with pytest.raises(SystemExit) as ending:
         importlib.import_module(f"experiments.{name}").main()

@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from seqarch.interop import FAMILIES, from_transformers, lm_config, to_transformers, weight_map
 from seqarch.models import LanguageModel
-from tests.interop.families import CASES, VARIANTS, build
 from tests.laws import assert_close
+from tests.support.families import CASES, VARIANTS, build
 
 BOUND = 1e-5
 """RMS of the difference over the RMS of what is expected, in float32: of the logits, and of each gradient by itself."""

@@ -10,7 +10,7 @@ import torch
 from seqarch import ops
 from seqarch.layers import MIXERS, build_mixer
 from seqarch.layers.mixer import Mixer
-from seqarch.layers.recurrent import RecurrentMixer
+from seqarch.layers.recurrent_mixer import RecurrentMixer
 from tests import laws
 
 CASES = [(name, options) for name in MIXERS for options in ({}, *laws.VARIANTS.get(name, []))]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers import MIXERS, build_mixer
 from seqarch.layers.materialize import VALUES, Materialized, materialize
-from seqarch.layers.rotary import apply_rotary
+from seqarch.layers.modules.rotary import apply_rotary
 from seqarch.ops import Call
 from tests.laws import assert_close, inputs
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer, clone_state, materialize
-from seqarch.layers.kv_cache import KVCache
 from seqarch.layers.materialize import VALUES
 from seqarch.layers.mixer import MOST, MOST_COUNTED
+from seqarch.layers.modules.kv_cache import KVCache
 from seqarch.ops import record_calls
-from seqarch.ops.common.checks import annotated_kinds
+from seqarch.ops.dispatch.checks import annotated_kinds
 
 LAYERS = {**dict.fromkeys(MIXERS, build_mixer), **dict.fromkeys(CHANNEL_MIXERS, build_channel_mixer)}
 

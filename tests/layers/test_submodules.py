@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer
-from seqarch.layers.linear import Linear
+from seqarch.layers.modules.linear import Linear
 from seqarch.models import LanguageModel, LMConfig
 from tests.laws import FLOAT64_ERROR, assert_close, error
 

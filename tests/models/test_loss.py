@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import seqarch.models.loss
 from seqarch.models import LanguageModel, LMConfig
-from seqarch.ops.common import linear_onednn
-from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.native import onednn
 
 VOCABULARY = 37
 
@@ -107,7 +107,7 @@ def test_hooks_on_the_head_see_the_backward_pass():
 
 @pytest.mark.parametrize("here", [True, False], ids=["oneDNN", "torch"])
 def test_float32_products_of_either_library(here: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear_onednn, "unavailable", lambda: None if here else "not here")
+    monkeypatch.setattr(onednn, "unavailable", lambda: None if here else "not here")
     lm, (tokens, targets) = model(), batch()
     expected = by_torch(lm, tokens, targets)
     exact = gradients(lm, expected)

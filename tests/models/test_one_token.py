@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers import clone_state
-from seqarch.layers.mamba import Mamba
+from seqarch.layers.state_space.mamba import Mamba
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig, one_token
-from seqarch.ops.common import native, token_cpp
+from seqarch.ops.native import cpu_library, token
 from tests.laws import assert_close
 
 BOUND = 3e-6
@@ -30,22 +30,22 @@ class Runs:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    if (reason := native.unavailable()) is not None:
+    if (reason := cpu_library.unavailable()) is not None:
         pytest.skip(f"no program runs: {reason}")
-    runs, run = Runs(), token_cpp.Program.run
+    runs, run = Runs(), token.Program.run
 
     def counted(*arguments: object) -> Tensor | None:
         y = run(*arguments)  # type: ignore[arg-type]
         runs.count += y is not None
         return y
 
-    monkeypatch.setattr(token_cpp.Program, "run", counted)
+    monkeypatch.setattr(token.Program, "run", counted)
     return runs
 
 
-@pytest.fixture(params=native.supported_isas())
+@pytest.fixture(params=cpu_library.supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    with native.use_isa(request.param):
+    with cpu_library.use_isa(request.param):
         yield
 
 

@@ -14,9 +14,10 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, linearize, vm
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.linear import Linear
+from seqarch.layers.modules.linear import Linear
 from seqarch.ops import OPS, BackendError
-from seqarch.ops.common import gpu, linear_onednn
+from seqarch.ops.native import onednn
+from seqarch.ops.triton import availability
 from tests.laws import available
 
 BOUND = 1e-10
@@ -196,7 +197,7 @@ def test_second_derivatives_through_triton_kernels(case: str, backend: str):
     names, inputs = list(tensors), list(tensors.values())
     tangents = [torch.randn_like(x) for x in inputs]
     expected = reverse_over_reverse(called(op, names, options, "auto"), inputs, tangents)
-    with gpu.interpreted():
+    with availability.interpreted():
         found = reverse_over_reverse(called(op, names, options, backend), inputs, tangents)
     torch.testing.assert_close(found, expected, rtol=BOUND, atol=BOUND)
 
@@ -244,7 +245,7 @@ def test_hessians_through_half_precision_have_its_dtype():
 
 @pytest.mark.parametrize("rows", [2, 16])
 def test_linear_maps_have_all_derivatives(rows: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear_onednn, "unavailable", lambda: None)
+    monkeypatch.setattr(onednn, "unavailable", lambda: None)
     layer, x = Linear(512, 300), torch.randn(rows, 512)
     weight = layer.weight.detach()
     with torch.no_grad():

@@ -6,8 +6,6 @@ the gradients ``grad.*``, in float32; its metadata names the source. Bounds are 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,8 +13,8 @@ from torch import Tensor
 
 from seqarch import ops
 from tests.laws import assert_close, available, on_device
+from tests.support.paths import ORACLES
 
-ORACLES = Path(__file__).parents[1] / "data" / "oracles"
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-6}
 """The records themselves were rounded to float32 several times over: float64 does not come closer than that."""
 ON_DEVICE = 1e-5

@@ -20,7 +20,7 @@ from experiments.bench.gpu.contests import DECODED, GPU_CONTESTS
 from experiments.bench.gpu.device import Cuda, ceilings
 from experiments.bench.gpu.measure import LENGTHS, TOKENS, GpuRecord, Measurement, lines
 from experiments.bench.measure import prepare
-from experiments.errors import RunnerError, choices_hint
+from experiments.util.errors import RunnerError, choices_hint
 
 NO_DEVICE = "this bench times a CUDA device, and torch sees none: run it where there is one, with torch's CUDA build"
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.environment import ROOT
+from experiments.util.paths import ROOT
 from seqarch.ops import OPS
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 5e-3}
@@ -139,7 +139,7 @@ def cut(op: str, inputs: dict[str, Any], bound: float, label: str) -> Iterator[C
 
 def suites(root: Path = ROOT) -> list[str]:
     """The tests that run their kernels on the device."""
-    return sorted(str(path) for name in SUITES for path in (root / "tests" / "ops").glob(name))
+    return sorted(str(path) for name in SUITES for path in (root / "tests" / "ops").rglob(name))
 
 
 def run_suites() -> str | None:

@@ -13,8 +13,8 @@ import torch
 from experiments.bench.contest import WAYS, Absent, Call, Cost, Inputs
 from experiments.bench.gpu.contests import GpuContest, Shape, decoding, token_cost
 from experiments.bench.measure import Ceilings, alternate, expected, quartiles, ratio, rounded
-from experiments.environment import code_version, software
-from experiments.files import write_atomic
+from experiments.util.environment import code_version, software
+from experiments.util.files import write_atomic
 
 LENGTHS = tuple(2**exponent for exponent in range(10, 18))
 TOKENS = 2**17

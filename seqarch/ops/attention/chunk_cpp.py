@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from seqarch.ops.attention import operators
-from seqarch.ops.common import native
-from seqarch.ops.common.native import Heads, Offsets, Pointer, float64, int32, int64
+from seqarch.ops.native import cpu_library
+from seqarch.ops.native.cpu_library import Heads, Offsets, Pointer, float64, int32, int64
 
 # The order of the header, csrc/include/seqarch.h.
 _INPUTS = (int32, Heads, Heads, Heads, int32, int64, float64, Pointer)
 _PROBLEM = (Offsets, *[int64] * 7)
-_forward = native.Kernel("attention_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
-_backward = native.Kernel("attention_backward", *_INPUTS, Heads, Pointer, Heads, *[Pointer] * 3, *_PROBLEM)
+_forward = cpu_library.Kernel("attention_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
+_backward = cpu_library.Kernel("attention_backward", *_INPUTS, Heads, Pointer, Heads, *[Pointer] * 3, *_PROBLEM)
 
-unavailable = native.unavailable
+unavailable = cpu_library.unavailable
 
 
 def refuse(
@@ -39,7 +39,16 @@ def _inputs(
 ) -> tuple[Any, ...]:
     """Arguments of the kernels, copied where the last dimension is strided."""
     start = None if key_start is None else key_start.contiguous()
-    return native.DTYPES[v.dtype], native.rows(q), native.rows(k), native.rows(v), causal, window, scale, start
+    return (
+        cpu_library.DTYPES[v.dtype],
+        cpu_library.rows(q),
+        cpu_library.rows(k),
+        cpu_library.rows(v),
+        causal,
+        window,
+        scale,
+        start,
+    )
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int] | None) -> tuple[Any, ...]:
@@ -77,11 +86,11 @@ def backward(
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = operators.gradients(q, k, v)
-    outputs = native.rows(o), log_sum.contiguous(), native.rows(do)
+    outputs = cpu_library.rows(o), log_sum.contiguous(), cpu_library.rows(do)
     inputs = _inputs(q, k, v, causal, window, scale, key_start)
     _backward(*inputs, *outputs, *gradients, *_problem(q, k, v, cu_seqlens))
     return gradients
 
 
 attend = operators.differentiable("attention", forward, backward, "cpu")
-run = partial(operators.run, attend, native.common_dtype)
+run = partial(operators.run, attend, cpu_library.common_dtype)

@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from seqarch.ops.common import vendors
-from seqarch.ops.common.operators import first_derivatives_only
+from seqarch.ops.dispatch import vendors
+from seqarch.ops.native.custom_op import first_derivatives_only
 
 WIDEST = 256
 """The greatest head width that the kernels take."""

@@ -15,10 +15,10 @@ from functools import partial
 from torch import Tensor
 
 from seqarch.ops.attention import operators
-from seqarch.ops.common import gpu
-from seqarch.ops.common.checks import promoted_dtype
+from seqarch.ops.dispatch.checks import promoted_dtype
+from seqarch.ops.triton import availability
 
-unavailable = gpu.unavailable
+unavailable = availability.unavailable
 
 
 def refuse(
@@ -31,7 +31,7 @@ def refuse(
     offsets: tuple[int, ...] | None,
     key_start: Tensor | None,
 ) -> str | None:
-    return gpu.refuse_attention(q, k, v)
+    return availability.refuse_attention(q, k, v)
 
 
 def yields(

@@ -13,9 +13,9 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.attention import kernels
-from seqarch.ops.common import launch_triton
-from seqarch.ops.common.launch_triton import Tuned, block, combine, heads_of, persistent, products, strides
-from seqarch.ops.common.tuning import Configuration
+from seqarch.ops.triton import launch
+from seqarch.ops.triton.autotune import Configuration
+from seqarch.ops.triton.launch import Tuned, block, combine, heads_of, persistent, products, strides
 
 Bounds = tuple[tuple[int, int, int, int], ...]
 
@@ -129,7 +129,7 @@ class Attention:
         if self.queries <= FEW and not self.packed:
             return self._forward_split()
         o, log_sum = outputs(self.q, self.v)
-        launch_triton.launch(
+        launch.launch(
             Tuned(kernels.attend, self.tiles.forward), self._programs(self.tables.queries, self.heads),
             self.q, self.k, self.v, o, log_sum, self.tables.queries, *self.numbers, self._rows(self.queries),
             *self.inputs, self.groups, self.heads, BQ=self.tiles.queries, **self.constants,
@@ -146,7 +146,7 @@ class Attention:
         reach = triton.cdiv(blocks, max(1, persistent(programs * blocks, o.device) // max(1, programs)))
         parts = triton.cdiv(blocks, reach)
         each, sums = (o, log_sum) if parts == 1 else (log_sum.new_empty(parts * x.numel()) for x in (o, log_sum))
-        launch_triton.launch(
+        launch.launch(
             Tuned(kernels.attend_split, configurations), programs * parts,
             self.q, self.k, self.v, each, sums, log_sum if self.start is None else self.start, self.scale, self.window,
             self.queries, self.keys, self.shared, parts, reach * BT, *self.inputs, self.groups,
@@ -162,12 +162,12 @@ class Attention:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k, self.v))
         between = torch.empty_like(log_sum)
         sizes = (*self.inputs, *strides(self.packed, do), self.groups, self.heads)
-        launch_triton.launch(
+        launch.launch(
             Tuned(kernels.query_gradients, self.tiles.query_gradients), self._programs(self.tables.queries, self.heads),
             self.q, self.k, self.v, o, do, log_sum, dq, between, self.tables.queries, *self.numbers, queries,
             *sizes, BQ=self.tiles.queries, **self.constants,
         )  # fmt: skip
-        launch_triton.launch(
+        launch.launch(
             Tuned(kernels.key_gradients, self.tiles.key_gradients), self._programs(self.tables.keys, self.groups),
             self.q, self.k, self.v, do, log_sum, between, dk, dv, self.tables.keys, *self.numbers, queries,
             self._rows(self.keys), *sizes, BT=self.tiles.keys, **self.constants,

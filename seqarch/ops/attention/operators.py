@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.attention import chunk_sdpa, parallel_sdpa
-from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.memory import in_huge_pages, like
-from seqarch.ops.common.operators import Formula, Saved, define
+from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.native.custom_op import Formula, Saved, define
+from seqarch.ops.native.huge_pages import in_huge_pages, like
 
 
 def outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqarch.ops.common.checks import accumulation_dtype, promoted_dtype
-from seqarch.ops.common.eager import transform
-from seqarch.ops.common.operators import first_derivatives_only
-from seqarch.ops.common.packed import each_sequence
-from seqarch.ops.common.softmax import masked_softmax
+from seqarch.ops.chunked.packing import each_sequence
+from seqarch.ops.chunked.softmax import masked_softmax
+from seqarch.ops.dispatch.checks import accumulation_dtype, promoted_dtype
+from seqarch.ops.dispatch.eager import transform
+from seqarch.ops.native.custom_op import first_derivatives_only
 
 TRANSFORMABLE = True
 

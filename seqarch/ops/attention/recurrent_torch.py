@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.packed import each_sequence
+from seqarch.ops.chunked.packing import each_sequence
+from seqarch.ops.dispatch.checks import accumulation_dtype
 
 TRANSFORMABLE = True
 

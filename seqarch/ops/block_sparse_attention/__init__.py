@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common import checks
-from seqarch.ops.op import Op
+from seqarch.ops.dispatch import checks
+from seqarch.ops.dispatch.op import Op
 
 NAME = "block_sparse_attention"
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from seqarch.ops.block_sparse_attention import lists
 from seqarch.ops.block_sparse_attention.lists import differentiable, outputs
-from seqarch.ops.common import gpu
-from seqarch.ops.common.checks import promoted_dtype
+from seqarch.ops.dispatch.checks import promoted_dtype
+from seqarch.ops.triton import availability
 
 LEAST_BLOCK = 16
 """Keys of the smallest tile that a tensor core multiplies."""
 
-unavailable = gpu.unavailable
+unavailable = availability.unavailable
 
 
 def refuse(
@@ -38,7 +38,7 @@ def refuse(
     offsets: tuple[int, ...] | None,
     key_start: Tensor | None,
 ) -> str | None:
-    return gpu.refuse_attention(q, k, v)
+    return availability.refuse_attention(q, k, v)
 
 
 def yields(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, block_size: int, *others: Any) -> str | None:

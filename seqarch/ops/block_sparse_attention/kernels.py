@@ -19,8 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqarch.ops.common.softmax_triton import LOG2E, absorb, finish, piece, weights_of
-from seqarch.ops.common.tiles_triton import dot
+from seqarch.ops.triton.softmax import LOG2E, absorb, finish, piece, weights_of
+from seqarch.ops.triton.tiles import dot
 
 
 @triton.jit

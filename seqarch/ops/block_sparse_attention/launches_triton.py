@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention import kernels
-from seqarch.ops.common import launch_triton
-from seqarch.ops.common.launch_triton import Tuned, block, combine, heads_of, persistent, products, strides
-from seqarch.ops.common.tuning import Configuration
+from seqarch.ops.triton import launch
+from seqarch.ops.triton.autotune import Configuration
+from seqarch.ops.triton.launch import Tuned, block, combine, heads_of, persistent, products, strides
 
 WORKSPACE = 2**28
 """Numbers of what pairs hold at a time; heads of keys take turns if together they would need more."""
@@ -119,7 +119,7 @@ class Part:
             order, rows = self._by_block()
         BQ = block(rows, self.most)
         parts = triton.cdiv(rows, BQ)
-        launch_triton.launch(
+        launch.launch(
             _tried(kernels.partial_outputs), persistent(len(order.tiles) * parts, self.v.device),
             self.q, self.k, self.v, each, sums, order.order, self.entries, self.first, order.tiles, order.ends,
             *self.sizes, parts, *self.inputs, BQ=BQ, **self.constants,
@@ -137,14 +137,14 @@ class Part:
         order, rows = self._by_block()
         tables, BQ = (order.order, self.entries, self.first), block(rows, self.most)
         parts = triton.cdiv(rows, BQ)
-        launch_triton.launch(
+        launch.launch(
             _tried(kernels.partial_gradients), persistent(len(order.tiles) * parts, self.v.device),
             *inputs, each, *tables, order.tiles, order.ends, *self.sizes, parts, *numbers, BQ=BQ, **self.constants,
         )  # fmt: skip
         combine(each, log_sum, self.entries, dq, log_sum, self.listed, self.shared, self.scale, weighted=False)
         dkeys, dvalues = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (self.k, self.v))
         parts = triton.cdiv(self.block_size, self.key_tile)
-        launch_triton.launch(
+        launch.launch(
             _tried(kernels.block_gradients), persistent(len(order.runs) * parts, self.v.device),
             *inputs, dkeys, dvalues, *tables, order.runs, order.ends, *self.sizes, parts, *numbers,
             **self.constants | {"BQ": min(BQ, 32), "BT": self.key_tile},

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from seqarch.ops.block_sparse_attention import parallel_torch
 from seqarch.ops.block_sparse_attention.starts import sequence_starts
-from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.memory import in_huge_pages
-from seqarch.ops.common.operators import Formula, Saved, define
+from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.native.custom_op import Formula, Saved, define
+from seqarch.ops.native.huge_pages import in_huge_pages
 
 
 def run(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention.starts import sequence_starts
-from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.packed import each_sequence
-from seqarch.ops.common.softmax import masked_softmax
+from seqarch.ops.chunked.packing import each_sequence
+from seqarch.ops.chunked.softmax import masked_softmax
+from seqarch.ops.dispatch.checks import accumulation_dtype
 
 TRANSFORMABLE = True
 

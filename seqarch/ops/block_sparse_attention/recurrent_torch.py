@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.eager import is_batched
-from seqarch.ops.common.packed import each_sequence
+from seqarch.ops.chunked.packing import each_sequence
+from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.dispatch.eager import is_batched
 
 TRANSFORMABLE = True
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.common.checks import (
+from seqarch.ops.dispatch.checks import (
     accumulation_dtype,
     floating_on_one_device,
     initial_state,
@@ -27,7 +27,7 @@ from seqarch.ops.common.checks import (
     sequence_offsets,
     unknown_name,
 )
-from seqarch.ops.op import Op
+from seqarch.ops.dispatch.op import Op
 
 WIDTHS = range(2, 9)
 ACTIVATIONS = ("silu",)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.causal_conv1d import parallel_torch
-from seqarch.ops.common.memory import like
-from seqarch.ops.common.operators import Engine, Formula, Saved, define
-from seqarch.ops.common.packed import sequence_count
+from seqarch.ops.chunked.packing import sequence_count
+from seqarch.ops.native.custom_op import Engine, Formula, Saved, define
+from seqarch.ops.native.huge_pages import like
 
 
 def refuse_dtypes(x: Tensor, weight: Tensor, numbers: dict[torch.dtype, int]) -> str | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.common import vendors
-from seqarch.ops.common.operators import first_derivatives_only
-from seqarch.ops.common.packed import over_sequences
+from seqarch.ops.chunked.packing import over_sequences
+from seqarch.ops.dispatch import vendors
+from seqarch.ops.native.custom_op import first_derivatives_only
 
 WIDTHS = range(2, 5)
 MULTIPLE = 8

@@ -11,24 +11,24 @@ from typing import Any
 from torch import Tensor
 
 from seqarch.ops.causal_conv1d.operators import Operators, refuse_dtypes
-from seqarch.ops.common import library_cuda
-from seqarch.ops.common.native import NUMBERS, Pointer, Start, int32, int64
-from seqarch.ops.common.operators import Engine
+from seqarch.ops.native import cuda_library
+from seqarch.ops.native.cpu_library import NUMBERS, Pointer, Start, int32, int64
+from seqarch.ops.native.custom_op import Engine
 
-unavailable = library_cuda.unavailable
+unavailable = cuda_library.unavailable
 
 # The order of the header, csrc/include/seqarch_cuda.h.
 _INPUTS = (int32, Start, int64, int64, Pointer, Pointer, Pointer)
 _UPSTREAM = (Start, int64, int64, Pointer)
 _PROBLEM = (Pointer, int64, int64, int64, int64, int32)
-_forward = library_cuda.Kernel("causal_conv1d_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
-_backward = library_cuda.Kernel("causal_conv1d_backward", *_INPUTS, *_UPSTREAM, *[Pointer] * 4, *_PROBLEM)
+_forward = cuda_library.Kernel("causal_conv1d_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
+_backward = cuda_library.Kernel("causal_conv1d_backward", *_INPUTS, *_UPSTREAM, *[Pointer] * 4, *_PROBLEM)
 
 
 def refuse(x: Tensor, weight: Tensor, *_: Any) -> str | None:
-    return library_cuda.refuse(x=x) or refuse_dtypes(x, weight, NUMBERS)
+    return cuda_library.refuse(x=x) or refuse_dtypes(x, weight, NUMBERS)
 
 
-ENGINE = Engine(_forward, _backward, NUMBERS, library_cuda.offsets)
+ENGINE = Engine(_forward, _backward, NUMBERS, cuda_library.offsets)
 OPERATORS = Operators("causal_conv1d_cuda", ENGINE, None)
 run = OPERATORS.forward

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqarch.ops.common.eager import transform
-from seqarch.ops.common.packed import over_sequences
+from seqarch.ops.chunked.packing import over_sequences
+from seqarch.ops.dispatch.eager import transform
 
 TRANSFORMABLE = True
 

@@ -31,8 +31,8 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.common.recurrence import prepare_recurrence
-from seqarch.ops.op import Op
+from seqarch.ops.chunked.recurrence import prepare_recurrence
+from seqarch.ops.dispatch.op import Op
 
 NAME = "delta_rule"
 

@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.common import native
-from seqarch.ops.common.memory import like
-from seqarch.ops.common.native import Heads, Offsets, Pointer, float64, int32, int64
-from seqarch.ops.common.recurrence import differentiable, room_for_gradients
+from seqarch.ops.chunked.recurrence import differentiable, room_for_gradients
 from seqarch.ops.delta_rule import chunk_torch
+from seqarch.ops.native import cpu_library
+from seqarch.ops.native.cpu_library import Heads, Offsets, Pointer, float64, int32, int64
+from seqarch.ops.native.huge_pages import like
 
 # The order of the header, csrc/include/seqarch.h.
 _INPUTS = (int32, *[Heads] * 5, int32, Heads, Heads, float64, Pointer)
 _PROBLEM = (Offsets, int64, int64, int64, int64, int64, int64)
-_forward = native.Kernel("delta_rule_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
-_backward = native.Kernel("delta_rule_backward", *_INPUTS, Heads, *[Pointer] * 9, *_PROBLEM)
+_forward = cpu_library.Kernel("delta_rule_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
+_backward = cpu_library.Kernel("delta_rule_backward", *_INPUTS, Heads, *[Pointer] * 9, *_PROBLEM)
 
-unavailable = native.unavailable
+unavailable = cpu_library.unavailable
 
 
 def refuse(q: Tensor, *others: Any) -> str | None:
@@ -40,10 +40,10 @@ def _inputs(
     """Arguments of the kernels, copied where the last dimension is strided."""
     per_key = False
     if log_decay is not None and log_decay.ndim == 4:
-        per_key, log_decay = True, native.rows(log_decay)
-    apart = (None if each is None else native.rows(each) for each in (read, erase))
-    heads = native.rows(q), native.rows(k), native.rows(v), beta, log_decay
-    return native.DTYPES[v.dtype], *heads, per_key, *apart, scale, state.contiguous()
+        per_key, log_decay = True, cpu_library.rows(log_decay)
+    apart = (None if each is None else cpu_library.rows(each) for each in (read, erase))
+    heads = cpu_library.rows(q), cpu_library.rows(k), cpu_library.rows(v), beta, log_decay
+    return cpu_library.DTYPES[v.dtype], *heads, per_key, *apart, scale, state.contiguous()
 
 
 def _problem(q: Tensor, v: Tensor, state: Tensor, cu_seqlens: Sequence[int] | None) -> tuple[Any, ...]:
@@ -85,7 +85,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = room_for_gradients(q, k, v, beta, log_decay, read, erase, state)
     inputs = _inputs(q, k, v, beta, log_decay, read, erase, scale, state)
-    upstream = native.rows(do), dstate_out.contiguous()
+    upstream = cpu_library.rows(do), dstate_out.contiguous()
     _backward(*inputs, *upstream, *gradients, *_problem(q, v, state, cu_seqlens))
     return gradients
 
@@ -106,9 +106,9 @@ def run(
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
     apart = [None if each is None or each is k else each for each in (read, erase)]
-    dtype = native.activation_dtype(state, q, k, v, *(each for each in apart if each is not None))
+    dtype = cpu_library.activation_dtype(state, q, k, v, *(each for each in apart if each is not None))
     if log_decay is not None:
-        log_decay = native.stepwise(log_decay.to(state.dtype), v)
+        log_decay = cpu_library.stepwise(log_decay.to(state.dtype), v)
     apart = [None if each is None else each.to(dtype) for each in apart]
     narrow = q.to(dtype), k.to(dtype), v.to(dtype), beta.to(state.dtype)
     o, state = recur(*narrow, log_decay, *apart, scale, state, offsets)

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.common import gpu
-from seqarch.ops.common.recurrence import as_given, differentiable
+from seqarch.ops.chunked.recurrence import as_given, differentiable
 from seqarch.ops.delta_rule import chunk_torch
+from seqarch.ops.triton import availability
 
-unavailable = gpu.unavailable
+unavailable = availability.unavailable
 
 
 def refuse(
@@ -35,7 +35,7 @@ def refuse(
 ) -> str | None:
     if erase is not None:
         return "erase is given, expected None: what is removed is removed at k"
-    return gpu.refuse_recurrence(q, v, state)
+    return availability.refuse_recurrence(q, v, state)
 
 
 def forward(
@@ -70,8 +70,8 @@ def backward(
     do: Tensor,
     dstate_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from seqarch.ops.common.launch_triton import rows
     from seqarch.ops.delta_rule.launches_triton import DeltaRule
+    from seqarch.ops.triton.launch import rows
 
     call = DeltaRule(q, k, v, beta, log_decay, read, state, cu_seqlens)
     found = call.differentiate(rows(do), dstate_out.contiguous(), state.contiguous(), scale)
@@ -100,5 +100,5 @@ def run(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    steps = gpu.stepwise(log_decay, v)
+    steps = availability.stepwise(log_decay, v)
     return recur(q, k, v, beta, steps, None if read is k else read, float(scale), state, offsets)

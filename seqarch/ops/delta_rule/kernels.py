@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqarch.ops.common.tiles_triton import (
+from seqarch.ops.triton.tiles import (
     CHUNK,
     SUB,
     at_head,

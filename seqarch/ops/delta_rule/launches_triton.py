@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from seqarch.ops.common import launch_triton
-from seqarch.ops.common.launch_triton import PLAIN, block, rows, tuned
-from seqarch.ops.common.recurrence_triton import NONE, VECTOR, Recurrence
 from seqarch.ops.delta_rule import kernels
+from seqarch.ops.triton import launch
+from seqarch.ops.triton.launch import PLAIN, block, rows, tuned
+from seqarch.ops.triton.recurrence import NONE, VECTOR, Recurrence
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DeltaRule(Recurrence):
         """The corrected values, and the state before each chunk, from the one before the first."""
         pairs = self.pairs(self.read, self.keys, self.K, decayed=True, scale=1.0, strict=True)
         inverse = torch.empty_like(pairs)
-        launch_triton.launch(
+        launch.launch(
             tuned(kernels.invert, 8), self.chunks * self.heads,
             pairs, self.beta, inverse, *self.bounds, self.beta.stride(0), self.heads,
             PRECISION="tf32x3", **self.types,
@@ -75,7 +75,7 @@ class DeltaRule(Recurrence):
         written = self._solve(inverse, self.values, self.V, decayed=False)
         u, last = torch.empty_like(written), torch.empty_like(state)
         states = self.empty(self.chunks, self.heads, self.K, self.V)
-        launch_triton.launch(
+        launch.launch(
             tuned(kernels.corrected_states, 8, PLAIN), self._state_programs(),
             self.keys, recall, written, *self.decays, state, states, u, last, *self.bounds, self.layout.sequences,
             self.keys.stride(0), self.groups, self.heads, **self.whole,
@@ -89,7 +89,7 @@ class DeltaRule(Recurrence):
         """``inverse (beta x)``, x decayed from the chunk's start or not: ``[rows, H width]``."""
         out = self.empty(self.rows, self.heads * width)
         tile = block(width, self.most)
-        launch_triton.launch(
+        launch.launch(
             tuned(kernels.solve), self.chunks * self.heads * triton.cdiv(width, tile),
             inverse, x, self.beta, *self.decays, out, *self.bounds, x.stride(0), self.beta.stride(0),
             x.shape[1] // width, self.heads, D=width, BLOCK=tile, DECAY=self.decay if decayed else NONE,
@@ -104,7 +104,7 @@ class DeltaRule(Recurrence):
         pairs = self.pairs(self.queries, self.keys, self.K, decayed=True, scale=scale)
         within = self.outputs(self.keys, do, pairs, states, 1.0, self.work, backward=True, carried=False)
         du, dstates, dstate = torch.empty_like(u), torch.empty_like(states), torch.empty_like(dlast)
-        launch_triton.launch(
+        launch.launch(
             tuned(kernels.corrected_gradients, 8, PLAIN), self._state_programs(),
             self.queries, self.keys, solution.recall, do, within, *self.decays, dlast, dstates, du, dstate,
             *self.bounds, self.layout.sequences, scale, self.queries.stride(0), self.keys.stride(0), do.stride(0),
@@ -122,7 +122,7 @@ class DeltaRule(Recurrence):
 
     def _value_gradients(self, solution: Solution, du: Tensor) -> tuple[Tensor, Tensor]:
         z, dbeta = torch.empty_like(du), self.empty(self.rows, self.heads, dtype=self.sums)
-        launch_triton.launch(
+        launch.launch(
             tuned(kernels.value_gradients, 8, PLAIN), self.chunks * self.heads,
             solution.inverse, solution.pairs, solution.u, du, self.values, self.beta, self.read, *self.decays,
             solution.states, z, dbeta, *self.bounds, self.values.stride(0), self.beta.stride(0), self.read.stride(0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seqarch.ops.common.recurrence import recur
+from seqarch.ops.chunked.recurrence import recur
 
 TRANSFORMABLE = True
 

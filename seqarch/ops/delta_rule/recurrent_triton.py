@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqarch.ops.common import gpu
-from seqarch.ops.common.recurrence import differentiable
+from seqarch.ops.chunked.recurrence import differentiable
 from seqarch.ops.delta_rule import chunk_triton
+from seqarch.ops.triton import availability
 
 unavailable, refuse = chunk_triton.unavailable, chunk_triton.refuse
 
@@ -25,7 +25,7 @@ def forward(
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``read`` ``None`` for k, ``state`` in the dtype of sums."""
-    from seqarch.ops.common.recurrence_triton import steps
+    from seqarch.ops.triton.recurrence import steps
 
     return steps(q, k, v, beta, log_decay, read, scale, state, cu_seqlens)
 
@@ -45,5 +45,5 @@ def run(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    steps = gpu.stepwise(log_decay, v)
+    steps = availability.stepwise(log_decay, v)
     return recur(q, k, v, beta, steps, None if read is k else read, float(scale), state, offsets)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common import checks
+from seqarch.ops.dispatch import checks
+from seqarch.ops.dispatch.op import Op
 from seqarch.ops.experts.activations import ACTIVATIONS
-from seqarch.ops.op import Op
 
 NAME = "experts"
 

@@ -2,7 +2,7 @@
 
 Neither copies of the tokens nor what lies between the products are ever whole in memory. Of the forward pass the
 results of the first products are kept for the backward pass, and nothing else. float32 products take the faster of
-torch's libraries (:mod:`seqarch.ops.common.linear_onednn`).
+torch's libraries (:mod:`seqarch.ops.native.onednn`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.linear_onednn import fastest_product, serves
-from seqarch.ops.common.memory import in_huge_pages
-from seqarch.ops.common.operators import Formula, Saved, define
+from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.experts import parallel_torch
 from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES
 from seqarch.ops.experts.groups import product_dtype, sort_by_expert
+from seqarch.ops.native.custom_op import Formula, Saved, define
+from seqarch.ops.native.huge_pages import in_huge_pages
+from seqarch.ops.native.onednn import fastest_product, serves
 
 CHUNK_NUMBERS = 2**22
 """Of a chunk's rows, in the wider of their widths: 16 MB in float32."""

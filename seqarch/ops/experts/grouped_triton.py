@@ -11,10 +11,10 @@ from functools import partial
 
 from torch import Tensor
 
-from seqarch.ops.common import gpu
 from seqarch.ops.experts import groups
+from seqarch.ops.triton import availability
 
-unavailable = gpu.unavailable
+unavailable = availability.unavailable
 
 
 def refuse(
@@ -26,7 +26,7 @@ def refuse(
     w_gate: Tensor | None,
     activation: str,
 ) -> str | None:
-    return gpu.refuse("x", x, groups.product_dtype(x))
+    return availability.refuse("x", x, groups.product_dtype(x))
 
 
 def _matmul(rows: Tensor, weight: Tensor, starts: Tensor) -> Tensor:

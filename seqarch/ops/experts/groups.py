@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.autocast import autocast_is_on
-from seqarch.ops.common.checks import accumulation_dtype
+from seqarch.ops.dispatch.autocast import autocast_is_on
+from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.experts.activations import ACTIVATIONS
 
 

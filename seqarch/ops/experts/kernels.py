@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqarch.ops.common.tiles_triton import dot, put
+from seqarch.ops.triton.tiles import dot, put
 
 
 @triton.jit

@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from seqarch.ops.common import launch_triton
-from seqarch.ops.common.launch_triton import Tuned, block, products
-from seqarch.ops.common.tuning import Configuration
 from seqarch.ops.experts import kernels
+from seqarch.ops.triton import launch
+from seqarch.ops.triton.autotune import Configuration
+from seqarch.ops.triton.launch import Tuned, block, products
 
 CONFIGURATIONS = Configuration(8, 3), Configuration(8, 2), Configuration(4, 3)
 
@@ -23,7 +23,7 @@ def matmul(rows: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
     M, N, D = _tiles(rows.dtype)
     N, D = block(width, N), block(inner, D)
     table = tiles(starts, M).to(rows.device)
-    launch_triton.launch(
+    launch.launch(
         Tuned(kernels.grouped_matmul, CONFIGURATIONS), len(table) * triton.cdiv(width, N),
         rows, weight, out, table, rows.stride(0), *weight.stride(), inner, width, M=M, N=N, D=D, **products(rows.dtype),
     )  # fmt: skip
@@ -37,7 +37,7 @@ def outer(left: Tensor, right: Tensor, starts: Tensor) -> Tensor:
     out = left.new_empty(experts, height, width)
     M, N, D = _tiles(left.dtype)
     M, N = block(height, M), block(width, N)
-    launch_triton.launch(
+    launch.launch(
         Tuned(kernels.grouped_outer, CONFIGURATIONS), experts * triton.cdiv(height, M) * triton.cdiv(width, N),
         left, right, out, starts.to(left.device), left.stride(0), right.stride(0), height, width,
         M=M, N=N, D=D, **products(left.dtype),

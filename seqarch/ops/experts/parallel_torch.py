@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.checks import accumulation_dtype
-from seqarch.ops.common.eager import is_batched
+from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.dispatch.eager import is_batched
 from seqarch.ops.experts.activations import ACTIVATIONS
 from seqarch.ops.experts.groups import check_range
 

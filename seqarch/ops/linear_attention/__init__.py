@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.common.recurrence import prepare_recurrence
-from seqarch.ops.op import Op
+from seqarch.ops.chunked.recurrence import prepare_recurrence
+from seqarch.ops.dispatch.op import Op
 
 NAME = "linear_attention"
 

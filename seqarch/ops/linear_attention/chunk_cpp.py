@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.common import native
-from seqarch.ops.common.memory import like
-from seqarch.ops.common.native import Heads, Offsets, Pointer, float64, int32, int64
-from seqarch.ops.common.recurrence import differentiable, room_for_gradients
+from seqarch.ops.chunked.recurrence import differentiable, room_for_gradients
 from seqarch.ops.linear_attention import chunk_torch
+from seqarch.ops.native import cpu_library
+from seqarch.ops.native.cpu_library import Heads, Offsets, Pointer, float64, int32, int64
+from seqarch.ops.native.huge_pages import like
 
 # The order of the header, csrc/include/seqarch.h.
 _INPUTS = (int32, Heads, Heads, Heads, Heads, int32, float64, Pointer)
 _PROBLEM = (Offsets, int64, int64, int64, int64, int64, int64)
-_forward = native.Kernel("linear_attention_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
-_backward = native.Kernel("linear_attention_backward", *_INPUTS, Heads, *[Pointer] * 6, *_PROBLEM)
+_forward = cpu_library.Kernel("linear_attention_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
+_backward = cpu_library.Kernel("linear_attention_backward", *_INPUTS, Heads, *[Pointer] * 6, *_PROBLEM)
 
-unavailable = native.unavailable
+unavailable = cpu_library.unavailable
 
 
 def refuse(
@@ -38,9 +38,9 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: fl
     """Arguments of the kernels, copied where the last dimension is strided."""
     per_key = False
     if log_decay is not None and log_decay.ndim == 4:
-        per_key, log_decay = True, native.rows(log_decay)
-    heads = native.rows(q), native.rows(k), native.rows(v), log_decay
-    return native.DTYPES[v.dtype], *heads, per_key, scale, state.contiguous()
+        per_key, log_decay = True, cpu_library.rows(log_decay)
+    heads = cpu_library.rows(q), cpu_library.rows(k), cpu_library.rows(v), log_decay
+    return cpu_library.DTYPES[v.dtype], *heads, per_key, scale, state.contiguous()
 
 
 def _problem(q: Tensor, v: Tensor, state: Tensor, cu_seqlens: Sequence[int] | None) -> tuple[Any, ...]:
@@ -74,7 +74,7 @@ def backward(
     dstate_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = room_for_gradients(q, k, v, log_decay, state)
-    upstream = native.rows(do), dstate_out.contiguous()
+    upstream = cpu_library.rows(do), dstate_out.contiguous()
     inputs = _inputs(q, k, v, log_decay, scale, state)
     _backward(*inputs, *upstream, *gradients, *_problem(q, v, state, cu_seqlens))
     return gradients
@@ -92,8 +92,8 @@ def run(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = native.activation_dtype(state, q, k, v)
+    dtype = cpu_library.activation_dtype(state, q, k, v)
     if log_decay is not None:
-        log_decay = native.stepwise(log_decay.to(state.dtype), v)
+        log_decay = cpu_library.stepwise(log_decay.to(state.dtype), v)
     o, state = recur(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, scale, state, offsets)
     return o.to(v.dtype), state

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common import vendors
-from seqarch.ops.common.operators import first_derivatives_only
+from seqarch.ops.dispatch import vendors
+from seqarch.ops.native.custom_op import first_derivatives_only
 
 CHUNK = 256
 KEYS = 256

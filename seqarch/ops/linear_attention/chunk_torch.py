@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.decay import chunk_decay, chunk_heads, join_heads
-from seqarch.ops.common.packed import Chunks
+from seqarch.ops.chunked.decay import chunk_decay, chunk_heads, join_heads
+from seqarch.ops.chunked.packing import Chunks
 
 TRANSFORMABLE = True
 CHUNK = 32

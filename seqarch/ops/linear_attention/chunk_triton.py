@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqarch.ops.common import gpu
-from seqarch.ops.common.recurrence import as_given, differentiable
+from seqarch.ops.chunked.recurrence import as_given, differentiable
 from seqarch.ops.linear_attention import chunk_torch
+from seqarch.ops.triton import availability
 
-unavailable = gpu.unavailable
+unavailable = availability.unavailable
 
 
 def refuse(
@@ -27,7 +27,7 @@ def refuse(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> str | None:
-    return gpu.refuse_recurrence(q, v, state)
+    return availability.refuse_recurrence(q, v, state)
 
 
 def forward(
@@ -40,8 +40,8 @@ def forward(
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``state`` in the dtype of sums."""
-    from seqarch.ops.common.launch_triton import rows
-    from seqarch.ops.common.recurrence_triton import Recurrence
+    from seqarch.ops.triton.launch import rows
+    from seqarch.ops.triton.recurrence import Recurrence
 
     call = Recurrence(k, v, (q, k, v), log_decay, state, cu_seqlens)
     queries, keys, values = rows(q), rows(k), rows(v)
@@ -62,8 +62,8 @@ def backward(
     do: Tensor,
     dstate_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from seqarch.ops.common.launch_triton import rows
-    from seqarch.ops.common.recurrence_triton import Recurrence
+    from seqarch.ops.triton.launch import rows
+    from seqarch.ops.triton.recurrence import Recurrence
 
     call = Recurrence(k, v, (q, k, v), log_decay, state, cu_seqlens)
     queries, keys, values, upstream = rows(q), rows(k), rows(v), rows(do)
@@ -89,4 +89,4 @@ def run(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    return recur(q, k, v, gpu.stepwise(log_decay, v), float(scale), state, offsets)
+    return recur(q, k, v, availability.stepwise(log_decay, v), float(scale), state, offsets)

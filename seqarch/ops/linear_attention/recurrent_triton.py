@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqarch.ops.common import gpu
-from seqarch.ops.common.recurrence import differentiable
+from seqarch.ops.chunked.recurrence import differentiable
 from seqarch.ops.linear_attention import chunk_torch, chunk_triton
+from seqarch.ops.triton import availability
 
 unavailable, refuse = chunk_triton.unavailable, chunk_triton.refuse
 
@@ -23,7 +23,7 @@ def forward(
     cu_seqlens: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``state`` in the dtype of sums."""
-    from seqarch.ops.common.recurrence_triton import steps
+    from seqarch.ops.triton.recurrence import steps
 
     return steps(q, k, v, None, log_decay, None, scale, state, cu_seqlens)
 
@@ -42,4 +42,4 @@ def run(
     state: Tensor,
     offsets: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    return recur(q, k, v, gpu.stepwise(log_decay, v), float(scale), state, offsets)
+    return recur(q, k, v, availability.stepwise(log_decay, v), float(scale), state, offsets)

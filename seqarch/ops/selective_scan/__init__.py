@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.common import checks
-from seqarch.ops.op import Op
+from seqarch.ops.dispatch import checks
+from seqarch.ops.dispatch.op import Op
 
 NAME = "selective_scan"
 

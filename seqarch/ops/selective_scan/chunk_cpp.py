@@ -11,20 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.common import native
-from seqarch.ops.common.native import Offsets, Pointer, Rows, int32, int64
-from seqarch.ops.common.operators import Engine
+from seqarch.ops.native import cpu_library
+from seqarch.ops.native.cpu_library import Offsets, Pointer, Rows, int32, int64
+from seqarch.ops.native.custom_op import Engine
 from seqarch.ops.selective_scan.operators import Operators
 
-unavailable = native.unavailable
+unavailable = cpu_library.unavailable
 
 CHUNK = 32
 """C, tokens whose decays and states the backward pass holds at once."""
 
 # The order of the header, csrc/include/seqarch.h.
 _PROBLEM = (int32, *[Rows] * 5, *[Pointer] * 3, Offsets, *[int64] * 6, int32, int32)
-_forward = native.Kernel("selective_scan_forward", *_PROBLEM, Pointer, Rows, Pointer, Pointer)
-_backward = native.Kernel("selective_scan_backward", *_PROBLEM, Pointer, Rows, Pointer, *[Rows] * 5, *[Pointer] * 4)
+_forward = cpu_library.Kernel("selective_scan_forward", *_PROBLEM, Pointer, Rows, Pointer, Pointer)
+_backward = cpu_library.Kernel(
+    "selective_scan_backward", *_PROBLEM, Pointer, Rows, Pointer, *[Rows] * 5, *[Pointer] * 4
+)
 
 
 def refuse(
@@ -33,11 +35,11 @@ def refuse(
     if x.device.type != "cpu":
         return f"x is on {x.device}, expected cpu"
     for name, tensor in {"x": x, "dt": dt, "B": B, "C": C, "z": z}.items():
-        if tensor is not None and tensor.dtype not in native.DTYPES:
-            return f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, native.DTYPES))}"
+        if tensor is not None and tensor.dtype not in cpu_library.DTYPES:
+            return f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, cpu_library.DTYPES))}"
     return None
 
 
-ENGINE = Engine(_forward, _backward, native.DTYPES, lambda cu_seqlens, _: cu_seqlens)
+ENGINE = Engine(_forward, _backward, cpu_library.DTYPES, lambda cu_seqlens, _: cu_seqlens)
 OPERATORS = Operators("selective_scan", ENGINE, CHUNK, "cpu")
 run = OPERATORS.run

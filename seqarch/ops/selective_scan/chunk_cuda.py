@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seqarch.ops.common import library_cuda
-from seqarch.ops.common.library_cuda import CHUNK, STATES
-from seqarch.ops.common.native import NUMBERS, Pointer, Rows, int32, int64
-from seqarch.ops.common.operators import Engine
+from seqarch.ops.native import cuda_library
+from seqarch.ops.native.cpu_library import NUMBERS, Pointer, Rows, int32, int64
+from seqarch.ops.native.cuda_library import CHUNK, STATES
+from seqarch.ops.native.custom_op import Engine
 from seqarch.ops.selective_scan.operators import Operators
 
-unavailable = library_cuda.unavailable
+unavailable = cuda_library.unavailable
 
 # The order of the header, csrc/include/seqarch_cuda.h.
 _PROBLEM = (int32, *[Rows] * 5, *[Pointer] * 4, *[int64] * 6, int32, int32)
-_forward = library_cuda.Kernel("selective_scan_forward", *_PROBLEM, Pointer, Rows, Pointer, Pointer)
-_backward = library_cuda.Kernel(
+_forward = cuda_library.Kernel("selective_scan_forward", *_PROBLEM, Pointer, Rows, Pointer, Pointer)
+_backward = cuda_library.Kernel(
     "selective_scan_backward", *_PROBLEM, Pointer, Rows, Pointer, *[Rows] * 5, *[Pointer] * 4
 )
 
@@ -42,9 +42,9 @@ def refuse(
 ) -> str | None:
     if A.shape[1] > STATES[state.dtype]:
         return f"N is {A.shape[1]}, expected at most {STATES[state.dtype]} with sums in {state.dtype}"
-    return library_cuda.refuse(x=x, dt=dt, B=B, C=C, z=z)
+    return cuda_library.refuse(x=x, dt=dt, B=B, C=C, z=z)
 
 
-ENGINE = Engine(_forward, _backward, NUMBERS, library_cuda.offsets)
+ENGINE = Engine(_forward, _backward, NUMBERS, cuda_library.offsets)
 OPERATORS = Operators("selective_scan_cuda", ENGINE, CHUNK, None)
 run = OPERATORS.run

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common import vendors
-from seqarch.ops.common.operators import first_derivatives_only
+from seqarch.ops.dispatch import vendors
+from seqarch.ops.native.custom_op import first_derivatives_only
 
 STATES = 256
 """The most states a channel that the kernel takes."""

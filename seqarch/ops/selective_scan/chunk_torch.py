@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.operators import Formula, Saved, define
-from seqarch.ops.common.packed import over_sequences
+from seqarch.ops.chunked.packing import over_sequences
+from seqarch.ops.native.custom_op import Formula, Saved, define
 from seqarch.ops.selective_scan import recurrent_torch
 from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size, written
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.memory import in_huge_pages, like
-from seqarch.ops.common.operators import Engine, Formula, Saved, define
-from seqarch.ops.common.packed import sequence_count
+from seqarch.ops.chunked.packing import sequence_count
+from seqarch.ops.native.custom_op import Engine, Formula, Saved, define
+from seqarch.ops.native.huge_pages import in_huge_pages, like
 from seqarch.ops.selective_scan import recurrent_torch
 
 Pair = tuple[Tensor, Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.common.packed import over_sequences
+from seqarch.ops.chunked.packing import over_sequences
 from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size, written
 
 TRANSFORMABLE = True

@@ -1,0 +1,67 @@
+"""Options of mixers as their layers mean them: equal options are written alike, however they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from functools import cache
+from typing import Any
+
+from seqarch.layers import CHANNEL_MIXERS, MIXERS
+from seqarch.ops.dispatch.checks import Kinds, annotated_kinds
+
+REGISTRIES: dict[str, Mapping[str, Any]] = {"mixers": MIXERS, "channels": CHANNEL_MIXERS}
+"""By the key of a model's configuration that holds options by name."""
+
+
+def canonical(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's plain configuration with its layers' options as :func:`typed` writes them and no defaults among them.
+
+    Options that nobody knows, as those of a mixer of another version, stay as they are.
+    """
+    given = {key: model[key] for key in REGISTRIES if isinstance(model.get(key), Mapping)}
+    return {**model, **{key: _without_defaults(key, layers) for key, layers in given.items()}}
+
+
+def _without_defaults(key: str, layers: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, options in layers.items():
+        known = _fields(key, name) if isinstance(options, Mapping) else {}
+        if not known:
+            kept[name] = options
+        elif own := {option: value for option, value in typed(key, name, options).items()
+                     if option not in known or not _is_default(value, known[option])}:  # fmt: skip
+            kept[name] = own
+    return kept
+
+
+def typed(key: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a layer with each number as its field has it: 10000 is 10000.0 where the field is a float."""
+    kinds = _kinds(REGISTRIES[key][name].Config)
+    return {option: _as(kinds.get(option, ()), value) for option, value in options.items()}
+
+
+_kinds = cache(annotated_kinds)
+
+
+def default(path: str) -> Any:
+    """The default of an option by its path, ``model.mixers.attention.num_heads``; ``None`` where there is none."""
+    match path.split("."):
+        case ["model", key, name, option] if (field := _fields(key, name).get(option)) and field.default is not MISSING:
+            return field.default
+    return None
+
+
+def _fields(key: str, name: str) -> dict[str, Field[Any]]:
+    layer = REGISTRIES.get(key, {}).get(name)
+    return {} if layer is None else {field.name: field for field in fields(layer.Config)}
+
+
+def _as(kinds: Kinds, value: Any) -> Any:
+    if float in kinds and type(value) in (int, float):
+        return value + 0.0  # Which makes 0.0 of -0.0, too.
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_default(value: Any, field: Field[Any]) -> bool:
+    return type(value) is type(field.default) and value == field.default

@@ -1,0 +1,343 @@
+"""What a run is, as typed dataclasses.
+
+Hydra only composes a dictionary; :func:`run_config` makes it typed or fails with the full path of what is wrong.
+A run's identity is the hash of everything that can change its result, so the same configuration always finds the
+same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from experiments.config.convert import convert
+from experiments.tasks import TASKS
+from experiments.trackers import TRACKERS
+from experiments.util.errors import ConfigError, choices_hint
+
+NOT_IDENTITY = ("runs", "tracker", "machine", "train.keep", "train.save_every", "train.dry_run")
+"""Keys that change where a run is kept, on what it runs or who else hears of it, and never what comes out of it but
+for rounding."""
+
+HASH_DIGITS = 10
+"""Of the hash of a run's identity, in its folder's name."""
+
+MOST = 2**31 - 1
+"""Of sequences a step and the numbers that make a task: beyond it nothing can be counted, held or waited for."""
+
+MOST_THREADS = 1024
+"""More CPU threads than this are a slip of the hand, and torch crashes on them."""
+
+NOT_NEGATIVE = (
+    *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
+    *("micro_batch", "save_every", "patience", "threads"),
+)
+CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "wsd"),
+    "bad_step": ("stop", "skip"),
+    "precision": ("float32", "bfloat16"),
+    "gather": ("float32", "bfloat16"),
+    "select": ("best", "last"),
+    "device": ("auto", "cpu", "cuda"),
+}
+"""Of options of :class:`TrainConfig`."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model but for its vocabulary, which the task gives.
+
+    Attributes:
+        name: how tables and plots call it; also part of the folder's name.
+        pattern: the mixers of the layers, as ``seqarch.models`` reads it.
+        mixers, channels: options by name, ``{"attention": {"num_heads": 2}}``; those the pattern does not use are
+            checked and left out.
+
+    The rest is as in :class:`seqarch.models.LMConfig`.
+    """
+
+    name: str
+    pattern: str
+    d_model: int
+    depth: int
+    channel: str = "swiglu"
+    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    channels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    norm_eps: float = 1e-5
+    branch_norm: bool = False
+    tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains.
+
+    Attributes:
+        steps: optimizer steps at most.
+        batch_size: sequences a step, each of the task's training length, in all processes together.
+        micro_batch: sequences that one process takes at a time, their gradients summed; 0 for its whole share.
+        optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
+        lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
+            falls along the schedule to ``final_lr_ratio * lr`` at ``steps``.
+        schedule: ``cosine``, or ``wsd``: stable, then falling in a line over the last ``decay_share`` of the steps.
+        grad_clip: bound on the norm of the gradient; 0 for none.
+        spike: a gradient norm above this many times its running mean is bad as one that is not finite is; 0 for never.
+        bad_step: ``stop`` at one, or ``skip`` its update. Its batch is kept in the run's folder ``bad`` either way.
+        precision: ``float32``, or ``bfloat16`` by autocast; parameters and optimizer are float32 throughout.
+        gather: with several processes, the type that parameters travel and are used in. ``bfloat16`` halves the
+            traffic and rounds every parameter, those of norms, decays and routers too.
+        recompute: keep only the layers' inputs for the backward pass, and run each layer's forward pass again there.
+        compile: run each layer through ``torch.compile``.
+        eval_every: steps between two looks at the validation split, each with a checkpoint.
+        save_every: steps between checkpoints besides; 0 for none.
+        keep: how many of the latest checkpoints stay; the best ones of these stay too.
+        target: stop once the validation metric is this good.
+        patience: stop after so many looks without a better validation metric; 0 for never.
+        select: the checkpoint that is tested at the end, the ``best`` on validation or the ``last``.
+        threads: CPU threads; 0 leaves it to torch.
+        device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is one).
+        dry_run: print what the run would take, and train nothing.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    micro_batch: int = 0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.1
+    warmup: int = 0
+    final_lr_ratio: float = 0.1
+    schedule: str = "cosine"
+    decay_share: float = 0.2
+    grad_clip: float = 1.0
+    spike: float = 0.0
+    bad_step: str = "stop"
+    precision: str = "float32"
+    gather: str = "float32"
+    recompute: bool = False
+    compile: bool = False
+    eval_every: int = 100
+    save_every: int = 0
+    keep: int = 2
+    target: float | None = None
+    patience: int = 0
+    select: str = "best"
+    threads: int = 0
+    device: str = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "eval_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size > MOST:
+            raise ValueError(f"batch_size must be at most {MOST}, got {self.batch_size}")
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number and not negative, got {getattr(self, name)}")
+        for name in ("decay_share", "final_lr_ratio"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        self._check_schedule()
+        if 0 < self.spike <= 1:
+            raise ValueError(f"spike must be above 1, or 0 for never, got {self.spike}")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"target must be a finite number or null, got {self.target}")
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, {choices_hint(getattr(self, name), choices)}")
+
+    @property
+    def most_warmup(self) -> int:
+        """The longest warm-up that the steps and the schedule's decay leave room for."""
+        decay = self.decay_share * self.steps if self.schedule == "wsd" else 0.0
+        return math.floor(self.steps - decay + 1e-6)
+
+    def _check_schedule(self) -> None:
+        """Refuse rates that would never reach ``lr``, or would jump down from it."""
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
+        if self.warmup > self.most_warmup:
+            decay = f"{self.decay_share * self.steps:g} steps of decay_share ({self.decay_share:g})"
+            raise ValueError(f"warmup ({self.warmup}) and the {decay} must fit into steps ({self.steps})")
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Where metrics go beside the run's own files.
+
+    Attributes:
+        name: a key of ``TRACKERS``.
+        options: an instance of ``TRACKERS[name].Config``.
+    """
+
+    name: str = "none"
+    options: Any = field(default_factory=TRACKERS["none"].Config)
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What a run is given to run on, and what that costs.
+
+    Attributes:
+        processes: on this machine, started by torchrun to train each run together; 0 only makes the run's folder, for
+            a torchrun of one's own.
+        peak_flops: FLOPs a second of one process's device at ``train.precision``; 0 measures a matrix product.
+        price_per_hour: of all that a run occupies, in any currency; 0 where it costs nothing.
+    """
+
+    processes: int = 1
+    peak_flops: float = 0.0
+    price_per_hour: float = 0.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number and not negative, got {value}")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A task's name and the options of that task, an instance of ``TASKS[name].Config``."""
+
+    name: str
+    options: Any
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what ``config.json`` holds.
+
+    Attributes:
+        experiment: the folder below ``runs``, such as ``mqar`` or ``demo/recall``.
+        runs: the root of all run folders.
+    """
+
+    experiment: str
+    seed: int
+    model: ModelConfig
+    task: TaskConfig
+    train: TrainConfig
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    runs: str = "runs"
+
+    def __post_init__(self):
+        folder_path("runs", self.runs)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
+        for name, text in (("experiment", self.experiment), ("model.name", self.model.name)):
+            if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*" if name == "experiment" else r"[\w.+-]+", text):
+                raise ValueError(f"{name} must be usable as a folder's name, got {text!r}")
+            if ".." in text.split("/"):
+                raise ValueError(f"{name} must not lead out of the runs folder, got {text!r}")
+        if self.train.batch_size % max(self.machine.processes, 1):
+            shares = f"train.batch_size is {self.train.batch_size}, machine.processes {self.machine.processes}"
+            raise ValueError(f"{shares}: every process has to get the same number of sequences")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run: the resolved configuration without :data:`NOT_IDENTITY`.
+
+        Equal configurations have one identity: numbers count by their value, and a layer's option at its default is
+        as one that is left out.
+        """
+        from experiments.config.options import canonical  # Imports torch, which a wrong key need not wait for.
+
+        given = self._given()
+        return {**given, "model": canonical(given["model"])}
+
+    def folder(self) -> Path:
+        """Where the run lies: by its identity, or by the hash of its words, where an earlier version made it."""
+        path, before = self._path(self.identity()), self._path(self._given())
+        return before if before.is_dir() and not path.exists() else path
+
+    def _given(self) -> dict[str, Any]:
+        return without(to_dict(self), NOT_IDENTITY)
+
+    def _path(self, identity: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return Path(self.runs) / self.experiment / f"{self._prefix}{digest[:HASH_DIGITS]}"
+
+    def may_name(self, name: str) -> bool:
+        """Whether the folder of this run can have that name; versions differ in what they hash."""
+        return re.fullmatch(rf"{re.escape(self._prefix)}[0-9a-f]{{{HASH_DIGITS}}}", name) is not None
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.model.name}-seed{self.seed}-"
+
+
+def folder_path(name: str, given: object) -> Path:
+    """The path of a folder that an option names.
+
+    Raises:
+        ConfigError: it is none, or begins with a ``~`` that no shell has replaced.
+    """
+    if not isinstance(given, str) or not given.strip():
+        raise ConfigError(f"{name}: expected the path of a folder, got {given!r}")
+    if given.startswith("~"):
+        raise ConfigError(f"{name}: {given!r} begins with a ~ that the shell did not replace; write $HOME instead")
+    return Path(given)
+
+
+def without(values: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings without the entries at these dotted paths."""
+    kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in paths}
+    return {
+        key: without(value, paths, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in kept.items()
+    }
+
+
+def run_config(composed: Mapping[str, Any]) -> RunConfig:
+    """The typed form of a composed configuration.
+
+    Raises:
+        ConfigError: naming the full path of a wrong key, type or value and the nearest right one.
+    """
+    composed = dict(composed)
+    for name, typed in (("task", task_config), ("tracker", _tracker_config)):
+        if isinstance(composed.get(name), Mapping):
+            composed[name] = typed(composed[name])
+    return convert(RunConfig, composed)
+
+
+def task_config(task: Mapping[str, Any]) -> TaskConfig:
+    """The typed form of a task's name and options; errors as in :func:`run_config`."""
+    options = dict(task)
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in TASKS:
+        raise ConfigError(f"task.name: unknown task {name!r}, {choices_hint(name, TASKS)}")
+    whole = [field.name for field in fields(TASKS[name].Config) if "int" in str(field.type)]
+    for key in (key for key in whole if key in options):
+        for number in options[key] if isinstance(options[key], list) else [options[key]]:
+            if isinstance(number, int) and abs(number) > MOST:
+                raise ConfigError(f"task.{key} must be at most {MOST}, got {reprlib.repr(number)}")
+    return TaskConfig(name, convert(TASKS[name].Config, options, "task"))
+
+
+def _tracker_config(tracker: Mapping[str, Any]) -> TrackerConfig:
+    name = tracker.get("name", TrackerConfig.name)
+    if not isinstance(name, str) or name not in TRACKERS:
+        raise ConfigError(f"tracker.name: unknown tracker {name!r}, {choices_hint(name, TRACKERS)}")
+    options = convert(TRACKERS[name].Config, tracker.get("options", {}), "tracker.options")
+    return convert(TrackerConfig, {**tracker, "options": options}, "tracker")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The inverse of :func:`run_config`, ready for JSON."""
+    plain = asdict(config)
+    task = plain["task"]
+    return {**plain, "task": {"name": task["name"], **task["options"]}}

@@ -1,0 +1,1 @@
+"""What recorded runs show, as a page with tables and plots."""

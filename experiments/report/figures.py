@@ -1,0 +1,257 @@
+"""The plots of a report: each draws one comparison onto axes it is given."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import chain, count
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.util.plot_style import DASHES, INK, MARKERS, QUIET, pattern_mixers, spread
+from seqarch.layers import FAMILIES
+
+LABEL_WIDTH = 0.22
+"""Names closer than this share of the axis may cover one another."""
+
+
+def strokes(comparison: Comparison) -> dict[str, int]:
+    """By label, a number that tells a variant from all others of its colour: its dash and, beyond those, its marker.
+
+    The first variant of a mixer has the dash of that mixer, the same in every figure.
+    """
+    taken: dict[str, int] = {}
+    for variant in sorted(comparison.shown, key=lambda variant: variant.label):
+        members = FAMILIES.get(variant.family, ())
+        own = [members.index(mixer) for mixer in pattern_mixers(variant.pattern) if mixer in members]
+        used = {taken[other.label] for other in comparison.shown
+                if other.label in taken and other.colour == variant.colour}  # fmt: skip
+        taken[variant.label] = next(number for number in chain(own, count(len(members))) if number not in used)
+    return taken
+
+
+def line_look(number: int) -> dict[str, Any]:
+    marker = MARKERS[number // len(DASHES) % len(MARKERS)]
+    return {"linestyle": DASHES[number % len(DASHES)], "marker": marker, "markersize": 5, "markevery": 0.1}
+
+
+def test_of(run: RecordedRun) -> float:
+    return run.result("test")
+
+
+def metric_label(comparison: Comparison) -> str:
+    metric = comparison.sample["metric"]
+    return metric["label"] + (f" ({metric['unit']})" if metric["unit"] and metric["unit"] != "bits/byte" else "")
+
+
+def _is_share(comparison: Comparison) -> bool:
+    return comparison.sample["metric"]["unit"] == ""
+
+
+def draw_ranking(axes: Axes, comparison: Comparison) -> None:
+    """A row a model, best on top: its seeds as points, the median as a stroke, the range as a line."""
+    shown = comparison.shown
+    for row, variant in enumerate(reversed(shown)):
+        values = variant.values(test_of)
+        jitter = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else [0.0]
+        axes.plot([min(values), max(values)], [row, row], color=variant.colour, alpha=0.35, linewidth=6,
+                  solid_capstyle="round")  # fmt: skip
+        axes.plot(values, row + np.asarray(jitter), "o", color=variant.colour, markersize=6, markeredgecolor="white",
+                  markeredgewidth=0.8)  # fmt: skip
+        middle = statistics.median(values)
+        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=variant.colour, linewidth=2.4)
+        text = f"{middle:.3f}" if _is_share(comparison) else f"{middle:.2f}"
+        axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(shown)), [variant.label for variant in reversed(shown)])
+    axes.set_ylim(-0.6, len(shown) - 0.1)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.annotate("median", (1.01, 1.0), xycoords="axes fraction", va="top", fontsize=8, color=QUIET)
+    axes.set_xlabel(f"{metric_label(comparison)} on test")
+    if _is_share(comparison):
+        axes.set_xlim(-0.02, 1.03)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _mark_chance(axes, comparison, vertical=True)
+
+
+def _mark_chance(axes: Axes, comparison: Comparison, vertical: bool, label: bool = True) -> None:
+    metric = comparison.sample["metric"]
+    line = axes.axvline if vertical else axes.axhline
+    line(metric["chance"], color=QUIET, linestyle=(0, (2, 2)), linewidth=1.2, zorder=1)
+    if not label:
+        return
+    text = f"chance: {metric['chance_label']}"
+    if vertical:
+        low, high = axes.get_xlim()
+        on_left = metric["chance"] - low < 0.55 * (high - low)
+        axes.annotate(text, (metric["chance"], 0.995), xycoords=("data", "axes fraction"), fontsize=8, color=QUIET,
+                      xytext=(4 if on_left else -4, 0), textcoords="offset points", va="top",
+                      ha="left" if on_left else "right")  # fmt: skip
+    else:
+        axes.annotate(text, (0.99, metric["chance"]), xycoords=("axes fraction", "data"), fontsize=8, color=QUIET,
+                      xytext=(0, 3), textcoords="offset points", ha="right", va="bottom",
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+
+
+def draw_training(panels: Sequence[Axes], comparison: Comparison) -> None:
+    """A panel a model: the validation metric of each seed against the step, with the other models in grey behind."""
+    key = f"validation_{comparison.sample['metric']['name']}"
+    shown = comparison.shown
+    for axes, variant in zip(panels, shown, strict=True):
+        for other in shown:
+            for run in other.finished:
+                _draw_steps(axes, run, key, color="#DDDDDD", linewidth=0.9, zorder=1.5)
+        for run in variant.finished:
+            _draw_steps(axes, run, key, color=variant.colour, linewidth=1.6, zorder=3)
+            steps, values = _steps(run, key)
+            last = (steps[-1:], values[-1:], "o")
+            axes.plot(*last, color=variant.colour, markeredgecolor="white", zorder=4, clip_on=False)
+        axes.set_title(variant.label, color=variant.colour, fontsize=10)
+        axes.set_xlabel("Training step")
+        axes.set_xlim(left=0)
+        if _is_share(comparison):
+            axes.set_ylim(-0.03, 1.05)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            _mark_chance(axes, comparison, vertical=False, label=False)
+    panels[0].set_ylabel(f"{metric_label(comparison)}\non validation")
+
+
+def _steps(run: RecordedRun, key: str) -> tuple[list[int], list[float]]:
+    lines = [line for line in run.metrics if isinstance(line.get(key), (int, float))]
+    return [line["step"] for line in lines], [line[key] for line in lines]
+
+
+def _draw_steps(axes: Axes, run: RecordedRun, key: str, **look) -> None:
+    axes.plot(*_steps(run, key), **look)
+
+
+def curves(comparison: Comparison) -> list[tuple[Variant, list[dict[str, Any]]]]:
+    """The variants that have the metric along something, each with its seeds' curves: those along the same points.
+
+    A curve that is no number somewhere is left out.
+    """
+    found = []
+    for variant in comparison.shown:
+        recorded = [run.record["results"].get("curve") for run in variant.finished]
+        found.append((variant, [curve for curve in recorded if curve and np.isfinite(curve["y"]).all()]))
+    points = next((own[0]["x"] for _, own in found if own), None)
+    same = [(variant, [curve for curve in own if curve["x"] == points]) for variant, own in found]
+    return [(variant, own) for variant, own in same if own]
+
+
+def draw_curve(axes: Axes, comparison: Comparison) -> None:
+    """The metric along the task's own axis, such as the position in the file: seeds thin, their median thick."""
+    drawn = curves(comparison)
+    first = drawn[0][1][0]
+    ends, numbers = [], strokes(comparison)
+    for variant, own in drawn:
+        x, middle = first["x"], np.median([curve["y"] for curve in own], axis=0)
+        if len(own) > 1:
+            for curve in own:
+                axes.plot(x, curve["y"], color=variant.colour, alpha=0.35, linewidth=0.8)
+        axes.plot(x, middle, color=variant.colour, **line_look(numbers[variant.label]))
+        ends.append((x[-1], float(middle[-1])))
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(first["x"][0], first["x_end"])
+    _powers_of_two(axes, lambda value: f"{value:,.0f}")
+    axes.set_xlabel(f"{first['x_label']} ({first['x_unit']}, logarithmic)")
+    axes.set_ylabel(metric_label(comparison))
+    _mark_chance(axes, comparison, vertical=False)
+    _label_ends(axes, [variant.label for variant, _ in drawn], [variant.colour for variant, _ in drawn], ends)
+    trained_to = first.get("trained_to")
+    if trained_to and trained_to < first["x"][-1]:
+        axes.axvline(trained_to, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
+        inside = "right" if trained_to > first["x"][0] else "left"
+        axes.annotate(f" trained to {trained_to:,} ", (trained_to, 0.015), xycoords=("data", "axes fraction"),
+                      ha=inside, va="bottom", fontsize=8, color=QUIET)  # fmt: skip
+
+
+def _powers_of_two(axes: Axes, text: Callable[[float], str]) -> None:
+    """Ticks at every power of two, or every second, third, ... if there would be more than eight."""
+    low, high = (math.log2(bound) for bound in axes.get_xlim())
+    every = math.ceil((high - low) / 8)
+    exponents = range(math.ceil(high) // every * every, math.ceil(low) - 1, -every)
+    axes.set_xticks([2.0**exponent for exponent in exponents if low - 1e-9 <= exponent <= high + 1e-9])
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def _label_ends(axes: Axes, labels: list[str], colours: list[str], ends: list[tuple[float, float]]) -> None:
+    """Names beside the right ends of lines, moved apart where the lines end close together."""
+    low, high = axes.get_ylim()
+    gap = _line_height(axes)
+    for label, shade, end, y in zip(labels, colours, ends, spread([y for _, y in ends], gap, low, high), strict=True):
+        leader = {"arrowstyle": "-", "color": shade, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 1}
+        axes.annotate(label, end, xytext=(1.05, y), textcoords=("axes fraction", "data"), color=shade, fontsize=9,
+                      va="center", annotation_clip=False, arrowprops=leader)  # fmt: skip
+
+
+def draw_cost(axes: Axes, comparison: Comparison) -> None:
+    """Quality against the bytes of state that a model carries at the longest position."""
+    shown = comparison.shown
+    sizes = [variant.finished[0].record["model"]["state_bytes"] for variant in shown]
+    least = least_size(sizes)
+    sizes = [size or least for size in sizes]
+    for variant, size in zip(shown, sizes, strict=True):
+        values = variant.values(test_of)
+        axes.plot([size] * len(values), values, "-", color=variant.colour, alpha=0.35, linewidth=4,
+                  solid_capstyle="round")  # fmt: skip
+        middle = statistics.median(values)
+        axes.plot([size], [middle], "o", color=variant.colour, markersize=8, markeredgecolor="white")
+    axes.set_xscale("log", base=2)
+    room = max(max(sizes) / min(sizes), 4) ** 0.18
+    axes.set_xlim(min(sizes) / room, max(sizes) * room)
+    _powers_of_two(axes, lambda size: bytes_text(0 if size <= least else size))
+    length = comparison.sample["model"]["state_length"]
+    axes.set_xlabel(f"State after {length:,} tokens (bytes, logarithmic)")
+    axes.set_ylabel(f"{metric_label(comparison)} on test")
+    axes.margins(y=0.15)
+    if _is_share(comparison):
+        axes.set_ylim(-0.08, 1.1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _mark_chance(axes, comparison, vertical=False)
+    _label_points(axes, shown, sizes)
+
+
+def least_size(sizes: Sequence[float]) -> float:
+    """Where a logarithmic axis has the models without a state: a power of two below all others'; 0 without such models.
+
+    The axis has no place for 0 bytes.
+    """
+    if min(sizes) > 0:
+        return 0.0
+    return 2.0 ** (math.floor(math.log2(min((size for size in sizes if size), default=4.0))) - 2)
+
+
+def _label_points(axes: Axes, shown: Sequence[Variant], sizes: Sequence[float]) -> None:
+    """Names above their points, or below where another name stands there already."""
+    line = _line_height(axes)
+    taken: list[tuple[float, float]] = []
+    for variant, size in zip(shown, sizes, strict=True):
+        values = variant.values(test_of)
+        above, below = max(values) + 0.8 * line, min(values) - 0.8 * line
+        x = math.log(size, axes.get_xlim()[1] / axes.get_xlim()[0])
+        crowded = any(abs(x - other) < LABEL_WIDTH and abs(above - y) < line for other, y in taken)
+        y = below if crowded else above
+        taken.append((x, y))
+        axes.annotate(variant.label, (size, y), ha="center", va="center", fontsize=9, color=variant.colour)
+
+
+def _line_height(axes: Axes) -> float:
+    """The height of a line of text with some air, in the units of the y axis."""
+    low, high = axes.get_ylim()
+    inches = axes.get_position().height * axes.get_figure(root=True).get_size_inches()[1]  # type: ignore[union-attr]
+    return 15 / (72 * inches) * (high - low)
+
+
+def bytes_text(value: float) -> str:
+    """``65536`` as ``64 KiB``."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"

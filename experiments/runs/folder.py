@@ -1,0 +1,201 @@
+"""The folder of a run and what is in it.
+
+``config.json``     the resolved configuration
+``run.json``        the record: status, code, environment, hardware, data, backends, cost, results
+``metrics.jsonl``   one JSON object a line, appended while training
+``progress.json``   where training is now, for whoever watches
+``checkpoints/``    the latest and the best, a folder each
+``bad/``            the batches of steps whose loss or gradient was no number or a spike
+``train.log``       what the training process printed
+``code.diff``       how the code differed from the commit, if it did; of files that git does not track, none
+``claim.json``      who is at work here; gone when nobody is
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.config.schema import RunConfig, run_config, to_dict
+from experiments.runs.lock import Claim
+from experiments.util.errors import ConfigError, RunnerError, writing
+from experiments.util.files import append_line, half_written, make_folder, read_json, write_atomic, write_json
+from experiments.util.owned import remove_half_checkpoints
+
+KINDS: dict[str, type] = {"status": str, "attempt": int, "reason": str}
+KINDS |= dict.fromkeys(("results", "metric", "cost", "metrics_lost"), dict)
+"""Of the entries of ``run.json`` on which the runner relies, where they are there."""
+
+ASIDE = re.compile(
+    r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
+)
+"""What is written aside there, and in ``bad``, before it is renamed."""
+
+
+class RunFolder:
+    """A run's folder by path; nothing is touched before :meth:`create`."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.run_file = self.path / "run.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.progress_file = self.path / "progress.json"
+        self.log_file = self.path / "train.log"
+        self.diff_file = self.path / "code.diff"
+        self.checkpoints = self.path / "checkpoints"
+        self.bad = self.path / "bad"
+        self.claim = Claim(self.path / "claim.json")
+
+    def config(self) -> RunConfig:
+        stored = read_json(self.config_file)
+        if stored is None:
+            raise RunnerError(f"{self.path} is no run folder: it has no {self.config_file.name}")
+        return self._typed(stored)
+
+    def _typed(self, stored: Mapping[str, Any]) -> RunConfig:
+        try:
+            return run_config(stored)
+        except ConfigError as error:
+            raise ConfigError(f"{self.config_file} is damaged or of another version: {error}") from error
+
+    def check_links(self) -> None:
+        """Raise if something that is written here, and not replaced as a whole, would be written elsewhere.
+
+        Raises:
+            RunnerError: naming the link.
+        """
+        for path in (self.checkpoints, self.bad, self.metrics_file, self.log_file):
+            if path.is_symlink():
+                raise RunnerError(f"{path} is a link, and nothing is written through one; runs=FOLDER places the runs")
+
+    def check(self, wanted: RunConfig) -> None:
+        """Raise unless the folder is new, or holds this very configuration.
+
+        Raises:
+            ConfigError: naming the first differing keys, with both values.
+            RunnerError: as in :meth:`check_links`.
+        """
+        self.check_links()
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, and a run's folder is wanted there")
+        stored = read_json(self.config_file)
+        if stored is None:
+            if self.path.exists() and not all(_is_half_made(entry) for entry in self.path.iterdir()):
+                raise ConfigError(f"{self.path} exists, is not empty and has no config.json: it was left untouched")
+            return
+        there, here = flat(self._typed(stored).identity()), flat(wanted.identity())
+        differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        if differing:
+            shown = ", ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} wanted" for key in differing[:3])
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ConfigError(f"{self.path} holds another configuration: {shown}{more}. It was left untouched")
+
+    def create(self, config: RunConfig) -> None:
+        make_folder(self.path)
+        if read_json(self.config_file) != to_dict(config):  # New, or differing in what makes no other run of it.
+            write_json(self.config_file, to_dict(config))
+        make_folder(self.checkpoints)
+
+    def half_written(self) -> list[Path]:
+        """What killed processes left beside the files of the run, and no process will go on with."""
+        return [path for folder in (self.path, self.bad) for path in half_written(folder, ASIDE)]
+
+    def tidy(self) -> None:
+        """Remove it, and checkpoints that are half there. For the process that holds the claim: others write these."""
+        with writing(self.path):
+            for path in self.half_written():
+                path.unlink(missing_ok=True)
+            remove_half_checkpoints(self.checkpoints)
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` holds.
+
+        Raises:
+            RunnerError: it cannot be read, or is not what a training process leaves.
+        """
+        record = read_json(self.run_file) or {}
+        if damage := _damage(record):
+            raise RunnerError(
+                f"cannot read {self.run_file}: {damage}; delete it, and the run's command goes on from the last"
+                " checkpoint"
+            )
+        return record
+
+    def status(self) -> str | None:
+        return self.record().get("status")
+
+    def update(self, **changes: Any) -> None:
+        """Set top-level entries of ``run.json``."""
+        write_json(self.run_file, {**self.record(), **changes})
+
+    def append_metrics(self, **values: Any) -> None:
+        """Add a line, which is on the disk on return: a checkpoint that is written next counts on it."""
+        append_line(self.metrics_file, json.dumps(values))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; a last line cut short by a crash is passed over.
+
+        Raises:
+            RunnerError: another line is damaged, or the file cannot be read.
+        """
+        try:
+            lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunnerError(f"cannot read {self.metrics_file}: {error.strerror or error}") from error
+        parsed = [_metrics_line(line) for line in lines]
+        damaged = [number for number, values in enumerate(parsed, 1) if values is None and number < len(lines)]
+        if damaged:
+            raise RunnerError(f"line {damaged[0]} of {self.metrics_file} is damaged; delete that line")
+        return [values for values in parsed if values is not None]
+
+    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
+        """Drop the other lines; how many stay."""
+        kept = [line for line in self.metrics() if wanted(line)]
+        write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+        return len(kept)
+
+    def leave(self) -> None:
+        """The training process ends: nobody is at work here any more, unless another process took over."""
+        if self.claim.is_own():
+            self.progress_file.unlink(missing_ok=True)
+            self.claim.release()
+
+
+def _damage(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a record, ``None`` if nothing that the runner relies on is."""
+    for key, kind in KINDS.items():
+        if key in record and type(record[key]) is not kind:
+            return f"its {key} is {record[key]!r}"
+    results = record.get("results", {})
+    if record.get("status") == "finished" and not isinstance(results.get("test"), (int, float)):
+        return "it says that the run is finished and holds no results"
+    return None
+
+
+def _metrics_line(line: str) -> dict[str, Any] | None:
+    """The values of a line, ``None`` where it is damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
+def _is_half_made(entry: Path) -> bool:
+    """Whether a process that ended within :meth:`RunFolder.create` may have left this before ``config.json``."""
+    if entry.name == "checkpoints":
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.match(".config.json.*.tmp")
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one: ``{"train": {"lr": 1}}`` is ``{"train.lr": 1}``."""
+    if isinstance(value, Mapping) and value:
+        return {name: item for key, inner in value.items() for name, item in flat(inner, f"{path}.{key}").items()}
+    return {path.lstrip("."): value}

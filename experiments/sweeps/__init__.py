@@ -1,0 +1,1 @@
+"""Many runs: executed by workers, watched, searched, cleaned up after."""

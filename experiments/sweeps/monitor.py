@@ -1,0 +1,175 @@
+"""Shows a sweep while it runs: one bar per active run on a terminal, plain lines now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from typing import IO, Any, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+from experiments.runs.folder import RunFolder
+from experiments.sweeps.status import DONE, Board
+from experiments.util.errors import RunnerError
+from experiments.util.files import read_json
+from experiments.util.output import Outlet, complain, drop_output
+
+LOOK_SECONDS = 0.5
+LINE_SECONDS = 10.0
+BAR_FROM_WIDTH = 96
+"""Below this many columns a bar would leave no room for the numbers."""
+FAILED = ("failed", "refused")
+WORDS = {
+    "kept": "finished before",
+    "waiting": "not started",
+    "busy": "being trained elsewhere",
+    "repeated": "twice in the sweep",
+}
+
+
+class Monitor:
+    """Watches a board from a thread until it is closed.
+
+    Args:
+        board: where the jobs post.
+        total: how many jobs there will be.
+    """
+
+    def __init__(self, board: Board, total: int, console: Console | None = None):
+        self._board, self.total = board, total
+        self._outlet = Outlet(sys.stdout)
+        stream = cast(IO[str], self._outlet)
+        self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
+        self._told: dict[int, str] = {}
+        self._over = threading.Event()
+        can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._display = Bars(self._console, total) if can_redraw else Lines(self._console)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        entries = self._board.entries()
+        for entry in entries:
+            if self._told.get(entry["job"]) != entry["status"]:
+                self._told[entry["job"]] = entry["status"]
+                if entry["status"] not in ("running", "waiting", "refused"):
+                    self._console.print(_sentence(entry), markup=False)
+        active = [(entry, _progress(entry)) for entry in entries if entry["status"] == "running"]
+        self._display.show(active, Counter(entry["status"] for entry in entries), self.total)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Stop watching, print how many runs came to what, and return the last entries."""
+        self._over.set()
+        self._thread.join()
+        self._look()
+        self._display.close()
+        entries = self._board.entries()
+        counts = Counter(entry["status"] for entry in entries)
+        if len(entries) > 1:
+            told = ", ".join(f"{number} {WORDS.get(status, status)}" for status, number in counts.items())
+            self._console.print(f"{len(entries)} runs: {told}", markup=False)
+        # A whole sweep is often refused for one and the same mistake, which is to be read once.
+        for message, number in Counter(e["message"] for e in entries if e["status"] == "refused").items():
+            complain(message + (f" ({number} runs)" if number > 1 else ""))
+        if self.problem:
+            complain(f"cannot write the standard output: {self.problem}; the record of the runs is whole")
+            drop_output()
+        return entries
+
+    @property
+    def problem(self) -> str | None:
+        """Why not all could be shown."""
+        return self._outlet.problem
+
+
+class Bars:
+    """A bar a run, and one for the sweep. Where the terminal is narrow, numbers matter more than bars and names."""
+
+    def __init__(self, console: Console, total: int):
+        bar = BarColumn(bar_width=24, complete_style="cyan", finished_style="green")
+        columns = (
+            # Names alone may be cut, since the others are not to wrap.
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="ellipsis")),
+            *([bar] if console.width >= BAR_FROM_WIDTH else []),
+            TextColumn("{task.fields[count]}", markup=False, justify="right"),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._rows: dict[int, Any] = {}
+        self._sweep = self._progress.add_task("runs", total=total, count=f"0/{total}", note="")
+        self._progress.start()
+
+    def show(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
+        ended = sum(counts[status] for status in (*DONE, *FAILED))
+        shown = {
+            "failed": sum(counts[status] for status in FAILED),
+            "interrupted": counts["interrupted"] + counts["preempted"],
+        }
+        shown[WORDS["busy"]] = counts["busy"]
+        note = ", ".join(f"{number} {word}" for word, number in shown.items() if number)
+        self._progress.update(self._sweep, completed=ended, count=f"{ended}/{total}", note=note)
+        jobs = {entry["job"] for entry, _ in active}
+        for job in [job for job in self._rows if job not in jobs]:
+            self._progress.remove_task(self._rows.pop(job))
+        for entry, progress in active:
+            if entry["job"] not in self._rows:
+                row = self._progress.add_task(entry["name"], total=1, count="", note="starting")
+                self._rows[entry["job"]] = row
+            if progress:
+                step, steps, row = progress["step"], progress["steps"], self._rows[entry["job"]]
+                note = _note(progress)
+                self._progress.update(row, completed=step, total=steps, count=f"{step}/{steps}", note=note)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class Lines:
+    """A line a run every ten seconds."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._last = time.monotonic()
+
+    def show(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
+        if time.monotonic() - self._last < LINE_SECONDS:
+            return
+        self._last = time.monotonic()
+        for entry, progress in active:
+            if progress:
+                where = f"step {progress['step']} of {progress['steps']}, {_note(progress)} at most"
+                self._console.print(f"run {entry['job'] + 1} of {total}, {entry['name']}: {where}", markup=False)
+
+    def close(self) -> None: ...
+
+
+def _note(progress: dict[str, Any]) -> str:
+    speed = f"{progress['tokens_per_second'] / 1000:.1f}k tokens/s"
+    return f"loss {progress['loss']:.3f}, {speed}, {_duration(progress['seconds_left'])} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _sentence(entry: dict[str, Any]) -> str:
+    status = WORDS.get(entry["status"], entry["status"])
+    message = entry.get("message", "")
+    return f"{entry['name']}: {status}" + (f", {message}" if message else "")
+
+
+def _progress(entry: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read_json(RunFolder(entry["folder"]).progress_file) or {}
+    except RunnerError:
+        return {}

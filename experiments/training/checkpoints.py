@@ -1,0 +1,334 @@
+"""Checkpoints: a folder each, written aside and renamed, and believed only if every file's checksum is right.
+
+``checkpoints/step-000100/`` holds the tensors as ``torch.distributed.checkpoint`` writes them, which any number of
+processes can load, the random streams of each process, and ``manifest.json`` with the counters and, of every other
+file, size and SHA-256. The folder has to be one that all processes see. A checksum tells what was damaged and not what
+was forged, so nothing in these files is run as they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from experiments.training import processes
+from experiments.training.tensor_reader import TensorReader
+from experiments.util.errors import MALFORMED, RunnerError, StorageError, writing
+from experiments.util.files import make_folder, read_json, sync, write_json
+from experiments.util.owned import remove_half_checkpoint, remove_half_checkpoints
+
+Content = dict[str, dict[str, Tensor]]
+"""What training goes on from: the tensors, sharded or not, of the model, the optimizer and the rest."""
+
+MANIFEST = "manifest.json"
+NUMBERS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
+NUMBERS |= {f"{kind} | None": (*types, type(None)) for kind, types in NUMBERS.items()}
+"""What JSON gives for a counter, by its type in :class:`TrainState`."""
+
+
+@dataclass
+class TrainState:
+    """Counters of a run.
+
+    Attributes:
+        step: optimizer steps done.
+        validation: the validation metric at the last look.
+        best, best_step: the best so far, and the step it was seen at.
+        stale: looks at the validation split since then.
+        looks: at the validation split so far. Each left a line of metrics, on the disk before the checkpoint is.
+        bad_steps: steps that were skipped, as ``train.bad_step`` says.
+        train_seconds, eval_seconds: spent in training steps and on the validation split.
+        processor_seconds: of all threads of the main process, in training steps: what a busy machine does not change
+            much.
+        joules: energy that the machines report for both; ``None`` where they report none.
+        peak_memory_bytes, peak_gpu_memory_bytes: of the process that took most.
+    """
+
+    step: int = 0
+    validation: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    looks: int = 0
+    bad_steps: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    processor_seconds: float = 0.0
+    joules: float | None = None
+    peak_memory_bytes: int = 0
+    peak_gpu_memory_bytes: int = 0
+
+
+NUMPY_KEYS = 624
+"""Numbers in the state of NumPy's Mersenne Twister."""
+
+
+class Damaged(RunnerError):
+    """A checkpoint that is not what was written."""
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        keep: how many of the latest stay; of each of these, the best so far stays too.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def newest_first(self, last: float = math.inf) -> list[Path]:
+        """The checkpoints of steps up to ``last``; what else lies in the folder is none."""
+        names = ((path, path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        steps = {int(digits): path for path, digits in names if digits.isdecimal()}
+        return [steps[step] for step in sorted(steps, reverse=True) if step <= last]
+
+    def save(self, content: Content, state: TrainState) -> None:
+        """Write the checkpoint of ``state.step``, then remove those that are not to stay.
+
+        Raises:
+            StorageError: the disk is full, or cannot be written for another reason.
+        """
+        path = self.path(state.step)
+        aside = path.with_name(f".{path.name}.tmp")
+        with writing(path):
+            if processes.is_main():
+                if stayed := remove_half_checkpoint(aside):
+                    raise StorageError(f"cannot write {aside}: it holds {stayed[0]}, which the runner did not write")
+                make_folder(aside)
+            processes.barrier()
+            _distributed(lambda: save(content, storage_writer=FileSystemWriter(aside), no_dist=_alone()))
+            buffer = io.BytesIO()  # Of a full disk, a file says more than torch does.
+            torch.save(random_streams(), buffer)
+            _streams_file(aside).write_bytes(buffer.getvalue())
+            processes.barrier()
+        manifest = {"state": asdict(state), "processes": processes.count(), "torch": torch.__version__}
+        manifest["files"] = _digests(aside, sorted(file.name for file in aside.iterdir()), synced=True)
+        if processes.is_main():
+            write_json(aside / MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
+            with writing(path):
+                _remove(path)  # Where it is there, it was found damaged.
+                os.replace(aside, path)
+                sync(self.folder)
+                self._prune()
+        processes.barrier()
+
+    def resume(self, content: Content, last: float = math.inf) -> TrainState | None:
+        """Load the latest checkpoint that is intact into ``content``; ``None`` where there is no checkpoint.
+
+        Args:
+            last: none of a later step.
+
+        Raises:
+            RunnerError: there are checkpoints, and all are damaged.
+        """
+        found = self.newest_first(last)
+        for path in found:
+            try:
+                return self.load(path, content)
+            except Damaged as error:
+                if processes.is_main():
+                    print(f"{error}; trying the one before it", file=sys.stderr, flush=True)
+        if found:
+            raise RunnerError(
+                f"every checkpoint in {self.folder} is damaged; delete that folder to start from the beginning"
+            )
+        return None
+
+    def load_first(self, paths: Iterable[Path], content: Content) -> tuple[Path, TrainState, list[str]]:
+        """Load the first of some checkpoints that is intact; which, and what is wrong with those before it.
+
+        Raises:
+            RunnerError: none is.
+        """
+        problems: list[str] = []
+        for path in paths:
+            try:
+                return path, self.load(path, content), problems
+            except Damaged as error:
+                problems.append(str(error))
+        raise RunnerError("; ".join([*problems, f"delete {self.folder} to train the run again from the beginning"]))
+
+    def load(self, path: Path, content: Content) -> TrainState:
+        """Load a checkpoint's tensors into ``content``, and with the optimizer's the random streams.
+
+        Raises:
+            Damaged: a file of it is missing or not what was written.
+            RunnerError: it is of another model, of another version of the runner, or was not written by it at all.
+        """
+        state = state_of(path, verified(path))
+        reader = TensorReader(path)
+        try:
+            _distributed(lambda: load(content, storage_reader=reader, no_dist=_alone()))
+            streams = _streams_file(path)
+            if "optimizer" in content and streams.exists():  # There are none for a process that was not there.
+                set_random_streams(torch.load(streams, weights_only=True))
+        except MALFORMED as error:
+            raise RunnerError(f"cannot load checkpoint {path}: {_first_line(error)}") from error
+        return state
+
+    def states(self) -> dict[Path, TrainState]:
+        """What the checkpoints know of the run, the newest first, as far as their manifests are intact."""
+        found = {}
+        for path in self.newest_first():
+            with suppress(RunnerError):  # Of another version, which nothing here goes on from.
+                if manifest := _manifest(path):
+                    found[path] = state_of(path, manifest)
+        return found
+
+    def _prune(self) -> None:
+        """Remove what is neither among the latest nor the best that one of these knows; and what was left half done."""
+        states = [manifest["state"] for path in self.newest_first() if (manifest := _manifest(path))]
+        steps = [state.get(key) for state in states[: self.keep] for key in ("step", "best_step")]
+        kept = {self.path(step) for step in steps if type(step) is int}
+        for path in self.newest_first():
+            if path not in kept:
+                _remove(path)
+        remove_half_checkpoints(self.folder)
+
+
+def state_of(path: Path, manifest: dict[str, Any]) -> TrainState:
+    """The counters in a manifest.
+
+    Raises:
+        RunnerError: they are not those of this version of the runner, or of another step.
+    """
+    try:
+        state = TrainState(**manifest["state"])
+        wrong = [each.name for each in fields(TrainState) if type(getattr(state, each.name)) not in NUMBERS[each.type]]
+    except TypeError as error:
+        raise RunnerError(f"cannot load checkpoint {path}: another version of the runner wrote it") from error
+    if wrong:
+        raise RunnerError(f"cannot load checkpoint {path}: its {wrong[0]} is {getattr(state, wrong[0])!r}")
+    if path.name != f"step-{state.step:06d}":
+        raise RunnerError(f"cannot load checkpoint {path}: it is of step {state.step}")
+    return state
+
+
+def verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file is as it was written. All processes share the reading.
+
+    Raises:
+        Damaged: naming the first file that is not.
+    """
+    manifest = _manifest(path)
+    if manifest is None:
+        raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} is missing or not what was written")
+    there = {file.name for file in path.iterdir()}
+    found = _digests(path, sorted(name for name in manifest["files"] if name in there))
+    for name, written in manifest["files"].items():
+        if name not in found:
+            raise Damaged(f"checkpoint {path} is damaged: {name} is missing")
+        if found[name] != written:
+            sizes = f"{found[name]['bytes']} bytes of {written['bytes']}"
+            raise Damaged(f"checkpoint {path} is damaged: {name} is not what was written ({sizes})")
+    return manifest
+
+
+def random_streams() -> dict[str, Any]:
+    """Where the random generators of this process stand."""
+    name, keys, *rest = np.random.get_state()
+    streams = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return {**streams, "numpy": [name, np.asarray(keys).tolist(), *rest], "python": random.getstate()}
+
+
+def set_random_streams(streams: dict[str, Any]) -> None:
+    name, keys, place, *_ = streams["numpy"]
+    if name != "MT19937" or len(keys) != NUMPY_KEYS or not 0 <= place <= NUMPY_KEYS:
+        raise ValueError("it is no state of NumPy's generator")  # Which would read there without a look.
+    torch.set_rng_state(streams["torch"])
+    if len(streams["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(streams["cuda"])
+    np.random.set_state(tuple(streams["numpy"]))
+    random.setstate(streams["python"])
+
+
+def _streams_file(path: Path) -> Path:
+    return path / f"random-{processes.rank()}.pt"
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """What the manifest says; ``None`` where it is not what was written."""
+    try:
+        manifest = read_json(path / MANIFEST) or {}
+    except RunnerError:
+        return None
+    if manifest.pop("sha256", None) != _digest_of(manifest) or not isinstance(manifest.get("state"), dict):
+        return None
+    files = manifest.get("files")
+    listed = isinstance(files, dict) and all(isinstance(each, dict) and "bytes" in each for each in files.values())
+    return manifest if listed else None
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path, names: list[str], synced: bool = False) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files by name, with ``synced`` once they are on the disk; each process reads some."""
+    own = {name: _digest(folder / name, synced) for name in names[processes.rank() :: processes.count()]}
+    return {name: entry for part in processes.gather(own) for name, entry in part.items()}
+
+
+def _digest(path: Path, synced: bool) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if synced:
+            os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _distributed(action: Callable[[], Any]) -> None:
+    """Do what ``torch.distributed.checkpoint`` does, and raise the first process's own error if it fails.
+
+    Of a full disk torch's error says nothing, so it is the system's error behind it that is raised.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            action()
+        except CheckpointException as error:
+            reason: BaseException | None = next(iter(error.failures.values()))[0]
+            chain = [reason]
+            while reason := reason.__cause__ or reason.__context__:
+                chain.append(reason)
+            raise next((e for e in chain if isinstance(e, OSError)), chain[0]) from None
+
+
+def _alone() -> bool:
+    return processes.count() == 1
+
+
+def _remove(path: Path) -> None:
+    """Take a folder away in one move, so that no half of it is ever met under its name."""
+    if path.exists():
+        aside = path.with_name(f".{path.name}.gone")
+        remove_half_checkpoint(aside)
+        os.replace(path, aside)
+        remove_half_checkpoint(aside)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}, {str(error).partition(chr(10))[0]}"

@@ -1,0 +1,170 @@
+"""How a model runs on devices: its precision, its memory, and its share of every batch.
+
+One process, or several that torchrun started: FSDP2 then splits parameters, gradients and optimizer state among them,
+layer by layer. Losses are divided by the targets of the whole batch, so gradients are the same, up to rounding, in
+whatever micro-batches and on however many processes they were made.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from experiments.config.schema import TrainConfig
+from experiments.tasks.task import IGNORED, Batch
+from experiments.training import processes
+from experiments.util import environment
+from experiments.util.errors import RunnerError
+from seqarch.layers.channel.router import Router
+from seqarch.models import LanguageModel
+from seqarch.ops.dispatch.checks import accumulation_dtype
+
+
+class Engine:
+    """Runs a model as ``config`` says, together with the other processes.
+
+    Raises:
+        RunnerError: there is no such device, or the batch cannot be shared out evenly.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.device = choose_device(config.device)
+        if config.batch_size % processes.count():
+            raise RunnerError(
+                f"train.batch_size is {config.batch_size}, which {processes.count()} processes cannot share evenly"
+            )
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.share = config.batch_size // processes.count()
+        processes.join(self.device)
+
+    def prepare(self, model: LanguageModel) -> LanguageModel:
+        """The model on its device, recomputed, compiled and sharded layer by layer as the configuration says."""
+        model = model.to(self.device)
+        if self.config.compile:
+            # torch keeps compiled graphs on disk by the names of custom operators, whatever those return by now.
+            torch.compiler.config.cache_key_tag = f"seqarch {environment.sources_digest()}"
+        for layer in model.stack.layers:
+            # Compiled inside what is recomputed: the other way round the compiler would leave out layers that keep
+            # something of their forward pass, as a mixture of experts keeps its routing.
+            if self.config.compile:
+                layer.forward = torch.compile(layer.forward)
+            if self.config.recompute:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if processes.count() > 1:
+            self._shard(model)
+        return model
+
+    def _shard(self, model: LanguageModel) -> None:
+        # A layer returns its mixers' states too, some of which are views; nothing here writes to them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        mesh = init_device_mesh(self.device.type, (processes.count(),))
+        halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = halved if self.config.gather == "bfloat16" else MixedPrecisionPolicy()
+        for layer in model.stack.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "loss")
+
+    def gradients(self, model: LanguageModel, batch: Batch) -> Tensor:
+        """Set the gradients of the whole batch's loss, of which ``batch`` is this process's share.
+
+        Returns:
+            The mean loss of the whole batch's targets: a scalar, still on the device.
+        """
+        tokens, targets, token_mask = to_device(batch, self.device)
+        answers = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
+        counted = max(processes.total(_read(batch)), 1)
+        loss = torch.zeros((), device=self.device)
+        for rows, is_last in self._micro_batches(len(tokens)):
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(is_last)
+            with autocast(self.device, self.config.precision):
+                mask = None if token_mask is None else token_mask[rows]
+                total = model.loss(tokens[rows], targets[rows], token_mask=mask, ignore_index=IGNORED, reduction="sum")
+                part = total / answers
+            extra = model.auxiliary_loss() * (_read(batch.rows(rows)) / counted)
+            # FSDP takes the mean over processes, and the sum is wanted.
+            ((part + extra) * processes.count()).backward()
+            loss += part.detach()
+        return processes.add(loss)
+
+    def _micro_batches(self, rows: int) -> Iterator[tuple[slice, bool]]:
+        size = self.config.micro_batch or rows
+        for start in range(0, rows, size):
+            yield slice(start, start + size), start + size >= rows
+
+    def clip(self, model: LanguageModel) -> Tensor:
+        """Bound the norm of all processes' gradients together; the norm before, a scalar on the device."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.grad_clip or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def update_routers(self, model: LanguageModel, bad: Tensor) -> None:
+        """Move the routers' biases by the loads of all processes, not by those of a bad step."""
+        for module in model.modules():
+            if isinstance(module, Router):
+                processes.add(module.load.mul_(1 - bad.long()))
+        model.update_routers()
+
+    @torch.no_grad()
+    def judge(self, model: LanguageModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """The loss of each target of a batch and whether it was the likeliest token, both ``[B, T]``.
+
+        Each process does some of the rows; where they do not come out even, some rows are done twice.
+        """
+        total, parts = len(batch.tokens), processes.count()
+        rows = np.arange(processes.rank(), -(-total // parts) * parts, parts) % total
+        tokens, targets, token_mask = to_device(batch.rows(rows), self.device)
+        with autocast(self.device, self.config.precision):
+            logits = model(tokens, token_mask=token_mask)[0]
+        logits = logits.to(accumulation_dtype(logits))
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        own = losses.cpu().numpy(), (logits.argmax(-1) == targets).cpu().numpy()
+        dealt = [np.stack(arrays, axis=1) for arrays in zip(*processes.gather(own), strict=True)]
+        loss, hits = (array.reshape(-1, array.shape[-1])[:total] for array in dealt)
+        return loss, hits
+
+
+def _read(batch: Batch) -> int:
+    """How many tokens of a batch are no padding."""
+    return batch.tokens.size if batch.token_mask is None else int(batch.token_mask.sum())
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Compute in ``precision``; parameters, their gradients and the optimizer stay float32."""
+    dtype = getattr(torch, precision)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    tokens, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch[:2])
+    return tokens, targets, None if batch.token_mask is None else torch.from_numpy(batch.token_mask).to(device)
+
+
+def require_device(name: str) -> None:
+    """Raise ``RunnerError`` unless this machine has a device of that name."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunnerError("train.device is 'cuda', but torch sees no CUDA device here; choose 'cpu' or 'auto'")
+
+
+def choose_device(name: str) -> torch.device:
+    require_device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,183 @@
+"""``run.json``: what a run was, what it used, what it cost and how it ended."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from experiments.config.schema import RunConfig
+from experiments.runs.folder import RunFolder
+from experiments.tasks import Task
+from experiments.trackers import Guarded
+from experiments.training import processes
+from experiments.training.checkpoints import TrainState
+from experiments.training.cost_meter import measured_peak, peak_memory, price, utilisation
+from experiments.training.engine import Engine
+from experiments.training.reporter import Silent
+from experiments.util import environment
+from experiments.util.errors import RunnerError, writing
+from experiments.util.files import write_atomic, write_json
+from experiments.util.interrupts import INTERRUPTS, Preempted
+from experiments.util.secrecy import masked, masked_command
+from seqarch.models import LanguageModel
+from seqarch.ops import record_backends
+
+INTERRUPTED = 130
+EXIT_CODES = {"finished": 0, "failed": 1, "preempted": os.EX_TEMPFAIL, "interrupted": INTERRUPTED}
+"""``EX_TEMPFAIL`` is 75, by which sysexits.h says: try again later."""
+
+FLOPS_FORMULA = (
+    "3 x the forward FLOPs of the model's matrix products, convolutions and recurrences (two a multiply-add; the "
+    "backward counts as two forwards) x training tokens; elementwise work and evaluation are not counted"
+)
+
+
+class Training(Protocol):
+    """What the record needs of a run in training."""
+
+    config: RunConfig
+    engine: Engine
+    task: Task
+    model: LanguageModel
+    state: TrainState
+    reporter: Silent
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end and return the results."""
+        ...
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Training]) -> int:
+    """Train, with the record written before and after, however it ends; returns the exit code."""
+    try:
+        folder.tidy()
+        _open(folder, config)
+        status, ending = _train(folder, make)
+        folder.claim.check()  # The record is that of whoever took over.
+        folder.update(status=status, ended=now(), **masked(ending))
+    except RunnerError as error:  # Such as a full disk: what is written stands, and the exit code tells.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CODES["failed"]
+    if status != "finished":
+        print(f"{status}: {ending['reason']}", file=sys.stderr, flush=True)
+    return EXIT_CODES[status]
+
+
+def follow(make: Callable[[], Training]) -> int:
+    """Train in a process that keeps no record, beside the one that does; returns the exit code."""
+    try:
+        with INTERRUPTS.at_once():
+            make().train()
+    except KeyboardInterrupt as stop:
+        return EXIT_CODES[_status_of(stop)]
+    except RunnerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CODES["failed"]
+    return EXIT_CODES["finished"]
+
+
+def _status_of(stop: KeyboardInterrupt) -> str:
+    return "preempted" if isinstance(stop, Preempted) else "interrupted"
+
+
+def _open(folder: RunFolder, config: RunConfig) -> None:
+    code, diff, mode = environment.code_version()
+    with writing(folder.diff_file):  # That of an earlier attempt may be open to more readers than this one.
+        folder.diff_file.unlink(missing_ok=True)
+    if diff:
+        write_atomic(folder.diff_file, diff, mode=mode)
+    record = {
+        "status": "running",
+        "attempt": folder.record().get("attempt", 0) + 1,
+        "name": folder.path.name,
+        "experiment": config.experiment,
+        "started": now(),
+        "command": masked_command(os.environ.get("SEQARCH_COMMAND", shlex.join(sys.argv))),
+        "seeds": {"initialisation": config.seed, "training data": config.seed, "held-out data": 0},
+        "code": {**code, "diff": folder.diff_file.name if diff else None},
+        "environment": environment.software(),
+    }
+    write_json(folder.run_file, record)
+
+
+def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[str, Any]]:
+    """How training ended, and what is to be recorded of it."""
+    run, status = None, "failed"
+    ending: dict[str, Any] = {}
+    with record_backends() as backends:
+        try:
+            with INTERRUPTS.at_once():
+                run = make()
+                folder.update(**masked(_describe(run)))
+                results = run.train()
+            status, ending = "finished", {"results": results}
+        except KeyboardInterrupt as stop:
+            status, ending["reason"] = _status_of(stop), str(stop) or "stopped from outside"
+        except RunnerError as error:
+            ending["reason"] = str(error)
+        except Exception as error:  # A record of any failure; the whole of it goes to the log.
+            traceback.print_exc()
+            ending["reason"] = f"{type(error).__name__}: {error}"
+    ending["backends"] = backends
+    if run is not None:
+        ending["cost"] = _cost(run)
+        tracker = run.reporter.tracker
+        tracker.finish(status, ending.get("results", {}))
+        if isinstance(tracker, Guarded) and tracker.error:
+            ending["tracker_error"] = tracker.error
+    return status, ending
+
+
+def _describe(run: Training) -> dict[str, Any]:
+    value, words = run.task.chance()
+    return {
+        "hardware": environment.hardware(run.engine.device),
+        "data": {"task": run.task.name, **run.task.manifest()},
+        "task": {"title": run.task.title, "reading": run.task.reading},
+        "metric": {**asdict(run.task.metric), "chance": value, "chance_label": words},
+        "model": {
+            "parameters": run.model.num_parameters(),
+            "state_bytes": run.model.state_bytes(run.task.longest),
+            "state_length": run.task.longest,
+        },
+    }
+
+
+def _cost(run: Training) -> dict[str, Any]:
+    config, state, device = run.config.train, run.state, run.engine.device
+    flops = 3 * run.model.flops(run.task.length, config.batch_size) * state.step
+    given = run.config.machine.peak_flops
+    peak = (given or measured_peak(device, config.precision)) * processes.count()
+    tokens = state.step * config.batch_size * run.task.length
+    memory, gpu_memory = peak_memory(device)
+    cost = {
+        "steps": state.step,
+        "bad_steps": state.bad_steps,
+        "tokens": tokens,
+        "processes": processes.count(),
+        "train_seconds": state.train_seconds,
+        "eval_seconds": state.eval_seconds,
+        "processor_seconds": state.processor_seconds,
+        "tokens_per_second": tokens / max(state.train_seconds, 1e-9),
+        "flops": flops,
+        "flops_formula": FLOPS_FORMULA,
+        "peak_flops": peak,
+        "peak_flops_source": "given" if given else "a matrix product, measured",
+        "utilisation": utilisation(flops, state.train_seconds, peak),
+        "joules": state.joules,
+        "peak_memory_bytes": max(state.peak_memory_bytes, memory),
+        **price(state.train_seconds + state.eval_seconds, run.config.machine.price_per_hour),
+    }
+    if device.type == "cuda":
+        cost["peak_gpu_memory_bytes"] = max(state.peak_gpu_memory_bytes, gpu_memory)
+    return cost

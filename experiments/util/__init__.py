@@ -1,0 +1,1 @@
+"""What every part of the runner uses: files, errors, output, processes, plots."""

@@ -1,0 +1,8 @@
+"""Where the checkout lies, from which the runner runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"

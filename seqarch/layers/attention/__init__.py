@@ -1,0 +1,1 @@
+"""Softmax attention with a cache of keys and values."""

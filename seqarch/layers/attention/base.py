@@ -1,0 +1,280 @@
+"""What softmax attentions share: heads, positions, and a cache that any split of a sequence carries on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from seqarch.layers.mixer import Device, Mixer, Offsets, choose_heads, measured_state_bytes, numbers_of, row_count
+from seqarch.layers.modules import kv_cache
+from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
+from seqarch.layers.modules.kv_cache import KVCache, PackedKV
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.norms import HeadNorm
+from seqarch.layers.modules.positions import token_positions
+from seqarch.layers.modules.rotary import rotary_tables, rotate
+from seqarch.ops.dispatch import checks
+
+POSITIONS = ("none", "rotary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVHeadsConfig(HeadsConfig):
+    """Options of heads and their positions.
+
+    Attributes:
+        num_heads: H; by default heads of width 64 (32 where 64 does not divide D), or as many of width ``head_dim`` as
+            fit into D.
+        num_kv_heads: G, the heads of keys and values, each shared by ``H / G`` query heads; by default H.
+        head_dim: K = V; by default ``D / H``.
+        position: ``"rotary"`` or ``"none"``.
+        rotary_base: base of the rotation's wavelengths; larger turns slower.
+        rotary_fraction: share of each head's channels that turn, the first ones; the others know no position.
+    """
+
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    position: str = "rotary"
+    rotary_base: float = 10000.0
+    rotary_fraction: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads ({self.kv_heads}) must divide num_heads ({self.heads})")
+        if self.position not in POSITIONS:
+            raise checks.unknown_name("position", self.position, POSITIONS)
+        if self.rotary_fraction > 1:
+            raise ValueError(f"rotary_fraction must be at most 1, got {self.rotary_fraction}")
+        if self.position == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
+            raise ValueError(
+                f"rotary positions need an even number of channels, got {self.rotary_width} of {self.head_width}"
+            )
+
+    @property
+    def heads(self) -> int:
+        if self.head_dim is None:
+            return choose_heads(self.d_model, self.num_heads)
+        heads = self.d_model // self.head_dim if self.num_heads is None else self.num_heads
+        if heads < 1:
+            raise ValueError(
+                f"num_heads must be positive, got {heads} (d_model {self.d_model}, head_dim {self.head_dim})"
+            )
+        return heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        return int(self.rotary_fraction * self.head_width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedAttentionConfig(KVHeadsConfig):
+    """Options that every attention of one cache has.
+
+    Attributes:
+        qk_norm: an RMS norm with weights over each head of q and k, before the rotation.
+        norm_eps: added to the mean square in those norms.
+        output_gate: multiplies what the heads read by ``sigmoid(x W_g)``, channel by channel (Qiu et al. 2025).
+        output_bias: a bias in the output projection.
+        conv_width: width of a short convolution over queries, keys and values; 0 for none.
+    """
+
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    output_gate: bool = False
+    output_bias: bool = False
+    conv_width: int = 0
+
+
+class AttentionState(NamedTuple):
+    """State of an attention.
+
+    Attributes:
+        conv: the short convolution's last inputs, or ``None`` without one.
+        cache: keys (rotated) and values.
+    """
+
+    conv: Tensor | None
+    cache: KVCache | PackedKV
+
+
+class Place(NamedTuple):
+    """Where the tokens of a call stand.
+
+    Attributes:
+        positions: in their own sequences, ``[1, T]`` where all rows stand alike, else ``[B, T]``.
+        length: tokens of the longest sequence after this call, or more.
+        offsets: boundaries of packed sequences; ``None`` where nothing is packed.
+    """
+
+    positions: Tensor
+    length: int
+    offsets: Offsets
+
+
+class CacheMixer(Mixer):
+    """The cache of an attention; a subclass makes its entries in :meth:`project` and reads them in :meth:`attend`.
+
+    Subclasses set ``cache_shape``: heads, and widths of keys and values, of what the cache holds of a token. One whose
+    queries choose their keys writes :meth:`select` too; what it needs for that and carries from call to call follows
+    ``conv`` and ``cache`` in its ``State``.
+
+    The state grows with the sequence. A state made with ``max_length`` is written in place while autograd is off and
+    no gradient flows through it; past that length it grows.
+    """
+
+    State: ClassVar[Any] = AttentionState
+
+    cache_shape: tuple[int, int, int]
+    gate: nn.Linear | None
+    output: nn.Linear
+
+    @abstractmethod
+    def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
+        """Queries, keys and values of this call's tokens, and the short convolution's state."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
+        """What the queries ``[B, Tq, H, K]`` read from the keys held and new.
+
+        Args:
+            where: the operation's ``cu_seqlens`` or ``key_start``.
+        """
+
+    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """What :meth:`attend` needs of each query beside q, ``[B, T, ...]`` each, and the state's further entries.
+
+        Args:
+            q, k: of this call's tokens, rotated.
+            memory: the state's entries after conv and cache.
+        """
+        return (), ()
+
+    @property
+    def keep(self) -> int | None:
+        """How many keys of earlier calls a new token may see: the :attr:`first` of its sequence, and the last."""
+        return None
+
+    @property
+    def first(self) -> int:
+        """How many of them are the first of the sequence."""
+        return 0
+
+    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+        conv, cache, *memory = state
+        cache = kv_cache.as_rows(cache, self.keep, first=self.first)
+        _check_cache(cache, row_count(x, offsets), self.keep)
+        place = Place(_positions(cache, x, offsets), cache.length + _longest(x, offsets), offsets)
+        (q, k, v), conv = self.project(x, conv, place)
+        selection, memory = self.select(q, k, place, *memory)
+        if offsets is None:
+            o, cache = self._attend((q, *selection), k, v, cache)
+        else:
+            o, cache = self._attend_packed((q, *selection), k, v, cache, offsets)
+        o = rearrange(o, "b t h v -> b t (h v)")
+        if self.gate is not None:
+            o = o * self.gate(x).sigmoid()
+        return self.output(o), self.State(conv, cache, *memory)
+
+    def _attend(self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        start = cache.first_held(self.keep)
+        keys, values, cache = kv_cache.extend(cache, k, v, self.keep, self.first)
+        q, *selection = queries
+        return self.attend(q, keys, values, *selection, key_start=start), cache
+
+    def _attend_packed(
+        self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache, offsets: tuple[int, ...]
+    ) -> tuple[Tensor, KVCache | PackedKV]:
+        if not cache.length:
+            q, *selection = queries
+            o = self.attend(q, k, v, *selection, cu_seqlens=offsets)
+            packed, reserved = PackedKV(k, v, offsets), cache.capacity
+            return o, kv_cache.as_rows(packed, self.keep, reserved, self.first) if reserved else packed
+        keys, values, cache = kv_cache.extend_packed(cache, k, v, offsets, self.keep, self.first)
+        lengths = [end - start for start, end in pairwise(offsets)]
+        rows = zip(keys, values, *(part.split(lengths, dim=1) for part in queries), strict=True)
+        return torch.cat([self.attend(q, key[None], value[None], *s) for key, value, q, *s in rows], dim=1), cache
+
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
+        like = numbers_of(self)
+        device, dtype = device or like.device, dtype or like.dtype
+        heads, *widths = self.cache_shape
+        shape = (batch_size, self._held(max_length), heads)
+        keys, values = (torch.zeros(*shape, width, device=device, dtype=dtype) for width in widths)
+        conv = self.short_conv
+        return AttentionState(
+            None if conv is None else conv.init_state(batch_size, device, dtype), KVCache(keys, values, 0)
+        )
+
+    def _held(self, length: int) -> int:
+        return length if self.keep is None else min(length, self.keep)
+
+    def state_bytes(self, length: int, batch_size: int = 1) -> int:
+        """Bytes after ``length`` tokens, of equally long rows (rows of different lengths add 8 bytes each).
+
+        A state made with ``max_length`` has ``state_bytes(max_length)`` from the start.
+        """
+        heads, keys, values = self.cache_shape
+        conv = self.init_state(batch_size, 0, "meta").conv
+        width = heads * (keys + values) * numbers_of(self).element_size()
+        return batch_size * self._held(length) * width + measured_state_bytes(conv)
+
+
+class CachedAttention(CacheMixer):
+    """Projections and positions of an attention by heads; a subclass says in :meth:`attend` which keys are seen."""
+
+    def __init__(self, config: CachedAttentionConfig):
+        super().__init__(config)
+        heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
+        parts = [(heads, width), (kv_heads, width), (kv_heads, width)]
+        self.heads = HeadProjection(config.d_model, parts, config.conv_width)
+        self.query_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.gate = Linear(config.d_model, heads * width, bias=False) if config.output_gate else None
+        self.output = Linear(heads * width, config.d_model, bias=config.output_bias)
+        self.cache_shape = (kv_heads, width, width)
+
+    def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
+        (q, k, v), conv = self.heads(x, conv, place.offsets)
+        q, k = self.query_norm(q), self.key_norm(k)
+        if self.config.position == "rotary":
+            tables = rotary_tables(place.positions, self.config.rotary_width, self.config.rotary_base)
+            q, k = rotate(q, tables), rotate(k, tables)
+        return [q, k, v], conv
+
+
+def _check_cache(cache: KVCache, rows: int, keep: int | None) -> None:
+    """What only the cache itself tells: rows of packed sequences, and keys that a shorter memory than ours has lost."""
+    if cache.keys.shape[0] != rows:
+        raise ValueError(f"attention: the state has {cache.keys.shape[0]} rows, the call {rows} sequences")
+    if cache.capacity < cache.held(keep):
+        raise ValueError(
+            f"attention: the state holds {cache.capacity} keys, expected {cache.held(keep)}: another mixer's?"
+        )
+
+
+def _positions(cache: KVCache, x: Tensor, offsets: Offsets) -> Tensor:
+    """``[1, T]`` where all rows stand alike, so that the rotation is computed once for the batch; else ``[B, T]``."""
+    before = cache.lengths()
+    if offsets is not None:
+        before = before.expand(len(offsets) - 1)
+    return token_positions(before, x.shape[1], offsets)[0]
+
+
+def _longest(x: Tensor, offsets: Offsets) -> int:
+    return x.shape[1] if offsets is None else max(end - start for start, end in pairwise(offsets))

@@ -1,0 +1,160 @@
+"""Multi-head latent attention (MLA): all heads' keys and values from one small vector a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqarch import ops
+from seqarch.layers.attention.base import POSITIONS, CacheMixer, Place
+from seqarch.layers.mixer import choose_heads
+from seqarch.layers.modules.heads import HeadsConfig
+from seqarch.layers.modules.linear import Linear, is_plain_linear
+from seqarch.layers.modules.norms import HeadNorm
+from seqarch.layers.modules.rotary import rotary_tables, rotate
+from seqarch.ops.attention import flops as attention_flops
+from seqarch.ops.dispatch import checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig(HeadsConfig):
+    """Options of :class:`LatentAttention`.
+
+    Attributes:
+        key_width: K, channels of a head's key that come from the latents; by default ``D / H``.
+        value_width: V; by default K.
+        shared_width: R, further channels of the keys that all heads share and that alone know positions; by default
+            ``K / 2``.
+        latent_rank: C, the latents' width; by default 4 K.
+        query_rank: rank of the queries' map from the input, with an RMS norm inside; ``None`` for a full matrix.
+        position: ``"rotary"`` or ``"none"``.
+        rotary_base: base of the rotation's wavelengths; larger turns slower.
+        norm_eps: added to the mean square in the norms of the latents and the low-rank queries.
+    """
+
+    key_width: int | None = None
+    value_width: int | None = None
+    shared_width: int | None = None
+    latent_rank: int | None = None
+    query_rank: int | None = None
+    position: str = "rotary"
+    rotary_base: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.position not in POSITIONS:
+            raise checks.unknown_name("position", self.position, POSITIONS)
+        if self.position == "rotary" and self.shared % 2:
+            raise ValueError(f"rotary positions need an even shared_width, got {self.shared}")
+
+    @property
+    def heads(self) -> int:
+        if self.num_heads is not None and self.key_width is not None:
+            return self.num_heads
+        return choose_heads(self.d_model, self.num_heads)
+
+    @property
+    def keys(self) -> int:
+        return self.key_width or self.d_model // self.heads
+
+    @property
+    def values(self) -> int:
+        return self.value_width or self.keys
+
+    @property
+    def shared(self) -> int:
+        return self.shared_width or max(1, self.keys // 2)
+
+    @property
+    def rank(self) -> int:
+        return self.latent_rank or 4 * self.keys
+
+
+class LatentAttention(CacheMixer):
+    """``o_t = sum_j softmax_j((q_t . W_k c_j + p_t . r_j) / sqrt(K + R)) W_v c_j`` with one latent c_j for all heads.
+
+    ``c = norm(W_c x)``; ``r = W_r x`` is one rotated key for all heads, p the rotated part of each head's query; W_k
+    and W_v differ by head. The cache holds c and r: C + R numbers a token. Liu et al. 2024, "DeepSeek-V2", section 2.1.
+    Not grouped heads, which share whole keys and values. Halves of the shared channels turn (in DeepSeek's release
+    neighbours: a fixed permutation of W_r and the queries); with ``position="none"`` they are there and do not turn, as
+    in Kimi Linear. Projections have ``nn.Linear``'s initialisation, norms start at 1.
+
+    It is computed in one of two forms with the same result, whichever takes fewer FLOPs. Expanded: the latents, those
+    of the cache too, become keys and values of every head. Absorbed: the queries go through W_k into the space of the
+    latents, which then are one head of keys and values, and what is read goes through W_v. The first saves
+    ``2 C - K - V`` multiply-adds a pair of query and key and head, the second ``C (K + V)`` an earlier token: so
+    sequences from their start are expanded (while C is above the mean of K and V), steps absorbed. Absorbing needs the
+    matrices themselves: where ``expand`` is another module or has hooks (an adapter, a quantiser), all are expanded.
+    """
+
+    Config = LatentAttentionConfig
+
+    def __init__(self, config: LatentAttentionConfig):
+        super().__init__(config)
+        heads, keys, values, d_model = config.heads, config.keys, config.values, config.d_model
+        width = heads * (keys + config.shared)
+        if config.query_rank is None:
+            self.query = Linear(d_model, width, bias=False)
+        else:
+            self.query = nn.Sequential(
+                Linear(d_model, config.query_rank, bias=False),
+                HeadNorm(config.query_rank, eps=config.norm_eps),
+                Linear(config.query_rank, width, bias=False),
+            )
+        self.compress = Linear(d_model, config.rank + config.shared, bias=False)
+        self.norm = HeadNorm(config.rank, eps=config.norm_eps)
+        self.expand = Linear(config.rank, heads * (keys + values), bias=False)
+        self.gate = None
+        self.output = Linear(heads * values, d_model, bias=False)
+        self.cache_shape = (1, config.rank + config.shared, 0)
+
+    def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
+        """Queries ``[B, T, H, K + R]``, latents and shared keys ``[B, T, 1, C + R]``, and no values."""
+        q = self.query(x).unflatten(-1, (self.config.heads, -1))
+        latent, shared = self.compress(x).unsqueeze(2).split([self.config.rank, self.config.shared], dim=-1)
+        if self.config.position == "rotary":
+            tables = rotary_tables(place.positions, self.config.shared, self.config.rotary_base)
+            own, turned = q.split([self.config.keys, self.config.shared], dim=-1)
+            q, shared = torch.cat([own, rotate(turned, tables)], dim=-1), rotate(shared, tables)
+        entries = torch.cat([self.norm(latent), shared], dim=-1)
+        return [q, entries, entries[..., :0]], None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
+        expanded, absorbed = self._costs(q.shape[1], k.shape[1])
+        read = self._absorbed if absorbed < expanded and is_plain_linear(self.expand) else self._expanded
+        return read(q, k, scale=q.shape[-1] ** -0.5, **where)
+
+    def _expanded(self, q: Tensor, entries: Tensor, **options: Any) -> Tensor:
+        config = self.config
+        latent, shared = entries.split([config.rank, config.shared], dim=-1)
+        k, v = self.expand(latent.squeeze(2)).unflatten(-1, (config.heads, -1)).split([config.keys, config.values], -1)
+        k = torch.cat([k, shared.expand(-1, -1, config.heads, -1)], dim=-1)
+        return ops.attention(q, k, v, **options)
+
+    def _absorbed(self, q: Tensor, entries: Tensor, **options: Any) -> Tensor:
+        config = self.config
+        maps = self.expand.weight.unflatten(0, (config.heads, -1))
+        to_keys, to_values = maps.split([config.keys, config.values], dim=1)
+        own, turned = q.split([config.keys, config.shared], dim=-1)
+        q = torch.cat([torch.einsum("bthk,hkc->bthc", own, to_keys), turned], dim=-1)
+        o = ops.attention(q, entries, entries[..., : config.rank], **options)
+        return torch.einsum("bthc,hvc->bthv", o, to_values)
+
+    def _costs(self, queries: int, keys: int) -> tuple[int, int]:
+        """FLOPs a row of the two forms, but for what both share: ``expand`` once a query."""
+        config = self.config
+        expanded = attention_flops(queries, keys, config.heads, config.keys + config.shared, config.values)
+        absorbed = attention_flops(queries, keys, config.heads, config.rank + config.shared, config.rank)
+        expand = 2 * config.rank * config.heads * (config.keys + config.values)
+        return expanded + expand * (keys - queries), absorbed
+
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return batch_size * min(self._costs(length, length))
+
+    def step_flops(self, length: int, batch_size: int = 1) -> int:
+        maps = self.flops(1) - self.sequence_flops(1)
+        return batch_size * (maps + min(self._costs(1, length + 1)))

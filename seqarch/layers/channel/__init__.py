@@ -1,0 +1,1 @@
+"""Channel mixers: what each token does with its own channels."""

@@ -1,0 +1,112 @@
+"""Channel mixers: what each token does with its own channels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from seqarch.layers.mixer import ChannelMixer, LayerConfig, linear_flops
+from seqarch.layers.modules.linear import Linear
+from seqarch.ops.dispatch.checks import unknown_name
+from seqarch.ops.experts.activations import ACTIVATIONS
+from seqarch.ops.native.token import Program, Value
+
+
+def round_up(width: float, multiple: int = 32) -> int:
+    """The least positive multiple that is not below ``width``, rounding errors of ``8 / 3 * D`` aside."""
+    return max(1, math.ceil(round(width / multiple, 6))) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenConfig(LayerConfig):
+    """Options that say how wide a channel mixer is inside, and what stands there.
+
+    Attributes:
+        hidden: the inner width F.
+        expansion: where ``hidden`` is not given, F is ``expansion * D``, rounded up to a multiple of 32.
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"squared_relu"``.
+    """
+
+    hidden: int | None = None
+    expansion: float = 4.0
+    activation: str = "gelu"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
+
+    @property
+    def hidden_width(self) -> int:
+        return round_up(self.expansion * self.d_model) if self.hidden is None else self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpConfig(HiddenConfig):
+    """Options of :class:`Mlp`: those of :class:`HiddenConfig`."""
+
+
+class Mlp(ChannelMixer):
+    """``y = act(x W_in) W_out``, the feed-forward layer of the Transformer (Vaswani et al. 2017, "Attention Is All You
+    Need", section 3.3).
+
+    GELU as in GPT (Radford et al. 2018) in place of ReLU; no biases, unlike both. ``nn.Linear``'s initialisation.
+    """
+
+    Config = MlpConfig
+
+    def __init__(self, config: MlpConfig):
+        super().__init__(config)
+        self.input = Linear(config.d_model, config.hidden_width, bias=False)
+        self.output = Linear(config.hidden_width, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(ACTIVATIONS[self.config.activation](self.input(x)))
+
+    def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
+        hidden = program.pointwise(self.config.activation, program.include(self.input, x))
+        return program.include(self.output, hidden, add_to)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiGluConfig(HiddenConfig):
+    """Options of :class:`SwiGlu`, whose ``8 / 3`` times D inside have the parameters of an MLP of ``4 D``.
+
+    Attributes:
+        bias: whether each of the three linear maps has a bias.
+    """
+
+    expansion: float = 8 / 3
+    activation: str = "silu"
+    bias: bool = False
+
+
+class SwiGlu(ChannelMixer):
+    """``y = (silu(x W_gate) * (x W_in)) W_out`` (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6).
+
+    One matrix holds both ``W_gate`` (first) and ``W_in``; no biases, as in the paper, unless asked for. Another
+    ``activation`` makes it another gated unit of the paper, ``"gelu"`` GEGLU. ``nn.Linear``'s initialisation.
+    """
+
+    Config = SwiGluConfig
+
+    def __init__(self, config: SwiGluConfig):
+        super().__init__(config)
+        self.input = Linear(config.d_model, 2 * config.hidden_width, bias=config.bias)
+        self.output = Linear(config.hidden_width, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.input(x).chunk(2, dim=-1)
+        return self.output(ACTIVATIONS[self.config.activation](gate) * value)
+
+    def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
+        gate, value = program.include(self.input, x).split([self.config.hidden_width] * 2)
+        return program.include(self.output, program.pointwise(self.config.activation, gate, value), add_to)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))

@@ -1,0 +1,149 @@
+"""Mixture of experts: a router sends each token through a few of many gated MLPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqarch import ops
+from seqarch.layers.channel.mlp import SwiGlu, SwiGluConfig, round_up
+from seqarch.layers.channel.router import (
+    Router,
+    RouterConfig,
+    Routing,
+    load_balance_loss,
+    router_z_loss,
+    routing_metrics,
+)
+from seqarch.layers.mixer import ChannelMixer, linear_flops
+from seqarch.layers.modules.linear import Linear
+from seqarch.ops.experts import flops as experts_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOfExpertsConfig(RouterConfig):
+    """Options of :class:`MixtureOfExperts`: those of :class:`RouterConfig` and
+
+    Attributes:
+        hidden: the inner width of one expert; by default the experts that a token passes, shared ones included, are
+            together as wide as a :class:`SwiGlu` of the same D (each rounded up to a multiple of 32).
+        shared_experts: experts that every token passes, besides (Dai et al. 2024, "DeepSeekMoE", section 3.2).
+        shared_gate: whether their output is multiplied by a learnt ``sigmoid(w x)``, as in Qwen2-MoE and Qwen3-Next.
+        load_balance_weight, router_z_weight: what :meth:`MixtureOfExperts.auxiliary_loss` weighs its parts by.
+    """
+
+    may_be_zero = ("shared_experts", "load_balance_weight", "router_z_weight")
+
+    hidden: int | None = None
+    shared_experts: int = 0
+    shared_gate: bool = False
+    load_balance_weight: float = 0.01
+    router_z_weight: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shared_gate and not self.shared_experts:
+            raise ValueError("shared_gate=True gates the shared experts, got shared_experts=0: give at least 1")
+
+    @property
+    def hidden_width(self) -> int:
+        if self.hidden is not None:
+            return self.hidden
+        return round_up(8 / 3 * self.d_model / (self.top_k + self.shared_experts))
+
+
+class MixtureOfExperts(ChannelMixer):
+    """``y = sum over the top k of p_i(x) SwiGLU_i(x)``, ``p = softmax(W x)`` or ``sigmoid(W x)``, every token kept.
+
+    Shazeer et al. 2017, "Outrageously Large Neural Networks", without its noise, with the scores before the choice and
+    the weights normalised after it, as in Mixtral (Jiang et al. 2024); options lead from there to DeepSeek-V3 (without
+    its groups of experts), Qwen3-Next and Kimi Linear. Each token is routed by itself, so the layer is causal, unlike
+    expert choice; with a ``capacity_factor`` it is not by itself any more, see :class:`Router`. Each matrix has
+    ``nn.Linear``'s initialisation for its own inputs.
+    """
+
+    Config = MixtureOfExpertsConfig
+    takes_mask = True
+
+    def __init__(self, config: MixtureOfExpertsConfig):
+        super().__init__(config)
+        width, hidden, count = config.d_model, config.hidden_width, config.num_experts
+        self.router = Router(config)
+        self.w_gate = _expert_weights(count, width, hidden)
+        self.w_in = _expert_weights(count, width, hidden)
+        self.w_out = _expert_weights(count, hidden, width)
+        shared = SwiGluConfig(d_model=width, hidden=hidden * config.shared_experts) if config.shared_experts else None
+        self.shared = None if shared is None else SwiGlu(shared)
+        self.shared_gate = Linear(width, 1, bias=False) if config.shared_gate else None
+        self._routing: Routing | None = None
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        routing, weight = self.router(x, token_mask)
+        self._routing = routing if self.training and not _in_backward() else routing.detach()
+        index = routing.index if routing.kept is None else routing.index.masked_fill(~routing.kept, -1)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = ops.experts(tokens, self.w_in, self.w_out, index, weight, w_gate=self.w_gate).view_as(x)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        return y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
+
+    def auxiliary_loss(self) -> Tensor:
+        """The weighted load-balance and router z-losses of the last forward pass: a scalar, 0 unless in training.
+
+        Raises:
+            RuntimeError: that pass was one of training without gradients, as reentrant activation checkpointing makes
+                it, so the losses would train nothing.
+        """
+        routing, config = self._routing, self.config
+        weighed = config.load_balance_weight or config.router_z_weight
+        if routing is None or not routing.training or not len(routing.index) or not weighed:
+            return torch.zeros((), device=self.w_in.device)
+        learns = any(parameter.requires_grad for parameter in self.router.parameters())
+        if torch.is_grad_enabled() and learns and not routing.logits.requires_grad:
+            raise RuntimeError(
+                "auxiliary_loss: the last forward pass ran without gradients, so its losses would train nothing;"
+                " checkpoint activations with use_reentrant=False, or give both losses the weight 0"
+            )
+        balance = config.load_balance_weight * load_balance_loss(routing)
+        return balance + config.router_z_weight * router_z_loss(routing)
+
+    def update_router(self) -> None:
+        for router in self.modules():
+            if isinstance(router, Router):
+                router.update_bias()
+
+    def router_metrics(self) -> dict[str, Any]:
+        """How the last forward pass used the experts; empty before the first.
+
+        As :func:`seqarch.layers.channel.router.routing_metrics`.
+        """
+        return {} if self._routing is None else routing_metrics(self._routing)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy or a pickle of the module does not take the last call's autograd graph along
+        return {**self.__dict__, "_routing": None}
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """With a ``capacity_factor``, as if no choice were dropped."""
+        config, tokens = self.config, length * batch_size
+        routed = experts_flops(tokens, config.top_k, config.d_model, config.hidden_width)
+        shared = 0 if self.shared is None else self.shared.flops(length, batch_size)
+        gate = 0 if self.shared_gate is None else linear_flops(self.shared_gate, tokens)
+        return 2 * config.d_model * config.num_experts * tokens + routed + shared + gate
+
+
+def _in_backward() -> bool:
+    """Whether this forward pass is one that activation checkpointing repeats during the backward pass.
+
+    Nobody asks for its losses, and its graph, kept, would hold on to what checkpointing is to free.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _expert_weights(count: int, fan_in: int, fan_out: int) -> nn.Parameter:
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(count, fan_in, fan_out).uniform_(-bound, bound))

@@ -1,0 +1,1 @@
+"""Convolutions as long as the sequence."""

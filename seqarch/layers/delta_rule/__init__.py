@@ -1,0 +1,1 @@
+"""Recurrences that overwrite what a key held before."""

@@ -1,0 +1,138 @@
+"""What the mixers on the delta rule share: projections, rates, and the way in and out of the recurrence."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch.layers.mixer import Offsets, choose_heads
+from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
+from seqarch.layers.modules.norms import l2_normalise
+from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
+from seqarch.ops.delta_rule import flops as recurrence_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaRuleConfig(HeadsConfig):
+    """Options that all mixers on the delta rule have.
+
+    Attributes:
+        conv_width: width of the short convolutions over queries, keys and values; 0 for none.
+        negative_eigenvalues: doubles beta to (0, 2), which lets the model track state (Grazzi et al. 2024).
+        norm_eps: added to the mean square in the norm of the output.
+    """
+
+    conv_width: int = 4
+    negative_eigenvalues: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.key_shape, self.value_shape  # raises where the options do not fit together
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """Heads and width of the queries and keys, G and K."""
+        return self.heads, self.head_width
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        """Heads and width of the values, H and V."""
+        return self.key_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaRuleConfig(DeltaRuleConfig):
+    """Options of the mixers on the delta rule whose memory decays.
+
+    Attributes:
+        num_key_heads: G, the heads of queries and keys, each shared by ``H / G`` heads of values; by default H.
+        key_width: K; by default ``D / H``.
+        expand_v: V is ``expand_v K``.
+        dt_min, dt_max, dt_floor: range of the initial step sizes of the decay.
+    """
+
+    num_key_heads: int | None = None
+    key_width: int | None = None
+    expand_v: float = 1.0
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        groups = self.num_key_heads or self.heads
+        if self.heads % groups:
+            raise ValueError(f"num_key_heads ({groups}) must divide num_heads ({self.heads})")
+        return groups, self.key_width or self.head_width
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        width = self.expand_v * self.key_shape[1]
+        if width != int(width):
+            raise ValueError(f"expand_v * key_width must be a whole number, got {width:g}")
+        return self.heads, int(width)
+
+    @property
+    def heads(self) -> int:
+        if self.num_heads is not None and self.key_width is not None:
+            return self.num_heads
+        return choose_heads(self.d_model, self.num_heads)
+
+
+class DeltaRuleMixer(RecurrentMixer):
+    """Queries, keys and values by short convolutions and SiLU, q and k of unit norm; a subclass runs the recurrence.
+
+    Subclasses set ``norm`` and ``output``; those that decay ``A_log`` and ``dt_bias``; those that gate their output,
+    ``gate``.
+
+    Args:
+        steps: keys and values a token.
+    """
+
+    config: DeltaRuleConfig
+    norm: nn.Module
+    gate: nn.Module
+    output: nn.Linear
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+
+    def __init__(self, config: DeltaRuleConfig, steps: int = 1):
+        super().__init__(config)
+        (groups, keys), (heads, values) = config.key_shape, config.value_shape
+        parts = [(groups, keys), (steps * groups, keys), (steps * heads, values)]
+        self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu")
+        self.memory_shape = (heads, keys, values)
+
+    @abstractmethod
+    def recur(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs ``[B, T, H, V]`` and the memory after them, from unit q and k and the mixer's input x."""
+
+    def leave(self, x: Tensor, o: Tensor) -> Tensor:
+        """The outputs on their way to the last projection: normalised, and gated by x."""
+        return self.norm(o, rearrange(self.gate(x), "b t (h v) -> b t h v", v=o.shape[-1]))
+
+    def strength(self, logits: Tensor) -> Tensor:
+        """How much of the old value goes: in (0, 1), or in (0, 2) with negative eigenvalues."""
+        return logits.sigmoid() * (2 if self.config.negative_eigenvalues else 1)
+
+    def log_decay(self, logits: Tensor) -> Tensor:
+        """``-exp(A_log) softplus(logits + dt_bias)``, for ``[B, T, H]`` or ``[B, T, H, K]``; A is one a head."""
+        wide = self.memory_dtype
+        rate = self.A_log.to(wide).exp().view(-1, *[1] * (logits.ndim - 3))
+        return -rate * F.softplus(logits.to(wide) + self.dt_bias.to(wide).view(logits.shape[2:]))
+
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        (q, k, v), conv = self.heads(x, conv, offsets)
+        o, memory = self.recur(x, l2_normalise(q), l2_normalise(k), v, memory, offsets)
+        return self.output(rearrange(self.leave(x, o), "b t h v -> b t (h v)")), RecurrentState(conv, memory)
+
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)

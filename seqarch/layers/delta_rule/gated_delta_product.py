@@ -1,0 +1,58 @@
+"""Gated DeltaProduct: several delta steps a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+from seqarch.layers.mixer import Offsets
+from seqarch.ops.delta_rule import flops as recurrence_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaProductConfig(GatedDeltaNetConfig):
+    """Options of :class:`GatedDeltaProduct`: those of gated_delta_net, with negative eigenvalues on as in the release.
+
+    Attributes:
+        steps: n, delta steps a token, each with a key, a value and a beta of its own.
+    """
+
+    steps: int = 2
+    negative_eigenvalues: bool = True
+
+
+class GatedDeltaProduct(GatedDeltaNet):
+    """n delta steps a token: from ``P_0 = a_t S_{t-1}`` by ``P_i = P_{i-1} + beta_i k_i^T (v_i - k_i P_{i-1})`` to S_t.
+
+    With beta up to 2 a step is a reflection: two of them rotate a plane, n of them permute n + 1 things. Siems et al.
+    2025, "DeltaProduct", section 3, with the decay of gated_delta_net, which is n = 1; gates, norms and initialisation
+    are those of gated_delta_net. It runs as n tokens for one, of which the first decays and the last is read, at n
+    times the recurrence's cost. Not more heads, which share no memory.
+    """
+
+    Config = GatedDeltaProductConfig
+    config: GatedDeltaProductConfig
+
+    def __init__(self, config: GatedDeltaProductConfig):
+        super().__init__(config, config.steps)
+
+    def recur(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
+    ) -> tuple[Tensor, Tensor]:
+        n, heads = self.config.steps, self.memory_shape[0]
+        a, b = self.rates(x).split([heads, n * heads], dim=-1)
+        k, v = (rearrange(m, "b t (n h) c -> b (t n) h c", n=n) for m in (k, v))
+        beta = rearrange(self.strength(b), "b t (n h) -> b (t n) h", n=n)
+        q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
+        log_decay = F.pad(self.log_decay(a).unsqueeze(2), (0, 0, 0, n - 1)).flatten(1, 2)
+        offsets = None if offsets is None else tuple(n * offset for offset in offsets)
+        o, memory = ops.delta_rule(q, k, v, beta, log_decay, state=memory, cu_seqlens=offsets)
+        return o[:, n - 1 :: n], memory
+
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return recurrence_flops(self.config.steps * length, *self.memory_shape, batch_size=batch_size)

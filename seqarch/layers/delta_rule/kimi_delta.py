@@ -1,0 +1,62 @@
+"""Kimi delta attention (KDA): the delta rule with a learnt decay for every key dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from seqarch import ops
+from seqarch.layers.delta_rule.base import DeltaRuleMixer, GatedDeltaRuleConfig
+from seqarch.layers.mixer import Offsets
+from seqarch.layers.modules.initialisation import step_size_bias
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.norms import GatedRMSNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class KimiDeltaConfig(GatedDeltaRuleConfig):
+    """Options of :class:`KimiDelta`.
+
+    Attributes:
+        gate_rank: rank of the maps from the input to the decays and to the output gate; by default V.
+    """
+
+    gate_rank: int | None = None
+
+
+class KimiDelta(DeltaRuleMixer):
+    """The delta rule with a decay a key dimension: ``P = diag(a_t) S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``.
+
+    ``a_t = exp(-A softplus(W_2 W_1 x + dt_bias))`` with one A a head, ``beta = sigmoid(W_b x)``; queries, keys and
+    values pass a short convolution and SiLU, queries and keys are made of unit norm; the output is
+    ``norm(o) sigmoid(W_4 W_3 x)``. Zhang et al. 2025, "Kimi Linear", sections 3 and 4. Not gated_delta_net, which has
+    one decay a head and a full gate with SiLU. Projections have ``nn.Linear``'s initialisation; A is uniform in (1, 16)
+    and dt_bias as in Mamba, both without weight decay.
+    """
+
+    Config = KimiDeltaConfig
+
+    def __init__(self, config: KimiDeltaConfig, rates: int | None = None):
+        super().__init__(config)
+        d_model, (heads, values), keys = config.d_model, config.value_shape, config.key_shape[1]
+        rank = config.gate_rank or values
+        self.decay = nn.Sequential(Linear(d_model, rank, bias=False), Linear(rank, heads * keys, bias=False))
+        self.gate = nn.Sequential(Linear(d_model, rank, bias=False), Linear(rank, heads * values, bias=False))
+        self.rates = Linear(d_model, rates or heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.dt_bias = nn.Parameter(step_size_bias(heads * keys, config.dt_min, config.dt_max, config.dt_floor))
+        self.norm = GatedRMSNorm(values, gate="after", eps=config.norm_eps, activation="sigmoid")
+        self.output = Linear(heads * values, d_model, bias=False)
+
+    def decays(self, x: Tensor) -> Tensor:
+        """The log decays, ``[B, T, H, K]``."""
+        return self.log_decay(rearrange(self.decay(x), "b t (h k) -> b t h k", h=self.memory_shape[0]))
+
+    def recur(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
+    ) -> tuple[Tensor, Tensor]:
+        beta = self.strength(self.rates(x))
+        return ops.delta_rule(q, k, v, beta, self.decays(x), state=memory, cu_seqlens=offsets)

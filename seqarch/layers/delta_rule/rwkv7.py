@@ -1,0 +1,140 @@
+"""RWKV-7 time mixing: a delta rule whose removal key is apart from its replacement key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.mixer import Offsets
+from seqarch.layers.modules.heads import HeadsConfig
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.norms import l2_normalise
+from seqarch.layers.modules.short_conv import ShortConvolution
+from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
+from seqarch.ops.delta_rule import flops as recurrence_flops
+
+SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+"""What is computed from a mixture of the last two tokens, and how steeply its initial share grows over the channels."""
+
+DEPTH = 0.5
+"""Where in the depth the initial values are those of the release, whose layers know which they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rwkv7Config(HeadsConfig):
+    """Options of :class:`Rwkv7`.
+
+    Attributes:
+        decay_rank, rate_rank, gate_rank: ranks of the maps from the input to the decays, to the rates a and to the
+            output gate; by default the release's ``2.5 sqrt(D)``, ``2.5 sqrt(D)`` and ``5 sqrt(D)``, rounded to
+            multiples of 32, at least 32.
+    """
+
+    decay_rank: int | None = None
+    rate_rank: int | None = None
+    gate_rank: int | None = None
+
+    def rank(self, given: int | None, factor: float) -> int:
+        return given or max(32, 32 * round(factor * self.d_model**0.5 / 32))
+
+
+class TokenShift(ShortConvolution):
+    """The token before each, as a short convolution of width 2 with the fixed weights 1 and 0: it has no tensors."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, 2)
+        del self.weight
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        weight = F.pad(x.new_ones(self.channels, 1), (0, 1))
+        return ops.causal_conv1d(x, weight, state=state, cu_seqlens=cu_seqlens)
+
+
+class Rwkv7(RecurrentMixer):
+    """``S_t = diag(w_t) S_{t-1} + k_t^T v_t - (a_t * z_t)^T (z_t S_{t-1})``, ``o_t = r_t S_t``, z of unit norm.
+
+    Each input is a learnt mixture of a token and the one before, channel by channel. ``w = exp(-e^-0.5 sigmoid(d))``
+    with ``d = W_2 tanh(W_1 x) + b``, ``a = sigmoid(A_2 A_1 x + b)``, ``z = normalise(k * k_k)``, then
+    ``k = k * (1 + (a - 1) * k_a)``; the output is ``(group_norm(o) + (r * r_k . k) v) * (G_2 sigmoid(G_1 x))``. Peng et
+    al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution", section 4. Not the delta rule proper: z removes, k
+    writes, and z reads the state before its decay, so that the operation's ``read`` is z divided by w (at least 0.545).
+    The rates a in (0, 1) give eigenvalues down to ``w - 1``.
+
+    The residual of the first layer's values is left out: a mixer sees no other layer. Initial values are the release's
+    (BlinkDL/RWKV-LM) at half the depth, except that the output and the inner maps of w, a and the gate have
+    ``nn.Linear``'s instead of 0, where others would get no gradient. Mixtures and bonus take no weight decay (nor, in
+    the release, the low-rank maps).
+    """
+
+    Config = Rwkv7Config
+    no_weight_decay = ("shares", "bonus")
+
+    def __init__(self, config: Rwkv7Config):
+        super().__init__(config)
+        size, heads, width = config.d_model, config.heads, config.head_width
+        channels = torch.arange(size)
+        line = channels / (size - 1)
+        zigzag = 2 * (channels % width) / max(1, width - 1) - 1
+        zigzag = zigzag * zigzag.abs()
+
+        self.shift = TokenShift(size)
+        shares = [1 - (channels / size) ** (steepness * (1 - DEPTH)) for steepness in SHIFTS.values()]
+        self.shares = nn.Parameter(torch.stack(shares))
+        self.receptance, self.key, self.value = (_uniform(size, bound) for bound in (0.5, 0.05, 0.5))
+        decay = -5.5 + 6 * line ** (1 + DEPTH**0.3) + 2.5 * zigzag
+        self.decay = low_rank(size, config.rank(config.decay_rank, 2.5), nn.Tanh(), decay)
+        rate = -0.19 + 0.3 * zigzag + 0.4 * (line - 0.5)
+        self.rate = low_rank(size, config.rank(config.rate_rank, 2.5), nn.Identity(), rate)
+        self.gate = low_rank(size, config.rank(config.gate_rank, 5.0), nn.Sigmoid())
+        self.removal = nn.Parameter(0.71 - 0.1 * (line - 0.5))
+        self.replacement = nn.Parameter(torch.full((size,), 1.02))
+        self.bonus = nn.Parameter(torch.full((heads, width), -0.04))
+        self.norm = nn.GroupNorm(heads, size, eps=1e-5 * width)
+        nn.init.constant_(self.norm.weight, DEPTH**0.7)
+        self.output = Linear(size, size, bias=False)
+        self.memory_shape = (heads, width, width)
+
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        last, memory = state
+        before, last = self.shift(x, last, offsets)
+        xr, xw, xk, xv, xa, xg = (torch.lerp(x, before, share) for share in self.shares.to(x.dtype))
+        r, k, v, a = self.receptance(xr), self.key(xk), self.value(xv), self.rate(xa).sigmoid()
+        z, k = k * self.removal.to(k.dtype), k * (1 + (a - 1) * self.replacement.to(k.dtype))
+        log_decay = -math.exp(-0.5) * self.decay(xw).to(self.memory_dtype).sigmoid()
+        split = (rearrange(m, "b t (h k) -> b t h k", h=self.memory_shape[0]) for m in (r, k, v, a, z, log_decay))
+        r, k, v, a, z, log_decay = split
+        z = l2_normalise(z, eps=1e-12)  # k starts small: the usual 1e-6 would be seen
+        read = (z * torch.exp(-log_decay)).to(z.dtype)
+        o, memory = ops.delta_rule(
+            r, k, v, log_decay=log_decay, read=read, erase=a * z, scale=1.0, state=memory, cu_seqlens=offsets
+        )
+        o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view_as(x)
+        o = o + rearrange((r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v, "b t h v -> b t (h v)")
+        return self.output(o * self.gate(xg)), RecurrentState(last, memory)
+
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size, erase_apart=True)
+
+
+def _uniform(size: int, bound: float) -> nn.Linear:
+    linear = Linear(size, size, bias=False)
+    nn.init.uniform_(linear.weight, -bound * size**-0.5, bound * size**-0.5)
+    return linear
+
+
+def low_rank(size: int, rank: int, between: nn.Module, bias: Tensor | None = None) -> nn.Sequential:
+    """A map of D channels to D by way of ``rank``; orthogonal at first on its way out, as in the release."""
+    outer = Linear(rank, size, bias=bias is not None)
+    nn.init.orthogonal_(outer.weight, gain=0.1 * max(1.0, rank / size) ** 0.5)
+    if bias is not None:
+        outer.bias = nn.Parameter(bias.clone())  # several maps may start alike, and are trained apart
+    return nn.Sequential(Linear(size, rank, bias=False), between, outer)

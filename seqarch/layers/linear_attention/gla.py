@@ -1,0 +1,92 @@
+"""Gated linear attention: a learnt decay for every key dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.modules.heads import HeadProjection
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
+from seqarch.layers.modules.norms import GatedRMSNorm
+from seqarch.layers.recurrent_mixer import LinearMixer, RecurrentState
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlaConfig(LayerConfig):
+    """Options of :class:`Gla`.
+
+    Attributes:
+        num_heads: H.
+        expand_k, expand_v: all heads together have ``expand_k D`` key dimensions and ``expand_v D`` values.
+        gate_rank: rank of the map from the input to the decays.
+        temperature: the decays' root; larger forgets more slowly.
+        conv_width: width of a short convolution with SiLU over queries, keys and values; 0, as in the paper, for none.
+        negative_eigenvalues: maps the decays from (0, 1) to (-1, 1) by ``2 a - 1`` (Grazzi et al. 2024, who do it to
+            Mamba and name GLA among the models that need it).
+    """
+
+    num_heads: int = 4
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    gate_rank: int = 16
+    temperature: float = 16.0
+    conv_width: int = 0
+    negative_eigenvalues: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for option in ("expand_k", "expand_v"):
+            if getattr(self, option) * self.d_model % self.num_heads:
+                raise ValueError(
+                    f"num_heads ({self.num_heads}) must divide {option} * d_model"
+                    f" ({getattr(self, option) * self.d_model:g})"
+                )
+
+    @property
+    def key_width(self) -> int:
+        return int(self.expand_k * self.d_model) // self.num_heads
+
+    @property
+    def value_width(self) -> int:
+        return int(self.expand_v * self.d_model) // self.num_heads
+
+
+class Gla(LinearMixer):
+    """``S_t = diag(a_t) S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t / sqrt(K)``, ``a_t = sigmoid(W_2 W_1 x + b)^(1 / 16)``.
+
+    The output is ``norm(o) silu(W_g x)``, a norm a head. Yang et al. 2023, "Gated Linear Attention Transformers with
+    Hardware-Efficient Training", section 4.4. Not Mamba-2, with one decay a head, nor HGRN2, whose keys are tied to the
+    decays. RMS norms and a gate without bias as in the release (the paper: layer norms, a bias). Projections have
+    ``nn.Linear``'s initialisation.
+    """
+
+    Config = GlaConfig
+
+    def __init__(self, config: GlaConfig):
+        super().__init__(config)
+        heads, keys, values = config.num_heads, config.key_width, config.value_width
+        parts = [(heads, keys), (heads, keys), (heads, values)]
+        self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
+        self.decay = nn.Sequential(
+            Linear(config.d_model, config.gate_rank, bias=False), Linear(config.gate_rank, heads * keys)
+        )
+        self.gate = Linear(config.d_model, heads * values, bias=False)
+        self.norm = GatedRMSNorm(values, gate="after")
+        self.output = Linear(heads * values, config.d_model, bias=False)
+        self.memory_shape = (heads, keys, values)
+
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        (q, k, v), conv = self.heads(x, conv, offsets)
+        logits = rearrange(self.decay(x), "b t (h k) -> b t h k", k=q.shape[-1])
+        log_decay = F.logsigmoid(logits.to(self.memory_dtype)) / self.config.temperature
+        attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
+        o, memory = attend(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
+        o = self.norm(o, rearrange(self.gate(x), "b t (h v) -> b t h v", v=o.shape[-1]))
+        return self.output(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)

@@ -1,0 +1,76 @@
+"""HGRN2: a gated linear recurrence whose state is expanded by an outer product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.mixer import Offsets, choose_heads
+from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.norms import HeadNorm
+from seqarch.layers.recurrent_mixer import LinearMixer, RecurrentState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hgrn2Config(HeadsConfig):
+    """Options of :class:`Hgrn2`.
+
+    Attributes:
+        num_heads: H; by default heads of width 128, as in the paper, where that divides D, else of 64 or 32.
+        lower_bound: the least value of the forget gate, below 1. The paper learns it and has it grow with depth.
+        conv_width: width of a short convolution over queries, forget gates and inputs; 0, as in the paper, for none.
+    """
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "lower_bound")
+
+    num_heads: int | None = None
+    lower_bound: float = 0.0
+    conv_width: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lower_bound >= 1:
+            raise ValueError(f"lower_bound must be below 1, got {self.lower_bound}")
+
+    @property
+    def heads(self) -> int:
+        wide = self.d_model // 128 if self.d_model % 128 == 0 else None
+        return choose_heads(self.d_model, self.num_heads or wide)
+
+
+class Hgrn2(LinearMixer):
+    """``S_t = diag(f_t) S_{t-1} + (1 - f_t)^T i_t``, ``o_t = q_t S_t``, ``f_t = l + (1 - l) sigmoid(W_f x)``.
+
+    ``q = silu(W_q x)`` (the output gate of HGRN), ``i = W_i x``, and an RMS norm over all channels at the end. Qin et
+    al. 2024, "HGRN2: Gated Linear RNNs with State Expansion". Not HGRN, whose state is a vector, nor GLA, whose keys
+    are free of the decays. The bound l is an option of each layer, since a mixer does not know its depth; the paper's
+    is a cumulative softmax over the layers, 0 in the first. ``o_t`` is scaled by ``1 / sqrt(K)``, as in the release,
+    which the norm takes out again. Projections have ``nn.Linear``'s initialisation.
+    """
+
+    Config = Hgrn2Config
+
+    def __init__(self, config: Hgrn2Config):
+        super().__init__(config)
+        heads, width = config.heads, config.head_width
+        self.heads = HeadProjection(config.d_model, [(heads, width)] * 3, config.conv_width)
+        self.norm = HeadNorm(config.d_model, eps=1e-5)
+        self.output = Linear(config.d_model, config.d_model, bias=False)
+        self.memory_shape = (heads, width, width)
+
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        (q, f, i), conv = self.heads(x, conv, offsets)
+        f = f.to(self.memory_dtype)
+        # 1 - f and log f without the cancellation of computing f: at a bound of 0 the latter is the log-sigmoid
+        k = (1 - self.config.lower_bound) * torch.sigmoid(-f)
+        log_decay = torch.log1p(-k) if self.config.lower_bound else F.logsigmoid(f)
+        o, memory = ops.linear_attention(F.silu(q), k.to(q.dtype), i, log_decay, state=memory, cu_seqlens=offsets)
+        return self.output(self.norm(rearrange(o, "b t h v -> b t (h v)"))), RecurrentState(conv, memory)

@@ -1,0 +1,144 @@
+"""mLSTM: linear attention with exponential gates, stabilised and normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.mixer import Device, LayerConfig, Offsets
+from seqarch.layers.modules.heads import HeadProjection
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.recurrent_mixer import LinearMixer
+from seqarch.ops.chunked.packing import over_sequences
+from seqarch.ops.dispatch.checks import unknown_name
+
+FORGET_GATES = ("sigmoid", "exponential")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlstmConfig(LayerConfig):
+    """Options of :class:`Mlstm`.
+
+    Attributes:
+        num_heads: H.
+        expand_k: all heads together have ``expand_k D`` key dimensions, and D values; 1 in the paper.
+        forget_gate: ``"sigmoid"`` or ``"exponential"``, of the gate's logit.
+        gate_cap: c in ``c tanh(x / c)`` over the gates' logits; 0, as in the paper, for none.
+        conv_width: width of a short convolution with SiLU over queries, keys and values; 0 for none.
+    """
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "gate_cap")
+
+    num_heads: int = 4
+    expand_k: float = 0.5
+    forget_gate: str = "sigmoid"
+    gate_cap: float = 15.0
+    conv_width: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.forget_gate not in FORGET_GATES:
+            raise unknown_name("forget_gate", self.forget_gate, FORGET_GATES)
+        for name, width in (("d_model", self.d_model), ("expand_k * d_model", self.expand_k * self.d_model)):
+            if width % self.num_heads:
+                raise ValueError(f"num_heads ({self.num_heads}) must divide {name} ({width:g})")
+
+
+class MlstmState(NamedTuple):
+    """State of :class:`Mlstm`.
+
+    Attributes:
+        conv: the short convolution's last inputs, or ``None`` without one.
+        memory: ``[B, H, K, V + 1]``, both C and, as the last value channel, n; scaled by ``exp(-stabiliser)``.
+        stabiliser: m, ``[B, H]``.
+    """
+
+    conv: Tensor | None
+    memory: Tensor
+    stabiliser: Tensor
+
+
+class Mlstm(LinearMixer):
+    """``C_t = f_t C_{t-1} + i_t k_t^T v_t``, ``n_t = f_t n_{t-1} + i_t k_t``, ``h_t = q_t C_t / max(|q_t n_t|, 1)``.
+
+    ``i = exp(W_i x + b_i)``, ``f`` the sigmoid or exponential of ``W_f x + b_f``, ``q_t`` scaled by ``1 / sqrt(K)``;
+    the output is ``norm(h) sigmoid(W_o x)``. Everything is held times ``exp(-m_t)`` with
+    ``m_t = max(log f_t + m_{t-1}, log i_t)``, which leaves h as it is. Beck et al. 2024, "xLSTM: Extended Long
+    Short-Term Memory", eq. 19-27, in the layout of Beck et al. 2025 ("xLSTM 7B"): no projection up and no skip around
+    the cell, narrower keys, capped gates. Not GLA: one decay a head, and inputs that may outweigh all before them. The
+    release adds 1e-6 to the scaled denominator, so that its h depends on m; here nothing is added. Gates start without
+    weights and with ``b_i`` normal with 0.1, ``b_f`` from 3 to 6 over the heads, as released with the paper
+    (an exponential gate starts at the same f).
+    """
+
+    Config = MlstmConfig
+
+    def __init__(self, config: MlstmConfig):
+        super().__init__(config)
+        heads, values = config.num_heads, config.d_model // config.num_heads
+        keys = int(config.expand_k * config.d_model) // heads
+        parts = [(heads, keys), (heads, keys), (heads, values)]
+        self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
+        self.gates = Linear(config.d_model, 2 * heads)
+        nn.init.zeros_(self.gates.weight)
+        forget = torch.linspace(3, 6, heads)
+        forget = forget if config.forget_gate == "sigmoid" else F.logsigmoid(forget)
+        self.gates.bias = nn.Parameter(torch.cat([torch.randn(heads) * 0.1, forget]))
+        self.norm_weight = nn.Parameter(torch.ones(config.d_model))
+        self.gate = Linear(config.d_model, config.d_model, bias=False)
+        self.output = Linear(config.d_model, config.d_model, bias=False)
+        self.memory_shape = (heads, keys, values + 1)
+
+    def carry(self, x: Tensor, state: MlstmState, offsets: Offsets) -> tuple[Tensor, MlstmState]:
+        conv, memory, m = state
+        (q, k, v), conv = self.heads(x, conv, offsets)
+        log_i, log_f = self._log_gates(x)
+        gates, m = over_sequences(_stabilise, offsets, m, log_i, log_f)
+        log_decay, log_write, floor = gates.unbind(-1)
+        k = k * log_write.exp().unsqueeze(-1).to(k.dtype)
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+        o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
+        h = o[..., :-1] / torch.maximum(o[..., -1:].abs(), floor.exp().unsqueeze(-1).to(o.dtype))
+        h = rearrange(F.layer_norm(h, h.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
+        h = h * self.norm_weight.to(h.dtype) * self.gate(x).sigmoid()
+        return self.output(h), MlstmState(conv, memory, m)
+
+    def _log_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``log i`` and ``log f``, ``[B, T, H]`` each."""
+        logits, cap = self.gates(x).to(self.memory_dtype), self.config.gate_cap
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        log_i, log_f = logits.chunk(2, dim=-1)
+        return log_i, F.logsigmoid(log_f) if self.config.forget_gate == "sigmoid" else log_f
+
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> MlstmState:
+        conv, memory = super().new_state(batch_size, max_length, device, dtype)
+        return MlstmState(conv, memory, memory.new_zeros(batch_size, self.config.num_heads))
+
+
+def _stabilise(m: Tensor, log_i: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence of m as a scan, and the gates relative to it.
+
+    With F the sum of the log forget gates, ``m_t - F_t`` is the running maximum of ``m_0`` and ``log i_s - F_s``. It
+    never falls, so no gate exceeds 1, and as the differences are taken against F nothing cancels.
+
+    Args:
+        m: ``[B, H]`` before the first token.
+        log_i, log_f: ``[B, T, H]``.
+
+    Returns:
+        ``[B, T, H, 3]``: the log of the decay, that of what keys are multiplied by, ``-m`` held within what the
+        exponential can represent; and the last m.
+    """
+    forgotten = log_f.double().cumsum(1)
+    inputs = log_i - forgotten
+    highest = torch.cat([m.double().unsqueeze(1), inputs], dim=1).cummax(1).values
+    before, now = highest[:, :-1], highest[:, 1:]
+    after = torch.cat([m.double().unsqueeze(1), forgotten + now], dim=1)
+    gates = torch.stack([before - now, inputs - now, (-after[:, 1:]).clamp(-80, 80)], dim=-1)
+    return gates.to(m.dtype), after[:, -1].to(m.dtype)

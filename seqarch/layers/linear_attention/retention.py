@@ -1,0 +1,93 @@
+"""Retention (RetNet): linear attention with a fixed decay a head and rotated queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.mixer import Device, Offsets
+from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.positions import token_positions
+from seqarch.layers.modules.rotary import apply_rotary
+from seqarch.layers.recurrent_mixer import LinearMixer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionConfig(HeadsConfig):
+    """Options of :class:`Retention`.
+
+    Attributes:
+        expand_v: the value width is ``expand_v K``.
+        rotary_base: base of the rotation's wavelengths.
+        conv_width: width of a short convolution over queries, keys and values; 0, as in the paper, for none.
+    """
+
+    expand_v: int = 2
+    rotary_base: float = 10000.0
+    conv_width: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.head_width % 2:
+            raise ValueError(f"rotation needs an even head width, got {self.head_width} (num_heads {self.heads})")
+
+
+class RetentionState(NamedTuple):
+    """State of :class:`Retention`.
+
+    Attributes:
+        conv: the short convolution's last inputs, or ``None`` without one.
+        memory: ``[B, H, K, V]``.
+        seen: tokens seen, ``[B]``, from which the rotation goes on.
+    """
+
+    conv: Tensor | None
+    memory: Tensor
+    seen: Tensor
+
+
+class Retention(LinearMixer):
+    """``S_t = g_h S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t / sqrt(K)`` with ``g_h = 1 - 2^(-5-h)`` and rotated q and k.
+
+    The output is ``group_norm(o) silu(W_g x)``, the norm an RMS norm a head without weights, as in the release.
+    Sun et al. 2023, "Retentive Network", eq. 6-8; the scale of xPos is the decay itself, so only its rotation remains.
+    Wavelengths are RoFormer's; the release spaces them a little wider, up to the base itself. Not Mamba-2 or GLA, whose
+    decays depend on the input. Xavier initialisation with gain ``2^-2.5`` (output ``2^-1``), as released.
+    """
+
+    Config = RetentionConfig
+
+    def __init__(self, config: RetentionConfig):
+        super().__init__(config)
+        num_heads, width = config.heads, config.head_width
+        values = config.expand_v * width
+        parts = [(num_heads, width), (num_heads, width), (num_heads, values)]
+        self.heads = HeadProjection(config.d_model, parts, config.conv_width)
+        self.gate = Linear(config.d_model, num_heads * values, bias=False)
+        self.output = Linear(num_heads * values, config.d_model, bias=False)
+        for matrix in (*self.heads.linear.weight.split(self.heads.sizes), self.gate.weight):
+            nn.init.xavier_uniform_(matrix.detach(), gain=2**-2.5)
+        nn.init.xavier_uniform_(self.output.weight, gain=2**-1)
+        self.memory_shape = (num_heads, width, values)
+
+    def carry(self, x: Tensor, state: RetentionState, offsets: Offsets) -> tuple[Tensor, RetentionState]:
+        conv, memory, seen = state
+        positions, seen = token_positions(seen, x.shape[1], offsets)
+        (q, k, v), conv = self.heads(x, conv, offsets)
+        q, k = (apply_rotary(m, positions, self.config.rotary_base) for m in (q, k))
+        heads = torch.arange(self.memory_shape[0], dtype=self.memory_dtype, device=x.device)
+        log_decay = torch.log1p(-torch.exp2(-5 - heads))
+        o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
+        o = rearrange(F.rms_norm(o, o.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
+        return self.output(o * F.silu(self.gate(x))), RetentionState(conv, memory, seen)
+
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RetentionState:
+        conv, memory = super().new_state(batch_size, max_length, device, dtype)
+        return RetentionState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))

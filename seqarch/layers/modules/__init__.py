@@ -1,0 +1,1 @@
+"""What mixers are made of: projections, norms, caches, positions, convolutions, initial values."""

@@ -1,0 +1,49 @@
+"""The linear maps of mixers and models."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from seqarch.ops.dispatch.eager import is_untouched
+from seqarch.ops.native import linear, onednn
+from seqarch.ops.native.token import Program, Value
+
+PLAIN = (nn.Parameter, Tensor)
+"""Types of weights that are their numbers; a subclass, as quantisers make, says itself how it is multiplied."""
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``; on a CPU by what is faster there than torch's own choice, where there is such a thing.
+
+    A few rows without gradients: a kernel that reads the weights faster, :mod:`seqarch.ops.native.linear`. Many
+    rows in float32: another library that torch ships, :mod:`seqarch.ops.native.onednn`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.weight) in PLAIN:
+            if linear.serves(x, self.weight, self.bias):
+                return linear.linear(x, self.weight, self.bias)
+            if onednn.serves(x, self.weight):
+                return onednn.linear(x, self.weight, self.bias)
+        return super().forward(x)
+
+    def one_token(self, program: Program, x: Value, add_to: Value | None = None) -> Value:
+        return program.linear(x, self.weight, self.bias, add_to)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map and nothing more, so that its ``weight`` may be read where it would be called.
+
+    An adapter, a quantised weight, hooks and a ``forward`` of its own are more: such a module must be called.
+    """
+    return type(module) in (Linear, nn.Linear) and is_untouched(module) and type(module.weight) in PLAIN
+
+
+def widened(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` computed in the dtype of x: with all its floating-point tensors in that, whatever it is made of."""
+    named = chain(module.named_parameters(), module.named_buffers())
+    others = {name: m.to(x.dtype) for name, m in named if m.is_floating_point() and m.dtype != x.dtype}
+    return functional_call(module, others, (x,)) if others else module(x)

@@ -1,0 +1,70 @@
+"""Normalisations that torch does not have: gated, by head, and to unit length."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.native.token import Program, Value
+
+
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` over the last axis, with instructions for one token."""
+
+    def one_token(self, program: Program, x: Value) -> Value:
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        return program.norm(x, self.weight, eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm over the last axis with a gate of the same shape.
+
+    Args:
+        width: size of the last axis.
+        gate: ``"before"``: ``norm(x silu(z))`` (Mamba-2); ``"after"``: ``norm(x) silu(z)`` (Gated DeltaNet).
+        groups: normalise the last axis in this many equal parts.
+        eps: added to the mean square.
+        activation: of the gate: ``"silu"``, or ``"sigmoid"`` (Kimi delta attention).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        gate: Literal["before", "after"],
+        groups: int = 1,
+        eps: float = 1e-5,
+        activation: Literal["silu", "sigmoid"] = "silu",
+    ):
+        super().__init__()
+        if width % groups:
+            raise ValueError(f"a norm of width {width} cannot be cut into {groups} groups")
+        self.gate, self.groups, self.eps = gate, groups, eps
+        self.activation = F.silu if activation == "silu" else torch.sigmoid
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        if self.gate == "before":
+            x = x * self.activation(z)
+        parts = x.unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
+        return normed if self.gate == "before" else normed * self.activation(z)
+
+
+class HeadNorm(nn.RMSNorm):
+    """An RMS norm whose weights take the dtype of the input, so that it keeps the projections' dtype under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Unit norm along the last axis: ``x / sqrt(|x|^2 + eps)``, as in the release of DeltaNet; 0 stays 0.
+
+    In float32 at least: a norm rounded to bfloat16 may exceed 1 by 0.4%, and with beta near 2 the state then grows.
+    """
+    wide = x.to(accumulation_dtype(x))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,0 +1,67 @@
+"""minGRU: a gated recurrent unit whose gate and candidate do not see the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.recurrent.base import ElementwiseMixer, elementwise_scan
+from seqarch.layers.recurrent_mixer import RecurrentState
+from seqarch.ops.dispatch.checks import unknown_name
+
+CANDIDATES = {
+    "linear": lambda x: x,
+    "positive": lambda x: torch.where(x >= 0, x + 0.5, torch.sigmoid(x)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinGruConfig(LayerConfig):
+    """Options of :class:`MinGru`.
+
+    Attributes:
+        expand: the inner width is ``expand D``.
+        candidate: ``"linear"``, or ``"positive"``: above 0, as the paper's form in logarithms needs it (appendix B).
+        negative_eigenvalues: ``h_t = (1 - 2 z_t) h_{t-1} + 2 z_t c_t`` with a decay in (-1, 1), which lets the model
+            track state (Grazzi et al. 2024).
+    """
+
+    expand: int = 1
+    candidate: str = "linear"
+    negative_eigenvalues: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.candidate not in CANDIDATES:
+            raise unknown_name("candidate", self.candidate, CANDIDATES)
+
+
+class MinGru(ElementwiseMixer):
+    """``h_t = (1 - z_t) h_{t-1} + z_t c_t`` with ``z_t = sigmoid(W_z x + b_z)`` and ``c_t = W_c x + b_c``.
+
+    Feng et al. 2024, "Were RNNs All We Needed?", section 3.1. Not a GRU, whose gates see ``h_{t-1}``, nor RG-LRU or
+    HGRN, which gate their output too. The state starts at 0 and is itself the output, through a projection where
+    ``expand`` is above 1. Projections have ``nn.Linear``'s initialisation.
+    """
+
+    Config = MinGruConfig
+
+    def __init__(self, config: MinGruConfig):
+        super().__init__(config)
+        inner = config.expand * config.d_model
+        self.input = Linear(config.d_model, 2 * inner)
+        self.output = nn.Identity() if config.expand == 1 else Linear(inner, config.d_model, bias=False)
+        self.memory_shape = (inner, 1)
+
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        memory = state.memory
+        gate, candidate = self.input(x).chunk(2, dim=-1)
+        gate, signed = gate.to(self.memory_dtype), self.config.negative_eigenvalues
+        write = torch.sigmoid(gate) * CANDIDATES[self.config.candidate](candidate)
+        h, memory = elementwise_scan((2 if signed else 1) * write, -F.softplus(gate), memory, offsets, signed)
+        return self.output(h.to(candidate.dtype)), RecurrentState(None, memory)

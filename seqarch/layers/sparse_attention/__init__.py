@@ -1,0 +1,1 @@
+"""Attention over some of the keys: listed blocks, chosen blocks, chosen tokens."""

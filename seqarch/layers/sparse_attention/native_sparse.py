@@ -1,0 +1,215 @@
+"""Native sparse attention (NSA): compressed blocks of the past, the best blocks in full, and a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.attention.base import KVHeadsConfig
+from seqarch.layers.modules import kv_cache
+from seqarch.layers.modules.heads import HeadProjection
+from seqarch.layers.modules.kv_cache import KVCache
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.sparse_attention.compression import BlockCompressor, compressed_attention
+from seqarch.layers.sparse_attention.compression import flops as compressed_flops
+from seqarch.layers.sparse_attention.row_attention import CacheShape, RowAttention
+from seqarch.layers.sparse_attention.selection import Blocks, positions
+from seqarch.ops.attention import flops as window_flops
+from seqarch.ops.block_sparse_attention import flops as pair_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeSparseConfig(KVHeadsConfig):
+    """Options of :class:`NativeSparse`; the defaults of lengths and counts are the paper's.
+
+    Attributes:
+        compressed_length, compressed_stride: of the blocks of tokens that are compressed to one key and value each.
+        compressed_hidden: the inner width of their MLPs; by default 2 K.
+        block_size: tokens of a block that may be selected; a multiple of the stride.
+        selected_blocks: blocks that a query reads in full, the forced ones included.
+        initial_blocks: of these, so many first ones of the sequence are forced.
+        local_blocks: and so many last ones, the query's own included.
+        window: tokens that the third branch sees, itself included.
+    """
+
+    may_be_zero = (*KVHeadsConfig.may_be_zero, "initial_blocks")
+
+    compressed_length: int = 32
+    compressed_stride: int = 16
+    compressed_hidden: int | None = None
+    block_size: int = 64
+    selected_blocks: int = 16
+    initial_blocks: int = 1
+    local_blocks: int = 2
+    window: int = 512
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("compressed_length", "block_size"):
+            if getattr(self, name) % self.compressed_stride:
+                stride = f"compressed_stride ({self.compressed_stride})"
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of {stride}")
+        if self.initial_blocks + self.local_blocks > self.selected_blocks:
+            forced = f"{self.initial_blocks} initial and {self.local_blocks} local"
+            raise ValueError(f"selected_blocks ({self.selected_blocks}) must hold the forced ones, {forced}")
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(
+            self.compressed_length,
+            self.compressed_stride,
+            self.block_size,
+            self.selected_blocks,
+            self.initial_blocks,
+            self.local_blocks,
+        )
+
+
+class NativeSparseState(NamedTuple):
+    """State of :class:`NativeSparse`.
+
+    Attributes:
+        recent: the last keys and values to compress, as they come: those of blocks that are not complete.
+        compressed: the compressed keys (rotated) and values, ``length`` of them in the longest row; each row's begin
+            at its first token, whatever its length.
+        selected, window: keys (rotated) and values of these branches.
+    """
+
+    recent: KVCache
+    compressed: KVCache
+    selected: KVCache
+    window: KVCache
+
+
+class NativeSparse(RowAttention):
+    r"""``o_t = sum_c g^c_t Attention(q_t, K^c_t, V^c_t)`` over three branches c: compressed, selected, window.
+
+    Yuan et al. 2025, "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention", section 3.
+    Each branch has keys and values of its own; the gates ``g = sigmoid(W x)`` are one a head and branch. *Compressed*:
+    an MLP makes one key and one value of each block of ``compressed_length`` tokens; a query sees the blocks that are
+    complete, and gets 0 where none is. *Selected*: the blocks of ``block_size`` tokens that matter most by the first
+    branch's weights, up to the query itself, one list for the query heads that share a key head. *Window*: the last
+    tokens.
+
+    Which blocks matter: block j of ``[j l', (j + 1) l')`` tokens weighs every compressed block i of ``[d i, d i + l)``
+    by the strides d that the two share: ``sum over m < l'/d, n < l/d of p[(l'/d) j + m - n]``, blocks that do not exist
+    or are not complete counting 0. That is the convention of open implementations. The paper's eq. 9 reads
+    ``p[(l'/d) j - m - n]``, which is the same if blocks are counted from 1, and the block before if from 0. Forced
+    blocks come first, then the most important, of equals the earlier; as many as there are, even those of weight 0. No
+    gradient flows through the choice.
+
+    Not MoBA, which scores blocks by their mean key and has no other branch, nor the variant in flash-linear-attention,
+    whose branches share keys, averaged over blocks that do not overlap. Left open by the paper and chosen here: keys
+    are compressed before they are rotated, and stand at their block's first token; MLPs are shared by all heads, with
+    silu; the gates have no bias. Projections and gates have ``nn.Linear``'s initialisation.
+
+    A step costs T / d compressed scores, the selected blocks and the window.
+    """
+
+    Config = NativeSparseConfig
+    State = NativeSparseState
+
+    def __init__(self, config: NativeSparseConfig):
+        super().__init__(config)
+        heads, width = config.heads, config.head_width
+        self.heads = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 6])
+        block = (width, config.compressed_length, config.compressed_stride, config.compressed_hidden or 2 * width)
+        self.compress_key, self.compress_value = BlockCompressor(*block), BlockCompressor(*block)
+        self.gate = Linear(config.d_model, 3 * heads, bias=False)
+        self.output = Linear(heads * width, config.d_model, bias=False)
+
+    def mix(self, x: Tensor, state: NativeSparseState) -> tuple[Tensor, NativeSparseState]:
+        blocks, (before, start) = self.config.blocks, (state.selected.length, state.selected.start)
+        (q, k_new, v_new, k, v, k_near, v_near), _ = self.heads(x)
+        q, k, k_near = self.rotate(q, k, k_near, at=positions(slice(0, x.shape[1]), before, start, x.device))
+        recent, compressed = self._compress(state, k_new, v_new)
+        keys, values = (held[:, : compressed.length].to(q.dtype) for held in (compressed.keys, compressed.values))
+        o, index = compressed_attention(q, keys, values, blocks, before=before, start=start)
+        k, v, selected = kv_cache.extend(state.selected, k, v, None)
+        o_selected = ops.block_sparse_attention(q, k, v, index, blocks.size, key_start=start)
+        near_start = state.window.first_held(self.config.window - 1)
+        k, v, window = kv_cache.extend(state.window, k_near, v_near, self.config.window - 1)
+        o_window = ops.attention(q, k, v, window=self.config.window, key_start=near_start)
+        gates = rearrange(self.gate(x).sigmoid(), "b t (c h) -> c b t h 1", c=3)
+        o = gates[0] * o + gates[1] * o_selected + gates[2] * o_window
+        y = self.output(rearrange(o, "b t h v -> b t (h v)"))
+        return y, NativeSparseState(recent, compressed, selected, window)
+
+    def _compress(self, state: NativeSparseState, k: Tensor, v: Tensor) -> tuple[KVCache, KVCache]:
+        """The first two entries of the state after these keys and values."""
+        keep = self.config.compressed_length - 1
+        keys, values, recent = kv_cache.extend(state.recent, k, v, keep)
+        if recent.start is None or not len(keys):
+            return recent, self._append(state.compressed, keys, values, recent.length)
+        # rows of different lengths complete their blocks at different times
+        first = state.recent.first_held(keep)
+        lengths, firsts = recent.lengths().tolist(), [0] * len(keys) if first is None else first.tolist()
+        rows = [
+            self._append(old, keys[i : i + 1, firsts[i] :], values[i : i + 1, firsts[i] :], lengths[i])
+            for i, old in enumerate(self._split_compressed(state.compressed, [n - k.shape[1] for n in lengths]))
+        ]
+        return recent, self._join_compressed(rows)
+
+    def _append(self, compressed: KVCache, keys: Tensor, values: Tensor, length: int) -> KVCache:
+        """The cache with what the last keys and values, of ``length`` tokens in all, complete."""
+        stride, old, new = self.config.compressed_stride, compressed.length, self.config.blocks.complete(length)
+        if old == new and not torch.is_grad_enabled():  # with gradients, none are those of no blocks: zeros
+            return compressed
+        skipped = old * stride - (length - keys.shape[1])
+        key, value = self.compress_key(keys[:, skipped:]), self.compress_value(values[:, skipped:])
+        (key,) = self.rotate(key, at=torch.arange(old, new, device=key.device)[None] * stride)
+        return kv_cache.extend(compressed, key, value, None)[2]
+
+    def _split_compressed(self, compressed: KVCache, lengths: list[int]) -> list[KVCache]:
+        rows = zip(compressed.keys.split(1), compressed.values.split(1), lengths, strict=True)
+        return [KVCache(key, value, self.config.blocks.complete(length)) for key, value, length in rows]
+
+    def _join_compressed(self, rows: list[KVCache]) -> KVCache:
+        capacity = max(row.capacity for row in rows)
+        both = ([row.keys for row in rows], [row.values for row in rows])
+        keys, values = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, capacity - x.shape[1])) for x in part]) for part in both)
+        return KVCache(keys, values, max(row.length for row in rows))
+
+    def split(self, state: NativeSparseState) -> list[NativeSparseState]:
+        rows = super().split(state)
+        compressed = self._split_compressed(state.compressed, [row.selected.length for row in rows])
+        return [row._replace(compressed=each) for row, each in zip(rows, compressed, strict=True)]
+
+    def join(self, states: list[NativeSparseState]) -> NativeSparseState:
+        joined = super().join(states)
+        return joined._replace(compressed=self._join_compressed([state.compressed for state in states]))
+
+    def caches(self, length: int) -> list[CacheShape]:
+        config = self.config
+        shape = (config.kv_heads, config.head_width, config.head_width)
+        bounds = (config.compressed_length - 1, config.window - 1)
+        recent, window = (CacheShape(min(length, keep), *shape, keep) for keep in bounds)
+        return [recent, CacheShape(config.blocks.complete(length), *shape), CacheShape(length, *shape), window]
+
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return self._flops(length, 0, batch_size)
+
+    def step_flops(self, length: int, batch_size: int = 1) -> int:
+        once = self.flops(1, batch_size) - self.sequence_flops(1, batch_size)
+        return once + self._flops(1, length, batch_size)
+
+    def _flops(self, queries: int, before: int, batch_size: int) -> int:
+        config, after = self.config, before + queries
+        blocks, heads, width = config.blocks, config.heads, config.head_width
+        new = batch_size * config.kv_heads * (blocks.complete(after) - blocks.complete(before))
+        compress = sum(m.flops(new) for m in self.modules() if isinstance(m, BlockCompressor))
+        scores = compressed_flops(queries, before, heads, width, blocks, batch_size)
+        pairs = blocks.visible_pairs(after) - blocks.visible_pairs(before)
+        selected = pair_flops(batch_size * heads * pairs, width, width)
+        return (
+            compress
+            + scores
+            + selected
+            + window_flops(queries, after, heads, width, width, True, config.window, batch_size)
+        )

@@ -1,0 +1,117 @@
+"""Which blocks of keys a query looks at, in chunks of queries, so that no tensor holds all pairs of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqarch.ops.dispatch.eager import transform
+
+QUERIES = 128
+"""Queries of a chunk: its scores take the memory of the queries themselves times ``128 / K`` and the share of keys."""
+
+
+def query_chunks(queries: int, before: int) -> Iterator[tuple[slice, int]]:
+    """Chunks of so many queries that ``before`` tokens precede, each with the tokens up to its last query."""
+    for start in range(0, queries, QUERIES):
+        stop = min(start + QUERIES, queries)
+        yield slice(start, stop), before + stop
+
+
+def whole(operator: Callable[..., Any], compute: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop over chunks as the custom operator that was made of it, which differentiates it and compilers leave whole.
+
+    Where neither is asked for, the function is called as it is, and what counts FLOPs sees its products. ``plain`` is
+    the same by functions that torch's transforms go through.
+    """
+
+    def call(*arguments: Any) -> Any:
+        if transform() is not None:
+            return plain(*arguments)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return operator(*arguments)
+        return compute(*arguments)
+
+    return call
+
+
+def positions(part: slice, before: int, start: Tensor | None, device: torch.device) -> Tensor:
+    """Where a chunk's queries stand: ``[1, C]``, or ``[B, C]`` with the padding ``start [B]`` before each row."""
+    at = torch.arange(before + part.start, before + part.stop, device=device)[None]
+    return at if start is None else at - start[:, None]
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """The places of the ``count`` largest along the last axis, the largest first, equal ones from the lowest place on.
+
+    ``topk`` breaks ties as it likes, so that a step could choose otherwise than the whole sequence did.
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+class Blocks(NamedTuple):
+    """Compressed blocks ``[stride i, stride i + length)`` and selectable blocks ``[size j, size (j + 1))`` of tokens.
+
+    Attributes:
+        length, stride: of compressed blocks; the stride divides ``length`` and ``size``.
+        size: of blocks to select.
+        count: blocks that a query selects.
+        initial, local: of these, the sequence's first and the query's last (its own included) in any case.
+    """
+
+    length: int
+    stride: int
+    size: int
+    count: int
+    initial: int
+    local: int
+
+    def complete(self, tokens: int) -> int:
+        """Compressed blocks that lie within so many tokens."""
+        return max(0, (tokens - self.length) // self.stride + 1)
+
+    def selectable(self, tokens: int) -> int:
+        """Selectable blocks that so many tokens begin."""
+        return -(-tokens // self.size)
+
+    def visible_pairs(self, tokens: int) -> int:
+        """Tokens of their lists up to themselves that so many queries see together: their own block is in any case."""
+        most = self.count - 1  # whole blocks before the own one
+        whole, rest = divmod(tokens, self.size)
+        growing = min(whole, most + 1)
+        before = growing * (growing - 1) // 2 + (whole - growing) * most
+        own = whole * self.size * (self.size + 1) // 2 + rest * (rest + 1) // 2
+        return own + self.size * (self.size * before + rest * min(whole, most))
+
+
+def importance(weights: Tensor, blocks: Blocks, count: int) -> Tensor:
+    """What the weights of compressed blocks ``[..., M]`` say of the first ``count`` selectable ones.
+
+    Block j gets the sum over m < size / stride, n < length / stride of ``weights[(size / stride) j + m - n]``: each
+    compressed block that overlaps it, times the strides that they share.
+    """
+    if not weights.shape[-1]:  # a compressed block may be longer than all blocks that have begun
+        return weights.new_zeros(*weights.shape[:-1], count)
+    overlap, pieces = blocks.length // blocks.stride, count * (blocks.size // blocks.stride)  # of one stride each
+    if count == 1:  # the block may be longer than the sequence
+        pieces = min(pieces, weights.shape[-1] + overlap - 1)
+    spread = [F.pad(weights, (n, pieces - weights.shape[-1] - n)) for n in range(overlap)]
+    return torch.stack(spread).sum(0).unflatten(-1, (count, -1)).sum(-1)
+
+
+def select_blocks(scores: Tensor, position: Tensor, blocks: Blocks) -> Tensor:
+    """The lists ``[B, C, G, S]`` of the queries at ``position [B or 1, C]``, by ``scores [B, G, C, J]`` of each block.
+
+    The forced blocks first, then those of the largest scores, equal ones from the first on; -1 where fewer begin by
+    then. The query's own block is a candidate as any other.
+    """
+    own = position[:, None, :, None] // blocks.size
+    block = torch.arange(scores.shape[-1], device=scores.device)
+    forced = (block < blocks.initial) | (block > own - blocks.local)
+    ranked = scores.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    chosen = largest(ranked, blocks.count)
+    return chosen.masked_fill(chosen > own, -1).transpose(1, 2)

@@ -1,0 +1,114 @@
+"""Mamba: the selective state-space model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.modules.initialisation import step_size_bias
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.short_conv import ShortConvolution
+from seqarch.layers.recurrent.base import elementwise_scan
+from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
+from seqarch.ops.native.token import Program, Unserved, Value
+from seqarch.ops.selective_scan import flops as scan_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(LayerConfig):
+    """Options of :class:`Mamba`.
+
+    Attributes:
+        d_state: N, states a channel.
+        expand: the inner width is ``expand D``.
+        conv_width: width of the short convolution.
+        dt_rank: rank of the step size's projection; by default ``ceil(D / 16)``.
+        negative_eigenvalues: moves the decays to ``2 exp(dt A) - 1`` in (-1, 1), which lets the model track state
+            (Grazzi et al. 2024). Each state then is a channel of its own, so the scan takes N times the memory.
+        dt_min, dt_max, dt_floor: range of the initial step sizes.
+    """
+
+    d_state: int = 16
+    expand: int = 2
+    conv_width: int = 4
+    dt_rank: int | None = None
+    negative_eigenvalues: bool = False
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+
+
+class Mamba(RecurrentMixer):
+    """A selective state-space model: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = (C_t h + D x_t) silu(z_t)``.
+
+    dt, B and C depend on the input, A does not; E = ``expand D`` channels with N states each. Gu and Dao 2023,
+    "Mamba", algorithm 2 and figure 3. Not Mamba-2, which has one decay a head. ``A = -(1..N)``, D and dt as in the
+    release, without weight decay on A_log, D and the bias of dt; other projections have ``nn.Linear``'s
+    initialisation (the release also divides the output's by the square root of the depth: a stack's choice, not made).
+    """
+
+    Config = MambaConfig
+    no_weight_decay = ("A_log",)
+
+    def __init__(self, config: MambaConfig):
+        super().__init__(config)
+        self.inner = config.expand * config.d_model
+        rank = config.dt_rank or math.ceil(config.d_model / 16)
+        self.sizes = [rank, config.d_state, config.d_state]
+        self.input = Linear(config.d_model, 2 * self.inner, bias=False)
+        self.conv = ShortConvolution(self.inner, config.conv_width, "silu", bias=True)
+        self.select = Linear(self.inner, sum(self.sizes), bias=False)
+        self.dt = Linear(rank, self.inner)
+        with torch.no_grad():
+            self.dt.weight.uniform_(-(rank**-0.5), rank**-0.5)
+            self.dt.bias.copy_(step_size_bias(self.inner, config.dt_min, config.dt_max, config.dt_floor))
+        A = torch.arange(1, config.d_state + 1).float().repeat(self.inner, 1)
+        self.A_log = nn.Parameter(A.log())
+        self.D = nn.Parameter(torch.ones(self.inner))
+        self.output = Linear(self.inner, config.d_model, bias=False)
+        self.memory_shape = (self.inner, config.d_state)
+
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        u, z = self.input(x).chunk(2, dim=-1)
+        u, conv = self.conv(u, conv, offsets)
+        dt, B, C = self.select(u).split(self.sizes, dim=-1)
+        # by exp2: of this size, torch's exp takes 4 times as long, and starts the threads for it
+        A = -(self.A_log.to(self.memory_dtype) / math.log(2)).exp2()
+        if self.config.negative_eigenvalues:
+            y, memory = self._signed_scan(u, self.dt(dt), A, B, C, memory, offsets)
+            return self.output(y * F.silu(z)), RecurrentState(conv, memory)
+        y, memory = ops.selective_scan(
+            *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=memory, cu_seqlens=offsets
+        )
+        return self.output(y), RecurrentState(conv, memory)
+
+    def _signed_scan(
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, memory: Tensor, cu_seqlens: Offsets
+    ) -> tuple[Tensor, Tensor]:
+        """The scan without its gate, as one of ``E N`` channels: a decay below 0 is no power of a step size."""
+        delta = F.softplus(dt.to(A.dtype)).unsqueeze(-1)
+        write = delta * u.unsqueeze(-1) * B.unsqueeze(-2)
+        memory = memory.flatten(1).unsqueeze(-1)
+        h, memory = elementwise_scan(write.flatten(2), (delta * A).flatten(2), memory, cu_seqlens, signed=True)
+        y = (h.unflatten(-1, self.memory_shape) * C.to(h.dtype).unsqueeze(-2)).sum(-1)
+        return y.to(u.dtype) + self.D.to(u.dtype) * u, memory.view(-1, *self.memory_shape)
+
+    def one_token(self, program: Program, x: Value, state: RecurrentState, add_to: Value) -> Value:
+        if self.config.negative_eigenvalues:
+            raise Unserved("a scan with negative eigenvalues has no instructions for one token")
+        u, z = program.include(self.input, x).split([self.inner] * 2)
+        u = program.include(self.conv, u, state.conv)
+        dt, B, C = program.include(self.select, u).split(self.sizes)
+        A, dt = program.negative_exp(self.A_log), program.include(self.dt, dt)
+        y = program.scan(u, dt, A, B, C, self.D, z, state.memory)
+        return program.include(self.output, y, add_to)
+
+    def sequence_flops(self, length: int, batch_size: int = 1) -> int:
+        return scan_flops(length, *self.memory_shape, batch_size=batch_size)

@@ -1,0 +1,127 @@
+"""Mamba-2: a state-space model with one decay a head, in its dual form of linear attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqarch import ops
+from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.modules.initialisation import step_size_bias
+from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
+from seqarch.layers.modules.norms import GatedRMSNorm
+from seqarch.layers.modules.short_conv import ShortConvolution
+from seqarch.layers.recurrent_mixer import LinearMixer, RecurrentState
+from seqarch.ops.dispatch.checks import unknown_name
+
+OUTPUT_NORMS: dict[str, Literal["before", "after"] | None] = {
+    "gate_first": "before",
+    "gate_last": "after",
+    "none": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(LayerConfig):
+    """Options of :class:`Mamba2`.
+
+    Attributes:
+        d_state: N, the state's width (the key width of the dual form).
+        head_dim: P, channels a head.
+        expand: the inner width is ``expand D``.
+        inner: the inner width itself, in place of ``expand``.
+        n_groups: G, groups of heads that share B and C.
+        conv_width: width of the short convolution over x, B and C.
+        output_norm: ``"gate_first"``: ``norm(y silu(z))``; ``"gate_last"``: ``norm(y) silu(z)``; ``"none"``:
+            ``y silu(z)``, as in Falcon-H1.
+        norm_eps: added to the mean square in that norm.
+        negative_eigenvalues: moves the decay to ``2 exp(dt A) - 1`` in (-1, 1), which lets the model track state
+            (Grazzi et al. 2024).
+        A_min, A_max: range of the initial ``-A``, uniform.
+        dt_min, dt_max, dt_floor: range of the initial step sizes.
+    """
+
+    d_state: int = 128
+    head_dim: int = 64
+    expand: int = 2
+    inner: int | None = None
+    n_groups: int = 1
+    conv_width: int = 4
+    output_norm: str = "gate_first"
+    norm_eps: float = 1e-5
+    negative_eigenvalues: bool = False
+    A_min: float = 1.0
+    A_max: float = 16.0
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.inner_width % self.head_dim:
+            raise ValueError(f"head_dim ({self.head_dim}) must divide the inner width ({self.inner_width})")
+        if self.output_norm not in OUTPUT_NORMS:
+            raise unknown_name("output_norm", self.output_norm, OUTPUT_NORMS)
+        if self.A_min > self.A_max:
+            raise ValueError(f"A_min ({self.A_min}) must not be above A_max ({self.A_max})")
+        heads = self.inner_width // self.head_dim
+        if heads % self.n_groups:
+            raise ValueError(f"n_groups ({self.n_groups}) must divide the number of heads ({heads})")
+
+    @property
+    def inner_width(self) -> int:
+        return self.expand * self.d_model if self.inner is None else self.inner
+
+
+class Mamba2(LinearMixer):
+    """A state-space model with one decay a head: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = C_t h + D x_t``.
+
+    Run as linear attention with q = C, k = B, v = dt x; the output is ``norm(y silu(z))`` by default. Dao and Gu 2024,
+    "Transformers are SSMs", section 7. Not :class:`Mamba`, whose decay differs by channel and state. Projections have
+    ``nn.Linear``'s initialisation, A and dt_bias the release's, A_log, D and dt_bias no weight decay. The state is
+    ``[B, H, N, P]``; the norm acts in groups where there are several, as in the release.
+    """
+
+    Config = Mamba2Config
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__(config)
+        self.inner = config.inner_width
+        num_heads = self.inner // config.head_dim
+        shared = config.n_groups * config.d_state
+        self.sizes = [self.inner, self.inner + 2 * shared, num_heads]
+        self.input = Linear(config.d_model, sum(self.sizes), bias=False)
+        self.conv = ShortConvolution(self.sizes[1], config.conv_width, "silu", bias=True)
+        A = torch.empty(num_heads).uniform_(config.A_min, config.A_max)
+        self.A_log = nn.Parameter(A.log())
+        bias = step_size_bias(num_heads, config.dt_min, config.dt_max, config.dt_floor)
+        self.dt_bias = nn.Parameter(bias)
+        self.D = nn.Parameter(torch.ones(num_heads))
+        gate = OUTPUT_NORMS[config.output_norm]
+        self.norm = GatedRMSNorm(self.inner, gate, config.n_groups, config.norm_eps) if gate else None
+        self.output = Linear(self.inner, config.d_model, bias=False)
+        self.memory_shape = (num_heads, config.d_state, config.head_dim)
+
+    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        conv, memory = state
+        z, xbc, dt = self.input(x).split(self.sizes, dim=-1)
+        xbc, conv = self.conv(xbc, conv, offsets)
+        shared = self.config.n_groups * self.config.d_state
+        u, B, C = xbc.split([self.inner, shared, shared], dim=-1)
+        u = rearrange(u, "b t (h p) -> b t h p", p=self.config.head_dim)
+        B, C = (rearrange(m, "b t (g n) -> b t g n", g=self.config.n_groups) for m in (B, C))
+        wide = self.memory_dtype
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        values = (u * dt.unsqueeze(-1)).to(u.dtype)
+        log_decay = -self.A_log.to(wide).exp() * dt
+        attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
+        y, memory = attend(C, B, values, log_decay, scale=1.0, state=memory, cu_seqlens=offsets)
+        y = rearrange(y + self.D.to(u.dtype).unsqueeze(-1) * u, "b t h p -> b t (h p)")
+        gated = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        return self.output(gated), RecurrentState(conv, memory)

@@ -1,0 +1,1 @@
+"""Packed sequences, decay inside a chunk, and recurrences with a matrix state."""

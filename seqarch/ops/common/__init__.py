@@ -1,1 +1,0 @@
-"""What several operations share: argument checks, dtypes, packed sequences, the compiled library."""

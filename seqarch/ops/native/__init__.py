@@ -1,0 +1,1 @@
+"""The compiled libraries and what is called in them."""

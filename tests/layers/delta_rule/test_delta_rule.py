@@ -1,0 +1,209 @@
+"""The mixers on the delta rule against plain loops over their papers' equations, and what they are of each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seqarch.layers import build_mixer
+from seqarch.layers.delta_rule.base import DeltaRuleMixer
+from seqarch.layers.delta_rule.rwkv7 import Rwkv7
+
+SHARED_KEYS = {"num_heads": 4, "num_key_heads": 2, "key_width": 6, "expand_v": 1.5}
+
+
+def build(name: str, **options) -> DeltaRuleMixer:
+    torch.manual_seed(0)
+    mixer = build_mixer(name, d_model=32, **options).double()
+    assert isinstance(mixer, DeltaRuleMixer)
+    return mixer
+
+
+def inputs(length: int = 9, batch: int = 2) -> Tensor:
+    return torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def projected(mixer: DeltaRuleMixer, x: Tensor, steps: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit q, unit k and v, a head of values each: ``[B, T, H, ...]``, or ``[B, T, n, H, ...]`` for k and v."""
+    (groups, keys), (heads, values) = mixer.config.key_shape, mixer.config.value_shape
+    assert mixer.heads.conv is not None
+    weight = mixer.heads.conv.weight
+    y = x @ mixer.heads.linear.weight.T
+    y = F.silu(sum(F.pad(y, (0, 0, 3 - i, 0))[:, : y.shape[1]] * weight[:, i] for i in range(4)))
+    q, k, v = y.split([groups * keys, steps * groups * keys, steps * heads * values], dim=-1)
+    q, k, v = (
+        q.unflatten(-1, (1, groups, keys)),
+        k.unflatten(-1, (steps, groups, keys)),
+        v.unflatten(-1, (steps, heads, values)),
+    )
+    q, k = (m / (m.square().sum(-1, keepdim=True) + 1e-6).sqrt() for m in (q, k))
+    q, k = (m.repeat_interleave(heads // groups, dim=3) for m in (q, k))
+    return q.squeeze(2), k, v
+
+
+def decays(mixer: DeltaRuleMixer, logits: Tensor) -> Tensor:
+    """``[B, T, H, 1]`` or ``[B, T, H, K]``."""
+    heads = len(mixer.A_log)
+    rate = mixer.A_log.exp()[:, None]
+    return torch.exp(-rate * torch.log1p(torch.exp(logits + mixer.dt_bias)).unflatten(-1, (heads, -1)))
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, erase: Tensor, write: Tensor, decay: Tensor) -> Tensor:
+    """``S = prod_i (I - k_i (erase_i * k_i)^T) diag(decay) S + ...``: every factor as the K x K matrix that it is."""
+    batch, length, steps, heads, keys = k.shape
+    state, outputs = torch.zeros(batch, heads, keys, v.shape[-1], dtype=v.dtype), []
+    for t in range(length):
+        state = torch.diag_embed(decay[:, t].expand(batch, heads, keys)) @ state
+        for i in range(steps):
+            key = k[:, t, i, :, :, None]
+            reflection = torch.eye(keys).double() - key @ (erase[:, t, i] * k[:, t, i])[:, :, None]
+            state = reflection @ state + key @ (write[:, t, i] * v[:, t, i])[:, :, None]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * keys**-0.5)
+    return torch.stack(outputs, dim=1)
+
+
+def left(mixer: DeltaRuleMixer, o: Tensor, gate: Tensor) -> Tensor:
+    normed = o * (o.square().mean(-1, keepdim=True) + mixer.config.norm_eps).rsqrt() * mixer.norm.weight
+    return (normed.flatten(2) * gate) @ mixer.output.weight.T
+
+
+def test_gated_delta_net_is_its_equation():
+    mixer, x = build("gated_delta_net", **SHARED_KEYS, norm_eps=1e-3), inputs()
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 2)
+    a, b = (x @ mixer.rates.weight.T).split(4, dim=-1)
+    beta = b.sigmoid()[:, :, None, :, None]
+    o = run(*projected(mixer, x), beta, beta, decays(mixer, a))
+    same(mixer(x)[0], left(mixer, o, F.silu(x @ mixer.gate.weight.T)))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_kimi_delta_is_its_equation(negative: bool):
+    mixer, x = build("kimi_delta", num_heads=2, key_width=6, gate_rank=5, negative_eigenvalues=negative), inputs()
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 2)
+    beta = (x @ mixer.rates.weight.T).sigmoid()[:, :, None, :, None] * (1 + negative)
+    decay = decays(mixer, x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T)
+    assert decay.shape == (2, 9, 2, 6)
+    o = run(*projected(mixer, x), beta, beta, decay)
+    same(mixer(x)[0], left(mixer, o, (x @ mixer.gate[0].weight.T @ mixer.gate[1].weight.T).sigmoid()))
+
+
+def test_gated_delta_net_2_is_its_equation():
+    mixer, x = build("gated_delta_net_2", num_heads=2, expand_v=0.5, negative_eigenvalues=True), inputs()
+    q, k, v = projected(mixer, x)
+    erase, write = (x @ mixer.rates.weight.T).sigmoid().split([32, 16], dim=-1)
+    decay = decays(mixer, x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T)
+    o = run(q, k, v, 2 * erase.view_as(k), write.view_as(v), decay)
+    same(mixer(x)[0], left(mixer, o, (x @ mixer.gate[0].weight.T @ mixer.gate[1].weight.T).sigmoid()))
+
+
+def test_gated_delta_product_is_its_equation():
+    mixer, x = build("gated_delta_product", steps=3, **SHARED_KEYS), inputs()
+    a, b = (x @ mixer.rates.weight.T).split([4, 12], dim=-1)
+    beta = 2 * b.sigmoid().unflatten(-1, (3, 4))[..., None]
+    o = run(*projected(mixer, x, steps=3), beta, beta, decays(mixer, a))
+    same(mixer(x)[0], left(mixer, o, F.silu(x @ mixer.gate.weight.T)))
+
+
+def test_one_step_a_token_is_gated_delta_net():
+    mixer = build("gated_delta_product", steps=1, negative_eigenvalues=False)
+    other = build("gated_delta_net")
+    other.load_state_dict(mixer.state_dict())
+    assert torch.equal(mixer(inputs())[0], other(inputs())[0])
+
+
+def test_gates_of_one_scalar_are_kimi_delta():
+    mixer, other = build("gated_delta_net_2"), build("kimi_delta")
+    shared = {name: value for name, value in mixer.state_dict().items() if name != "rates.weight"}
+    other.load_state_dict({**shared, "rates.weight": torch.zeros_like(other.rates.weight)})
+    torch.nn.init.zeros_(mixer.rates.weight)
+    same(mixer(inputs())[0], other(inputs())[0])
+
+
+def test_two_reflections_rotate():
+    """A turn by a third of a circle: no single step has complex eigenvalues, and three turns are none."""
+    mixer = build("gated_delta_product", num_heads=1, key_width=2, expand_v=1, conv_width=0)
+    torch.nn.init.constant_(mixer.dt_bias, -1e3)  # no decay
+    mixer.strength = lambda logits: torch.full_like(logits, 2.0)
+    angles = torch.tensor([0.0, torch.pi / 3], dtype=torch.float64)
+    k = torch.stack([angles.cos(), angles.sin()], dim=-1).view(1, 1, 4).repeat(1, 3, 1).unflatten(-1, (2, 2))
+    nothing = torch.zeros(1, 3, 2, 2).double()
+    unit = torch.eye(2).double()[None, None]
+    third = mixer.recur(inputs(1, 1), nothing[:, :1, :1], k[:, :1], nothing[:, :1], unit, None)[1]
+    same(third[0, 0].trace(), torch.tensor(-1.0).double())
+    same(mixer.recur(inputs(3, 1), nothing[:, :, :1], k, nothing, unit, None)[1], unit)
+
+
+@pytest.mark.parametrize(("name", "least"), [("gated_delta_net", 0.0), ("kimi_delta", 1.0)])
+def test_decays_start_as_in_the_releases(name: str, least: float):
+    mixer = build_mixer(name, d_model=2048)
+    assert isinstance(mixer, DeltaRuleMixer)
+    rate, step = mixer.A_log.exp(), F.softplus(mixer.dt_bias)
+    assert least <= rate.min() < rate.max() <= 16.001
+    assert 0.99e-3 <= step.min() < step.max() <= 0.101
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 3}, "num_heads .3. must divide d_model"),
+        ({"num_heads": 4, "num_key_heads": 3}, "num_key_heads .3. must divide num_heads .4."),
+        ({"key_width": 5, "expand_v": 0.5}, "expand_v . key_width must be a whole number, got 2.5"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        build_mixer("kimi_delta", d_model=32, **options)
+
+
+def test_rwkv7_is_its_equation():
+    torch.manual_seed(0)
+    mixer, x = build_mixer("rwkv7", d_model=32, num_heads=2, gate_rank=7).double(), inputs()
+    assert isinstance(mixer, Rwkv7)
+    for parameter in (mixer.bonus, mixer.replacement, mixer.norm.weight, mixer.norm.bias):
+        torch.nn.init.uniform_(parameter, -1, 1)
+    before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    r, w, k, v, a, g = (x + (before - x) * mix for mix in mixer.shares)
+
+    def low_rank(x: Tensor, name: str) -> Tensor:
+        first, between, last = getattr(mixer, name)
+        return between(x @ first.weight.T) @ last.weight.T + (0 if last.bias is None else last.bias)
+
+    r, k, v = (m @ linear.weight.T for m, linear in ((r, mixer.receptance), (k, mixer.key), (v, mixer.value)))
+    w, a, g = (
+        torch.exp(-(torch.e**-0.5) * low_rank(w, "decay").sigmoid()),
+        low_rank(a, "rate").sigmoid(),
+        low_rank(g, "gate"),
+    )
+    z = F.normalize((k * mixer.removal).unflatten(-1, (2, 16)), dim=-1)
+    k = k * (1 + (a - 1) * mixer.replacement)
+    r, w, k, v, a = (m.unflatten(-1, (2, 16)) for m in (r, w, k, v, a))
+    state, outputs = torch.zeros(2, 2, 16, 16).double(), []  # [B, H, V, K], as in the paper
+    for t in range(9):
+        transition = torch.diag_embed(w[:, t]) - z[:, t, :, :, None] * (a * z)[:, t, :, None]
+        state = state @ transition + v[:, t, :, :, None] * k[:, t, :, None]
+        outputs.append((state @ r[:, t, :, :, None]).squeeze(-1))
+    o = torch.stack(outputs, dim=1)
+    o = (o - o.mean(-1, keepdim=True)) * (o.var(-1, unbiased=False, keepdim=True) + 16e-5).rsqrt()
+    o = o.flatten(2) * mixer.norm.weight + mixer.norm.bias
+    o = o + ((r * k * mixer.bonus).sum(-1, keepdim=True) * v).flatten(2)
+    torch.testing.assert_close(mixer(x)[0], (o * g) @ mixer.output.weight.T, rtol=0, atol=1e-10)
+
+
+def test_rwkv7_starts_as_released():
+    """Values of RWKV-LM's formulas at half the depth, computed apart: first, last and a middle channel."""
+    mixer = build_mixer("rwkv7", d_model=128)
+    assert isinstance(mixer, Rwkv7)
+    same(mixer.shares[:, 0], torch.ones(6))
+    torch.testing.assert_close(mixer.shares[1, 64], torch.tensor(1 - 0.5**0.45))
+    bias = mixer.decay[-1].bias
+    torch.testing.assert_close(bias[[0, 127]], torch.tensor([-8.0, 3.0]))
+    torch.testing.assert_close(mixer.rate[-1].bias[[0, 127]], torch.tensor([-0.69, 0.31]))
+    torch.testing.assert_close(mixer.removal[[0, 127]], torch.tensor([0.76, 0.66]))
+    assert mixer.key.weight.abs().max() <= 0.05 * 128**-0.5
+    assert "shift.weight" not in mixer.state_dict()

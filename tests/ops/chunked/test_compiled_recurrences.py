@@ -1,0 +1,167 @@
+"""The compiled recurrences beyond their common contract: instruction sets, threads, dtypes, torch's rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqarch import ops
+from seqarch.ops.delta_rule import chunk_cpp as delta_cpp
+from seqarch.ops.linear_attention import chunk_cpp as linear_cpp
+from seqarch.ops.native import cpu_library
+from tests.laws import assert_close
+
+ISAS = cpu_library.supported_isas()
+DECAYS = ("none", "head", "step", "key")
+COMPILED = ("linear_attention", "delta_rule", "delta_rule_read", "delta_rule_erase", "delta_rule_apart")
+"""The compiled operations; the delta rule also with what it reads or erases apart from k."""
+
+
+def call(kind: str, backend: str = "auto", **inputs: Any) -> tuple[Tensor, Tensor]:
+    op = ops.linear_attention if kind == "linear_attention" else ops.delta_rule
+    return op(**inputs, backend=backend)
+
+
+def make(op: str, decay: str, B=2, T=70, G=2, H=4, K=20, V=37, dtype=torch.float64, rows: int | None = None) -> dict:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, B, T, G, K, dtype=dtype)
+    shapes = {"none": None, "head": (H,), "step": (B, T, H), "key": (B, T, H, K)}
+    shape = shapes[decay]
+    inputs: dict[str, Any] = {
+        "q": q,
+        "k": torch.nn.functional.normalize(k, dim=-1),
+        "v": torch.randn(B, T, H, V, dtype=dtype),
+    }
+    inputs["log_decay"] = None if shape is None else -torch.rand(shape, dtype=dtype)
+    if op != "linear_attention":
+        inputs["beta"] = 2 * torch.rand(B, T, H, dtype=dtype)
+    if op in ("delta_rule_read", "delta_rule_apart"):
+        inputs["read"] = inputs["k"] * torch.rand_like(k)
+    if op in ("delta_rule_erase", "delta_rule_apart"):
+        inputs["erase"] = inputs["k"] * torch.rand_like(k)
+    inputs["state"] = torch.randn(rows or B, H, K, V, dtype=dtype)
+    return inputs
+
+
+def gradients(op: str, backend: str, inputs: dict[str, Any], **options) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a weighted sum of both of them."""
+    leaves = {name: m.clone().requires_grad_() if isinstance(m, Tensor) else m for name, m in inputs.items()}
+    o, state = call(op, backend, **leaves, **options)
+    torch.manual_seed(1)
+    ((o * torch.randn(o.shape)).sum() + (state * torch.randn(state.shape)).sum()).backward()
+    found: dict[str, Any] = {f"gradient of {name}": m.grad for name, m in leaves.items() if isinstance(m, Tensor)}
+    return found | {"output": o.detach(), "last state": state.detach()}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("op", COMPILED)
+def test_every_instruction_set_equals_the_reference(op: str, decay: str, isa: str):
+    for shape in (
+        {},
+        {"T": 1, "V": 1},
+        {"T": 65, "K": 3, "V": 5, "G": 4},
+        {"T": 131, "K": 33, "V": 16, "G": 1, "B": 1},
+    ):
+        inputs = make(op, decay, **shape)
+        with cpu_library.use_isa(isa):
+            found = gradients(op, "chunk_cpp", inputs)
+        for name, expected in gradients(op, "recurrent_torch", inputs).items():
+            assert_close(found[name], expected, 1e-11, f"{shape}: {name}")
+
+
+@pytest.mark.parametrize("op", COMPILED if ISAS else ())
+def test_packed_sequences_with_gradients(op: str):
+    offsets = (0, 0, 64, 65, 65, 130, 200, 200)
+    for decay in DECAYS:
+        inputs = make(op, decay, B=1, T=200, rows=7)
+        found = gradients(op, "chunk_cpp", inputs, cu_seqlens=offsets)
+        for name, expected in gradients(op, "recurrent_torch", inputs, cu_seqlens=offsets).items():
+            assert_close(found[name], expected, 1e-11, f"{decay}: {name}")
+
+
+@pytest.mark.parametrize("op", COMPILED if ISAS else ())
+def test_without_heads_of_values_the_gradients_are_0(op: str):
+    inputs = make(op, "step", H=0, dtype=torch.float32)
+    for name, found in gradients(op, "chunk_cpp", inputs).items():
+        assert torch.equal(found, torch.zeros_like(found)), name
+
+
+@pytest.mark.parametrize("op", COMPILED if ISAS else ())
+def test_results_do_not_depend_on_the_number_of_threads(op: str):
+    before = torch.get_num_threads()
+    for decay in DECAYS:
+        for H, V in ((12, 37), (1, 150)):
+            inputs, results = make(op, decay, 1, 130, G=1, H=H, V=V, dtype=torch.float32), []
+            try:
+                for threads in (1, 2, 5):
+                    torch.set_num_threads(threads)
+                    results.append(gradients(op, "chunk_cpp", inputs))
+            finally:
+                torch.set_num_threads(before)
+            for other in results[1:]:
+                assert all(torch.equal(results[0][name], other[name]) for name in other), (decay, H)
+
+
+@pytest.mark.parametrize("op", COMPILED if ISAS else ())
+def test_numbers_that_are_not_finite_stay_in_their_sequence(op: str):
+    """Also where buffers are used again for the next one, and rows are shorter than vectors."""
+    for decay in DECAYS:
+        inputs = make(op, decay, B=1, T=140, K=5, V=3, rows=3, dtype=torch.float32)
+        spoiled = {name: m.clone() if isinstance(m, Tensor) else m for name, m in inputs.items()}
+        for name in ("q", "k", "v"):
+            spoiled[name][:, 5] = torch.nan
+        spoiled["state"][0] = torch.inf
+        clean, found = (gradients(op, "chunk_cpp", each, cu_seqlens=(0, 70, 75, 140)) for each in (inputs, spoiled))
+        for name in ("output", "gradient of q", "gradient of k", "gradient of v"):
+            assert torch.equal(clean[name][:, 70:], found[name][:, 70:]), (decay, name)
+        assert torch.equal(clean["last state"][1:], found["last state"][1:])
+        assert torch.equal(clean["gradient of state"][1:], found["gradient of state"][1:])
+
+
+@pytest.mark.parametrize("op", COMPILED if ISAS else ())
+def test_inputs_of_several_dtypes(op: str):
+    inputs = make(op, "key", dtype=torch.float32)
+    expected, last = call(op, "recurrent_torch", **inputs)
+    for name, dtype in (
+        ("v", torch.bfloat16),
+        ("q", torch.float16),
+        ("k", torch.float64),
+        ("log_decay", torch.float64),
+    ):
+        mixed = inputs | {name: inputs[name].to(dtype)}
+        o, state = call(op, "chunk_cpp", **mixed)
+        assert o.dtype == mixed["v"].dtype
+        assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_close(o, expected, 1e-2, name)
+        assert_close(state, last, 1e-2, name)
+
+
+def test_the_custom_operators_keep_torchs_rules():
+    for decay in DECAYS if ISAS else ():
+        inputs = make("linear_attention", decay, T=7, dtype=torch.float32)
+        log_decay = inputs["log_decay"]
+        log_decay = None if log_decay is None else cpu_library.stepwise(log_decay, inputs["v"])
+        plain = [inputs["q"], inputs["k"], inputs["v"], log_decay, 0.5, inputs["state"], None]
+        _check("linear_attention", linear_cpp, plain)
+        beta = torch.rand(2, 7, 4)
+        for apart in ((None, None), (inputs["k"].clone(), None), (inputs["q"].clone(), inputs["k"].clone())):
+            _check("delta_rule", delta_cpp, [*plain[:3], beta, log_decay, *apart, *plain[4:]])
+
+
+def _check(op: str, module: Any, plain: list[Any]) -> None:
+    leaves = [m.detach().clone().requires_grad_() if isinstance(m, Tensor) else m for m in plain]
+    torch.library.opcheck(module.recur, tuple(leaves))
+    gradient = getattr(torch.ops.seqarch, f"{op}_backward").default
+    torch.library.opcheck(gradient, (*plain, *module.recur(*plain)))
+
+
+@pytest.mark.parametrize("op", COMPILED if ISAS else ())
+def test_torch_compile_sees_one_graph(op: str):
+    inputs = make(op, "step", dtype=torch.float32)
+    expected = call(op, **inputs)
+    compiled = torch.compile(lambda **leaves: call(op, **leaves), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs), expected)

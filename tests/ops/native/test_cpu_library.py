@@ -1,0 +1,152 @@
+"""The compiled library's loader: what it refuses, and what it says then."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import seqarch
+from seqarch import ops
+from seqarch.ops.causal_conv1d import parallel_cpp
+from seqarch.ops.delta_rule import chunk_cpp as delta_cpp
+from seqarch.ops.linear_attention import chunk_cpp as attention_cpp
+from seqarch.ops.native import cpu_library, linear
+from seqarch.ops.selective_scan import chunk_cpp as scan_cpp
+from tests.support.paths import ROOT
+
+INPUTS = torch.ones(1, 2, 3), torch.ones(3, 2)
+
+
+def import_native(isa: str) -> subprocess.CompletedProcess[str]:
+    program = "from seqarch.ops.native import cpu_library; print(cpu_library.unavailable() or cpu_library.chosen_isa())"
+    environment = os.environ | {"SEQARCH_ISA": isa}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
+def test_a_missing_library_is_a_reason(tmp_path):
+    with pytest.raises(cpu_library.LibraryError, match=r"not installed.* C\+\+ compiler"):
+        cpu_library.open_libraries([str(tmp_path)])
+
+
+def test_a_broken_library_is_a_reason(tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libseqarch_cpu_baseline.so").write_text("not a library")
+    with pytest.raises(cpu_library.LibraryError, match="cannot be loaded"):
+        cpu_library.open_libraries([str(tmp_path)])
+
+
+def test_a_stale_library_is_a_reason(monkeypatch):
+    monkeypatch.setattr(cpu_library, "INTERFACE", -1)
+    with pytest.raises(cpu_library.LibraryError, match=r"expected -1|not installed"):
+        cpu_library.open_libraries(seqarch.__path__)
+
+
+def test_auto_passes_over_a_library_that_is_absent(monkeypatch):
+    monkeypatch.setattr(cpu_library, "_reason", "it was never built")
+    assert ops.explain("causal_conv1d", *INPUTS).reasons["parallel_cpp"] == "it was never built"
+    with ops.record_backends() as ran:
+        ops.causal_conv1d(*INPUTS)
+    assert ran == {"causal_conv1d": {"parallel_torch": 1}}
+    with pytest.raises(ops.BackendError, match="it was never built"):
+        ops.causal_conv1d(*INPUTS, backend="parallel_cpp")
+    with pytest.raises(cpu_library.LibraryError, match="it was never built"):
+        cpu_library.library_hash()
+
+
+def test_the_environment_chooses_the_instruction_set():
+    chosen, unknown = import_native("baseline"), import_native("avx3")
+    assert chosen.stdout.strip() == (cpu_library.unavailable() or "baseline")
+    assert unknown.returncode == 1
+    assert "unknown instruction set in SEQARCH_ISA 'avx3': expected one of avx2, avx512, baseline" in unknown.stderr
+
+
+def test_the_library_agrees_with_its_header_and_shares_torchs_openmp():
+    header = (ROOT / "csrc" / "include" / "seqarch.h").read_text()
+    assert f"#define SEQARCH_INTERFACE {cpu_library.INTERFACE}\n" in header
+    if cpu_library.unavailable() is None:
+        assert len(cpu_library.library_hash()) == 64
+        cpu_library.library()
+        maps = Path("/proc/self/maps")
+        files = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+        assert len({file for file in files if "gomp" in file or "libomp" in file}) <= 1
+
+
+def test_an_instruction_set_that_does_not_run_here_is_an_error():
+    with (
+        pytest.raises(ValueError, match="unknown instruction set of this processor 'sse9'"),
+        cpu_library.use_isa("sse9"),
+    ):
+        pass
+
+
+def test_return_codes_become_errors():
+    x, state = torch.ones(1, 2, 3), torch.ones(1, 8, 3)
+    for isa in cpu_library.supported_isas():
+        with cpu_library.use_isa(isa), pytest.raises(ValueError, match="causal_conv1d_forward returned 1: an argument"):
+            parallel_cpp.OPERATORS.forward(x, torch.ones(3, 9), None, state, False, None)
+
+
+def test_a_kernel_takes_no_tensor_whose_numbers_are_elsewhere():
+    x, freed, lent = torch.ones(2, 4), torch.ones(2, 4), torch.ones(8).view(2, 4)
+    freed.untyped_storage().resize_(0)
+    lent.untyped_storage().resize_(16)
+    with FakeTensorMode():
+        fake = torch.ones(2, 4)
+    wrong = [
+        (cpu_library.Pointer, x.to("meta"), "memory on meta, expected cpu"),
+        (cpu_library.Heads, fake, "memory on meta, expected cpu"),
+        (cpu_library.Pointer, freed, "a storage of 0 bytes, expected at least 32"),
+        (cpu_library.Rows, lent, "a storage of 16 bytes, expected at least 32"),
+        (cpu_library.Pointer, x.t(), "gaps after its first 0 dimensions"),
+        (cpu_library.Rows, torch.ones(2, 4, 6)[..., ::2], "gaps after its first 2 dimensions"),
+    ]
+    for kind, tensor, message in wrong:
+        with pytest.raises(ValueError, match=f"scan: a tensor of shape .* {message}"):
+            cpu_library.check_memory("scan", [cpu_library.int32, kind], [0, tensor], "cpu")
+    fits = x, x[:, 1:3].unsqueeze(2), x.expand(3, 2, 4), torch.ones(2, 0), torch.ones(4, 2).t()[..., None]
+    cpu_library.check_memory("scan", [cpu_library.Heads] * len(fits), fits, "cpu")
+
+
+def test_memory_is_held_while_a_kernel_runs():
+    """Another thread may give a tensor other memory meanwhile."""
+    for kind in (cpu_library.Pointer, cpu_library.Rows, cpu_library.Heads):
+        x = torch.full((1, 2, 3), 7.0)
+        argument = kind.from_param(x)
+        x.data = torch.zeros(1, 2, 3)
+        structure = getattr(argument, "_obj", argument)
+        address = structure.value if kind is cpu_library.Pointer else structure.data
+        assert structure.memory.data_ptr() == address
+        assert list((ctypes.c_float * 6).from_address(address)) == [7.0] * 6
+
+
+def test_a_size_that_nothing_has_is_refused():
+    """tests/sanitize has all sizes of all kernels."""
+    x, empty = torch.ones(1, 1, 1, 1), torch.empty(0)
+    for isa in cpu_library.supported_isas():
+        for wrong in (-1, -(2**63), 2**60, 2**63 - 1):
+            sizes = None, 1, 1, 1, 1, wrong, 1
+            with cpu_library.use_isa(isa), pytest.raises(ValueError, match="linear_attention_forward returned 1"):
+                attention_cpp._forward(0, x, x, x, None, False, 1.0, empty, empty, empty, *sizes)
+
+
+def test_running_out_of_memory_is_an_error():
+    huge, x, empty = 2**45, torch.ones(1, 1, 1, 1), torch.empty(0)
+    for isa in cpu_library.supported_isas():
+        with cpu_library.use_isa(isa):
+            with pytest.raises(MemoryError, match="linear returned 2: out of memory"):
+                linear._linear(0, empty, empty, None, empty, huge, 1, 0)
+            problem = 0, x, x, x, x, None, empty, None, None, None, 1, 1, 1, huge, 1, 1, False, True
+            with pytest.raises(MemoryError, match="selective_scan_forward returned 2"):
+                scan_cpp._forward(*problem, empty, x, empty, None)
+            sizes = None, 1, 1, 1, 1, huge, 1
+            with pytest.raises(MemoryError, match="linear_attention_forward returned 2"):
+                attention_cpp._forward(0, x, x, x, None, False, 1.0, empty, empty, empty, *sizes)
+            with pytest.raises(MemoryError, match="delta_rule_forward returned 2"):
+                delta_cpp._forward(0, x, x, x, x, None, False, None, None, 1.0, empty, empty, empty, *sizes)

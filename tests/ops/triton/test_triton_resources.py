@@ -1,0 +1,130 @@
+"""The Triton kernels compile for GPUs that are not here, and fit them.
+
+In a process of its own: this one has loaded Triton to interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+RECORD = ROOT / "tests" / "data" / "triton_resources.json"
+MOST_SHARED = {"8.0": 163 * 1024, "9.0": 227 * 1024}
+"""Shared memory that one block may have, in bytes (CUDA C++ programming guide, table of compute capabilities)."""
+
+KERNELS = [
+    path for path in sorted((ROOT / "seqarch").glob("**/*.py")) if "@triton.jit" in path.read_text(encoding="utf-8")
+]
+
+
+SPILLING = {
+    "bf16": {"invert"},
+    "fp16": {"corrected_states", "invert"},
+    "fp32": {
+        *("corrected_gradients", "corrected_states", "invert", "value_gradients"),
+        *("key_gradients", "query_gradients"),
+    },
+}
+"""By dtype of the activations, the kernels in which some thread runs out of registers: what is left to mend."""
+
+
+def test_the_record_fits_the_devices():
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    spilling: dict[str, set[str]] = {dtype: set() for dtype in SPILLING}
+    for name, needs in record.items():
+        for capability, most in MOST_SHARED.items() if name != "triton" else ():
+            assert needs[capability]["shared"] <= most, (name, capability)
+            if needs[capability]["spilled"]:
+                dtype = next(dtype for dtype in SPILLING if dtype in name.partition("ACC")[0])
+                spilling[dtype].add(name.partition("(")[0])
+    assert spilling == SPILLING
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_transpose_only_as_they_read(path: Path):
+    """Products of transposed products are what Triton 3.4 to 3.7.0 gets wrong on Hopper."""
+    assert not re.search(r"tl\.(trans|permute)\b|\.(T|trans|permute)\b", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_record_is_what_the_kernels_need(tmp_path: Path):
+    """Exactly, with the Triton that wrote it; with another one, kernels must compile and fit."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "tests.support.triton_resources", str(tmp_path / "found.json")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert found.keys() == record.keys()
+    if found["triton"] == record["triton"]:
+        assert found == record
+    for name, needs in found.items():
+        for capability, most in MOST_SHARED.items() if name != "triton" else ():
+            assert needs[capability]["shared"] <= most, (name, capability)
+
+
+GROWING = """
+import torch
+from tests.support import triton_resources
+from tests.support.triton_resources import attention, blocks
+
+def tokens():
+    triton_resources.recurrences = triton_resources.products = lambda *_: None
+    triton_resources.DTYPES, triton_resources.WIDTHS = {"bfloat16": torch.bfloat16}, (64,)
+    for keys in range(300, 340):
+        q, k = (torch.zeros(1, length, 2, 64, dtype=torch.bfloat16) for length in (1, keys))
+        entries, first = torch.zeros(1, 1, 2, 3, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+
+        def softmax(*_):
+            attention.forward(q, k, k, True, 0, 0.5, None, None)
+            attention.forward(q, k, k, True, 1000, 0.5, first[0], None)
+            blocks.forward(q, k, k, entries, first, 64, 0, 0.5)
+
+        triton_resources.softmax = softmax
+        triton_resources.launches.cache_clear()
+        yield {launch.name: launch.divisible for launch in triton_resources.launches()}
+
+before, *others = tokens()
+assert len(before) == 5, before.keys()
+assert all(other == before for other in others)
+"""
+
+
+def test_nothing_is_compiled_anew_for_each_token():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", GROWING], cwd=ROOT, env=environment, check=True)
+
+
+SPILLS = """
+import torch
+from seqarch.ops.attention import launches_triton
+from tests.support import triton_resources
+
+right = launches_triton.tiles
+launches_triton.tiles = lambda width, wide: right(64, wide)  # tiles of half the width
+triton_resources.DTYPES, triton_resources.DECAYS, triton_resources.WIDTHS = {"float32": torch.float32}, {}, (128,)
+names = {each.name: each for each in triton_resources.launches()}
+(name,) = [name for name in names if name.startswith("query_gradients(") and "START=False" in name]
+launch = names[name]
+print(triton_resources.resources(launch.compile(80))["spilled"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_change_that_spills_shows(tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, "-c", SPILLS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    name = next(n for n in record if n.startswith("query_gradients(fp32,") and "K=128" in n and "START=False" in n)
+    assert int(done.stdout) > 1000 > record[name]["8.0"]["spilled"]

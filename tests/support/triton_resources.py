@@ -1,0 +1,195 @@
+"""Compiles the Triton kernels ahead of time, as calls would launch them, for machines that need not be here.
+
+    python -m tests.support.triton_resources [FILE]    writes what each kernel needs to tests/data/triton_resources.json
+
+No GPU is needed: an operation is called on a CPU with its launches noted down instead of run, and each of them is
+compiled for each compute capability. Which kernels there are, with which types and constants, is thereby what the
+operations say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from seqarch.ops.attention import chunk_triton as attention
+from seqarch.ops.block_sparse_attention import grouped_triton as blocks
+from seqarch.ops.delta_rule import chunk_triton as delta_chunks
+from seqarch.ops.delta_rule import recurrent_triton as delta_steps
+from seqarch.ops.experts import grouped_triton as experts
+from seqarch.ops.linear_attention import chunk_triton as linear_chunks
+from seqarch.ops.linear_attention import recurrent_triton as linear_steps
+from seqarch.ops.triton import launch
+from tests.support.paths import ROOT
+
+RECORD = ROOT / "tests" / "data" / "triton_resources.json"
+CAPABILITIES = (80, 90)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WIDTH, WIDTHS = 128, (64, 128)
+"""Of heads of the recurrences, and of softmax attention."""
+
+DECAYS: dict[str, tuple[int, ...] | None] = {"none": None, "head": (1, 128, 2), "key": (1, 128, 2, -1)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the types of its arguments and its constants, under a name that tells them apart."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+    name: str = field(compare=False)
+
+    @classmethod
+    def of(cls, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+        options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
+        if isinstance(kernel, launch.Tuned):
+            chosen, kernel = kernel.configurations[0], kernel.kernel
+            constants |= chosen.tiles
+            options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+        names = kernel.arg_names
+        # As Triton does where a call is run: an integer that is 1 becomes part of the code.
+        changing = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        given = [(name, x) for name, x in zip(names, arguments, strict=False) if name not in changing]
+        constants |= {name: 1 for name, x in given if type(x) is int and x == 1}
+        signature = dict(zip(names, map(kind, arguments), strict=False)) | dict.fromkeys(constants, "constexpr")
+        divisible = {
+            (place,): [["tt.divisibility", 16]]
+            for place, argument in enumerate(arguments)
+            if isinstance(argument, Tensor)
+            or (isinstance(argument, int) and argument % 16 == 0 and names[place] not in changing)
+        }
+        flags = [f"{key}={getattr(value, 'name', value)}" for key, value in sorted(constants.items())]
+        types = sorted({kind.removeprefix("*") for kind in signature.values() if kind.startswith("*")} - {"i64"})
+        return cls(kernel, signature, constants, divisible, options, f"{kernel.__name__}({','.join(types + flags)})")
+
+    def compile(self, capability: int) -> Any:
+        source = ASTSource(self.kernel, self.signature, self.constants, self.divisible)
+        options = self.options | {"enable_fp_fusion": True}
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def kind(argument: Any) -> str:
+    """Triton's name for an argument's type."""
+    if isinstance(argument, Tensor):
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+        return f"*{names[argument.dtype]}"
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers and spilled bytes of a thread, and shared memory of a block in bytes.
+
+    Raises:
+        RuntimeError: the kernel does what Triton from 3.4 on gets wrong on Hopper: it transposes in registers, or
+            hands numbers to the tensor cores in the layout that this leads to.
+    """
+    code = compiled.asm["ttgir"]
+    if re.search(r"tt\.trans .*order = array<i32: 1, 0>", code):
+        raise RuntimeError(f"{compiled.metadata.name} transposes in registers: read the tile transposed instead")
+    if re.search(r"warp_group_dot .*#linear", code):
+        raise RuntimeError(f"{compiled.metadata.name} multiplies a matrix that was reshaped in registers")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
+
+
+@functools.cache
+def launches() -> list[Launch]:
+    """Each launch of forward and backward passes, in every dtype and kind of decay, for heads of those widths."""
+    noted: dict[str, Launch] = {}
+
+    def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        launch = Launch.of(kernel, arguments, constants)
+        noted.setdefault(launch.name, launch)
+
+    before, launch.launch = launch.launch, note
+    try:
+        for dtype in DTYPES.values():
+            for decay in DECAYS.values():
+                recurrences(dtype, WIDTH, decay)
+            for width in WIDTHS:
+                softmax(dtype, width)
+            products(dtype)
+    finally:
+        launch.launch = before
+    return list(noted.values())
+
+
+def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -> None:
+    """Both operations on 128 tokens of two heads, in chunks and in steps, forward and backward."""
+    x, state = torch.zeros(1, 128, 2, width, dtype=dtype), torch.zeros(1, 2, width, width)
+    log_decay = None if decay is None else torch.zeros([width if size < 0 else size for size in decay])
+    beta = torch.zeros(1, 128, 2, dtype=dtype)
+    linear, delta = (x, x, x, log_decay), (x, x, x, beta, log_decay, None)
+    for chunks, steps, inputs in ((linear_chunks, linear_steps, linear), (delta_chunks, delta_steps, delta)):
+        chunks.forward(*inputs, 0.5, state, None)
+        chunks.backward(*inputs, 0.5, state, None, x, state)
+        steps.forward(*inputs, 0.5, state, None)
+
+
+def softmax(dtype: torch.dtype, width: int) -> None:
+    """Attention over all keys and over a window from where rows begin, and over blocks with one head a list; and of few
+    queries: of one over its keys in one part and in many, of several with heads that share keys."""
+    x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    one, several = x[:, :1], torch.zeros(1, 16, 16, width, dtype=dtype)
+    for window, key_start in ((0, None), (100, start)):
+        o, log_sum = attention.forward(x, x, x, True, window, 0.5, key_start, None)
+        attention.backward(x, x, x, True, window, 0.5, key_start, None, o, log_sum, o)
+        for queries, keys in ((one, x[:, :16]), (one, x), (several, x)):
+            attention.forward(queries, keys, keys, True, window, 0.5, key_start, None)
+    entries, first = torch.zeros(1, 256, 2, 3, dtype=torch.int64), torch.zeros(1, 256, dtype=torch.int64)
+    o, log_sum = blocks.forward(x, x, x, entries, first, 64, 0, 0.5)
+    blocks.backward(o, x, x, x, entries, first, o, log_sum, 64, 0, 0.5)
+    blocks.forward(one, x, x, entries[:, :1], first[:, :1], 64, 0, 0.5)
+
+
+def products(dtype: torch.dtype) -> None:
+    """Rows of two experts times their matrices and these transposed, and the gradient of the matrices."""
+    rows, weight, starts = torch.zeros(256, 512, dtype=dtype), torch.zeros(2, 512, 512, dtype=dtype), [0, 128, 256]
+    for matrices in (weight, weight.transpose(1, 2)):
+        experts.grouped_matmul(rows, matrices, torch.tensor(starts))
+    experts.grouped_outer(rows, rows, torch.tensor(starts))
+
+
+def needs(index: int) -> tuple[str, dict[str, dict[str, int]]]:
+    """The name of a launch, and what it needs on each compute capability."""
+    launch = launches()[index]
+    return launch.name, {f"{capability / 10}": resources(launch.compile(capability)) for capability in CAPABILITIES}
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(
+        "python -m tests.support.triton_resources", description=(__doc__ or "").splitlines()[0]
+    )
+    command.add_argument("file", nargs="?", type=Path, default=RECORD, help=f"which is written; default: {RECORD}")
+    target = command.parse_args().file
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        found = sorted(pool.map(needs, range(len(launches())), chunksize=1))
+    lines = [f'"triton": "{triton.__version__}"', *(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in found)]
+    target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
