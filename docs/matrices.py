@@ -17,7 +17,7 @@ SHOWN: dict[str, dict] = {
     "attention": {"position": "none"},
     "sliding_window": {"window": 12},
     "big_bird": {"block_size": 4},
-    "native_sparse": {
+    "nsa": {
         "compressed_length": 4,
         "compressed_stride": 4,
         "block_size": 4,

@@ -48,8 +48,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "based": [{"num_heads": 2, "key_width": 4, "window": 16}],
     "big_bird": [{"block_size": 16, "num_heads": 2, "window_blocks": 2, "global_blocks": 1, "random_blocks": 2}],
-    "block_mixture": [{"block_size": 16, "num_heads": 4, "num_kv_heads": 2}],
-    "deepseek_sparse": [
+    "moba": [{"block_size": 16, "num_heads": 4, "num_kv_heads": 2}],
+    "dsa": [
         {"num_heads": 4, "num_kv_heads": 2, "top_k": 3},
         {"top_k": 2, "position": "none", "rotary_fraction": 0.5},
     ],
@@ -61,8 +61,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hgrn": [{"lower_bound": 0.5, "complex_state": False}],
     "hgrn2": [{"num_heads": 2, "lower_bound": 0.5, "conv_width": 3}],
     "hyena": [{"order": 3, "length": 16, "filter_width": 8, "filter_features": 2}],
-    "kimi_delta": [{"num_heads": 2, "key_width": 8, "expand_v": 2.0, "gate_rank": 3, "negative_eigenvalues": True}],
-    "latent_attention": [
+    "kda": [{"num_heads": 2, "key_width": 8, "expand_v": 2.0, "gate_rank": 3, "negative_eigenvalues": True}],
+    "mla": [
         {"num_heads": 2, "latent_rank": 24, "query_rank": 5, "value_width": 8, "position": "none"},
         {"num_heads": 2, "latent_rank": 10},
     ],
@@ -79,7 +79,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "min_gru": [{"expand": 2, "candidate": "positive", "negative_eigenvalues": True}],
     "mlstm": [{"num_heads": 2, "forget_gate": "exponential", "gate_cap": 0.0, "conv_width": 3}],
-    "native_sparse": [
+    "nsa": [
         {
             "num_heads": 4,
             "num_kv_heads": 2,

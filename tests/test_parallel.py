@@ -27,10 +27,10 @@ PROCESSES = 4
 LENGTH = 67
 SMALL: dict[str, dict[str, Any]] = {
     "big_bird": {"block_size": 16},
-    "block_mixture": {"block_size": 16},
-    "deepseek_sparse": {"top_k": 5},
+    "moba": {"block_size": 16},
+    "dsa": {"top_k": 5},
     "longformer": {"window": 20, "global_tokens": 16},
-    "native_sparse": {"compressed_length": 8, "compressed_stride": 4, "block_size": 8, "window": 16},
+    "nsa": {"compressed_length": 8, "compressed_stride": 4, "block_size": 8, "window": 16},
     "sliding_window": {"window": 24},
 }
 PATTERNS = {

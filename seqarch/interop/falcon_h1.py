@@ -51,10 +51,10 @@ def _attention(settings: Settings, options: dict[str, Any]) -> list[Rule]:
     return [
         rule(
             [f"{part}_proj.weight" for part in "qkv"],
-            "heads.linear.weight",
+            "qkv_proj.linear.weight",
             *(scale(outer, outer * key, outer), concatenate(*head_sizes(options))),
         ),
-        rule("o_proj.weight", "output.weight", scale(settings.get("attention_out_multiplier", default=1.0))),
+        rule("o_proj.weight", "out_proj.weight", scale(settings.get("attention_out_multiplier", default=1.0))),
     ]
 
 
@@ -64,9 +64,9 @@ def _ssm(settings: Settings, options: dict[str, Any]) -> list[Rule]:
     outer = settings.get("ssm_in_multiplier", default=1.0)
     factors = [outer * factor for factor in settings.factors("ssm_multipliers", 5)]
     return [
-        rule("in_proj.weight", "input.weight", split(*sizes), scale(*factors), concatenate(*sizes)),
+        rule("in_proj.weight", "in_proj.weight", split(*sizes), scale(*factors), concatenate(*sizes)),
         *mamba2.mixer(normed=options["output_norm"] != "none"),
-        rule("out_proj.weight", "output.weight", scale(settings.get("ssm_out_multiplier", default=1.0))),
+        rule("out_proj.weight", "out_proj.weight", scale(settings.get("ssm_out_multiplier", default=1.0))),
     ]
 
 
@@ -75,10 +75,10 @@ def _mlp(settings: Settings, hidden: int) -> list[Rule]:
     return [
         rule(
             ("gate_proj.weight", "up_proj.weight"),
-            "input.weight",
+            "in_proj.weight",
             *(scale(gate, 1.0), concatenate(hidden, hidden)),
         ),
-        rule("down_proj.weight", "output.weight", scale(down)),
+        rule("down_proj.weight", "out_proj.weight", scale(down)),
     ]
 
 

@@ -10,7 +10,7 @@ from seqarch.interop.settings import Settings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, reshape, rule, under
 from seqarch.models import LMConfig
 
-MIXERS = {"linear_attention": "kimi_delta", "full_attention": "latent_attention"}
+MIXERS = {"linear_attention": "kda", "full_attention": "mla"}
 CHANNELS = {"dense": "swiglu", "sparse": "moe"}
 
 
@@ -39,7 +39,7 @@ def lm_config(settings: Settings) -> LMConfig:
     return parts.lm_config(
         settings,
         layers,
-        {"kimi_delta": delta, "latent_attention": _latent_options(settings)},
+        {"kda": delta, "mla": _latent_options(settings)},
         {"moe": moe, "swiglu": {"hidden": settings.get("intermediate_size")}},
     )
 
@@ -75,17 +75,17 @@ def _delta(options: dict[str, Any]) -> list[Rule]:
     heads, width = options["num_heads"], options["key_width"]
     inner = heads * width
     return [
-        rule([f"{part}_proj.weight" for part in "qkv"], "heads.linear.weight", concatenate(inner, inner, inner)),
-        *short_convolution("conv1d", "heads.conv", bias=False),
+        rule([f"{part}_proj.weight" for part in "qkv"], "qkv_proj.linear.weight", concatenate(inner, inner, inner)),
+        *short_convolution("conv1d", "qkv_proj.conv", bias=False),
         rule("forget_gate.f_a_proj.weight", "decay.0.weight"),
         rule("forget_gate.f_b_proj.weight", "decay.1.weight"),
         rule("forget_gate.A_log", "A_log", reshape((1, 1, heads, 1), (heads,))),
         rule("forget_gate.dt_bias", "dt_bias"),
-        rule("b_proj.weight", "rates.weight"),
+        rule("b_proj.weight", "beta_proj.weight"),
         rule("g_a_proj.weight", "gate.0.weight"),
         rule("g_b_proj.weight", "gate.1.weight"),
         norm("o_norm.weight"),
-        rule("o_proj.weight", "output.weight"),
+        rule("o_proj.weight", "out_proj.weight"),
     ]
 
 
@@ -97,14 +97,14 @@ def _latent(options: dict[str, Any]) -> list[Rule]:
         "kv_a_proj_with_mqa.weight": "compress.weight",
         "kv_a_layernorm.weight": "norm.weight",
         "kv_b_proj.weight": "expand.weight",
-        "o_proj.weight": "output.weight",
+        "o_proj.weight": "out_proj.weight",
     }
     return [rule(theirs, ours) for theirs, ours in names.items()]
 
 
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
-    mixers = {"kimi_delta": _delta, "latent_attention": _latent}
+    mixers = {"kda": _delta, "mla": _latent}
     tables = {name: under("self_attn.", "mixers.0.", make(config.mixers[name])) for name, make in mixers.items()}
     moe = config.channels["moe"]
     channels = {

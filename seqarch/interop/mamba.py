@@ -24,14 +24,14 @@ def lm_config(settings: Settings) -> LMConfig:
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
     mixer = [
-        rule("in_proj.weight", "input.weight"),
+        rule("in_proj.weight", "in_proj.weight"),
         *short_convolution("conv1d", "conv", bias=True),
         rule("x_proj.weight", "select.weight"),
         rule("dt_proj.weight", "dt.weight"),
         rule("dt_proj.bias", "dt.bias"),
         rule("A_log", "A_log"),
         rule("D", "D"),
-        rule("out_proj.weight", "output.weight"),
+        rule("out_proj.weight", "out_proj.weight"),
     ]
     layer = [norm("norm.weight"), *under("mixer.", "mixers.0.", mixer)]
     last = norm("backbone.norm_f.weight")

@@ -32,7 +32,7 @@ def mixer(normed: bool = True) -> list[Rule]:
 
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
-    rules = [rule("in_proj.weight", "input.weight"), rule("out_proj.weight", "output.weight"), *mixer()]
+    rules = [rule("in_proj.weight", "in_proj.weight"), rule("out_proj.weight", "out_proj.weight"), *mixer()]
     layer = [norm("norm.weight"), *under("mixer.", "mixers.0.", rules)]
     last = norm("backbone.norm_f.weight")
     return model(config, [layer] * config.depth, "backbone.embeddings.weight", last, "backbone.layers")

@@ -25,8 +25,8 @@ def gated_mlp(hidden: int, theirs: str = "mlp.", ours: str = "channel.", bias: b
     """``gate_proj``, ``up_proj`` and ``down_proj`` as a ``swiglu``."""
     kinds = ("weight", "bias") if bias else ("weight",)
     join = concatenate(hidden, hidden)
-    rules = [rule([f"{theirs}gate_proj.{k}", f"{theirs}up_proj.{k}"], f"{ours}input.{k}", join) for k in kinds]
-    return [*rules, *(rule(f"{theirs}down_proj.{kind}", f"{ours}output.{kind}") for kind in kinds)]
+    rules = [rule([f"{theirs}gate_proj.{k}", f"{theirs}up_proj.{k}"], f"{ours}in_proj.{k}", join) for k in kinds]
+    return [*rules, *(rule(f"{theirs}down_proj.{kind}", f"{ours}out_proj.{kind}") for kind in kinds)]
 
 
 def experts(hidden: int) -> list[Rule]:
@@ -51,10 +51,10 @@ def head_sizes(options: dict[str, Any]) -> tuple[int, int, int]:
 def attention(options: dict[str, Any]) -> list[Rule]:
     """``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as an ``attention`` with these options."""
     rules = [
-        rule([f"{part}_proj.weight" for part in "qkv"], "heads.linear.weight", concatenate(*head_sizes(options))),
-        rule("o_proj.weight", "output.weight"),
+        rule([f"{part}_proj.weight" for part in "qkv"], "qkv_proj.linear.weight", concatenate(*head_sizes(options))),
+        rule("o_proj.weight", "out_proj.weight"),
     ]
-    return [*rules, rule("o_proj.bias", "output.bias")] if options.get("output_bias") else rules
+    return [*rules, rule("o_proj.bias", "out_proj.bias")] if options.get("output_bias") else rules
 
 
 def lm_config(

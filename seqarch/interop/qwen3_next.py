@@ -90,12 +90,12 @@ def _attention(options: dict[str, Any]) -> list[Rule]:
     return [
         rule(
             [f"{part}_proj.weight" for part in "qkv"],
-            ("heads.linear.weight", "gate.weight"),
+            ("qkv_proj.linear.weight", "gate.weight"),
             *(concatenate(2 * inner, shared, shared), reorder(order), split(inner + 2 * shared, inner)),
         ),
         norm("q_norm.weight", "query_norm.weight", zero_centred=True),
         norm("k_norm.weight", "key_norm.weight", zero_centred=True),
-        rule("o_proj.weight", "output.weight"),
+        rule("o_proj.weight", "out_proj.weight"),
     ]
 
 
@@ -107,13 +107,13 @@ def _delta(options: dict[str, Any]) -> list[Rule]:
     return [
         rule(
             "in_proj_qkvz.weight",
-            ("heads.linear.weight", "gate.weight"),
+            ("qkv_proj.linear.weight", "gate.weight"),
             *(reorder(qkvz), split(groups * (2 * keys + values), groups * values)),
         ),
-        rule("in_proj_ba.weight", "rates.weight", reorder([*ba[heads:], *ba[:heads]])),
-        *short_convolution("conv1d", "heads.conv", bias=False),
+        rule("in_proj_ba.weight", "ab_proj.weight", reorder([*ba[heads:], *ba[:heads]])),
+        *short_convolution("conv1d", "qkv_proj.conv", bias=False),
         *(rule(name, name) for name in ("A_log", "dt_bias", "norm.weight")),
-        rule("out_proj.weight", "output.weight"),
+        rule("out_proj.weight", "out_proj.weight"),
     ]
 
 

@@ -53,7 +53,7 @@ def _mixers(settings: Settings) -> list[str]:
 
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
-    linears = {"linear_x": "input", "linear_y": "gate", "linear_out": "output"}
+    linears = {"linear_x": "in_proj", "linear_y": "gate", "linear_out": "out_proj"}
     gates = {"input_gate": "write_gate", "recurrent_gate": "decay_gate"}
     recurrent = [
         *(rule(f"{a}.{kind}", f"{b}.{kind}") for a, b in linears.items() for kind in ("weight", "bias")),

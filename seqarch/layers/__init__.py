@@ -3,7 +3,7 @@
 from typing import Any
 
 from seqarch.layers.attention.attention import Attention, SlidingWindow
-from seqarch.layers.attention.latent_attention import LatentAttention
+from seqarch.layers.attention.mla import MLA
 from seqarch.layers.channel.mlp import Mlp, SwiGlu
 from seqarch.layers.channel.moe import MixtureOfExperts
 from seqarch.layers.convolution.hyena import Hyena
@@ -12,7 +12,7 @@ from seqarch.layers.delta_rule.delta_net import DeltaNet
 from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet
 from seqarch.layers.delta_rule.gated_delta_net_2 import GatedDeltaNet2
 from seqarch.layers.delta_rule.gated_delta_product import GatedDeltaProduct
-from seqarch.layers.delta_rule.kimi_delta import KimiDelta
+from seqarch.layers.delta_rule.kda import KDA
 from seqarch.layers.delta_rule.rwkv7 import Rwkv7
 from seqarch.layers.linear_attention.based import Based
 from seqarch.layers.linear_attention.gla import Gla
@@ -36,10 +36,10 @@ from seqarch.layers.recurrent.min_gru import MinGru
 from seqarch.layers.recurrent.rg_lru import RgLru
 from seqarch.layers.rows import state_rows
 from seqarch.layers.sparse_attention.big_bird import BigBird
-from seqarch.layers.sparse_attention.block_mixture import BlockMixture
-from seqarch.layers.sparse_attention.deepseek_sparse import DeepseekSparse
+from seqarch.layers.sparse_attention.dsa import DSA
 from seqarch.layers.sparse_attention.longformer import Longformer
-from seqarch.layers.sparse_attention.native_sparse import NativeSparse
+from seqarch.layers.sparse_attention.moba import MoBA
+from seqarch.layers.sparse_attention.nsa import NSA
 from seqarch.layers.state_space.mamba import Mamba
 from seqarch.layers.state_space.mamba2 import Mamba2
 from seqarch.layers.state_space.mamba3 import Mamba3
@@ -49,8 +49,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "based": Based,
     "big_bird": BigBird,
-    "block_mixture": BlockMixture,
-    "deepseek_sparse": DeepseekSparse,
+    "moba": MoBA,
+    "dsa": DSA,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
     "gated_delta_net_2": GatedDeltaNet2,
@@ -59,8 +59,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "hgrn": Hgrn,
     "hgrn2": Hgrn2,
     "hyena": Hyena,
-    "kimi_delta": KimiDelta,
-    "latent_attention": LatentAttention,
+    "kda": KDA,
+    "mla": MLA,
     "linear_attention": LinearAttention,
     "longformer": Longformer,
     "mamba": Mamba,
@@ -68,7 +68,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba3": Mamba3,
     "min_gru": MinGru,
     "mlstm": Mlstm,
-    "native_sparse": NativeSparse,
+    "nsa": NSA,
     "retention": Retention,
     "rg_lru": RgLru,
     "rwkv6": Rwkv6,
@@ -78,11 +78,11 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "attention": ("attention", "sliding_window", "latent_attention"),
-    "sparse attention": ("big_bird", "block_mixture", "deepseek_sparse", "longformer", "native_sparse"),
+    "attention": ("attention", "sliding_window", "mla"),
+    "sparse attention": ("big_bird", "moba", "dsa", "longformer", "nsa"),
     "linear attention": ("linear_attention", "retention", "based", "gla", "hgrn2", "mlstm", "rwkv6"),
     "state space": ("mamba2", "mamba", "mamba3"),
-    "delta rule": ("gated_delta_net", "delta_net", "kimi_delta", "gated_delta_net_2", "gated_delta_product", "rwkv7"),
+    "delta rule": ("gated_delta_net", "delta_net", "kda", "gated_delta_net_2", "gated_delta_product", "rwkv7"),
     "recurrence": ("rg_lru", "hgrn", "min_gru"),
     "convolution": ("hyena", "s4d"),
 }

@@ -151,10 +151,10 @@ class Mixer(Layer):
         return StateForm(*(self.new_state(1, length, "meta", None) for length in (0, 1 << 40)))
 
     def forward(self, x: Tensor, state: State | None = None, offsets: Offsets = None) -> tuple[Tensor, State]:
-        return self.carry(x, self.start(x, offsets) if state is None else state, offsets)
+        return self.mix(x, self.start(x, offsets) if state is None else state, offsets)
 
     @abstractmethod
-    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
         """Mix ``x: [B, T, D]`` from a state on; the outputs ``[B, T, D]`` and the state after them.
 
         Args:

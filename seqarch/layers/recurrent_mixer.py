@@ -16,24 +16,24 @@ class RecurrentState(NamedTuple):
 
     Attributes:
         conv: the short convolution's last inputs ``[B, W - 1, channels]``, or ``None`` without one.
-        memory: what the recurrence keeps, ``[B, H, K, V]`` or ``[B, D, N]``; float32 (float64 in float64 modules).
+        recurrent: what the recurrence keeps, ``[B, H, K, V]`` or ``[B, D, N]``; float32 (float64 in float64 modules).
     """
 
     conv: Tensor | None
-    memory: Tensor
+    recurrent: Tensor
 
 
 class RecurrentMixer(Mixer):
     """A mixer whose state is :class:`RecurrentState`, of the same size at every length.
 
-    Subclasses set ``memory_shape``, the shape of one row of the memory, and hold at most one short convolution. One
+    Subclasses set ``state_shape``, the shape of one row of the memory, and hold at most one short convolution. One
     whose state holds further tensors has a named tuple of its own and overrides :meth:`new_state` alone.
     """
 
-    memory_shape: tuple[int, ...]
+    state_shape: tuple[int, ...]
 
     @property
-    def memory_dtype(self) -> torch.dtype:
+    def state_dtype(self) -> torch.dtype:
         """The dtype of the memory: float64 in a float64 module, else float32."""
         return torch.float64 if numbers_of(self).dtype == torch.float64 else torch.float32
 
@@ -41,7 +41,7 @@ class RecurrentMixer(Mixer):
         """Zeros; ``dtype`` is that of the convolution's inputs, the memory is never narrower than float32."""
         like = numbers_of(self)
         device = device or like.device
-        memory = torch.zeros(batch_size, *self.memory_shape, dtype=self.memory_dtype, device=device)
+        memory = torch.zeros(batch_size, *self.state_shape, dtype=self.state_dtype, device=device)
         conv = self.short_conv
         inputs = None if conv is None else conv.init_state(batch_size, device, dtype or like.dtype)
         return RecurrentState(inputs, memory)
@@ -51,7 +51,7 @@ class RecurrentMixer(Mixer):
 
 
 class LinearMixer(RecurrentMixer):
-    """A mixer on ``ops.linear_attention``; its ``memory_shape`` is ``(H, K, V)``."""
+    """A mixer on ``ops.linear_attention``; its ``state_shape`` is ``(H, K, V)``."""
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return linear_attention_flops(length, *self.memory_shape, batch_size=batch_size)
+        return linear_attention_flops(length, *self.state_shape, batch_size=batch_size)

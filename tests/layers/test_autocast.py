@@ -24,7 +24,7 @@ def run(mixer: Mixer, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
         loss = mixer.auxiliary_loss()
         more, _ = mixer(x[:, :1], state)
     if isinstance(mixer, RecurrentMixer):
-        assert state.memory.dtype == torch.float32
+        assert state.recurrent.dtype == torch.float32
     total = (
         (y.float() * laws.inputs(70, dtype=torch.float32, seed=2)).sum()
         + more.float().sum()
@@ -53,11 +53,11 @@ def test_a_recurrence_is_the_same_under_autocast(backend: str):
 CACHED: dict[str, dict[str, Any]] = {
     "attention": {},
     "based": {"window": 6},
-    "block_mixture": {"block_size": 4},
-    "deepseek_sparse": {"top_k": 5},
-    "latent_attention": {},
+    "moba": {"block_size": 4},
+    "dsa": {"top_k": 5},
+    "mla": {},
     "longformer": {"window": 6, "global_tokens": 4, "block_size": 2},
-    "native_sparse": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 6},
+    "nsa": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 6},
 }
 
 

@@ -23,12 +23,12 @@ CASES: list[tuple[str, dict[str, Any], str, int]] = [
     ("big_bird", {"block_size": 4}, "global_blocks", 10),
     ("big_bird", {"block_size": 4}, "random_blocks", 10),
     ("big_bird", {}, "block_size", LENGTH),
-    ("block_mixture", {"block_size": 4}, "top_k", 10),
-    ("block_mixture", {}, "block_size", LENGTH),
-    ("deepseek_sparse", {}, "top_k", LENGTH),
-    ("native_sparse", {}, "window", LENGTH),
-    ("native_sparse", {}, "selected_blocks", 40),
-    ("native_sparse", {"compressed_length": 2, "compressed_stride": 1}, "block_size", LENGTH),
+    ("moba", {"block_size": 4}, "top_k", 10),
+    ("moba", {}, "block_size", LENGTH),
+    ("dsa", {}, "top_k", LENGTH),
+    ("nsa", {}, "window", LENGTH),
+    ("nsa", {}, "selected_blocks", 40),
+    ("nsa", {"compressed_length": 2, "compressed_stride": 1}, "block_size", LENGTH),
 ]
 
 

@@ -59,7 +59,7 @@ def test_retention_is_a_product_of_scores_and_powers_of_the_decay():
         assert_close(found.matrix[:, head], (scores * decay).tril(), 1e-12)
     torch.manual_seed(0)
     mixer = build_mixer("retention", d_model=32, num_heads=2).double()
-    part = mixer.heads.linear(inputs(LENGTH))[..., :32].unflatten(-1, (2, 16))
+    part = mixer.qkv_proj.linear(inputs(LENGTH))[..., :32].unflatten(-1, (2, 16))
     assert_close(q, apply_rotary(part, steps), 1e-12, "queries are turned")
 
 

@@ -39,7 +39,7 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     for name in MIXERS:
         step(f"{name}/moe", (1, 40)[rank])
-    step("attention+native_sparse/swiglu", (1, 40)[rank])
+    step("attention+nsa/swiglu", (1, 40)[rank])
     dist.destroy_process_group()
 
 

@@ -17,11 +17,11 @@ from tests.laws import FLOAT64_ERROR, assert_close, error
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "attention": {"qk_norm": True, "output_gate": True, "conv_width": 4},
-    "block_mixture": {"block_size": 4},
-    "deepseek_sparse": {"top_k": 3},
-    "latent_attention": {"query_rank": 5},
+    "moba": {"block_size": 4},
+    "dsa": {"top_k": 3},
+    "mla": {"query_rank": 5},
     "moe": {"shared_experts": 1, "shared_gate": True},
-    "native_sparse": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 8},
+    "nsa": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 8},
 }
 SPLITS = ((12,), (1,) * 12, (5, 1, 1, 4, 1))
 
@@ -129,7 +129,7 @@ def test_filters_that_were_remembered_are_made_again_once_a_hook_changes_them():
         assert_close(mixer(x[:, 11:], state)[0], mixer(x)[0][:, 11:], FLOAT64_ERROR)
 
 
-@pytest.mark.parametrize(("name", "part"), [("deepseek_sparse", "_index"), ("hyena", "filters")])
+@pytest.mark.parametrize(("name", "part"), [("dsa", "_index"), ("hyena", "filters")])
 def test_what_runs_in_float32_in_a_narrower_model_does_so_in_adapters(name: str, part: str):
     wrapped, _ = adapted(build_mixer(name, d_model=32, **OPTIONS.get(name, {})).bfloat16())
     wide, x = copy.deepcopy(wrapped).float(), inputs().bfloat16()

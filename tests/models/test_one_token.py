@@ -122,7 +122,7 @@ def test_what_changes_in_a_layer_changes_its_program(runs: Runs):
     with torch.no_grad():
         mixer.A_log += 1  # in place, as an optimizer does
     compare(stack, 1, runs)
-    mixer.output.weight = nn.Parameter(torch.randn_like(mixer.output.weight))
+    mixer.out_proj.weight = nn.Parameter(torch.randn_like(mixer.out_proj.weight))
     compare(stack, 1, runs)
     stack.load_state_dict({name: 2 * value for name, value in stack.state_dict().items()}, assign=True)
     compare(stack, 1, runs)
@@ -164,8 +164,8 @@ def test_hooks_and_forward_passes_of_others_are_not_passed_over(runs: Runs):
             return 2 * y, state
 
     class Quieter(Mamba):
-        def carry(self, *arguments: object) -> tuple[Tensor, object]:
-            y, state = super().carry(*arguments)  # type: ignore[arg-type]
+        def mix(self, *arguments: object) -> tuple[Tensor, object]:
+            y, state = super().mix(*arguments)  # type: ignore[arg-type]
             return y / 2, state
 
     for changed in (Louder, Quieter):
@@ -177,10 +177,10 @@ def test_hooks_and_forward_passes_of_others_are_not_passed_over(runs: Runs):
 def test_parameters_that_are_computed_or_lent_have_no_address(runs: Runs):
     stack, x = make(), torch.randn(1, 1, 96)
     mixer = stack.layers[0].mixers[0]  # type: ignore[union-attr, index]
-    nn.utils.parametrize.register_parametrization(mixer.output, "weight", nn.Softsign())
+    nn.utils.parametrize.register_parametrization(mixer.out_proj, "weight", nn.Softsign())
     assert "a parameter is a" in stack.explain_one_token()[0]
     compare(stack, 1, runs)
-    nn.utils.parametrize.remove_parametrizations(mixer.output, "weight")
+    nn.utils.parametrize.remove_parametrizations(mixer.out_proj, "weight")
     compare(stack, 1, runs)
     with torch.no_grad():
         y, _ = stack(x)

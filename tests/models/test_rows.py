@@ -86,7 +86,7 @@ def test_rows_share_no_memory_and_pass_gradients_on(name: str):
 def test_beams_of_a_model():
     """Prompts of different lengths, and each continued by two tokens side by side."""
     torch.manual_seed(0)
-    pattern = "mamba attention+gated_delta_net/moe native_sparse"
+    pattern = "mamba attention+gated_delta_net/moe nsa"
     model = LanguageModel(LMConfig(vocab_size=11, d_model=32, pattern=pattern, depth=3))
     prompts, beams = [[3, 1, 4], [1, 5]], [[2, 6], [5, 3], [8, 9], [7, 9]]
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_beams_of_a_model():
     ],
 )
 def test_a_wrong_index_is_named(index: Any, message: str):
-    state = build_mixer("native_sparse", d_model=32)(torch.randn(1, 5, 32), None, [0, 2, 5])[1]
+    state = build_mixer("nsa", d_model=32)(torch.randn(1, 5, 32), None, [0, 2, 5])[1]
     with pytest.raises(ValueError, match=f"state_rows: {message}"):
         state_rows(state, index)
 

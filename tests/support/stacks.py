@@ -7,11 +7,11 @@ import torch
 STACKS = {
     "recurrent": {"model__pattern": "mamba2, gated_delta_net", "model__depth": 2},
     "sparse": {
-        "model__pattern": "block_mixture, native_sparse",
+        "model__pattern": "moba, nsa",
         "model__depth": 2,
         "model__mixers": {
-            "block_mixture": {"block_size": 4, "top_k": 2},
-            "native_sparse": {"block_size": 4, "selected_blocks": 3, "local_blocks": 1, "window": 4}
+            "moba": {"block_size": 4, "top_k": 2},
+            "nsa": {"block_size": 4, "selected_blocks": 3, "local_blocks": 1, "window": 4}
             | {"compressed_length": 4, "compressed_stride": 4},
         },
     },

@@ -142,7 +142,7 @@ class CacheMixer(Mixer):
 
     cache_shape: tuple[int, int, int]
     gate: nn.Linear | None
-    output: nn.Linear
+    out_proj: nn.Linear
 
     @abstractmethod
     def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
@@ -175,7 +175,7 @@ class CacheMixer(Mixer):
         """How many of them are the first of the sequence."""
         return 0
 
-    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
         conv, cache, *memory = state
         cache = kv_cache.as_rows(cache, self.keep, first=self.first)
         _check_cache(cache, row_count(x, offsets), self.keep)
@@ -189,7 +189,7 @@ class CacheMixer(Mixer):
         o = rearrange(o, "b t h v -> b t (h v)")
         if self.gate is not None:
             o = o * self.gate(x).sigmoid()
-        return self.output(o), self.State(conv, cache, *memory)
+        return self.out_proj(o), self.State(conv, cache, *memory)
 
     def _attend(self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         start = cache.first_held(self.keep)
@@ -242,15 +242,15 @@ class CachedAttention(CacheMixer):
         super().__init__(config)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         parts = [(heads, width), (kv_heads, width), (kv_heads, width)]
-        self.heads = HeadProjection(config.d_model, parts, config.conv_width)
+        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width)
         self.query_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.gate = Linear(config.d_model, heads * width, bias=False) if config.output_gate else None
-        self.output = Linear(heads * width, config.d_model, bias=config.output_bias)
+        self.out_proj = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)
 
     def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
-        (q, k, v), conv = self.heads(x, conv, place.offsets)
+        (q, k, v), conv = self.qkv_proj(x, conv, place.offsets)
         q, k = self.query_norm(q), self.key_norm(k)
         if self.config.position == "rotary":
             tables = rotary_tables(place.positions, self.config.rotary_width, self.config.rotary_base)

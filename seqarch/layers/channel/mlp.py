@@ -59,18 +59,18 @@ class Mlp(ChannelMixer):
 
     def __init__(self, config: MlpConfig):
         super().__init__(config)
-        self.input = Linear(config.d_model, config.hidden_width, bias=False)
-        self.output = Linear(config.hidden_width, config.d_model, bias=False)
+        self.in_proj = Linear(config.d_model, config.hidden_width, bias=False)
+        self.out_proj = Linear(config.hidden_width, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(ACTIVATIONS[self.config.activation](self.input(x)))
+        return self.out_proj(ACTIVATIONS[self.config.activation](self.in_proj(x)))
 
     def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
-        hidden = program.pointwise(self.config.activation, program.include(self.input, x))
-        return program.include(self.output, hidden, add_to)
+        hidden = program.pointwise(self.config.activation, program.include(self.in_proj, x))
+        return program.include(self.out_proj, hidden, add_to)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))
+        return sum(linear_flops(linear, batch_size * length) for linear in (self.in_proj, self.out_proj))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +97,16 @@ class SwiGlu(ChannelMixer):
 
     def __init__(self, config: SwiGluConfig):
         super().__init__(config)
-        self.input = Linear(config.d_model, 2 * config.hidden_width, bias=config.bias)
-        self.output = Linear(config.hidden_width, config.d_model, bias=config.bias)
+        self.in_proj = Linear(config.d_model, 2 * config.hidden_width, bias=config.bias)
+        self.out_proj = Linear(config.hidden_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.input(x).chunk(2, dim=-1)
-        return self.output(ACTIVATIONS[self.config.activation](gate) * value)
+        gate, value = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(ACTIVATIONS[self.config.activation](gate) * value)
 
     def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
-        gate, value = program.include(self.input, x).split([self.config.hidden_width] * 2)
-        return program.include(self.output, program.pointwise(self.config.activation, gate, value), add_to)
+        gate, value = program.include(self.in_proj, x).split([self.config.hidden_width] * 2)
+        return program.include(self.out_proj, program.pointwise(self.config.activation, gate, value), add_to)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        return sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))
+        return sum(linear_flops(linear, batch_size * length) for linear in (self.in_proj, self.out_proj))

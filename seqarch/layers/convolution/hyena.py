@@ -88,14 +88,14 @@ class Hyena(Mixer):
     def __init__(self, config: HyenaConfig):
         super().__init__(config)
         width = config.d_model
-        self.input = Linear(width, (config.order + 1) * width)
+        self.in_proj = Linear(width, (config.order + 1) * width)
         self.conv = ShortConvolution((config.order + 1) * width, config.conv_width, bias=True)
         self.filters = ImplicitFilters(config)
         self.skip = nn.Parameter(torch.randn(config.order, width))
-        self.output = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
-    def carry(self, x: Tensor, state: HyenaState, offsets: Offsets) -> tuple[Tensor, HyenaState]:
-        u, conv = self.conv(self.input(x), state.conv, offsets)
+    def mix(self, x: Tensor, state: HyenaState, offsets: Offsets) -> tuple[Tensor, HyenaState]:
+        u, conv = self.conv(self.in_proj(x), state.conv, offsets)
         added = (
             [x.shape[1]] * len(state.lengths) if offsets is None else [end - start for start, end in pairwise(offsets)]
         )
@@ -109,7 +109,7 @@ class Hyena(Mixer):
                 parts = [self._mix(piece, last(row, seen), filters) for piece, row, seen in rows]
                 y, inputs = torch.cat([y for y, _ in parts], dim=1), right_aligned([held for _, held in parts])
         reserved = max(0, state.inputs.shape[2] - inputs.shape[2])
-        return self.output(y), HyenaState(conv, F.pad(inputs, (0, 0, reserved, 0)), lengths)
+        return self.out_proj(y), HyenaState(conv, F.pad(inputs, (0, 0, reserved, 0)), lengths)
 
     def _mix(self, u: Tensor, before: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
         """``u [B, T, (N + 1) D]`` after inputs ``[B, N, S, D]``: ``z_{N+1}`` and all inputs ``[B, N, S + T, D]``."""
@@ -142,7 +142,7 @@ class Hyena(Mixer):
         return self._flops(1, batch_size) + long + self.filters.flops(1)
 
     def _flops(self, length: int, batch_size: int) -> int:
-        projections = sum(linear_flops(linear, batch_size * length) for linear in (self.input, self.output))
+        projections = sum(linear_flops(linear, batch_size * length) for linear in (self.in_proj, self.out_proj))
         return projections + self.conv.flops(length, batch_size)
 
 

@@ -88,22 +88,22 @@ class S4d(RecurrentMixer):
         self.A_imag = nn.Parameter(FREQUENCIES[config.init](states).float().repeat(width, 1))
         self.C = nn.Parameter(torch.randn(width, states, 2) / math.sqrt(2))
         self.D = nn.Parameter(torch.randn(width))
-        self.output = Linear(width, 2 * width)
-        self.memory_shape = (width, states, 2)
+        self.out_proj = Linear(width, 2 * width)
+        self.state_shape = (width, states, 2)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        wide, memory = x.to(self.memory_dtype), state.memory.to(self.memory_dtype)
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        wide, memory = x.to(self.state_dtype), state.recurrent.to(self.state_dtype)
         with without_autocast(x.device):
             y, memory = over_sequences(self._system().run, offsets, memory, wide)
         y = (y + self.D.to(wide.dtype) * wide).to(x.dtype)
-        return F.glu(self.output(F.gelu(y)), dim=-1), RecurrentState(None, memory)
+        return F.glu(self.out_proj(F.gelu(y)), dim=-1), RecurrentState(None, memory)
 
     def start(self, x: Tensor, offsets: Offsets) -> RecurrentState:
         """No numbers in place of zeros: then the carried state's part of the outputs can be left out."""
         return RecurrentState(None, x.new_empty(row_count(x, offsets), 0))
 
     def _system(self) -> DiagonalSystem:
-        dtype = self.memory_dtype
+        dtype = self.state_dtype
         A = torch.stack([-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype)], dim=-1)
         rate = A * self.log_dt.to(dtype).exp()[:, None, None]
         real, imaginary = rate.unbind(-1)
@@ -115,7 +115,7 @@ class S4d(RecurrentMixer):
         return DiagonalSystem(rate, times(self.C.to(dtype), times(growth, inverse)))
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        width, states, _ = self.memory_shape
+        width, states, _ = self.state_shape
         if length == 1:
             return 4 * batch_size * width * states
         block = block_length(length)

@@ -97,7 +97,7 @@ class DeltaRuleMixer(RecurrentMixer):
     config: DeltaRuleConfig
     norm: nn.Module
     gate: nn.Module
-    output: nn.Linear
+    out_proj: nn.Linear
     A_log: nn.Parameter
     dt_bias: nn.Parameter
 
@@ -105,34 +105,34 @@ class DeltaRuleMixer(RecurrentMixer):
         super().__init__(config)
         (groups, keys), (heads, values) = config.key_shape, config.value_shape
         parts = [(groups, keys), (steps * groups, keys), (steps * heads, values)]
-        self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu")
-        self.memory_shape = (heads, keys, values)
+        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, "silu")
+        self.state_shape = (heads, keys, values)
 
     @abstractmethod
-    def recur(
+    def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
         """The outputs ``[B, T, H, V]`` and the memory after them, from unit q and k and the mixer's input x."""
 
-    def leave(self, x: Tensor, o: Tensor) -> Tensor:
+    def gate_output(self, x: Tensor, o: Tensor) -> Tensor:
         """The outputs on their way to the last projection: normalised, and gated by x."""
         return self.norm(o, rearrange(self.gate(x), "b t (h v) -> b t h v", v=o.shape[-1]))
 
-    def strength(self, logits: Tensor) -> Tensor:
+    def beta(self, logits: Tensor) -> Tensor:
         """How much of the old value goes: in (0, 1), or in (0, 2) with negative eigenvalues."""
         return logits.sigmoid() * (2 if self.config.negative_eigenvalues else 1)
 
     def log_decay(self, logits: Tensor) -> Tensor:
         """``-exp(A_log) softplus(logits + dt_bias)``, for ``[B, T, H]`` or ``[B, T, H, K]``; A is one a head."""
-        wide = self.memory_dtype
+        wide = self.state_dtype
         rate = self.A_log.to(wide).exp().view(-1, *[1] * (logits.ndim - 3))
         return -rate * F.softplus(logits.to(wide) + self.dt_bias.to(wide).view(logits.shape[2:]))
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
         conv, memory = state
-        (q, k, v), conv = self.heads(x, conv, offsets)
-        o, memory = self.recur(x, l2_normalise(q), l2_normalise(k), v, memory, offsets)
-        return self.output(rearrange(self.leave(x, o), "b t h v -> b t (h v)")), RecurrentState(conv, memory)
+        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
+        o, memory = self.recurrence(x, l2_normalise(q), l2_normalise(k), v, memory, offsets)
+        return self.out_proj(rearrange(self.gate_output(x, o), "b t h v -> b t (h v)")), RecurrentState(conv, memory)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size)
+        return recurrence_flops(length, *self.state_shape, batch_size=batch_size)

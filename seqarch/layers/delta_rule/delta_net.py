@@ -31,14 +31,14 @@ class DeltaNet(DeltaRuleMixer):
 
     def __init__(self, config: DeltaNetConfig):
         super().__init__(config)
-        self.beta = Linear(config.d_model, config.key_shape[0], bias=False)
+        self.beta_proj = Linear(config.d_model, config.key_shape[0], bias=False)
         self.norm = HeadNorm(config.key_shape[1], eps=config.norm_eps)
-        self.output = Linear(config.d_model, config.d_model, bias=False)
+        self.out_proj = Linear(config.d_model, config.d_model, bias=False)
 
-    def recur(
+    def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
-        return ops.delta_rule(q, k, v, self.strength(self.beta(x)), state=memory, cu_seqlens=offsets)
+        return ops.delta_rule(q, k, v, self.beta(self.beta_proj(x)), state=memory, cu_seqlens=offsets)
 
-    def leave(self, x: Tensor, o: Tensor) -> Tensor:
+    def gate_output(self, x: Tensor, o: Tensor) -> Tensor:
         return self.norm(o)

@@ -46,14 +46,14 @@ class GatedDeltaNet(DeltaRuleMixer):
         super().__init__(config, steps)
         heads, values = config.value_shape
         self.gate = Linear(config.d_model, heads * values, bias=False)
-        self.rates = Linear(config.d_model, (1 + steps) * heads, bias=False)
+        self.ab_proj = Linear(config.d_model, (1 + steps) * heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1e-3, 16).log())
         self.dt_bias = nn.Parameter(step_size_bias(heads, config.dt_min, config.dt_max, config.dt_floor))
         self.norm = GatedRMSNorm(values, gate="after", eps=config.norm_eps)
-        self.output = Linear(heads * values, config.d_model, bias=False)
+        self.out_proj = Linear(heads * values, config.d_model, bias=False)
 
-    def recur(
+    def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
-        a, b = self.rates(x).chunk(2, dim=-1)
-        return ops.delta_rule(q, k, v, self.strength(b), self.log_decay(a), state=memory, cu_seqlens=offsets)
+        a, b = self.ab_proj(x).chunk(2, dim=-1)
+        return ops.delta_rule(q, k, v, self.beta(b), self.log_decay(a), state=memory, cu_seqlens=offsets)

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from seqarch import ops
-from seqarch.layers.delta_rule.kimi_delta import KimiDelta, KimiDeltaConfig
+from seqarch.layers.delta_rule.kda import KDA, KDAConfig
 from seqarch.layers.mixer import Offsets
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaNet2Config(KimiDeltaConfig):
-    """Options of :class:`GatedDeltaNet2`: those of kimi_delta; negative eigenvalues double the erase gate."""
+class GatedDeltaNet2Config(KDAConfig):
+    """Options of :class:`GatedDeltaNet2`: those of kda; negative eigenvalues double the erase gate."""
 
 
-class GatedDeltaNet2(KimiDelta):
+class GatedDeltaNet2(KDA):
     """Erases and writes by gates apart, channel by channel: ``S_t = P + k_t^T (w_t * v_t) - k_t^T ((b_t * k_t) P)``.
 
     ``P = diag(a_t) S_{t-1}``; ``b = sigmoid(W_b x)`` has an entry a key dimension, ``w = sigmoid(W_w x)`` one a value
-    dimension. All else is kimi_delta's, which it becomes where both gates are one scalar. Hatamizadeh et al. 2026,
+    dimension. All else is kda's, which it becomes where both gates are one scalar. Hatamizadeh et al. 2026,
     "Gated DeltaNet-2: Decoupling Erase and Write in Linear Attention", abstract. Not gated_delta_net with two steps a
     token: that is gated_delta_product. The output gate has no bias (that of flash-linear-attention's layer has one).
     """
@@ -29,11 +29,11 @@ class GatedDeltaNet2(KimiDelta):
     Config = GatedDeltaNet2Config
 
     def __init__(self, config: GatedDeltaNet2Config):
-        super().__init__(config, rates=math.prod(config.key_shape) + math.prod(config.value_shape))
+        super().__init__(config, betas=math.prod(config.key_shape) + math.prod(config.value_shape))
 
-    def recur(
+    def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
-        b, w = self.rates(x).split([math.prod(k.shape[2:]), math.prod(v.shape[2:])], dim=-1)
-        read, v = self.strength(b).view_as(k) * k, w.sigmoid().view_as(v) * v
+        b, w = self.beta_proj(x).split([math.prod(k.shape[2:]), math.prod(v.shape[2:])], dim=-1)
+        read, v = self.beta(b).view_as(k) * k, w.sigmoid().view_as(v) * v
         return ops.delta_rule(q, k, v, log_decay=self.decays(x), read=read, state=memory, cu_seqlens=offsets)

@@ -41,13 +41,13 @@ class GatedDeltaProduct(GatedDeltaNet):
     def __init__(self, config: GatedDeltaProductConfig):
         super().__init__(config, config.steps)
 
-    def recur(
+    def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
-        n, heads = self.config.steps, self.memory_shape[0]
-        a, b = self.rates(x).split([heads, n * heads], dim=-1)
+        n, heads = self.config.steps, self.state_shape[0]
+        a, b = self.ab_proj(x).split([heads, n * heads], dim=-1)
         k, v = (rearrange(m, "b t (n h) c -> b (t n) h c", n=n) for m in (k, v))
-        beta = rearrange(self.strength(b), "b t (n h) -> b (t n) h", n=n)
+        beta = rearrange(self.beta(b), "b t (n h) -> b (t n) h", n=n)
         q = F.pad(q.unsqueeze(2), (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
         log_decay = F.pad(self.log_decay(a).unsqueeze(2), (0, 0, 0, n - 1)).flatten(1, 2)
         offsets = None if offsets is None else tuple(n * offset for offset in offsets)
@@ -55,4 +55,4 @@ class GatedDeltaProduct(GatedDeltaNet):
         return o[:, n - 1 :: n], memory
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(self.config.steps * length, *self.memory_shape, batch_size=batch_size)
+        return recurrence_flops(self.config.steps * length, *self.state_shape, batch_size=batch_size)

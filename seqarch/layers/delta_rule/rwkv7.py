@@ -100,17 +100,17 @@ class Rwkv7(RecurrentMixer):
         self.bonus = nn.Parameter(torch.full((heads, width), -0.04))
         self.norm = nn.GroupNorm(heads, size, eps=1e-5 * width)
         nn.init.constant_(self.norm.weight, DEPTH**0.7)
-        self.output = Linear(size, size, bias=False)
-        self.memory_shape = (heads, width, width)
+        self.out_proj = Linear(size, size, bias=False)
+        self.state_shape = (heads, width, width)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
         last, memory = state
         before, last = self.shift(x, last, offsets)
         xr, xw, xk, xv, xa, xg = (torch.lerp(x, before, share) for share in self.shares.to(x.dtype))
         r, k, v, a = self.receptance(xr), self.key(xk), self.value(xv), self.rate(xa).sigmoid()
         z, k = k * self.removal.to(k.dtype), k * (1 + (a - 1) * self.replacement.to(k.dtype))
-        log_decay = -math.exp(-0.5) * self.decay(xw).to(self.memory_dtype).sigmoid()
-        split = (rearrange(m, "b t (h k) -> b t h k", h=self.memory_shape[0]) for m in (r, k, v, a, z, log_decay))
+        log_decay = -math.exp(-0.5) * self.decay(xw).to(self.state_dtype).sigmoid()
+        split = (rearrange(m, "b t (h k) -> b t h k", h=self.state_shape[0]) for m in (r, k, v, a, z, log_decay))
         r, k, v, a, z, log_decay = split
         z = l2_normalise(z, eps=1e-12)  # k starts small: the usual 1e-6 would be seen
         read = (z * torch.exp(-log_decay)).to(z.dtype)
@@ -119,10 +119,10 @@ class Rwkv7(RecurrentMixer):
         )
         o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view_as(x)
         o = o + rearrange((r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v, "b t h v -> b t (h v)")
-        return self.output(o * self.gate(xg)), RecurrentState(last, memory)
+        return self.out_proj(o * self.gate(xg)), RecurrentState(last, memory)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return recurrence_flops(length, *self.memory_shape, batch_size=batch_size, erase_apart=True)
+        return recurrence_flops(length, *self.state_shape, batch_size=batch_size, erase_apart=True)
 
 
 def _uniform(size: int, bound: float) -> nn.Linear:

@@ -63,7 +63,7 @@ class Based(Mixer):
         )
         self.window = SlidingWindow(SlidingWindowConfig(d_model=width, num_heads=heads, window=config.window))
 
-    def carry(self, x: Tensor, state: BasedState, offsets: Offsets) -> tuple[Tensor, BasedState]:
+    def mix(self, x: Tensor, state: BasedState, offsets: Offsets) -> tuple[Tensor, BasedState]:
         distant, linear = self.linear(x, state.linear, offsets)
         near, window = self.window(x, state.window, offsets)
         return distant + near, BasedState(linear, window)

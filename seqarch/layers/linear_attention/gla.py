@@ -72,21 +72,21 @@ class Gla(LinearMixer):
         super().__init__(config)
         heads, keys, values = config.num_heads, config.key_width, config.value_width
         parts = [(heads, keys), (heads, keys), (heads, values)]
-        self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
+        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
         self.decay = nn.Sequential(
             Linear(config.d_model, config.gate_rank, bias=False), Linear(config.gate_rank, heads * keys)
         )
         self.gate = Linear(config.d_model, heads * values, bias=False)
         self.norm = GatedRMSNorm(values, gate="after")
-        self.output = Linear(heads * values, config.d_model, bias=False)
-        self.memory_shape = (heads, keys, values)
+        self.out_proj = Linear(heads * values, config.d_model, bias=False)
+        self.state_shape = (heads, keys, values)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
         conv, memory = state
-        (q, k, v), conv = self.heads(x, conv, offsets)
+        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
         logits = rearrange(self.decay(x), "b t (h k) -> b t h k", k=q.shape[-1])
-        log_decay = F.logsigmoid(logits.to(self.memory_dtype)) / self.config.temperature
+        log_decay = F.logsigmoid(logits.to(self.state_dtype)) / self.config.temperature
         attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
         o, memory = attend(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
         o = self.norm(o, rearrange(self.gate(x), "b t (h v) -> b t h v", v=o.shape[-1]))
-        return self.output(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
+        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)

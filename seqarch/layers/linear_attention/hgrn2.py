@@ -60,17 +60,17 @@ class Hgrn2(LinearMixer):
     def __init__(self, config: Hgrn2Config):
         super().__init__(config)
         heads, width = config.heads, config.head_width
-        self.heads = HeadProjection(config.d_model, [(heads, width)] * 3, config.conv_width)
+        self.qkv_proj = HeadProjection(config.d_model, [(heads, width)] * 3, config.conv_width)
         self.norm = HeadNorm(config.d_model, eps=1e-5)
-        self.output = Linear(config.d_model, config.d_model, bias=False)
-        self.memory_shape = (heads, width, width)
+        self.out_proj = Linear(config.d_model, config.d_model, bias=False)
+        self.state_shape = (heads, width, width)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
         conv, memory = state
-        (q, f, i), conv = self.heads(x, conv, offsets)
-        f = f.to(self.memory_dtype)
+        (q, f, i), conv = self.qkv_proj(x, conv, offsets)
+        f = f.to(self.state_dtype)
         # 1 - f and log f without the cancellation of computing f: at a bound of 0 the latter is the log-sigmoid
         k = (1 - self.config.lower_bound) * torch.sigmoid(-f)
         log_decay = torch.log1p(-k) if self.config.lower_bound else F.logsigmoid(f)
         o, memory = ops.linear_attention(F.silu(q), k.to(q.dtype), i, log_decay, state=memory, cu_seqlens=offsets)
-        return self.output(self.norm(rearrange(o, "b t h v -> b t (h v)"))), RecurrentState(conv, memory)
+        return self.out_proj(self.norm(rearrange(o, "b t h v -> b t (h v)"))), RecurrentState(conv, memory)

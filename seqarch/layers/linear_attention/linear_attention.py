@@ -89,15 +89,15 @@ class LinearAttention(LinearMixer):
         heads, width = config.heads, config.head_width
         keys = config.key_width or width
         parts = [(heads, keys), (heads, keys), (heads, width)]
-        self.heads = HeadProjection(config.d_model, parts, config.conv_width)
+        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width)
         self.norm = HeadNorm(width) if config.normaliser == "rms" else None
-        self.output = Linear(config.d_model, config.d_model, bias=False)
+        self.out_proj = Linear(config.d_model, config.d_model, bias=False)
         features = FEATURE_MAPS[config.feature_map](torch.empty(keys, device="meta")).shape[-1]
-        self.memory_shape = (heads, features, width + (config.normaliser == "sum"))
+        self.state_shape = (heads, features, width + (config.normaliser == "sum"))
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
         conv, memory = state
-        (q, k, v), conv = self.heads(x, conv, offsets)
+        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
         feature_map = FEATURE_MAPS[self.config.feature_map]
         q, k = feature_map(q), feature_map(k)
         if self.config.normaliser == "sum":
@@ -108,4 +108,4 @@ class LinearAttention(LinearMixer):
             o, memory = ops.linear_attention(q, k, v, state=memory, cu_seqlens=offsets)
         if self.norm is not None:
             o = self.norm(o)
-        return self.output(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
+        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)

@@ -60,7 +60,7 @@ class MlstmState(NamedTuple):
     """
 
     conv: Tensor | None
-    memory: Tensor
+    recurrent: Tensor
     stabiliser: Tensor
 
 
@@ -84,7 +84,7 @@ class Mlstm(LinearMixer):
         heads, values = config.num_heads, config.d_model // config.num_heads
         keys = int(config.expand_k * config.d_model) // heads
         parts = [(heads, keys), (heads, keys), (heads, values)]
-        self.heads = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
+        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
         self.gates = Linear(config.d_model, 2 * heads)
         nn.init.zeros_(self.gates.weight)
         forget = torch.linspace(3, 6, heads)
@@ -92,12 +92,12 @@ class Mlstm(LinearMixer):
         self.gates.bias = nn.Parameter(torch.cat([torch.randn(heads) * 0.1, forget]))
         self.norm_weight = nn.Parameter(torch.ones(config.d_model))
         self.gate = Linear(config.d_model, config.d_model, bias=False)
-        self.output = Linear(config.d_model, config.d_model, bias=False)
-        self.memory_shape = (heads, keys, values + 1)
+        self.out_proj = Linear(config.d_model, config.d_model, bias=False)
+        self.state_shape = (heads, keys, values + 1)
 
-    def carry(self, x: Tensor, state: MlstmState, offsets: Offsets) -> tuple[Tensor, MlstmState]:
+    def mix(self, x: Tensor, state: MlstmState, offsets: Offsets) -> tuple[Tensor, MlstmState]:
         conv, memory, m = state
-        (q, k, v), conv = self.heads(x, conv, offsets)
+        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
         log_i, log_f = self._log_gates(x)
         gates, m = over_sequences(_stabilise, offsets, m, log_i, log_f)
         log_decay, log_write, floor = gates.unbind(-1)
@@ -107,11 +107,11 @@ class Mlstm(LinearMixer):
         h = o[..., :-1] / torch.maximum(o[..., -1:].abs(), floor.exp().unsqueeze(-1).to(o.dtype))
         h = rearrange(F.layer_norm(h, h.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
         h = h * self.norm_weight.to(h.dtype) * self.gate(x).sigmoid()
-        return self.output(h), MlstmState(conv, memory, m)
+        return self.out_proj(h), MlstmState(conv, memory, m)
 
     def _log_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``log i`` and ``log f``, ``[B, T, H]`` each."""
-        logits, cap = self.gates(x).to(self.memory_dtype), self.config.gate_cap
+        logits, cap = self.gates(x).to(self.state_dtype), self.config.gate_cap
         logits = cap * torch.tanh(logits / cap) if cap else logits
         log_i, log_f = logits.chunk(2, dim=-1)
         return log_i, F.logsigmoid(log_f) if self.config.forget_gate == "sigmoid" else log_f

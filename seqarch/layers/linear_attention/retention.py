@@ -49,7 +49,7 @@ class RetentionState(NamedTuple):
     """
 
     conv: Tensor | None
-    memory: Tensor
+    recurrent: Tensor
     seen: Tensor
 
 
@@ -69,24 +69,24 @@ class Retention(LinearMixer):
         num_heads, width = config.heads, config.head_width
         values = config.expand_v * width
         parts = [(num_heads, width), (num_heads, width), (num_heads, values)]
-        self.heads = HeadProjection(config.d_model, parts, config.conv_width)
+        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width)
         self.gate = Linear(config.d_model, num_heads * values, bias=False)
-        self.output = Linear(num_heads * values, config.d_model, bias=False)
-        for matrix in (*self.heads.linear.weight.split(self.heads.sizes), self.gate.weight):
+        self.out_proj = Linear(num_heads * values, config.d_model, bias=False)
+        for matrix in (*self.qkv_proj.linear.weight.split(self.qkv_proj.sizes), self.gate.weight):
             nn.init.xavier_uniform_(matrix.detach(), gain=2**-2.5)
-        nn.init.xavier_uniform_(self.output.weight, gain=2**-1)
-        self.memory_shape = (num_heads, width, values)
+        nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
+        self.state_shape = (num_heads, width, values)
 
-    def carry(self, x: Tensor, state: RetentionState, offsets: Offsets) -> tuple[Tensor, RetentionState]:
+    def mix(self, x: Tensor, state: RetentionState, offsets: Offsets) -> tuple[Tensor, RetentionState]:
         conv, memory, seen = state
         positions, seen = token_positions(seen, x.shape[1], offsets)
-        (q, k, v), conv = self.heads(x, conv, offsets)
+        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
         q, k = (apply_rotary(m, positions, self.config.rotary_base) for m in (q, k))
-        heads = torch.arange(self.memory_shape[0], dtype=self.memory_dtype, device=x.device)
+        heads = torch.arange(self.state_shape[0], dtype=self.state_dtype, device=x.device)
         log_decay = torch.log1p(-torch.exp2(-5 - heads))
         o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
         o = rearrange(F.rms_norm(o, o.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
-        return self.output(o * F.silu(self.gate(x))), RetentionState(conv, memory, seen)
+        return self.out_proj(o * F.silu(self.gate(x))), RetentionState(conv, memory, seen)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RetentionState:
         conv, memory = super().new_state(batch_size, max_length, device, dtype)

@@ -60,26 +60,26 @@ class Rwkv6(LinearMixer):
         self.decay = low_rank(size, config.decay_rank, nn.Tanh(), speed)
         for maps in (*self.shares, self.decay):
             nn.init.uniform_(maps.get_parameter("2.weight"), -0.01, 0.01)
-        self.receptance, self.key, self.value, self.gate, self.output = (
+        self.receptance, self.key, self.value, self.gate, self.out_proj = (
             Linear(size, size, bias=False) for _ in range(5)
         )
         bonus = DEPTH * (1 - line) + 0.1 * ((channels + 1) % 3 - 1)
         self.bonus = nn.Parameter(bonus.view(heads, -1))
         self.norm = nn.GroupNorm(heads, size, eps=64e-5)
-        self.memory_shape = (heads, width, width)
+        self.state_shape = (heads, width, width)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
         last, memory = state
         before, last = self.shift(x, last, offsets)
         mixture = torch.lerp(x, before, self.share.to(x.dtype))
         xr, xw, xk, xv, xg = (x + (before - x) * share(mixture) for share in self.shares)
-        log_decay = -self.decay(xw).to(self.memory_dtype).exp()
+        log_decay = -self.decay(xw).to(self.state_dtype).exp()
         pieces = (self.receptance(xr), self.key(xk), self.value(xv), log_decay)
-        r, k, v, log_decay = (rearrange(m, "b t (h k) -> b t h k", h=self.memory_shape[0]) for m in pieces)
+        r, k, v, log_decay = (rearrange(m, "b t (h k) -> b t h k", h=self.state_shape[0]) for m in pieces)
         o, memory = self._read_before_writing(r, k, v, log_decay, memory, offsets)
         o = o + (r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v
         o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view_as(x)
-        return self.output(o * F.silu(self.gate(xg))), RecurrentState(last, memory)
+        return self.out_proj(o * F.silu(self.gate(xg))), RecurrentState(last, memory)
 
     def _read_before_writing(
         self,

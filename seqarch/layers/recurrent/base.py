@@ -36,7 +36,7 @@ def elementwise_scan(
 
 
 class ElementwiseMixer(RecurrentMixer):
-    """A mixer on :func:`elementwise_scan`; its ``memory_shape`` is ``(E, 1)``."""
+    """A mixer on :func:`elementwise_scan`; its ``state_shape`` is ``(E, 1)``."""
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return scan_flops(length, *self.memory_shape, batch_size=batch_size)
+        return scan_flops(length, *self.state_shape, batch_size=batch_size)

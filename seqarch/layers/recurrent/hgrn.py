@@ -55,28 +55,28 @@ class Hgrn(ElementwiseMixer):
         super().__init__(config)
         width = config.d_model
         gates = 1 if config.complex_state else 2
-        self.input = Linear(width, 2 * width)
+        self.in_proj = Linear(width, 2 * width)
         self.forget = Linear(width, gates * width)
         self.gate = Linear(width, 2 * width)
         if config.complex_state:
             self.theta = nn.Parameter(10000.0 ** (-2 / width * torch.arange(width)))
         self.norm = nn.LayerNorm(2 * width)
-        self.output = Linear(2 * width, width)
-        self.memory_shape = (2 * width, 1)
+        self.out_proj = Linear(2 * width, width)
+        self.state_shape = (2 * width, 1)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        memory = state.memory
-        f = self.forget(x).to(self.memory_dtype)
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        memory = state.recurrent
+        f = self.forget(x).to(self.state_dtype)
         # 1 - f and log f without the cancellation of computing f: at a bound of 0 the latter is the log-sigmoid
         write = (1 - self.config.lower_bound) * torch.sigmoid(-f)
         log_decay = torch.log1p(-write) if self.config.lower_bound else F.logsigmoid(f)
-        candidate = F.silu(self.input(x)).to(f.dtype)
+        candidate = F.silu(self.in_proj(x)).to(f.dtype)
         if self.config.complex_state:
             h, memory = self._turning(candidate, write.repeat(1, 1, 2), log_decay.repeat(1, 1, 2), memory, offsets)
         else:
             h, memory = elementwise_scan(write * candidate, log_decay, memory, offsets)
         h = widened(self.norm, h)
-        return self.output(h.to(x.dtype) * F.silu(self.gate(x))), RecurrentState(None, memory)
+        return self.out_proj(h.to(x.dtype) * F.silu(self.gate(x))), RecurrentState(None, memory)
 
     def _turning(
         self, candidate: Tensor, write: Tensor, log_decay: Tensor, memory: Tensor, cu_seqlens: Offsets

@@ -54,14 +54,14 @@ class MinGru(ElementwiseMixer):
     def __init__(self, config: MinGruConfig):
         super().__init__(config)
         inner = config.expand * config.d_model
-        self.input = Linear(config.d_model, 2 * inner)
-        self.output = nn.Identity() if config.expand == 1 else Linear(inner, config.d_model, bias=False)
-        self.memory_shape = (inner, 1)
+        self.in_proj = Linear(config.d_model, 2 * inner)
+        self.out_proj = nn.Identity() if config.expand == 1 else Linear(inner, config.d_model, bias=False)
+        self.state_shape = (inner, 1)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        memory = state.memory
-        gate, candidate = self.input(x).chunk(2, dim=-1)
-        gate, signed = gate.to(self.memory_dtype), self.config.negative_eigenvalues
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+        memory = state.recurrent
+        gate, candidate = self.in_proj(x).chunk(2, dim=-1)
+        gate, signed = gate.to(self.state_dtype), self.config.negative_eigenvalues
         write = torch.sigmoid(gate) * CANDIDATES[self.config.candidate](candidate)
         h, memory = elementwise_scan((2 if signed else 1) * write, -F.softplus(gate), memory, offsets, signed)
-        return self.output(h.to(candidate.dtype)), RecurrentState(None, memory)
+        return self.out_proj(h.to(candidate.dtype)), RecurrentState(None, memory)

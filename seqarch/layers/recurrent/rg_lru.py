@@ -66,7 +66,7 @@ class RgLruState(NamedTuple):
     """
 
     conv: Tensor | None
-    memory: Tensor
+    recurrent: Tensor
     seen: Tensor
 
 
@@ -87,28 +87,28 @@ class RgLru(ElementwiseMixer):
         super().__init__(config)
         width = config.width
         self.gate = Linear(config.d_model, width)
-        self.input = Linear(config.d_model, width)
+        self.in_proj = Linear(config.d_model, width)
         self.conv = ShortConvolution(width, config.conv_width, bias=True)
         self.write_gate = BlockLinear(width, config.heads)
         self.decay_gate = BlockLinear(width, config.heads)
         decay = torch.empty(width).uniform_(0.9, 0.999)
         self.Lambda = nn.Parameter(torch.expm1(-decay.log() / SHARPNESS).log())
-        self.output = Linear(width, config.d_model)
-        self.memory_shape = (width, 1)
+        self.out_proj = Linear(width, config.d_model)
+        self.state_shape = (width, 1)
 
-    def carry(self, x: Tensor, state: RgLruState, offsets: Offsets) -> tuple[Tensor, RgLruState]:
+    def mix(self, x: Tensor, state: RgLruState, offsets: Offsets) -> tuple[Tensor, RgLruState]:
         positions, seen = token_positions(state.seen, x.shape[1], offsets)
-        u, conv = self.conv(self.input(x), state.conv, offsets)
-        wide, signed = self.memory_dtype, self.config.negative_eigenvalues
+        u, conv = self.conv(self.in_proj(x), state.conv, offsets)
+        wide, signed = self.state_dtype, self.config.negative_eigenvalues
         rate = SHARPNESS * F.softplus(self.Lambda.to(wide))
         log_decay = -rate * torch.sigmoid(self.decay_gate(u).to(wide))
         scale = complement(log_decay, signed)
         if not self.config.scale_first:
             scale = torch.where(positions.unsqueeze(-1) == 0, 1.0, scale)
         write = scale * torch.sigmoid(self.write_gate(u).to(wide)) * u
-        h, memory = elementwise_scan(write, log_decay, state.memory, offsets, signed)
+        h, memory = elementwise_scan(write, log_decay, state.recurrent, offsets, signed)
         gate = F.gelu(self.gate(x), approximate="tanh")
-        return self.output(h.to(gate.dtype) * gate), RgLruState(conv, memory, seen)
+        return self.out_proj(h.to(gate.dtype) * gate), RgLruState(conv, memory, seen)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RgLruState:
         conv, memory = super().new_state(batch_size, max_length, device, dtype)

@@ -62,15 +62,15 @@ class RowAttention(Mixer):
         """The shape of each cache after ``length`` tokens."""
 
     @abstractmethod
-    def mix(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def mix_rows(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Outputs and state of rows that start together or, after sequences of different lengths, end together."""
 
-    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
         if offsets is None:
-            return self.mix(x, self.join(state.rows) if isinstance(state, PackedRows) else state)
+            return self.mix_rows(x, self.join(state.rows) if isinstance(state, PackedRows) else state)
         states = state.rows if isinstance(state, PackedRows) else self.split(state)
         pieces = x.split([end - start for start, end in pairwise(offsets)], dim=1)
-        outputs, after = zip(*map(self.mix, pieces, states), strict=True)
+        outputs, after = zip(*map(self.mix_rows, pieces, states), strict=True)
         return torch.cat(outputs, dim=1), PackedRows(after)
 
     def check_state(self, state: Any, rows: int) -> None:

@@ -61,7 +61,7 @@ class Mamba(RecurrentMixer):
         self.inner = config.expand * config.d_model
         rank = config.dt_rank or math.ceil(config.d_model / 16)
         self.sizes = [rank, config.d_state, config.d_state]
-        self.input = Linear(config.d_model, 2 * self.inner, bias=False)
+        self.in_proj = Linear(config.d_model, 2 * self.inner, bias=False)
         self.conv = ShortConvolution(self.inner, config.conv_width, "silu", bias=True)
         self.select = Linear(self.inner, sum(self.sizes), bias=False)
         self.dt = Linear(rank, self.inner)
@@ -71,23 +71,23 @@ class Mamba(RecurrentMixer):
         A = torch.arange(1, config.d_state + 1).float().repeat(self.inner, 1)
         self.A_log = nn.Parameter(A.log())
         self.D = nn.Parameter(torch.ones(self.inner))
-        self.output = Linear(self.inner, config.d_model, bias=False)
-        self.memory_shape = (self.inner, config.d_state)
+        self.out_proj = Linear(self.inner, config.d_model, bias=False)
+        self.state_shape = (self.inner, config.d_state)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
         conv, memory = state
-        u, z = self.input(x).chunk(2, dim=-1)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
         u, conv = self.conv(u, conv, offsets)
         dt, B, C = self.select(u).split(self.sizes, dim=-1)
         # by exp2: of this size, torch's exp takes 4 times as long, and starts the threads for it
-        A = -(self.A_log.to(self.memory_dtype) / math.log(2)).exp2()
+        A = -(self.A_log.to(self.state_dtype) / math.log(2)).exp2()
         if self.config.negative_eigenvalues:
             y, memory = self._signed_scan(u, self.dt(dt), A, B, C, memory, offsets)
-            return self.output(y * F.silu(z)), RecurrentState(conv, memory)
+            return self.out_proj(y * F.silu(z)), RecurrentState(conv, memory)
         y, memory = ops.selective_scan(
             *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=memory, cu_seqlens=offsets
         )
-        return self.output(y), RecurrentState(conv, memory)
+        return self.out_proj(y), RecurrentState(conv, memory)
 
     def _signed_scan(
         self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, memory: Tensor, cu_seqlens: Offsets
@@ -97,18 +97,18 @@ class Mamba(RecurrentMixer):
         write = delta * u.unsqueeze(-1) * B.unsqueeze(-2)
         memory = memory.flatten(1).unsqueeze(-1)
         h, memory = elementwise_scan(write.flatten(2), (delta * A).flatten(2), memory, cu_seqlens, signed=True)
-        y = (h.unflatten(-1, self.memory_shape) * C.to(h.dtype).unsqueeze(-2)).sum(-1)
-        return y.to(u.dtype) + self.D.to(u.dtype) * u, memory.view(-1, *self.memory_shape)
+        y = (h.unflatten(-1, self.state_shape) * C.to(h.dtype).unsqueeze(-2)).sum(-1)
+        return y.to(u.dtype) + self.D.to(u.dtype) * u, memory.view(-1, *self.state_shape)
 
     def one_token(self, program: Program, x: Value, state: RecurrentState, add_to: Value) -> Value:
         if self.config.negative_eigenvalues:
             raise Unserved("a scan with negative eigenvalues has no instructions for one token")
-        u, z = program.include(self.input, x).split([self.inner] * 2)
+        u, z = program.include(self.in_proj, x).split([self.inner] * 2)
         u = program.include(self.conv, u, state.conv)
         dt, B, C = program.include(self.select, u).split(self.sizes)
         A, dt = program.negative_exp(self.A_log), program.include(self.dt, dt)
-        y = program.scan(u, dt, A, B, C, self.D, z, state.memory)
-        return program.include(self.output, y, add_to)
+        y = program.scan(u, dt, A, B, C, self.D, z, state.recurrent)
+        return program.include(self.out_proj, y, add_to)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return scan_flops(length, *self.memory_shape, batch_size=batch_size)
+        return scan_flops(length, *self.state_shape, batch_size=batch_size)

@@ -96,7 +96,7 @@ class Mamba2(LinearMixer):
         num_heads = self.inner // config.head_dim
         shared = config.n_groups * config.d_state
         self.sizes = [self.inner, self.inner + 2 * shared, num_heads]
-        self.input = Linear(config.d_model, sum(self.sizes), bias=False)
+        self.in_proj = Linear(config.d_model, sum(self.sizes), bias=False)
         self.conv = ShortConvolution(self.sizes[1], config.conv_width, "silu", bias=True)
         A = torch.empty(num_heads).uniform_(config.A_min, config.A_max)
         self.A_log = nn.Parameter(A.log())
@@ -105,18 +105,18 @@ class Mamba2(LinearMixer):
         self.D = nn.Parameter(torch.ones(num_heads))
         gate = OUTPUT_NORMS[config.output_norm]
         self.norm = GatedRMSNorm(self.inner, gate, config.n_groups, config.norm_eps) if gate else None
-        self.output = Linear(self.inner, config.d_model, bias=False)
-        self.memory_shape = (num_heads, config.d_state, config.head_dim)
+        self.out_proj = Linear(self.inner, config.d_model, bias=False)
+        self.state_shape = (num_heads, config.d_state, config.head_dim)
 
-    def carry(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
+    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
         conv, memory = state
-        z, xbc, dt = self.input(x).split(self.sizes, dim=-1)
+        z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
         xbc, conv = self.conv(xbc, conv, offsets)
         shared = self.config.n_groups * self.config.d_state
         u, B, C = xbc.split([self.inner, shared, shared], dim=-1)
         u = rearrange(u, "b t (h p) -> b t h p", p=self.config.head_dim)
         B, C = (rearrange(m, "b t (g n) -> b t g n", g=self.config.n_groups) for m in (B, C))
-        wide = self.memory_dtype
+        wide = self.state_dtype
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         values = (u * dt.unsqueeze(-1)).to(u.dtype)
         log_decay = -self.A_log.to(wide).exp() * dt
@@ -124,4 +124,4 @@ class Mamba2(LinearMixer):
         y, memory = attend(C, B, values, log_decay, scale=1.0, state=memory, cu_seqlens=offsets)
         y = rearrange(y + self.D.to(u.dtype).unsqueeze(-1) * u, "b t h p -> b t (h p)")
         gated = y * F.silu(z) if self.norm is None else self.norm(y, z)
-        return self.output(gated), RecurrentState(conv, memory)
+        return self.out_proj(gated), RecurrentState(conv, memory)

@@ -87,7 +87,7 @@ class Mamba3State(NamedTuple):
         weight: ``lambda dt`` of the last token, ``[B, H]``.
     """
 
-    memory: Tensor
+    recurrent: Tensor
     angle: Tensor
     key: Tensor
     value: Tensor
@@ -116,7 +116,7 @@ class Mamba3(RecurrentMixer):
         heads, rank, size = config.heads, config.mimo_rank, config.d_state
         shared = rank * config.n_groups * size
         self.sizes = [config.inner, config.inner, shared, shared, heads, heads, heads, config.angles]
-        self.input = Linear(config.d_model, sum(self.sizes), bias=False)
+        self.in_proj = Linear(config.d_model, sum(self.sizes), bias=False)
         self.dt_bias = nn.Parameter(step_size_bias(heads, config.dt_min, config.dt_max, config.dt_floor))
         self.B_norm, self.C_norm = HeadNorm(size, eps=1e-5), HeadNorm(size, eps=1e-5)
         self.B_bias = nn.Parameter(torch.ones(heads, rank, size))
@@ -127,14 +127,14 @@ class Mamba3(RecurrentMixer):
             self.mimo_z = nn.Parameter(torch.ones(heads, rank, config.head_dim))
             self.mimo_y = nn.Parameter(torch.full((heads, rank, config.head_dim), 1 / rank))
         self.norm = GatedRMSNorm(config.inner, "after", heads) if config.output_norm else None
-        self.output = Linear(config.inner, config.d_model, bias=False)
-        self.memory_shape = (heads, size, config.head_dim)
+        self.out_proj = Linear(config.inner, config.d_model, bias=False)
+        self.state_shape = (heads, size, config.head_dim)
 
-    def carry(self, x: Tensor, state: Mamba3State, offsets: Offsets) -> tuple[Tensor, Mamba3State]:
+    def mix(self, x: Tensor, state: Mamba3State, offsets: Offsets) -> tuple[Tensor, Mamba3State]:
         memory, angle, key, value, weight = state
-        z, u, B, C, dt, A, mix, turn = self.input(x).split(self.sizes, dim=-1)
+        z, u, B, C, dt, A, mix, turn = self.in_proj(x).split(self.sizes, dim=-1)
         z, u = (rearrange(m, "b t (h p) -> b t h p", p=self.config.head_dim) for m in (z, u))
-        wide = self.memory_dtype
+        wide = self.state_dtype
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         log_decay = -_heavy_tail(A.to(wide)).clamp(min=self.config.A_floor) * dt
         steps = math.pi * torch.tanh(turn.to(wide)).unsqueeze(-2) * dt.unsqueeze(-1)
@@ -148,7 +148,7 @@ class Mamba3(RecurrentMixer):
         v, last_v = self._up(u, own), self._up(last_u, written)
         y, memory = self._recur(C, last_B, last_v, log_decay, memory, offsets)
         y = y + (C @ B.mT) @ v + self.D.to(u.dtype)[:, None, None] * self._up(u)
-        return self.output(self._gated(y, z)), Mamba3State(memory, angle, key, value, weight)
+        return self.out_proj(self._gated(y, z)), Mamba3State(memory, angle, key, value, weight)
 
     def _turned(self, m: Tensor, norm: HeadNorm, bias: Tensor, angles: Tensor) -> Tensor:
         """B or C from its projection: normalised, shared out over the heads and turned, ``[B, T, H, R, N]``."""
@@ -188,7 +188,7 @@ class Mamba3(RecurrentMixer):
         return rearrange(y.sum(-2), "b t h p -> b t (h p)")
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Mamba3State:
-        config, memory = self.config, super().new_state(batch_size, max_length, device, dtype).memory
+        config, memory = self.config, super().new_state(batch_size, max_length, device, dtype).recurrent
         like = {"device": memory.device, "dtype": dtype or numbers_of(self).dtype}
         key = torch.zeros(batch_size, config.heads, config.mimo_rank, config.d_state, **like)
         value = torch.zeros(batch_size, config.heads, config.head_dim, **like)
@@ -197,8 +197,8 @@ class Mamba3(RecurrentMixer):
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         rank = self.config.mimo_rank
-        heads, size, width = self.memory_shape
-        steps = recurrence_flops(length * rank, *self.memory_shape, batch_size=batch_size)
+        heads, size, width = self.state_shape
+        steps = recurrence_flops(length * rank, *self.state_shape, batch_size=batch_size)
         within = 2 * batch_size * length * heads * rank**2 * (size + width)
         return steps + within * (2 if rank > 1 else 1)
 

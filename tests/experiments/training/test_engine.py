@@ -157,7 +157,7 @@ def test_compiled_layers_give_the_same_gradients(tmp_path, stack, recompute):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train__precision": "bfloat16", "model__pattern": "mamba2, block_mixture", "model__depth": 2},
+        {"train__precision": "bfloat16", "model__pattern": "mamba2, moba", "model__depth": 2},
         {"train__recompute": True, "train__micro_batch": 3, "model__channel": "moe"},
     ],
 )

@@ -73,14 +73,14 @@ def test_muon_has_the_linear_maps_of_the_layers_and_adamw_the_rest(tmp_path):
     names = {parameter: name for name, parameter in model.named_parameters()}
     held = {names[parameter] for group in muon.param_groups for parameter in group["params"]}
     assert isinstance(muon, torch.optim.Muon)
-    assert "stack.layers.1.mixers.0.heads.linear.weight" in held
+    assert "stack.layers.1.mixers.0.qkv_proj.linear.weight" in held
     assert not {"embedding.weight", "head.weight", "stack.layers.0.channel.w_in"} & held
     assert isinstance(adamw, torch.optim.AdamW)
 
 
 def test_muon_turns_a_gradient_into_nearly_orthogonal_updates(tmp_path):
     model, optimizers = made(tmp_path, train__optimizer="muon", train__lr=1.0, train__weight_decay=0.0)
-    weight = model.get_parameter("stack.layers.1.mixers.0.heads.linear.weight")
+    weight = model.get_parameter("stack.layers.1.mixers.0.qkv_proj.linear.weight")
     before = weight.detach().clone()
     step(model, optimizers)
     singular = torch.linalg.svdvals(before - weight)

@@ -74,7 +74,7 @@ def test_rotation_keeps_the_dtype_and_refuses_odd_widths():
 def test_the_layer_is_its_equation():
     mixer, x = build(num_heads=4, num_kv_heads=2, qk_norm=True, window=6), inputs(9)
     torch.nn.init.uniform_(mixer.query_norm.weight, 0.5, 2)
-    q, k, v = (x @ mixer.heads.linear.weight.T).split([32, 16, 16], dim=-1)
+    q, k, v = (x @ mixer.qkv_proj.linear.weight.T).split([32, 16, 16], dim=-1)
     q, k, v = (part.unflatten(-1, (-1, 8)) for part in (q, k, v))
     normed = [m * (m.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for m in (q, k)]
     q, k = (apply_rotary(m, torch.arange(9)) for m in (normed[0] * mixer.query_norm.weight, normed[1]))
@@ -83,18 +83,18 @@ def test_the_layer_is_its_equation():
     for h in range(4):
         scores = q[:, :, h] @ k[:, :, h // 2].transpose(1, 2) / 8**0.5
         heads.append(F.softmax(scores.masked_fill(seen == 0, -torch.inf), dim=-1) @ v[:, :, h // 2])
-    same(mixer(x)[0], torch.cat(heads, dim=-1) @ mixer.output.weight.T)
+    same(mixer(x)[0], torch.cat(heads, dim=-1) @ mixer.out_proj.weight.T)
 
 
 def test_the_gate_the_bias_and_the_channels_that_do_not_turn():
     mixer, x = build(num_heads=2, rotary_fraction=0.25, output_gate=True, output_bias=True), inputs(9)
-    q, k, v = (part.unflatten(-1, (2, 16)) for part in (x @ mixer.heads.linear.weight.T).chunk(3, dim=-1))
+    q, k, v = (part.unflatten(-1, (2, 16)) for part in (x @ mixer.qkv_proj.linear.weight.T).chunk(3, dim=-1))
     q, k = (torch.cat([apply_rotary(m[..., :4], torch.arange(9)), m[..., 4:]], dim=-1) for m in (q, k))
     q, k, v = (m.transpose(1, 2) for m in (q, k, v))
     scores = (q @ k.transpose(2, 3) / 4).masked_fill(torch.ones(9, 9).tril() == 0, -torch.inf)
     o = (F.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
     gated = o / (1 + (-x @ mixer.gate.weight.T).exp())
-    same(mixer(x)[0], gated @ mixer.output.weight.T + mixer.output.bias)
+    same(mixer(x)[0], gated @ mixer.out_proj.weight.T + mixer.out_proj.bias)
 
 
 @options

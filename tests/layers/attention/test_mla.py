@@ -8,16 +8,16 @@ from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers import build_mixer, measured_state_bytes
-from seqarch.layers.attention.latent_attention import LatentAttention
+from seqarch.layers.attention.mla import MLA
 from seqarch.layers.modules.rotary import apply_rotary
 
 WIDTHS = {"num_heads": 4, "key_width": 8, "value_width": 6, "shared_width": 4, "latent_rank": 12}
 
 
-def build(**options) -> LatentAttention:
+def build(**options) -> MLA:
     torch.manual_seed(0)
-    mixer = build_mixer("latent_attention", d_model=32, **{**WIDTHS, **options}).double()
-    assert isinstance(mixer, LatentAttention)
+    mixer = build_mixer("mla", d_model=32, **{**WIDTHS, **options}).double()
+    assert isinstance(mixer, MLA)
     torch.nn.init.uniform_(mixer.norm.weight, 0.5, 2)
     return mixer
 
@@ -56,7 +56,7 @@ def test_the_layer_is_its_equation(position: str, query_rank: int | None):
         scores = q[:, :, head] @ k.mT + p[:, :, head] @ r[:, :, 0].mT
         above = torch.ones(9, 9, dtype=torch.bool).triu(1)
         outputs.append((scores / 12**0.5).masked_fill(above, -torch.inf).softmax(-1) @ v)
-    same(mixer(x)[0], torch.cat(outputs, dim=-1) @ mixer.output.weight.T)
+    same(mixer(x)[0], torch.cat(outputs, dim=-1) @ mixer.out_proj.weight.T)
 
 
 @pytest.mark.parametrize("options", [{}, {"key_start": torch.tensor([0, 3])}, {"cu_seqlens": [0, 2, 7]}], ids=str)
@@ -72,7 +72,7 @@ def test_both_forms_read_the_same(options: dict):
         same(a, b)
 
 
-def read_width(mixer: LatentAttention, length: int, state) -> tuple[int, object]:
+def read_width(mixer: MLA, length: int, state) -> tuple[int, object]:
     with ops.record_calls() as calls, torch.no_grad():
         _, state = mixer(inputs(length), state)
     return next(call for call in calls if call.op == "attention").args[1].shape[-1], state
@@ -107,7 +107,7 @@ def test_a_step_costs_as_counted_by_hand():
 
 
 def test_defaults_are_the_ratios_of_the_paper():
-    config = build_mixer("latent_attention", d_model=256).config
+    config = build_mixer("mla", d_model=256).config
     assert (config.heads, config.keys, config.values, config.shared, config.rank) == (4, 64, 64, 32, 256)
     with pytest.raises(ValueError, match="even shared_width, got 5"):
-        build_mixer("latent_attention", d_model=32, shared_width=5)
+        build_mixer("mla", d_model=32, shared_width=5)

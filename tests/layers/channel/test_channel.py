@@ -56,26 +56,26 @@ def test_matrices_start_as_those_of_a_linear_layer(name):
 
 def test_mlp_is_its_equation():
     mixer, x = build_channel_mixer("mlp", d_model=32, activation="squared_relu").double(), inputs()
-    assert mixer.input.weight.shape == (128, 32)
-    same(mixer(x), (x @ mixer.input.weight.T).clamp(min=0) ** 2 @ mixer.output.weight.T)
+    assert mixer.in_proj.weight.shape == (128, 32)
+    same(mixer(x), (x @ mixer.in_proj.weight.T).clamp(min=0) ** 2 @ mixer.out_proj.weight.T)
     exact = build_channel_mixer("mlp", d_model=32).double()
-    h = x @ exact.input.weight.T
-    same(exact(x), (h * (1 + torch.erf(h / 2**0.5)) / 2) @ exact.output.weight.T)
+    h = x @ exact.in_proj.weight.T
+    same(exact(x), (h * (1 + torch.erf(h / 2**0.5)) / 2) @ exact.out_proj.weight.T)
 
 
 def test_swiglu_is_its_equation():
     mixer, x = build_channel_mixer("swiglu", d_model=32, hidden=40).double(), inputs()
-    gate, value = mixer.input.weight[:40], mixer.input.weight[40:]
+    gate, value = mixer.in_proj.weight[:40], mixer.in_proj.weight[40:]
     h = x @ gate.T
-    same(mixer(x), (h * h.sigmoid() * (x @ value.T)) @ mixer.output.weight.T)
+    same(mixer(x), (h * h.sigmoid() * (x @ value.T)) @ mixer.out_proj.weight.T)
 
 
 def test_swiglu_with_biases_and_another_activation_is_the_gated_mlp_of_recurrent_gemma():
     mixer = build_channel_mixer("swiglu", d_model=32, hidden=40, activation="gelu_tanh", bias=True).double()
-    x, (w, b) = inputs(), (mixer.input.weight, mixer.input.bias)
+    x, (w, b) = inputs(), (mixer.in_proj.weight, mixer.in_proj.bias)
     h = x @ w[:40].T + b[:40]
     gelu = h / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h**3)))
-    same(mixer(x), (gelu * (x @ w[40:].T + b[40:])) @ mixer.output.weight.T + mixer.output.bias)
+    same(mixer(x), (gelu * (x @ w[40:].T + b[40:])) @ mixer.out_proj.weight.T + mixer.out_proj.bias)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(32, 96), (64, 192), (96, 256), (128, 352), (384, 1024), (768, 2048)])

@@ -66,7 +66,7 @@ def test_s4d_is_a_state_space_under_zero_order_hold(init: str):
         h = decay * h + B * x[:, t, :, None]
         both = (C * h).sum(-1) + (C.conj() * h.conj()).sum(-1)
         outputs.append(both.real + mixer.D * x[:, t])
-    value, gate = mixer.output(F.gelu(torch.stack(outputs, dim=1))).chunk(2, dim=-1)
+    value, gate = mixer.out_proj(F.gelu(torch.stack(outputs, dim=1))).chunk(2, dim=-1)
     assert_close(mixer(x)[0], value * torch.sigmoid(gate), EXACT)
 
 
@@ -93,19 +93,19 @@ def test_s4d_in_float32_stays_near_float64_over_thousands_of_tokens():
     with torch.no_grad():
         (low, state), (high, wide) = mixer(x), mixer.double()(x.double())
     assert_close(low, high, 1e-5)
-    assert_close(state.memory, wide.memory, 1e-4)
+    assert_close(state.recurrent, wide.recurrent, 1e-4)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_hyena_is_its_equation(order: int):
     mixer, x = build("hyena", order=order, length=50, filter_features=3), inputs(40)
     weight = mixer.conv.weight.unsqueeze(1)
-    u = F.conv1d(F.pad(mixer.input(x).mT, (2, 0)), weight, mixer.conv.bias, groups=len(weight))
+    u = F.conv1d(F.pad(mixer.in_proj(x).mT, (2, 0)), weight, mixer.conv.bias, groups=len(weight))
     z, *gates = u.mT.split(32, dim=-1)
     filters = hyena_filters(mixer.filters, 40, 50, order)
     for gate, h, skip in zip(gates, filters, mixer.skip, strict=True):
         z = gate * (direct(z, h) + skip * z)
-    assert_close(mixer(x)[0], mixer.output(z), EXACT)
+    assert_close(mixer(x)[0], mixer.out_proj(z), EXACT)
 
 
 def hyena_filters(network: Any, length: int, unit: int, order: int) -> list[Tensor]:

@@ -32,9 +32,9 @@ def same(a: Tensor, b: Tensor) -> None:
 def projected(mixer: DeltaRuleMixer, x: Tensor, steps: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Unit q, unit k and v, a head of values each: ``[B, T, H, ...]``, or ``[B, T, n, H, ...]`` for k and v."""
     (groups, keys), (heads, values) = mixer.config.key_shape, mixer.config.value_shape
-    assert mixer.heads.conv is not None
-    weight = mixer.heads.conv.weight
-    y = x @ mixer.heads.linear.weight.T
+    assert mixer.qkv_proj.conv is not None
+    weight = mixer.qkv_proj.conv.weight
+    y = x @ mixer.qkv_proj.linear.weight.T
     y = F.silu(sum(F.pad(y, (0, 0, 3 - i, 0))[:, : y.shape[1]] * weight[:, i] for i in range(4)))
     q, k, v = y.split([groups * keys, steps * groups * keys, steps * heads * values], dim=-1)
     q, k, v = (
@@ -70,23 +70,23 @@ def run(q: Tensor, k: Tensor, v: Tensor, erase: Tensor, write: Tensor, decay: Te
 
 def left(mixer: DeltaRuleMixer, o: Tensor, gate: Tensor) -> Tensor:
     normed = o * (o.square().mean(-1, keepdim=True) + mixer.config.norm_eps).rsqrt() * mixer.norm.weight
-    return (normed.flatten(2) * gate) @ mixer.output.weight.T
+    return (normed.flatten(2) * gate) @ mixer.out_proj.weight.T
 
 
 def test_gated_delta_net_is_its_equation():
     mixer, x = build("gated_delta_net", **SHARED_KEYS, norm_eps=1e-3), inputs()
     torch.nn.init.uniform_(mixer.norm.weight, 0.5, 2)
-    a, b = (x @ mixer.rates.weight.T).split(4, dim=-1)
+    a, b = (x @ mixer.ab_proj.weight.T).split(4, dim=-1)
     beta = b.sigmoid()[:, :, None, :, None]
     o = run(*projected(mixer, x), beta, beta, decays(mixer, a))
     same(mixer(x)[0], left(mixer, o, F.silu(x @ mixer.gate.weight.T)))
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_kimi_delta_is_its_equation(negative: bool):
-    mixer, x = build("kimi_delta", num_heads=2, key_width=6, gate_rank=5, negative_eigenvalues=negative), inputs()
+def test_kda_is_its_equation(negative: bool):
+    mixer, x = build("kda", num_heads=2, key_width=6, gate_rank=5, negative_eigenvalues=negative), inputs()
     torch.nn.init.uniform_(mixer.norm.weight, 0.5, 2)
-    beta = (x @ mixer.rates.weight.T).sigmoid()[:, :, None, :, None] * (1 + negative)
+    beta = (x @ mixer.beta_proj.weight.T).sigmoid()[:, :, None, :, None] * (1 + negative)
     decay = decays(mixer, x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T)
     assert decay.shape == (2, 9, 2, 6)
     o = run(*projected(mixer, x), beta, beta, decay)
@@ -96,7 +96,7 @@ def test_kimi_delta_is_its_equation(negative: bool):
 def test_gated_delta_net_2_is_its_equation():
     mixer, x = build("gated_delta_net_2", num_heads=2, expand_v=0.5, negative_eigenvalues=True), inputs()
     q, k, v = projected(mixer, x)
-    erase, write = (x @ mixer.rates.weight.T).sigmoid().split([32, 16], dim=-1)
+    erase, write = (x @ mixer.beta_proj.weight.T).sigmoid().split([32, 16], dim=-1)
     decay = decays(mixer, x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T)
     o = run(q, k, v, 2 * erase.view_as(k), write.view_as(v), decay)
     same(mixer(x)[0], left(mixer, o, (x @ mixer.gate[0].weight.T @ mixer.gate[1].weight.T).sigmoid()))
@@ -104,7 +104,7 @@ def test_gated_delta_net_2_is_its_equation():
 
 def test_gated_delta_product_is_its_equation():
     mixer, x = build("gated_delta_product", steps=3, **SHARED_KEYS), inputs()
-    a, b = (x @ mixer.rates.weight.T).split([4, 12], dim=-1)
+    a, b = (x @ mixer.ab_proj.weight.T).split([4, 12], dim=-1)
     beta = 2 * b.sigmoid().unflatten(-1, (3, 4))[..., None]
     o = run(*projected(mixer, x, steps=3), beta, beta, decays(mixer, a))
     same(mixer(x)[0], left(mixer, o, F.silu(x @ mixer.gate.weight.T)))
@@ -117,11 +117,11 @@ def test_one_step_a_token_is_gated_delta_net():
     assert torch.equal(mixer(inputs())[0], other(inputs())[0])
 
 
-def test_gates_of_one_scalar_are_kimi_delta():
-    mixer, other = build("gated_delta_net_2"), build("kimi_delta")
-    shared = {name: value for name, value in mixer.state_dict().items() if name != "rates.weight"}
-    other.load_state_dict({**shared, "rates.weight": torch.zeros_like(other.rates.weight)})
-    torch.nn.init.zeros_(mixer.rates.weight)
+def test_gates_of_one_scalar_are_kda():
+    mixer, other = build("gated_delta_net_2"), build("kda")
+    shared = {name: value for name, value in mixer.state_dict().items() if name != "beta_proj.weight"}
+    other.load_state_dict({**shared, "beta_proj.weight": torch.zeros_like(other.beta_proj.weight)})
+    torch.nn.init.zeros_(mixer.beta_proj.weight)
     same(mixer(inputs())[0], other(inputs())[0])
 
 
@@ -129,17 +129,17 @@ def test_two_reflections_rotate():
     """A turn by a third of a circle: no single step has complex eigenvalues, and three turns are none."""
     mixer = build("gated_delta_product", num_heads=1, key_width=2, expand_v=1, conv_width=0)
     torch.nn.init.constant_(mixer.dt_bias, -1e3)  # no decay
-    mixer.strength = lambda logits: torch.full_like(logits, 2.0)
+    mixer.beta = lambda logits: torch.full_like(logits, 2.0)
     angles = torch.tensor([0.0, torch.pi / 3], dtype=torch.float64)
     k = torch.stack([angles.cos(), angles.sin()], dim=-1).view(1, 1, 4).repeat(1, 3, 1).unflatten(-1, (2, 2))
     nothing = torch.zeros(1, 3, 2, 2).double()
     unit = torch.eye(2).double()[None, None]
-    third = mixer.recur(inputs(1, 1), nothing[:, :1, :1], k[:, :1], nothing[:, :1], unit, None)[1]
+    third = mixer.recurrence(inputs(1, 1), nothing[:, :1, :1], k[:, :1], nothing[:, :1], unit, None)[1]
     same(third[0, 0].trace(), torch.tensor(-1.0).double())
-    same(mixer.recur(inputs(3, 1), nothing[:, :, :1], k, nothing, unit, None)[1], unit)
+    same(mixer.recurrence(inputs(3, 1), nothing[:, :, :1], k, nothing, unit, None)[1], unit)
 
 
-@pytest.mark.parametrize(("name", "least"), [("gated_delta_net", 0.0), ("kimi_delta", 1.0)])
+@pytest.mark.parametrize(("name", "least"), [("gated_delta_net", 0.0), ("kda", 1.0)])
 def test_decays_start_as_in_the_releases(name: str, least: float):
     mixer = build_mixer(name, d_model=2048)
     assert isinstance(mixer, DeltaRuleMixer)
@@ -158,7 +158,7 @@ def test_decays_start_as_in_the_releases(name: str, least: float):
 )
 def test_options_that_do_not_fit_are_named(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        build_mixer("kimi_delta", d_model=32, **options)
+        build_mixer("kda", d_model=32, **options)
 
 
 def test_rwkv7_is_its_equation():
@@ -192,7 +192,7 @@ def test_rwkv7_is_its_equation():
     o = (o - o.mean(-1, keepdim=True)) * (o.var(-1, unbiased=False, keepdim=True) + 16e-5).rsqrt()
     o = o.flatten(2) * mixer.norm.weight + mixer.norm.bias
     o = o + ((r * k * mixer.bonus).sum(-1, keepdim=True) * v).flatten(2)
-    torch.testing.assert_close(mixer(x)[0], (o * g) @ mixer.output.weight.T, rtol=0, atol=1e-10)
+    torch.testing.assert_close(mixer(x)[0], (o * g) @ mixer.out_proj.weight.T, rtol=0, atol=1e-10)
 
 
 def test_rwkv7_starts_as_released():

@@ -37,8 +37,8 @@ def rms(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 def parts(mixer: Any, x: Tensor) -> list[Tensor]:
     """Queries, keys and values, ``[B, T, H, K]``, of a mixer without a convolution."""
-    pieces = (x @ mixer.heads.linear.weight.T).split(mixer.heads.sizes, dim=-1)
-    return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, mixer.heads.parts, strict=True)]
+    pieces = (x @ mixer.qkv_proj.linear.weight.T).split(mixer.qkv_proj.sizes, dim=-1)
+    return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, mixer.qkv_proj.parts, strict=True)]
 
 
 def read_all(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_gla_is_its_equation(negative: bool):
     assert (decay < 0).any() == negative
     o = rms(read_all(q / math.sqrt(q.shape[-1]), k, v, decay)) * mixer.norm.weight
     o = o.flatten(-2) * F.silu(x @ mixer.gate.weight.T)
-    assert_close(mixer(x)[0], o @ mixer.output.weight.T, EXACT)
+    assert_close(mixer(x)[0], o @ mixer.out_proj.weight.T, EXACT)
 
 
 def test_gla_has_the_papers_size():
@@ -77,7 +77,7 @@ def test_hgrn2_is_its_equation(bound: float):
     f = bound + (1 - bound) * torch.sigmoid(f)
     assert f.min() > bound
     o = rms(read_all(F.silu(q) / 4, 1 - f, i, f).flatten(-2)) * mixer.norm.weight
-    assert_close(mixer(x)[0], o @ mixer.output.weight.T, EXACT)
+    assert_close(mixer(x)[0], o @ mixer.out_proj.weight.T, EXACT)
 
 
 def test_hgrn2_refuses_a_bound_of_one():
@@ -98,7 +98,7 @@ def test_based_is_a_taylor_kernel_over_all_and_softmax_over_a_window():
     s = torch.einsum("bihk,bjhk->bhij", q, k) / math.sqrt(6)
     weights = (1 + s + s.square() / 2).tril()
     o = torch.einsum("bhij,bjhv->bihv", weights / (weights.sum(-1, keepdim=True) + 1e-6), v)
-    distant = o.flatten(-2) @ mixer.linear.output.weight.T
+    distant = o.flatten(-2) @ mixer.linear.out_proj.weight.T
     assert_close(mixer(x)[0] - distant, mixer.window(x)[0], EXACT)
     assert mixer.window.config.window == 5
 
@@ -126,7 +126,7 @@ def test_mlstm_is_its_equation(options: dict[str, Any], gain: float):
     mixer, x = build("mlstm", num_heads=2, **options), inputs(40)
     mixer.gates.weight.data *= gain
     h = F.layer_norm(mlstm_cell(mixer, x), (16,), eps=1e-6).flatten(-2) * mixer.norm_weight
-    expected = (h * torch.sigmoid(x @ mixer.gate.weight.T)) @ mixer.output.weight.T
+    expected = (h * torch.sigmoid(x @ mixer.gate.weight.T)) @ mixer.out_proj.weight.T
     assert_close(mixer(x)[0], expected, 1e-9)
 
 
@@ -148,7 +148,7 @@ def test_mlstm_is_that_of_transformers():
         **settings,
     )
     other = xLSTMLayer(config).double()
-    q, k, v = mixer.heads.linear.weight.split(mixer.heads.sizes)
+    q, k, v = mixer.qkv_proj.linear.weight.split(mixer.qkv_proj.sizes)
     i, f = mixer.gates.weight.chunk(2)
     i_bias, f_bias = mixer.gates.bias.chunk(2)
     other.load_state_dict(
@@ -162,7 +162,7 @@ def test_mlstm_is_that_of_transformers():
             "fgate_preact.weight": f,
             "fgate_preact.bias": f_bias,
             "multihead_norm.weight": mixer.norm_weight,
-            "out_proj.weight": mixer.output.weight,
+            "out_proj.weight": mixer.out_proj.weight,
         }
     )
     assert error(mixer(x)[0], other(x)[0]) < 1e-5
@@ -174,7 +174,7 @@ def test_mlstm_stays_finite_where_its_gates_overflow():
         mixer.gates.bias.data[:2] = shift
         x = inputs(70).float().requires_grad_()
         y, state = mixer(x)
-        gradients = torch.autograd.grad(y.square().sum() + state.memory.sum(), [x, *mixer.parameters()])
+        gradients = torch.autograd.grad(y.square().sum() + state.recurrent.sum(), [x, *mixer.parameters()])
         assert all(m.isfinite().all() for m in (y, *state[1:], *gradients)), shift
 
 
@@ -199,7 +199,7 @@ def test_mamba3_is_its_equation(rank: int, norm: bool):
     options = {"d_state": 8, "head_dim": 16, "n_groups": 2, "mimo_rank": rank, "output_norm": norm}
     mixer, x = build("mamba3", **options), inputs(40)
     mixer.D.data += 0.5
-    z, u, B, C, dt, A, mix, turn = (x @ mixer.input.weight.T).split(mixer.sizes, dim=-1)
+    z, u, B, C, dt, A, mix, turn = (x @ mixer.in_proj.weight.T).split(mixer.sizes, dim=-1)
     z, u = (m.unflatten(-1, (4, 1, 16)) for m in (z, u))
     if rank > 1:
         u, z = u * mixer.mimo_x, z * mixer.mimo_z
@@ -223,7 +223,7 @@ def test_mamba3_is_its_equation(rank: int, norm: bool):
     y = torch.stack(outputs, dim=1) + mixer.D[:, None, None] * u
     y = rms(y) * mixer.norm.weight.view(4, 1, 16) * F.silu(z) if norm else y * F.silu(z)
     y = (y * mixer.mimo_y if rank > 1 else y).sum(-2).flatten(-2)
-    assert_close(mixer(x)[0], y @ mixer.output.weight.T, 1e-10)
+    assert_close(mixer(x)[0], y @ mixer.out_proj.weight.T, 1e-10)
 
 
 def test_mamba3_keeps_its_place_over_many_turns():
@@ -237,7 +237,7 @@ def test_mamba3_keeps_its_place_over_many_turns():
         assert state.angle.min() >= 0
         assert state.angle.max() < 2 * math.pi
     assert_close(torch.cat(pieces, 1), y, 1e-10)
-    steps = math.pi * torch.tanh((x @ mixer.input.weight.T)[..., -2:])
+    steps = math.pi * torch.tanh((x @ mixer.in_proj.weight.T)[..., -2:])
     assert steps.abs().sum(1).max() > 20 * math.pi, "the case turns often"
 
 
@@ -250,7 +250,7 @@ def test_mamba3_starts_as_released():
     assert dt.min() > 0.00099
     assert dt.max() < 0.101
     # [z, x, B, C, dt, A, trapezoid, angle], as released
-    assert mixer.input.out_features == 2 * 1024 + 2 * 128 * 4 + 3 * 16 + 32
+    assert mixer.in_proj.out_features == 2 * 1024 + 2 * 128 * 4 + 3 * 16 + 32
 
 
 @pytest.mark.parametrize("options", [{"d_state": 7}, {"rotary_fraction": 1.5}, {"d_state": 2, "rotary_fraction": 0.5}])
@@ -279,11 +279,11 @@ def test_rwkv6_is_its_equation():
     o = F.layer_norm(torch.stack(outputs, dim=1), (16,), eps=64e-5).flatten(-2)
     o = (o * mixer.norm.weight + mixer.norm.bias) * F.silu(xg @ mixer.gate.weight.T)
     y, after = mixer(x)
-    assert_close(y, o @ mixer.output.weight.T, EXACT)
-    assert_close(after.memory, state, EXACT, "the state holds the last token too")
+    assert_close(y, o @ mixer.out_proj.weight.T, EXACT)
+    assert_close(after.recurrent, state, EXACT, "the state holds the last token too")
 
 
-def carry(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def recurrence(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence on decays themselves, ``[B, T, H]`` or ``[B, T, H, K]``, from a state on."""
     decay, outputs = decay if decay.ndim == 4 else decay[..., None], []
     for t in range(q.shape[1]):
@@ -305,7 +305,7 @@ def test_signed_decays_are_the_recurrence_with_them(shape: tuple[int, ...]):
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     o, last = signed_linear_attention(q, k, v, log_decay, scale=1.0, state=state, cu_seqlens=offsets)
     pieces = zip(*(m.split(lengths, 1) for m in (q, k, v, 2 * log_decay.exp() - 1)), state.split(1), strict=True)
-    outputs, states = zip(*(carry(*piece) for piece in pieces), strict=True)
+    outputs, states = zip(*(recurrence(*piece) for piece in pieces), strict=True)
     expected, expected_last = torch.cat(outputs, 1), torch.cat(states)
     assert_close(o, expected, 1e-10, "outputs")
     assert_close(last, expected_last, 1e-10, "states")
@@ -322,13 +322,13 @@ def counter_of_ones(negative: bool) -> Any:
     mixer = build_mixer("mamba2", d_model=32, d_state=1, expand=1, head_dim=32, negative_eigenvalues=negative)
     for parameter in mixer.parameters():
         parameter.data.zero_()
-    z, u, B, C, dt = mixer.input.weight.data.split([32, 32, 1, 1, 1])
+    z, u, B, C, dt = mixer.in_proj.weight.data.split([32, 32, 1, 1, 1])
     for part in (z, u, B, C):
         part[:, :2] = 1
     mixer.conv.weight.data[:, -1] = 1
     dt[:, 0], dt[:, 1] = -40, 40
     mixer.norm.weight.data.fill_(1)
-    mixer.output.weight.data.fill_(1)
+    mixer.out_proj.weight.data.fill_(1)
     return mixer
 
 
@@ -351,7 +351,7 @@ def test_mamba_is_its_equation(negative: bool):
     mixer, x = build_mixer("mamba", d_model=32, d_state=3, negative_eigenvalues=negative).double(), inputs(20)
     for parameter in mixer.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    u, z = mixer.input(x).chunk(2, dim=-1)
+    u, z = mixer.in_proj(x).chunk(2, dim=-1)
     u = F.silu(F.conv1d(F.pad(u.mT, (3, 0)), mixer.conv.weight.unsqueeze(1), mixer.conv.bias, groups=64).mT)
     dt, B, C = mixer.select(u).split(mixer.sizes, dim=-1)
     dt = torch.log1p(mixer.dt(dt).exp()).unsqueeze(-1)
@@ -362,4 +362,4 @@ def test_mamba_is_its_equation(negative: bool):
     for t in range(20):
         h = decay[:, t] * h + dt[:, t] * u[:, t, :, None] * B[:, t, None]
         outputs.append((h * C[:, t, None]).sum(-1) + mixer.D * u[:, t])
-    assert_close(mixer(x)[0], mixer.output(torch.stack(outputs, 1) * F.silu(z)), 1e-12)
+    assert_close(mixer(x)[0], mixer.out_proj(torch.stack(outputs, 1) * F.silu(z)), 1e-12)

@@ -40,7 +40,7 @@ def test_rg_lru_is_its_equation(negative: bool, scale_first: bool):
     mixer = build("rg_lru", inner=48, num_heads=3, negative_eigenvalues=negative, scale_first=scale_first)
     mixer.Lambda.data += 4  # decays on both sides of 1/2
     x = inputs(20)
-    u = F.conv1d(F.pad(mixer.input(x).mT, (3, 0)), mixer.conv.weight.unsqueeze(1), mixer.conv.bias, groups=48).mT
+    u = F.conv1d(F.pad(mixer.in_proj(x).mT, (3, 0)), mixer.conv.weight.unsqueeze(1), mixer.conv.bias, groups=48).mT
 
     def gate(linear: Any) -> Tensor:
         return torch.sigmoid(u @ torch.block_diag(*linear.weight) + linear.bias.flatten())
@@ -54,7 +54,7 @@ def test_rg_lru_is_its_equation(negative: bool, scale_first: bool):
     h = loop(a, scale * gate(mixer.write_gate) * u)
     z = mixer.gate(x)
     gelu = z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-    assert_close(mixer(x)[0], mixer.output(h * gelu), EXACT)
+    assert_close(mixer(x)[0], mixer.out_proj(h * gelu), EXACT)
 
 
 def test_rg_lru_forgets_as_slowly_at_first_as_the_paper_says():
@@ -96,7 +96,7 @@ def test_only_the_first_token_of_a_sequence_is_not_scaled():
 def test_hgrn_is_its_equation(bound: float, complex_state: bool):
     mixer, x = build("hgrn", lower_bound=bound, complex_state=complex_state), inputs(40)
     f = bound + (1 - bound) * torch.sigmoid(mixer.forget(x))
-    candidate = mixer.input(x) * torch.sigmoid(mixer.input(x))
+    candidate = mixer.in_proj(x) * torch.sigmoid(mixer.in_proj(x))
     if complex_state:
         decay = f * torch.exp(1j * mixer.theta)
         h = loop(decay, (1 - f) * torch.complex(*candidate.chunk(2, dim=-1)))
@@ -106,14 +106,14 @@ def test_hgrn_is_its_equation(bound: float, complex_state: bool):
     centred = h - h.mean(-1, keepdim=True)
     normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight + mixer.norm.bias
     gate = mixer.gate(x) * torch.sigmoid(mixer.gate(x))
-    assert_close(mixer(x)[0], mixer.output(normed * gate), EXACT)
+    assert_close(mixer(x)[0], mixer.out_proj(normed * gate), EXACT)
 
 
 @pytest.mark.parametrize("candidate", ["linear", "positive"])
 @pytest.mark.parametrize("negative", [False, True])
 def test_min_gru_is_its_equation(candidate: str, negative: bool):
     mixer, x = build("min_gru", candidate=candidate, negative_eigenvalues=negative), inputs(40)
-    z, c = mixer.input(x).chunk(2, dim=-1)
+    z, c = mixer.in_proj(x).chunk(2, dim=-1)
     z = (2 if negative else 1) * torch.sigmoid(z)
     if candidate == "positive":
         c = torch.where(c >= 0, c + 0.5, torch.sigmoid(c))
@@ -129,10 +129,10 @@ def test_min_gru_keeps_the_parity_of_a_sequence_with_negative_eigenvalues():
     x[..., 0] = 2.0 * bits - 1
     x[:, 0, :2] = torch.tensor([0.0, 1.0])  # the start: a half written, a decay of 0
     with torch.no_grad():
-        mixer.input.weight.zero_()
-        mixer.input.bias.zero_()
-        mixer.input.weight[0, 0] = 40.0
-        mixer.input.weight[32, 1] = 1.0
+        mixer.in_proj.weight.zero_()
+        mixer.in_proj.bias.zero_()
+        mixer.in_proj.weight[0, 0] = 40.0
+        mixer.in_proj.weight[32, 1] = 1.0
         y, _ = mixer(x)
     odd = bits[:, 1:].cumsum(1) % 2
     assert torch.allclose(y[:, 1:, 0], 1.0 - 2 * odd.double(), atol=1e-12)

@@ -14,8 +14,8 @@ from seqarch.layers import build_mixer, measured_state_bytes
 from seqarch.layers.attention.base import Place
 from seqarch.layers.modules.rotary import apply_rotary
 from seqarch.layers.sparse_attention.big_bird import BigBird
-from seqarch.layers.sparse_attention.block_mixture import BlockMixture
 from seqarch.layers.sparse_attention.longformer import Longformer
+from seqarch.layers.sparse_attention.moba import MoBA
 from tests.laws import assert_close, available
 from tests.support.paths import ORACLES
 
@@ -34,7 +34,7 @@ def by_mask(mixer: Any, x: Tensor, see: Any) -> Tensor:
     """The mixer's output if query head h at t sees the tokens ``see(q, k, h, t)`` of one row, as a plain loop."""
     config, width = mixer.config, mixer.config.head_width
     sizes = [config.heads * width, config.kv_heads * width, config.kv_heads * width]
-    parts = (x @ mixer.heads.linear.weight.T).split(sizes, dim=-1)
+    parts = (x @ mixer.qkv_proj.linear.weight.T).split(sizes, dim=-1)
     q, k, v = (part.unflatten(-1, (-1, width)) for part in parts)
     q, k = (apply_rotary(m, torch.arange(x.shape[1])) for m in (q, k))
     k, v = (m.repeat_interleave(config.heads // config.kv_heads, dim=2) for m in (k, v))
@@ -45,7 +45,7 @@ def by_mask(mixer: Any, x: Tensor, see: Any) -> Tensor:
                 tokens = torch.tensor(sorted(see(q[row, :, h], k[row, :, h], h, t)))
                 weights = (k[row, tokens, h] @ q[row, t, h] / width**0.5).softmax(0)
                 o[row, t, h] = weights @ v[row, tokens, h]
-    return o.flatten(2) @ mixer.output.weight.T
+    return o.flatten(2) @ mixer.out_proj.weight.T
 
 
 def in_blocks(blocks: set[int], size: int, t: int) -> set[int]:
@@ -53,8 +53,8 @@ def in_blocks(blocks: set[int], size: int, t: int) -> set[int]:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 9])
-def test_block_mixture_is_its_equation(top_k):
-    mixer, x = build("block_mixture", block_size=4, top_k=top_k, num_heads=4, num_kv_heads=2), inputs(22)
+def test_moba_is_its_equation(top_k):
+    mixer, x = build("moba", block_size=4, top_k=top_k, num_heads=4, num_kv_heads=2), inputs(22)
 
     def see(q: Tensor, k: Tensor, h: int, t: int) -> set[int]:
         own = t // 4
@@ -65,10 +65,10 @@ def test_block_mixture_is_its_equation(top_k):
 
 
 @pytest.mark.parametrize("backend", available("block_sparse_attention"))
-def test_block_mixture_equals_its_authors(backend):
+def test_moba_equals_its_authors(backend):
     record = load_file(ORACLES / "mixture_of_block_attention.safetensors")
     q, k, v = (record[f"in.{name}"] for name in "qkv")
-    mixer = build("block_mixture", num_heads=2, head_dim=16, block_size=16, top_k=3)
+    mixer = build("moba", num_heads=2, head_dim=16, block_size=16, top_k=3)
     with ops.use_backends(block_sparse_attention=backend):
         sums = mixer.init_state(len(k)).sums
         selection, _ = mixer.select(q, k, Place(torch.arange(90)[None], 90, None), sums)
@@ -77,14 +77,14 @@ def test_block_mixture_equals_its_authors(backend):
 
 def test_one_block_is_its_own():
     """The authors' fast form attends to everything at ``top_k=1``."""
-    mixer, x = build("block_mixture", block_size=8, top_k=1), inputs(20)
+    mixer, x = build("moba", block_size=8, top_k=1), inputs(20)
     y = mixer(x)[0]
     x[:, :8] += 1
     assert torch.equal(mixer(x)[0][:, 8:], y[:, 8:])
 
 
 def test_generation_chooses_as_training_does():
-    mixer, x = build("block_mixture", block_size=4, top_k=2, num_heads=2), inputs(40)
+    mixer, x = build("moba", block_size=4, top_k=2, num_heads=2), inputs(40)
     with torch.no_grad():
         y, _ = mixer(x)
         state, chosen = mixer.init_state(2, max_length=40), []
@@ -134,12 +134,12 @@ def test_longformer_is_its_pattern():
 
 
 @pytest.mark.parametrize("reserved", [None, 3, 40])
-@pytest.mark.parametrize("name", ["longformer", "big_bird", "block_mixture"])
+@pytest.mark.parametrize("name", ["longformer", "big_bird", "moba"])
 def test_prompts_of_different_lengths_then_steps_for_all(name, reserved):
     chosen: dict[str, dict[str, Any]] = {
         "longformer": {"window": 3, "block_size": 2, "global_tokens": 4},
         "big_bird": {"block_size": 2, "window_blocks": 1, "global_blocks": 1, "random_blocks": 1},
-        "block_mixture": {"block_size": 3, "top_k": 2},
+        "moba": {"block_size": 3, "top_k": 2},
     }
     mixer, lengths, more = build(name, num_heads=2, **chosen[name]), [4, 1, 13, 0], [2, 0, 7, 1]
     prompts = [inputs(n, 1, seed=n) for n in lengths]
@@ -175,7 +175,7 @@ def test_longformers_cache_stops_growing():
     ("kind", "options"),
     [
         (BigBird, {"block_size": 4, "window_blocks": 2, "global_blocks": 2}),
-        (BlockMixture, {"block_size": 8, "top_k": 4}),
+        (MoBA, {"block_size": 8, "top_k": 4}),
         (Longformer, {"window": 9, "global_tokens": 16}),
     ],
 )
@@ -183,9 +183,7 @@ def test_step_costs_stop_growing_and_add_up(kind, options, length):
     mixer = kind(kind.Config(d_model=32, **options))
     steps = [mixer.step_flops(t) for t in range(length)]
     scores = (
-        0
-        if kind is not BlockMixture
-        else 2 * 32 * sum(mixer._blocks(length) - mixer._blocks(t + 1) for t in range(length))
+        0 if kind is not MoBA else 2 * 32 * sum(mixer._blocks(length) - mixer._blocks(t + 1) for t in range(length))
     )
     assert sum(steps) + scores == mixer.flops(length)
 
@@ -198,4 +196,4 @@ def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="window_blocks must be at least 1, got 0"):
         build("big_bird", window_blocks=0)
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
-        build("block_mixture", top_k=0)
+        build("moba", top_k=0)

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from seqarch import ops
 from seqarch.layers import build_mixer, clone_state, measured_state_bytes
 from seqarch.layers.modules.rotary import apply_rotary
-from seqarch.layers.sparse_attention import compression, deepseek_sparse
+from seqarch.layers.sparse_attention import compression, dsa
 from seqarch.layers.sparse_attention.compression import compressed_attention
-from seqarch.layers.sparse_attention.deepseek_sparse import DeepseekSparse
-from seqarch.layers.sparse_attention.native_sparse import NativeSparse
+from seqarch.layers.sparse_attention.dsa import DSA
+from seqarch.layers.sparse_attention.nsa import NSA
 from seqarch.layers.sparse_attention.selection import Blocks, importance, largest, select_blocks
 from seqarch.models import LanguageModel, LMConfig
 from tests.laws import assert_close, inputs
@@ -35,19 +35,19 @@ SMALL = {
 }
 
 
-def native(**options) -> NativeSparse:
-    mixer = build_mixer("native_sparse", d_model=32, **{**SMALL, **options}).double()
-    assert isinstance(mixer, NativeSparse)
+def native(**options) -> NSA:
+    mixer = build_mixer("nsa", d_model=32, **{**SMALL, **options}).double()
+    assert isinstance(mixer, NSA)
     return mixer
 
 
-def deepseek(**options) -> DeepseekSparse:
-    mixer = build_mixer("deepseek_sparse", d_model=32, **{"num_heads": 4, "num_kv_heads": 2, **options}).double()
-    assert isinstance(mixer, DeepseekSparse)
+def deepseek(**options) -> DSA:
+    mixer = build_mixer("dsa", d_model=32, **{"num_heads": 4, "num_kv_heads": 2, **options}).double()
+    assert isinstance(mixer, DSA)
     return mixer
 
 
-def loss_of(mixer: DeepseekSparse) -> Tensor:
+def loss_of(mixer: DSA) -> Tensor:
     loss = mixer.auxiliary_loss()
     assert loss is not None
     return loss
@@ -124,12 +124,12 @@ def test_the_gradient_of_compressed_attention_is_its_derivative(monkeypatch):
 # native sparse attention as a whole
 
 
-def native_by_loop(mixer: NativeSparse, x: Tensor) -> Tensor:
+def native_by_loop(mixer: NSA, x: Tensor) -> Tensor:
     """One sequence ``[T, D]``, token by token and head by head, as sections 3.2 and 3.3 of the paper have it."""
     c, tokens = mixer.config, range(len(x))
     heads, groups, width = c.heads, c.kv_heads, c.head_width
     length, stride, size = c.compressed_length, c.compressed_stride, c.block_size
-    parts = (x @ mixer.heads.linear.weight.T).split(mixer.heads.sizes, dim=-1)
+    parts = (x @ mixer.qkv_proj.linear.weight.T).split(mixer.qkv_proj.sizes, dim=-1)
     q, *kv = (part.unflatten(-1, (-1, width)) for part in parts)
     turn = lambda m: apply_rotary(m[None], torch.arange(len(m)))[0]  # noqa: E731
     q, k_selected, k_near = turn(q), turn(kv[2]), turn(kv[4])
@@ -166,19 +166,19 @@ def native_by_loop(mixer: NativeSparse, x: Tensor) -> Tensor:
                 read = [j for j in range(t + 1) if j // size in chosen]
                 o[h] += gates[t, 1, h] * softmax_read(q[t, h], list(k_selected[read, g]), list(v_selected[read, g]))
                 o[h] += gates[t, 2, h] * softmax_read(q[t, h], list(k_near[near, g]), list(v_near[near, g]))
-        rows.append(mixer.output.weight @ o.flatten())
+        rows.append(mixer.out_proj.weight @ o.flatten())
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize("chosen", [{}, {"initial_blocks": 0, "local_blocks": 1, "compressed_length": 2}], ids=str)
-def test_native_sparse_is_its_equation(chosen):
+def test_nsa_is_its_equation(chosen):
     mixer, x = native(**chosen), inputs(45)
     with torch.no_grad():
         assert_close(mixer(x)[0][1], native_by_loop(mixer, x[1]), 1e-12)
 
 
-def test_native_sparse_defaults_are_the_papers():
-    config = build_mixer("native_sparse", d_model=64).config
+def test_nsa_defaults_are_the_papers():
+    config = build_mixer("nsa", d_model=64).config
     assert config.blocks == Blocks(length=32, stride=16, size=64, count=16, initial=1, local=2)
     assert config.window == 512
 
@@ -192,7 +192,7 @@ def test_native_sparse_defaults_are_the_papers():
         ({"local_blocks": 0}, "local_blocks must be at least 1"),
     ],
 )
-def test_native_sparse_options_are_checked(chosen, message):
+def test_nsa_options_are_checked(chosen, message):
     with pytest.raises(ValueError, match=message):
         native(**chosen)
 
@@ -215,9 +215,7 @@ def test_room_is_written_in_place_also_after_packed_prompts():
         assert measured_state_bytes(state) == mixer.state_bytes(40, 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "chosen"), [("native_sparse", SMALL), ("deepseek_sparse", {"top_k": 5, "num_heads": 2})]
-)
+@pytest.mark.parametrize(("name", "chosen"), [("nsa", SMALL), ("dsa", {"top_k": 5, "num_heads": 2})])
 def test_prompts_of_different_lengths_continue_as_they_do_alone(name, chosen):
     config = LMConfig(vocab_size=31, d_model=32, pattern=name, depth=2, mixers={name: chosen})
     model = LanguageModel(config).double()
@@ -236,11 +234,13 @@ def test_a_state_of_other_rows_is_an_error():
 # DeepSeek sparse attention
 
 
-def deepseek_by_loop(mixer: DeepseekSparse, x: Tensor) -> tuple[Tensor, Tensor]:
+def deepseek_by_loop(mixer: DSA, x: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of one sequence ``[T, D]`` and the sum of the indexer's divergences, token by token."""
     c = mixer.config
     turn = lambda m: apply_rotary(m[None], torch.arange(len(m)))[0]  # noqa: E731
-    q, k, v = (part.unflatten(-1, (-1, c.head_width)) for part in mixer.heads.linear(x).split(mixer.heads.sizes, -1))
+    q, k, v = (
+        part.unflatten(-1, (-1, c.head_width)) for part in mixer.qkv_proj.linear(x).split(mixer.qkv_proj.sizes, -1)
+    )
     q, k = turn(q), turn(k)
     index_q = turn(mixer.index_query(x).unflatten(-1, (c.index_heads, c.index_width)))
     index_k = turn(mixer.index_norm(mixer.index_key(x)).unsqueeze(1))[:, 0]
@@ -257,12 +257,12 @@ def deepseek_by_loop(mixer: DeepseekSparse, x: Tensor) -> tuple[Tensor, Tensor]:
             target = target + p.detach() / c.heads
         guess = scores[chosen].log_softmax(0)
         divergence = divergence + (target * (target.log() - guess)).sum()
-        rows.append(mixer.output(torch.cat(o)))
+        rows.append(mixer.out_proj(torch.cat(o)))
     return torch.stack(rows), divergence
 
 
 @pytest.mark.parametrize("top_k", [2, 6, 64])
-def test_deepseek_sparse_is_its_equation_and_its_loss(top_k, monkeypatch):
+def test_dsa_is_its_equation_and_its_loss(top_k, monkeypatch):
     monkeypatch.setattr("seqarch.layers.sparse_attention.selection.QUERIES", 8)
     mixer, x = deepseek(top_k=top_k, index_heads=3, index_width=8, index_loss_weight=0.5), inputs(21)
     mixer.index_norm.weight.data.uniform_(0.5, 2)
@@ -339,7 +339,7 @@ def test_equal_scores_choose_the_earlier_tokens_in_steps_as_at_once():
         assert_close(mixer(tail)[0][:, 29], y[:, 29], 1e-12)
 
 
-def test_deepseek_sparse_options_are_checked():
+def test_dsa_options_are_checked():
     with pytest.raises(ValueError, match="top_k=1 leaves the indexer nothing to learn"):
         deepseek(top_k=1)
     with pytest.raises(ValueError, match="even number of channels, got 5 of index_width"):
@@ -372,10 +372,10 @@ def test_no_tensor_holds_all_pairs():
         compression.backward(v, q, compressed, compressed, None, 0, list(sizes), 0.5)
     assert 0 < seen.elements <= length * 64
     with Largest() as seen:
-        chosen = deepseek_sparse.choose(index_q, index_k, weight, 16, 0, None)
-        deepseek_sparse.index_loss(index_q, index_k, weight, q, k, chosen, 0, None)
+        chosen = dsa.choose(index_q, index_k, weight, 16, 0, None)
+        dsa.index_loss(index_q, index_k, weight, q, k, chosen, 0, None)
     assert 0 < seen.elements <= length * 128 * 2  # a chunk of queries, all keys, two heads
-    for name, chosen in (("native_sparse", {"window": 64}), ("deepseek_sparse", {"top_k": 16})):
+    for name, chosen in (("nsa", {"window": 64}), ("dsa", {"top_k": 16})):
         mixer = build_mixer(name, d_model=32, **chosen)
         x = torch.randn(1, length, 32, requires_grad=True)
         with Largest() as seen:
@@ -410,7 +410,7 @@ def test_operators_pass_torchs_own_check(name):
     torch.library.opcheck(getattr(torch.ops.seqarch, name).default, operator_cases()[name], test_utils=tests)
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("native_sparse", SMALL), ("deepseek_sparse", {"top_k": 4})])
+@pytest.mark.parametrize(("name", "chosen"), [("nsa", SMALL), ("dsa", {"top_k": 4})])
 def test_autocast_chooses_in_full_precision(name, chosen):
     mixer, x = build_mixer(name, d_model=32, **chosen), torch.randn(2, 40, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -17,8 +17,8 @@ from seqarch.layers.modules.norms import GatedRMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class KimiDeltaConfig(GatedDeltaRuleConfig):
-    """Options of :class:`KimiDelta`.
+class KDAConfig(GatedDeltaRuleConfig):
+    """Options of :class:`KDA`.
 
     Attributes:
         gate_rank: rank of the maps from the input to the decays and to the output gate; by default V.
@@ -27,7 +27,7 @@ class KimiDeltaConfig(GatedDeltaRuleConfig):
     gate_rank: int | None = None
 
 
-class KimiDelta(DeltaRuleMixer):
+class KDA(DeltaRuleMixer):
     """The delta rule with a decay a key dimension: ``P = diag(a_t) S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``.
 
     ``a_t = exp(-A softplus(W_2 W_1 x + dt_bias))`` with one A a head, ``beta = sigmoid(W_b x)``; queries, keys and
@@ -37,26 +37,26 @@ class KimiDelta(DeltaRuleMixer):
     and dt_bias as in Mamba, both without weight decay.
     """
 
-    Config = KimiDeltaConfig
+    Config = KDAConfig
 
-    def __init__(self, config: KimiDeltaConfig, rates: int | None = None):
+    def __init__(self, config: KDAConfig, betas: int | None = None):
         super().__init__(config)
         d_model, (heads, values), keys = config.d_model, config.value_shape, config.key_shape[1]
         rank = config.gate_rank or values
         self.decay = nn.Sequential(Linear(d_model, rank, bias=False), Linear(rank, heads * keys, bias=False))
         self.gate = nn.Sequential(Linear(d_model, rank, bias=False), Linear(rank, heads * values, bias=False))
-        self.rates = Linear(d_model, rates or heads, bias=False)
+        self.beta_proj = Linear(d_model, betas or heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.dt_bias = nn.Parameter(step_size_bias(heads * keys, config.dt_min, config.dt_max, config.dt_floor))
         self.norm = GatedRMSNorm(values, gate="after", eps=config.norm_eps, activation="sigmoid")
-        self.output = Linear(heads * values, d_model, bias=False)
+        self.out_proj = Linear(heads * values, d_model, bias=False)
 
     def decays(self, x: Tensor) -> Tensor:
         """The log decays, ``[B, T, H, K]``."""
-        return self.log_decay(rearrange(self.decay(x), "b t (h k) -> b t h k", h=self.memory_shape[0]))
+        return self.log_decay(rearrange(self.decay(x), "b t (h k) -> b t h k", h=self.state_shape[0]))
 
-    def recur(
+    def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
     ) -> tuple[Tensor, Tensor]:
-        beta = self.strength(self.rates(x))
+        beta = self.beta(self.beta_proj(x))
         return ops.delta_rule(q, k, v, beta, self.decays(x), state=memory, cu_seqlens=offsets)

@@ -25,8 +25,8 @@ from seqarch.ops.block_sparse_attention import flops as pair_flops
 
 
 @dataclass(frozen=True, kw_only=True)
-class NativeSparseConfig(KVHeadsConfig):
-    """Options of :class:`NativeSparse`; the defaults of lengths and counts are the paper's.
+class NSAConfig(KVHeadsConfig):
+    """Options of :class:`NSA`; the defaults of lengths and counts are the paper's.
 
     Attributes:
         compressed_length, compressed_stride: of the blocks of tokens that are compressed to one key and value each.
@@ -71,8 +71,8 @@ class NativeSparseConfig(KVHeadsConfig):
         )
 
 
-class NativeSparseState(NamedTuple):
-    """State of :class:`NativeSparse`.
+class NSAState(NamedTuple):
+    """State of :class:`NSA`.
 
     Attributes:
         recent: the last keys and values to compress, as they come: those of blocks that are not complete.
@@ -87,7 +87,7 @@ class NativeSparseState(NamedTuple):
     window: KVCache
 
 
-class NativeSparse(RowAttention):
+class NSA(RowAttention):
     r"""``o_t = sum_c g^c_t Attention(q_t, K^c_t, V^c_t)`` over three branches c: compressed, selected, window.
 
     Yuan et al. 2025, "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention", section 3.
@@ -112,21 +112,21 @@ class NativeSparse(RowAttention):
     A step costs T / d compressed scores, the selected blocks and the window.
     """
 
-    Config = NativeSparseConfig
-    State = NativeSparseState
+    Config = NSAConfig
+    State = NSAState
 
-    def __init__(self, config: NativeSparseConfig):
+    def __init__(self, config: NSAConfig):
         super().__init__(config)
         heads, width = config.heads, config.head_width
-        self.heads = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 6])
+        self.qkv_proj = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 6])
         block = (width, config.compressed_length, config.compressed_stride, config.compressed_hidden or 2 * width)
         self.compress_key, self.compress_value = BlockCompressor(*block), BlockCompressor(*block)
         self.gate = Linear(config.d_model, 3 * heads, bias=False)
-        self.output = Linear(heads * width, config.d_model, bias=False)
+        self.out_proj = Linear(heads * width, config.d_model, bias=False)
 
-    def mix(self, x: Tensor, state: NativeSparseState) -> tuple[Tensor, NativeSparseState]:
+    def mix_rows(self, x: Tensor, state: NSAState) -> tuple[Tensor, NSAState]:
         blocks, (before, start) = self.config.blocks, (state.selected.length, state.selected.start)
-        (q, k_new, v_new, k, v, k_near, v_near), _ = self.heads(x)
+        (q, k_new, v_new, k, v, k_near, v_near), _ = self.qkv_proj(x)
         q, k, k_near = self.rotate(q, k, k_near, at=positions(slice(0, x.shape[1]), before, start, x.device))
         recent, compressed = self._compress(state, k_new, v_new)
         keys, values = (held[:, : compressed.length].to(q.dtype) for held in (compressed.keys, compressed.values))
@@ -138,10 +138,10 @@ class NativeSparse(RowAttention):
         o_window = ops.attention(q, k, v, window=self.config.window, key_start=near_start)
         gates = rearrange(self.gate(x).sigmoid(), "b t (c h) -> c b t h 1", c=3)
         o = gates[0] * o + gates[1] * o_selected + gates[2] * o_window
-        y = self.output(rearrange(o, "b t h v -> b t (h v)"))
-        return y, NativeSparseState(recent, compressed, selected, window)
+        y = self.out_proj(rearrange(o, "b t h v -> b t (h v)"))
+        return y, NSAState(recent, compressed, selected, window)
 
-    def _compress(self, state: NativeSparseState, k: Tensor, v: Tensor) -> tuple[KVCache, KVCache]:
+    def _compress(self, state: NSAState, k: Tensor, v: Tensor) -> tuple[KVCache, KVCache]:
         """The first two entries of the state after these keys and values."""
         keep = self.config.compressed_length - 1
         keys, values, recent = kv_cache.extend(state.recent, k, v, keep)
@@ -176,12 +176,12 @@ class NativeSparse(RowAttention):
         keys, values = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, capacity - x.shape[1])) for x in part]) for part in both)
         return KVCache(keys, values, max(row.length for row in rows))
 
-    def split(self, state: NativeSparseState) -> list[NativeSparseState]:
+    def split(self, state: NSAState) -> list[NSAState]:
         rows = super().split(state)
         compressed = self._split_compressed(state.compressed, [row.selected.length for row in rows])
         return [row._replace(compressed=each) for row, each in zip(rows, compressed, strict=True)]
 
-    def join(self, states: list[NativeSparseState]) -> NativeSparseState:
+    def join(self, states: list[NSAState]) -> NSAState:
         joined = super().join(states)
         return joined._replace(compressed=self._join_compressed([state.compressed for state in states]))
 

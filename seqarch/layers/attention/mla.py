@@ -20,8 +20,8 @@ from seqarch.ops.dispatch import checks
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentAttentionConfig(HeadsConfig):
-    """Options of :class:`LatentAttention`.
+class MLAConfig(HeadsConfig):
+    """Options of :class:`MLA`.
 
     Attributes:
         key_width: K, channels of a head's key that come from the latents; by default ``D / H``.
@@ -74,7 +74,7 @@ class LatentAttentionConfig(HeadsConfig):
         return self.latent_rank or 4 * self.keys
 
 
-class LatentAttention(CacheMixer):
+class MLA(CacheMixer):
     """``o_t = sum_j softmax_j((q_t . W_k c_j + p_t . r_j) / sqrt(K + R)) W_v c_j`` with one latent c_j for all heads.
 
     ``c = norm(W_c x)``; ``r = W_r x`` is one rotated key for all heads, p the rotated part of each head's query; W_k
@@ -91,9 +91,9 @@ class LatentAttention(CacheMixer):
     matrices themselves: where ``expand`` is another module or has hooks (an adapter, a quantiser), all are expanded.
     """
 
-    Config = LatentAttentionConfig
+    Config = MLAConfig
 
-    def __init__(self, config: LatentAttentionConfig):
+    def __init__(self, config: MLAConfig):
         super().__init__(config)
         heads, keys, values, d_model = config.heads, config.keys, config.values, config.d_model
         width = heads * (keys + config.shared)
@@ -109,7 +109,7 @@ class LatentAttention(CacheMixer):
         self.norm = HeadNorm(config.rank, eps=config.norm_eps)
         self.expand = Linear(config.rank, heads * (keys + values), bias=False)
         self.gate = None
-        self.output = Linear(heads * values, d_model, bias=False)
+        self.out_proj = Linear(heads * values, d_model, bias=False)
         self.cache_shape = (1, config.rank + config.shared, 0)
 
     def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:

@@ -28,14 +28,14 @@ from seqarch.ops.native.custom_op import Formula, Saved, differentiate
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekSparseConfig(KVHeadsConfig):
-    """Options of :class:`DeepseekSparse`.
+class DSAConfig(KVHeadsConfig):
+    """Options of :class:`DSA`.
 
     Attributes:
         top_k: tokens that a query attends to, or all before it where they are fewer.
         index_heads: heads of the indexer's queries; the release has half as many as the attention.
         index_width: width of its queries and of its one key a token.
-        index_loss_weight: what :meth:`DeepseekSparse.auxiliary_loss` weighs the indexer's loss by.
+        index_loss_weight: what :meth:`DSA.auxiliary_loss` weighs the indexer's loss by.
     """
 
     may_be_zero = (*KVHeadsConfig.may_be_zero, "index_loss_weight")
@@ -54,8 +54,8 @@ class DeepseekSparseConfig(KVHeadsConfig):
             raise ValueError(f"rotary positions need an even number of channels, got {turning} of index_width")
 
 
-class DeepseekSparseState(NamedTuple):
-    """State of :class:`DeepseekSparse`.
+class DSAState(NamedTuple):
+    """State of :class:`DSA`.
 
     Attributes:
         cache: keys (rotated) and values.
@@ -66,7 +66,7 @@ class DeepseekSparseState(NamedTuple):
     index: KVCache
 
 
-class DeepseekSparse(RowAttention):
+class DSA(RowAttention):
     """Attention to the ``top_k`` tokens s of the largest ``I_ts = sum_h w_th relu(q^I_th . k^I_s)`` up to t.
 
     DeepSeek-AI 2025, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models", section 2.1. The indexer has
@@ -91,30 +91,30 @@ class DeepseekSparse(RowAttention):
     until T is some twenty times ``top_k``; :meth:`flops` does not count it.
     """
 
-    Config = DeepseekSparseConfig
-    State = DeepseekSparseState
+    Config = DSAConfig
+    State = DSAState
 
-    def __init__(self, config: DeepseekSparseConfig):
+    def __init__(self, config: DSAConfig):
         super().__init__(config)
         heads, width = config.heads, config.head_width
-        self.heads = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 2])
+        self.qkv_proj = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 2])
         self.index_query = Linear(config.d_model, config.index_heads * config.index_width, bias=False)
         self.index_key = Linear(config.d_model, config.index_width, bias=False)
         self.index_norm = nn.LayerNorm(config.index_width)
         self.index_weight = Linear(config.d_model, config.index_heads, bias=False)
-        self.output = Linear(heads * width, config.d_model, bias=False)
+        self.out_proj = Linear(heads * width, config.d_model, bias=False)
         self._losses: list[Tensor] = []
 
-    def carry(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
         self._losses = []
-        y, state = super().carry(x, state, offsets)
+        y, state = super().mix(x, state, offsets)
         self._losses = [loss / max(1, x.shape[0] * x.shape[1]) for loss in self._losses]
         return y, state
 
-    def mix(self, x: Tensor, state: DeepseekSparseState) -> tuple[Tensor, DeepseekSparseState]:
+    def mix_rows(self, x: Tensor, state: DSAState) -> tuple[Tensor, DSAState]:
         before, start = state.cache.length, state.cache.start
         at = positions(slice(0, x.shape[1]), before, start, x.device)
-        (q, k, v), _ = self.heads(x)
+        (q, k, v), _ = self.qkv_proj(x)
         q, k = self.rotate(q, k, at=at)
         k, v, cache = kv_cache.extend(state.cache, k, v, None)
         with without_autocast(x.device):  # in bfloat16 other tokens would be chosen
@@ -131,7 +131,7 @@ class DeepseekSparse(RowAttention):
         else:
             lists = chosen.unsqueeze(2).expand(-1, -1, k.shape[2], -1)
             o = ops.block_sparse_attention(q, k, v, lists, 1, key_start=start)
-        return self.output(rearrange(o, "b t h v -> b t (h v)")), DeepseekSparseState(cache, index)
+        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), DSAState(cache, index)
 
     def _index(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The indexer's queries ``[B, T, Hi, Ki]``, keys ``[B, T, 1, Ki]`` and heads' weights ``[B, T, Hi]``."""

@@ -19,8 +19,8 @@ from seqarch.ops.dispatch.checks import accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockMixtureConfig(BlockSparseConfig):
-    """Options of :class:`BlockMixture`.
+class MoBAConfig(BlockSparseConfig):
+    """Options of :class:`MoBA`.
 
     Attributes:
         block_size: tokens of a block; the paper's 512 is for sequences of 8192.
@@ -31,8 +31,8 @@ class BlockMixtureConfig(BlockSparseConfig):
     top_k: int = 3
 
 
-class BlockMixtureState(NamedTuple):
-    """State of :class:`BlockMixture`.
+class MoBAState(NamedTuple):
+    """State of :class:`MoBA`.
 
     Attributes:
         conv: the short convolution's last inputs, or ``None`` without one.
@@ -45,7 +45,7 @@ class BlockMixtureState(NamedTuple):
     sums: Tensor
 
 
-class BlockMixture(BlockSparse):
+class MoBA(BlockSparse):
     """Softmax attention over a token's own block and the ``top_k - 1`` earlier ones with the largest ``q . mean(K)``.
 
     Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", section 2.2. Scores are not scaled, keys
@@ -59,8 +59,8 @@ class BlockMixture(BlockSparse):
     and one score an earlier block.
     """
 
-    Config = BlockMixtureConfig
-    State = BlockMixtureState
+    Config = MoBAConfig
+    State = MoBAState
 
     def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         (sums,), offsets = memory, place.offsets
@@ -90,13 +90,11 @@ class BlockMixture(BlockSparse):
         own = own[..., None, None].expand(*q.shape[:3], 1)
         return torch.cat([own, blocks.masked_fill(best == -torch.inf, -1)], dim=-1)
 
-    def new_state(
-        self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None
-    ) -> BlockMixtureState:
+    def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> MoBAState:
         conv, cache = super().new_state(batch_size, max_length, device, dtype)
         keys = cache.keys
         shape = batch_size, self._blocks(max_length), *keys.shape[2:]
-        return BlockMixtureState(conv, cache, keys.new_zeros(shape, dtype=accumulation_dtype(keys)))
+        return MoBAState(conv, cache, keys.new_zeros(shape, dtype=accumulation_dtype(keys)))
 
     def _blocks(self, length: int) -> int:
         return -(-length // self.config.block_size)
