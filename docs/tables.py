@@ -1,9 +1,9 @@
 """The generated parts of the documentation: ``python -m docs.tables`` writes them, a test fails where they are stale.
 
-README.md, docs/bench.md, docs/mixers.md, docs/tasks.md and the pages of docs/results hold blocks between ``<!--
-generated: NAME -->`` and ``<!-- end -->``; the pages of docs/ops/ are generated whole. All of it comes from the
-registries, the docstrings and the measurements kept in docs/results, so it is the same on every machine, whatever
-backends run there.
+README.md, docs/architecture.md, docs/bench.md, docs/mixers.md, docs/tasks.md and the pages of docs/results hold blocks
+between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the pages of docs/ops/ and the pictures of the rooms are
+generated whole. All of it comes from the registries, the docstrings, the imports and the measurements kept in
+docs/results, so it is the same on every machine, whatever backends run there.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from docs.docstrings import (
     source,
     split_sections,
 )
+from docs.rooms import picture, room_table
 from docs.tasks import task_sections, task_table
 from experiments.studies.page import PAGES, blocks
 from experiments.util.blocks import fill, table
@@ -145,6 +146,7 @@ def layer_sections() -> str:
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
+    Path("docs/architecture.md"): {"rooms": room_table},
     Path("docs/bench.md"): {"targets": target_table, "bench": bench_tables, "gpu bench": gpu_tables},
     Path("docs/tasks.md"): {"overview": task_table, "tasks": task_sections},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},
@@ -197,9 +199,13 @@ def op_page(name: str) -> str:
     )
 
 
+PICTURES = {Path(f"docs/images/rooms-{top}.svg"): top for top in ("seqarch", "experiments")}
+
+
 def pages() -> dict[Path, str]:
     """Every page with generated parts, by its path below the repository, as it should be."""
     filled = {path: fill((ROOT / path).read_text(encoding="utf-8"), blocks) for path, blocks in BLOCKS.items()}
+    filled |= {path: picture(top) for path, top in PICTURES.items()}
     return filled | {Path("docs/ops") / f"{name}.md": op_page(name) for name in OPS}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,9 @@ from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, Mixer
 from seqarch.ops import OPS
+from tests.support.house import FILES, FLOORS, ROOMS, arrows, imported, imports, may_import, module_name, room_of
 from tests.support.paths import ROOT
 
-FILES = sorted(
-    path.relative_to(ROOT).as_posix() for top in ("seqarch", "experiments") for path in ROOT.glob(f"{top}/**/*.py")
-)
-TIERS = ("seqarch.ops", "seqarch.layers", "seqarch.models", "seqarch.parallel", "seqarch.interop", "experiments")
 LIBRARY = {"seqarch", "torch", "numpy", "einops", *sys.stdlib_module_names}
 """What any file of the library may import."""
 
@@ -49,28 +46,6 @@ PACKAGES = "mamba_ssm|causal_conv1d|flash_attn"
 BACKEND = re.compile(rf"(recurrent|chunk|parallel|grouped)_(torch|sdpa|mm|cpp|cuda|triton|{PACKAGES})")
 NATIVE = "seqarch.ops.native.cpu_library", "seqarch.ops.native.cuda_library"
 """The compiled libraries' loaders."""
-
-
-def module_name(file: str) -> str:
-    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-
-
-def imports(source: str, package: str) -> Iterator[str]:
-    """The dotted names that a file imports, anywhere in it: ``from a import b`` gives ``a.b``."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: 1 - node.level or None] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-@cache
-def imported(file: str) -> list[str]:
-    name = module_name(file)
-    package = name if file.endswith("__init__.py") else name.rpartition(".")[0]
-    return list(imports((ROOT / file).read_text(encoding="utf-8"), package))
 
 
 def below(name: str, package: str) -> bool:
@@ -103,13 +78,52 @@ def test_imports_are_read_in_every_form():
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_imports_go_one_way(file):
-    name = module_name(file)
-    own = next((i for i, tier in enumerate(TIERS) if below(name, tier)), len(TIERS))
-    later = [other for other in imported(file) for tier in TIERS[own + 1 :] if below(other, tier)]
-    assert not later
-    if own < TIERS.index("experiments"):
-        assert {other.split(".")[0] for other in imported(file)} <= LIBRARY | set(ENGINES)
+def test_imports_go_down(file):
+    """To the rooms on floors below, or to those on the same floor that ``FLOORS`` names."""
+    room = room_of(module_name(file))
+    if room is not None:
+        others = {other: room_of(other) for other in imported(file)}
+        wrong = [f"{other} in {to.name}" for other, to in others.items() if to is not None and not may_import(room, to)]
+        assert not wrong, f"{room.name} may not import that"
+
+
+def test_every_folder_is_a_room():
+    folders = {module_name(f"{Path(file).parent}/__init__.py") for file in FILES} - {"seqarch"}
+    held = {package for room in ROOMS.values() for package in room.holds}
+    assert not folders - held, "give it a floor in tests/support/house.py"
+    there = folders | {module_name(file) for file in FILES}
+    assert not held - there, "held by a room of tests/support/house.py, and gone"
+    assert [file for file in FILES if room_of(module_name(file)) is None] == ["seqarch/__init__.py"]
+
+
+def test_rooms_on_one_floor_import_only_those_before_them():
+    for floor in FLOORS.values():
+        names = [room.name for room in floor]
+        for i, room in enumerate(floor):
+            assert set(room.beside) <= set(names[:i]), room.name
+            assert set(room.beside) <= arrows()[room.name], f"{room.name} needs none of that any more"
+
+
+def test_the_runner_has_at_most_six_floors():
+    floors = [floor for floor in FLOORS.values() if all(room.holds[0].startswith("experiments") for room in floor)]
+    assert len(floors) <= 6
+    assert {room.name for floor in floors for room in floor} >= {"commands", "config", "sweeps", "studies"}
+
+
+def test_no_module_of_the_runner_imports_itself_through_others():
+    """``TYPE_CHECKING`` is no way out: what only the types need is a dependency as well."""
+    modules = [file for file in FILES if file.startswith("experiments/") and not file.endswith("__init__.py")]
+    names, graph = {module_name(file): file for file in modules}, {}
+    for name, file in names.items():
+        found = set(imported(file)) | {other.rpartition(".")[0] for other in imported(file)}
+        graph[name] = (found & names.keys()) - {name}
+    assert graph["experiments.train"] > {"experiments.training.run_record"}
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("seqarch/")])
+def test_the_library_needs_little(file):
+    assert {other.split(".")[0] for other in imported(file)} <= LIBRARY | set(ENGINES)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("seqarch/ops/")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from functools import cache
@@ -20,7 +21,7 @@ from tests.support.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
-GENERATED = [*tables.BLOCKS, *(Path("docs/ops") / f"{name}.md" for name in OPS)]
+GENERATED = [*tables.BLOCKS, *tables.PICTURES, *(Path("docs/ops") / f"{name}.md" for name in OPS)]
 generated = cache(tables.pages)
 
 
@@ -98,6 +99,40 @@ def test_paths_that_are_named_exist(page):
     for path in named:
         if not re.search(r"[A-Z]{2}", path) and "simple_gla" not in path:
             assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def defined(source: str) -> set[str]:
+    """The dotted names that a Python file defines: functions, classes with what is in them, and what is assigned."""
+    found: set[str] = set()
+    inside = [("", ast.parse(source).body)]
+    while inside:
+        prefix, body = inside.pop()
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(f"{prefix}{node.name}")
+            if isinstance(node, ast.ClassDef):
+                inside.append((f"{prefix}{node.name}.", node.body))
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found |= {f"{prefix}{target.id}" for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_what_a_file_defines():
+    lines = "A, a = 1, 2", "B: int = 1", "def c(): d = 1", "class E:", "  f: int", "  def g(self): ...", "C = E"
+    assert defined("\n".join(lines)) == {"B", "C", "c", "E", "E.f", "E.g"}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_names_in_files_are_defined_there(page):
+    """``FILE::NAME``: of C++ and of Python, where a method is ``CLASS.METHOD``; a base class's is named in its file."""
+    gone = []
+    for path, name in re.findall(r"`((?:seqarch|experiments|tests|docs|csrc)/[\w./-]+)::([\w.]+)`", TEXTS[page]):
+        source = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else None
+        if source is None:
+            gone.append(f"{path}: there is no such file")
+        elif name not in (defined(source) if path.endswith(".py") else re.findall(r"\w+(?=\()", source)):
+            gone.append(f"{path}::{name}")
+    assert not gone, f"{page} names what is gone"
 
 
 def test_decisions_are_numbered_without_gaps():
