@@ -8,11 +8,12 @@ same folder.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from experiments.util.errors import ConfigError, choices_hint
 
-NOT_IDENTITY = ("runs", "tracker", "machine", "train.keep", "train.save_every", "train.dry_run")
+NOT_IDENTITY = ("runs", "imports", "tracker", "machine", "train.keep", "train.save_every", "train.dry_run")
 """Keys that change where a run is kept, on what it runs or who else hears of it, and never what comes out of it but
 for rounding."""
 
@@ -223,6 +224,8 @@ class RunConfig:
     Attributes:
         experiment: the folder below ``runs``, such as ``mqar`` or ``demo/recall``.
         runs: the root of all run folders.
+        imports: modules that register mixers, tasks or trackers of one's own, by their dotted names; each process of
+            the run imports them first.
     """
 
     experiment: str
@@ -233,6 +236,7 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     runs: str = "runs"
+    imports: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         folder_path("runs", self.runs)
@@ -308,10 +312,19 @@ def run_config(composed: Mapping[str, Any]) -> RunConfig:
         ConfigError: naming the full path of a wrong key, type or value and the nearest right one.
     """
     composed = dict(composed)
+    _import(convert(list[str], composed.get("imports", []), "imports"))
     for name, typed in (("task", task_config), ("tracker", _tracker_config)):
         if isinstance(composed.get(name), Mapping):
             composed[name] = typed(composed[name])
     return convert(RunConfig, composed)
+
+
+def _import(names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"imports: cannot import {name!r}: {error}; is its folder in PYTHONPATH?") from error
 
 
 def task_config(task: Mapping[str, Any]) -> TaskConfig:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,14 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ 
 """Run by Python as it starts: takes away an editable install, which would import this checkout and not the copy."""
 
 
-def blocks(language: str) -> list[tuple[str, str]]:
-    """The page's code blocks of a language whose first line is a comment with a path: that path, and what follows."""
+def blocks(language: str, inside: bool) -> list[tuple[str, str]]:
+    """The page's code blocks of a language whose first line is a comment with a path: that path, and what follows.
+
+    Args:
+        inside: those with a path in the checkout, or those for a repository of one's own.
+    """
     found = re.findall(rf"^```{language}\n# (\S+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    found = [(path, content) for path, content in found if (path.split("/")[0] in FOLDERS) == inside]
     assert found, f"docs/extending.md has no {language} block that names its file"
     return found
 
@@ -57,19 +63,30 @@ def copy(tmp_path_factory) -> Path:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, root / file)
     (root / "sitecustomize.py").write_text(SITE)
-    for path, content in [*blocks("python"), *blocks("yaml")]:
+    for path, content in [*blocks("python", inside=True), *blocks("yaml", inside=True)]:
         assert not (root / path).exists(), f"the page's example is in the project already: {path}"
         (root / path).write_text(content)
-    for path, patch in blocks("diff"):
+    for path, patch in blocks("diff", inside=True):
         (root / path).write_text(insert((root / path).read_text(), patch))
     return root
 
 
-def follow(root: Path, command: str, *more: str) -> str:
-    """Run a command of the page in the copy."""
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """A repository of one's own, as the page's last part has it."""
+    root = tmp_path_factory.mktemp("own")
+    for path, content in [*blocks("python", inside=False), *blocks("yaml", inside=False)]:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+    return root
+
+
+def follow(root: Path, command: str, *more: str, paths: Sequence[Path] = ()) -> str:
+    """Run a command of the page in a folder, with it and ``paths`` before what else Python imports from."""
     assert f"\n{command}\n" in PAGE, f"docs/extending.md does not say: {command}"
     words = [sys.executable, *shlex.split(command)[1:], *more]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    folders = os.pathsep.join(map(str, (root, *paths)))
+    environment = os.environ | {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -88,3 +105,19 @@ def test_the_new_mixer_trains_through_its_yaml(copy):
     run = json.loads(record.read_text())
     assert run["status"] == "finished"
     assert run["backends"].keys() == {"linear_attention"}
+
+
+def test_a_mixer_of_ones_own_is_in_a_model(own):
+    assert follow(own, "python use.py").startswith("torch.Size([2, 50, 32]) ")
+
+
+def test_a_mixer_and_a_task_of_ones_own_are_in_the_runner(own):
+    command = "python -m experiments.run --config-dir conf --multirun experiment=majority model=learnt_retention,mamba2"
+    less = ("train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
+    follow(own, f"{command} train.steps=1", *less, paths=[ROOT])
+    files = {file.parent.name.split("-")[0]: file for file in own.glob("runs/majority/*/run.json")}
+    records = {name: json.loads(file.read_text()) for name, file in files.items()}
+    status = {name: record["status"] for name, record in records.items()}
+    assert status == {"learnt_retention": "finished", "mamba2": "finished"}
+    assert records["learnt_retention"]["backends"].keys() == {"linear_attention"}
+    follow(own, "python -m experiments.report runs/majority", paths=[ROOT])

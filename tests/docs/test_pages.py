@@ -62,7 +62,7 @@ def test_make_targets_exist(page):
 def test_choices_of_configurations_exist(page):
     groups = "|".join(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
     for group, names in re.findall(rf"(?<![\w.-])({groups})=([\w,]+)", TEXTS[page]):
-        example = {"simple_gla"} if page == "docs/extending.md" else set()
+        example = {"simple_gla", "learnt_retention", "majority"} if page == "docs/extending.md" else set()
         for name in set(names.split(",")) - example:
             assert (ROOT / "configs" / group / f"{name}.yaml").exists(), f"{group}={name}"
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -12,6 +12,7 @@ from experiments.config.overrides import compose
 from experiments.config.schema import NOT_IDENTITY, ModelConfig, TrainConfig, run_config, to_dict, without
 from experiments.runs.folder import RunFolder
 from experiments.sweeps.execute import resolve_composed
+from experiments.tasks import TASKS
 from experiments.util.errors import ConfigError
 from seqarch.models import LMConfig
 from tests.support.runs import tiny_config
@@ -31,6 +32,8 @@ def plain(tmp_path):
         ("train.steps", 0, ["train", "steps must be at least 1, got 0"]),
         ("train.select", "bset", ["train", "'bset'", "Did you mean 'best'?"]),
         ("sed", 1, ["sed", "unknown key", "Did you mean 'seed'?"]),
+        ("imports", ["no_such_package.parts"], ["imports: cannot import 'no_such_package.parts'", "PYTHONPATH"]),
+        ("imports", "parts", ["imports: expected a list, got 'parts'"]),
         ("seed", -1, ["seed must be at least 0 and below 2^63, got -1"]),
         ("seed", 2**64, ["seed must be at least 0 and below 2^63"]),
         ("train.lr", float("inf"), ["train.lr: expected a finite number, got inf"]),
@@ -72,6 +75,18 @@ def test_a_wrong_value_is_named_by_its_path(tmp_path, path, value, told):
         run_config(config)
     for words in told:
         assert words in str(caught.value)
+
+
+def test_modules_to_import_are_imported_first_and_tell_no_runs_apart(tmp_path, monkeypatch):
+    """What they register can be chosen in the same configuration."""
+    monkeypatch.setitem(TASKS, "parity_again", None)  # Taken out again after the test.
+    (tmp_path / "own_parts.py").write_text(
+        "from experiments.tasks import TASKS\nTASKS['parity_again'] = TASKS['parity']"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = run_config({**plain(tmp_path), "imports": ["own_parts"], "task": {"name": "parity_again", "length": 8}})
+    assert config.task.options.length == 8
+    assert replace(config, imports=[]).folder() == config.folder()
 
 
 @pytest.mark.parametrize(
