@@ -37,7 +37,7 @@ from experiments.util.blocks import fill, table
 from seqarch import ops
 from seqarch.layers import CHANNEL_MIXERS, FAMILIES, MIXERS, ChannelMixer, Mixer, build_channel_mixer, build_mixer
 from seqarch.ops import OPS, Op
-from tests.laws import LAWS
+from seqarch.testing import LAWS
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXERS_PAGE = Path("docs/mixers.md")

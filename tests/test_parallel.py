@@ -21,7 +21,7 @@ from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
 from seqarch.models.stack import StackLayer
 from seqarch.parallel import Edge, own_slice, sequence_parallel, sum_gradients
-from tests.laws import D_MODEL, assert_close
+from seqarch.testing import D_MODEL, assert_close
 
 PROCESSES = 4
 LENGTH = 67

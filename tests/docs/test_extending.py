@@ -14,12 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.laws import LAWS, available
+from seqarch.testing import LAWS
+from tests.support.backends import available
 from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FOLDERS = ("seqarch", "configs", "experiments")
-TESTS = ("__init__.py", "conftest.py", "laws.py", "layers/__init__.py", "layers/test_laws.py")
+TESTS = (
+    *("__init__.py", "conftest.py", "support/__init__.py", "support/variants.py"),
+    *("layers/__init__.py", "layers/test_laws.py"),
+)
 FILES = ("pyproject.toml", *(f"tests/{name}" for name in TESTS))
 SITE = """
 import sys

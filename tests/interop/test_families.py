@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from seqarch.interop import FAMILIES, from_transformers, lm_config, to_transformers, weight_map
 from seqarch.models import LanguageModel
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 from tests.support.families import CASES, VARIANTS, build
 
 BOUND = 1e-5

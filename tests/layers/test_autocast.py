@@ -11,14 +11,17 @@ from seqarch import ops
 from seqarch.layers import MIXERS, build_mixer
 from seqarch.layers.mixer import Mixer
 from seqarch.layers.recurrent_mixer import RecurrentMixer
-from tests import laws
+from seqarch.testing import D_MODEL, assert_close, inputs
+from seqarch.testing.laws import BFLOAT16_ERROR
+from tests.support.backends import available
+from tests.support.variants import VARIANTS
 
-CASES = [(name, options) for name in MIXERS for options in ({}, *laws.VARIANTS.get(name, []))]
+CASES = [(name, options) for name in MIXERS for options in ({}, *VARIANTS.get(name, []))]
 
 
 def run(mixer: Mixer, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, and the gradients of the input and all parameters in one vector."""
-    x = laws.inputs(70, dtype=torch.float32).requires_grad_()
+    x = inputs(70, dtype=torch.float32).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         y, state = mixer(x)
         loss = mixer.auxiliary_loss()
@@ -26,9 +29,7 @@ def run(mixer: Mixer, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(mixer, RecurrentMixer):
         assert state.recurrent.dtype == torch.float32
     total = (
-        (y.float() * laws.inputs(70, dtype=torch.float32, seed=2)).sum()
-        + more.float().sum()
-        + (0 if loss is None else loss)
+        (y.float() * inputs(70, dtype=torch.float32, seed=2)).sum() + more.float().sum() + (0 if loss is None else loss)
     )
     gradients = torch.autograd.grad(total, [x, *mixer.parameters()])
     return y, torch.cat([gradient.flatten() for gradient in gradients])
@@ -36,12 +37,12 @@ def run(mixer: Mixer, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_a_mixer_trains_within_the_rounding_of_its_projections(name: str, options: dict[str, Any]):
-    mixer = build_mixer(name, d_model=laws.D_MODEL, **options)
+    mixer = build_mixer(name, d_model=D_MODEL, **options)
     for found, expected in zip(run(mixer, True), run(mixer, False), strict=True):
-        laws.assert_close(found, expected, laws.BFLOAT16_ERROR)
+        assert_close(found, expected, BFLOAT16_ERROR)
 
 
-@pytest.mark.parametrize("backend", laws.available("linear_attention"))
+@pytest.mark.parametrize("backend", available("linear_attention"))
 def test_a_recurrence_is_the_same_under_autocast(backend: str):
     q, k, v = torch.randn(3, 1, 70, 2, 8)
     expected = ops.linear_attention(q, k, v, backend=backend)
@@ -64,7 +65,7 @@ CACHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("name", CACHED)
 def test_a_cache_may_have_another_dtype_than_the_module(name: str, packed: bool):
-    mixer, x = build_mixer(name, d_model=laws.D_MODEL, **CACHED[name]), laws.inputs(12, dtype=torch.float32)
+    mixer, x = build_mixer(name, d_model=D_MODEL, **CACHED[name]), inputs(12, dtype=torch.float32)
     with torch.no_grad():
         expected = mixer(x)[0]
         for reserved in (0, 5, 20):
@@ -77,4 +78,4 @@ def test_a_cache_may_have_another_dtype_than_the_module(name: str, packed: bool)
                     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=t == 10):
                         y, state = mixer(x[:, t : t + 1], state)
                     steps.append(y.float())
-                laws.assert_close(torch.cat(steps, dim=1), expected, laws.BFLOAT16_ERROR, f"{reserved} {dtype}")
+                assert_close(torch.cat(steps, dim=1), expected, BFLOAT16_ERROR, f"{reserved} {dtype}")

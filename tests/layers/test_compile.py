@@ -9,7 +9,8 @@ from torch._inductor.utils import fresh_cache
 
 from seqarch.layers import MIXERS, Mixer
 from seqarch.models import Stack, StackConfig
-from tests.laws import VARIANTS, assert_close
+from seqarch.testing import assert_close
+from tests.support.variants import VARIANTS
 
 BOUND = 1e-4
 """float32: a compiler adds up in another order, which gradients magnify where a decay in (-1, 1) is near 0."""

@@ -13,7 +13,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from seqarch import ops
 from seqarch.layers import MIXERS, build_channel_mixer, build_mixer
 from seqarch.ops import OPS, BackendError
-from tests.laws import D_MODEL, available, error, inputs
+from seqarch.testing import D_MODEL, error, inputs
+from tests.support.backends import available
 
 LENGTH = 12
 STEP = 1e-5

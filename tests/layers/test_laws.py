@@ -1,15 +1,16 @@
-"""Every law on every case of :mod:`tests.laws`."""
+"""Every law on every registered mixer, with its variants, on every backend that runs here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from tests import laws
+from seqarch.testing import LAWS, Case, Law
+from tests.support.variants import registered_cases
+
+CASES = [pytest.param(case, id=f"{name}{case.setting}") for name, case in registered_cases()]
 
 
-@pytest.mark.parametrize("case", list(laws.cases()), ids=str)
-@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
-def test_law(law: Callable[[laws.Case], None], case: laws.Case):
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_law(law: Law, case: Case):
     law(case)

@@ -11,7 +11,7 @@ from seqarch.layers import MIXERS, build_mixer
 from seqarch.layers.materialize import VALUES, Materialized, materialize
 from seqarch.layers.modules.rotary import apply_rotary
 from seqarch.ops import Call
-from tests.laws import assert_close, inputs
+from seqarch.testing import assert_close, inputs
 
 LENGTH = 40
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer
 from seqarch.layers.modules.linear import Linear
 from seqarch.models import LanguageModel, LMConfig
-from tests.laws import FLOAT64_ERROR, assert_close, error
+from seqarch.testing import assert_close, error
+from seqarch.testing.laws import FLOAT64_ERROR
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "attention": {"qk_norm": True, "output_gate": True, "conv_width": 4},

@@ -16,7 +16,7 @@ from seqarch.layers import clone_state
 from seqarch.layers.state_space.mamba import Mamba
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig, one_token
 from seqarch.ops.native import cpu_library, token
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 
 BOUND = 3e-6
 

@@ -11,7 +11,9 @@ from torch.utils import _pytree as pytree
 
 from seqarch.layers import MIXERS, build_mixer, clone_state
 from seqarch.models import LanguageModel, LMConfig, state_rows
-from tests.laws import FLOAT64_ERROR, VARIANTS, assert_close
+from seqarch.testing import assert_close
+from seqarch.testing.laws import FLOAT64_ERROR
+from tests.support.variants import VARIANTS
 
 LENGTHS = (5, 1, 40, 17)
 CHOICES = ([1, 1, 3], [2], [3, 2, 0, 0, 1], torch.tensor([0, 3]))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, Mixer, clone_state, measured_state_bytes
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig, parameter_groups
-from tests.laws import assert_close, reference
+from seqarch.testing import assert_close, reference_backends
 
 HYBRID = "2*mamba2 attention+gated_delta_net/moe sliding_window/none"
 
@@ -51,11 +51,11 @@ def test_a_cloned_state_branches():
 
 def test_the_accounting_of_a_stack_is_that_of_its_parts():
     model, x = stack(), torch.randn(2, 21, 32, dtype=torch.float64)
-    with reference(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with reference_backends(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         _, state = model(x)
     assert counter.get_total_flops() == model.flops(21, 2)
     assert measured_state_bytes(state) == model.state_bytes(21, 2)
-    with reference(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with reference_backends(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x[:, :1], state)
     assert counter.get_total_flops() == model.step_flops(21, 2)
 

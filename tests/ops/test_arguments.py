@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.ops import OPS
-from tests.laws import available
+from tests.support.backends import available
 
 
 def given(op: str, T: int = 5, H: int = 2, K: int = 4, V: int = 4, D: int = 4, top: int = 2) -> dict[str, Any]:

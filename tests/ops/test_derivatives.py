@@ -18,7 +18,7 @@ from seqarch.layers.modules.linear import Linear
 from seqarch.ops import OPS, BackendError
 from seqarch.ops.native import onednn
 from seqarch.ops.triton import availability
-from tests.laws import available
+from tests.support.backends import available
 
 BOUND = 1e-10
 

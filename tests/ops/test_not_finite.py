@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.ops import OPS
-from tests.laws import available
+from tests.support.backends import available
 
 LENGTH, BORDER, BLOCK = 80, 45, 16
 TIMES = (37, 63)

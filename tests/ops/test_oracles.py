@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from seqarch import ops
-from tests.laws import assert_close, available, on_device
+from seqarch.testing import assert_close
+from tests.support.backends import available, on_device
 from tests.support.paths import ORACLES
 
 BOUND = {torch.float32: 2e-6, torch.float64: 1e-6}

@@ -63,6 +63,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
     "stacks": (_room("seqarch.layers"), _room("seqarch.models", "layers")),
     "around them": (
         _room("seqarch.interop"),
+        _room("seqarch.testing"),
         _room("seqarch.parallel"),
         Room("python -m seqarch", ("seqarch.__main__",)),
     ),

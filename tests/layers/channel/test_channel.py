@@ -1,4 +1,4 @@
-"""Channel mixers: what all obey, and the equations and widths of the dense ones."""
+"""Channel mixers: their laws, and the equations and widths of the dense ones."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from seqarch import ops
 from seqarch.layers import CHANNEL_MIXERS, build_channel_mixer
+from seqarch.testing import check_channel_mixer
+from seqarch.testing.channel_laws import channel_flops, channel_gradients, tokens_alone
 
 
-def inputs(length: int = 10, batch: int = 2, width: int = 32) -> Tensor:
-    return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def inputs(length: int = 10) -> Tensor:
+    return torch.randn(2, length, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def same(a: Tensor, b: Tensor) -> None:
@@ -24,19 +24,12 @@ def same(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("name", CHANNEL_MIXERS)
 @pytest.mark.parametrize("width", [32, 96, 160])
 def test_each_token_for_itself_with_exact_flops(name, width):
-    mixer, x = build_channel_mixer(name, d_model=width).double(), inputs(width=width)
-    with ops.use_backends(experts="parallel_torch"), FlopCounterMode(display=False) as counter:
-        y = mixer(x)
-    assert counter.get_total_flops() == mixer.flops(10, 2)
-    same(mixer(x.flip(1)).flip(1), y)
-    changed = x.clone()
-    changed[0, 4] += 1
-    moved = (mixer(changed) - y).abs().amax(dim=-1) > 1e-9
-    assert moved.nonzero().tolist() == [[0, 4]]
+    check_channel_mixer(CHANNEL_MIXERS[name], d_model=width, laws=(tokens_alone, channel_flops))
 
 
 @pytest.mark.parametrize("name", CHANNEL_MIXERS)
 def test_every_parameter_receives_a_gradient(name):
+    check_channel_mixer(CHANNEL_MIXERS[name], laws=(channel_gradients,))
     mixer = build_channel_mixer(name, d_model=32).double()
     (mixer(inputs(50)) * inputs(50)).sum().backward()
     for parameter in mixer.parameters():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from seqarch.layers import build_mixer
 from seqarch.layers.modules.long_conv import fft_length, long_conv
-from tests.laws import assert_close, inputs
+from seqarch.testing import assert_close, inputs
 
 EXACT = 1e-11
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from seqarch.layers import build_mixer
 from seqarch.layers.linear_attention.linear_attention import taylor
 from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
-from tests.laws import assert_close, error
+from seqarch.testing import assert_close, error
 
 EXACT = 1e-12
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from seqarch.layers import build_mixer
 from seqarch.layers.recurrent.rg_lru import complement
-from tests.laws import assert_close, inputs
+from seqarch.testing import assert_close, inputs
 
 EXACT = 1e-12
 

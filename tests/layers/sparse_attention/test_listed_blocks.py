@@ -16,7 +16,8 @@ from seqarch.layers.modules.rotary import apply_rotary
 from seqarch.layers.sparse_attention.big_bird import BigBird
 from seqarch.layers.sparse_attention.longformer import Longformer
 from seqarch.layers.sparse_attention.moba import MoBA
-from tests.laws import assert_close, available
+from seqarch.testing import assert_close
+from tests.support.backends import available
 from tests.support.paths import ORACLES
 
 

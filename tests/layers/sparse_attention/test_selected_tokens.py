@@ -21,7 +21,7 @@ from seqarch.layers.sparse_attention.dsa import DSA
 from seqarch.layers.sparse_attention.nsa import NSA
 from seqarch.layers.sparse_attention.selection import Blocks, importance, largest, select_blocks
 from seqarch.models import LanguageModel, LMConfig
-from tests.laws import assert_close, inputs
+from seqarch.testing import assert_close, inputs
 from tests.support.paths import ORACLES
 
 SMALL = {

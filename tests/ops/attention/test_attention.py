@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seqarch import ops
 from seqarch.ops.attention import chunk_sdpa, flops
 from seqarch.ops.native import cpu_library
-from tests.laws import available
+from tests.support.backends import available
 
 BACKENDS = available("attention")
 

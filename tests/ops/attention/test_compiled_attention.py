@@ -11,7 +11,7 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.ops.attention import chunk_cpp
 from seqarch.ops.native import cpu_library
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 
 ISAS = cpu_library.supported_isas()
 BACKENDS = {"attention": "chunk_cpp", "block_sparse_attention": "grouped_cpp"}

@@ -21,7 +21,7 @@ from seqarch.ops import OPS
 from seqarch.ops.block_sparse_attention import grouped_triton
 from seqarch.ops.experts import grouped_mm
 from seqarch.ops.triton import availability
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 from tests.ops.attention import test_attention as whole
 from tests.ops.block_sparse_attention import test_block_sparse_attention as listed
 from tests.ops.chunked.test_triton_recurrences import BOUND, DEVICE, EXACT, surrounded

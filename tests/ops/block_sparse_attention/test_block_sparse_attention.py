@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
 from seqarch.ops.block_sparse_attention import flops, lists
-from tests.laws import available
+from tests.support.backends import available
 
 BACKENDS = available("block_sparse_attention")
 FAST = [name for name in BACKENDS if name not in ("parallel_torch", "recurrent_torch")]

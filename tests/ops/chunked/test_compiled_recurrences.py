@@ -12,7 +12,7 @@ from seqarch import ops
 from seqarch.ops.delta_rule import chunk_cpp as delta_cpp
 from seqarch.ops.linear_attention import chunk_cpp as linear_cpp
 from seqarch.ops.native import cpu_library
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 
 ISAS = cpu_library.supported_isas()
 DECAYS = ("none", "head", "step", "key")

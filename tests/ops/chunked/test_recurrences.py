@@ -18,7 +18,9 @@ from seqarch.ops.delta_rule import flops as delta_flops
 from seqarch.ops.linear_attention import flops as linear_flops
 from seqarch.ops.selective_scan import chunk_torch
 from seqarch.ops.selective_scan import flops as scan_flops
-from tests.laws import LENGTHS, assert_close, available
+from seqarch.testing import assert_close
+from seqarch.testing.laws import LENGTHS
+from tests.support.backends import available
 
 B, H, K, V, D, N = 2, 4, 6, 5, 12, 3
 DECAYS = ("none", "head", "step", "key")

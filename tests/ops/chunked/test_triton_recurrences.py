@@ -20,7 +20,7 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.ops import OPS
 from seqarch.ops.triton import availability
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 from tests.ops.chunked.test_compiled_recurrences import call, gradients, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

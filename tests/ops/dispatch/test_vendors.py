@@ -20,7 +20,7 @@ from seqarch import ops
 from seqarch.ops import OPS
 from seqarch.ops.dispatch import vendors
 from seqarch.ops.dispatch.checks import BackendError
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 from tests.ops.causal_conv1d import test_causal_conv1d as conv
 from tests.ops.selective_scan import test_selective_scan as scans
 

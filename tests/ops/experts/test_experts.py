@@ -15,7 +15,7 @@ from seqarch import ops
 from seqarch.ops.experts import chunk_torch, flops, grouped_torch, groups
 from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES
 from seqarch.ops.native import onednn
-from tests.laws import available
+from tests.support.backends import available
 
 BACKENDS = available("experts")
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 13, 6, 5, 7, 3

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from seqarch import ops
+from seqarch.layers import MIXERS
 from seqarch.ops import OPS
 from seqarch.ops.causal_conv1d import parallel_cuda
 from seqarch.ops.native import cuda_library
 from seqarch.ops.native.cpu_library import LibraryError
 from seqarch.ops.selective_scan import OP, chunk_cuda
-from tests import emulation, laws
+from seqarch.testing import Case, laws
+from tests import emulation
 from tests.ops import test_oracles as oracles
 from tests.ops.causal_conv1d import test_causal_conv1d as conv
 from tests.ops.selective_scan import test_selective_scan as scans
@@ -257,7 +259,8 @@ LAWS = [("mamba", "selective_scan", "chunk_cuda"), ("mamba", "causal_conv1d", "p
 @pytest.mark.parametrize("law", [laws.packed, laws.split, laws.gradients, laws.lengths], ids=lambda law: law.__name__)
 @pytest.mark.parametrize("case", LAWS if HERE and not REAL else (), ids=str)
 def test_mixers_obey_the_laws_on_them(case: tuple[str, str, str], law: Any):
-    law(laws.Case(*case))
+    mixer, op, backend = case
+    law(Case(MIXERS[mixer], op, backend))
 
 
 def test_what_the_kernels_refuse():

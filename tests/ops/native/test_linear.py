@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from seqarch.layers.modules.linear import Linear
 from seqarch.ops.native import cpu_library, linear
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float64: 1e-14}
 

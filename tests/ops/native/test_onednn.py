@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch.layers.modules.linear import Linear
 from seqarch.ops.native import onednn
-from tests.laws import assert_close
+from seqarch.testing import assert_close
 
 BOUND = 1e-6
 

@@ -1,0 +1,74 @@
+"""Options beyond the defaults under which each built-in mixer is tried, and the cases that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from seqarch.layers import MIXERS
+from seqarch.testing import Case, mixer_cases
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "attention": [
+        {"num_kv_heads": 1, "num_heads": 4, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.5},
+        {"conv_width": 4, "position": "none", "output_bias": True},
+    ],
+    "based": [{"num_heads": 2, "key_width": 4, "window": 16}],
+    "big_bird": [{"block_size": 16, "num_heads": 2, "window_blocks": 2, "global_blocks": 1, "random_blocks": 2}],
+    "moba": [{"block_size": 16, "num_heads": 4, "num_kv_heads": 2}],
+    "dsa": [
+        {"num_heads": 4, "num_kv_heads": 2, "top_k": 3},
+        {"top_k": 2, "position": "none", "rotary_fraction": 0.5},
+    ],
+    "delta_net": [{"num_heads": 2, "negative_eigenvalues": True}, {"conv_width": 0}],
+    "gated_delta_net": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "negative_eigenvalues": True}],
+    "gated_delta_net_2": [{"num_heads": 2, "num_key_heads": 1, "expand_v": 0.5, "negative_eigenvalues": True}],
+    "gated_delta_product": [{"num_heads": 2, "num_key_heads": 1, "steps": 3, "negative_eigenvalues": False}],
+    "gla": [{"num_heads": 2, "temperature": 1.0, "conv_width": 3, "negative_eigenvalues": True}],
+    "hgrn": [{"lower_bound": 0.5, "complex_state": False}],
+    "hgrn2": [{"num_heads": 2, "lower_bound": 0.5, "conv_width": 3}],
+    "hyena": [{"order": 3, "length": 16, "filter_width": 8, "filter_features": 2}],
+    "kda": [{"num_heads": 2, "key_width": 8, "expand_v": 2.0, "gate_rank": 3, "negative_eigenvalues": True}],
+    "mla": [
+        {"num_heads": 2, "latent_rank": 24, "query_rank": 5, "value_width": 8, "position": "none"},
+        {"num_heads": 2, "latent_rank": 10},
+    ],
+    "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
+    "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
+    "mamba": [{"d_state": 4, "dt_rank": 1}, {"d_state": 3, "expand": 1, "negative_eigenvalues": True}],
+    "mamba2": [
+        {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "A_min": 8.0, "dt_min": 0.05},
+        {"inner": 96, "head_dim": 32, "output_norm": "none"},
+    ],
+    "mamba3": [
+        {"d_state": 8, "head_dim": 16, "n_groups": 2, "rotary_fraction": 1.0},
+        {"d_state": 8, "head_dim": 16, "mimo_rank": 3, "output_norm": True},
+    ],
+    "min_gru": [{"expand": 2, "candidate": "positive", "negative_eigenvalues": True}],
+    "mlstm": [{"num_heads": 2, "forget_gate": "exponential", "gate_cap": 0.0, "conv_width": 3}],
+    "nsa": [
+        {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "compressed_length": 8,
+            "compressed_stride": 4,
+            "block_size": 8,
+            "selected_blocks": 3,
+            "local_blocks": 1,
+            "window": 16,
+        }
+    ],
+    "retention": [{"num_heads": 2, "conv_width": 4}],
+    "rwkv6": [{"num_heads": 2, "mix_rank": 3, "decay_rank": 5}],
+    "rwkv7": [{"num_heads": 2, "decay_rank": 3, "rate_rank": 4, "gate_rank": 5}],
+    "rg_lru": [{"inner": 48, "num_heads": 4, "scale_first": True, "negative_eigenvalues": True}],
+    "s4d": [{"d_state": 4, "init": "legs"}],
+    "sliding_window": [{"window": 2}, {"window": 16, "num_heads": 2}],
+}
+
+
+def registered_cases() -> Iterator[tuple[str, Case]]:
+    """Every mixer by its name, with its defaults and its variants, on each backend of each operation that it uses."""
+    for name, mixer in MIXERS.items():
+        for case in mixer_cases(mixer, options=({}, *VARIANTS.get(name, []))):
+            yield name, case
