@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 from experiments.config.schema import folder_path
-from experiments.run import INTERRUPTED
 from experiments.studies import STUDIES, records
 from experiments.studies.page import PAGES, RESULTS, blocks, how_to_run, results
 from experiments.studies.study import VERSIONS, Study
@@ -27,6 +26,7 @@ from experiments.util import owned
 from experiments.util.blocks import fill
 from experiments.util.errors import RunnerError, choices_hint, writing
 from experiments.util.files import write_atomic
+from experiments.util.interrupts import INTERRUPTED
 from experiments.util.output import exit_code
 from experiments.util.paths import ROOT
 from experiments.util.plot_style import figure

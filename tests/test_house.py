@@ -34,7 +34,7 @@ EDGES = {
     "hydra": {"experiments/run.py", "experiments/config/overrides.py"},
     "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
     "joblib": {"experiments/sweeps/workers.py"},
-    "optuna": {"experiments/search.py"},
+    "optuna": {"experiments/sweeps/search.py"},
     "wandb": {"experiments/trackers/__init__.py"},
     "torch.utils.tensorboard": {"experiments/trackers/__init__.py"},
     "matplotlib": {"experiments/util/plot_style.py", "experiments/report/figures.py", "experiments/studies/"},

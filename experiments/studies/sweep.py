@@ -1,4 +1,4 @@
-"""Which runs a study needs, and bringing them about through the runner: what is finished is not done again."""
+"""The runs of a study, trained through the runner: what is finished is not done again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import run
 from experiments.config.overrides import compose, parse_choice
 from experiments.config.schema import RunConfig
 from experiments.sweeps.execute import execute, resolve_composed
+from experiments.sweeps.session import SweepSession
+from experiments.util.interrupts import INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,16 @@ class Sweep:
 
     Attributes:
         common: what all runs share, ``"experiment=recall_and_state seed=0,1,2"``.
-        arms: what tells them apart, an arm a line; choices within a line multiply.
+        grid: what differs between them, in rows; choices within a row multiply.
     """
 
     common: str
-    arms: tuple[str, ...]
+    grid: tuple[str, ...]
 
     def arguments(self) -> Iterator[list[str]]:
         """The command line of each run."""
-        for arm in self.arms:
-            yield from _expanded(shlex.split(f"{self.common} {arm}"))
+        for row in self.grid:
+            yield from _expanded(shlex.split(f"{self.common} {row}"))
 
 
 def _expanded(arguments: Sequence[str]) -> Iterator[list[str]]:
@@ -66,12 +67,13 @@ def train(sweep: Sweep, runs: Path, jobs: int) -> int:
     """Train what is missing, ``jobs`` runs at a time; 0 when nothing is left to do, 1 where a run failed, 130 when
     stopped. The runs that fail stay on record as failed.
     """
-    stopped = run.watch_signals()
+    session = SweepSession()
+    session.watch_signals()
     wanted = composed(sweep, runs)
-    board = run.open_board(str(runs), len(wanted))
+    status = session.open(str(runs), len(wanted))
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda number: execute(wanted[number], board, number), range(len(wanted))))
-    entries, shown = run.close_boards()
-    if stopped.is_set():
-        return run.INTERRUPTED
-    return int(not shown or any(entry["status"] not in run.DONE for entry in entries))
+        list(pool.map(lambda number: execute(wanted[number], status, number), range(len(wanted))))
+    outcome = session.close()
+    if session.stopped.is_set():
+        return INTERRUPTED
+    return int(not outcome.shown or outcome.done < len(wanted))

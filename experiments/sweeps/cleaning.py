@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.runs.finder import Entry, find
 from experiments.runs.folder import ASIDE, RunFolder
 from experiments.sweeps import status
-from experiments.sweeps.status import Board
+from experiments.sweeps.status import SweepStatus
 from experiments.util import owned
 from experiments.util.errors import RunnerError, writing
 from experiments.util.files import OLD_SECONDS
@@ -68,7 +68,7 @@ def leftovers(root: Path, checkpoints: bool = False, failed: bool = False) -> li
     Raises:
         RunnerError: there is no such folder.
     """
-    found = list(_abandoned_boards(root))
+    found = list(_abandoned_sweeps(root))
     runs = [entry for entry in find(root) if _is_run(entry)]
     for entry in runs:
         if not entry.folder.claim.is_held():
@@ -112,9 +112,9 @@ def _remove(leftover: Leftover) -> None:
     owned.remove(leftover.path, leftover.ours)
 
 
-def _abandoned_boards(root: Path) -> Iterator[Leftover]:
+def _abandoned_sweeps(root: Path) -> Iterator[Leftover]:
     for marker in root.glob(f"{status.SWEEPS}/*/{owned.MARKER}"):
-        if Board(marker.parent).is_abandoned():
+        if SweepStatus(marker.parent).is_abandoned():
             yield Leftover(marker.parent, "of a sweep that was killed", ours=status.FILES)
     for folder in root.glob(f"{status.SWEEPS}/*"):
         # A job that began after its sweep was over: Hydra makes a folder for it, and nothing comes into it.

@@ -1,4 +1,4 @@
-"""One job of a sweep: from the composed configuration to a finished run, in a process of its own."""
+"""One job of a sweep: from the composed configuration to a finished run, trained in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import IO, Any
 
 from experiments.config.schema import RunConfig, run_config
 from experiments.runs.folder import RunFolder
-from experiments.sweeps.status import Board
+from experiments.sweeps.status import SweepStatus
+from experiments.util.devices import require_device
 from experiments.util.errors import ConfigError, RunnerError
 from experiments.util.paths import ROOT
 from experiments.util.secrecy import masked_text
@@ -25,71 +26,79 @@ STOP_SECONDS = 15.0
 """How long an interrupted run may take to write its record before it is killed."""
 TAIL_LINES = 12
 
-Hopeless = Callable[[RunFolder], str | None]
+ShouldPrune = Callable[[RunFolder], str | None]
+"""Asked while a run trains: why it should end, ``None`` while it should not."""
+
+DryRun = Callable[[RunConfig], object]
+"""What a run would take, as an object whose text is for people."""
 
 
-def execute(composed: Mapping[str, Any], board: Board, job: int, hopeless: Hopeless | None = None) -> None:
-    """Do the run of this configuration unless it is done, and post what became of it.
+def execute(
+    composed: Mapping[str, Any],
+    sweep: SweepStatus,
+    job: int,
+    should_prune: ShouldPrune | None = None,
+    dry_run: DryRun | None = None,
+) -> None:
+    """Do the run of this configuration unless it is done, and update the job's status.
 
     Args:
         composed: the configuration and, beside it, ``retry``: how often a run that fails is tried again.
-        hopeless: looks at a run's folder while it trains, and says why it should end or ``None``.
+        dry_run: called in place of training where the configuration has ``train.dry_run``.
     """
-    if board.should_stop():
-        board.post(job, status="waiting", name=_name(composed))
+    if sweep.should_stop():
+        sweep.update(job, status="waiting", name=_name(composed))
         return
     try:
         retry, config = _retries(composed), resolve_composed(composed)
         folder = RunFolder(config.folder())
         if config.train.dry_run:
-            board.post(job, status="planned", name=folder.path.name, message=_plan(config))
+            sweep.update(job, status="planned", name=folder.path.name, message=_plan(config, dry_run))
             return
         folder.check(config)
-        posted = {"name": folder.path.name, "folder": str(folder.path)}
-        board.post(job, status="running", **posted)
-        status, message = _bring_about(folder, config, board, job, retry, hopeless)
-        board.post(job, status=status, message=message, **posted)
+        run = {"name": folder.path.name, "folder": str(folder.path)}
+        sweep.update(job, status="running", **run)
+        status, message = _finish(folder, config, sweep, job, retry, should_prune)
+        sweep.update(job, status=status, message=message, **run)
     except RunnerError as error:
-        board.post(job, status="refused", name=_name(composed), message=str(error))
+        sweep.update(job, status="refused", name=_name(composed), message=str(error))
 
 
-def _bring_about(
-    folder: RunFolder, config: RunConfig, board: Board, job: int, retry: int, hopeless: Hopeless | None
+def _finish(
+    folder: RunFolder, config: RunConfig, sweep: SweepStatus, job: int, retry: int, should_prune: ShouldPrune | None
 ) -> tuple[str, str]:
-    """The status that the run comes to, and a sentence on it.
+    """The status in which the run ends, and a sentence on it.
 
     Raises:
         RunnerError: it cannot begin here, and nothing was written.
     """
-    first = min([job, *(entry["job"] for entry in board.entries() if entry.get("folder") == str(folder.path))])
+    first = min([job, *(entry["job"] for entry in sweep.entries() if entry.get("folder") == str(folder.path))])
     if first < job:
         return "repeated", f"as run {first + 1}"
     if folder.status() == "finished":
         return "kept", _summary(folder)
-    if folder.claim.stays_held(board.should_stop):
-        return _taken(folder, board, job, "another sweep is training it")
+    if folder.claim.stays_held(sweep.should_stop):
+        return _taken(folder, sweep, job, "another sweep is training it")
     if folder.status() == "finished":  # Meanwhile, by whoever held it.
         return "kept", _summary(folder)
     if config.machine.processes:
-        from experiments.training.engine import require_device  # Imports torch, as this job has by now.
-
         require_device(config.train.device)
     folder.create(config)
     if config.machine.processes == 0:
         return "made", f"torchrun ... -m experiments.train {folder.path}"
-    status, message = _train(folder, config, board, hopeless)
+    status, message = _train(folder, config, sweep, should_prune)
     tried = 1
-    while status == "failed" and tried <= retry and not board.should_stop():
-        status, message = _train(folder, config, board, hopeless)
+    while status == "failed" and tried <= retry and not sweep.should_stop():
+        status, message = _train(folder, config, sweep, should_prune)
         tried += 1
     if status == "busy":
-        return _taken(folder, board, job, message)
+        return _taken(folder, sweep, job, message)
     return status, f"tried {tried} times: {message}" if status == "failed" and tried > 1 else message
 
 
-def _taken(folder: RunFolder, board: Board, job: int, message: str) -> tuple[str, str]:
+def _taken(folder: RunFolder, sweep: SweepStatus, job: int, message: str) -> tuple[str, str]:
     """Who trains the run: another job of this sweep that is the same, or another sweep."""
-    for entry in board.entries():
+    for entry in sweep.entries():
         if entry.get("folder") == str(folder.path) and entry["job"] != job:
             return "repeated", f"as run {entry['job'] + 1}"
     return "busy", message
@@ -114,13 +123,15 @@ def resolve_composed(composed: Mapping[str, Any]) -> RunConfig:
     return resolve(config)
 
 
-def _plan(config: RunConfig) -> str:
-    from experiments.training.dry_run import plan  # Imports torch.
+def _plan(config: RunConfig, dry_run: DryRun | None) -> str:
+    if dry_run is None:
+        raise ConfigError("train.dry_run is for experiments.run")
+    return f"nothing was trained\n{dry_run(config)}"
 
-    return f"nothing was trained\n{plan(config)}"
 
-
-def _train(folder: RunFolder, config: RunConfig, board: Board, hopeless: Hopeless | None) -> tuple[str, str]:
+def _train(
+    folder: RunFolder, config: RunConfig, sweep: SweepStatus, should_prune: ShouldPrune | None
+) -> tuple[str, str]:
     """Run the training process to its end; its status and a sentence on it."""
     earlier = folder.record().get("attempt")
     training = ["-m", "experiments.train", str(folder.path), "--parent", str(os.getpid())]
@@ -141,7 +152,7 @@ def _train(folder: RunFolder, config: RunConfig, board: Board, hopeless: Hopeles
     drain = threading.Thread(target=_drain, args=(process.stdout, folder.log_file, tail), daemon=True)
     drain.start()
     try:
-        stopped = _wait(process, board, folder, hopeless)
+        stopped = _wait(process, sweep, folder, should_prune)
     finally:
         if process.poll() is None:
             process.kill()
@@ -157,14 +168,16 @@ def _environment(threads: int) -> dict[str, str]:
     return environment
 
 
-def _wait(process: subprocess.Popen[str], board: Board, folder: RunFolder, hopeless: Hopeless | None) -> str | None:
+def _wait(
+    process: subprocess.Popen[str], sweep: SweepStatus, folder: RunFolder, should_prune: ShouldPrune | None
+) -> str | None:
     """Until the process has ended; why it was asked to, ``None`` if it was not."""
     while True:
         try:
             process.wait(POLL_SECONDS)
             return None
         except subprocess.TimeoutExpired:
-            reason = "stopped from outside" if board.should_stop() else hopeless and hopeless(folder)
+            reason = "stopped from outside" if sweep.should_stop() else should_prune and should_prune(folder)
             if not reason:
                 continue
         # Not SIGINT: a launcher's worker ignores it, and so does its child until the child has set its own handlers.
@@ -189,10 +202,10 @@ def _drain(output: IO[str], log_file: Path, tail: collections.deque[str]) -> Non
 def _outcome(
     folder: RunFolder, earlier: int | None, stopped: str | None, code: int, tail: list[str]
 ) -> tuple[str, str]:
-    """What the ended process left: its own record or, where it came to none, one written for it.
+    """The status of an ended process and a sentence on it: by its own record or, where it wrote none, one written here.
 
     Args:
-        earlier: the attempt on record before the process began; its status tells nothing about this one.
+        earlier: the attempt on record before the process began, whose status is not that of this one.
         stopped: why the process was asked to end, ``None`` if it was not.
         code: with which the process ended, negative for a signal.
     """
@@ -227,8 +240,8 @@ def _summary(folder: RunFolder) -> str:
     results, metric, cost = record.get("results", {}), record.get("metric", {}), record.get("cost", {})
     name = str(metric.get("label", "metric")).lower()
     lost = record.get("metrics_lost", {}).get("lines")
-    told = f"; {lost} lines of its metrics are lost" if lost else ""
-    return f"test {name} {results['test']:.4g} after {cost.get('steps')} steps{told}"
+    losses = f"; {lost} lines of its metrics are lost" if lost else ""
+    return f"test {name} {results['test']:.4g} after {cost.get('steps')} steps{losses}"
 
 
 def _name(composed: Mapping[str, Any]) -> str:

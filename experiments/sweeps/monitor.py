@@ -1,4 +1,4 @@
-"""Shows a sweep while it runs: one bar per active run on a terminal, plain lines now and then elsewhere."""
+"""Prints a sweep while it runs: one bar per active run on a terminal, plain lines now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from experiments.runs.folder import RunFolder
-from experiments.sweeps.status import DONE, Board
+from experiments.sweeps.status import DONE, SweepStatus
 from experiments.util.errors import RunnerError
 from experiments.util.files import read_json
-from experiments.util.output import Outlet, complain, drop_output
+from experiments.util.output import Outlet, drop_output, print_error
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
 BAR_FROM_WIDTH = 96
 """Below this many columns a bar would leave no room for the numbers."""
@@ -32,19 +32,18 @@ WORDS = {
 
 
 class Monitor:
-    """Watches a board from a thread until it is closed.
+    """Watches a sweep's status from a thread until it is closed.
 
     Args:
-        board: where the jobs post.
         total: how many jobs there will be.
     """
 
-    def __init__(self, board: Board, total: int, console: Console | None = None):
-        self._board, self.total = board, total
+    def __init__(self, sweep: SweepStatus, total: int, console: Console | None = None):
+        self._sweep, self.total = sweep, total
         self._outlet = Outlet(sys.stdout)
         stream = cast(IO[str], self._outlet)
         self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
-        self._told: dict[int, str] = {}
+        self._printed: dict[int, str] = {}
         self._over = threading.Event()
         can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal
         self._display = Bars(self._console, total) if can_redraw else Lines(self._console)
@@ -52,46 +51,46 @@ class Monitor:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._over.wait(LOOK_SECONDS):
-            self._look()
+        while not self._over.wait(POLL_SECONDS):
+            self._refresh()
 
-    def _look(self) -> None:
-        entries = self._board.entries()
+    def _refresh(self) -> None:
+        entries = self._sweep.entries()
         for entry in entries:
-            if self._told.get(entry["job"]) != entry["status"]:
-                self._told[entry["job"]] = entry["status"]
+            if self._printed.get(entry["job"]) != entry["status"]:
+                self._printed[entry["job"]] = entry["status"]
                 if entry["status"] not in ("running", "waiting", "refused"):
-                    self._console.print(_sentence(entry), markup=False)
-        active = [(entry, _progress(entry)) for entry in entries if entry["status"] == "running"]
-        self._display.show(active, Counter(entry["status"] for entry in entries), self.total)
+                    self._console.print(format_entry(entry), markup=False)
+        active = [(entry, read_progress(entry)) for entry in entries if entry["status"] == "running"]
+        self._display.update(active, Counter(entry["status"] for entry in entries), self.total)
 
     def close(self) -> list[dict[str, Any]]:
-        """Stop watching, print how many runs came to what, and return the last entries."""
+        """Stop watching, print how many runs ended in each status, and return the last entries."""
         self._over.set()
         self._thread.join()
-        self._look()
+        self._refresh()
         self._display.close()
-        entries = self._board.entries()
+        entries = self._sweep.entries()
         counts = Counter(entry["status"] for entry in entries)
         if len(entries) > 1:
-            told = ", ".join(f"{number} {WORDS.get(status, status)}" for status, number in counts.items())
-            self._console.print(f"{len(entries)} runs: {told}", markup=False)
+            summary = ", ".join(f"{number} {WORDS.get(status, status)}" for status, number in counts.items())
+            self._console.print(f"{len(entries)} runs: {summary}", markup=False)
         # A whole sweep is often refused for one and the same mistake, which is to be read once.
         for message, number in Counter(e["message"] for e in entries if e["status"] == "refused").items():
-            complain(message + (f" ({number} runs)" if number > 1 else ""))
+            print_error(message + (f" ({number} runs)" if number > 1 else ""))
         if self.problem:
-            complain(f"cannot write the standard output: {self.problem}; the record of the runs is whole")
+            print_error(f"cannot write the standard output: {self.problem}; the record of the runs is whole")
             drop_output()
         return entries
 
     @property
     def problem(self) -> str | None:
-        """Why not all could be shown."""
+        """Why not all could be printed; ``None`` where it could."""
         return self._outlet.problem
 
 
 class Bars:
-    """A bar a run, and one for the sweep. Where the terminal is narrow, numbers matter more than bars and names."""
+    """One bar per active run and one for the sweep; on a narrow terminal the numbers without bars, and names cut."""
 
     def __init__(self, console: Console, total: int):
         bar = BarColumn(bar_width=24, complete_style="cyan", finished_style="green")
@@ -107,7 +106,7 @@ class Bars:
         self._sweep = self._progress.add_task("runs", total=total, count=f"0/{total}", note="")
         self._progress.start()
 
-    def show(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
+    def update(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
         ended = sum(counts[status] for status in (*DONE, *FAILED))
         shown = {
             "failed": sum(counts[status] for status in FAILED),
@@ -125,7 +124,7 @@ class Bars:
                 self._rows[entry["job"]] = row
             if progress:
                 step, steps, row = progress["step"], progress["steps"], self._rows[entry["job"]]
-                note = _note(progress)
+                note = format_progress(progress)
                 self._progress.update(row, completed=step, total=steps, count=f"{step}/{steps}", note=note)
 
     def close(self) -> None:
@@ -133,42 +132,42 @@ class Bars:
 
 
 class Lines:
-    """A line a run every ten seconds."""
+    """One line per active run every ten seconds."""
 
     def __init__(self, console: Console):
         self._console = console
         self._last = time.monotonic()
 
-    def show(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
+    def update(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
         if time.monotonic() - self._last < LINE_SECONDS:
             return
         self._last = time.monotonic()
         for entry, progress in active:
             if progress:
-                where = f"step {progress['step']} of {progress['steps']}, {_note(progress)} at most"
+                where = f"step {progress['step']} of {progress['steps']}, {format_progress(progress)} at most"
                 self._console.print(f"run {entry['job'] + 1} of {total}, {entry['name']}: {where}", markup=False)
 
     def close(self) -> None: ...
 
 
-def _note(progress: dict[str, Any]) -> str:
+def format_progress(progress: dict[str, Any]) -> str:
     speed = f"{progress['tokens_per_second'] / 1000:.1f}k tokens/s"
-    return f"loss {progress['loss']:.3f}, {speed}, {_duration(progress['seconds_left'])} left"
+    return f"loss {progress['loss']:.3f}, {speed}, {format_duration(progress['seconds_left'])} left"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _sentence(entry: dict[str, Any]) -> str:
+def format_entry(entry: dict[str, Any]) -> str:
     status = WORDS.get(entry["status"], entry["status"])
     message = entry.get("message", "")
     return f"{entry['name']}: {status}" + (f", {message}" if message else "")
 
 
-def _progress(entry: dict[str, Any]) -> dict[str, Any]:
+def read_progress(entry: dict[str, Any]) -> dict[str, Any]:
     try:
         return read_json(RunFolder(entry["folder"]).progress_file) or {}
     except RunnerError:

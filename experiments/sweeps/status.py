@@ -1,8 +1,8 @@
-"""What the jobs of one sweep tell each other, through small files in a folder that lives as long as the sweep.
+"""The status of a sweep's jobs, in small files of a folder that exists as long as the sweep.
 
 The jobs may run in the same process, in local workers or on other machines (basic, joblib, submitit): files in the
-``runs`` folder reach them all. Each job posts what became of it; whoever started the sweep can ask all jobs to stop.
-The folder is the runner's own, wherever Hydra or a launcher keep what is theirs.
+``runs`` folder reach them all. Each job updates its own status; the process that started the sweep can ask all of them
+to stop. The folder is the runner's own, wherever Hydra or a launcher keep what is theirs.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from experiments.util.process_identity import is_alive
 DONE = ("finished", "kept", "repeated", "planned", "made")
 """Statuses that leave nothing to do. ``kept`` was finished by an earlier sweep, ``repeated`` is the same run as another
 of this sweep, ``planned`` was a dry run, and of ``made`` only the folder was wanted. The others are ``running``,
-``failed``, ``refused`` (the configuration is wrong), ``busy`` (another sweep is at it), ``interrupted``, ``preempted``
-(with a checkpoint of the very step) and ``waiting`` (not started before the sweep was stopped)."""
+``failed``, ``refused`` (the configuration is wrong), ``busy`` (another sweep trains it), ``interrupted``, ``preempted``
+(with a checkpoint of the very step), ``pruned`` (ended by a search) and ``waiting`` (not started before the sweep was
+stopped)."""
 
 SWEEPS = ".sweeps"
-"""The folder of the boards, below that of the runs."""
+"""The folder of the statuses of all sweeps, below that of the runs."""
 PURPOSE = "board of a sweep"
+"""In the marker of such a folder, by which those of earlier versions are known as well."""
 FILES = re.compile(r"owner\.json|going|job-\d+\.json|\.(owner|job-\d+)\.json\..+\.tmp|multirun\.yaml")
-"""What lies on a board, with the file that Hydra writes for a sweep where it is given no other place."""
+"""The files of a sweep's status, with the one that Hydra writes for a sweep where it is given no other place."""
 NAME = re.compile(r"\d{8}-\d{6}-\d+")
 
 
 def sweep_name() -> str:
-    """Of a sweep that this process starts now, different from all others of this machine."""
+    """The name of a sweep that this process starts now, different from all others of this machine."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-class Board:
-    """The board in a folder; ``create`` makes it, in the process that starts the sweep."""
+class SweepStatus:
+    """The status in a folder; :meth:`create` makes it, in the process that starts the sweep."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -47,7 +49,7 @@ class Board:
         self._made: list[Path] = []
 
     def create(self) -> None:
-        """Put the board up.
+        """Make the folder.
 
         Raises:
             StorageError: something is there already, or it cannot be written.
@@ -60,11 +62,16 @@ class Board:
             self.remove()
             raise
 
-    def post(self, job: int, **values: Any) -> None:
+    def update(self, job: int, **values: Any) -> None:
+        """Replace the entry of a job: ``status`` and ``name``, perhaps ``folder`` and ``message``.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
         write_json(self.path / f"job-{job}.json", {"job": job, **values})
 
     def entries(self) -> list[dict[str, Any]]:
-        """What every job that has begun posted last, in the order of the jobs."""
+        """The last entry of every job that has begun, in the order of the jobs."""
         found = []
         for path in self.path.glob("job-*.json"):
             try:
@@ -82,7 +89,7 @@ class Board:
             self._going.unlink(missing_ok=True)
 
     def should_stop(self) -> bool:
-        """Whether somebody asked to, the board was taken down, or the process that started the sweep is gone."""
+        """Whether somebody asked to, the status was removed, or the process that started the sweep is gone."""
         return not self._going.exists() or self.is_abandoned()
 
     def is_abandoned(self) -> bool:
@@ -92,19 +99,19 @@ class Board:
         return self._owner is not None and not is_alive(self._owner)
 
     def owner(self) -> dict[str, Any] | None:
-        """The process that started the sweep, ``None`` where there is no board, or none any more."""
+        """The process that started the sweep, ``None`` where there is no status, or none any more."""
         return owned.maker(self.path, PURPOSE)
 
     def remove(self) -> None:
-        """Take the board down, in the process that put it up. What others left there stays, such as a launcher's logs.
+        """Remove the folder, in the process that made it. What others left there stays, such as a launcher's logs.
 
         Raises:
-            StorageError: it cannot be taken away.
+            StorageError: it cannot be removed.
         """
         if self._made:
             if self.owner() is not None:
                 owned.remove(self.path, FILES)
-            # An earlier sweep may have made the folder of boards, and left it to this one.
-            boards = [self.path.parent] if self.path.parent.name == SWEEPS else []
-            owned.remove_empty(list(dict.fromkeys([*self._made[:-1], *boards, self.path])))
+            # An earlier sweep may have made the folder of all sweeps, and left it to this one.
+            sweeps = [self.path.parent] if self.path.parent.name == SWEEPS else []
+            owned.remove_empty(list(dict.fromkeys([*self._made[:-1], *sweeps, self.path])))
             self._made = []

@@ -1,4 +1,4 @@
-"""Processes that work for a sweep, and end when it is gone."""
+"""A launcher's workers: processes that run the jobs of a sweep, and end when the sweep is gone."""
 
 from __future__ import annotations
 
@@ -10,19 +10,39 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.sweeps.status import SweepStatus
+from experiments.util.errors import RunnerError
+from experiments.util.interrupts import INTERRUPTED
 from experiments.util.process_identity import is_alive, process_identity
 
 WATCH_SECONDS = 0.5
 LEAVE_SECONDS = 3.0
 """How long a worker whose sweep is gone stays with its run. The run writes its checkpoint and ends without it, too."""
-INTERRUPTED = 130
+
+SWEEP = "SEQARCH_SWEEP"
+"""The environment variable with the path of a sweep's status, for its workers."""
 
 at_work = threading.Lock()
-"""Held by this process while it is at a job."""
+"""Held by this process while it runs a job."""
+
+
+def join_sweep() -> SweepStatus:
+    """The status of the sweep that this worker works for; from here on the worker ends with the sweep.
+
+    Raises:
+        RunnerError: there is no such sweep, or none any more.
+    """
+    status = SweepStatus(os.environ.get(SWEEP, ""))
+    owner = status.owner()
+    if owner is None:
+        where = f"there is none in {status.path}" if SWEEP in os.environ else f"the variable {SWEEP} is not set"
+        raise RunnerError(f"a job looks for the status of its sweep, and {where}: the sweep is over, or never began")
+    begin(owner)
+    return status
 
 
 def begin(owner: Mapping[str, Any]) -> None:
-    """What a worker does first, before it waits for its first job."""
+    """Prepare a worker, before it waits for its first job."""
     # Ctrl-C in a terminal reaches it too, and would tear it down while it waits for its run to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _leave_with(tuple((key, owner.get(key)) for key in process_identity(os.getpid())))

@@ -27,6 +27,7 @@ from experiments.config.schema import TrainConfig
 from experiments.tasks.task import IGNORED, Batch
 from experiments.training import processes
 from experiments.util import environment
+from experiments.util.devices import require_device
 from experiments.util.errors import RunnerError
 from seqarch.layers.channel.router import Router
 from seqarch.models import LanguageModel
@@ -153,12 +154,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     tokens, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch[:2])
     return tokens, targets, None if batch.token_mask is None else torch.from_numpy(batch.token_mask).to(device)
-
-
-def require_device(name: str) -> None:
-    """Raise ``RunnerError`` unless this machine has a device of that name."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RunnerError("train.device is 'cuda', but torch sees no CUDA device here; choose 'cpu' or 'auto'")
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+INTERRUPTED = 130
+"""The exit code of a command that a signal has stopped: 128 and the number of SIGINT."""
+
 
 class Preempted(KeyboardInterrupt):
     """Asked to end by SIGTERM, as schedulers do before they take a machine away."""
@@ -19,7 +22,7 @@ class Preempted(KeyboardInterrupt):
 class Interrupts:
     """What the two signals do: they set ``requested``, and within :meth:`at_once` they raise.
 
-    Elsewhere, as where a claim is taken or a record written, nothing is torn: a signal noted there raises as soon as
+    Elsewhere, as where a lock is acquired or a record written, nothing is torn: a signal noted there raises as soon as
     :meth:`at_once` begins. Within :meth:`delayed`, inside of it, SIGTERM is only noted again, and SIGINT raises.
 
     Attributes:

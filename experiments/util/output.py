@@ -53,7 +53,7 @@ class Outlet:
         return getattr(self._stream, name)
 
 
-def complain(reason: str) -> None:
+def print_error(reason: str) -> None:
     """Tell of an error, where anybody can hear of it."""
     with contextlib.suppress(OSError):
         print(f"error: {reason}", file=sys.stderr, flush=True)
@@ -72,7 +72,7 @@ def flush_output() -> bool:
     if sys.stdout is not None and not outlet.open:
         drop_output()
     if outlet.problem is not None:
-        complain(f"cannot write the standard output: {outlet.problem}")
+        print_error(f"cannot write the standard output: {outlet.problem}")
     return outlet.problem is None
 
 
@@ -101,7 +101,7 @@ def exit_code(command: Callable[[], int]) -> int:
     try:
         code = command()
     except RunnerError as error:
-        complain(str(error))
+        print_error(str(error))
     except BrokenPipeError:
         drop_output()
         code = 0
@@ -111,5 +111,5 @@ def exit_code(command: Callable[[], int]) -> int:
         return 1
     if unexpected is not None:
         stream = "cannot write the standard output" if unexpected.errno in FULL else "the system refused"
-        complain(f"{unexpected.filename or stream}: {unexpected.strerror or unexpected}")
+        print_error(f"{unexpected.filename or stream}: {unexpected.strerror or unexpected}")
     return code

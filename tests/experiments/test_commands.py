@@ -12,9 +12,10 @@ from rich.console import Console
 
 from experiments import demo, run
 from experiments.config.overrides import compose, hydra_arguments
-from experiments.search import Search
+from experiments.sweeps import workers
 from experiments.sweeps.monitor import Monitor
-from experiments.sweeps.status import Board
+from experiments.sweeps.search import Search
+from experiments.sweeps.status import SweepStatus
 from experiments.util.output import Outlet, flush_output
 from tests.support.paths import ROOT
 from tests.support.runs import TINY, command_line
@@ -86,14 +87,14 @@ def test_a_seed_that_is_searched_twice_is_refused(tmp_path, monkeypatch, capsys)
 def test_a_seed_twice_in_a_sweep_is_run_once_and_told(tmp_path, monkeypatch, capsys):
     ran = []
 
-    def execute(composed, board, number):
+    def execute(composed, sweep, number, dry_run):
         ran.append(composed["seed"])
-        board.post(number, status="finished" if number == 0 else "repeated", name="n", message="as run 1")
+        sweep.update(number, status="finished" if number == 0 else "repeated", name="n", message="as run 1")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["run", "-m", *TINY, "seed=0,0"])
     monkeypatch.setattr(run, "execute", execute)
-    for name in (run.BOARD, "SEQARCH_COMMAND", "HYDRA_FULL_ERROR"):
+    for name in (workers.SWEEP, "SEQARCH_COMMAND", "HYDRA_FULL_ERROR"):
         monkeypatch.setenv(name, "")
     assert run.main() == 0
     assert "2 runs: 1 finished, 1 twice in the sweep" in capsys.readouterr().out
@@ -105,12 +106,12 @@ class Full(io.StringIO):
 
 
 def test_a_sweep_goes_on_where_nobody_can_hear_of_it(tmp_path, monkeypatch, capsys):
-    board = Board(tmp_path / "board")
-    board.create()
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
     monkeypatch.setattr("sys.stdout", Full())
-    watching = Monitor(board, 1)
+    watching = Monitor(sweep, 1)
     for status in ("running", "finished"):
-        board.post(0, status=status, name="n", folder=str(tmp_path))
+        sweep.update(0, status=status, name="n", folder=str(tmp_path))
     assert [entry["status"] for entry in watching.close()] == ["finished"]
     assert "cannot write the standard output: No space left on device" in capsys.readouterr().err
 

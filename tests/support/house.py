@@ -67,15 +67,16 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room("seqarch.parallel"),
         Room("python -m seqarch", ("seqarch.__main__",)),
     ),
-    "ground": (_room("experiments.util"),),
-    "what a run is": (
-        _room("experiments.tasks"),
-        _room("experiments.trackers"),
-        _room("experiments.config", "tasks", "trackers"),
+    "ground": (_room("experiments.util"), _room("experiments.tasks"), _room("experiments.trackers")),
+    "a run's settings": (_room("experiments.config"),),
+    "a run's folder": (_room("experiments.runs"),),
+    "work on runs": (
+        _room("experiments.training"),
+        _room("experiments.sweeps"),
+        _room("experiments.report"),
+        Room("bench", ("experiments.bench", "experiments.bench.gpu")),
     ),
-    "a run": (_room("experiments.runs"), _room("experiments.training", "runs")),
-    "many runs": (_room("experiments.sweeps"), _room("experiments.report"), _room("experiments.run", "sweeps")),
-    "findings": (_room("experiments.studies"), Room("bench", ("experiments.bench", "experiments.bench.gpu"))),
+    "findings": (_room("experiments.studies"),),
     "commands": (Room("commands", ("experiments", "experiments.report.__main__", "experiments.runs.__main__")),),
 }
 """From the ground up, the runner's above the library's. A room imports what is on floors below it and, on its own, the

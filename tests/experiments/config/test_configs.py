@@ -62,7 +62,7 @@ def test_every_model_fits_every_experiment(experiment, model):
 
 @pytest.mark.parametrize("name", GROUPS["launcher"])
 def test_launchers_exist_and_litter_nothing(name, monkeypatch):
-    monkeypatch.setenv("SEQARCH_BOARD", "runs/.sweeps/now")
+    monkeypatch.setenv("SEQARCH_SWEEP", "runs/.sweeps/now")
     config = composed(f"launcher={name}", hydra=True)
     assert all(word in config.hydra.launcher._target_.lower() for word in name.split("_"))
     assert config.hydra.output_subdir is None

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.runs.folder import RunFolder
 from experiments.runs.lock import STALE_SECONDS, Claim, ClaimLost, process_identity
-from experiments.sweeps.status import Board
+from experiments.sweeps.status import SweepStatus
 from experiments.util import files
 from experiments.util.errors import ConfigError, RunnerError, StorageError
 from experiments.util.files import read_json, write_atomic
@@ -232,12 +232,12 @@ class TestClaim:
         holder = process_identity({"dead": dead_pid, "own": os.getpid()}[number])
         claim = Claim(tmp_path / "claim.json")
         claim.path.write_text(json.dumps({**holder, "namespace": "pid:[1]"}))
-        board = tmp_path / "board"
-        Board(board).create()
-        owner = {**(read_json(board / "owner.json") or {}), **holder, "namespace": "pid:[1]"}
-        (board / "owner.json").write_text(json.dumps(owner))
+        sweep = tmp_path / "sweep"
+        SweepStatus(sweep).create()
+        owner = {**(read_json(sweep / "owner.json") or {}), **holder, "namespace": "pid:[1]"}
+        (sweep / "owner.json").write_text(json.dumps(owner))
         assert claim.is_held()
-        assert not Board(board).is_abandoned()
+        assert not SweepStatus(sweep).is_abandoned()
         with renewed(claim.path), pytest.raises(RunnerError, match=f"by process {holder['pid']} on {holder['host']}"):
             claim.take()
         claim.take()
@@ -291,35 +291,35 @@ class TestClaim:
         assert claim.is_own()
 
 
-class TestBoard:
+class TestStatus:
     def test_entries_come_in_the_order_of_jobs(self, tmp_path):
-        board = Board(tmp_path / ".sweeps" / "now")
-        board.create()
+        sweep = SweepStatus(tmp_path / ".sweeps" / "now")
+        sweep.create()
         for job in (10, 2):
-            board.post(job, status="running", name="n")
-        board.post(10, status="finished", name="n")
-        (board.path / "job-3.json").write_text("{")
-        assert [(entry["job"], entry["status"]) for entry in board.entries()] == [(2, "running"), (10, "finished")]
-        board.remove()
+            sweep.update(job, status="running", name="n")
+        sweep.update(10, status="finished", name="n")
+        (sweep.path / "job-3.json").write_text("{")
+        assert [(entry["job"], entry["status"]) for entry in sweep.entries()] == [(2, "running"), (10, "finished")]
+        sweep.remove()
         assert list(tmp_path.iterdir()) == []
 
     def test_jobs_stop_when_asked_or_when_the_sweep_is_gone(self, tmp_path, dead_pid):
-        board = Board(tmp_path / "board")
-        board.create()
-        assert not Board(board.path).should_stop()
-        Board(board.path).stop()
-        assert Board(board.path).should_stop()
-        orphaned = Board(tmp_path / "orphaned")
+        sweep = SweepStatus(tmp_path / "sweep")
+        sweep.create()
+        assert not SweepStatus(sweep.path).should_stop()
+        SweepStatus(sweep.path).stop()
+        assert SweepStatus(sweep.path).should_stop()
+        orphaned = SweepStatus(tmp_path / "orphaned")
         orphaned.create()
         marker = orphaned.path / "owner.json"
         marker.write_text(json.dumps({**json.loads(marker.read_text()), "pid": dead_pid}))
         assert orphaned.should_stop()
-        board.remove()
-        assert Board(board.path).should_stop(), "a job that begins after the sweep is over"
+        sweep.remove()
+        assert SweepStatus(sweep.path).should_stop(), "a job that begins after the sweep is over"
 
     def test_a_launchers_logs_are_kept(self, tmp_path):
-        board = Board(tmp_path / "now")
-        board.create()
-        (board.path / ".submitit").mkdir()
-        board.remove()
-        assert [path.name for path in board.path.iterdir()] == [".submitit"]
+        sweep = SweepStatus(tmp_path / "now")
+        sweep.create()
+        (sweep.path / ".submitit").mkdir()
+        sweep.remove()
+        assert [path.name for path in sweep.path.iterdir()] == [".submitit"]

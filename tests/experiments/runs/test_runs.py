@@ -18,7 +18,7 @@ from experiments.runs import __main__ as command
 from experiments.runs.differences import differences
 from experiments.runs.finder import find, pick
 from experiments.runs.folder import RunFolder
-from experiments.sweeps.status import Board
+from experiments.sweeps.status import SweepStatus
 from experiments.util.errors import RunnerError
 from experiments.util.process_identity import mark, process_identity
 from tests.support.paths import ROOT
@@ -205,7 +205,7 @@ class TestGarbage:
         """What a killed sweep and killed training processes leave."""
         folder = pick(root, "seed0").folder
         gone = {**process_identity(os.getpid()), "started": "1"}
-        abandoned = Board(root / ".sweeps" / "killed")
+        abandoned = SweepStatus(root / ".sweeps" / "killed")
         abandoned.create()
         marker = abandoned.path / "owner.json"
         marker.write_text(json.dumps({**json.loads(marker.read_text()), "started": "1"}))
@@ -229,7 +229,7 @@ class TestGarbage:
         litter = self.litter(root, dead_pid)
         fresh = pick(root, "seed1").folder.path / ".run.json.12.tmp"
         fresh.write_text("{")
-        live = Board(root / ".sweeps" / "live")
+        live = SweepStatus(root / ".sweeps" / "live")
         live.create()
         _, shown, _ = call(monkeypatch, capsys, "gc", root)
         assert "7 can go" in shown
@@ -263,9 +263,9 @@ class TestGarbage:
             (foreign / name).write_text('{"status": "failed"}')
             os.utime(foreign / name, (0, 0))
         (foreign / "run.json").write_text('{"status": "failed"}')
-        board = Board(root / ".sweeps" / "now")
-        board.create()
-        (board.path / "owner.json").write_text(json.dumps({"pid": 1, "host": "x", "started": "1", "name": "other"}))
+        sweep = SweepStatus(root / ".sweeps" / "now")
+        sweep.create()
+        (sweep.path / "owner.json").write_text(json.dumps({"pid": 1, "host": "x", "started": "1", "name": "other"}))
         (root / ".sweeps" / "linked").symlink_to(outside)
         shutil.rmtree(pick(root, "seed1").folder.path)
         before = {path: path.is_dir() or path.read_bytes() for path in root.parent.rglob("*")}

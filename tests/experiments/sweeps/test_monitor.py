@@ -12,36 +12,36 @@ from experiments import demo
 from experiments.runs.folder import RunFolder
 from experiments.sweeps import monitor
 from experiments.sweeps.monitor import Monitor
-from experiments.sweeps.status import Board
+from experiments.sweeps.status import SweepStatus
 from experiments.util.files import write_json
 
 
-def sweep(tmp_path) -> Board:
-    """One run in training, one that failed, one refused."""
-    board = Board(tmp_path / "board")
-    board.create()
+def four_jobs(tmp_path) -> SweepStatus:
+    """The status of one run in training, one that failed, two refused."""
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
     folder = RunFolder(tmp_path / "attention-seed0-abc")
     folder.path.mkdir()
     progress = {"step": 30, "steps": 120, "loss": 1.25, "tokens_per_second": 43210.0, "seconds_left": 75.0}
     write_json(folder.progress_file, progress)
-    board.post(0, status="running", name="attention-seed0-abc", folder=str(folder.path))
-    board.post(1, status="failed", name="mamba2-seed0-abc", message="training diverged")
-    board.post(2, status="refused", name="mamba-seed0", message="train.lrr: unknown key")
-    board.post(3, status="refused", name="mamba-seed1", message="train.lrr: unknown key")
-    return board
+    sweep.update(0, status="running", name="attention-seed0-abc", folder=str(folder.path))
+    sweep.update(1, status="failed", name="mamba2-seed0-abc", message="training diverged")
+    sweep.update(2, status="refused", name="mamba-seed0", message="train.lrr: unknown key")
+    sweep.update(3, status="refused", name="mamba-seed1", message="train.lrr: unknown key")
+    return sweep
 
 
-def watch(board: Board, **console) -> str:
+def watch(sweep: SweepStatus, **console) -> str:
     output = io.StringIO()
-    watching = Monitor(board, 4, Console(file=output, highlight=False, **{"width": 120, **console}))
-    time.sleep(3 * monitor.LOOK_SECONDS)
+    watching = Monitor(sweep, 4, Console(file=output, highlight=False, **{"width": 120, **console}))
+    time.sleep(3 * monitor.POLL_SECONDS)
     watching.close()
     return output.getvalue()
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(monitor, "LINE_SECONDS", 0.1)
-    shown = watch(sweep(tmp_path))
+    shown = watch(four_jobs(tmp_path))
     line = "run 1 of 4, attention-seed0-abc: step 30 of 120, loss 1.250, 43.2k tokens/s, 1:15 left at most"
     assert line in shown
     assert shown.count("mamba2-seed0-abc: failed, training diverged") == 1
@@ -52,20 +52,20 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
 
 def test_bars_on_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    shown = watch(sweep(tmp_path), force_terminal=True)
+    shown = watch(four_jobs(tmp_path), force_terminal=True)
     for words in ("attention-seed0-abc", "30/120", "loss 1.250, 43.2k tokens/s, 1:15 left", "3/4", "3 failed"):
         assert words in shown
 
 
 def test_numbers_are_whole_at_80_columns(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    board = sweep(tmp_path)
+    sweep = four_jobs(tmp_path)
     folder = RunFolder(tmp_path / "gated_delta_net-seed0-0123456789")
     folder.path.mkdir()
     progress = {"step": 12345, "steps": 20000, "loss": 1.25, "tokens_per_second": 123456.0, "seconds_left": 4500.0}
     write_json(folder.progress_file, progress)
-    board.post(4, status="running", name=folder.path.name, folder=str(folder.path))
-    shown = watch(board, force_terminal=True, width=80, color_system=None)
+    sweep.update(4, status="running", name=folder.path.name, folder=str(folder.path))
+    shown = watch(sweep, force_terminal=True, width=80, color_system=None)
     row = next(line for line in shown.splitlines() if line.startswith("gated_delta_net") and "loss" in line)
     assert "12345/20000 loss 1.250, 123.5k tokens/s, 1:15:00 left" in row
     assert len(row.rstrip()) <= 80
@@ -73,10 +73,10 @@ def test_numbers_are_whole_at_80_columns(tmp_path, monkeypatch):
 
 def test_an_interrupted_run_is_not_counted_as_done_or_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    board = Board(tmp_path / "board")
-    board.create()
-    board.post(0, status="interrupted", name="attention-seed0-abc", message="stopped from outside")
-    shown = watch(board, force_terminal=True, color_system=None)
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
+    sweep.update(0, status="interrupted", name="attention-seed0-abc", message="stopped from outside")
+    shown = watch(sweep, force_terminal=True, color_system=None)
     assert "0/4 1 interrupted" in shown
     assert "1/4" not in shown
     assert "failed" not in shown
@@ -84,10 +84,10 @@ def test_an_interrupted_run_is_not_counted_as_done_or_failed(tmp_path, monkeypat
 
 def test_nothing_looks_unknown_before_the_first_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    board = Board(tmp_path / "board")
-    board.create()
-    board.post(0, status="running", name="attention-seed0-abc", folder=str(tmp_path))
-    shown = watch(board, force_terminal=True, color_system=None)
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
+    sweep.update(0, status="running", name="attention-seed0-abc", folder=str(tmp_path))
+    shown = watch(sweep, force_terminal=True, color_system=None)
     assert "0/4" in shown
     assert "starting" in shown
     assert "?" not in shown.replace("\x1b[?25", "")
@@ -96,7 +96,7 @@ def test_nothing_looks_unknown_before_the_first_run(tmp_path, monkeypatch):
 def test_lines_on_a_terminal_that_cannot_redraw(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(monitor, "LINE_SECONDS", 0.1)
-    assert "step 30 of 120" in watch(sweep(tmp_path), force_terminal=True)
+    assert "step 30 of 120" in watch(four_jobs(tmp_path), force_terminal=True)
 
 
 def test_the_demo_passes_signals_on_and_waits(tmp_path):

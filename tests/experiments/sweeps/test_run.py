@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 from experiments import run
 from experiments.config.schema import MachineConfig, to_dict
 from experiments.runs.folder import RunFolder
+from experiments.sweeps import workers
 from experiments.sweeps.execute import execute
-from experiments.sweeps.status import Board
+from experiments.sweeps.session import SweepSession
+from experiments.sweeps.status import SweepStatus
 from experiments.util.errors import RunnerError, StorageError
 from tests.support.paths import ROOT
 from tests.support.runs import TINY, call, command_line, tiny_config, until
@@ -116,55 +118,54 @@ def test_a_killed_worker_is_one_clear_error(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("full", [False, True])
 def test_a_signal_stops_the_sweep_in_order(tmp_path, monkeypatch, capfd, number, full):
-    """Also where the board cannot be written, and where it comes twice at once, from a terminal and passed on."""
-    board = Board(tmp_path / "board")
-    board.create()
+    """Also where the status cannot be written, and where it comes twice at once, from a terminal and passed on."""
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
 
     def fail(self):
         raise StorageError("cannot write: No space left on device")
 
-    monkeypatch.setattr(run, "_monitors", [(board, None)])
+    session = SweepSession()
+    session.status = sweep
     if full:
-        monkeypatch.setattr(Board, "stop", fail)
+        monkeypatch.setattr(SweepStatus, "stop", fail)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may ignore it, as nohup does
-    stopped = run.watch_signals()
+    session.watch_signals()
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)
-    assert stopped.is_set()
-    assert board.should_stop() is not full
+    assert session.stopped.is_set()
+    assert sweep.should_stop() is not full
     assert capfd.readouterr().err.startswith("stopping: what is in training writes a checkpoint first")
 
 
 def test_nohup_is_respected(monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    run.watch_signals()
+    SweepSession().watch_signals()
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_job_without_a_sweep_does_nothing(tmp_path, monkeypatch):
-    """As one that a scheduler starts when the sweep is over: its board is gone."""
-    monkeypatch.setattr(run, "_monitors", [])
+    """As one that a scheduler starts when the sweep is over: its status is gone."""
     monkeypatch.setattr(run.HydraConfig, "get", lambda: OmegaConf.create({"job": {"num": 0}}))
-    monkeypatch.setattr(run, "execute", lambda *_: pytest.fail("it began"))
-    monkeypatch.setenv(run.BOARD, str(tmp_path / "gone"))
-    with pytest.raises(RunnerError, match="gone is none: the sweep is over"):
+    monkeypatch.setattr(run, "execute", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setenv(workers.SWEEP, str(tmp_path / "gone"))
+    with pytest.raises(RunnerError, match=r"there is none in .*gone: the sweep is over"):
         run.job(OmegaConf.create({}))
-    monkeypatch.delenv(run.BOARD)
-    with pytest.raises(RunnerError, match="SEQARCH_BOARD is not set"):
+    monkeypatch.delenv(workers.SWEEP)
+    with pytest.raises(RunnerError, match="SEQARCH_SWEEP is not set"):
         run.job(OmegaConf.create({}))
 
 
-def test_a_board_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, capfd):
+def test_a_status_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, capfd):
     """The disk is full after the sweep began."""
 
     def full(self, job, **values):
         raise StorageError("cannot write job-0.json: No space left on device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Board, "post", full)
-    monkeypatch.setattr(run, "_monitors", [])
+    monkeypatch.setattr(SweepStatus, "update", full)
     monkeypatch.setattr("sys.argv", ["run", *TINY, "train.steps=5"])
-    for name in ("SEQARCH_COMMAND", run.BOARD, "HYDRA_FULL_ERROR"):
+    for name in ("SEQARCH_COMMAND", workers.SWEEP, "HYDRA_FULL_ERROR"):
         monkeypatch.setenv(name, "")
     assert run.main() == 1
     shown = capfd.readouterr()
@@ -198,15 +199,15 @@ def test_a_mistake_is_one_clear_error(tmp_path, monkeypatch, arguments, told):
 class TestJob:
     """One job, without Hydra and, where it is refused, without a training process."""
 
-    def board(self, tmp_path) -> Board:
-        board = Board(tmp_path / "board")
-        board.create()
-        return board
+    def sweep(self, tmp_path) -> SweepStatus:
+        sweep = SweepStatus(tmp_path / "sweep")
+        sweep.create()
+        return sweep
 
     def outcome(self, tmp_path, config) -> dict:
-        board = self.board(tmp_path)
-        execute(to_dict(config), board, 0)
-        (entry,) = board.entries()
+        sweep = self.sweep(tmp_path)
+        execute(to_dict(config), sweep, 0)
+        (entry,) = sweep.entries()
         return entry
 
     def test_a_folder_of_another_configuration_is_refused_untouched(self, tmp_path):
@@ -280,20 +281,20 @@ class TestJob:
     @pytest.mark.parametrize("first", [0, 1])
     def test_a_run_that_the_sweep_names_twice_is_trained_once(self, tmp_path, first):
         """Whichever of the two jobs begins first, and also while it is at it."""
-        config, board = tiny_config(tmp_path), self.board(tmp_path)
+        config, sweep = tiny_config(tmp_path), self.sweep(tmp_path)
         folder = RunFolder(config.folder())
         folder.create(config)
-        board.post(first, status="running", name=folder.path.name, folder=str(folder.path))
+        sweep.update(first, status="running", name=folder.path.name, folder=str(folder.path))
         folder.claim.take()
-        execute(to_dict(config), board, 1 - first)
-        twin = next(entry for entry in board.entries() if entry["job"] == 1 - first)
+        execute(to_dict(config), sweep, 1 - first)
+        twin = next(entry for entry in sweep.entries() if entry["job"] == 1 - first)
         assert (twin["status"], twin["message"]) == ("repeated", f"as run {first + 1}")
 
     def test_a_failed_run_is_tried_again_on_request_and_shown_as_failed(self, tmp_path):
         config = tiny_config(tmp_path, train__lr=1e30, train__grad_clip=0.0)
-        board = self.board(tmp_path)
-        execute({**to_dict(config), "retry": 1}, board, 0)
-        (entry,) = board.entries()
+        sweep = self.sweep(tmp_path)
+        execute({**to_dict(config), "retry": 1}, sweep, 0)
+        (entry,) = sweep.entries()
         assert entry["status"] == "failed"
         assert entry["message"].startswith("tried 2 times: training diverged")
         record = RunFolder(config.folder()).record()
@@ -301,26 +302,26 @@ class TestJob:
 
     @pytest.mark.parametrize("retry", [-1, "once", True, 0.5])
     def test_retries_are_a_number(self, tmp_path, retry):
-        board = self.board(tmp_path)
-        execute({**to_dict(tiny_config(tmp_path)), "retry": retry}, board, 0)
-        (entry,) = board.entries()
+        sweep = self.sweep(tmp_path)
+        execute({**to_dict(tiny_config(tmp_path)), "retry": retry}, sweep, 0)
+        (entry,) = sweep.entries()
         assert (entry["status"], entry["message"].partition(":")[0]) == ("refused", "retry")
 
     def test_no_job_begins_after_the_sweep_was_stopped(self, tmp_path):
-        board = self.board(tmp_path)
-        board.stop()
-        execute(to_dict(tiny_config(tmp_path)), board, 0)
-        assert [entry["status"] for entry in board.entries()] == ["waiting"]
+        sweep = self.sweep(tmp_path)
+        sweep.stop()
+        execute(to_dict(tiny_config(tmp_path)), sweep, 0)
+        assert [entry["status"] for entry in sweep.entries()] == ["waiting"]
         assert not tiny_config(tmp_path).folder().exists()
 
     def test_a_run_stopped_before_it_trains_is_preempted_at_once(self, tmp_path, monkeypatch):
         """As in a launcher's worker: the process inherits that SIGINT is ignored, and has no handlers yet."""
-        config, board = tiny_config(tmp_path), self.board(tmp_path)
+        config, sweep = tiny_config(tmp_path), self.sweep(tmp_path)
         popen = subprocess.Popen
         sleeper = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up'); time.sleep(60)"
 
         def sleeping(command, **options):
-            threading.Timer(0.5, board.stop).start()
+            threading.Timer(0.5, sweep.stop).start()
             return popen([command[0], "-c", sleeper], **options)
 
         folder = RunFolder(config.folder())
@@ -328,9 +329,9 @@ class TestJob:
         folder.update(status="failed", reason="of an earlier attempt", attempt=1)
         monkeypatch.setattr("experiments.sweeps.execute.subprocess.Popen", sleeping)
         started = time.monotonic()
-        execute(to_dict(config), board, 0)
+        execute(to_dict(config), sweep, 0)
         assert time.monotonic() - started < 10
-        (entry,) = board.entries()
+        (entry,) = sweep.entries()
         assert (entry["status"], entry["message"]) == ("preempted", "stopped from outside")
         assert (folder.status(), folder.record()["reason"]) == ("preempted", "stopped from outside")
 

@@ -1,4 +1,4 @@
-"""Searches with Optuna: on validation alone, the same again by the same command, hopeless trials ended on request."""
+"""Searches with Optuna: on validation alone, the same again by the same command, pruned on request."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import optuna
 import pytest
 
-from experiments import search as search_module
 from experiments.config.overrides import Interval, compose, parse_choice
 from experiments.runs.folder import RunFolder
-from experiments.search import Search, Watch
+from experiments.sweeps import search as search_module
 from experiments.sweeps.execute import resolve_composed
-from experiments.sweeps.status import Board
+from experiments.sweeps.search import Pruner, Search
+from experiments.sweeps.status import SweepStatus
 from experiments.tasks import TASKS
 from experiments.util.errors import ConfigError
 from tests.support.runs import TINY, call
@@ -101,25 +101,25 @@ class Trainer:
     def __init__(self):
         self.trained, self.fails = [], 1.0
 
-    def __call__(self, composed, board, job, hopeless=None):
+    def __call__(self, composed, sweep, job, should_prune=None):
         config = resolve_composed(composed)
         folder = RunFolder(config.folder())
         lr = config.train.lr
         if folder.status() == "finished":
-            return board.post(job, status="kept", name="n")
+            return sweep.update(job, status="kept", name="n")
         folder.create(config)
         self.trained.append((lr, config.seed))
         if lr > self.fails:
             record(folder.path, 0.0, status="failed")
-            return board.post(job, status="failed", name="n")
+            return sweep.update(job, status="failed", name="n")
         quality = 1 / (1 + abs(lr - 0.01) * 100) + 0.01 * config.seed
         for step in (5, 10):
             folder.append_metrics(step=step, validation_accuracy=quality * step / 10)
-            if hopeless is not None and hopeless(folder):
+            if should_prune is not None and should_prune(folder):
                 folder.update(status="interrupted", attempt=1)
-                return board.post(job, status="interrupted", name="n")
+                return sweep.update(job, status="interrupted", name="n")
         record(folder.path, quality, test=1 - quality)
-        return board.post(job, status="finished", name="n")
+        return sweep.update(job, status="finished", name="n")
 
 
 @cache
@@ -147,10 +147,10 @@ def trainer(monkeypatch) -> Trainer:
 
 
 def done(tmp_path: Path, *arguments: str) -> tuple[Search, str]:
-    board = Board(tmp_path / "board")
-    board.create()
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
     search = Search([*TINY, f"runs={tmp_path}", *SPACE, *arguments])
-    return search, search.run(board)
+    return search, search.run(sweep)
 
 
 def test_the_best_on_validation_is_chosen_and_never_the_best_on_test(tmp_path, trainer):
@@ -174,18 +174,18 @@ def test_the_best_on_validation_is_chosen_and_never_the_best_on_test(tmp_path, t
 def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, trainer, jobs):
     search, _ = done(tmp_path / "whole", "search.trials=14", f"search.jobs={jobs}")
     whole, stopping = list(trainer.trained), Trainer()
-    board = Board(tmp_path / "board")
-    board.create()
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
 
-    def stop(composed, board, job, hopeless=None):
+    def stop(composed, sweep, job, should_prune=None):
         if job == 7:
-            board.stop()
-        if not board.should_stop():
-            stopping(composed, board, job, hopeless)
+            sweep.stop()
+        if not sweep.should_stop():
+            stopping(composed, sweep, job, should_prune)
 
     monkeypatch.setattr(search_module, "execute", stop)
     arguments = [*TINY, f"runs={tmp_path / 'parts'}", *SPACE, "search.trials=14", f"search.jobs={jobs}"]
-    assert Search(arguments).run(board) == "stopped"
+    assert Search(arguments).run(sweep) == "stopped"
     finished = sorted(stopping.trained)
     assert 0 < len(finished) < 14
     monkeypatch.setattr(search_module, "execute", trainer)
@@ -210,7 +210,7 @@ def test_failed_trials_are_shown_and_not_chosen(tmp_path, trainer):
     assert float(search.best()["overrides"][0].partition("=")[2]) <= 0.01
 
 
-def test_hopeless_trials_are_ended_only_on_request(tmp_path, trainer):
+def test_trials_are_pruned_only_on_request(tmp_path, trainer):
     kept, _ = done(tmp_path / "kept", "search.trials=12")
     assert all(trial["state"] == "complete" for trial in kept.summary()["trials"])
     pruned, ending = done(tmp_path / "pruned", "search.trials=12", "search.prune=true")
@@ -219,26 +219,26 @@ def test_hopeless_trials_are_ended_only_on_request(tmp_path, trainer):
     assert "pruned" in states
     assert set(states[:5]) == {"complete"}
     reasons = [json.loads(path.read_text()).get("reason") for path in (tmp_path / "pruned").glob("mqar/*/run.json")]
-    assert any(reason and reason.startswith("hopeless: its ") for reason in reasons)
+    assert any(reason and reason.endswith("is worse than the median of the trials before") for reason in reasons)
     trainer.trained.clear()
     again, _ = done(tmp_path / "pruned", "search.trials=12", "search.prune=true")
     assert trainer.trained == []
     assert again.summary() == pruned.summary()
 
 
-def test_a_watch_compares_with_the_median_of_earlier_trials(tmp_path):
+def test_a_pruner_compares_with_the_median_of_earlier_trials(tmp_path):
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
     first = study.ask()
     first.report(0.5, 5)
     study.tell(first, 0.5)
     metric = TASKS["mqar"](TASKS["mqar"].Config()).metric
     folder = RunFolder(tmp_path)
-    for value, hopeless in ((0.6, False), (0.4, True)):
+    for value, worse in ((0.6, False), (0.4, True)):
         folder.metrics_file.write_text(json.dumps({"step": 5, f"validation_{metric.name}": value}) + "\n")
-        watch = Watch(study.ask(), metric)
-        assert bool(watch(folder)) == hopeless
-        assert bool(watch(folder)) == hopeless
-    assert "0.4 on validation at step 5 is worse than the median" in watch.reason
+        pruner = Pruner(study.ask(), metric)
+        assert bool(pruner(folder)) == worse
+        assert bool(pruner(folder)) == worse
+    assert "0.4 on validation at step 5 is worse than the median" in pruner.reason
 
 
 def test_a_search_from_the_command_line(tmp_path):

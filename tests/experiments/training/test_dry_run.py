@@ -8,7 +8,7 @@ import torch
 from experiments.config.schema import to_dict
 from experiments.runs.folder import RunFolder
 from experiments.sweeps.execute import execute
-from experiments.sweeps.status import Board
+from experiments.sweeps.status import SweepStatus
 from experiments.train import Run
 from experiments.training.dry_run import SavedBytes, in_bytes, in_flops, plan
 from tests.support.runs import call, tiny_config
@@ -66,10 +66,10 @@ def test_a_dry_run_is_that_of_the_same_run(tmp_path):
 
 def test_a_folder_alone_can_be_made(tmp_path):
     config = tiny_config(tmp_path, machine__processes=0)
-    board = Board(tmp_path / "board")
-    board.create()
-    execute(to_dict(config), board, 0)
-    (entry,) = board.entries()
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
+    execute(to_dict(config), sweep, 0)
+    (entry,) = sweep.entries()
     folder = RunFolder(config.folder())
     assert (entry["status"], entry["message"]) == ("made", f"torchrun ... -m experiments.train {folder.path}")
     assert folder.config() == config

@@ -12,7 +12,8 @@ import torch
 
 from experiments import run
 from experiments.runs.folder import RunFolder
-from experiments.sweeps.status import FILES, PURPOSE, Board
+from experiments.sweeps import workers
+from experiments.sweeps.status import FILES, PURPOSE, SweepStatus
 from experiments.train import attempt
 from experiments.training.checkpoints import Checkpoints, TrainState
 from experiments.util import owned
@@ -53,10 +54,15 @@ def precious(tmp_path) -> Path:
 def inner(*arguments: str, monkeypatch) -> int:
     """The command in this process, up to the first job."""
     monkeypatch.setattr("sys.argv", ["run", *arguments])
-    for name in (run.BOARD, "SEQARCH_COMMAND", "HYDRA_FULL_ERROR"):
+    for name in (workers.SWEEP, "SEQARCH_COMMAND", "HYDRA_FULL_ERROR"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(run, "execute", lambda composed, board, number: board.post(number, status="made", name="run"))
+    monkeypatch.setattr(run, "execute", made)
     return run.main()
+
+
+def made(composed, sweep, job, dry_run) -> None:
+    """A job that makes nothing but its entry."""
+    sweep.update(job, status="made", name="run")
 
 
 PLACES = ("precious", "linked", ".", "precious/deep/..", "new/folder")
@@ -156,44 +162,44 @@ class TestOwned:
     def test_only_what_is_named_goes_and_links_are_not_followed(self, tmp_path):
         (tmp_path / "outside").mkdir()
         (tmp_path / "outside" / "job-1.json").write_text("mine")
-        board = Board(tmp_path / "deep" / "sweeps" / "now")
-        board.create()
-        board.post(0, status="made")
-        (board.path / "job-1.json").symlink_to(tmp_path / "outside" / "job-1.json")
-        (board.path / "job-2.json").symlink_to(tmp_path / "outside")
-        (board.path / "notes").write_text("mine")
-        (board.path / "logs").mkdir()
-        board.remove()
-        assert sorted(path.name for path in board.path.iterdir()) == ["logs", "notes"]
+        sweep = SweepStatus(tmp_path / "deep" / "sweeps" / "now")
+        sweep.create()
+        sweep.update(0, status="made")
+        (sweep.path / "job-1.json").symlink_to(tmp_path / "outside" / "job-1.json")
+        (sweep.path / "job-2.json").symlink_to(tmp_path / "outside")
+        (sweep.path / "notes").write_text("mine")
+        (sweep.path / "logs").mkdir()
+        sweep.remove()
+        assert sorted(path.name for path in sweep.path.iterdir()) == ["logs", "notes"]
         assert (tmp_path / "outside" / "job-1.json").read_text() == "mine"
 
     def test_folders_made_on_the_way_go_and_others_stay(self, tmp_path):
         (tmp_path / "there").mkdir()
-        board = Board(tmp_path / "there" / "new" / "sweeps" / "now")
-        board.create()
-        board.remove()
+        sweep = SweepStatus(tmp_path / "there" / "new" / "sweeps" / "now")
+        sweep.create()
+        sweep.remove()
         assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
-    @pytest.mark.parametrize("broken", ["marker", "board"])
+    @pytest.mark.parametrize("broken", ["marker", "status"])
     def test_on_a_full_disk_nothing_is_left(self, tmp_path, monkeypatch, broken):
         def full(*_):
             raise StorageError("cannot write: No space left on device")
 
         monkeypatch.setattr(*((owned, "write_json") if broken == "marker" else (Path, "touch")), full)
         with pytest.raises(StorageError, match="No space left"):
-            Board(tmp_path / "runs" / "sweeps" / "now").create()
+            SweepStatus(tmp_path / "runs" / "sweeps" / "now").create()
         assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_that_is_there_is_never_taken(self, tmp_path):
         (tmp_path / "now").mkdir()
         with pytest.raises(StorageError, match="File exists"):
-            Board(tmp_path / "now").create()
-        Board(tmp_path / "now").remove()
+            SweepStatus(tmp_path / "now").create()
+        SweepStatus(tmp_path / "now").remove()
         assert (tmp_path / "now").is_dir()
 
     def test_a_link_is_no_folder_of_ones_own(self, tmp_path):
-        board = Board(tmp_path / "now")
-        board.create()
+        sweep = SweepStatus(tmp_path / "now")
+        sweep.create()
         (tmp_path / "other").symlink_to("now")
         assert owned.maker(tmp_path / "now", PURPOSE) is not None
         assert owned.maker(tmp_path / "other", PURPOSE) is None
@@ -202,13 +208,13 @@ class TestOwned:
         (tmp_path / "now").rename(tmp_path / "copied")
         assert owned.maker(tmp_path / "copied", PURPOSE) is None
 
-    def test_a_board_that_somebody_exchanged_stays(self, tmp_path):
-        board = Board(tmp_path / "now")
-        board.create()
+    def test_a_status_that_somebody_exchanged_stays(self, tmp_path):
+        sweep = SweepStatus(tmp_path / "now")
+        sweep.create()
         (tmp_path / "now").rename(tmp_path / "before")
         (tmp_path / "now").mkdir()
         (tmp_path / "now" / "job-0.json").write_text("mine")
-        board.remove()
+        sweep.remove()
         assert (tmp_path / "now" / "job-0.json").read_text() == "mine"
 
 
