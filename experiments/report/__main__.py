@@ -15,8 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments.report import figures
-from experiments.report.comparison import Comparison, RecordedRun, compare, read_runs
-from experiments.report.page import settings, table_rows, write_page
+from experiments.report.checks import comparable_runs
+from experiments.report.comparison import Comparison, compare
+from experiments.report.page import table_rows, tuned_paths, write_page
+from experiments.runs.recorded import RecordedRun
 from experiments.util import owned
 from experiments.util.errors import RunnerError, writing
 from experiments.util.files import write_atomic
@@ -28,7 +30,7 @@ WIDE = 110
 """Columns where the output is no terminal."""
 
 TERMINAL_HEADER = ("Seeds", "Parameters", "FLOPs", "State", "Tokens/s")
-TERMINAL_SETTINGS = {"train.lr": "LR", "train.weight_decay": "WD"}
+TERMINAL_TUNED = {"train.lr": "LR", "train.weight_decay": "WD"}
 """Short names of the table's later columns; ``index.md`` has the long ones."""
 
 OVERVIEW_ACROSS = 4
@@ -42,9 +44,7 @@ def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
         RunnerError: there is no run, none is finished, or the report cannot be written, or would be among the files of
             somebody else.
     """
-    if not root.is_dir():
-        raise RunnerError(f"{root} is no folder; give one that holds runs, such as runs/mqar")
-    runs, problems = read_runs(root)
+    runs, problems = comparable_runs(root)
     if not runs:
         told = "".join(f"\n    {problem}" for problem in problems)
         raise RunnerError(f"{root} holds no recorded run (no folder with a config.json){told}")
@@ -52,12 +52,12 @@ def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
     target = root / "report"
     owned.settle(target, "report", _is_report)
     with writing(target):
-        pictures = {comparison.name: draw(comparison, target) for comparison in comparisons if comparison.shown}
-        if len(pictures) > 1:
+        plots = {comparison.name: draw(comparison, target) for comparison in comparisons if comparison.shown}
+        if len(plots) > 1:
             draw_overview([comparison for comparison in comparisons if comparison.shown], target)
         write_atomic(target / "results.csv", results_csv(runs))
-        write_page(target / "index.md", root, comparisons, pictures, problems)
-    if not pictures:
+        write_page(target / "index.md", root, comparisons, plots, problems)
+    if not plots:
         told = [*(remark for comparison in comparisons for remark in comparison.remarks), *problems]
         remarks = "".join(f"\n    {line}" for line in told)
         raise RunnerError(f"no run below {root} is finished yet, so there is nothing to draw{remarks}")
@@ -129,13 +129,13 @@ def results_csv(runs: list[RecordedRun]) -> str:
             {
                 "experiment": run.config["experiment"],
                 "task": run.config["task"].get("name"),
-                "run": run.path.name,
+                "run": run.name,
                 "model": run.config["model"]["name"],
                 "pattern": run.config["model"]["pattern"],
                 "seed": run.config["seed"],
                 "lr": run.config["train"]["lr"],
                 "weight_decay": run.config["train"].get("weight_decay"),
-                "status": run.status,
+                "status": run.recorded_status,
                 "reason": run.record.get("reason"),
                 "metric": part["metric"].get("name"),
                 "data_hash": part["data"].get("hash"),
@@ -154,7 +154,7 @@ def show(comparisons: list[Comparison], problems: list[str], target: Path) -> No
     for comparison in comparisons:
         if comparison.shown:
             _, *rows = table_rows(comparison)
-            tuned = [TERMINAL_SETTINGS[name] for name in settings(comparison)]
+            tuned = [TERMINAL_TUNED[name] for name in tuned_paths(comparison)]
             header = ("Model", comparison.sample["metric"]["label"], *TERMINAL_HEADER, *tuned)
             title = f"{comparison.title} ({comparison.name})"
             table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)

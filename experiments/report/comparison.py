@@ -1,22 +1,19 @@
-"""Recorded runs, read from their folders alone, and grouped into what a report compares."""
+"""Recorded runs, grouped into what a report compares."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import statistics
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from experiments.config import options
 from experiments.config.schema import NOT_IDENTITY, task_config, without
-from experiments.runs.finder import Unlisted, run_folders
-from experiments.runs.folder import RunFolder, flat
-from experiments.util.errors import ConfigError, RunnerError
-from experiments.util.files import read_json
+from experiments.runs.folder import flat
+from experiments.runs.recorded import RecordedRun
+from experiments.util.errors import ConfigError
 from experiments.util.plot_style import colours, family, pattern_channels, pattern_mixers
 
 TUNED = {"train.lr": "learning rate", "train.weight_decay": "weight decay"}
@@ -25,68 +22,9 @@ TUNED = {"train.lr": "learning rate", "train.weight_decay": "weight decay"}
 MOST_LISTED = 8
 """Values of a grid that are listed one by one."""
 
-NUMBER = (int, float)
-OF_CONFIG = {
-    "experiment": str, "seed": int, "model.name": str, "model.pattern": str, "task": dict, "train.lr": NUMBER,
-    "train.weight_decay": NUMBER,
-}  # fmt: skip
-"""By path, what the configuration of every run holds."""
-
-OF_RECORD = {
-    "results.test": NUMBER, "results.validation": NUMBER,
-    "cost.flops": NUMBER, "cost.tokens_per_second": NUMBER, "cost.steps": NUMBER, "cost.flops_formula": str,
-    "model.parameters": NUMBER, "model.state_bytes": NUMBER, "model.state_length": NUMBER,
-    "metric.name": str, "metric.label": str, "metric.unit": str, "metric.higher_is_better": bool,
-    "metric.chance": NUMBER, "metric.chance_label": str,
-    "task.title": str, "task.reading": str, "data.hash": str, "command": str,
-    "hardware.cpu": str, "hardware.cores": NUMBER, "hardware.threads": NUMBER,
-    "environment.python": str, "environment.packages.torch": str, "code.commit": (str, type(None)), "code.dirty": bool,
-}  # fmt: skip
-"""By path, what the record of every finished run holds."""
-
-PARTS = ("results", "cost", "model", "metric", "data", "code")
-"""Mappings of a record that is not finished, where they are there."""
-
 
 @dataclass
-class RecordedRun:
-    """One folder: its configuration, record and metrics, as plain dictionaries."""
-
-    path: Path
-    config: dict[str, Any]
-    record: dict[str, Any]
-    metrics: list[dict[str, Any]]
-
-    @property
-    def status(self) -> str:
-        return self.record.get("status", "not started")
-
-    @property
-    def finished(self) -> bool:
-        """Whether it came to results that are numbers."""
-        return self.status == "finished" and not self._odd()
-
-    @property
-    def ending(self) -> str:
-        """In words, what became of it."""
-        reason = f"its results are {self._odd()}" if self.status == "finished" else self.record.get("reason")
-        return self.status + (f", {reason}" if reason else "")
-
-    def _odd(self) -> dict[str, Any]:
-        """Those of its results that are no finite numbers: nothing follows from them, nor can they be drawn."""
-        results = {name: self.record["results"].get(name) for name in ("test", "validation")}
-        return {name: value for name, value in results.items() if not is_finite(value)}
-
-    def result(self, name: str) -> float:
-        return self.record["results"][name]
-
-
-def is_finite(value: Any) -> bool:
-    return isinstance(value, NUMBER) and math.isfinite(value)
-
-
-@dataclass
-class Variant:
+class Setting:
     """One model of a comparison: the runs that differ in nothing but the seed.
 
     Attributes:
@@ -100,7 +38,7 @@ class Variant:
     colour: str
     runs: list[RecordedRun]
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    passed_over: list[Variant] = field(default_factory=list)
+    passed_over: list[Setting] = field(default_factory=list)
 
     @property
     def family(self) -> str:
@@ -116,7 +54,7 @@ class Variant:
     def median(self, get: Callable[[RecordedRun], float]) -> float:
         return statistics.median(self.values(get))
 
-    def setting(self, name: str) -> Any:
+    def tuned(self, name: str) -> Any:
         """The value of one of :data:`TUNED`."""
         return flat(self.runs[0].config)[name]
 
@@ -134,15 +72,15 @@ class Comparison:
     """
 
     name: str
-    variants: list[Variant]
+    settings: list[Setting]
     seeds: list[int]
     remarks: list[str]
     told: str = ""
     stem: str = ""
 
     @property
-    def shown(self) -> list[Variant]:
-        return [variant for variant in self.variants if variant.finished]
+    def shown(self) -> list[Setting]:
+        return [setting for setting in self.settings if setting.finished]
 
     @property
     def sample(self) -> dict[str, Any]:
@@ -156,12 +94,12 @@ class Comparison:
     @property
     def grids(self) -> dict[str, list[Any]]:
         """What was chosen among for any of the models, by the paths of :data:`TUNED`."""
-        tried = {name: sorted({each for variant in self.variants for each in variant.grid[name]}) for name in TUNED}
-        return {name: values for name, values in tried.items() if _is_tuned(name, self.variants)}
+        tried = {name: sorted({each for setting in self.settings for each in setting.grid[name]}) for name in TUNED}
+        return {name: values for name, values in tried.items() if _is_tuned(name, self.settings)}
 
 
-def _is_tuned(name: str, variants: Iterable[Variant]) -> bool:
-    return any(len(variant.grid[name]) > 1 for variant in variants)
+def _is_tuned(name: str, settings: Iterable[Setting]) -> bool:
+    return any(len(setting.grid[name]) > 1 for setting in settings)
 
 
 def listed(values: Sequence[float]) -> str:
@@ -169,55 +107,6 @@ def listed(values: Sequence[float]) -> str:
     if len(values) > MOST_LISTED:
         return f"{len(values)} values from {min(values):g} to {max(values):g}"
     return ", ".join(f"{value:g}" for value in values)
-
-
-def read_runs(root: Path) -> tuple[list[RecordedRun], list[str]]:
-    """Every run below a folder, and a sentence on each folder that could not be read."""
-    runs, problems = [], []
-    for found in run_folders(root):
-        if isinstance(found, Unlisted):
-            problems.append(found.problem)
-            continue
-        try:
-            runs.append(_read_run(RunFolder(found)))
-        except RunnerError as error:
-            problems.append(str(error))
-    return runs, problems
-
-
-def _read_run(folder: RunFolder) -> RecordedRun:
-    config = read_json(folder.config_file) or {}
-    _require(config, OF_CONFIG, f"{folder.path}: its config.json is not that of a run")
-    try:
-        run = RecordedRun(folder.path, config, folder.record(), folder.metrics())
-    except OSError as error:
-        raise RunnerError(f"cannot read {error.filename or folder.path}: {error.strerror}") from error
-    damaged = f"{folder.path}: its record is damaged"
-    is_over = run.status == "finished"
-    _require(run.record, OF_RECORD if is_over else {part: dict for part in PARTS if part in run.record}, damaged)
-    if is_over and "curve" in run.record["results"]:
-        _check_curve(run.record["results"]["curve"], f"{damaged}, results.curve is no curve")
-    return run
-
-
-def _require(value: dict[str, Any], kinds: Mapping[str, Any], otherwise: str) -> None:
-    """Raise an error that begins with ``otherwise`` unless each path leads to a value of its kind."""
-    for path, kind in kinds.items():
-        found: Any = value
-        for key in path.split("."):
-            if not isinstance(found, dict) or key not in found:
-                raise RunnerError(f"{otherwise}, it lacks {path}")
-            found = found[key]
-        if not isinstance(found, kind):
-            raise RunnerError(f"{otherwise}, {path} is {found!r}")
-
-
-def _check_curve(curve: Any, otherwise: str) -> None:
-    _require({"curve": curve}, {"curve.x": list, "curve.y": list, "curve.x_end": NUMBER, "curve.x_label": str,
-                                "curve.x_unit": str}, otherwise)  # fmt: skip
-    numbers = all(isinstance(each, NUMBER) for each in curve["y"]) and all(is_finite(each) for each in curve["x"])
-    if not numbers or not curve["x"] or len(curve["x"]) != len(curve["y"]):
-        raise RunnerError(f"{otherwise}: x and y are not numbers, as many of the one as of the other")
 
 
 def compare(runs: list[RecordedRun]) -> list[Comparison]:
@@ -276,52 +165,52 @@ def _told_apart(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def _comparison(name: str, runs: list[RecordedRun], colour_of: dict[str, str], told: str) -> Comparison:
     higher = next((run.record["metric"]["higher_is_better"] for run in runs if run.finished), True)
-    variants, doubled = _variants(runs, colour_of)
-    variants = _choose(variants, higher)
-    variants.sort(key=lambda variant: _goodness(variant, "test", higher), reverse=True)
+    settings, doubled = _settings(runs, colour_of)
+    settings = _choose(settings, higher)
+    settings.sort(key=lambda setting: _goodness(setting, "test", higher), reverse=True)
     seeds = sorted({run.config["seed"] for run in runs})
-    remarks = [remark for variant in variants for remark in _remarks(variant, seeds)]
-    return Comparison(name, variants, seeds, remarks + doubled, told)
+    remarks = [remark for setting in settings for remark in _remarks(setting, seeds)]
+    return Comparison(name, settings, seeds, remarks + doubled, told)
 
 
-def _remarks(variant: Variant, seeds: Sequence[int]) -> list[str]:
+def _remarks(setting: Setting, seeds: Sequence[int]) -> list[str]:
     """What is missing or failed of a model: of the setting that is shown, and of those that were not chosen."""
-    there = {run.config["seed"] for run in variant.runs}
-    remarks = [f"{variant.label}, seed {seed}: missing" for seed in seeds if seed not in there]
-    for each in (variant, *variant.passed_over):
-        words = [f"{TUNED[name]} {each.setting(name):g}" for name, tried in variant.grid.items() if len(tried) > 1]
-        which = "" if each is variant else f", not chosen: {', '.join(words)}"
+    there = {run.config["seed"] for run in setting.runs}
+    remarks = [f"{setting.label}, seed {seed}: missing" for seed in seeds if seed not in there]
+    for each in (setting, *setting.passed_over):
+        words = [f"{TUNED[name]} {each.tuned(name):g}" for name, tried in setting.grid.items() if len(tried) > 1]
+        which = "" if each is setting else f", not chosen: {', '.join(words)}"
         for run in each.runs:
             if not run.finished:
-                remarks.append(f"{variant.label}{which}, seed {run.config['seed']}: {run.ending}")
+                remarks.append(f"{setting.label}{which}, seed {run.config['seed']}: {run.ending}")
     return remarks
 
 
-def _variants(runs: list[RecordedRun], colour_of: dict[str, str]) -> tuple[list[Variant], list[str]]:
+def _settings(runs: list[RecordedRun], colour_of: dict[str, str]) -> tuple[list[Setting], list[str]]:
     """Runs that share all but the seed, and a sentence on each that is there twice."""
     groups: dict[str, list[RecordedRun]] = {}
-    settings: dict[str, dict[str, Any]] = {}
+    options_by_key: dict[str, dict[str, Any]] = {}
     for run in runs:
-        kept = _settings(run)
+        kept = _options(run)
         groups.setdefault(repr(sorted(kept.items())), []).append(run)
-        settings[repr(sorted(kept.items()))] = kept
-    variants, doubled = [], []
+        options_by_key[repr(sorted(kept.items()))] = kept
+    settings, doubled = [], []
     for key, members in groups.items():
         model = members[0].config["model"]
-        own = settings[key]
-        label = _label(own, [other for other in settings.values() if other["model.name"] == model["name"]])
+        own = options_by_key[key]
+        label = _label(own, [other for other in options_by_key.values() if other["model.name"] == model["name"]])
         once: dict[int, RecordedRun] = {}
         for run in sorted(members, key=lambda run: (run.config["seed"], not run.finished)):
             first = once.setdefault(run.config["seed"], run)
             if first is not run:
                 doubled.append(f"{label}, seed {run.config['seed']}: twice, of which {first.path} is shown"
                                f" and {run.path} is not")  # fmt: skip
-        variants.append(Variant(label, model["pattern"], colour_of[model["pattern"]], list(once.values())))
-    return variants, doubled
+        settings.append(Setting(label, model["pattern"], colour_of[model["pattern"]], list(once.values())))
+    return settings, doubled
 
 
-def _settings(run: RecordedRun) -> dict[str, Any]:
-    """What makes a variant, by path: all but the seed and what changes no result, equal options written alike."""
+def _options(run: RecordedRun) -> dict[str, Any]:
+    """What makes a setting, by path: all but the seed and what changes no result, equal options written alike."""
     config = without(run.config, ("seed", "task", *NOT_IDENTITY))
     whole = flat({**config, "model": options.canonical(config["model"])})
     return {name: value for name, value in whole.items() if value != {}}
@@ -338,31 +227,31 @@ def _label(own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _value(own: Mapping[str, Any], name: str) -> Any:
-    """A setting, or the default of an option that is left out of a mixer or channel mixer which the model has."""
+    """An option, or the default of one that is left out of a mixer or channel mixer which the model has."""
     has = {own.get("model.channel"), *pattern_mixers(own["model.pattern"]), *pattern_channels(own["model.pattern"])}
     left_out = name not in own and any(f".{layer}." in name for layer in has)
     return options.default(name) if left_out else own.get(name)
 
 
-def _choose(variants: list[Variant], higher: bool) -> list[Variant]:
-    """Of the variants that differ in tuned settings alone, the best on validation."""
+def _choose(settings: list[Setting], higher: bool) -> list[Setting]:
+    """Of the settings that differ in tuned options alone, the best on validation."""
     chosen = []
-    for label in dict.fromkeys(variant.label for variant in variants):
-        rivals = [variant for variant in variants if variant.label == label]
-        best = max(rivals, key=lambda variant: _goodness(variant, "validation", higher))
-        best.grid = {name: sorted({variant.setting(name) for variant in rivals}) for name in TUNED}
-        best.passed_over = [variant for variant in rivals if variant is not best]
+    for label in dict.fromkeys(setting.label for setting in settings):
+        rivals = [setting for setting in settings if setting.label == label]
+        best = max(rivals, key=lambda setting: _goodness(setting, "validation", higher))
+        best.grid = {name: sorted({setting.tuned(name) for setting in rivals}) for name in TUNED}
+        best.passed_over = [setting for setting in rivals if setting is not best]
         chosen.append(best)
     return chosen
 
 
-def _goodness(variant: Variant, name: str, higher: bool) -> tuple[float, int]:
+def _goodness(setting: Setting, name: str, higher: bool) -> tuple[float, int]:
     """The median over seeds, larger is better; where that is equal, the number of finished seeds.
 
     A failed seed counts as the worst, and so does one whose result is no number: a setting that diverges on most seeds
     must not win by the one on which it does not.
     """
     worst, sign = float("-inf"), 1 if higher else -1
-    failed = [worst for run in variant.runs if run.status in ("failed", "finished") and not run.finished]
-    finished = [sign * run.result(name) for run in variant.finished]
+    failed = [worst for run in setting.runs if run.recorded_status in ("failed", "finished") and not run.finished]
+    finished = [sign * run.result(name) for run in setting.finished]
     return statistics.median([*failed, *finished] or [worst]), len(finished)

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.report.comparison import Comparison, Setting
+from experiments.runs.recorded import RecordedRun
 from experiments.util.plot_style import DASHES, INK, MARKERS, QUIET, pattern_mixers, spread
 from seqarch.layers import FAMILIES
 
@@ -21,17 +22,17 @@ LABEL_WIDTH = 0.22
 
 
 def strokes(comparison: Comparison) -> dict[str, int]:
-    """By label, a number that tells a variant from all others of its colour: its dash and, beyond those, its marker.
+    """By label, a number that tells a setting from all others of its colour: its dash and, beyond those, its marker.
 
-    The first variant of a mixer has the dash of that mixer, the same in every figure.
+    The first setting of a mixer has the dash of that mixer, the same in every figure.
     """
     taken: dict[str, int] = {}
-    for variant in sorted(comparison.shown, key=lambda variant: variant.label):
-        members = FAMILIES.get(variant.family, ())
-        own = [members.index(mixer) for mixer in pattern_mixers(variant.pattern) if mixer in members]
+    for setting in sorted(comparison.shown, key=lambda setting: setting.label):
+        members = FAMILIES.get(setting.family, ())
+        own = [members.index(mixer) for mixer in pattern_mixers(setting.pattern) if mixer in members]
         used = {taken[other.label] for other in comparison.shown
-                if other.label in taken and other.colour == variant.colour}  # fmt: skip
-        taken[variant.label] = next(number for number in chain(own, count(len(members))) if number not in used)
+                if other.label in taken and other.colour == setting.colour}  # fmt: skip
+        taken[setting.label] = next(number for number in chain(own, count(len(members))) if number not in used)
     return taken
 
 
@@ -56,18 +57,18 @@ def _is_share(comparison: Comparison) -> bool:
 def draw_ranking(axes: Axes, comparison: Comparison) -> None:
     """A row a model, best on top: its seeds as points, the median as a stroke, the range as a line."""
     shown = comparison.shown
-    for row, variant in enumerate(reversed(shown)):
-        values = variant.values(test_of)
+    for row, setting in enumerate(reversed(shown)):
+        values = setting.values(test_of)
         jitter = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else [0.0]
-        axes.plot([min(values), max(values)], [row, row], color=variant.colour, alpha=0.35, linewidth=6,
+        axes.plot([min(values), max(values)], [row, row], color=setting.colour, alpha=0.35, linewidth=6,
                   solid_capstyle="round")  # fmt: skip
-        axes.plot(values, row + np.asarray(jitter), "o", color=variant.colour, markersize=6, markeredgecolor="white",
+        axes.plot(values, row + np.asarray(jitter), "o", color=setting.colour, markersize=6, markeredgecolor="white",
                   markeredgewidth=0.8)  # fmt: skip
         middle = statistics.median(values)
-        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=variant.colour, linewidth=2.4)
+        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=setting.colour, linewidth=2.4)
         text = f"{middle:.3f}" if _is_share(comparison) else f"{middle:.2f}"
         axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
-    axes.set_yticks(range(len(shown)), [variant.label for variant in reversed(shown)])
+    axes.set_yticks(range(len(shown)), [setting.label for setting in reversed(shown)])
     axes.set_ylim(-0.6, len(shown) - 0.1)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
@@ -102,16 +103,16 @@ def draw_training(panels: Sequence[Axes], comparison: Comparison) -> None:
     """A panel a model: the validation metric of each seed against the step, with the other models in grey behind."""
     key = f"validation_{comparison.sample['metric']['name']}"
     shown = comparison.shown
-    for axes, variant in zip(panels, shown, strict=True):
+    for axes, setting in zip(panels, shown, strict=True):
         for other in shown:
             for run in other.finished:
                 _draw_steps(axes, run, key, color="#DDDDDD", linewidth=0.9, zorder=1.5)
-        for run in variant.finished:
-            _draw_steps(axes, run, key, color=variant.colour, linewidth=1.6, zorder=3)
+        for run in setting.finished:
+            _draw_steps(axes, run, key, color=setting.colour, linewidth=1.6, zorder=3)
             steps, values = _steps(run, key)
             last = (steps[-1:], values[-1:], "o")
-            axes.plot(*last, color=variant.colour, markeredgecolor="white", zorder=4, clip_on=False)
-        axes.set_title(variant.label, color=variant.colour, fontsize=10)
+            axes.plot(*last, color=setting.colour, markeredgecolor="white", zorder=4, clip_on=False)
+        axes.set_title(setting.label, color=setting.colour, fontsize=10)
         axes.set_xlabel("Training step")
         axes.set_xlim(left=0)
         if _is_share(comparison):
@@ -130,18 +131,18 @@ def _draw_steps(axes: Axes, run: RecordedRun, key: str, **look) -> None:
     axes.plot(*_steps(run, key), **look)
 
 
-def curves(comparison: Comparison) -> list[tuple[Variant, list[dict[str, Any]]]]:
-    """The variants that have the metric along something, each with its seeds' curves: those along the same points.
+def curves(comparison: Comparison) -> list[tuple[Setting, list[dict[str, Any]]]]:
+    """The settings that have the metric along something, each with its seeds' curves: those along the same points.
 
     A curve that is no number somewhere is left out.
     """
     found = []
-    for variant in comparison.shown:
-        recorded = [run.record["results"].get("curve") for run in variant.finished]
-        found.append((variant, [curve for curve in recorded if curve and np.isfinite(curve["y"]).all()]))
+    for setting in comparison.shown:
+        recorded = [run.record["results"].get("curve") for run in setting.finished]
+        found.append((setting, [curve for curve in recorded if curve and np.isfinite(curve["y"]).all()]))
     points = next((own[0]["x"] for _, own in found if own), None)
-    same = [(variant, [curve for curve in own if curve["x"] == points]) for variant, own in found]
-    return [(variant, own) for variant, own in same if own]
+    same = [(setting, [curve for curve in own if curve["x"] == points]) for setting, own in found]
+    return [(setting, own) for setting, own in same if own]
 
 
 def draw_curve(axes: Axes, comparison: Comparison) -> None:
@@ -149,12 +150,12 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
     drawn = curves(comparison)
     first = drawn[0][1][0]
     ends, numbers = [], strokes(comparison)
-    for variant, own in drawn:
+    for setting, own in drawn:
         x, middle = first["x"], np.median([curve["y"] for curve in own], axis=0)
         if len(own) > 1:
             for curve in own:
-                axes.plot(x, curve["y"], color=variant.colour, alpha=0.35, linewidth=0.8)
-        axes.plot(x, middle, color=variant.colour, **line_look(numbers[variant.label]))
+                axes.plot(x, curve["y"], color=setting.colour, alpha=0.35, linewidth=0.8)
+        axes.plot(x, middle, color=setting.colour, **line_look(numbers[setting.label]))
         ends.append((x[-1], float(middle[-1])))
     axes.set_xscale("log", base=2)
     axes.set_xlim(first["x"][0], first["x_end"])
@@ -162,7 +163,7 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlabel(f"{first['x_label']} ({first['x_unit']}, logarithmic)")
     axes.set_ylabel(metric_label(comparison))
     _mark_chance(axes, comparison, vertical=False)
-    _label_ends(axes, [variant.label for variant, _ in drawn], [variant.colour for variant, _ in drawn], ends)
+    _label_ends(axes, [setting.label for setting, _ in drawn], [setting.colour for setting, _ in drawn], ends)
     trained_to = first.get("trained_to")
     if trained_to and trained_to < first["x"][-1]:
         axes.axvline(trained_to, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
@@ -194,15 +195,15 @@ def _label_ends(axes: Axes, labels: list[str], colours: list[str], ends: list[tu
 def draw_cost(axes: Axes, comparison: Comparison) -> None:
     """Quality against the bytes of state that a model carries at the longest position."""
     shown = comparison.shown
-    sizes = [variant.finished[0].record["model"]["state_bytes"] for variant in shown]
+    sizes = [setting.finished[0].record["model"]["state_bytes"] for setting in shown]
     least = least_size(sizes)
     sizes = [size or least for size in sizes]
-    for variant, size in zip(shown, sizes, strict=True):
-        values = variant.values(test_of)
-        axes.plot([size] * len(values), values, "-", color=variant.colour, alpha=0.35, linewidth=4,
+    for setting, size in zip(shown, sizes, strict=True):
+        values = setting.values(test_of)
+        axes.plot([size] * len(values), values, "-", color=setting.colour, alpha=0.35, linewidth=4,
                   solid_capstyle="round")  # fmt: skip
         middle = statistics.median(values)
-        axes.plot([size], [middle], "o", color=variant.colour, markersize=8, markeredgecolor="white")
+        axes.plot([size], [middle], "o", color=setting.colour, markersize=8, markeredgecolor="white")
     axes.set_xscale("log", base=2)
     room = max(max(sizes) / min(sizes), 4) ** 0.18
     axes.set_xlim(min(sizes) / room, max(sizes) * room)
@@ -228,18 +229,18 @@ def least_size(sizes: Sequence[float]) -> float:
     return 2.0 ** (math.floor(math.log2(min((size for size in sizes if size), default=4.0))) - 2)
 
 
-def _label_points(axes: Axes, shown: Sequence[Variant], sizes: Sequence[float]) -> None:
+def _label_points(axes: Axes, shown: Sequence[Setting], sizes: Sequence[float]) -> None:
     """Names above their points, or below where another name stands there already."""
     line = _line_height(axes)
     taken: list[tuple[float, float]] = []
-    for variant, size in zip(shown, sizes, strict=True):
-        values = variant.values(test_of)
+    for setting, size in zip(shown, sizes, strict=True):
+        values = setting.values(test_of)
         above, below = max(values) + 0.8 * line, min(values) - 0.8 * line
         x = math.log(size, axes.get_xlim()[1] / axes.get_xlim()[0])
         crowded = any(abs(x - other) < LABEL_WIDTH and abs(above - y) < line for other, y in taken)
         y = below if crowded else above
         taken.append((x, y))
-        axes.annotate(variant.label, (size, y), ha="center", va="center", fontsize=9, color=variant.colour)
+        axes.annotate(setting.label, (size, y), ha="center", va="center", fontsize=9, color=setting.colour)
 
 
 def _line_height(axes: Axes) -> float:

@@ -1,10 +1,10 @@
-"""The report as a page, ``index.md``: what was run, the pictures, the tables, and how to read them."""
+"""The report as a page, ``index.md``: what was run, the plots, the tables, and how to read them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.report.comparison import TUNED, Comparison, Variant, listed
+from experiments.report.comparison import TUNED, Comparison, Setting, listed
 from experiments.report.figures import bytes_text, test_of
 from experiments.util.blocks import table
 from experiments.util.files import write_atomic
@@ -21,37 +21,37 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
         "Training FLOPs",
         f"State at {length:,}",
         "Tokens/s",
-        *(TUNED[name].capitalize() for name in settings(comparison)),
+        *(TUNED[name].capitalize() for name in tuned_paths(comparison)),
     ]
-    return [header, *(_row(variant, comparison) for variant in comparison.variants)]
+    return [header, *(_row(setting, comparison) for setting in comparison.settings)]
 
 
-def settings(comparison: Comparison) -> list[str]:
-    """The paths of the tuned settings that a table shows: the learning rate, and what was chosen among besides."""
+def tuned_paths(comparison: Comparison) -> list[str]:
+    """The paths of the tuned options in a table: the learning rate, and others of which several values were tried."""
     return [name for name in TUNED if name == "train.lr" or name in comparison.grids]
 
 
-def _row(variant: Variant, comparison: Comparison) -> list[str]:
-    seeds, chosen = len(comparison.seeds), [_setting(variant, name) for name in settings(comparison)]
-    if not variant.finished:
-        return [variant.label, "none finished", f"0 of {seeds}", "", "", "", "", *chosen]
-    record, values = variant.finished[0].record, variant.values(test_of)
+def _row(setting: Setting, comparison: Comparison) -> list[str]:
+    seeds, chosen = len(comparison.seeds), [_tuned(setting, name) for name in tuned_paths(comparison)]
+    if not setting.finished:
+        return [setting.label, "none finished", f"0 of {seeds}", "", "", "", "", *chosen]
+    record, values = setting.finished[0].record, setting.values(test_of)
     spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    failed = sum(run.status in ("failed", "finished") and not run.finished for run in variant.runs)
+    failed = sum(run.recorded_status in ("failed", "finished") and not run.finished for run in setting.runs)
     return [
-        variant.label,
-        f"{variant.median(test_of):.3f}{spread}",
+        setting.label,
+        f"{setting.median(test_of):.3f}{spread}",
         f"{len(values)} of {seeds}" + (f", {failed} failed" if failed else ""),
         f"{record['model']['parameters']:,}",
-        f"{variant.median(lambda run: run.record['cost']['flops']):.1e}".replace("e+", "e"),
+        f"{setting.median(lambda run: run.record['cost']['flops']):.1e}".replace("e+", "e"),
         bytes_text(record["model"]["state_bytes"]),
-        f"{variant.median(lambda run: run.record['cost']['tokens_per_second']):,.0f}",
+        f"{setting.median(lambda run: run.record['cost']['tokens_per_second']):,.0f}",
         *chosen,
     ]
 
 
-def _setting(variant: Variant, name: str) -> str:
-    tried, value = variant.grid[name], f"{variant.setting(name):g}"
+def _tuned(setting: Setting, name: str) -> str:
+    tried, value = setting.grid[name], f"{setting.tuned(name):g}"
     return value if len(tried) < 2 else f"{value} (of {listed(tried)})"
 
 
@@ -59,14 +59,14 @@ def write_page(
     path: Path,
     root: Path,
     comparisons: list[Comparison],
-    pictures: dict[str, list[tuple[str, str]]],
+    plots: dict[str, list[tuple[str, str]]],
     problems: list[str],
 ) -> None:
     parts = ["# " + " and ".join(dict.fromkeys(c.title for c in comparisons if c.shown))]
-    if len(pictures) > 1:
+    if len(plots) > 1:
         parts.append("![All comparisons at a glance](overview.png)")
     for comparison in comparisons:
-        parts += _section(comparison, pictures.get(comparison.name, []), len(comparisons) > 1)
+        parts += _section(comparison, plots.get(comparison.name, []), len(comparisons) > 1)
     if problems:
         parts += ["## Folders that could not be read", "\n".join(f"- {problem}" for problem in problems)]
     parts += _machine(comparisons)
@@ -75,13 +75,13 @@ def write_page(
     write_atomic(path, "\n\n".join(parts) + "\n")
 
 
-def _section(comparison: Comparison, pictures: list[tuple[str, str]], titled: bool) -> list[str]:
+def _section(comparison: Comparison, plots: list[tuple[str, str]], titled: bool) -> list[str]:
     if not comparison.shown:
         return [f"## {comparison.name}", "No run is finished yet.", *_remarks(comparison)]
     sample, metric = comparison.sample, comparison.sample["metric"]
     parts = [f"## {comparison.title} (`{comparison.name}`)"] if titled else []
     parts.append(sample["task"]["reading"])
-    parts += [f"![{comparison.title}: {shows}]({name}.png)" for name, shows in pictures[:1]]
+    parts += [f"![{comparison.title}: {shows}]({name}.png)" for name, shows in plots[:1]]
     header, *rows = table_rows(comparison)
     parts.append(table(header, rows, align="---:"))
     better = "More" if metric["higher_is_better"] else "Less"
@@ -93,14 +93,14 @@ def _section(comparison: Comparison, pictures: list[tuple[str, str]], titled: bo
         f" there. FLOPs are {sample['cost']['flops_formula']}."
     )
     parts += _remarks(comparison)
-    parts += [f"![{comparison.title}: {shows}]({name}.png)" for name, shows in pictures[1:]]
+    parts += [f"![{comparison.title}: {shows}]({name}.png)" for name, shows in plots[1:]]
     data = {key: value for key, value in sample["data"].items() if key != "task"}
     parts.append("Data: " + "; ".join(f"{key} {value}" for key, value in data.items() if key != "hash") + ".")
-    hashes = sorted({run.record["data"]["hash"] for variant in comparison.shown for run in variant.finished})
+    hashes = sorted({run.record["data"]["hash"] for setting in comparison.shown for run in setting.finished})
     parts.append("Data manifest: " + ", ".join(f"`{value}`" for value in hashes) + ".")
     if len(hashes) > 1:
         parts.append("**These runs were judged on different data and cannot be compared.**")
-    commands = dict.fromkeys(run.record["command"] for variant in comparison.shown for run in variant.finished)
+    commands = dict.fromkeys(run.record["command"] for setting in comparison.shown for run in setting.finished)
     parts.append("Run by:\n\n```\n" + "\n".join(commands) + "\n```")
     return parts
 
@@ -133,7 +133,7 @@ def _remarks(comparison: Comparison) -> list[str]:
 def _machine(comparisons: list[Comparison]) -> list[str]:
     lines = []
     for comparison in comparisons:
-        for run in [run for variant in comparison.shown for run in variant.finished]:
+        for run in [run for setting in comparison.shown for run in setting.finished]:
             hardware, software = run.record["hardware"], run.record["environment"]
             device = hardware.get("gpu", hardware["cpu"])
             line = f"{device}, {hardware['cores']} cores, {hardware['threads']} threads a run"

@@ -1,4 +1,4 @@
-"""Looks at recorded runs, offline and from their folders alone.
+"""Lists, shows, compares, cleans and exports recorded runs, offline and from their folders alone.
 
     python -m experiments.runs list runs/mqar --status failed
     python -m experiments.runs show attention-seed0
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.runs.differences import differences
-from experiments.runs.finder import STATUSES, Entry, find, pick
+from experiments.runs.recorded import STATUSES, RecordedRun, find_runs, pick_run
 from experiments.sweeps.cleaning import leftovers, remove
 from experiments.util.errors import RunnerError, choices_hint, writing
 from experiments.util.files import write_atomic
@@ -41,44 +41,44 @@ WIDE = 200
 def list_runs(screen: Console, arguments: argparse.Namespace) -> int:
     if arguments.status not in (None, *STATUSES):
         raise RunnerError(f"--status {arguments.status}: {choices_hint(arguments.status, STATUSES)}")
-    found = find(arguments.root)
-    entries = [each for each in found if arguments.status in (None, each.status)]
+    found = find_runs(arguments.root)
+    runs = [run for run in found if arguments.status in (None, run.status)]
     table = Table("Experiment", "Run", "Status", "Validation", "Test", "Steps", "Seconds", "Started", box=SIMPLE_HEAD)
-    for entry in entries:
+    for run in runs:
         numbers = ("results.validation", "results.test", "cost.steps", "cost.train_seconds")
-        started = str(entry.get("started", ""))[:16].replace("T", " ")
-        values = (entry.get("config.experiment", ""), entry.name, entry.status, *map(entry.get, numbers), started)
+        started = str(run.get("started") or "")[:16].replace("T", " ")
+        values = (run.get("config.experiment"), run.name, run.status, *map(run.get, numbers), started)
         table.add_row(*map(_text, values))
-    if entries:
+    if runs:
         screen.print(table)
-    counts = Counter(entry.status for entry in entries)
-    told = ", ".join(f"{number} {status}" for status, number in counts.most_common())
-    screen.print(f"{len(entries)} runs" + (f": {told}" if told else ""))
-    return _tell_damage(screen, found)
+    counts = Counter(run.status for run in runs)
+    summary = ", ".join(f"{number} {status}" for status, number in counts.most_common())
+    screen.print(f"{len(runs)} runs" + (f": {summary}" if summary else ""))
+    return _print_problems(screen, found)
 
 
-def _tell_damage(screen: Console, entries: Iterable[Entry]) -> int:
-    """Tell what cannot be read; 1 if there is something, else 0."""
-    problems = [entry.problem for entry in entries if entry.problem is not None]
+def _print_problems(screen: Console, runs: Iterable[RecordedRun]) -> int:
+    """Print what cannot be read; 1 if there is something, else 0."""
+    problems = [run.problem for run in runs if run.problem is not None]
     for problem in problems:
         screen.print(f"damaged: {problem}", soft_wrap=True)
     return min(len(problems), 1)
 
 
 def show_run(screen: Console, arguments: argparse.Namespace) -> int:
-    entry = pick(arguments.root, arguments.run)
-    screen.print(entry.folder.path, soft_wrap=True)
-    for key, value in entry.flat().items():
+    run = pick_run(arguments.root, arguments.run)
+    screen.print(run.path, soft_wrap=True)
+    for key, value in run.flat().items():
         if value is not None:
             screen.print(f"  {key}: {_text(value)}", soft_wrap=True)
-    for path in sorted(entry.folder.path.iterdir()):
+    for path in sorted(run.path.iterdir()):
         screen.print(f"  {path.name}" + ("/" if path.is_dir() else ""))
-    return 1 if entry.problem else 0
+    return 1 if run.problem else 0
 
 
 def diff_runs(screen: Console, arguments: argparse.Namespace) -> int:
-    a, b = (pick(arguments.root, name) for name in (arguments.a, arguments.b))
-    screen.print(f"A  {a.folder.path}\nB  {b.folder.path}", soft_wrap=True)
+    a, b = (pick_run(arguments.root, name) for name in (arguments.a, arguments.b))
+    screen.print(f"A  {a.path}\nB  {b.path}", soft_wrap=True)
     found = differences(a, b)
     for section, pairs in found.items():
         table = Table(section, "A", "B", box=SIMPLE_HEAD, title_justify="left")
@@ -87,7 +87,7 @@ def diff_runs(screen: Console, arguments: argparse.Namespace) -> int:
         screen.print(table)
     if not found:
         screen.print("they do not differ")
-    return _tell_damage(screen, (a, b))
+    return _print_problems(screen, (a, b))
 
 
 def collect_garbage(screen: Console, arguments: argparse.Namespace) -> int:
@@ -97,20 +97,20 @@ def collect_garbage(screen: Console, arguments: argparse.Namespace) -> int:
         for leftover in found:
             screen.print(f"{leftover.path}: {leftover.why}", soft_wrap=True)
         screen.print(f"{len(found)} can go, {freed / 2**20:.1f} MiB; --delete deletes them")
-        return _tell_damage(screen, find(arguments.root))
+        return _print_problems(screen, find_runs(arguments.root))
     kept = [(leftover, reason) for leftover, reason in remove(found) if reason is not None]
     for leftover, reason in kept:
         screen.print(f"{leftover.path} stayed: {reason}", soft_wrap=True)
         freed -= leftover.size
     screen.print(f"{len(found) - len(kept)} deleted, {freed / 2**20:.1f} MiB")
-    return _tell_damage(screen, find(arguments.root))
+    return _print_problems(screen, find_runs(arguments.root))
 
 
 def export(screen: Console, arguments: argparse.Namespace) -> int:
     if arguments.file.suffix not in FORMATS:
         raise RunnerError(f"{arguments.file}: expected a name that ends with {' or '.join(FORMATS)}")
-    entries = find(arguments.root)
-    rows = [{key: _cell(value) for key, value in entry.flat().items()} for entry in entries]
+    runs = find_runs(arguments.root)
+    rows = [{key: _cell(value) for key, value in run.flat().items()} for run in runs]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if arguments.file.suffix == ".parquet":
         _write_parquet(arguments.file, columns, rows)
@@ -121,7 +121,7 @@ def export(screen: Console, arguments: argparse.Namespace) -> int:
         writer.writerows(rows)
         write_atomic(arguments.file, text.getvalue())
     screen.print(f"{arguments.file}: {len(rows)} runs, {len(columns)} columns", soft_wrap=True)
-    return _tell_damage(screen, entries)
+    return _print_problems(screen, runs)
 
 
 def _write_parquet(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
@@ -157,8 +157,8 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = command.add_subparsers(required=True)
 
-    def add(name: str, action: Any, told: str, *names: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=told, description=told, allow_abbrev=False)
+    def add(name: str, action: Any, description: str, *names: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
         for each in names:
             sub.add_argument(each)
         if names:

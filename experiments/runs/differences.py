@@ -1,4 +1,4 @@
-"""What differs between two runs: configuration, code, environment, data, backends, course and result."""
+"""The differences between two runs: configuration, code, environment, data, backends, course and result."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.runs.finder import Entry
 from experiments.runs.folder import RunFolder, flat
+from experiments.runs.recorded import RecordedRun
 from experiments.util.errors import RunnerError
 
 SECTIONS = {
@@ -19,27 +19,27 @@ SECTIONS = {
     "result": ("status", "reason", "results", "model"),
     "cost": ("cost",),
 }
-"""What stands in each part of a comparison, by path."""
+"""By section the paths of its values."""
 
 ABSENT = "-"
 TIMES = ("tokens_per_second",)
 """Metrics that differ between any two runs."""
 
 
-def differences(a: Entry, b: Entry) -> dict[str, dict[str, tuple[Any, Any]]]:
+def differences(a: RecordedRun, b: RecordedRun) -> dict[str, dict[str, tuple[Any, Any]]]:
     """By section and dotted path, both values of what is not the same."""
     found = {name: _differing(_part(a, paths), _part(b, paths)) for name, paths in SECTIONS.items()}
-    found["course"] = _course(a.folder, b.folder)
+    found["course"] = _course(a, b)
     return {name: found[name] for name in (*list(SECTIONS)[:-1], "course", "cost") if found[name]}
 
 
-def _part(entry: Entry, paths: tuple[str, ...]) -> dict[str, Any]:
-    values = {path: entry.status if path == "status" else entry.get(path) for path in paths}
+def _part(run: RecordedRun, paths: tuple[str, ...]) -> dict[str, Any]:
+    values = {path: run.status if path == "status" else run.get(path) for path in paths}
     whole: dict[str, Any] = {}
     for path, inner in values.items():
         whole |= flat(inner, path)
     if "code" in paths:
-        whole["code.diff"] = _diff_of(entry.folder)
+        whole["code.diff"] = _diff_of(run.folder)
     return {key: value for key, value in whole.items() if value is not None}
 
 
@@ -54,20 +54,20 @@ def _diff_of(folder: RunFolder) -> str | None:
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     pairs = {key: (a.get(key, ABSENT), b.get(key, ABSENT)) for key in dict.fromkeys((*a, *b))}
-    return {key: pair for key, pair in pairs.items() if _told_apart(key, *pair)}
+    return {key: pair for key, pair in pairs.items() if _differ(key, *pair)}
 
 
-def _told_apart(key: str, a: Any, b: Any) -> bool:
+def _differ(key: str, a: Any, b: Any) -> bool:
     if key == "code.diff" and ABSENT not in (a, b):
         return a.rpartition("(")[2] != b.rpartition("(")[2]
     return a != b
 
 
-def _course(a: RunFolder, b: RunFolder) -> dict[str, tuple[Any, Any]]:
+def _course(a: RecordedRun, b: RecordedRun) -> dict[str, tuple[Any, Any]]:
     """The first evaluation at which the metrics of both are not the same."""
     try:
-        lines = [{line["step"]: line for line in folder.metrics()} for folder in (a, b)]
-    except (RunnerError, OSError) as error:
+        lines = [{line["step"]: line for line in run.metrics} for run in (a, b)]
+    except RunnerError as error:
         return {"metrics.jsonl": (str(error), ABSENT)}
     for step in sorted(lines[0].keys() & lines[1].keys()):
         pairs = _differing(*({key: x for key, x in line[step].items() if key not in TIMES} for line in lines))

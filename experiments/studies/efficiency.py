@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.report.comparison import Comparison, Setting
 from experiments.report.figures import bytes_text, metric_label
+from experiments.runs.recorded import RecordedRun
 from experiments.studies import length, plots, recall_and_state
-from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.study import Figure, Finding, Runs, Study, Table
 from experiments.studies.sweep import Sweep
 from experiments.util.plot_style import QUIET
 
@@ -28,7 +29,7 @@ class Efficiency(Study):
     sweeps: ClassVar[Mapping[str, Sweep]] = {}
     uses = (recall_and_state.RecallAndState.name, length.Length.name)
 
-    def pictures(self, runs: Runs) -> Sequence[Picture]:
+    def figures(self, runs: Runs) -> Sequence[Figure]:
         recall, text = recalled(runs), runs.comparison(length.EXPERIMENT)
         shared = (
             "Each line is a model in training, its median over seeds at each look at the validation split, against what"
@@ -36,7 +37,7 @@ class Efficiency(Study):
             " of them reaches at that cost."
         )
         return [
-            Picture(
+            Figure(
                 "recall",
                 f"Recall while training, against FLOPs (left) and processor time of one thread (right). {shared} Each"
                 " mixer at its best state.",
@@ -44,14 +45,14 @@ class Efficiency(Study):
                 columns=2,
                 size=(10.4, 4.2),
             ),
-            Picture(
+            Figure(
                 "text",
                 f"The same on text, less is better. {shared}",
                 lambda axes: draw_courses(axes, text, "validation_bits_per_byte"),
                 columns=2,
                 size=(10.4, 4.2),
             ),
-            Picture(
+            Figure(
                 "memory",
                 "What a model carries from token to token in decoding, against the context: by the formulas that the"
                 " test suite holds to the bytes of real states. The models of the text figure, two layers of width 64"
@@ -65,34 +66,34 @@ class Efficiency(Study):
         recall, text = recalled(runs), runs.comparison(length.EXPERIMENT)
         header = ["model", f"FLOPs to {RECALLED:.0%} recall", "processor time to that", "bytes of state"]
         rows = [
-            [variant.label, *reached(variant), bytes_text(plots.state_bytes(variant))]
-            for variant in sorted(recall.shown, key=lambda variant: cost_of(variant, "flops") or np.inf)
+            [setting.label, *reached(setting), bytes_text(plots.state_bytes(setting))]
+            for setting in sorted(recall.shown, key=lambda setting: cost_of(setting, "flops") or np.inf)
         ]
         few = CONTEXTS[::7]
         memory = [
-            [variant.label, *(bytes_text(length.built(variant).state_bytes(context)) for context in few)]
-            for variant in text.shown
+            [setting.label, *(bytes_text(length.built(setting).state_bytes(context)) for context in few)]
+            for setting in text.shown
         ]
         return [
             Table("Recall: median cost of reaching it, on validation", [header, *rows]),
             Table("State in decoding, by context", [["model", *(f"{context:,}" for context in few)], *memory]),
         ]
 
-    def claims(self, runs: Runs) -> Sequence[Claim]:
+    def findings(self, runs: Runs) -> Sequence[Finding]:
         recall, text = recalled(runs), runs.comparison(length.EXPERIMENT)
-        costs = {variant.label: cost_of(variant, "flops") for variant in recall.shown}
-        seconds = {variant.label: cost_of(variant, "processor_seconds") for variant in recall.shown}
-        models = {variant.label: length.built(variant) for variant in text.shown}
+        costs = {setting.label: cost_of(setting, "flops") for setting in recall.shown}
+        seconds = {setting.label: cost_of(setting, "processor_seconds") for setting in recall.shown}
+        models = {setting.label: length.built(setting) for setting in text.shown}
         grown = {name: model.state_bytes(CONTEXTS[-1]) / model.state_bytes(1024) for name, model in models.items()}
         fewest, fastest = (min((value, name) for name, value in each.items() if value) for each in (costs, seconds))
         return [
-            Claim(
+            Finding(
                 "attention is cheapest at short lengths",
                 "Sub-quadratic models pay off at long lengths; at 64 tokens attention learns recall at the least cost",
                 f"fewest FLOPs: {fewest[1]}, {fewest[0]:.1e}; least processor time: {fastest[1]}, {fastest[0]:.1f} s",
                 fewest[1].startswith("attention") and fastest[1].startswith("attention"),
             ),
-            Claim(
+            Finding(
                 "only attention's state grows",
                 "Decoding memory is constant for recurrent models and windows, and grows for attention",
                 f"state at {CONTEXTS[-1]:,} over state at 1,024: "
@@ -105,7 +106,7 @@ class Efficiency(Study):
 def recalled(runs: Runs) -> Comparison:
     """The recall runs, each mixer at its best state."""
     whole = recall_and_state.chosen(runs)
-    best = [max(variants, key=plots.median_of) for variants in plots.by_model(whole).values()]
+    best = [max(settings, key=plots.median_of) for settings in plots.by_model(whole).values()]
     return Comparison(whole.name, best, whole.seeds, whole.remarks)
 
 
@@ -116,18 +117,18 @@ def course(run: RecordedRun, metric: str, cost: str) -> tuple[np.ndarray, np.nda
     return np.array([look["step"] * each for look in looks]), np.array([look[metric] for look in looks])
 
 
-def cost_of(variant: Variant, cost: str) -> float | None:
+def cost_of(setting: Setting, cost: str) -> float | None:
     """The median over seeds of what it took to recall enough; ``None`` where most seeds never do."""
     spent = []
-    for run in variant.finished:
+    for run in setting.finished:
         costs, values = course(run, "validation_accuracy", cost)
         spent.append(costs[values >= RECALLED][0] if (values >= RECALLED).any() else np.inf)
     middle = float(np.median(spent))
     return middle if np.isfinite(middle) else None
 
 
-def reached(variant: Variant) -> list[str]:
-    flops, seconds = cost_of(variant, "flops"), cost_of(variant, "processor_seconds")
+def reached(setting: Setting) -> list[str]:
+    flops, seconds = cost_of(setting, "flops"), cost_of(setting, "processor_seconds")
     if flops is None or seconds is None:
         return ["not reached", ""]
     return [f"{flops:.1e}".replace("e+", "e"), f"{seconds:.1f} s"]
@@ -137,11 +138,11 @@ def draw_courses(panels: Sequence[Axes], comparison: Comparison, metric: str) ->
     higher = comparison.sample["metric"]["higher_is_better"]
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
         ends, every = [], []
-        for variant in comparison.shown:
-            look = length.look_of(variant)
-            costs, values = median_course(variant, metric, cost)
+        for setting in comparison.shown:
+            look = length.look_of(setting)
+            costs, values = median_course(setting, metric, cost)
             axes.plot(costs, values, markersize=5, **look)
-            ends.append((plots.model_name(variant), look["color"], (costs[-1], values[-1])))
+            ends.append((plots.model_name(setting), look["color"], (costs[-1], values[-1])))
             every += zip(costs, values, strict=True)
         axes.set_xscale("log")
         axes.set_xlabel(label)
@@ -153,9 +154,9 @@ def draw_courses(panels: Sequence[Axes], comparison: Comparison, metric: str) ->
     panels[0].set_ylabel(f"{metric_label(comparison)} on validation")
 
 
-def median_course(variant: Variant, metric: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
+def median_course(setting: Setting, metric: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
     """Medians over seeds, look by look. A seed that stopped early, having reached the target, stays where it was."""
-    courses = [course(run, metric, cost) for run in variant.finished]
+    courses = [course(run, metric, cost) for run in setting.finished]
     longest = max(len(costs) for costs, _ in courses)
     each = np.median([costs[-1] / len(costs) for costs, _ in courses])
     values = [np.pad(values, (0, longest - len(values)), mode="edge") for _, values in courses]
@@ -173,13 +174,13 @@ def draw_frontier(axes: Axes, points: Sequence[tuple[float, float]], better: Cal
 
 def draw_memory(axes: Axes, comparison: Comparison) -> None:
     ends = []
-    for variant in comparison.shown:
-        if "no_position" in variant.label:
+    for setting in comparison.shown:
+        if "no_position" in setting.label:
             continue  # As much as attention.
-        model, look = length.built(variant), length.look_of(variant)
+        model, look = length.built(setting), length.look_of(setting)
         values = [model.state_bytes(context) for context in CONTEXTS]
         axes.plot(CONTEXTS, values, markersize=4, **look)
-        ends.append((variant.label, look["color"]))
+        ends.append((setting.label, look["color"]))
     plots.logarithmic(axes, CONTEXTS[::2], lambda value: f"{value:,.0f}")
     plots.logarithmic(axes, [2.0**power for power in range(14, 31, 4)], bytes_text, axis="y")
     axes.set_xlabel("Context (tokens, logarithmic)")

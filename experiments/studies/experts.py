@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.report.comparison import Comparison, Setting
 from experiments.report.figures import test_of
+from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
-from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.study import Figure, Finding, Runs, Study, Table
 from experiments.studies.sweep import Sweep
 from experiments.util.plot_style import COLOURS, INK, QUIET
 from seqarch.layers import build_channel_mixer
@@ -36,7 +37,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "bias": {"color": COLOURS["state space"], "marker": "^"},
     "capacity": {"color": COLOURS["delta rule"], "marker": "D"},
 }
-ARMS = tuple(f"model=delta_net model.name={name} {options}" for name, options in METHODS.items())
+GRID = tuple(f"model=delta_net model.name={name} {options}" for name, options in METHODS.items())
 EXPERIMENT = "results/experts_text"
 
 
@@ -45,21 +46,21 @@ class Experts(Study):
     title = "Mixture of experts"
     history = ("largest_load", "dropped_share", "validation_bits_per_byte")
     sweeps: ClassVar[Mapping[str, Sweep]] = {
-        "recorded": Sweep("experiment=experts_text seed=0,1,2 train.lr=3e-3,1e-2", ARMS),
-        "small": Sweep("experiment=experts_text seed=0,1,2 train.lr=1e-2 train.steps=120", ARMS),
+        "recorded": Sweep("experiment=experts_text seed=0,1,2 train.lr=3e-3,1e-2", GRID),
+        "small": Sweep("experiment=experts_text seed=0,1,2 train.lr=1e-2 train.steps=120", GRID),
         "large": Sweep(
             "experiment=experts_text seed=0,1,2,3,4 train.lr=5e-4,1e-3,2e-3 model.d_model=512 model.depth=12"
             " model.channels.moe.num_experts=64 model.channels.moe.top_k=8 task.length=2048 task.eval_length=16384"
             " train.batch_size=64 train.steps=20000 train.eval_every=500 train.device=cuda",
-            ARMS,
+            GRID,
         ),
     }
 
-    def pictures(self, runs: Runs) -> Sequence[Picture]:
+    def figures(self, runs: Runs) -> Sequence[Figure]:
         comparison = runs.comparison(EXPERIMENT)
         grid = plots.grid_text(comparison)
         return [
-            Picture(
+            Figure(
                 "quality",
                 "Left: bits per byte on the test split, less is better, at equal active parameters. Right: processor"
                 " time of training, a step. Each seed, the range and the median; learning rate by median validation"
@@ -68,7 +69,7 @@ class Experts(Study):
                 columns=2,
                 size=(10.4, 3.0),
             ),
-            Picture(
+            Figure(
                 "loads",
                 "Left: the busiest expert's load over the mean load in the training batch, mean over layers: 1 is"
                 " balanced, 4 is the most that 2 of 8 experts allow. Right: the share of choices that found no room,"
@@ -84,36 +85,36 @@ class Experts(Study):
         header, *rows = plots.table(comparison)
         more = ["active parameters", "busiest expert at the end", "dropped at the end"]
         cells = {
-            variant.label: [f"{active_parameters(variant):,}", *load_cells(variant)] for variant in comparison.shown
+            setting.label: [f"{active_parameters(setting):,}", *load_cells(setting)] for setting in comparison.shown
         }
         return [Table("Every method", [header + more, *(row + cells.get(row[0], [""] * 3) for row in rows)])]
 
-    def claims(self, runs: Runs) -> Sequence[Claim]:
-        shown = {variant.label: variant for variant in runs.comparison(EXPERIMENT).shown}
-        bits = {name: plots.median_of(variant) for name, variant in shown.items()}
-        loads = {name: at_the_end(variant, "largest_load") for name, variant in shown.items() if name != "dense"}
-        seconds = {name: statistics.median(per_step(variant)) for name, variant in shown.items()}
+    def findings(self, runs: Runs) -> Sequence[Finding]:
+        shown = {setting.label: setting for setting in runs.comparison(EXPERIMENT).shown}
+        bits = {name: plots.median_of(setting) for name, setting in shown.items()}
+        loads = {name: at_the_end(setting, "largest_load") for name, setting in shown.items() if name != "dense"}
+        seconds = {name: statistics.median(per_step(setting)) for name, setting in shown.items()}
         best = min(value for name, value in bits.items() if name != "dense")
         return [
-            Claim(
+            Finding(
                 "experts beat dense",
                 "At equal active parameters experts model better than a dense layer (Shazeer et al. 2017)",
                 ", ".join(f"{name} {value:.3f}" for name, value in bits.items()) + " bits per byte",
                 best < bits["dense"],
             ),
-            Claim(
+            Finding(
                 "loss and bias balance",
                 "A loss (Fedus et al. 2021) or a bias (Wang et al. 2024) keeps loads nearer to balance than neither",
                 "busiest over mean at the end: " + ", ".join(f"{name} {value:.2f}" for name, value in loads.items()),
                 max(loads["loss"], loads["bias"]) < loads["no_balancing"],
             ),
-            Claim(
+            Finding(
                 "the bias costs no quality",
                 "Balancing by a bias costs less quality than balancing by a loss (Wang et al. 2024)",
                 f"bias {bits['bias']:.3f}, loss {bits['loss']:.3f} bits per byte",
                 bits["bias"] <= bits["loss"],
             ),
-            Claim(
+            Finding(
                 "balancing is nearly free",
                 "Balancing by loss or bias costs little time beside the experts themselves",
                 "a step: " + ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items()),
@@ -122,21 +123,21 @@ class Experts(Study):
         ]
 
 
-def per_step(variant: Variant) -> list[float]:
+def per_step(setting: Setting) -> list[float]:
     """Processor seconds."""
-    return variant.values(lambda run: run.record["cost"]["processor_seconds"] / run.record["cost"]["steps"])
+    return setting.values(lambda run: run.record["cost"]["processor_seconds"] / run.record["cost"]["steps"])
 
 
-def active_parameters(variant: Variant) -> int:
+def active_parameters(setting: Setting) -> int:
     """Those that one token passes: all but the experts that it is not sent to."""
-    model = variant.runs[0].config["model"]
+    model = setting.runs[0].config["model"]
     if model.get("channel", "swiglu") != "moe":
-        return plots.parameters(variant)
+        return plots.parameters(setting)
     layer = build_channel_mixer("moe", d_model=model["d_model"], **model.get("channels", {}).get("moe", {}))
     experts = sum(weight.numel() for name, weight in layer.named_parameters() if name in ("w_gate", "w_in", "w_out"))
     config: Any = layer.config
     idle = experts * (config.num_experts - config.top_k) // config.num_experts
-    return plots.parameters(variant) - model["depth"] * idle
+    return plots.parameters(setting) - model["depth"] * idle
 
 
 def course(run: RecordedRun, metric: str) -> tuple[list[int], list[float]]:
@@ -146,14 +147,14 @@ def course(run: RecordedRun, metric: str) -> tuple[list[int], list[float]]:
     return [look["step"] for look in looks], means
 
 
-def at_the_end(variant: Variant, metric: str) -> float:
-    return variant.median(lambda run: course(run, metric)[1][-1])
+def at_the_end(setting: Setting, metric: str) -> float:
+    return setting.median(lambda run: course(run, metric)[1][-1])
 
 
-def load_cells(variant: Variant) -> list[str]:
-    if variant.label == "dense":
+def load_cells(setting: Setting) -> list[str]:
+    if setting.label == "dense":
         return ["", ""]
-    return [f"{at_the_end(variant, 'largest_load'):.2f}", f"{at_the_end(variant, 'dropped_share'):.1%}"]
+    return [f"{at_the_end(setting, 'largest_load'):.2f}", f"{at_the_end(setting, 'dropped_share'):.1%}"]
 
 
 def draw_quality(panels: Sequence[Axes], comparison: Comparison) -> None:
@@ -170,15 +171,15 @@ def draw_quality(panels: Sequence[Axes], comparison: Comparison) -> None:
 def draw_loads(panels: Sequence[Axes], comparison: Comparison) -> None:
     for axes, metric in zip(panels, ("largest_load", "dropped_share"), strict=True):
         ends = []
-        for variant in comparison.shown:
-            look, courses = LOOKS[variant.label], [course(run, metric) for run in variant.finished]
+        for setting in comparison.shown:
+            look, courses = LOOKS[setting.label], [course(run, metric) for run in setting.finished]
             if not any(any(values) for _, values in courses):
                 continue  # Without a router, or without a capacity.
             for steps, values in courses:
                 axes.plot(steps, values, color=look["color"], alpha=0.35, linewidth=0.9)
             middle = np.median([values for _, values in courses], axis=0)
             axes.plot(courses[0][0], middle, markersize=5, **look)
-            ends.append((variant.label, look["color"], (courses[0][0][-1], float(middle[-1]))))
+            ends.append((setting.label, look["color"], (courses[0][0][-1], float(middle[-1]))))
         axes.set_xlabel("Training step")
         axes.set_xlim(left=0)
         plots.label_lines(axes, ends)

@@ -8,17 +8,17 @@ from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.report.comparison import Comparison, Variant
+from experiments.report.comparison import Comparison, Setting
 from experiments.report.figures import bytes_text, metric_label, test_of
 from experiments.studies import plots
-from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.study import Figure, Finding, Runs, Study, Table
 from experiments.studies.sweep import Sweep
 from experiments.util.plot_style import COLOURS, pattern_mixers, spread
 from seqarch.models import parse_pattern
 
 
 def mixed(name: str, pattern: str) -> str:
-    """An arm of one hybrid."""
+    """An row of one hybrid."""
     return f"model=hybrid model.name={name} 'model.pattern=\"{pattern}\"'"
 
 
@@ -65,28 +65,28 @@ class Hybrids(Study):
     sweeps: ClassVar[Mapping[str, Sweep]] = {
         "recorded": Sweep(
             "seed=0,1,2",
-            tuple(f"{RECALL} {RATES[RECALL]} {arm}" for arm in (PURE, MORE_STATE, *RATIOS, *ONE_OF_EIGHT, *OTHER))
-            + tuple(f"{TEXT} {RATES[TEXT]} {arm}" for arm in (PURE, *RATIOS, ONE_OF_EIGHT[0], *OTHER)),
+            tuple(f"{RECALL} {RATES[RECALL]} {row}" for row in (PURE, MORE_STATE, *RATIOS, *ONE_OF_EIGHT, *OTHER))
+            + tuple(f"{TEXT} {RATES[TEXT]} {row}" for row in (PURE, *RATIOS, ONE_OF_EIGHT[0], *OTHER)),
         ),
         "small": Sweep(
             "seed=0,1,2 model.depth=4 train.lr=1e-2",
-            tuple(f"{RECALL} train.steps=250 {arm}" for arm in (PURE, *RATIOS))
-            + tuple(f"{TEXT} train.steps=100 {arm}" for arm in (PURE, RATIOS[1])),
+            tuple(f"{RECALL} train.steps=250 {row}" for row in (PURE, *RATIOS))
+            + tuple(f"{TEXT} train.steps=100 {row}" for row in (PURE, RATIOS[1])),
         ),
         "large": Sweep(
             "seed=0,1,2 model.d_model=256 train.eval_every=500 train.device=cuda",
-            tuple(f"{task} {arm}" for task in LARGE_TASKS for arm in (PURE, MORE_STATE, *LARGE_HYBRIDS)),
+            tuple(f"{task} {row}" for task in LARGE_TASKS for row in (PURE, MORE_STATE, *LARGE_HYBRIDS)),
         ),
     }
 
-    def pictures(self, runs: Runs) -> Sequence[Picture]:
+    def figures(self, runs: Runs) -> Sequence[Figure]:
         recall, text = both(runs)
         marks = (
             "The marker is the share of attention layers: circle none, triangle downwards 1:7, square 1:3, diamond 1:1,"
             " triangle all."
         )
         return [
-            Picture(
+            Figure(
                 "ratio",
                 "Recall (left, more is better) and bits per byte of text (right, less is better) on the test splits"
                 " against the share of layers that are attention, by the recurrence beside it. Small marks are seeds,"
@@ -97,7 +97,7 @@ class Hybrids(Study):
                 columns=2,
                 size=(10.4, 4.0),
             ),
-            Picture(
+            Figure(
                 "state",
                 "The same runs against the bytes of state at the longest position: 64 tokens of recall, 1024 bytes of"
                 f" text. {marks} Parameters: {plots.parameter_span(recall)} on recall, {plots.parameter_span(text)} on"
@@ -106,7 +106,7 @@ class Hybrids(Study):
                 columns=2,
                 size=(10.4, 4.0),
             ),
-            Picture(
+            Figure(
                 "place",
                 "Recall of every model: its seeds, their range and the median. Names say how many recurrent layers"
                 " stand beside one of attention and where that is, in the middle unless it says otherwise. DeltaNet"
@@ -120,19 +120,19 @@ class Hybrids(Study):
         recall, text = both(runs)
         return [Table("Recall", plots.table(recall)), Table("Text", plots.table(text))]
 
-    def claims(self, runs: Runs) -> Sequence[Claim]:
+    def findings(self, runs: Runs) -> Sequence[Finding]:
         recall, text = (medians(comparison) for comparison in both(runs))
         names = [name for name in ("1_to_7", "1_to_3", "1_to_1") if name in recall]
         mixed_text = [text[name] for name in names if name in text]
         found = [
-            Claim(
+            Finding(
                 "attention brings recall",
                 "Recall rises with the share of attention, most of it by one layer in four (arXiv 2507.06457)",
                 told(recall, "delta_net", *names, "attention"),
                 rises(recall, "delta_net", *names, "attention")
                 and recall["1_to_3"] - recall["delta_net"] > 0.5 * (recall["attention"] - recall["delta_net"]),
             ),
-            Claim(
+            Finding(
                 "text hardly depends on the ratio",
                 "Language modelling hardly depends on the ratio (the same): the hybrids differ by less than 0.05 bits"
                 " per byte, and the best of them is no worse than either pure model",
@@ -143,7 +143,7 @@ class Hybrids(Study):
         ]
         if "delta_net_2_heads" in recall:
             found.append(
-                Claim(
+                Finding(
                     "at equal state",
                     "One layer of attention among eight is worth more than its bytes: a hybrid recalls more than a"
                     " recurrence with as much state (expected before the runs, without a source)",
@@ -154,7 +154,7 @@ class Hybrids(Study):
         if "1_to_7_first" in recall:
             places = ("1_to_7_first", "1_to_7", "1_to_7_last")
             found.append(
-                Claim(
+                Finding(
                     "the place hardly matters",
                     "Where the one layer of attention stands matters less than that it is there",
                     told(recall, *places, "delta_net"),
@@ -163,7 +163,7 @@ class Hybrids(Study):
             )
         if "1_to_3_gla" in recall:
             found.append(
-                Claim(
+                Finding(
                     "the order of pure models is not that of hybrids",
                     "The best pure recurrence does not make the best hybrid (the same)",
                     told(recall, "delta_net", "gla", "1_to_3", "1_to_3_gla"),
@@ -179,7 +179,7 @@ def both(runs: Runs) -> tuple[Comparison, Comparison]:
 
 
 def medians(comparison: Comparison) -> dict[str, float]:
-    return {variant.label: plots.median_of(variant) for variant in comparison.shown}
+    return {setting.label: plots.median_of(setting) for setting in comparison.shown}
 
 
 def told(values: Mapping[str, float], *names: str) -> str:
@@ -195,53 +195,53 @@ def spread_of(values: Mapping[str, float], *names: str) -> float:
     return max(values[name] for name in names) - min(values[name] for name in names)
 
 
-def share(variant: Variant) -> float:
+def share(setting: Setting) -> float:
     """Of layers that are attention."""
-    layers = parse_pattern(variant.pattern)
+    layers = parse_pattern(setting.pattern)
     return sum("attention" in layer.mixers for layer in layers) / len(layers)
 
 
-def look(variant: Variant) -> dict[str, Any]:
-    return {"color": variant.colour, "marker": SHARE_MARKERS[share(variant)]}
+def look(setting: Setting) -> dict[str, Any]:
+    return {"color": setting.colour, "marker": SHARE_MARKERS[share(setting)]}
 
 
-def on_a_line(variant: Variant) -> bool:
-    """Whether a variant differs from the others in its share of attention alone."""
-    return not variant.label.endswith(("first", "last", "heads"))
+def on_a_line(setting: Setting) -> bool:
+    """Whether a setting differs from the others in its share of attention alone."""
+    return not setting.label.endswith(("first", "last", "heads"))
 
 
 def draw_ratio(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None:
     for axes, comparison in zip(panels, comparisons, strict=True):
-        shown = [variant for variant in comparison.shown if on_a_line(variant)]
+        shown = [setting for setting in comparison.shown if on_a_line(setting)]
         for partner, dash in (("delta_net", "-"), ("gla", (0, (5, 1.5)))):
             line = sorted((v for v in shown if is_with(v, partner)), key=share)
             if len(line) < 2:
                 continue
             axes.plot([share(v) for v in line], [plots.median_of(v) for v in line], linestyle=dash, zorder=2,
                       color=COLOURS["hybrid"], label=f"with {partner}")  # fmt: skip
-        for variant in shown:
-            plots.draw_seeds(axes, share(variant), variant.values(test_of), look(variant), size=5)
-            axes.plot([share(variant)], [plots.median_of(variant)], markersize=9, markeredgecolor="white", zorder=4,
-                      **look(variant))  # fmt: skip
+        for setting in shown:
+            plots.draw_seeds(axes, share(setting), setting.values(test_of), look(setting), size=5)
+            axes.plot([share(setting)], [plots.median_of(setting)], markersize=9, markeredgecolor="white", zorder=4,
+                      **look(setting))  # fmt: skip
         axes.set_xticks([0, 0.125, 0.25, 0.5, 1], ["none", "1:7", "1:3", "1:1", "all"])
         axes.set_xlabel("Layers of attention to recurrent layers")
         axes.legend(fontsize=8, frameon=False, loc="best")
         finish(axes, comparison)
 
 
-def is_with(variant: Variant, partner: str) -> bool:
-    """Whether a variant is on the line of that recurrence: alone, mixed, or attention alone where all lines end."""
-    mixers = pattern_mixers(variant.pattern)
+def is_with(setting: Setting, partner: str) -> bool:
+    """Whether a setting is on the line of that recurrence: alone, mixed, or attention alone where all lines end."""
+    mixers = pattern_mixers(setting.pattern)
     return mixers == {"attention"} or partner in mixers
 
 
 def draw_state(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None:
     for axes, comparison in zip(panels, comparisons, strict=True):
-        sizes = [plots.state_bytes(variant) for variant in comparison.shown]
-        for variant in comparison.shown:
-            plots.draw_seeds(axes, plots.state_bytes(variant), variant.values(test_of), look(variant), size=5)
-            axes.plot([plots.state_bytes(variant)], [plots.median_of(variant)], markersize=9, markeredgecolor="white",
-                      zorder=4, **look(variant))  # fmt: skip
+        sizes = [plots.state_bytes(setting) for setting in comparison.shown]
+        for setting in comparison.shown:
+            plots.draw_seeds(axes, plots.state_bytes(setting), setting.values(test_of), look(setting), size=5)
+            axes.plot([plots.state_bytes(setting)], [plots.median_of(setting)], markersize=9, markeredgecolor="white",
+                      zorder=4, **look(setting))  # fmt: skip
         axes.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
         plots.byte_axis(axes, sizes, every=1 if max(sizes) < 64 * min(sizes) else 2)
         length = comparison.sample["model"]["state_length"]
@@ -253,14 +253,14 @@ def draw_state(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> Non
 def label_points(axes: Axes, comparison: Comparison) -> None:
     """Names in a column beside the plot, each joined to its median: many models have nearly the same state."""
     low, high = axes.get_ylim()
-    ordered = sorted(comparison.shown, key=lambda variant: (plots.median_of(variant), -plots.state_bytes(variant)))
-    heights = spread([plots.median_of(variant) for variant in ordered], 0.06 * (high - low), low, high)
-    for variant, height in zip(ordered, heights, strict=True):
+    ordered = sorted(comparison.shown, key=lambda setting: (plots.median_of(setting), -plots.state_bytes(setting)))
+    heights = spread([plots.median_of(setting) for setting in ordered], 0.06 * (high - low), low, high)
+    for setting, height in zip(ordered, heights, strict=True):
         axes.annotate(
-            variant.label, (plots.state_bytes(variant), plots.median_of(variant)), (1.03, height),
-            textcoords=axes.get_yaxis_transform(), va="center", ha="left", fontsize=8, color=variant.colour,
+            setting.label, (plots.state_bytes(setting), plots.median_of(setting)), (1.03, height),
+            textcoords=axes.get_yaxis_transform(), va="center", ha="left", fontsize=8, color=setting.colour,
             annotation_clip=False, zorder=1,
-            arrowprops={"arrowstyle": "-", "color": variant.colour, "linewidth": 0.6, "alpha": 0.5, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": setting.colour, "linewidth": 0.6, "alpha": 0.5, "shrinkB": 4},
         )  # fmt: skip
 
 
@@ -275,7 +275,7 @@ def finish(axes: Axes, comparison: Comparison) -> None:
 
 def draw_place(axes: Axes, comparison: Comparison) -> None:
     ordered = sorted(comparison.shown, key=plots.median_of, reverse=True)
-    plots.draw_rows(axes, [(f"{variant.label}, {bytes_text(plots.state_bytes(variant))}", look(variant),
-                            variant.values(test_of)) for variant in ordered])  # fmt: skip
+    plots.draw_rows(axes, [(f"{setting.label}, {bytes_text(plots.state_bytes(setting))}", look(setting),
+                            setting.values(test_of)) for setting in ordered])  # fmt: skip
     axes.set_xlim(-0.02, 1.03)
     axes.set_xlabel("Recall accuracy on test")

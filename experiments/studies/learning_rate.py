@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.report.comparison import RecordedRun
 from experiments.report.figures import test_of
+from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.recall_and_state import HEADS
-from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.study import Figure, Finding, Runs, Study, Table
 from experiments.studies.sweep import Sweep
 
-ARMS = (
+GRID = (
     "model=attention",
     HEADS["delta_net"] + "2",
     HEADS["gla"] + "2",
@@ -33,25 +33,25 @@ class LearningRate(Study):
     title = "The learning rate decides"
     sweeps: ClassVar[Mapping[str, Sweep]] = {
         "recorded": Sweep(
-            "experiment=recall_and_state seed=0,1,2 train.lr=1e-3,3e-3,1e-2,3e-2,1e-1 model.depth=2,1", ARMS
+            "experiment=recall_and_state seed=0,1,2 train.lr=1e-3,3e-3,1e-2,3e-2,1e-1 model.depth=2,1", GRID
         ),
         "small": Sweep("experiment=recall_and_state seed=0,1,2 train.lr=1e-3,1e-2 model.depth=2,1", SMALL),
         "large": Sweep(
             "experiment=recall_and_state seed=0,1,2,3,4 train.lr=1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1 model.depth=2,1"
             " model.d_model=128 task.vocab_size=8192 task.length=256 task.pairs=64 train.batch_size=256"
             " train.steps=8000 train.eval_every=500 train.device=cuda",
-            (*ARMS, HEADS["gated_delta_net"] + "2", HEADS["retention"] + "2", "model=mamba2"),
+            (*GRID, HEADS["gated_delta_net"] + "2", HEADS["retention"] + "2", "model=mamba2"),
         ),
     }
 
-    def pictures(self, runs: Runs) -> Sequence[Picture]:
+    def figures(self, runs: Runs) -> Sequence[Figure]:
         courses = by_depth(runs)
         caption = (
             "Recall on the test split against the peak learning rate, after 300 steps at most, with one layer and with"
             " two. Small marks are seeds, lines join medians, bars are ranges, crosses at the bottom are runs that"
             " diverged. Every rate of the grid is shown, so nothing is chosen here; chance is dashed."
         )
-        return [Picture("rates", caption, lambda axes: draw(axes, courses, runs), columns=2, size=(10.4, 4.2))]
+        return [Figure("rates", caption, lambda axes: draw(axes, courses, runs), columns=2, size=(10.4, 4.2))]
 
     def tables(self, runs: Runs) -> Sequence[Table]:
         rates = sorted({rate for models in by_depth(runs).values() for course in models.values() for rate in course})
@@ -60,14 +60,14 @@ class LearningRate(Study):
                 for depth, models in by_depth(runs).items() for name, course in models.items()]  # fmt: skip
         return [Table("Median (range) of the test accuracy, by learning rate", [header, *rows])]
 
-    def claims(self, runs: Runs) -> Sequence[Claim]:
+    def findings(self, runs: Runs) -> Sequence[Finding]:
         courses = by_depth(runs)
         widths = {depth: {name: band(course) for name, course in models.items()} for depth, models in courses.items()}
         recurrent = {name: width for name, width in widths[2].items() if name != "attention"}
         deep, flat = courses[2]["attention"], courses[1]["attention"]
         worst = {name: spread(course) for name, course in courses[2].items()}
         return [
-            Claim(
+            Finding(
                 "recurrent models have narrower bands",
                 "Recurrent models learn recall in a narrow band of learning rates, attention in a wide one"
                 " (Okpekpe and Orvieto 2025, arXiv 2508.19029)",
@@ -75,14 +75,14 @@ class LearningRate(Study):
                 + ", ".join(f"{name} {width}" for name, width in widths[2].items()),
                 max(recurrent.values()) < widths[2]["attention"],
             ),
-            Claim(
+            Finding(
                 "the rate moves a model from chance to its best",
                 "The rate alone decides whether a model seems able to recall (the same)",
                 "lowest to highest median, two layers: "
                 + ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in worst.items()),
                 any(high - low > 0.5 for low, high in worst.values()),
             ),
-            Claim(
+            Finding(
                 "one layer of attention fails",
                 "One layer of attention does not learn recall, two do (the same; there without a convolution)",
                 f"attention, best median: one layer {max(map(statistics.median, flat.values())):.3f},"

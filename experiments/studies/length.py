@@ -11,15 +11,16 @@ from matplotlib.axes import Axes
 
 from experiments.config.build import build_model
 from experiments.config.schema import run_config
-from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.report.comparison import Comparison, Setting
 from experiments.report.figures import bytes_text
+from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
-from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.study import Figure, Finding, Runs, Study, Table
 from experiments.studies.sweep import Sweep
 from seqarch.models import LanguageModel
 
 EXPERIMENT = "results/length_text"
-ARMS = (
+GRID = (
     "model=attention,sliding_window,mamba2,gated_delta_net",
     "model=attention model.name=attention_no_position model.mixers.attention.position=none",
 )
@@ -31,22 +32,22 @@ class Length(Study):
     name = "length"
     title = "Beyond the length of training"
     sweeps: ClassVar[Mapping[str, Sweep]] = {
-        "recorded": Sweep("experiment=length_text seed=0,1,2 train.lr=3e-3,1e-2", ARMS),
-        "small": Sweep("experiment=length_text seed=0,1,2 train.lr=1e-2 train.steps=120", ARMS),
+        "recorded": Sweep("experiment=length_text seed=0,1,2 train.lr=3e-3,1e-2", GRID),
+        "small": Sweep("experiment=length_text seed=0,1,2 train.lr=1e-2 train.steps=120", GRID),
         "large": Sweep(
             "experiment=length_text seed=0,1,2,3,4 train.lr=5e-4,1e-3,2e-3 model.d_model=512 model.depth=12"
             " task.length=512 task.eval_length=16384 train.batch_size=128 train.steps=20000 train.eval_every=1000"
             " train.device=cuda",
-            (*ARMS, "model=retention,rwkv7,hybrid"),
+            (*GRID, "model=retention,rwkv7,hybrid"),
         ),
     }
     history = ("validation_bits_per_byte",)
 
-    def pictures(self, runs: Runs) -> Sequence[Picture]:
+    def figures(self, runs: Runs) -> Sequence[Figure]:
         comparison = runs.comparison(EXPERIMENT)
         curve = curve_of(comparison.shown[0].finished[0])
         return [
-            Picture(
+            Figure(
                 "position",
                 "Bits per byte against the position in a held-out file, mean over files and over the positions between"
                 f" two marks; less is better. No model was trained beyond the dotted line at {curve['trained_to']}"
@@ -55,7 +56,7 @@ class Length(Study):
                 lambda axes: draw_positions(axes[0], comparison),
                 size=(7.6, 4.6),
             ),
-            Picture(
+            Figure(
                 "cost",
                 "What one more byte costs after so much context: FLOPs (left) and bytes of state (right), by the"
                 " formulas that the test suite holds to measurements. Dotted: the training length.",
@@ -72,12 +73,12 @@ class Length(Study):
         header = ["model", f"to {trained}", f"{end // 2} to {end}", f"FLOPs a byte at {trained}", f"at {end}",
                   f"state at {end}"]  # fmt: skip
         rows = []
-        for variant in comparison.shown:
-            model = built(variant)
+        for setting in comparison.shown:
+            model = built(setting)
             rows.append(
                 [
-                    variant.label,
-                    *(plots.median_and_range(values) for values in (near(variant), far(variant))),
+                    setting.label,
+                    *(plots.median_and_range(values) for values in (near(setting), far(setting))),
                     *(f"{model.step_flops(length):,}" for length in (trained, end)),
                     bytes_text(model.state_bytes(end)),
                 ]
@@ -85,26 +86,26 @@ class Length(Study):
         return [Table("Bits per byte by position, and what a byte costs", [header, *rows]),
                 Table("Every model", plots.table(comparison))]  # fmt: skip
 
-    def claims(self, runs: Runs) -> Sequence[Claim]:
-        shown = {variant.label: variant for variant in runs.comparison(EXPERIMENT).shown}
+    def findings(self, runs: Runs) -> Sequence[Finding]:
+        shown = {setting.label: setting for setting in runs.comparison(EXPERIMENT).shown}
         change = {name: statistics.median(far(v)) - statistics.median(near(v)) for name, v in shown.items()}
-        ends = {name: statistics.median(far(variant)) for name, variant in shown.items()}
+        ends = {name: statistics.median(far(setting)) for name, setting in shown.items()}
         recurrent = {name: ends[name] for name in ("mamba2", "gated_delta_net", "sliding_window")}
 
         return [
-            Claim(
+            Finding(
                 "full attention fails beyond its training length",
                 "Attention with rotary positions gets worse beyond the training length (Press et al. 2021, figure 1)",
                 f"last half of the file less the trained part, bits per byte: {plots.told(change, '+')}",
                 change["attention"] > WORSE,
             ),
-            Claim(
+            Finding(
                 "recurrent states extrapolate",
                 "Recurrent models and windows stay good (Gu and Dao 2023, on other tasks)",
                 "the same, which is negative where a longer file is easier",
                 max(change[name] for name in recurrent) <= WORSE,
             ),
-            Claim(
+            Finding(
                 "far out the cheap models win",
                 "Far beyond the training length a model of constant cost is better than full attention",
                 f"last half of the file: {plots.told(ends)}",
@@ -127,29 +128,29 @@ def mean_between(run: RecordedRun, low: float, high: float) -> float:
     return float(np.average(np.array(curve["y"])[inside], weights=widths[inside]))
 
 
-def near(variant: Variant) -> list[float]:
+def near(setting: Setting) -> list[float]:
     """Each seed's bits per byte over the later half of the length that it was trained on."""
-    return variant.values(lambda run: mean_between(run, curve_of(run)["trained_to"] / 2, curve_of(run)["trained_to"]))
+    return setting.values(lambda run: mean_between(run, curve_of(run)["trained_to"] / 2, curve_of(run)["trained_to"]))
 
 
-def far(variant: Variant) -> list[float]:
+def far(setting: Setting) -> list[float]:
     """Each seed's bits per byte over the later half of the files."""
-    return variant.values(lambda run: mean_between(run, curve_of(run)["x_end"] / 2, curve_of(run)["x_end"]))
+    return setting.values(lambda run: mean_between(run, curve_of(run)["x_end"] / 2, curve_of(run)["x_end"]))
 
 
-def built(variant: Variant) -> LanguageModel:
-    return build_model(run_config({**variant.runs[0].config, "runs": "runs"}))
+def built(setting: Setting) -> LanguageModel:
+    return build_model(run_config({**setting.runs[0].config, "runs": "runs"}))
 
 
 def draw_positions(axes: Axes, comparison: Comparison) -> None:
     first, ends = curve_of(comparison.shown[0].finished[0]), []
-    for variant in comparison.shown:
-        look, curves = look_of(variant), [curve_of(run) for run in variant.finished]
+    for setting in comparison.shown:
+        look, curves = look_of(setting), [curve_of(run) for run in setting.finished]
         for curve in curves:
             axes.plot(curve["x"], curve["y"], color=look["color"], alpha=0.3, linewidth=0.8)
         middle = np.median([curve["y"] for curve in curves], axis=0)
         axes.plot(first["x"], middle, markersize=4.5, markevery=2, **look)
-        ends.append((variant.label, look["color"], (first["x"][-1], float(middle[-1]))))
+        ends.append((setting.label, look["color"], (first["x"][-1], float(middle[-1]))))
     plots.logarithmic(axes, [2.0**power for power in range(0, 14, 2)] + [8192.0], lambda value: f"{value:,.0f}")
     axes.set_xlim(1, first["x_end"])
     axes.set_ylim(top=min(axes.get_ylim()[1], 6.5))
@@ -160,10 +161,10 @@ def draw_positions(axes: Axes, comparison: Comparison) -> None:
     plots.label_lines(axes, ends)
 
 
-def look_of(variant: Variant) -> dict:
+def look_of(setting: Setting) -> dict:
     """Attention without positions is dashed and has a marker of its own."""
-    bare = {"linestyle": (0, (5, 1.5)), "marker": "P"} if "no_position" in variant.label else {}
-    return {**plots.mixer_look(variant.pattern), **bare}
+    bare = {"linestyle": (0, (5, 1.5)), "marker": "P"} if "no_position" in setting.label else {}
+    return {**plots.mixer_look(setting.pattern), **bare}
 
 
 def draw_costs(panels: Sequence[Axes], comparison: Comparison) -> None:
@@ -171,13 +172,13 @@ def draw_costs(panels: Sequence[Axes], comparison: Comparison) -> None:
     lengths = [2**power for power in range(6, 18)]
     for axes, cost in zip(panels, (LanguageModel.step_flops, LanguageModel.state_bytes), strict=True):
         ends = []
-        for variant in comparison.shown:
-            if "no_position" in variant.label:
+        for setting in comparison.shown:
+            if "no_position" in setting.label:
                 continue  # At the cost of attention.
-            model, look = built(variant), look_of(variant)
+            model, look = built(setting), look_of(setting)
             values = [cost(model, length) for length in lengths]
             axes.plot(lengths, values, markersize=4, **look)
-            ends.append((variant.label, look["color"], (lengths[-1], float(np.log10(values[-1])))))
+            ends.append((setting.label, look["color"], (lengths[-1], float(np.log10(values[-1])))))
         plots.logarithmic(axes, lengths[::3], lambda value: f"{value:,.0f}")
         axes.set_yscale("log")
         axes.set_xlabel("Context (bytes of text, logarithmic)")

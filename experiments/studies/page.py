@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from experiments.report.comparison import RecordedRun
+from experiments.runs.recorded import RecordedRun
 from experiments.studies import STUDIES
 from experiments.studies.records import FILE
-from experiments.studies.study import Picture, Runs, Study
+from experiments.studies.study import Figure, Runs, Study
 from experiments.util.blocks import table
 from experiments.util.paths import ROOT
 
@@ -33,7 +33,7 @@ def blocks(name: str) -> dict[str, Callable[[], str]]:
 def results(study: Study, runs: Runs, folder: str | None = None) -> str:
     """The verdicts, the plots and the tables."""
     parts = [verdicts(study, runs)]
-    parts += [_picture(picture, study.name if folder is None else folder) for picture in study.pictures(runs)]
+    parts += [_figure(figure, study.name if folder is None else folder) for figure in study.figures(runs)]
     for each in study.tables(runs):
         header, *rows = each.rows
         parts.append(f"**{each.title}**\n\n{table(header, rows, align='---:')}")
@@ -45,12 +45,12 @@ def not_run(missing: Sequence[str]) -> str:
 
 
 def verdicts(study: Study, runs: Runs) -> str:
-    rows = [(claim.said, claim.seen, "yes" if claim.holds else "**no**") for claim in study.claims(runs)]
+    rows = [(finding.said, finding.seen, "yes" if finding.holds else "**no**") for finding in study.findings(runs)]
     return table(("said", "seen here", "agrees"), rows)
 
 
-def _picture(picture: Picture, folder: str) -> str:
-    return f"![{picture.name}]({folder + '/' if folder else ''}{picture.name}.png)\n\n*{picture.caption}*"
+def _figure(figure: Figure, folder: str) -> str:
+    return f"![{figure.name}]({folder + '/' if folder else ''}{figure.name}.png)\n\n*{figure.caption}*"
 
 
 def _failures(runs: Runs) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the plots of several studies have in common: a variant's seeds along an axis, and how it is told apart."""
+"""What the plots of several studies have in common: a setting's seeds along an axis, and how it is told apart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from experiments.report.comparison import Comparison, RecordedRun, Variant, listed
+from experiments.report.comparison import Comparison, Setting, listed
 from experiments.report.figures import bytes_text, test_of
+from experiments.runs.recorded import RecordedRun
 from experiments.util.errors import RunnerError
 from experiments.util.plot_style import COLOURS, INK, QUIET, family, pattern_mixers, spread
 from seqarch.layers import FAMILIES
@@ -27,35 +28,35 @@ def mixer_look(pattern: str) -> dict[str, Any]:
     return {"color": COLOURS.get(kind, INK), "marker": SHAPES[places[0] % len(SHAPES)]}
 
 
-def model_name(variant: Variant) -> str:
-    """The model's name, without what tells its variants apart."""
-    return variant.label.partition(" (")[0]
+def model_name(setting: Setting) -> str:
+    """The model's name, without what tells its settings apart."""
+    return setting.label.partition(" (")[0]
 
 
-def by_model(comparison: Comparison) -> dict[str, list[Variant]]:
-    """The variants of each model that have a finished run, by the model's name."""
-    names = sorted({model_name(variant) for variant in comparison.shown})
-    return {name: [variant for variant in comparison.shown if model_name(variant) == name] for name in names}
+def by_model(comparison: Comparison) -> dict[str, list[Setting]]:
+    """The settings of each model that have a finished run, by the model's name."""
+    names = sorted({model_name(setting) for setting in comparison.shown})
+    return {name: [setting for setting in comparison.shown if model_name(setting) == name] for name in names}
 
 
-def state_bytes(variant: Variant) -> int:
+def state_bytes(setting: Setting) -> int:
     """Of a model of a study. All have a state; 0 bytes have no place on a logarithmic axis, nor a ratio to others.
 
     Raises:
         RunnerError: the records say otherwise.
     """
-    run = variant.finished[0]
+    run = setting.finished[0]
     if (found := run.record["model"]["state_bytes"]) <= 0:
         raise RunnerError(f"the record of {run.path} has a state of {found} bytes, expected more than 0")
     return found
 
 
-def parameters(variant: Variant) -> int:
-    return variant.finished[0].record["model"]["parameters"]
+def parameters(setting: Setting) -> int:
+    return setting.finished[0].record["model"]["parameters"]
 
 
-def median_of(variant: Variant) -> float:
-    return variant.median(test_of)
+def median_of(setting: Setting) -> float:
+    return setting.median(test_of)
 
 
 def draw_seeds(axes: Axes, x: float, values: Sequence[float], look: dict[str, Any], size: float = 4.0) -> None:
@@ -151,29 +152,29 @@ def draw_rows(axes: Axes, rows: Sequence[tuple[str, dict[str, Any], Sequence[flo
 
 
 def grid_text(comparison: Comparison) -> str:
-    """``0.003, 0.01``: the learning rates that were chosen among, of all variants together, and the weight decays."""
-    rates = sorted({rate for variant in comparison.variants for rate in variant.grid["train.lr"]})
+    """``0.003, 0.01``: the learning rates that were chosen among, of all settings together, and the weight decays."""
+    rates = sorted({rate for setting in comparison.settings for rate in setting.grid["train.lr"]})
     decays = comparison.grids.get("train.weight_decay")
     return listed(rates) + (f" and weight decays {listed(decays)}" if decays else "")
 
 
-def nearest(variants: Sequence[Variant], size: float) -> Variant:
-    """The variant whose state is nearest to so many bytes, by ratio."""
-    return min(variants, key=lambda variant: abs(np.log(state_bytes(variant) / size)))
+def nearest(settings: Sequence[Setting], size: float) -> Setting:
+    """The setting whose state is nearest to so many bytes, by ratio."""
+    return min(settings, key=lambda setting: abs(np.log(state_bytes(setting) / size)))
 
 
-def ends(variants: Sequence[Variant]) -> tuple[float, float]:
+def ends(settings: Sequence[Setting]) -> tuple[float, float]:
     """The median results at the smallest and at the largest state."""
-    ordered = sorted(variants, key=state_bytes)
+    ordered = sorted(settings, key=state_bytes)
     return median_of(ordered[0]), median_of(ordered[-1])
 
 
 def table(comparison: Comparison) -> list[list[str]]:
-    """A row a variant: result, seeds, sizes, cost and learning rate."""
+    """A row a setting: result, seeds, sizes, cost and learning rate."""
     sample = comparison.sample
     header = ["model", f"{sample['metric']['label'].lower()}, median (range)", "seeds", "parameters", "state",
               "training FLOPs", "processor time", "learning rate"]  # fmt: skip
-    return [header, *(_row(variant) for variant in comparison.variants)]
+    return [header, *(_row(setting) for setting in comparison.settings)]
 
 
 def median_and_range(values: Sequence[float]) -> str:
@@ -181,29 +182,29 @@ def median_and_range(values: Sequence[float]) -> str:
 
 
 def told(values: Mapping[str, float], sign: str = "") -> str:
-    """Names with their values, in a claim's words."""
+    """Names with their values, in a finding's words."""
     return ", ".join(f"{name} {value:{sign}.3f}" for name, value in values.items())
 
 
 def parameter_span(comparison: Comparison) -> str:
     """From the smallest to the largest model shown."""
-    counts = [parameters(variant) for variant in comparison.shown]
+    counts = [parameters(setting) for setting in comparison.shown]
     return f"{min(counts):,} to {max(counts):,}"
 
 
-def _row(variant: Variant) -> list[str]:
-    rate = f"{variant.setting('train.lr'):g} of {listed(variant.grid['train.lr'])}"
-    if len(decays := variant.grid["train.weight_decay"]) > 1:
-        rate += f", weight decay {variant.setting('train.weight_decay'):g} of {listed(decays)}"
-    if not variant.finished:
-        return [variant.label, "none finished", f"0 of {len(variant.runs)}", "", "", "", "", rate]
-    values, first = variant.values(test_of), variant.finished[0].record
-    flops, seconds = (variant.median(lambda run, name=name: run.record["cost"][name])
+def _row(setting: Setting) -> list[str]:
+    rate = f"{setting.tuned('train.lr'):g} of {listed(setting.grid['train.lr'])}"
+    if len(decays := setting.grid["train.weight_decay"]) > 1:
+        rate += f", weight decay {setting.tuned('train.weight_decay'):g} of {listed(decays)}"
+    if not setting.finished:
+        return [setting.label, "none finished", f"0 of {len(setting.runs)}", "", "", "", "", rate]
+    values, first = setting.values(test_of), setting.finished[0].record
+    flops, seconds = (setting.median(lambda run, name=name: run.record["cost"][name])
                       for name in ("flops", "processor_seconds"))  # fmt: skip
     return [
-        variant.label,
+        setting.label,
         median_and_range(values),
-        f"{len(values)} of {len(variant.runs)}",
+        f"{len(values)} of {len(setting.runs)}",
         f"{first['model']['parameters']:,}",
         bytes_text(first["model"]["state_bytes"]),
         f"{flops:.2g}".replace("e+", "e"),

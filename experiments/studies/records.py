@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.schema import ModelConfig, RunConfig, TrainConfig
-from experiments.report.comparison import RecordedRun
 from experiments.runs.folder import RunFolder
+from experiments.runs.recorded import RecordedRun
 from experiments.util.errors import RunnerError
 from experiments.util.files import write_atomic
 
@@ -39,8 +39,8 @@ KEPT = {
 """Of each part of a run's record."""
 
 
-def line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -> dict[str, Any] | None:
-    """A run as a line; ``None`` where it is neither finished nor failed.
+def to_line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -> dict[str, Any] | None:
+    """A run as a line of records; ``None`` where it is neither finished nor failed.
 
     Args:
         history: names, or endings of names, of metrics to keep from every look at the validation split.
@@ -89,7 +89,7 @@ def _given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def collect(configs: Iterable[RunConfig], history: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The lines of those runs that are over."""
-    found = [line(config, RunFolder(config.folder()), history) for config in configs]
+    found = [to_line(config, RunFolder(config.folder()), history) for config in configs]
     return [each for each in found if each is not None]
 
 
@@ -120,13 +120,14 @@ def read(folder: Path) -> list[RecordedRun]:
         raise RunnerError(f"{file} does not exist: run the study {folder.name} first, in the same version") from None
     except (OSError, ValueError) as error:
         raise RunnerError(f"cannot read {file}: {error}") from error
-    return [_recorded(text, f"line {number} of {file}") for number, text in enumerate(lines, 1)]
+    return [_from_line(text, f"line {number} of {file}") for number, text in enumerate(lines, 1)]
 
 
-def _recorded(text: str, where: str) -> RecordedRun:
+def _from_line(text: str, where: str) -> RecordedRun:
     try:
         whole = json.loads(text)
-        return RecordedRun(Path(whole["run"]), {**whole["config"]}, {**whole["record"]}, [*whole.get("metrics", [])])
+        config, record, metrics = {**whole["config"]}, {**whole["record"]}, [*whole.get("metrics", [])]
+        return RecordedRun(RunFolder(whole["run"]), config, record, kept_metrics=metrics)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunnerError(
             f"{where} is no record of a run ({type(error).__name__}: {error}); restore the file, or run the study again"

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.report.comparison import Comparison, RecordedRun, Variant
+from experiments.report.comparison import Comparison, Setting
+from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
-from experiments.studies.study import Claim, Picture, Runs, Study, Table
+from experiments.studies.study import Figure, Finding, Runs, Study, Table
 from experiments.studies.sweep import Sweep
 
 PARITY, S3 = "results/state_tracking_parity", "results/state_tracking_s3"
 PRODUCT = "experiment=state_tracking_s3 model=gated_delta_product model.mixers.gated_delta_product"
-ARMS = (
+GRID = (
     *(f"experiment=state_tracking_parity model={name} model.mixers.{name}.negative_eigenvalues=false,true"
       for name in ("delta_net", "gla")),
     f"{PRODUCT}.steps=1,2",
@@ -36,19 +37,19 @@ class StateTracking(Study):
     name = "state_tracking"
     title = "State tracking needs negative eigenvalues"
     sweeps: ClassVar[Mapping[str, Sweep]] = {
-        "recorded": Sweep("model.depth=1 seed=0,1,2,3,4 train.lr=2.5e-3,5e-3,1e-2", ARMS),
+        "recorded": Sweep("model.depth=1 seed=0,1,2,3,4 train.lr=2.5e-3,5e-3,1e-2", GRID),
         "small": Sweep(
-            "model.depth=1 seed=0,1,2 train.lr=1e-2", (f"{ARMS[0]} train.steps=300", f"{ARMS[2]} train.steps=1500")
+            "model.depth=1 seed=0,1,2 train.lr=1e-2", (f"{GRID[0]} train.steps=300", f"{GRID[2]} train.steps=1500")
         ),
         "large": Sweep(
             "model.depth=1 seed=0,1,2,3,4 train.lr=5e-4,1e-3,3e-3 train.steps=20000 train.device=cuda", LARGE
         ),
     }
 
-    def pictures(self, runs: Runs) -> Sequence[Picture]:
+    def figures(self, runs: Runs) -> Sequence[Figure]:
         parity, words = runs.comparison(PARITY), runs.comparison(S3)
         return [
-            Picture(
+            Figure(
                 "lengths",
                 "Accuracy on test against the length of the sequences, over all positions: parity (left) and the word"
                 " problem of S3 (right). Small marks are seeds, lines join medians, bars are ranges; full lines have"
@@ -66,40 +67,40 @@ class StateTracking(Study):
                    for title, comparison in named]  # fmt: skip
         return [*lengths, *(Table(f"{title}: every model", plots.table(comparison)) for title, comparison in named)]
 
-    def claims(self, runs: Runs) -> Sequence[Claim]:
-        parity = {label(variant): variant for variant in runs.comparison(PARITY).shown}
-        without = {name: by_seed(variant) for name, variant in parity.items() if not is_negative(variant)}
-        signed = {name: by_seed(variant) for name, variant in parity.items() if is_negative(variant)}
-        words = {label(variant): by_seed(variant) for variant in runs.comparison(S3).shown}
+    def findings(self, runs: Runs) -> Sequence[Finding]:
+        parity = {label(setting): setting for setting in runs.comparison(PARITY).shown}
+        without = {name: by_seed(setting) for name, setting in parity.items() if not is_negative(setting)}
+        signed = {name: by_seed(setting) for name, setting in parity.items() if is_negative(setting)}
+        words = {label(setting): by_seed(setting) for setting in runs.comparison(S3).shown}
         solved = {name for name, values in words.items() if first(values) >= SOLVED}
         two = words["two delta steps, beta to 2"]
         return [
-            Claim(
+            Finding(
                 "without negative eigenvalues parity stays at chance",
                 "Decays in [0, 1] and a delta rule with beta up to 1 do not learn parity: chance beyond the length of"
                 " training (Grazzi et al. 2024)",
                 told(without),
                 all(last(values) < 0.55 for values in without.values()),
             ),
-            Claim(
+            Finding(
                 "with them parity is learnt",
                 "With decays in [-1, 1] or beta up to 2 they learn it (the same)",
                 told(signed),
                 all(first(values) >= SOLVED for values in signed.values()),
             ),
-            Claim(
+            Finding(
                 "and carried over to six times the length",
                 "and stay above .7 at 256 bits (expected before the runs, without a source)",
                 "; ".join(f"{name}, worst seed {min(values[-1][1]):.3f}" for name, values in signed.items()),
                 all(min(values[-1][1]) > 0.7 for values in signed.values()),
             ),
-            Claim(
+            Finding(
                 "S3 takes two delta steps and negative eigenvalues",
                 "One layer solves S3 with two delta steps a token, and only where beta goes to 2 (Siems et al. 2025)",
                 told(words),
                 solved == {"two delta steps, beta to 2"},
             ),
-            Claim(
+            Finding(
                 "S3 beyond the length of training",
                 "and holds at four times the length of training (expected before the runs, without a source)",
                 f"at {two[-1][0]}: " + ", ".join(f"{value:.3f}" for value in sorted(two[-1][1])),
@@ -112,31 +113,31 @@ Points = list[tuple[int, list[float]]]
 """By length, the accuracy of each seed."""
 
 
-def mixer_of(variant: Variant) -> tuple[str, Mapping[str, Any]]:
-    return variant.pattern, variant.runs[0].config["model"]["mixers"].get(variant.pattern, {})
+def mixer_of(setting: Setting) -> tuple[str, Mapping[str, Any]]:
+    return setting.pattern, setting.runs[0].config["model"]["mixers"].get(setting.pattern, {})
 
 
-def is_negative(variant: Variant) -> bool:
+def is_negative(setting: Setting) -> bool:
     """Whether a model's eigenvalues may be negative, which the product of several steps has by default."""
-    name, options = mixer_of(variant)
+    name, options = mixer_of(setting)
     return options.get("negative_eigenvalues", name == "gated_delta_product")
 
 
-def label(variant: Variant) -> str:
-    name, options = mixer_of(variant)
+def label(setting: Setting) -> str:
+    name, options = mixer_of(setting)
     if name == "gla":
-        return "gla, decays in [-1, 1]" if is_negative(variant) else "gla, decays in [0, 1]"
+        return "gla, decays in [-1, 1]" if is_negative(setting) else "gla, decays in [0, 1]"
     kind = {1: "one delta step", 2: "two delta steps"}[options.get("steps", 2)] if "product" in name else name
-    return f"{kind}, beta to {2 if is_negative(variant) else 1}"
+    return f"{kind}, beta to {2 if is_negative(setting) else 1}"
 
 
-def by_seed(variant: Variant) -> Points:
+def by_seed(setting: Setting) -> Points:
     """Every seed's accuracy by length, the shortest first."""
 
     def of(run: RecordedRun) -> list[tuple[int, float]]:
         return sorted((test["length"], test["accuracy"]) for test in run.record["results"]["tests"].values())
 
-    seeds = [of(run) for run in variant.finished]
+    seeds = [of(run) for run in setting.finished]
     return [(length, [seed[place][1] for seed in seeds]) for place, (length, _) in enumerate(seeds[0])]
 
 
@@ -160,8 +161,8 @@ def by_length(comparison: Comparison) -> list[list[str]]:
     lengths = [length for length, _ in by_seed(comparison.shown[0])]
     header = ["model", *map(str, lengths)]
     rows = []
-    for variant in comparison.shown:
-        rows.append([label(variant), *(plots.median_and_range(seeds) for _, seeds in by_seed(variant))])
+    for setting in comparison.shown:
+        rows.append([label(setting), *(plots.median_and_range(seeds) for _, seeds in by_seed(setting))])
     return [header, *rows]
 
 
@@ -172,11 +173,11 @@ def draw_both(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None
 
 def draw_lengths(axes: Axes, comparison: Comparison) -> None:
     ends = []
-    for variant in comparison.shown:
-        look = look_of(variant)
-        points = [(float(length), values) for length, values in by_seed(variant)]
-        line = "-" if is_negative(variant) else (0, (4, 2))
-        ends.append((label(variant), look["color"], plots.draw_series(axes, points, look, linestyle=line)))
+    for setting in comparison.shown:
+        look = look_of(setting)
+        points = [(float(length), values) for length, values in by_seed(setting)]
+        line = "-" if is_negative(setting) else (0, (4, 2))
+        ends.append((label(setting), look["color"], plots.draw_series(axes, points, look, linestyle=line)))
     lengths = [length for length, _ in by_seed(comparison.shown[0])]
     plots.logarithmic(axes, lengths, lambda value: f"{value:,.0f}")
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.05)
@@ -189,7 +190,7 @@ def draw_lengths(axes: Axes, comparison: Comparison) -> None:
     axes.set_title(comparison.sample["task"]["title"])
 
 
-def look_of(variant: Variant) -> dict[str, Any]:
+def look_of(setting: Setting) -> dict[str, Any]:
     """A marker of its own where there is one delta step of a mixer that has several."""
-    single = {"marker": "X"} if mixer_of(variant)[1].get("steps") == 1 else {}
-    return {**plots.mixer_look(variant.pattern), **single}
+    single = {"marker": "X"} if mixer_of(setting)[1].get("steps") == 1 else {}
+    return {**plots.mixer_look(setting.pattern), **single}

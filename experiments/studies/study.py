@@ -1,4 +1,4 @@
-"""What every study is: a question, the runs that answer it, and the plots, tables and claims that follow from them."""
+"""A study: a question, the runs that answer it, and the figures, tables and findings that follow from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from matplotlib.axes import Axes
 
-from experiments.report.comparison import Comparison, RecordedRun, compare
+from experiments.report.comparison import Comparison, compare
+from experiments.runs.recorded import RecordedRun
 from experiments.studies import records
 from experiments.studies.sweep import Sweep
 from experiments.util.errors import RunnerError
@@ -19,7 +20,7 @@ VERSIONS = ("small", "recorded", "large")
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """A plot of a study.
 
     Attributes:
@@ -46,8 +47,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What the literature says, and whether the recorded runs agree.
+class Finding:
+    """A statement of the literature, and whether the recorded runs agree.
 
     Attributes:
         name: for the test that holds the page to its records.
@@ -78,7 +79,7 @@ class Runs:
         return list(found.values())
 
     def comparison(self, experiment: str, keep: Callable[[RecordedRun], bool] = lambda run: True) -> Comparison:
-        """The variants of an experiment with their learning rates chosen on validation.
+        """The settings of an experiment with their learning rates chosen on validation.
 
         Raises:
             RunnerError: its runs are of no task or of several, or none is finished.
@@ -98,7 +99,7 @@ class Study:
         title: for people.
         sweeps: its runs, by version; empty where it draws from other studies' runs alone.
         uses: the studies whose records it draws from besides.
-        history: what to keep of every look at the validation split, as in :func:`experiments.studies.records.line`.
+        history: metrics to keep of every evaluation on validation, as in :func:`experiments.studies.records.to_line`.
     """
 
     name: ClassVar[str]
@@ -107,18 +108,18 @@ class Study:
     uses: ClassVar[tuple[str, ...]] = ()
     history: ClassVar[tuple[str, ...]] = ()
 
-    def pictures(self, runs: Runs) -> Sequence[Picture]:
-        raise TypeError(f"{type(self).__name__} defines no pictures")
+    def figures(self, runs: Runs) -> Sequence[Figure]:
+        raise TypeError(f"{type(self).__name__} defines no figures")
 
     def tables(self, runs: Runs) -> Sequence[Table]:
         raise TypeError(f"{type(self).__name__} defines no tables")
 
-    def claims(self, runs: Runs) -> Sequence[Claim]:
-        """What the page is about, each with its verdict."""
-        raise TypeError(f"{type(self).__name__} defines no claims")
+    def findings(self, runs: Runs) -> Sequence[Finding]:
+        """The statements that the page is about, each with its verdict."""
+        raise TypeError(f"{type(self).__name__} defines no findings")
 
     def folders(self, root: Path) -> list[Path]:
-        """Where its records lie, and those of the studies it uses."""
+        """The folders of its records, and of those of the studies it uses."""
         return [root / name for name in ([self.name] if self.sweeps else []) + list(self.uses)]
 
     def missing(self, root: Path) -> list[str]:

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.runs.finder import Entry, find
 from experiments.runs.folder import ASIDE, RunFolder
+from experiments.runs.recorded import RecordedRun, find_runs
 from experiments.sweeps import status
 from experiments.sweeps.status import SweepStatus
 from experiments.util import owned
@@ -69,11 +69,11 @@ def leftovers(root: Path, checkpoints: bool = False, failed: bool = False) -> li
         RunnerError: there is no such folder.
     """
     found = list(_abandoned_sweeps(root))
-    runs = [entry for entry in find(root) if _is_run(entry)]
-    for entry in runs:
-        if not entry.folder.claim.is_held():
-            found += _of_run(entry, checkpoints, failed)
-    above = {parent for entry in runs for parent in entry.folder.path.parents if parent.is_relative_to(root)}
+    runs = [run for run in find_runs(root) if _is_run(run)]
+    for run in runs:
+        if not run.folder.claim.is_held():
+            found += _of_run(run, checkpoints, failed)
+    above = {parent for run in runs for parent in run.path.parents if parent.is_relative_to(root)}
     found += _of_reports({root, *above})
     return found
 
@@ -126,17 +126,17 @@ def _abandoned_sweeps(root: Path) -> Iterator[Leftover]:
             yield Leftover(folder, "an empty folder of a sweep", ours=status.FILES)
 
 
-def _is_run(entry: Entry) -> bool:
+def _is_run(run: RecordedRun) -> bool:
     """Whether a folder is what the runner made for a run: other programs keep a ``config.json``, too."""
     try:
-        return entry.folder.config().may_name(entry.name)
+        return run.folder.config().may_name(run.name)
     except RunnerError:
         return False
 
 
-def _of_run(entry: Entry, checkpoints: bool, failed: bool) -> Iterator[Leftover]:
-    folder = entry.folder
-    if failed and entry.status == "failed":
+def _of_run(run: RecordedRun, checkpoints: bool, failed: bool) -> Iterator[Leftover]:
+    folder = run.folder
+    if failed and run.status == "failed":
         yield Leftover(folder.path, "a failed run", folder, IN_RUN, "failed")
         return
     for path in folder.half_written():
@@ -147,7 +147,7 @@ def _of_run(entry: Entry, checkpoints: bool, failed: bool) -> Iterator[Leftover]
         yield Leftover(folder.progress_file, "of a process that was killed", folder)
     if folder.claim.path.exists():
         yield Leftover(folder.claim.path, "of a process that was killed", folder)
-    if checkpoints and entry.status == "finished" and folder.checkpoints.is_dir() and not _is_empty(folder.checkpoints):
+    if checkpoints and run.status == "finished" and folder.checkpoints.is_dir() and not _is_empty(folder.checkpoints):
         yield Leftover(folder.checkpoints, "checkpoints of a finished run", folder, IN_CHECKPOINTS, "finished")
 
 

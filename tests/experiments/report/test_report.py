@@ -11,7 +11,8 @@ import pytest
 
 from experiments.report import __main__ as report_module
 from experiments.report.__main__ import main, report
-from experiments.report.comparison import compare, read_runs
+from experiments.report.checks import comparable_runs
+from experiments.report.comparison import compare
 from experiments.report.figures import bytes_text, curves, draw_cost, draw_curve, line_look, strokes
 from experiments.report.page import table_rows
 from experiments.util.errors import RunnerError
@@ -106,8 +107,8 @@ def test_the_whole_report(recorded, capsys, monkeypatch):
     for words in ("![", "| attention | 0.993 (0.990 to 0.997) | 3 of 3 |", "ab" * 32, "python -m experiments.run",
                   "Read it like this.", "A CPU, 2 cores", "0.125 (guessing)", "68.5 KiB"):  # fmt: skip
         assert words in page
-    pictures = [part.partition(")")[0] for part in page.split("](")[1:]]
-    assert all((target / picture).exists() for picture in pictures)
+    plots = [part.partition(")")[0] for part in page.split("](")[1:]]
+    assert all((target / plot).exists() for plot in plots)
     shown = capsys.readouterr().out
     assert "attention" in shown
     assert "0.993 (0.990 to 0.997)" in shown
@@ -118,7 +119,7 @@ def test_the_same_runs_draw_the_same_bytes(recorded, tmp_path):
     before = {}
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        (comparison,) = compare([run for run in read_runs(recorded)[0] if run.config["experiment"] == "text"])
+        (comparison,) = compare([run for run in comparable_runs(recorded)[0] if run.config["experiment"] == "text"])
         report_module.draw(comparison, tmp_path / name)
         drawn = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         assert drawn == (before or drawn)
@@ -128,7 +129,7 @@ def test_the_same_runs_draw_the_same_bytes(recorded, tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures take seconds, and some tests look at the words alone."""
+    """Plots take seconds, and some tests look at the words alone."""
     monkeypatch.setattr(report_module, "draw", lambda comparison, target: [(comparison.name, "nothing")])
     monkeypatch.setattr(report_module, "draw_overview", lambda comparisons, target: None)
 
@@ -198,9 +199,9 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path):
     for lr, validation, test in ((1e-3, 0.5, 0.9), (3e-3, 0.8, 0.7)):
         for seed in (0, 1):
             record_run(tmp_path, "attention", seed, test, lr=lr, validation=validation)
-    (comparison,) = compare(read_runs(tmp_path)[0])
-    (variant,) = comparison.variants
-    assert [run.config["train"]["lr"] for run in variant.runs] == [3e-3, 3e-3]
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
+    (setting,) = comparison.settings
+    assert [run.config["train"]["lr"] for run in setting.runs] == [3e-3, 3e-3]
     assert table_rows(comparison)[1][-1] == "0.003 (of 0.001, 0.003)"
     assert table_rows(comparison)[1][1] == "0.700 (0.700 to 0.700)"
 
@@ -241,7 +242,7 @@ def test_each_task_of_a_folder_is_a_comparison_of_its_own(tmp_path):
         record = json.loads((folder / "run.json").read_text())
         record["metric"]["chance"], record["task"]["title"] = chance, title
         (folder / "run.json").write_text(json.dumps(record))
-    comparisons = compare(read_runs(tmp_path)[0])
+    comparisons = compare(comparable_runs(tmp_path)[0])
     assert [(each.name, each.title, each.seeds, each.sample["metric"]["chance"], each.remarks)
             for each in comparisons] == [
         ("recall, mqar (pairs=4)", "Associative recall (pairs=4)", [0, 1], 0.125, []),
@@ -258,15 +259,15 @@ def test_each_task_of_a_folder_is_a_comparison_of_its_own(tmp_path):
 def test_no_two_comparisons_share_their_plots(tmp_path):
     for experiment in ("a/b", "a-b"):
         record_run(tmp_path, "attention", 0, 0.9, experiment=experiment)
-    assert {each.name: each.stem for each in compare(read_runs(tmp_path)[0])} == {"a-b": "a-b", "a/b": "a-b-2"}
+    assert {each.name: each.stem for each in compare(comparable_runs(tmp_path)[0])} == {"a-b": "a-b", "a/b": "a-b-2"}
 
 
-def test_equal_options_are_one_variant_and_a_run_counts_once(tmp_path):
+def test_equal_options_are_one_setting_and_a_run_counts_once(tmp_path):
     given = [(0, {}), (1, {"attention": {"rotary_base": 10000}}), (1, {"attention": {"rotary_base": 1e4}})]
     folders = [record_run(tmp_path, "attention", seed, 0.9, mixers=mixers) for seed, mixers in given]
     record_run(tmp_path, "attention", 2, 0.9, mixers={"attention": {"rotary_base": 500}})
-    (comparison,) = compare(read_runs(tmp_path)[0])
-    assert {variant.label: len(variant.runs) for variant in comparison.variants} == {
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
+    assert {setting.label: len(setting.runs) for setting in comparison.settings} == {
         "attention (rotary_base=10000.0)": 2,
         "attention (rotary_base=500.0)": 1,
     }
@@ -278,8 +279,8 @@ def test_a_rate_that_fails_on_most_seeds_is_not_chosen_for_the_seed_it_survives(
     for seed in (0, 1, 2):
         record_run(tmp_path, "attention", seed, 0.6, lr=1e-3)
         record_run(tmp_path, "attention", seed, 0.9, lr=1e-2, status="finished" if seed == 1 else "failed")
-    (comparison,) = compare(read_runs(tmp_path)[0])
-    assert {run.config["train"]["lr"] for run in comparison.variants[0].runs} == {1e-3}
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
+    assert {run.config["train"]["lr"] for run in comparison.settings[0].runs} == {1e-3}
 
 
 def test_results_that_are_no_numbers_count_as_failures(tmp_path):
@@ -288,24 +289,24 @@ def test_results_that_are_no_numbers_count_as_failures(tmp_path):
         record_run(tmp_path, "attention", seed, 0.6, lr=1e-3)
         record_run(tmp_path, "attention", seed, 0.9 if seed == 1 else float("nan"), lr=1e-2)
         record_run(tmp_path, "mamba2", seed, 0.5 if seed else float("inf"))
-    (comparison,) = compare(read_runs(tmp_path)[0])
-    assert [variant.setting("train.lr") for variant in comparison.variants] == [1e-3, 3e-3]
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
+    assert [setting.tuned("train.lr") for setting in comparison.settings] == [1e-3, 3e-3]
     assert table_rows(comparison)[2][1:3] == ["0.500 (0.500 to 0.500)", "2 of 3, 1 failed"]
     assert "mamba2, seed 0: finished, its results are {'test': inf, 'validation': inf}" in comparison.remarks
     report_module.draw(comparison, tmp_path)
 
 
-def test_variants_of_a_model_are_kept_apart_by_what_differs(tmp_path):
+def test_settings_of_a_model_are_kept_apart_by_what_differs(tmp_path):
     for depth in (2, 4):
         record_run(tmp_path, "attention", 0, depth / 10, depth=depth)
-    (comparison,) = compare(read_runs(tmp_path)[0])
-    assert [variant.label for variant in comparison.variants] == ["attention (depth=4)", "attention (depth=2)"]
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
+    assert [setting.label for setting in comparison.settings] == ["attention (depth=4)", "attention (depth=2)"]
 
 
 def test_less_is_better_where_the_metric_says_so(recorded):
-    recall, text = compare(read_runs(recorded)[0])
-    assert [variant.label for variant in recall.variants] == ["attention", "hybrid", "linear_attention"]
-    assert [variant.label for variant in text.variants] == ["delta_net", "mamba2", "attention"]
+    recall, text = compare(comparable_runs(recorded)[0])
+    assert [setting.label for setting in recall.settings] == ["attention", "hybrid", "linear_attention"]
+    assert [setting.label for setting in text.settings] == ["delta_net", "mamba2", "attention"]
 
 
 @pytest.mark.parametrize("prepare", ["nothing", "empty", "unfinished"])
@@ -368,14 +369,14 @@ def test_models_without_a_state_and_without_a_curve_are_drawn(tmp_path):
         if "mamba2" in str(path):
             del record["results"]["curve"]
         path.write_text(json.dumps(record))
-    (comparison,) = compare(read_runs(tmp_path)[0])
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
     drawing, axes = plt.subplots()
     draw_cost(axes, comparison)
     drawing.draw_without_rendering()
     shown = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks()]
     assert "0 B" in shown
     assert "4 KiB" in shown
-    assert [(variant.label, len(own)) for variant, own in curves(comparison)] == [("mamba2", 1), ("attention", 2)]
+    assert [(setting.label, len(own)) for setting, own in curves(comparison)] == [("mamba2", 1), ("attention", 2)]
     draw_curve(axes, comparison)
     plt.close(drawing)
 
@@ -421,8 +422,8 @@ def test_a_mixer_of_no_family_has_a_colour_of_its_own_throughout_a_report(tmp_pa
     for experiment, models in (("one", ["b_new", "attention"]), ("two", ["a_new", "b_new", "mamba2"])):
         for model in models:
             record_run(tmp_path, model, 0, 0.5, experiment=experiment)
-    comparisons = compare(read_runs(tmp_path)[0])
-    found = {(variant.pattern, variant.colour) for comparison in comparisons for variant in comparison.variants}
+    comparisons = compare(comparable_runs(tmp_path)[0])
+    found = {(setting.pattern, setting.colour) for comparison in comparisons for setting in comparison.settings}
     expected = {"a_new": RESERVE[0], "b_new": RESERVE[1], "attention": COLOURS["attention"]}
     assert found == {*expected.items(), ("mamba2", COLOURS["state space"])}
 
@@ -433,9 +434,9 @@ def test_no_two_lines_of_a_figure_look_alike(tmp_path):
         record_run(tmp_path, "hybrid", 0, 0.5, depth=depth, pattern="attention mamba2")
         record_run(tmp_path, "brand_new", 0, 0.5, depth=depth)
     record_run(tmp_path, "retention", 0, 0.5)
-    (comparison,) = compare(read_runs(tmp_path)[0])
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
     numbers = strokes(comparison)
-    looks = {(variant.colour, str(line_look(numbers[variant.label]))) for variant in comparison.shown}
+    looks = {(setting.colour, str(line_look(numbers[setting.label]))) for setting in comparison.shown}
     assert len(looks) == len(comparison.shown) == 22
     assert numbers["retention"] == FAMILIES["linear attention"].index("retention")
     assert numbers["linear_attention (depth=0)"] == FAMILIES["linear attention"].index("linear_attention")

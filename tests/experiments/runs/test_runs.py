@@ -16,8 +16,8 @@ import pytest
 from experiments.report import __main__ as report
 from experiments.runs import __main__ as command
 from experiments.runs.differences import differences
-from experiments.runs.finder import find, pick
 from experiments.runs.folder import RunFolder
+from experiments.runs.recorded import find_runs, pick_run
 from experiments.sweeps.status import SweepStatus
 from experiments.util.errors import RunnerError
 from experiments.util.process_identity import mark, process_identity
@@ -51,12 +51,12 @@ def test_list_tells_what_became_of_each_run(root, monkeypatch, capsys):
     killed.create(tiny_config(root, seed=3))
     killed.update(status="running")
     RunFolder(tiny_config(root, seed=4).folder()).create(tiny_config(root, seed=4))
-    damaged = pick(root, "seed1")
+    damaged = pick_run(root, "seed1")
     damaged.folder.run_file.write_text("{")
     code, shown, _ = call(monkeypatch, capsys, "list", root)
     assert code == 1
     rows = {line.split()[1][: len("attention-seed0")]: line for line in shown.splitlines() if "attention-" in line}
-    finished = pick(root, "seed0")
+    finished = pick_run(root, "seed0")
     for words in ("tiny", "finished", f"{finished.get('results.test'):.6g}", finished.get("started")[:10]):
         assert words in rows["attention-seed0"]
     for seed, status in ((1, "damaged"), (2, "failed"), (3, "killed"), (4, "not started")):
@@ -161,7 +161,7 @@ def test_a_name_must_fit_one_run(root, monkeypatch, capsys, wanted, told):
 
 
 def test_runs_that_differ_in_the_seed_differ_in_that_and_what_comes_of_it(trained):
-    found = differences(pick(trained, "seed0"), pick(trained, "seed1"))
+    found = differences(pick_run(trained, "seed0"), pick_run(trained, "seed1"))
     assert found["config"] == {"config.seed": (0, 1)}
     assert not found.keys() & {"environment", "data", "backends", "code"}
     assert any(key.startswith("step 3, loss") for key in found["course"])
@@ -169,7 +169,7 @@ def test_runs_that_differ_in_the_seed_differ_in_that_and_what_comes_of_it(traine
 
 
 def test_everything_that_a_record_holds_can_differ(root):
-    a, b = pick(root, "seed0"), pick(root, "seed1")
+    a, b = pick_run(root, "seed0"), pick_run(root, "seed1")
     shutil.copyfile(a.folder.metrics_file, b.folder.metrics_file)
     changed = json.loads(json.dumps({**a.record, "cost": a.record["cost"] | {"flops": 7}}))
     changed["code"] |= {"commit": "0" * 40}
@@ -180,7 +180,7 @@ def test_everything_that_a_record_holds_can_differ(root):
     changed["results"]["test"] = 2.0
     b.folder.run_file.write_text(json.dumps(changed))
     b.folder.diff_file.write_text("+ a line")
-    found = differences(a, pick(root, "seed1"))
+    found = differences(a, pick_run(root, "seed1"))
     assert list(found) == ["config", "code", "environment", "data", "backends", "result", "cost"]
     assert found["code"]["code.commit"][1] == "0" * 40
     assert found["code"]["code.diff"][1].startswith(str(b.folder.diff_file))
@@ -193,7 +193,9 @@ def test_everything_that_a_record_holds_can_differ(root):
 
 
 def test_the_same_run_does_not_differ(trained, monkeypatch, capsys):
-    code, shown, _ = call(monkeypatch, capsys, "diff", "seed0", pick(trained, "seed0").folder.path, "--root", trained)
+    code, shown, _ = call(
+        monkeypatch, capsys, "diff", "seed0", pick_run(trained, "seed0").folder.path, "--root", trained
+    )
     assert code == 0
     assert "they do not differ" in shown
     _, shown, _ = call(monkeypatch, capsys, "diff", "seed0", "seed1", "--root", trained)
@@ -203,7 +205,7 @@ def test_the_same_run_does_not_differ(trained, monkeypatch, capsys):
 class TestGarbage:
     def litter(self, root: Path, dead_pid: int) -> list[Path]:
         """What a killed sweep and killed training processes leave."""
-        folder = pick(root, "seed0").folder
+        folder = pick_run(root, "seed0").folder
         gone = {**process_identity(os.getpid()), "started": "1"}
         abandoned = SweepStatus(root / ".sweeps" / "killed")
         abandoned.create()
@@ -227,7 +229,7 @@ class TestGarbage:
     def test_only_leftovers_go_and_only_on_request(self, root, monkeypatch, capsys, dead_pid):
         before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
         litter = self.litter(root, dead_pid)
-        fresh = pick(root, "seed1").folder.path / ".run.json.12.tmp"
+        fresh = pick_run(root, "seed1").folder.path / ".run.json.12.tmp"
         fresh.write_text("{")
         live = SweepStatus(root / ".sweeps" / "live")
         live.create()
@@ -242,7 +244,7 @@ class TestGarbage:
         assert {path: path.read_bytes() for path in before} == before
 
     def test_checkpoints_and_failed_runs_go_when_asked_for(self, root, monkeypatch, capsys):
-        failed, finished = pick(root, "seed2").folder, pick(root, "seed0").folder
+        failed, finished = pick_run(root, "seed2").folder, pick_run(root, "seed0").folder
         call(monkeypatch, capsys, "gc", root, "--delete", "--checkpoints", "--failed")
         assert not failed.path.exists()
         assert not (finished.path / "checkpoints").exists()
@@ -251,7 +253,7 @@ class TestGarbage:
 
     def test_what_others_made_stays(self, root, monkeypatch, capsys):
         """Notes in a run, a folder of another program with the same names in it, what a link leads to."""
-        failed, finished = pick(root, "seed2").folder, pick(root, "seed0").folder
+        failed, finished = pick_run(root, "seed2").folder, pick_run(root, "seed0").folder
         (failed.path / "notes.txt").write_text("mine")
         outside = root.parent / "outside"
         outside.mkdir()
@@ -267,7 +269,7 @@ class TestGarbage:
         sweep.create()
         (sweep.path / "owner.json").write_text(json.dumps({"pid": 1, "host": "x", "started": "1", "name": "other"}))
         (root / ".sweeps" / "linked").symlink_to(outside)
-        shutil.rmtree(pick(root, "seed1").folder.path)
+        shutil.rmtree(pick_run(root, "seed1").folder.path)
         before = {path: path.is_dir() or path.read_bytes() for path in root.parent.rglob("*")}
         _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete", "--checkpoints", "--failed")
         assert "stayed: it holds notes.txt, which the runner did not write; nothing was removed" in shown
@@ -287,7 +289,7 @@ class TestGarbage:
         assert not folder.path.exists()
 
     def test_a_run_in_training_is_left_alone(self, root, monkeypatch, capsys):
-        folder = pick(root, "seed2").folder
+        folder = pick_run(root, "seed2").folder
         folder.progress_file.write_text("{}")
         folder.claim.take()
         call(monkeypatch, capsys, "gc", root, "--delete", "--failed", "--checkpoints")
@@ -298,7 +300,7 @@ class TestGarbage:
     def test_a_run_that_ended_otherwise_meanwhile_stays(self, root, monkeypatch, capsys, case):
         """Between the look and the removal: what it says under the claim is what counts."""
         seed, status, option = case
-        folder, take = pick(root, seed).folder, type(RunFolder(root).claim).take
+        folder, take = pick_run(root, seed).folder, type(RunFolder(root).claim).take
 
         def meanwhile(claim, *arguments):
             folder.update(status=status, results={"test": 0.5})
@@ -310,7 +312,7 @@ class TestGarbage:
         assert (folder.status(), folder.checkpoints.exists()) == (status, True)
 
     def test_a_run_that_is_taken_meanwhile_stays(self, root, monkeypatch, capsys):
-        entry = pick(root, "seed2")
+        entry = pick_run(root, "seed2")
         other = RunFolder(entry.folder.path)
         monkeypatch.setattr(type(other.claim), "is_held", lambda self: False)
         other.claim.take()
@@ -328,11 +330,11 @@ def read_table(file: Path) -> list[dict]:
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_export_is_one_line_a_run(root, tmp_path, monkeypatch, capsys, ending):
-    wide = pick(root, "seed1").folder
+    wide = pick_run(root, "seed1").folder
     config = json.loads(wide.config_file.read_text())
     config["model"]["mixers"] = {"attention": {"window": "all"}}
     wide.config_file.write_text(json.dumps(config))
-    other = pick(root, "seed0").folder
+    other = pick_run(root, "seed0").folder
     config["model"]["mixers"]["attention"]["window"] = 16
     other.config_file.write_text(json.dumps({**config, "seed": 0}))
     file = tmp_path / f"all.{ending}"
@@ -349,7 +351,7 @@ def test_export_is_one_line_a_run(root, tmp_path, monkeypatch, capsys, ending):
 
 def test_brackets_are_shown_and_not_obeyed(root, monkeypatch, capsys):
     """An error of a library may name itself so, and rich would take it for an instruction."""
-    folder = pick(root, "seed2").folder
+    folder = pick_run(root, "seed2").folder
     record = {**folder.record(), "reason": "in [some/lib.so] and [/some/lib.so]", "started": "[red]then"}
     folder.run_file.write_text(json.dumps(record))
     _, shown, _ = call(monkeypatch, capsys, "show", "seed2", "--root", root)
@@ -370,14 +372,14 @@ def test_export_refuses_other_formats_and_places(root, tmp_path, monkeypatch, ca
         assert code == 1
         assert "No such file" in told
     with pytest.raises(RunnerError, match="is no folder"):
-        find(tmp_path / "none")
+        find_runs(tmp_path / "none")
 
 
 def test_folders_within_runs_are_not_searched(root, monkeypatch):
     """Checkpoints and trackers may hold very many files, and some a config.json."""
-    entry = pick(root, "seed0")
+    entry = pick_run(root, "seed0")
     for name in ("checkpoints/step-000010", "wandb/files"):
         inner = entry.folder.path / name
         inner.mkdir(parents=True, exist_ok=True)
         (inner / "config.json").write_text("{}")
-    assert len(find(root)) == 3
+    assert len(find_runs(root)) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -13,13 +14,14 @@ from PIL import Image
 from experiments.config.build import build_model
 from experiments.config.overrides import compose
 from experiments.config.schema import run_config
-from experiments.report.comparison import RecordedRun, compare
+from experiments.report.comparison import compare
 from experiments.studies import STUDIES, records
 from experiments.studies.page import PAGES, RESULTS, not_run
+from experiments.studies.publish import draw, train_and_record, write_page
 from experiments.studies.records import rounded, shortened
-from experiments.studies.study import VERSIONS, Claim, Picture, Runs, Study, Table
+from experiments.studies.study import VERSIONS, Figure, Finding, Runs, Study, Table
 from experiments.studies.sweep import Sweep
-from experiments.study import do, draw, main, write_page
+from experiments.study import main
 from experiments.sweeps.execute import resolve_composed
 from experiments.util.errors import RunnerError
 from experiments.util.plot_style import figure
@@ -78,7 +80,7 @@ HEADLINES: dict[str, dict[str, bool]] = {
         "balancing is nearly free": True,
     },
 }
-"""By study and claim, whether the recorded runs agree: what the prose of the pages was written for."""
+"""By study and finding, whether the recorded runs agree: what the prose of the pages was written for."""
 
 
 @cache
@@ -94,8 +96,8 @@ def test_every_study_has_its_page_and_no_page_is_left_over():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_headlines_are_those_that_the_page_was_written_for(name):
-    claims = STUDIES[name].claims(recorded(name))
-    assert {claim.name: claim.holds for claim in claims} == HEADLINES[name]
+    findings = STUDIES[name].findings(recorded(name))
+    assert {finding.name: finding.holds for finding in findings} == HEADLINES[name]
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -107,17 +109,17 @@ def test_all_runs_of_the_published_sweep_are_recorded(name):
 @pytest.mark.parametrize("name", OWN)
 def test_every_point_has_at_least_three_seeds(name):
     for comparison in compare(recorded(name).by_study[name]):
-        for variant in comparison.variants:
-            assert len(variant.runs) >= 3, variant.label
+        for setting in comparison.settings:
+            assert len(setting.runs) >= 3, setting.label
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_rates_are_chosen_by_validation_alone(name):
     """Taking the test results away changes no choice, and each choice has the best median on validation."""
     runs = recorded(name).by_study[name]
-    blind = [RecordedRun(run.path, run.config, without_test(run.record), run.metrics) for run in runs]
-    chosen, again = ({(comparison.name, variant.label): variant.runs[0].config["train"]["lr"]
-                      for comparison in compare(kind) for variant in comparison.variants}
+    blind = [replace(run, record=without_test(run.record)) for run in runs]
+    chosen, again = ({(comparison.name, setting.label): setting.runs[0].config["train"]["lr"]
+                      for comparison in compare(kind) for setting in comparison.settings}
                      for kind in (runs, blind))  # fmt: skip
     assert chosen == again
 
@@ -147,9 +149,9 @@ def test_recorded_states_are_those_measured(name):
 def test_every_plot_was_drawn_from_the_committed_records(name):
     study = STUDIES[name]
     source = records.digest(study.folders(HOME))
-    pictures = {f"{picture.name}.png" for picture in study.pictures(recorded(name))}
-    assert {path.name for path in (HOME / name).glob("*.png")} == pictures
-    for file in pictures:
+    figures = {f"{figure.name}.png" for figure in study.figures(recorded(name))}
+    assert {path.name for path in (HOME / name).glob("*.png")} == figures
+    for file in figures:
         with Image.open(HOME / name / file) as image:
             assert image.info["Source"] == source, f"{file}: run python -m experiments.study {name} --draw"
 
@@ -171,17 +173,17 @@ def test_a_study_without_records_is_said_to_be_missing(tmp_path):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", OWN)
 def test_every_version_composes(name, version):
-    """The first run of every arm: the large versions have too many runs to build them all."""
+    """The first run of every row of a grid: the large versions have too many runs to build them all."""
     sweep = STUDIES[name].sweeps.get(version)
     if sweep is None:
         assert version != "recorded"
         return
-    first = [next(iter(Sweep(sweep.common, (arm,)).arguments())) for arm in sweep.arms]
+    first = [next(iter(Sweep(sweep.common, (row,)).arguments())) for row in sweep.grid]
     for arguments in first:
         assert resolve_composed(compose(arguments)).experiment.startswith("results/")
 
 
-def test_choices_multiply_within_an_arm_and_the_last_of_a_key_counts():
+def test_choices_multiply_within_a_row_and_the_last_of_a_key_counts():
     sweep = Sweep(
         "seed=0,1 train.lr=1e-3", ("model=gla train.lr=1,2", "model.name=a 'model.pattern=\"gla attention\"'")
     )
@@ -214,7 +216,7 @@ def test_a_run_survives_its_line(tmp_path):
     assert found[0].record["results"]["test"] == pytest.approx(lines[0]["record"]["results"]["test"])
 
 
-def test_the_hash_of_the_records_is_in_the_picture(tmp_path):
+def test_the_hash_of_the_records_is_in_the_figure(tmp_path):
     with figure([tmp_path / "a.png"], source="abc") as (_, (axes,)):
         axes.plot([0, 1])
     with Image.open(tmp_path / "a.png") as image:
@@ -227,22 +229,22 @@ class Tiny(Study):
     common = " ".join(["experiment=mqar model=attention seed=0,1", *TINY, "train.steps=10", "train.grad_clip=0"])
     sweeps: ClassVar = {"small": Sweep(common, ("train.lr=1e-3", "train.lr=1e30"))}
 
-    def pictures(self, runs):
+    def figures(self, runs):
         values = [run.record["results"].get("test", 0.0) for run in runs.all]
-        return [Picture("values", "What came out.", lambda axes: axes[0].plot(values))]
+        return [Figure("values", "What came out.", lambda axes: axes[0].plot(values))]
 
     def tables(self, runs):
         return [Table("Runs", [["run", "status"], *([run.path.name, run.status] for run in runs.all)])]
 
-    def claims(self, runs):
-        return [Claim("two", "There are runs", f"{len(runs.all)} of them", len(runs.all) == 4)]
+    def findings(self, runs):
+        return [Finding("two", "There are runs", f"{len(runs.all)} of them", len(runs.all) == 4)]
 
 
 def test_from_nothing_to_a_page_and_again(tmp_path):
     """Runs that diverge stay on record; the second time what is finished is kept as it is."""
     root, runs, study, before = tmp_path / "results", tmp_path / "runs", Tiny(), None
     for _ in range(2):
-        assert do(study, "small", root, runs, jobs=2) == 1
+        assert train_and_record(study, "small", root, runs, jobs=2) == 1
         lines = (root / "tiny" / records.FILE).read_text(encoding="utf-8").splitlines()
         assert before in (None, lines[:2])
         before = lines[:2]
@@ -259,7 +261,7 @@ def test_a_study_is_written_among_no_others_files(tmp_path, name):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / name).write_text("mine")
     with pytest.raises(RunnerError, match=rf"tiny holds {name} and is no study"):
-        do(Tiny(), "small", tmp_path, tmp_path / "runs", jobs=1)
+        train_and_record(Tiny(), "small", tmp_path, tmp_path / "runs", jobs=1)
     assert {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {name: "mine"}
 
 
@@ -276,7 +278,7 @@ def test_a_model_without_a_state_is_named(tmp_path, name):
 
 def test_a_version_that_a_study_lacks(tmp_path):
     with pytest.raises(RunnerError, match="tiny has no version 'large', expected one of small"):
-        do(Tiny(), "large", tmp_path, tmp_path, jobs=1)
+        train_and_record(Tiny(), "large", tmp_path, tmp_path, jobs=1)
     with pytest.raises(RunnerError, match="run the study tiny first, in the same version"):
         draw(Tiny(), tmp_path)
 

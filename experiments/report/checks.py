@@ -1,0 +1,81 @@
+"""The recorded runs that a report can compare: those whose folders hold all that its tables and plots need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.runs.recorded import RecordedRun, find_runs, is_finite
+from experiments.util.errors import RunnerError
+
+NUMBER = (int, float)
+OF_CONFIG = {
+    "experiment": str, "seed": int, "model.name": str, "model.pattern": str, "task": dict, "train.lr": NUMBER,
+    "train.weight_decay": NUMBER,
+}  # fmt: skip
+"""By path, what the configuration of every run holds."""
+
+OF_RECORD = {
+    "results.test": NUMBER, "results.validation": NUMBER,
+    "cost.flops": NUMBER, "cost.tokens_per_second": NUMBER, "cost.steps": NUMBER, "cost.flops_formula": str,
+    "model.parameters": NUMBER, "model.state_bytes": NUMBER, "model.state_length": NUMBER,
+    "metric.name": str, "metric.label": str, "metric.unit": str, "metric.higher_is_better": bool,
+    "metric.chance": NUMBER, "metric.chance_label": str,
+    "task.title": str, "task.reading": str, "data.hash": str, "command": str,
+    "hardware.cpu": str, "hardware.cores": NUMBER, "hardware.threads": NUMBER,
+    "environment.python": str, "environment.packages.torch": str, "code.commit": (str, type(None)), "code.dirty": bool,
+}  # fmt: skip
+"""By path, what the record of every finished run holds."""
+
+PARTS = ("results", "cost", "model", "metric", "data", "code")
+"""Mappings of a record that is not finished, where they are there."""
+
+
+def comparable_runs(root: Path) -> tuple[list[RecordedRun], list[str]]:
+    """Every run below a folder, and a sentence on each folder that could not be read.
+
+    Raises:
+        RunnerError: there is no such folder.
+    """
+    runs, problems = [], []
+    for run in find_runs(root):
+        try:
+            _check(run)
+            runs.append(run)
+        except RunnerError as error:
+            problems.append(str(error))
+    return runs, problems
+
+
+def _check(run: RecordedRun) -> None:
+    """Raise an error that names the folder where something of a run is missing or is not what it should be."""
+    if run.problem is not None:
+        raise RunnerError(run.problem)
+    _require(run.config, OF_CONFIG, f"{run.path}: its config.json is not that of a run")
+    _ = run.metrics  # Lines that are damaged are found as they are read.
+    damaged = f"{run.path}: its record is damaged"
+    is_over = run.recorded_status == "finished"
+    _require(run.record, OF_RECORD if is_over else {part: dict for part in PARTS if part in run.record}, damaged)
+    if is_over and "curve" in run.record["results"]:
+        _check_curve(run.record["results"]["curve"], f"{damaged}, results.curve is no curve")
+
+
+def _require(value: dict[str, Any], kinds: Mapping[str, Any], otherwise: str) -> None:
+    """Raise an error that begins with ``otherwise`` unless each path leads to a value of its kind."""
+    for path, kind in kinds.items():
+        found: Any = value
+        for key in path.split("."):
+            if not isinstance(found, dict) or key not in found:
+                raise RunnerError(f"{otherwise}, it lacks {path}")
+            found = found[key]
+        if not isinstance(found, kind):
+            raise RunnerError(f"{otherwise}, {path} is {found!r}")
+
+
+def _check_curve(curve: Any, otherwise: str) -> None:
+    _require({"curve": curve}, {"curve.x": list, "curve.y": list, "curve.x_end": NUMBER, "curve.x_label": str,
+                                "curve.x_unit": str}, otherwise)  # fmt: skip
+    numbers = all(isinstance(each, NUMBER) for each in curve["y"]) and all(is_finite(each) for each in curve["x"])
+    if not numbers or not curve["x"] or len(curve["x"]) != len(curve["y"]):
+        raise RunnerError(f"{otherwise}: x and y are not numbers, as many of the one as of the other")
