@@ -1,7 +1,7 @@
-"""Meets a bad step again: ``python -m experiments.replay runs/mqar/mamba2-seed0-.../bad/step-000123.npz``
+"""Repeats a bad step: ``python -m experiments.replay runs/mqar/mamba2-seed0-.../bad/step-000123.npz``
 
-The weights are those that the batch met: from the last checkpoint before it that is still there, or from the beginning,
-the steps between are taken once more. One process repeats a run of one process to the bit, one of several up to
+The weights are those that the batch met: the steps since the last checkpoint before it that is still there, or since
+the beginning, are taken once more. One process repeats a run of one process to the bit, one of several up to
 rounding. Nothing is written.
 """
 
@@ -18,11 +18,11 @@ import torch
 
 from experiments.config.schema import TrackerConfig
 from experiments.runs.folder import RunFolder
-from experiments.tasks import Task
+from experiments.tasks import Task, TaskError
 from experiments.tasks.task import IGNORED, Batch
-from experiments.train import READ_EVERY, Run
-from experiments.training.reporter import Silent
-from experiments.training.step_monitor import Reading
+from experiments.training.loop import CHECK_EVERY, Run
+from experiments.training.run_logger import NullLogger
+from experiments.training.step_monitor import StepStats
 from experiments.util.errors import MALFORMED, RunnerError
 
 SHOWN = 8
@@ -31,17 +31,17 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Replay:
-    """What a bad step was, and what it is now.
+    """A bad step as it was recorded, and as it is now.
 
     Attributes:
-        recorded: what training saw.
+        recorded: in training.
         began: the step of the checkpoint that the way there began at; 0 for the beginning.
         loss, grad_norm: now.
         layer: the first one, counted from 1, with an output that is not finite; ``None`` if there is none.
         gradients: the norm of each parameter's gradient, the largest first and before them those that are no numbers.
     """
 
-    recorded: Reading
+    recorded: StepStats
     began: int
     loss: float
     grad_norm: float
@@ -75,7 +75,7 @@ def replay(path: Path) -> Replay:
     run = Run(replace(config, tracker=TrackerConfig()), folder)
     if odd := _odd(batch, run.task, config.train.batch_size):
         raise RunnerError(f"{path} is not the batch of a bad step of this run: {odd}")
-    run.reporter = Silent()
+    run.logger = NullLogger()
     began = _go_back(run, recorded.step - 1)
     layers: list[int] = []
     for number, layer in enumerate(run.model.stack.layers, 1):
@@ -93,13 +93,13 @@ def replay(path: Path) -> Replay:
     )
 
 
-def _read(path: Path) -> tuple[Reading, Batch]:
+def _read(path: Path) -> tuple[StepStats, Batch]:
     try:
         with np.load(path) as kept:
-            reading = Reading(*(kept[name].item() for name in Reading._fields))
+            stats = StepStats(*(kept[name].item() for name in StepStats._fields))
             batch = Batch(kept["tokens"], kept["targets"], kept.get("token_mask"))
-        if any(type(value) is not kind for value, kind in zip(reading, (int, float, float, bool), strict=True)):
-            raise ValueError(f"it holds {reading}")
+        if any(type(value) is not kind for value, kind in zip(stats, (int, float, float, bool), strict=True)):
+            raise ValueError(f"it holds {stats}")
         kinds = zip(batch, (np.int64, np.int64, np.bool_), strict=True)
         if any(each.dtype != kind or each.ndim != 2 for each, kind in kinds if each is not None):
             held = (f"{each.dtype} {each.shape}" for each in batch if each is not None)
@@ -108,11 +108,11 @@ def _read(path: Path) -> tuple[Reading, Batch]:
         there = sorted(str(each) for each in path.parent.glob("step-*.npz"))
         kept = f"; {path.parent} holds {', '.join(each.rpartition('/')[2] for each in there)}" if there else ""
         raise RunnerError(f"{path} is not the batch of a bad step ({error}){kept}") from error
-    return reading, batch
+    return stats, batch
 
 
 def _odd(batch: Batch, task: Task, most: int) -> str | None:
-    """What a batch holds that none of ``most`` rows of a task has; ``None`` where there is no such thing."""
+    """A property of a batch that no batch of up to ``most`` rows of a task has; ``None`` where there is none."""
     if (length := batch.tokens.shape[1]) != task.length or not 1 <= len(batch.tokens) <= most:
         return f"it has {len(batch.tokens)} rows of {length} tokens, and the run up to {most} of {task.length}"
     for name, part in batch._asdict().items():
@@ -132,8 +132,8 @@ def _go_back(run: Run, step: int) -> int:
     while run.state.step < step:
         run.step()
         run.state.step += 1
-        if run.state.step % READ_EVERY == 0:
-            run.vitals.read()
+        if run.state.step % CHECK_EVERY == 0:
+            run.step_monitor.read()
     return began
 
 
@@ -145,11 +145,11 @@ def _note(layers: list[int], number: int, output: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m experiments.replay", description="Meet a bad step of a run again.")
+    parser = argparse.ArgumentParser("python -m experiments.replay", description="Repeat a bad step of a run.")
     parser.add_argument("batch", type=Path, help="a file of the folder bad in a run's folder")
     try:
         print(replay(parser.parse_args().batch))
-    except RunnerError as error:
+    except (RunnerError, TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -35,8 +35,8 @@ EDGES = {
     "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
     "joblib": {"experiments/sweeps/workers.py"},
     "optuna": {"experiments/sweeps/search.py"},
-    "wandb": {"experiments/trackers/__init__.py"},
-    "torch.utils.tensorboard": {"experiments/trackers/__init__.py"},
+    "wandb": {"experiments/trackers/wandb.py"},
+    "torch.utils.tensorboard": {"experiments/trackers/tensorboard.py"},
     "matplotlib": {"experiments/util/plot_style.py", "experiments/report/figures.py", "experiments/studies/"},
     "ctypes": {f"seqarch/ops/native/{name}.py" for name in ("cpu_library", "cuda_library", "huge_pages")},
 }

@@ -1,1 +1,1 @@
-"""What a run is: typed configuration, and from it a task and a model."""
+"""The configuration of a run: typed, and from it a task and a model."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from experiments.config.schema import RunConfig
 from experiments.tasks import TASKS, Task
-from experiments.trackers import require_tracker
-from experiments.util.errors import ConfigError, choices_hint
-from seqarch.layers import CHANNEL_MIXERS, MIXERS
-from seqarch.layers.mixer import build_config
-from seqarch.models import LanguageModel, LMConfig, parse_pattern
+from experiments.trackers import missing_package
+from experiments.util.errors import ConfigError
+from seqarch.models import LanguageModel, parse_pattern
 
 
 def build_task(config: RunConfig) -> Task:
@@ -22,24 +18,26 @@ def build_task(config: RunConfig) -> Task:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with the options of unused mixers checked and left out, sure to build a model.
+    """The configuration without the options of unused mixers, sure to build a model.
 
     Raises:
         ConfigError: no model can be built from it, or its tracker is not installed.
     """
-    require_tracker(config.tracker.name)
-    model = config.model
-    try:
-        layers = parse_pattern(model.pattern)
-    except ValueError as error:
-        raise ConfigError(f"model.pattern: {error}") from error
+    if package := missing_package(config.tracker.name):
+        raise ConfigError(
+            f"tracker.name: {config.tracker.name!r} needs the package {package}, which is not installed: pip install"
+            f" {package}, or choose tracker=none"
+        )
+    options = config.model.options
+    layers = parse_pattern(options.pattern)
     mixers = {name for layer in layers for name in layer.mixers}
-    channels = {layer.channel or model.channel for layer in layers}
-    used = {
-        "mixers": _used("mixers", model.mixers, MIXERS, mixers, model.d_model),
-        "channels": _used("channels", model.channels, CHANNEL_MIXERS, channels, model.d_model),
-    }
-    resolved = replace(config, model=replace(model, **used))
+    channels = {layer.channel or options.channel for layer in layers}
+    used = replace(
+        options,
+        mixers={name: values for name, values in options.mixers.items() if name in mixers},
+        channels={name: values for name, values in options.channels.items() if name in channels},
+    )
+    resolved = replace(config, model=replace(config.model, options=used))
     try:
         with torch.device("meta"):
             build_model(resolved)
@@ -54,21 +52,7 @@ def build_model(config: RunConfig) -> LanguageModel:
     Raises:
         ConfigError: the library refuses the configuration.
     """
-    options = {name: value for name, value in vars(config.model).items() if name != "name"}
     try:
-        return LanguageModel(LMConfig(vocab_size=build_task(config).vocab_size, **options))
+        return LanguageModel(config.model.options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
-
-
-def _used(
-    key: str, options: dict[str, dict[str, Any]], registry: Mapping[str, Any], used: set[str], d_model: int
-) -> dict[str, dict[str, Any]]:
-    for name, values in options.items():
-        if name not in registry:
-            raise ConfigError(f"model.{key}.{name}: unknown name, {choices_hint(name, registry)}")
-        try:
-            build_config(key.rstrip("s"), name, registry[name].Config, {"d_model": d_model, **values})
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"model.{key}: {error}") from error
-    return {name: values for name, values in options.items() if name in used}

@@ -1,8 +1,8 @@
 """Plain dictionaries to typed dataclasses, strictly: a wrong key or type fails with its full path.
 
-Understands what configurations are made of: dataclasses, ``bool``, ``int``, ``float``, ``str``, ``X | None``,
-``dict[str, ...]``, ``list[...]`` and ``Any``. An int is welcome where a float is expected, and a tuple where a list is;
-nothing else is converted. Numbers are finite.
+Understands what configurations are made of: dataclasses, ``bool``, ``int``, ``float``, ``str``, ``Literal[...]``,
+``X | None``, ``dict[str, ...]``, ``list[...]`` and ``Any``. An int is welcome where a float is expected, and a tuple
+where a list is; nothing else is converted. Numbers are finite.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from experiments.util.errors import ConfigError, choices_hint
 
 
-def convert(kind: Any, value: Any, path: str = "") -> Any:
+def convert(kind: Any, value: Any, path: str = "", known: Mapping[str, Any] | None = None) -> Any:
     """``value`` as ``kind``.
 
     Args:
         kind: a dataclass or one of the types above.
-        value: what YAML or JSON gave.
-        path: where the value stands, such as ``train.lr``; errors begin with it.
+        value: as YAML or JSON gave it.
+        path: its place in the configuration, such as ``train.lr``; errors begin with it.
+        known: fields of a dataclass that are known already, and so are no keys of ``value``.
 
     Raises:
         ConfigError: an unknown or missing key, a wrong type, or a value that a dataclass refuses.
@@ -31,7 +32,7 @@ def convert(kind: Any, value: Any, path: str = "") -> Any:
     if kind is Any:
         return value
     if is_dataclass(kind):
-        return _convert_dataclass(kind, value, path)
+        return _convert_dataclass(kind, value, path, known or {})
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
@@ -46,6 +47,10 @@ def convert(kind: Any, value: Any, path: str = "") -> Any:
         if not isinstance(value, (list, tuple)):
             raise _wrong_type(path, "a list", value)
         return [convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{path} is {value!r}, {choices_hint(value, arguments)}")
+        return value
     return _convert_scalar(kind, value, path)
 
 
@@ -60,27 +65,28 @@ def _convert_scalar(kind: type, value: Any, path: str) -> Any:
     return value
 
 
-def _convert_dataclass(kind: Any, value: Any, path: str) -> Any:
+def _convert_dataclass(kind: Any, value: Any, path: str, known: Mapping[str, Any]) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
         raise _wrong_type(path, "a mapping", value)
     hints = typing.get_type_hints(kind)
-    names = [field.name for field in fields(kind) if field.init]
+    options = [field for field in fields(kind) if field.init and field.name not in known]
+    names = [field.name for field in options]
     for key in value:
         if key not in names:
-            known = choices_hint(key, names) if names else "nothing can be set here"
-            raise ConfigError(f"{_join(path, str(key))}: unknown key, {known}")
+            hint = choices_hint(key, names) if names else "nothing can be set here"
+            raise ConfigError(f"{_join(path, str(key))}: unknown key, {hint}")
     missing = [
         field.name
-        for field in fields(kind)
+        for field in options
         if field.name not in value and field.default is MISSING and field.default_factory is MISSING
     ]
     if missing:
         raise ConfigError(f"{_join(path, missing[0])}: missing, no value was given and there is no default")
     arguments = {name: convert(hints[name], value[name], _join(path, name)) for name in names if name in value}
     try:
-        return kind(**arguments)
+        return kind(**arguments, **known)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Options of mixers as their layers mean them: equal options are written alike, however they were given."""
+"""Options of a run's model: the library's, checked by it; equal ones are written alike, however they were given."""
 
 from __future__ import annotations
 
@@ -7,11 +7,40 @@ from dataclasses import MISSING, Field, fields
 from functools import cache
 from typing import Any
 
+from experiments.config.convert import convert
+from experiments.util.errors import ConfigError, choices_hint
 from seqarch.layers import CHANNEL_MIXERS, MIXERS
+from seqarch.layers.mixer import build_config
+from seqarch.models import LMConfig, parse_pattern
 from seqarch.ops.dispatch.checks import Kinds, annotated_kinds
 
 REGISTRIES: dict[str, Mapping[str, Any]] = {"mixers": MIXERS, "channels": CHANNEL_MIXERS}
 """By the key of a model's configuration that holds options by name."""
+
+
+def language_model(given: Mapping[str, Any], vocab_size: int) -> LMConfig:
+    """The options of a language model; those of mixers that its pattern does not use are checked as well.
+
+    Raises:
+        ConfigError: the library refuses them.
+    """
+    if isinstance(given.get("pattern"), str):
+        try:
+            parse_pattern(given["pattern"])
+        except ValueError as error:
+            raise ConfigError(f"model.pattern: {error}") from error
+    for key, registry in REGISTRIES.items():
+        for name in layers if isinstance(layers := given.get(key), Mapping) else ():
+            if name not in registry:
+                raise ConfigError(f"model.{key}.{name}: unknown name, {choices_hint(name, registry)}")
+    options = convert(LMConfig, given, "model", known={"vocab_size": vocab_size})
+    for key, registry in REGISTRIES.items():
+        for name, own in getattr(options, key).items():
+            try:
+                build_config(key.rstrip("s"), name, registry[name].Config, {"d_model": options.d_model, **own})
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"model.{key}: {error}") from error
+    return options
 
 
 def canonical(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ HYDRA_OPTIONS = (
 def _fitting_warmup(most: int, *, _parent_: DictConfig) -> int:
     """A warm-up of so many steps, or as many as a training of these options has room for.
 
-    Where the options make no training, the typed configuration tells of them, and the warm-up says nothing.
+    Where the options make no training, the typed configuration reports them, and the warm-up says nothing.
     """
     given = {key: _parent_[key] for key in _parent_ if key != "warmup"}
     try:
@@ -54,7 +54,7 @@ class Interval:
 
 
 def config_folder(arguments: Sequence[str]) -> Path | None:
-    """What ``--config-dir`` names, as Hydra reads it; ``None`` where it is not given.
+    """The folder that ``--config-dir`` names, as Hydra reads it; ``None`` where it is not given.
 
     Raises:
         ConfigError: there is no such folder.
@@ -86,7 +86,7 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def as_override(argument: str, folders: Sequence[Path] = (CONFIGS,)) -> str:
-    """Let Hydra pass every ``key=value`` on, so that the typed configuration judges it.
+    """Let Hydra pass every ``key=value`` on, so that the typed configuration checks it.
 
     Hydra knows only the keys that some YAML mentions: it would refuse an option left at its default, and name no
     near key for a misspelt one. Groups, ``hydra.*`` and arguments with a sign of their own stay as they are.
@@ -120,7 +120,7 @@ def _chooses(argument: str) -> bool:
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
-        return True  # It tells of what it cannot read.
+        return True  # It reports what it cannot read.
     swept = override.is_sweep_override() and override.is_discrete_sweep()
     values = list(override.sweep_iterator()) if swept else [override.value()]
     return all(isinstance(value, (str, list, QuotedString)) for value in values)

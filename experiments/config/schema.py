@@ -1,4 +1,4 @@
-"""What a run is, as typed dataclasses.
+"""The configuration of a run, as typed dataclasses.
 
 Hydra only composes a dictionary; :func:`run_config` makes it typed or fails with the full path of what is wrong.
 A run's identity is the hash of everything that can change its result, so the same configuration always finds the
@@ -13,17 +13,21 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.config.convert import convert
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
-from experiments.util.errors import ConfigError, choices_hint
+from experiments.util.errors import ConfigError, RunnerError, choices_hint
 
-NOT_IDENTITY = ("runs", "imports", "tracker", "machine", "train.keep", "train.save_every", "train.dry_run")
+FORMAT = 2
+"""The version of what is kept of a run: raised when a key, a metric or a file gets another name or meaning."""
+
+NOT_IDENTITY = ("runs", "imports", "tracker", "machine", "train.keep_last", "train.save_every", "train.dry_run")
 """Keys that change where a run is kept, on what it runs or who else hears of it, and never what comes out of it but
 for rounding."""
 
@@ -31,7 +35,7 @@ HASH_DIGITS = 10
 """Of the hash of a run's identity, in its folder's name."""
 
 MOST = 2**31 - 1
-"""Of sequences a step and the numbers that make a task: beyond it nothing can be counted, held or waited for."""
+"""Sequences per step and the numbers that make a task: beyond it nothing can be counted, held or waited for."""
 
 MOST_THREADS = 1024
 """More CPU threads than this are a slip of the hand, and torch crashes on them."""
@@ -40,43 +44,20 @@ NOT_NEGATIVE = (
     *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
     *("micro_batch", "save_every", "patience", "threads"),
 )
-CHOICES = {
-    "optimizer": ("adamw", "muon"),
-    "schedule": ("cosine", "wsd"),
-    "bad_step": ("stop", "skip"),
-    "precision": ("float32", "bfloat16"),
-    "gather": ("float32", "bfloat16"),
-    "select": ("best", "last"),
-    "device": ("auto", "cpu", "cuda"),
-}
-"""Of options of :class:`TrainConfig`."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model but for its vocabulary, which the task gives.
+    """A model's name and the options of the library's language model, which stand beside the name in ``model``.
 
     Attributes:
-        name: how tables and plots call it; also part of the folder's name.
-        pattern: the mixers of the layers, as ``seqarch.models`` reads it.
-        mixers, channels: options by name, ``{"attention": {"num_heads": 2}}``; those the pattern does not use are
-            checked and left out.
-
-    The rest is as in :class:`seqarch.models.LMConfig`.
+        name: its name in tables and plots; also part of the folder's name.
+        options: an instance of :class:`seqarch.models.LMConfig`, with the vocabulary of the task. Options of mixers and
+            channel mixers that the pattern does not use are checked and left out.
     """
 
     name: str
-    pattern: str
-    d_model: int
-    depth: int
-    channel: str = "swiglu"
-    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    channels: dict[str, dict[str, Any]] = field(default_factory=dict)
-    norm_eps: float = 1e-5
-    branch_norm: bool = False
-    tie_embeddings: bool = False
-    embedding_scale: float = 1.0
-    logit_cap: float | None = None
+    options: Any
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps at most.
-        batch_size: sequences a step, each of the task's training length, in all processes together.
+        batch_size: sequences per step, each of the task's training length, in all processes together.
         micro_batch: sequences that one process takes at a time, their gradients summed; 0 for its whole share.
         optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
         lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
@@ -95,16 +76,18 @@ class TrainConfig:
         spike: a gradient norm above this many times its running mean is bad as one that is not finite is; 0 for never.
         bad_step: ``stop`` at one, or ``skip`` its update. Its batch is kept in the run's folder ``bad`` either way.
         precision: ``float32``, or ``bfloat16`` by autocast; parameters and optimizer are float32 throughout.
-        gather: with several processes, the type that parameters travel and are used in. ``bfloat16`` halves the
-            traffic and rounds every parameter, those of norms, decays and routers too.
-        recompute: keep only the layers' inputs for the backward pass, and run each layer's forward pass again there.
+        param_dtype: FSDP2's, with several processes: the type that parameters are gathered and used in, while those
+            that are kept and updated stay float32. ``bfloat16`` halves the traffic and rounds every parameter, those of
+            norms, decays and routers too.
+        activation_checkpointing: keep only the layers' inputs for the backward pass, and run each layer's forward pass
+            again there.
         compile: run each layer through ``torch.compile``.
-        eval_every: steps between two looks at the validation split, each with a checkpoint.
+        eval_every: steps between two evaluations on the validation split, each with a checkpoint.
         save_every: steps between checkpoints besides; 0 for none.
-        keep: how many of the latest checkpoints stay; the best ones of these stay too.
+        keep_last: how many of the latest checkpoints stay; the best so far of each of these stays too.
         target: stop once the validation metric is this good.
-        patience: stop after so many looks without a better validation metric; 0 for never.
-        select: the checkpoint that is tested at the end, the ``best`` on validation or the ``last``.
+        patience: stop after so many evaluations without a better validation metric; 0 for never.
+        eval_checkpoint: the checkpoint that is tested at the end, the ``best`` on validation or the ``last``.
         threads: CPU threads; 0 leaves it to torch.
         device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is one).
         dry_run: print what the run would take, and train nothing.
@@ -114,31 +97,31 @@ class TrainConfig:
     batch_size: int
     lr: float
     micro_batch: int = 0
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
     warmup: int = 0
     final_lr_ratio: float = 0.1
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "wsd"] = "cosine"
     decay_share: float = 0.2
     grad_clip: float = 1.0
     spike: float = 0.0
-    bad_step: str = "stop"
-    precision: str = "float32"
-    gather: str = "float32"
-    recompute: bool = False
+    bad_step: Literal["stop", "skip"] = "stop"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
     compile: bool = False
     eval_every: int = 100
     save_every: int = 0
-    keep: int = 2
+    keep_last: int = 2
     target: float | None = None
     patience: int = 0
-    select: str = "best"
+    eval_checkpoint: Literal["best", "last"] = "best"
     threads: int = 0
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dry_run: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "eval_every", "keep"):
+        for name in ("steps", "batch_size", "eval_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size > MOST:
@@ -156,9 +139,6 @@ class TrainConfig:
             raise ValueError(f"target must be a finite number or null, got {self.target}")
         if self.threads > MOST_THREADS:
             raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, {choices_hint(getattr(self, name), choices)}")
 
     @property
     def most_warmup(self) -> int:
@@ -190,12 +170,12 @@ class TrackerConfig:
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """What a run is given to run on, and what that costs.
+    """The machine that a run is given, and its price.
 
     Attributes:
         processes: on this machine, started by torchrun to train each run together; 0 only makes the run's folder, for
             a torchrun of one's own.
-        peak_flops: FLOPs a second of one process's device at ``train.precision``; 0 measures a matrix product.
+        peak_flops: FLOPs per second of one process's device at ``train.precision``; 0 measures a matrix product.
         price_per_hour: of all that a run occupies, in any currency; 0 where it costs nothing.
     """
 
@@ -219,7 +199,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: what ``config.json`` holds.
+    """One run: the content of ``config.json``.
 
     Attributes:
         experiment: the folder below ``runs``, such as ``mqar`` or ``demo/recall``.
@@ -252,26 +232,19 @@ class RunConfig:
             raise ValueError(f"{shares}: every process has to get the same number of sequences")
 
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run: the resolved configuration without :data:`NOT_IDENTITY`.
+        """All that tells this run from others: the resolved configuration without :data:`NOT_IDENTITY`.
 
         Equal configurations have one identity: numbers count by their value, and a layer's option at its default is
         as one that is left out.
         """
         from experiments.config.options import canonical  # Imports torch, which a wrong key need not wait for.
 
-        given = self._given()
+        given = without(to_dict(self), NOT_IDENTITY)
         return {**given, "model": canonical(given["model"])}
 
     def folder(self) -> Path:
-        """Where the run lies: by its identity, or by the hash of its words, where an earlier version made it."""
-        path, before = self._path(self.identity()), self._path(self._given())
-        return before if before.is_dir() and not path.exists() else path
-
-    def _given(self) -> dict[str, Any]:
-        return without(to_dict(self), NOT_IDENTITY)
-
-    def _path(self, identity: Mapping[str, Any]) -> Path:
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        """The folder of the run, named by the hash of its identity."""
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
         return Path(self.runs) / self.experiment / f"{self._prefix}{digest[:HASH_DIGITS]}"
 
     def may_name(self, name: str) -> bool:
@@ -311,12 +284,24 @@ def run_config(composed: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: naming the full path of a wrong key, type or value and the nearest right one.
     """
-    composed = dict(composed)
+    typed = dict(composed)
     _import(convert(list[str], composed.get("imports", []), "imports"))
-    for name, typed in (("task", task_config), ("tracker", _tracker_config)):
-        if isinstance(composed.get(name), Mapping):
-            composed[name] = typed(composed[name])
-    return convert(RunConfig, composed)
+    for name, make in _PARTS.items():
+        if isinstance(typed.get(name), Mapping):
+            typed[name] = make(typed[name])
+    # The model comes last: its options are the library's, which imports torch, and a wrong key need not wait for that.
+    if isinstance(typed.get("task"), TaskConfig) and isinstance(typed.get("model"), Mapping):
+        typed["model"] = _model_config(typed["model"], typed["task"])
+    return convert(RunConfig, typed)
+
+
+def _model_config(model: Mapping[str, Any], task: TaskConfig) -> ModelConfig:
+    from experiments.config.options import language_model
+
+    name = {key: value for key, value in model.items() if key == "name"}
+    given = {key: value for key, value in model.items() if key != "name"}
+    options = language_model(given, TASKS[task.name](task.options).vocab_size)
+    return convert(ModelConfig, {**name, "options": options}, "model")
 
 
 def _import(names: Iterable[str]) -> None:
@@ -349,8 +334,31 @@ def _tracker_config(tracker: Mapping[str, Any]) -> TrackerConfig:
     return convert(TrackerConfig, {**tracker, "options": options}, "tracker")
 
 
+_PARTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "task": task_config,
+    "tracker": _tracker_config,
+    "train": partial(convert, TrainConfig, path="train"),
+    "machine": partial(convert, MachineConfig, path="machine"),
+}
+"""By key of a run's configuration, its typed form; the model's is made when that of the task is known."""
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The inverse of :func:`run_config`, ready for JSON."""
     plain = asdict(config)
-    task = plain["task"]
-    return {**plain, "task": {"name": task["name"], **task["options"]}}
+    task, model = plain["task"], plain["model"]
+    options = {name: value for name, value in model["options"].items() if name != "vocab_size"}  # The task gives it.
+    return {**plain, "model": {"name": model["name"], **options}, "task": {"name": task["name"], **task["options"]}}
+
+
+def check_format(stored: Mapping[str, Any], where: object) -> None:
+    """Check that something kept of a run is of :data:`FORMAT`; the first format did not say so.
+
+    Raises:
+        RunnerError: it is of another one.
+    """
+    if (found := stored.get("format", 1)) != FORMAT:
+        raise RunnerError(
+            f"{where} is of format {found!r}, and this version of the runner reads {FORMAT}: read it with the version"
+            " that wrote it, or train the run again elsewhere"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.config.schema import check_format
 from experiments.runs.recorded import RecordedRun, find_runs, is_finite
 from experiments.util.errors import RunnerError
 
@@ -53,6 +54,7 @@ def _check(run: RecordedRun) -> None:
     if run.problem is not None:
         raise RunnerError(run.problem)
     _require(run.config, OF_CONFIG, f"{run.path}: its config.json is not that of a run")
+    check_format(run.config, run.folder.config_file)
     _ = run.metrics  # Lines that are damaged are found as they are read.
     damaged = f"{run.path}: its record is damaged"
     is_over = run.recorded_status == "finished"

@@ -108,7 +108,9 @@ def _section(comparison: Comparison, plots: list[tuple[str, str]], titled: bool)
 def _tested(comparison: Comparison) -> str:
     """Which checkpoint the numbers of a comparison are of."""
     chosen = "the checkpoint that validation chose"
-    last = [v.label for v in comparison.shown if any(r.config["train"].get("select") == "last" for r in v.finished)]
+    last = [
+        v.label for v in comparison.shown if any(r.config["train"].get("eval_checkpoint") == "last" for r in v.finished)
+    ]
     if not last:
         return chosen
     if len(last) == len(comparison.shown):

@@ -1,6 +1,6 @@
 """The folder of a run and what is in it.
 
-``config.json``     the resolved configuration
+``config.json``     the resolved configuration, and the format of the folder
 ``run.json``        the record: status, code, environment, hardware, data, backends, cost, results
 ``metrics.jsonl``   one JSON object a line, appended while training
 ``progress.json``   where training is now, for whoever watches
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.config.schema import RunConfig, run_config, to_dict
+from experiments.config.schema import FORMAT, RunConfig, check_format, run_config, to_dict
 from experiments.runs.lock import Claim
 from experiments.util.errors import ConfigError, RunnerError, writing
 from experiments.util.files import append_line, half_written, make_folder, read_json, write_atomic, write_json
@@ -57,8 +57,9 @@ class RunFolder:
         return self._typed(stored)
 
     def _typed(self, stored: Mapping[str, Any]) -> RunConfig:
+        check_format(stored, self.config_file)
         try:
-            return run_config(stored)
+            return run_config({name: value for name, value in stored.items() if name != "format"})
         except ConfigError as error:
             raise ConfigError(f"{self.config_file} is damaged or of another version: {error}") from error
 
@@ -96,8 +97,9 @@ class RunFolder:
 
     def create(self, config: RunConfig) -> None:
         make_folder(self.path)
-        if read_json(self.config_file) != to_dict(config):  # New, or differing in what makes no other run of it.
-            write_json(self.config_file, to_dict(config))
+        kept = {"format": FORMAT, **to_dict(config)}
+        if read_json(self.config_file) != kept:  # New, or differing in what makes no other run of it.
+            write_json(self.config_file, kept)
         make_folder(self.checkpoints)
 
     def half_written(self) -> list[Path]:
@@ -118,6 +120,8 @@ class RunFolder:
             RunnerError: it cannot be read, or is not what a training process leaves.
         """
         record = read_json(self.run_file) or {}
+        if record:
+            check_format(record, self.run_file)
         if damage := _damage(record):
             raise RunnerError(
                 f"cannot read {self.run_file}: {damage}; delete it, and the run's command goes on from the last"
@@ -130,7 +134,7 @@ class RunFolder:
 
     def update(self, **changes: Any) -> None:
         """Set top-level entries of ``run.json``."""
-        write_json(self.run_file, {**self.record(), **changes})
+        write_json(self.run_file, {"format": FORMAT, **self.record(), **changes})
 
     def append_metrics(self, **values: Any) -> None:
         """Add a line, which is on the disk on return: a checkpoint that is written next counts on it."""

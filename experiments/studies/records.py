@@ -13,17 +13,18 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.config.schema import ModelConfig, RunConfig, TrainConfig
+from experiments.config.schema import FORMAT, RunConfig, TrainConfig, check_format
 from experiments.runs.folder import RunFolder
 from experiments.runs.recorded import RecordedRun
 from experiments.util.errors import RunnerError
 from experiments.util.files import write_atomic
+from seqarch.models import LMConfig
 
 FILE = "records.jsonl"
 OVER = ("finished", "failed")
 """Statuses that have a line; a run that was stopped will go on."""
 
-NOT_KEPT = ("device", "threads", "keep", "save_every", "dry_run")
+NOT_KEPT = ("device", "threads", "keep_last", "save_every", "dry_run")
 """Options of training that change no result but for rounding; threads are in the record of the hardware."""
 
 KEPT = {
@@ -58,6 +59,7 @@ def to_line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -
     metrics = [{name: value for name, value in look.items() if name == "step" or name.endswith(tuple(history))}
                for look in folder.metrics()] if history else []  # fmt: skip
     return {
+        "format": FORMAT,
         "run": folder.path.name,
         "config": shortened(config),
         "record": {"status": record["status"], **reason, "results": results, **kept},
@@ -69,7 +71,7 @@ def shortened(config: RunConfig) -> dict[str, Any]:
     """The configuration without defaults and without what changes no result."""
     plain = config.identity()
     train = {name: value for name, value in _given(TrainConfig, plain["train"]).items() if name not in NOT_KEPT}
-    model = _given(ModelConfig, plain["model"])
+    model = _given(LMConfig, plain["model"])
     wanted = {"weight_decay": plain["train"]["weight_decay"]}  # A comparison shows it.
     return {
         "experiment": config.experiment,
@@ -127,11 +129,13 @@ def _from_line(text: str, where: str) -> RecordedRun:
     try:
         whole = json.loads(text)
         config, record, metrics = {**whole["config"]}, {**whole["record"]}, [*whole.get("metrics", [])]
-        return RecordedRun(RunFolder(whole["run"]), config, record, kept_metrics=metrics)
+        run = RecordedRun(RunFolder(whole["run"]), config, record, kept_metrics=metrics)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunnerError(
             f"{where} is no record of a run ({type(error).__name__}: {error}); restore the file, or run the study again"
         ) from error
+    check_format(whole, where)
+    return run
 
 
 def digest(folders: Iterable[Path]) -> str:

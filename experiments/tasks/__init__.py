@@ -1,4 +1,4 @@
-"""What models are trained on and judged by: one generator a file, one line here each."""
+"""The tasks that models are trained and evaluated on: a file per task, and a line here."""
 
 from experiments.tasks.compression import Compression
 from experiments.tasks.copying import Copying
@@ -15,7 +15,7 @@ from experiments.tasks.noisy_recall import NoisyRecall
 from experiments.tasks.parity import Parity
 from experiments.tasks.selective_copying import SelectiveCopying
 from experiments.tasks.stdlib_text import StdlibText
-from experiments.tasks.task import Batch, Metric, Task
+from experiments.tasks.task import Batch, Metric, Task, TaskError
 from experiments.tasks.variable_tracking import VariableTracking
 from experiments.tasks.word_problem import WordProblem
 
@@ -39,4 +39,4 @@ TASKS: dict[str, type[Task]] = {
     "stdlib_text": StdlibText,
 }
 
-__all__ = ["TASKS", "Batch", "Metric", "Task"]
+__all__ = ["TASKS", "Batch", "Metric", "Task", "TaskError"]

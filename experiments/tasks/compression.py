@@ -1,9 +1,10 @@
 """Compression: read random tokens, then name them by their positions, asked for in random order.
 
 After Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures" (MAD), whose models must put a sequence
-into the output at one last token, from which a decoder of its own names every token. A language model has one output a
-position; here the tokens are asked for one by one, by a token for each position. So the state must hold them all, and
-may be read n times: attention, which keeps everything, has it easier than there, and numbers do not compare with MAD's.
+into the output at one last token, from which a decoder of its own names every token. A language model has one output
+per position; here the tokens are asked for one by one, by a token for each position. So the state must hold them all,
+and may be read n times: attention, which keeps everything, has it easier than there, and numbers do not compare with
+MAD's.
 """
 
 from __future__ import annotations

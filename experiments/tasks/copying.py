@@ -2,8 +2,8 @@
 
 Jelassi et al. 2024, "Repeat After Me: Transformers are Better than State Space Models at Copying". Training strings
 have any number of letters up to the longest that fits, and blanks after them; validation and tests have the longest, at
-their own length. The true letters before are given when one is predicted; ``whole`` counts strings without a wrong
-letter, which is what greedy decoding gets right.
+their own length. The true letters before are given when one is predicted; ``sequence_accuracy`` counts strings without
+a wrong letter, which is what greedy decoding gets right.
 """
 
 from __future__ import annotations

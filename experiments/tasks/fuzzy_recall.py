@@ -6,7 +6,7 @@ appearance on the tokens of a key's value are asked for.
 
 MAD has no token between key and value, so that where one key begins another nobody can know whether it is over; it
 draws keys anew each time from hundreds, so that few come again; and its test has the longest keys alone. Here ``=``
-stands between, and training, validation and test are drawn alike.
+is between, and training, validation and test are drawn alike.
 """
 
 from __future__ import annotations

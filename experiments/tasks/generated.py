@@ -1,4 +1,4 @@
-"""What tasks share whose examples are drawn: their splits, at any lengths, their score and their chance level."""
+"""The base of tasks whose examples are drawn: their splits, at any lengths, their score and their chance level."""
 
 from __future__ import annotations
 
@@ -122,11 +122,11 @@ class GeneratedTask(Task):
             yield self.examples(0, split, start, min(rows, total - start))
 
     def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
-        """``accuracy`` is the share of all answers that are right, ``whole`` that of sequences without a wrong one."""
+        """``accuracy`` is the share of right answers, ``sequence_accuracy`` that of sequences without a wrong one."""
         asked = targets != IGNORED
         return {
             "accuracy": float(hits[asked].mean()),
-            "whole": float((hits | ~asked).all(axis=1).mean()),
+            "sequence_accuracy": float((hits | ~asked).all(axis=1).mean()),
             "loss": float(losses[asked].mean()),
         }
 

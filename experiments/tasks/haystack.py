@@ -1,4 +1,4 @@
-"""What tasks share that hide statements in a long text, and ask about them at its end: bytes, as ``[B, N]`` numbers."""
+"""Hides statements in a long text, for tasks that ask about them at its end: bytes, as ``[B, N]`` numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments.tasks.task import IGNORED, Batch
 BYTES = 256
 LINE_END = ord("\n")
 NOISE = b"The river is wide.\nThe road is long.\nThe night is cold.\nOn we walk.\nAnd then we rest.\n"
-"""What a haystack without sense repeats, as RULER's does with sentences of its own."""
+"""The lines that a meaningless haystack repeats, as RULER's does with sentences of its own."""
 
 
 def noise(draws: Draws, length: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Gu and Dao 2023, "Mamba", section 4.1.2, after Olsson et al. 2022: a random sequence over V tokens in which one of them,
 the special one, occurs once at random and again at the very end. Trained at 256 tokens and tested up to 2^20 there. One
-answer a sequence; the special token may stand anywhere that leaves room for what follows.
+answer per sequence; the special token may be anywhere that leaves room for what follows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Tay et al. 2021, "Long Range Arena", after Nangia and Bowman 2018. Trees are tho
 operator with probability 1/4 and else a digit, an operator has 2 to 10 arguments and is a minimum, a maximum, a median
 (rounded down) or a sum modulo 10, there are up to 10 levels, and trees of other lengths than asked for are drawn again:
 500 to 2000 tokens there, a quarter of T to T here. The answer is asked for at the last bracket, or with ``asked: all``
-at every bracket, which teaches more a sequence.
+at every bracket, which teaches more per sequence.
 
 There trees come from an unseeded generator and the splits from the order of a Python set; each example here is a
 function of (seed, split, index). Results are known to be fragile: they depend on the learning rate and the stopping
@@ -20,8 +20,7 @@ import numpy as np
 
 from experiments.tasks import trees
 from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
-from experiments.tasks.task import IGNORED, Batch, stream
-from experiments.util.errors import RunnerError
+from experiments.tasks.task import IGNORED, Batch, TaskError, stream
 
 ASKED = ("last", "all")
 ATTEMPTS = 10000
@@ -98,7 +97,7 @@ class ListOps(GeneratedTask):
         """For each example the key of its first tree that has a length asked for.
 
         Raises:
-            RunnerError: such trees are too rare.
+            TaskError: such trees are too rare.
         """
         first = stream(draws.seed, draws.split, "trees").random_raw(1)
         firsts = trees.mixed(first + np.arange(draws.start, draws.start + draws.size).astype(np.uint64))
@@ -113,7 +112,7 @@ class ListOps(GeneratedTask):
             pending, attempt = pending[~done], attempt + len(tries)
             if not len(pending):
                 return found
-        raise RunnerError(
+        raise TaskError(
             f"task listops: of {ATTEMPTS} trees none had {self.config.shortest * length:.0f} to {length} tokens; choose"
             " another length, or more depth, arguments or operators"
         )

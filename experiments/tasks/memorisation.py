@@ -1,6 +1,6 @@
 """Memorisation: learn by heart which value belongs to each key, the same in all sequences.
 
-Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures" (MAD): nothing in a sequence tells the
+Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures" (MAD): nothing in a sequence gives the
 values; ``key ? key ? ...`` asks for them at every ``?``, and only weights can know. Keys and values are matched once
 for all, by ``map_seed``, whatever the seed of a run. Every key may come in training, validation and test, whose
 sequences differ.

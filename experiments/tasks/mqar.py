@@ -2,7 +2,7 @@
 
 A sequence of T tokens begins with K pairs ``key value key value ...`` and later asks for every key once: at the key's
 second appearance the value is to be predicted. Keys are distinct and from [1, V/2), values distinct and from [V/2, V).
-The second appearances stand at even distances after the pairs: slots g = 1 .. (T - 2K) / 2, drawn without replacement
+The second appearances are at even distances after the pairs: slots g = 1 .. (T - 2K) / 2, drawn without replacement
 with probability proportional to g^(a - 1). Other positions hold the blank token 0, as in the published figures, or with
 ``filler: random`` any token at all, which is harder. In zoology's generator that noise is not seeded.
 """

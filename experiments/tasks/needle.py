@@ -1,12 +1,12 @@
-"""Needles in a haystack: statements of numbers hidden in a long text that says nothing, and asked for at its end.
+"""Needles in a haystack: statements of numbers hidden in a long meaningless text, and asked for at its end.
 
-Hsieh et al. 2024, "RULER", in bytes: ``The number of qhzwe is 4071.`` stands K times among the lines of the haystack,
-each time of another name. The text ends with Q of these statements again, in another order, and their digits are what
-is to be predicted. Haystacks repeat a few lines; ``needle_text`` takes source code instead.
+Hsieh et al. 2024, "RULER", in bytes: ``The number of qhzwe is 4071.`` appears K times among the lines of the haystack,
+each time with another name. The text ends with Q of these statements again, in another order, and their digits are to
+be predicted. Haystacks repeat a few lines; ``needle_text`` takes source code instead.
 
-RULER asks in other words and looks for the number anywhere in what is generated; here every digit counts, after the
-true digits before it, and ``whole`` counts texts without any wrong digit. Statements fall uniformly over the haystack,
-at any length, and move to the next beginning of a line; so one can train short and test long.
+RULER asks in other words and searches for the number anywhere in the generated text; here every digit counts, after the
+true digits before it, and ``sequence_accuracy`` counts texts without any wrong digit. Statements fall uniformly over
+the haystack, at any length, and move to the next beginning of a line; so one can train short and test long.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Jelassi et al. 2024, "Repeat After Me: Transformers are Better than State Space Models at Copying": as there, the n
 letters come after the string, ``$ string | letters ...``, so that all of it must be kept, or before it, ``$ letters |
-string | ...``, so that one can look out for them. Where the letters stand more than once in the string, the first place
-counts: every question has one answer. The true letters before are given when one is predicted.
+string | ...``, so that a model can watch for them. Where the letters appear more than once in the string, the first
+place counts: every question has one answer. The true letters before are given when one is predicted.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class NgramLookup(GeneratedTask):
 
 
 def first_places(string: np.ndarray, place: np.ndarray, ngram: int, letters: int) -> np.ndarray:
-    """``[B, 1]``: the first place in a string at which the n-gram stands that stands at ``place``."""
+    """``[B, 1]``: the first place in a string of the n-gram at ``place``."""
     codes = np.zeros_like(string[:, ngram - 1 :])
     for number in range(ngram):
         codes = codes * letters + string[:, number : number + codes.shape[1]]

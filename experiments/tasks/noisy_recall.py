@@ -4,7 +4,7 @@ Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures" (MAD)
 values; in every sequence each key has a value of its own, drawn anew. The sequence is made of pairs ``key value``, a
 key as likely as any other, and of pairs of noise tokens in place of a share of them. ``noise: 0`` is plain recall.
 
-MAD asks about one key a sequence unless told otherwise, trains on every token and scores by the mean over the classes
+MAD asks about one key per sequence by default, trains on every token and scores by the mean over the classes
 of answers. Here every key that has been shown before is asked about, only these answers are trained, and accuracy is
 the share of all answers that are right.
 """

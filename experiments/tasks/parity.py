@@ -3,7 +3,7 @@
 The smallest regular language that needs a state which flips, and so the usual witness that linear recurrences need
 negative eigenvalues: Grazzi et al. 2024, "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues". There,
 as in Deletang et al. 2022, a sequence of 3 to 40 bits has one label, at its end; here every prefix is labelled, so that
-a stream of 40 bits trains all lengths up to 40 at once and every position is judged.
+a stream of 40 bits trains all lengths up to 40 at once and every position is scored.
 """
 
 from __future__ import annotations

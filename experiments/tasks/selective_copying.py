@@ -1,4 +1,4 @@
-"""Selective copying: letters stand scattered among blanks, and are to be repeated in order at the end.
+"""Selective copying: letters are scattered among blanks, and are to be repeated in order at the end.
 
 Gu and Dao 2023, "Mamba", section 4.1.1: 16 letters of 14 among 4096 places, then 16 markers, at each of which the next
 letter is to be named. The gaps differ from example to example, so what to keep and when depends on the input, which
@@ -49,7 +49,7 @@ class SelectiveCopying(GeneratedTask):
     name = "selective_copying"
     title = "Selective copying"
     reading = (
-        "Letters stand among blanks at places that differ each time, and are then named in order; accuracy is the share"
+        "Letters lie among blanks at places that differ each time, and are then named in order; accuracy is the share"
         " of letters named right. A model must take up letters and pass over blanks, whenever they come."
     )
     guesses = "any letter, at random"

@@ -2,7 +2,7 @@
 
 Files are read in place and split by a hash of their path. A file is the start symbol and then its bytes; a model
 predicts each byte from all before it. Training windows of T tokens lie anywhere in a file, some at its beginning.
-Models are judged on held-out files from the first byte on, far past T if ``eval_length`` says so: only files of at
+Models are evaluated on held-out files from the first byte on, far past T if ``eval_length`` says so: only files of at
 least that many bytes are taken, so that every position is averaged over the same files.
 
 Left out are tests (half of the bytes, and many distributions strip them), ``encodings`` (a hundred near copies of one
@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tasks.task import IGNORED, SPLITS, Batch, Metric, Task, stream, uniforms
-from experiments.util.errors import RunnerError
+from experiments.tasks.task import IGNORED, SPLITS, Batch, Metric, Task, TaskError, stream, uniforms
 
 START = 256
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -38,7 +37,7 @@ class StdlibTextConfig:
 
     Attributes:
         length: T, tokens of a training window.
-        eval_length: bytes of each held-out file that models are judged on.
+        eval_length: bytes of each held-out file that models are evaluated on.
         validation_files, test_files: how many held-out files of at least ``eval_length`` bytes are taken at most.
         from_start: share of the training windows that begin at a file's first byte.
     """
@@ -82,7 +81,7 @@ class StdlibText(Task):
             split = SPLITS[np.searchsorted([0.8, 0.9], _hash(path), side="right")]
             splits[split][path] = (root / path).read_bytes()
         if not splits["train"]:
-            raise RunnerError(f"task stdlib_text: no .py files below {root}; it reads Python's own standard library")
+            raise TaskError(f"task stdlib_text: no .py files below {root}; it reads Python's own standard library")
         return splits
 
     @cached_property
@@ -113,7 +112,7 @@ class StdlibText(Task):
         length = self.config.eval_length
         long = [content[:length] for content in self.files[split].values() if len(content) >= length][:wanted]
         if not long:
-            raise RunnerError(f"task stdlib_text: no {split} file has eval_length = {length} bytes; choose fewer")
+            raise TaskError(f"task stdlib_text: no {split} file has eval_length = {length} bytes; choose fewer")
         return np.stack([np.frombuffer(content, np.uint8) for content in long])
 
     def evaluation(self, split: str) -> Iterator[Batch]:
@@ -157,8 +156,8 @@ class StdlibText(Task):
             for split, contents in self.files.items()
         }
         source = f"standard library of Python {platform.python_version()}"
-        judged = f"the first {self.config.eval_length} bytes of {len(self.held_out('test'))} test files"
-        return {"source": source, **described, "judged on": judged, "hash": digest.hexdigest()}
+        evaluated = f"the first {self.config.eval_length} bytes of {len(self.held_out('test'))} test files"
+        return {"source": source, **described, "evaluated on": evaluated, "hash": digest.hexdigest()}
 
 
 def position_bins(length: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What every task is: a pure function from (seed, split, index) to examples, and how outputs are judged."""
+"""The contract of a task: a pure function from (seed, split, index) to examples, and a score of outputs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import numpy as np
 SPLITS = ("train", "validation", "test")
 IGNORED = -100
 """The target of a position that is not asked about."""
+
+
+class TaskError(Exception):
+    """Options whose examples this machine cannot make: its text says what a person can choose instead."""
 
 
 class Batch(NamedTuple):
@@ -36,7 +40,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """The number a task is judged by.
+    """The number by which models are compared on a task.
 
     Attributes:
         name: its key in the results.
@@ -57,10 +61,10 @@ class Task:
     Attributes:
         name: its key in ``TASKS``.
         title, reading: its name for people, and how to read its results, for reports.
-        metric: what it is judged by.
+        metric: the number by which models are compared on it.
         vocab_size: number of tokens.
         length: tokens of a training sequence.
-        longest: tokens of the longest sequence it is judged on.
+        longest: tokens of the longest sequence it is evaluated on.
         tests: the test splits, and how many tokens their sequences have. ``test``, which results are headed by, is the
             first; others differ from it in length alone.
     """
@@ -103,11 +107,11 @@ class Task:
         raise TypeError(f"{type(self).__name__} defines no score")
 
     def chance(self, split: str = "test") -> tuple[float, str]:
-        """What a model that learnt nothing of the task's point reaches on a test split, and in words who that is."""
+        """The score on a test split of a model that learnt nothing of the task's point, and in words who that is."""
         raise TypeError(f"{type(self).__name__} defines no chance")
 
     def manifest(self) -> dict[str, Any]:
-        """What the data is, with a ``hash`` over all that runs are judged on."""
+        """A description of the data, with a ``hash`` over all that runs are evaluated on."""
         raise TypeError(f"{type(self).__name__} defines no manifest")
 
 

@@ -1,5 +1,4 @@
-"""Random trees of operators and digits, many at a time, level by level; and what they are worth and how they are
-written.
+"""Random trees of operators and digits, many at a time, level by level; their values, and how they are written.
 
 Every node has a 64-bit key: its own draws and the keys of its children are made from it, so that a tree is a function
 of its root's key alone, whatever other trees are grown beside it.
@@ -82,7 +81,7 @@ def grow(roots: np.ndarray, depth: int, most: int, operators: float, longest: in
 
 
 def evaluate(levels: list[Level]) -> list[np.ndarray]:
-    """What every node is worth, level by level."""
+    """The value of every node, level by level."""
     worth = [level.token.copy() for level in levels]
     for number in range(len(levels) - 2, -1, -1):
         below_it, values = levels[number + 1], worth[number + 1]

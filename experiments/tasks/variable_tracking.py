@@ -1,11 +1,11 @@
 """Variable tracking: chains of assignments hidden in a long text, and all names that hold a value asked for at its end.
 
-Hsieh et al. 2024, "RULER", in bytes. Of C chains each begins with ``VAR ABCDE = 12345`` and goes on H times, ``VAR
-FGHIJ = ABCDE``, in this order but with the other chains and a haystack that says nothing between. The text ends ``Which
-are 12345? ABCDE FGHIJ ...``, and the letters of the H + 1 names are what is to be predicted.
+Hsieh et al. 2024, "RULER", in bytes. Each of C chains begins with ``VAR ABCDE = 12345`` and has H links more, ``VAR
+FGHIJ = ABCDE``, in this order but with the other chains and a meaningless haystack between. The text ends ``Which are
+12345? ABCDE FGHIJ ...``, and the letters of the H + 1 names are to be predicted.
 
-In RULER's generator names may come twice, two chains may have the same value, and an answer is looked for anywhere in
-what is generated. Here names and values differ within a text, and every letter counts, after the true ones before it.
+In RULER's generator names may come twice, two chains may have the same value, and an answer is searched for anywhere in
+the generated text. Here names and values differ within a text, and every letter counts, after the true ones before it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Merrill et al. 2024, "The Illusion of State in State-Space Models", take A5, A4 x Z5 and Z60, all of 60 elements: a word
 over A5 or S5 cannot be multiplied out by constantly many layers that work in parallel, one over Z60 can. S3 is the
-smallest group that is not commutative: Siems et al. 2025, "DeltaProduct", whose two steps a token are two reflections.
-Every prefix is labelled, as there; all elements occur, not only transpositions, which would be easier.
+smallest group that is not commutative: Siems et al. 2025, "DeltaProduct", whose two steps per token are two
+reflections. Every prefix is labelled, as there; all elements occur, not only transpositions, which would be easier.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 ``checkpoints/step-000100/`` holds the tensors as ``torch.distributed.checkpoint`` writes them, which any number of
 processes can load, the random streams of each process, and ``manifest.json`` with the counters and, of every other
-file, size and SHA-256. The folder has to be one that all processes see. A checksum tells what was damaged and not what
-was forged, so nothing in these files is run as they are read.
+file, size and SHA-256. The folder has to be one that all processes see. A checksum shows damage and no
+forgery, so nothing in these files is run as they are read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,12 @@ from experiments.util.files import make_folder, read_json, sync, write_json
 from experiments.util.owned import remove_half_checkpoint, remove_half_checkpoints
 
 Content = dict[str, dict[str, Tensor]]
-"""What training goes on from: the tensors, sharded or not, of the model, the optimizer and the rest."""
+"""The tensors that training resumes from, sharded or not: of the model, the optimizer and the rest."""
 
 MANIFEST = "manifest.json"
 NUMBERS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
 NUMBERS |= {f"{kind} | None": (*types, type(None)) for kind, types in NUMBERS.items()}
-"""What JSON gives for a counter, by its type in :class:`TrainState`."""
+"""The types that JSON gives for a counter, by its type in :class:`TrainState`."""
 
 
 @dataclass
@@ -51,10 +51,10 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        validation: the validation metric at the last look.
-        best, best_step: the best so far, and the step it was seen at.
-        stale: looks at the validation split since then.
-        looks: at the validation split so far. Each left a line of metrics, on the disk before the checkpoint is.
+        validation: the validation metric of the last evaluation.
+        best, best_step: the best so far, and its step.
+        stale: evaluations on the validation split since then.
+        evaluations: on the validation split so far. Each left a line of metrics, on the disk before the checkpoint is.
         bad_steps: steps that were skipped, as ``train.bad_step`` says.
         train_seconds, eval_seconds: spent in training steps and on the validation split.
         processor_seconds: of all threads of the main process, in training steps: what a busy machine does not change
@@ -68,7 +68,7 @@ class TrainState:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
-    looks: int = 0
+    evaluations: int = 0
     bad_steps: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -90,11 +90,11 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        keep: how many of the latest stay; of each of these, the best so far stays too.
+        keep_last: how many of the latest stay; of each of these, the best so far stays too.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder, self.keep_last = folder, keep_last
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -136,7 +136,7 @@ class Checkpoints:
         processes.barrier()
 
     def resume(self, content: Content, last: float = math.inf) -> TrainState | None:
-        """Load the latest checkpoint that is intact into ``content``; ``None`` where there is no checkpoint.
+        """Restore the latest checkpoint that is intact into ``content``; ``None`` where there is no checkpoint.
 
         Args:
             last: none of a later step.
@@ -147,7 +147,7 @@ class Checkpoints:
         found = self.newest_first(last)
         for path in found:
             try:
-                return self.load(path, content)
+                return self.restore(path, content)
             except Damaged as error:
                 if processes.is_main():
                     print(f"{error}; trying the one before it", file=sys.stderr, flush=True)
@@ -158,7 +158,7 @@ class Checkpoints:
         return None
 
     def load_first(self, paths: Iterable[Path], content: Content) -> tuple[Path, TrainState, list[str]]:
-        """Load the first of some checkpoints that is intact; which, and what is wrong with those before it.
+        """Load the tensors of the first checkpoint that is intact; which, and what is wrong with those before it.
 
         Raises:
             RunnerError: none is.
@@ -166,13 +166,26 @@ class Checkpoints:
         problems: list[str] = []
         for path in paths:
             try:
-                return path, self.load(path, content), problems
+                return path, self.load_tensors(path, content), problems
             except Damaged as error:
                 problems.append(str(error))
         raise RunnerError("; ".join([*problems, f"delete {self.folder} to train the run again from the beginning"]))
 
-    def load(self, path: Path, content: Content) -> TrainState:
-        """Load a checkpoint's tensors into ``content``, and with the optimizer's the random streams.
+    def restore(self, path: Path, content: Content) -> TrainState:
+        """Load all that training resumes from: the tensors into ``content``, and this process's random streams.
+
+        Raises:
+            Damaged, RunnerError: as in :meth:`load_tensors`.
+        """
+        state = self.load_tensors(path, content)
+        streams = _streams_file(path)
+        if streams.exists():  # There are none for a process that was not there.
+            with _loading(path):
+                set_random_streams(torch.load(streams, weights_only=True))
+        return state
+
+    def load_tensors(self, path: Path, content: Content) -> TrainState:
+        """Load the tensors of a checkpoint into ``content``, and nothing else of it.
 
         Raises:
             Damaged: a file of it is missing or not what was written.
@@ -180,20 +193,15 @@ class Checkpoints:
         """
         state = state_of(path, verified(path))
         reader = TensorReader(path)
-        try:
+        with _loading(path):
             _distributed(lambda: load(content, storage_reader=reader, no_dist=_alone()))
-            streams = _streams_file(path)
-            if "optimizer" in content and streams.exists():  # There are none for a process that was not there.
-                set_random_streams(torch.load(streams, weights_only=True))
-        except MALFORMED as error:
-            raise RunnerError(f"cannot load checkpoint {path}: {_first_line(error)}") from error
         return state
 
     def states(self) -> dict[Path, TrainState]:
-        """What the checkpoints know of the run, the newest first, as far as their manifests are intact."""
+        """The counters of every checkpoint whose manifest is intact, the newest first."""
         found = {}
         for path in self.newest_first():
-            with suppress(RunnerError):  # Of another version, which nothing here goes on from.
+            with suppress(RunnerError):  # Of another version, which nothing here resumes from.
                 if manifest := _manifest(path):
                     found[path] = state_of(path, manifest)
         return found
@@ -201,7 +209,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove what is neither among the latest nor the best that one of these knows; and what was left half done."""
         states = [manifest["state"] for path in self.newest_first() if (manifest := _manifest(path))]
-        steps = [state.get(key) for state in states[: self.keep] for key in ("step", "best_step")]
+        steps = [state.get(key) for state in states[: self.keep_last] for key in ("step", "best_step")]
         kept = {self.path(step) for step in steps if type(step) is int}
         for path in self.newest_first():
             if path not in kept:
@@ -248,7 +256,7 @@ def verified(path: Path) -> dict[str, Any]:
 
 
 def random_streams() -> dict[str, Any]:
-    """Where the random generators of this process stand."""
+    """The states of this process's random generators."""
     name, keys, *rest = np.random.get_state()
     streams = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     return {**streams, "numpy": [name, np.asarray(keys).tolist(), *rest], "python": random.getstate()}
@@ -257,7 +265,7 @@ def random_streams() -> dict[str, Any]:
 def set_random_streams(streams: dict[str, Any]) -> None:
     name, keys, place, *_ = streams["numpy"]
     if name != "MT19937" or len(keys) != NUMPY_KEYS or not 0 <= place <= NUMPY_KEYS:
-        raise ValueError("it is no state of NumPy's generator")  # Which would read there without a look.
+        raise ValueError("it is no state of NumPy's generator")  # Which would read there unchecked.
     torch.set_rng_state(streams["torch"])
     if len(streams["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(streams["cuda"])
@@ -270,7 +278,7 @@ def _streams_file(path: Path) -> Path:
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
-    """What the manifest says; ``None`` where it is not what was written."""
+    """The content of the manifest; ``None`` where it is not what was written."""
     try:
         manifest = read_json(path / MANIFEST) or {}
     except RunnerError:
@@ -301,7 +309,7 @@ def _digest(path: Path, synced: bool) -> dict[str, Any]:
 
 
 def _distributed(action: Callable[[], Any]) -> None:
-    """Do what ``torch.distributed.checkpoint`` does, and raise the first process's own error if it fails.
+    """Run a call of ``torch.distributed.checkpoint``, and raise the first process's own error if it fails.
 
     Of a full disk torch's error says nothing, so it is the system's error behind it that is raised.
     """
@@ -315,6 +323,15 @@ def _distributed(action: Callable[[], Any]) -> None:
             while reason := reason.__cause__ or reason.__context__:
                 chain.append(reason)
             raise next((e for e in chain if isinstance(e, OSError)), chain[0]) from None
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn what torch raises for a file that does not hold what it should into an error that names the checkpoint."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise RunnerError(f"cannot load checkpoint {path}: {_first_line(error)}") from error
 
 
 def _alone() -> bool:

@@ -1,4 +1,4 @@
-"""What a run costs: seconds, joules, and which share of its device's speed it reached."""
+"""The cost of a run: seconds, joules, and which share of its device's speed it reached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PEAK_SIZE = {"cpu": 512, "cuda": 8192}
 PEAK_TRIALS = 10
 
 
-class Meter:
+class CostMeter:
     """Time since the last lap, energy and memory of all processes: for the counters of a :class:`TrainState`."""
 
     def __init__(self, device: torch.device):
@@ -35,17 +35,17 @@ class Meter:
         self._lap, self._worked = time.perf_counter(), time.process_time()
         return self._lap - before, self._worked - worked
 
-    def trained(self, state: TrainState) -> None:
+    def add_training(self, state: TrainState) -> None:
         seconds, processor_seconds = self.lap()
         state.train_seconds += seconds
         state.processor_seconds += processor_seconds
-        self._spent(state)
+        self._add_spent(state)
 
-    def evaluated(self, state: TrainState) -> None:
+    def add_evaluation(self, state: TrainState) -> None:
         state.eval_seconds += self.lap()[0]
-        self._spent(state)
+        self._add_spent(state)
 
-    def _spent(self, state: TrainState) -> None:
+    def _add_spent(self, state: TrainState) -> None:
         joules, memory, gpu_memory = zip(
             *processes.gather((self._energy.joules(), *peak_memory(self._device))), strict=True
         )
@@ -87,7 +87,7 @@ class EnergyMeter:
 
 
 Counter = tuple[Callable[[], float], float]
-"""What reads joules, and how far it counts before it begins again."""
+"""A function that reads joules, and how far it counts before it begins again."""
 
 
 def _packages(powercap: Path) -> list[Counter]:
@@ -125,7 +125,7 @@ def _gpu(device: torch.device) -> list[Counter]:
 
 @cache
 def measured_peak(device: torch.device, precision: str) -> float:
-    """FLOPs a second of a square matrix product: the best of some, with the threads that torch has now."""
+    """FLOPs per second of a square matrix product: the best of some, with the threads that torch has now."""
     size = PEAK_SIZE[device.type]
     a = torch.ones(size, size, device=device, dtype=getattr(torch, precision))
     best = float("inf")

@@ -1,4 +1,4 @@
-"""What a run would take, without taking it: ``python -m experiments.run ... train.dry_run=true``
+"""An estimate of what a run would take, without running it: ``python -m experiments.run ... train.dry_run=true``
 
 The model is built, and one micro-batch passes through it, on tensors that have shapes and no memory.
 """
@@ -22,15 +22,15 @@ from seqarch.models import LanguageModel
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take.
+    """The size, memory and work of a run that was not run.
 
     Attributes:
         parameters: their number, shared ones counted once; ``layers``: those of them inside the layers.
         parameter_bytes, gradient_bytes, optimizer_bytes: of all processes together, which share them.
-        activation_bytes: what the backward pass of one micro-batch needs, on one process; beside it, the passes need
+        activation_bytes: kept for the backward pass of one micro-batch, on one process; beside it, the passes need
             room to work in.
         micro_batch: sequences in it.
-        state_bytes: what one sequence carries in generation, after ``state_length`` tokens.
+        state_bytes: of the recurrent state of one sequence in generation, after ``state_length`` tokens.
         tokens, flops: of a step, forward and backward, counted as in the record.
         steps: optimizer steps.
     """
@@ -55,15 +55,15 @@ class Plan:
             "model": f"{in_bytes(model)}: parameters {in_bytes(self.parameter_bytes)}, gradients"
             f" {in_bytes(self.gradient_bytes)}, optimizer {in_bytes(self.optimizer_bytes)}",
             "activations": f"{in_bytes(self.activation_bytes)} for the backward pass of {self.micro_batch} sequences",
-            "state": f"{in_bytes(self.state_bytes)} a sequence of {self.state_length:,} tokens",
-            "a step": f"{self.tokens:,} tokens, {in_flops(self.flops)}",
-            "the run": f"{self.tokens * self.steps:,} tokens, {in_flops(self.flops * self.steps)}",
+            "state": f"{in_bytes(self.state_bytes)} per sequence of {self.state_length:,} tokens",
+            "per step": f"{self.tokens:,} tokens, {in_flops(self.flops)}",
+            "in all": f"{self.tokens * self.steps:,} tokens, {in_flops(self.flops * self.steps)}",
         }
         return "\n".join(f"    {name:<12}{text}" for name, text in rows.items())
 
 
 def plan(config: RunConfig) -> Plan:
-    """What the run of a configuration would take on this machine. Nothing of the model's size is allocated."""
+    """The plan of a configuration's run on this machine. Nothing of the model's size is allocated."""
     train, task = config.train, build_task(config)
     share = math.ceil(train.batch_size / max(config.machine.processes, 1))
     rows = min(train.micro_batch or share, share)
@@ -115,16 +115,16 @@ class SavedBytes:
 
 
 def _activation_bytes(model: LanguageModel, config: RunConfig, rows: int, length: int) -> int:
-    """What autograd keeps of a micro-batch; when layers are recomputed, their inputs and the largest layer's own."""
+    """The bytes that autograd keeps of a micro-batch; checkpointed, the layers' inputs and the largest one's own."""
     saved = SavedBytes(model)
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     counting = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
     with counting, autocast(tokens.device, config.train.precision):
         model.loss(tokens, tokens, reduction="sum")
         model.auxiliary_loss()
-    if not config.train.recompute:
+    if not config.train.activation_checkpointing:
         return saved.total
-    stream = rows * length * config.model.d_model * 4
+    stream = rows * length * config.model.options.d_model * 4
     return saved.total - sum(saved.layers) + len(saved.layers) * stream + max(saved.layers)
 
 

@@ -64,7 +64,7 @@ class Engine:
             # something of their forward pass, as a mixture of experts keeps its routing.
             if self.config.compile:
                 layer.forward = torch.compile(layer.forward)
-            if self.config.recompute:
+            if self.config.activation_checkpointing:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if processes.count() > 1:
             self._shard(model)
@@ -75,7 +75,7 @@ class Engine:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (processes.count(),))
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policy = halved if self.config.gather == "bfloat16" else MixedPrecisionPolicy()
+        policy = halved if self.config.param_dtype == "bfloat16" else MixedPrecisionPolicy()
         for layer in model.stack.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -122,7 +122,7 @@ class Engine:
         model.update_routers()
 
     @torch.no_grad()
-    def judge(self, model: LanguageModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    def evaluate_batch(self, model: LanguageModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """The loss of each target of a batch and whether it was the likeliest token, both ``[B, T]``.
 
         Each process does some of the rows; where they do not come out even, some rows are done twice.

@@ -1,4 +1,4 @@
-"""How well a model does a task: on the validation split while it trains, on the test splits once, at the end."""
+"""Evaluates a model on a task: on the validation split while it trains, on the test splits once, at the end."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from experiments.training.engine import Engine
 from seqarch.models import LanguageModel
 
 
-def evaluate(model: LanguageModel, task: Task, split: str, engine: Engine) -> dict[str, Any]:
+def evaluate_split(model: LanguageModel, task: Task, split: str, engine: Engine) -> dict[str, Any]:
     """The task's metrics on a whole split."""
     model.eval()
-    parts = [(batch.targets, *engine.judge(model, batch)) for batch in task.evaluation(split)]
+    parts = [(batch.targets, *engine.evaluate_batch(model, batch)) for batch in task.evaluation(split)]
     model.train()
     return task.score(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def judge_tests(model: LanguageModel, task: Task, engine: Engine) -> dict[str, Any]:
-    """Every test split of a task.
+def evaluate_tests(model: LanguageModel, task: Task, engine: Engine) -> dict[str, Any]:
+    """The results on every test split of a task.
 
     Returns:
         Of the split ``test``: its metric as ``test``, each other number as ``test_NAME``, and its ``curve`` if it has
         one. Of a task with several test splits also ``tests``, the numbers and the chance level of each with its
         ``length``, and as ``curve`` the metric along that length.
     """
-    judged = {split: evaluate(model, task, split, engine) for split in task.tests}
-    name, scores = task.metric.name, judged["test"]
+    scores_of = {split: evaluate_split(model, task, split, engine) for split in task.tests}
+    name, scores = task.metric.name, scores_of["test"]
     results = {"test": scores[name]}
     results |= {f"test_{key}": value for key, value in _numbers(scores).items() if key != name}
     curve = scores.get("curve")
-    if len(judged) > 1:
+    if len(scores_of) > 1:
         results["tests"] = {
             split: {"length": task.tests[split], "chance": task.chance(split)[0], **_numbers(each)}
-            for split, each in judged.items()
+            for split, each in scores_of.items()
         }
         curve = curve or along_length(results["tests"], name, task.length)
     return {**results, "curve": curve} if curve else results

@@ -1,8 +1,7 @@
-"""Optimizers and their rates: AdamW, or Muon for the layers' linear maps with AdamW for the rest."""
+"""Optimizers: AdamW, or Muon for the layers' linear maps with AdamW for the rest."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config.schema import TrainConfig
+from experiments.training.lr_scheduler import learning_rate
 from seqarch.models import LanguageModel, parameter_groups
 
 BETAS = (0.9, 0.95)
@@ -46,32 +46,6 @@ OPTIMIZERS: dict[str, Callable[[LanguageModel, TrainConfig], list[torch.optim.Op
     "adamw": adamw,
     "muon": muon,
 }
-
-
-def cosine(config: TrainConfig, share: float) -> float:
-    """Half a cosine from 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * share))
-
-
-def warmup_stable_decay(config: TrainConfig, share: float) -> float:
-    """1, then a straight line to 0 over the last ``decay_share`` of all steps (Hu et al. 2024, "MiniCPM", sec. 4)."""
-    begins = 1 - config.decay_share * config.steps / max(config.steps - config.warmup, 1)
-    return min(1.0, (1 - share) / max(1 - begins, 1e-9))
-
-
-SCHEDULES: dict[str, Callable[[TrainConfig, float], float]] = {
-    "cosine": cosine,
-    "wsd": warmup_stable_decay,
-}
-"""By name, the height from 1 to 0 after a share, 0 to 1, of the steps that follow the warm-up."""
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step, counted from 0: a linear climb, then the schedule down to ``final_lr_ratio``."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    height = SCHEDULES[config.schedule](config, (step - config.warmup) / max(config.steps - config.warmup, 1))
-    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * height)
 
 
 class Optimizers:

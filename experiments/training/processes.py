@@ -1,6 +1,6 @@
 """The processes that train one run together: one, or those that torchrun started.
 
-With one process every function here is the identity, so that the code above has no second path.
+With one process every function here is the identity, so that their callers have no second path.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def total(number: int) -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process gave, in their order."""
+    """The values that the processes gave, in their order."""
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()

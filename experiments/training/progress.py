@@ -1,4 +1,4 @@
-"""How a training process shows that it lives and how far it is."""
+"""Signs of life of a training process: how far it is, and that it still works on its run."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class ProgressFile:
 
     def __init__(self, folder: RunFolder, steps: int, first_step: int, clock: Callable[[], float] = time.monotonic):
         self._path, self._steps, self._first, self._clock = folder.progress_file, steps, first_step, clock
-        self._started, self._shown = clock(), -REFRESH_SECONDS
+        self._started, self._written = clock(), -REFRESH_SECONDS
 
-    def show(self, step: int, loss: float | Tensor, tokens_per_second: float) -> None:
-        """Where training is; a loss that is still on the device is waited for only where it is shown."""
+    def update(self, step: int, loss: float | Tensor, tokens_per_second: float) -> None:
+        """Where training is; a loss that is still on the device is waited for only where it is written."""
         now = self._clock()
-        if now - self._shown < REFRESH_SECONDS and step < self._steps:
+        if now - self._written < REFRESH_SECONDS and step < self._steps:
             return
-        self._shown = now
+        self._written = now
         seconds_left = (now - self._started) / max(step - self._first, 1) * (self._steps - step)
         values = {"step": step, "steps": self._steps, "loss": float(loss), "tokens_per_second": tokens_per_second}
         write_atomic(self._path, json.dumps({**values, "seconds_left": seconds_left}), durable=False)
@@ -69,7 +69,7 @@ class Heartbeat:
                 renewed = time.monotonic()
                 try:
                     self._folder.claim.renew()
-                except ClaimLost as error:  # Two must not write here; the other one goes on.
+                except ClaimLost as error:  # Two must not write here; the other one continues.
                     print(f"stopped: {error}", flush=True)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return

@@ -1,4 +1,4 @@
-"""``run.json``: what a run was, what it used, what it cost and how it ended."""
+"""The record of a run, ``run.json``: what it was, what it used, what it cost and how it ended."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
-from experiments.config.schema import RunConfig
+from experiments.config.schema import FORMAT, RunConfig
 from experiments.runs.folder import RunFolder
-from experiments.tasks import Task
+from experiments.tasks import TaskError
 from experiments.trackers import Guarded
 from experiments.training import processes
-from experiments.training.checkpoints import TrainState
 from experiments.training.cost_meter import measured_peak, peak_memory, price, utilisation
-from experiments.training.engine import Engine
-from experiments.training.reporter import Silent
+from experiments.training.loop import Run
 from experiments.util import environment
 from experiments.util.errors import RunnerError, writing
 from experiments.util.files import write_atomic, write_json
 from experiments.util.interrupts import INTERRUPTS, Preempted
 from experiments.util.secrecy import masked, masked_command
-from seqarch.models import LanguageModel
 from seqarch.ops import record_backends
 
 INTERRUPTED = 130
@@ -37,27 +34,15 @@ FLOPS_FORMULA = (
     "backward counts as two forwards) x training tokens; elementwise work and evaluation are not counted"
 )
 
-
-class Training(Protocol):
-    """What the record needs of a run in training."""
-
-    config: RunConfig
-    engine: Engine
-    task: Task
-    model: LanguageModel
-    state: TrainState
-    reporter: Silent
-
-    def train(self) -> dict[str, Any]:
-        """Train to the end and return the results."""
-        ...
+EXPECTED = (RunnerError, TaskError)
+"""Errors that a person can put right: recorded and shown as one line."""
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Training]) -> int:
+def record_run(folder: RunFolder, config: RunConfig, make: Callable[[], Run]) -> int:
     """Train, with the record written before and after, however it ends; returns the exit code."""
     try:
         folder.tidy()
@@ -65,7 +50,7 @@ def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Trainin
         status, ending = _train(folder, make)
         folder.claim.check()  # The record is that of whoever took over.
         folder.update(status=status, ended=now(), **masked(ending))
-    except RunnerError as error:  # Such as a full disk: what is written stands, and the exit code tells.
+    except RunnerError as error:  # Such as a full disk: what is written stays, and the exit code says so.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CODES["failed"]
     if status != "finished":
@@ -73,14 +58,14 @@ def keep_ledger(folder: RunFolder, config: RunConfig, make: Callable[[], Trainin
     return EXIT_CODES[status]
 
 
-def follow(make: Callable[[], Training]) -> int:
+def follow(make: Callable[[], Run]) -> int:
     """Train in a process that keeps no record, beside the one that does; returns the exit code."""
     try:
         with INTERRUPTS.at_once():
             make().train()
     except KeyboardInterrupt as stop:
         return EXIT_CODES[_status_of(stop)]
-    except RunnerError as error:
+    except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CODES["failed"]
     return EXIT_CODES["finished"]
@@ -97,6 +82,7 @@ def _open(folder: RunFolder, config: RunConfig) -> None:
     if diff:
         write_atomic(folder.diff_file, diff, mode=mode)
     record = {
+        "format": FORMAT,
         "status": "running",
         "attempt": folder.record().get("attempt", 0) + 1,
         "name": folder.path.name,
@@ -110,8 +96,8 @@ def _open(folder: RunFolder, config: RunConfig) -> None:
     write_json(folder.run_file, record)
 
 
-def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[str, Any]]:
-    """How training ended, and what is to be recorded of it."""
+def _train(folder: RunFolder, make: Callable[[], Run]) -> tuple[str, dict[str, Any]]:
+    """The status that training ended with, and the entries of the record that follow from it."""
     run, status = None, "failed"
     ending: dict[str, Any] = {}
     with record_backends() as backends:
@@ -123,7 +109,7 @@ def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[s
             status, ending = "finished", {"results": results}
         except KeyboardInterrupt as stop:
             status, ending["reason"] = _status_of(stop), str(stop) or "stopped from outside"
-        except RunnerError as error:
+        except EXPECTED as error:
             ending["reason"] = str(error)
         except Exception as error:  # A record of any failure; the whole of it goes to the log.
             traceback.print_exc()
@@ -131,14 +117,14 @@ def _train(folder: RunFolder, make: Callable[[], Training]) -> tuple[str, dict[s
     ending["backends"] = backends
     if run is not None:
         ending["cost"] = _cost(run)
-        tracker = run.reporter.tracker
+        tracker = run.logger.tracker
         tracker.finish(status, ending.get("results", {}))
         if isinstance(tracker, Guarded) and tracker.error:
             ending["tracker_error"] = tracker.error
     return status, ending
 
 
-def _describe(run: Training) -> dict[str, Any]:
+def _describe(run: Run) -> dict[str, Any]:
     value, words = run.task.chance()
     return {
         "hardware": environment.hardware(run.engine.device),
@@ -153,7 +139,7 @@ def _describe(run: Training) -> dict[str, Any]:
     }
 
 
-def _cost(run: Training) -> dict[str, Any]:
+def _cost(run: Run) -> dict[str, Any]:
     config, state, device = run.config.train, run.state, run.engine.device
     flops = 3 * run.model.flops(run.task.length, config.batch_size) * state.step
     given = run.config.machine.peak_flops

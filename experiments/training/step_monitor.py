@@ -1,4 +1,4 @@
-"""Whether training is sound: judged on the device in every step, and read by the host now and then."""
+"""Whether training is sound: each step is flagged on the device, and the host reads the flags now and then."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SPIKE_FROM = 20
 """Sound steps before a gradient can count as a spike."""
 
 MEMORY = 100
-"""Sound steps that the running mean of the gradient's norm goes back."""
+"""Sound steps over which the running mean of the gradient's norm is taken."""
 
 
 class Diverged(RunnerError):
     """The loss is no number any more."""
 
 
-class Reading(NamedTuple):
-    """One step: counted from 1, its loss and gradient norm, and whether that was bad."""
+class StepStats(NamedTuple):
+    """One step: its number, counted from 1, its loss and gradient norm, and whether it was bad."""
 
     step: int
     loss: float
@@ -36,19 +36,19 @@ class Reading(NamedTuple):
         return {name: value if math.isfinite(value) else None for name, value in pairs.items()}
 
 
-class Vitals:
-    """Judges each step's loss and gradient norm, and keeps them until they are read.
+class StepMonitor:
+    """Flags bad steps by their loss and gradient norm, and keeps both until they are read.
 
-    Bad is what is not finite and, with ``train.spike``, a norm above that many times its running mean over the sound
-    steps before.
+    A step is bad where one of them is not finite and, with ``train.spike``, where the norm is above that many times its
+    running mean over the sound steps before.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self._spike = config.spike
-        self._kept: list[tuple[int, Tensor]] = []
+        self._unread: list[tuple[int, Tensor]] = []
         self._mean, self._seen = torch.zeros((), device=device), torch.zeros((), device=device)
 
-    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def flag_bad_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """1 where step number ``step``, counted from 1, is bad and 0 where it is sound: a scalar on the device."""
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         if self._spike:
@@ -56,18 +56,18 @@ class Vitals:
             mean = self._mean.lerp(grad_norm.float(), 1 / (self._seen + 1).clamp(max=MEMORY))
             self._mean.copy_(torch.where(bad, self._mean, mean))
             self._seen += ~bad
-        self._kept.append((step, torch.stack([loss.float(), grad_norm.float(), bad.float()])))
+        self._unread.append((step, torch.stack([loss.float(), grad_norm.float(), bad.float()])))
         return bad.float()
 
-    def read(self) -> list[Reading]:
+    def read(self) -> list[StepStats]:
         """The steps since the last reading; this waits for the device."""
-        if not self._kept:
+        if not self._unread:
             return []
-        steps, values = zip(*self._kept, strict=True)
-        self._kept.clear()
+        steps, values = zip(*self._unread, strict=True)
+        self._unread.clear()
         rows = torch.stack(values).tolist()
-        return [Reading(step, loss, norm, bool(bad)) for step, (loss, norm, bad) in zip(steps, rows, strict=True)]
+        return [StepStats(step, loss, norm, bool(bad)) for step, (loss, norm, bad) in zip(steps, rows, strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it."""
+        """Its part of a checkpoint."""
         return {"mean": self._mean, "seen": self._seen}

@@ -37,7 +37,7 @@ ADMITTED = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),  # Python 3.13
 }
-"""What an index may name, besides torch's dtypes. None of it is called or made: see :class:`Held`."""
+"""The names that an index may hold, besides torch's dtypes. None of it is called or made: see :class:`Held`."""
 
 
 class Held:

@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from experiments.config.build import resolve
 from experiments.config.schema import RunConfig, run_config
 from experiments.runs.folder import RunFolder
-from experiments.train import Run
 from experiments.training.checkpoints import Checkpoints
-from experiments.training.run_record import keep_ledger
+from experiments.training.loop import Run
+from experiments.training.run_record import record_run
 from experiments.training.tensor_reader import TensorReader
 from tests.support.paths import ROOT
 
@@ -69,14 +69,14 @@ def train_here(config: RunConfig) -> tuple[int, RunFolder]:
     folder.claim.take()
     try:
         with handlers_as_before():
-            return keep_ledger(folder, config, lambda: Run(config, folder)), folder
+            return record_run(folder, config, lambda: Run(config, folder)), folder
     finally:
         folder.leave()
 
 
 def last(folder: RunFolder) -> Path:
     """The latest checkpoint."""
-    return Checkpoints(folder.checkpoints, keep=1).newest_first()[0]
+    return Checkpoints(folder.checkpoints, keep_last=1).newest_first()[0]
 
 
 def tensors(path: Path, part: str = "") -> dict[str, torch.Tensor]:

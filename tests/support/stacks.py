@@ -23,10 +23,10 @@ COMPARED = {
     **{name: {"dtype": torch.float64, "train__warmup": 2, **stack} for name, stack in STACKS.items()},
     "single": {"dtype": torch.float32, **STACKS["recurrent"]},
     "tied": {"dtype": torch.float64, "model__tie_embeddings": True},
-    "recomputed": {"dtype": torch.float64, "train__recompute": True, **STACKS["recurrent"]},
+    "recomputed": {"dtype": torch.float64, "train__activation_checkpointing": True, **STACKS["recurrent"]},
     "accumulated": {"dtype": torch.float64, "train__micro_batch": 1, **STACKS["recurrent"]},
     "muon": {"dtype": torch.float32, "train__optimizer": "muon", **STACKS["recurrent"]},
-    "gathered": {"dtype": torch.float32, "train__gather": "bfloat16", "train__precision": "bfloat16"},
+    "gathered": {"dtype": torch.float32, "train__param_dtype": "bfloat16", "train__precision": "bfloat16"},
     "spikes": {"dtype": torch.float32, "train__spike": 2.0, "train__bad_step": "skip", **STACKS["moe"]},
 }
 """What two processes and one compute each, to be the same."""

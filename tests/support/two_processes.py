@@ -16,9 +16,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from experiments.runs.folder import RunFolder
-from experiments.train import Run
 from experiments.training import processes
-from experiments.training.run_record import follow, keep_ledger
+from experiments.training.loop import Run
+from experiments.training.run_record import follow, record_run
 from tests.support.runs import tiny_config
 from tests.support.stacks import COMPARED, COMPILED, STACKS
 
@@ -41,7 +41,7 @@ def compare(root: Path, changes: dict) -> dict:
         loss = run.engine.gradients(run.model, run.task.train_batch(0, step * 8 + processes.rank() * share, share))
         norm = run.engine.clip(run.model)
         grads = [whole(p.grad if p.grad is not None else torch.zeros_like(p)).clone() for p in run.model.parameters()]
-        bad = run.vitals.judge(step + 1, loss, norm)
+        bad = run.step_monitor.flag_bad_step(step + 1, loss, norm)
         run.optimizers.step(step, bad)
         run.engine.update_routers(run.model, bad)
         found["steps"].append((loss.item(), norm.item(), grads))
@@ -63,7 +63,7 @@ def train(config) -> int:
     folder.create(config)
     folder.claim.take()
     try:
-        return keep_ledger(folder, config, lambda: Run(config, folder))
+        return record_run(folder, config, lambda: Run(config, folder))
     finally:
         folder.leave()
         processes.barrier()
@@ -118,7 +118,7 @@ def main() -> None:
         torch.save(found, root / f"{name}-{processes.rank()}.pt")
     for name, changes in STACKS.items():
         torn_and_whole(root, name, changes)
-    train(tiny_config(root / "halfway", train__steps=20, train__select="last"))
+    train(tiny_config(root / "halfway", train__steps=20, train__eval_checkpoint="last"))
 
 
 if __name__ == "__main__":

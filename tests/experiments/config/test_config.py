@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -9,11 +9,12 @@ import pytest
 from experiments.config.build import resolve
 from experiments.config.convert import convert
 from experiments.config.overrides import compose
-from experiments.config.schema import NOT_IDENTITY, ModelConfig, TrainConfig, run_config, to_dict, without
+from experiments.config.schema import FORMAT, TrainConfig, run_config, to_dict
+from experiments.runs.recorded import find_runs
 from experiments.runs.folder import RunFolder
 from experiments.sweeps.execute import resolve_composed
 from experiments.tasks import TASKS
-from experiments.util.errors import ConfigError
+from experiments.util.errors import ConfigError, RunnerError
 from seqarch.models import LMConfig
 from tests.support.runs import tiny_config
 
@@ -30,7 +31,7 @@ def plain(tmp_path):
         ("train.steps", True, ["train.steps", "expected an integer", "True"]),
         ("train.steps", 1.5, ["train.steps", "expected an integer", "1.5"]),
         ("train.steps", 0, ["train", "steps must be at least 1, got 0"]),
-        ("train.select", "bset", ["train", "'bset'", "Did you mean 'best'?"]),
+        ("train.eval_checkpoint", "bset", ["train", "'bset'", "Did you mean 'best'?"]),
         ("sed", 1, ["sed", "unknown key", "Did you mean 'seed'?"]),
         ("imports", ["no_such_package.parts"], ["imports: cannot import 'no_such_package.parts'", "PYTHONPATH"]),
         ("imports", "parts", ["imports: expected a list, got 'parts'"]),
@@ -200,15 +201,26 @@ def test_values_that_differ_are_two_runs(tmp_path):
     assert len(folders) == len(given)
 
 
-def test_a_run_that_an_earlier_version_made_is_found(tmp_path):
-    """Its name was once the hash of its configuration as it was given, 2 apart from 2.0."""
-    config = tiny_config(tmp_path, model__channel="mlp", model__channels={"mlp": {"expansion": 2}})
-    text = json.dumps(without(to_dict(config), NOT_IDENTITY), sort_keys=True)
-    before = config.folder().with_name(f"attention-seed0-{hashlib.sha256(text.encode()).hexdigest()[:10]}")
-    assert config.folder() != before
-    RunFolder(before).create(config)
-    assert config.folder() == before
-    RunFolder(before).check(config)
+@pytest.mark.parametrize("format", [None, FORMAT - 1, FORMAT + 1, "2"])
+def test_a_folder_of_another_format_is_named(tmp_path, format):
+    """Its configuration and its record; the first format did not say which it was."""
+    config = tiny_config(tmp_path)
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    folder.update(format=FORMAT, status="failed")
+    assert folder.status() == "failed"
+    for file, read in ((folder.config_file, folder.config), (folder.run_file, folder.record)):
+        stored = {**json.loads(file.read_text()), "format": format}
+        file.write_text(
+            json.dumps(stored if format is not None else {k: v for k, v in stored.items() if k != "format"})
+        )
+        told = f"{file} is of format {format or 1!r}, and this version of the runner reads {FORMAT}"
+        with pytest.raises(RunnerError, match=re.escape(told)):
+            read()
+    with pytest.raises(RunnerError, match=r"config\.json is of format"):
+        folder.check(config)
+    (listed,) = find_runs(tmp_path)
+    assert (listed.status, (listed.problem or "").partition(" is of format")[0]) == ("damaged", str(folder.run_file))
 
 
 def test_options_of_mixers_not_in_the_pattern_change_nothing(tmp_path):
@@ -233,9 +245,15 @@ def test_resolving_twice_is_resolving_once(tmp_path):
     assert resolve(config) == config
 
 
-def test_every_option_of_a_language_model_but_its_vocabulary_can_be_configured():
+def test_every_option_of_a_language_model_but_its_vocabulary_can_be_configured(tmp_path):
     """With the same defaults: a run and the library mean the same by saying nothing."""
-    library = {option.name: option for option in fields(LMConfig) if option.name != "vocab_size"}
-    runner = {option.name: option for option in fields(ModelConfig) if option.name != "name"}
-    assert runner.keys() == library.keys()
-    assert all(runner[name].default == library[name].default for name in library)
+    config = tiny_config(tmp_path)
+    options = {option.name for option in fields(LMConfig)} - {"vocab_size"}
+    assert to_dict(config)["model"].keys() == options | {"name"}
+    given = {"d_model": 32, "pattern": "attention", "depth": 1, "channel": "none"}
+    assert config.model.options == LMConfig(vocab_size=16, **given)
+
+
+def test_the_vocabulary_is_the_tasks(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: unknown key"):
+        tiny_config(tmp_path, model__vocab_size=17)

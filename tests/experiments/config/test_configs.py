@@ -75,14 +75,14 @@ def test_every_mixer_task_and_tracker_has_its_file():
     assert set(TASKS) == set(GROUPS["task"])
     assert set(TRACKERS) == set(GROUPS["tracker"])
     for mixer in MIXERS:
-        assert configured(f"model={mixer}").model.pattern == mixer
+        assert configured(f"model={mixer}").model.options.pattern == mixer
 
 
 def test_hybrids_inherit_the_options_of_their_parts():
     """An option set for a mixer reaches every model that has it."""
     for model in ("attention", "hybrid", "hybrid_delta"):
         config = configured("experiment=mqar", f"model={model}")
-        assert config.model.mixers["attention"]["conv_width"] == 4
+        assert config.model.options.mixers["attention"]["conv_width"] == 4
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from experiments.config.schema import FORMAT
 from experiments.report import __main__ as report_module
 from experiments.report.__main__ import main, report
 from experiments.report.checks import comparable_runs
@@ -36,6 +37,7 @@ def record_run(root: Path, model: str, seed: int, test: float, *, pattern=None, 
         "chance_label": "guessing",
     }
     config = {
+        "format": FORMAT,
         "experiment": experiment,
         "seed": seed,
         "runs": str(root),
@@ -44,6 +46,7 @@ def record_run(root: Path, model: str, seed: int, test: float, *, pattern=None, 
         "train": {"lr": lr, "weight_decay": decay},
     }
     record = {
+        "format": FORMAT,
         "status": status,
         "name": folder.name,
         "command": "python -m experiments.run --multirun experiment=recall",
@@ -153,7 +156,7 @@ def test_missing_failed_and_damaged_runs_are_told(recorded, capsys, monkeypatch)
     damaged = record_run(recorded, "mamba", 0, 0.9)
     (damaged / "run.json").write_text("{")
     hollow = record_run(recorded, "mamba", 1, 0.9)
-    (hollow / "run.json").write_text('{"status": "finished", "results": {"test": 1}}')
+    (hollow / "run.json").write_text(json.dumps({"format": FORMAT, "status": "finished", "results": {"test": 1}}))
     foreign = recorded / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"a": 1}')
@@ -449,7 +452,7 @@ def test_the_page_says_which_checkpoint_was_tested(tmp_path):
 
     def choose(folder, select):
         config = json.loads((folder / "config.json").read_text())
-        config["train"]["select"] = select
+        config["train"]["eval_checkpoint"] = select
         (folder / "config.json").write_text(json.dumps(config))
 
     folders = [record_run(tmp_path, model, 0, 0.5) for model in ("attention", "mamba2")]

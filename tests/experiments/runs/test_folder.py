@@ -59,7 +59,7 @@ class TestFolder:
         assert folder.checkpoints.is_dir()
 
     def test_what_makes_no_other_run_of_it_is_as_last_asked_for(self, tmp_path):
-        before, after = (tiny_config(tmp_path, train__keep=keep, machine__price_per_hour=keep) for keep in (2, 5))
+        before, after = (tiny_config(tmp_path, train__keep_last=keep, machine__price_per_hour=keep) for keep in (2, 5))
         folder = RunFolder(before.folder())
         folder.create(before)
         folder.check(after)

@@ -204,7 +204,7 @@ def test_a_run_survives_its_line(tmp_path):
     broken = tiny_config(tmp_path / "runs", seed=1, train__lr=1e30, train__grad_clip=0)
     train_here(broken)
     never = tiny_config(tmp_path / "runs", seed=2)
-    lines = records.collect([config, broken, never], history=("accuracy",))
+    lines = records.collect([config, broken, never], history=("validation_accuracy",))
     (tmp_path / "tiny").mkdir()
     records.write(lines, tmp_path / "tiny")
     found = records.read(tmp_path / "tiny")

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import run
-from experiments.config.schema import MachineConfig, to_dict
+from experiments.config.schema import FORMAT, MachineConfig, to_dict
 from experiments.runs.folder import RunFolder
 from experiments.sweeps import workers
 from experiments.sweeps.execute import execute
@@ -213,7 +213,7 @@ class TestJob:
     def test_a_folder_of_another_configuration_is_refused_untouched(self, tmp_path):
         config = tiny_config(tmp_path)
         config.folder().mkdir(parents=True)
-        other = json.dumps(to_dict(tiny_config(tmp_path, train__lr=0.5)))
+        other = json.dumps({"format": FORMAT, **to_dict(tiny_config(tmp_path, train__lr=0.5))})
         (config.folder() / "config.json").write_text(other)
         entry = self.outcome(tmp_path, config)
         assert entry["status"] == "refused"
@@ -252,7 +252,7 @@ class TestJob:
         config = tiny_config(tmp_path)
         folder = RunFolder(config.folder())
         folder.create(config)
-        folder.run_file.write_text('{"status": "finished"}')
+        folder.run_file.write_text(json.dumps({"format": FORMAT, "status": "finished"}))
         entry = self.outcome(tmp_path, config)
         assert entry["status"] == "refused"
         assert (
@@ -272,7 +272,7 @@ class TestJob:
         config = tiny_config(tmp_path)
         folder = RunFolder(config.folder())
         folder.create(config)
-        folder.run_file.write_text(json.dumps(record))
+        folder.run_file.write_text(json.dumps({"format": FORMAT, **record}))
         entry = self.outcome(tmp_path, config)
         assert entry["status"] == "refused"
         assert str(folder.run_file) in entry["message"]

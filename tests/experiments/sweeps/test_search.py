@@ -13,6 +13,7 @@ import optuna
 import pytest
 
 from experiments.config.overrides import Interval, compose, parse_choice
+from experiments.config.schema import FORMAT
 from experiments.runs.folder import RunFolder
 from experiments.sweeps import search as search_module
 from experiments.sweeps.execute import resolve_composed
@@ -52,7 +53,7 @@ def test_arguments_are_in_hydras_grammar(argument, value):
         ([*SPACE, "seed=interval(0, 5)"], r"seed=interval\(0, 5\): .*give them one by one, as seed=0,1,2"),
         ([*SPACE, "seed=0,1,0"], "seed=0,1,0: a seed is given twice"),
         ([*SPACE, "seed=0,two"], "seed=two of the search: seed: expected an integer"),
-        ([*SPACE, "train.keep=1,2"], "train.keep cannot be searched"),
+        ([*SPACE, "train.keep_last=1,2"], "train.keep_last cannot be searched"),
         ([*SPACE, "+machine.processes=1,2"], r"\+machine.processes cannot be searched"),
         ([*SPACE, "train.dry_run=true"], "a search trains its trials"),
         (["train.weight_decay=0,-1"], "train.weight_decay=-1 of the search: train: weight_decay must be .*, got -1.0"),
@@ -87,7 +88,7 @@ def test_the_last_one_of_a_key_counts(tmp_path):
 def record(folder: Path, validation: float, test: float = 0.0, status: str = "finished") -> None:
     """What a training process leaves."""
     results = {"results": {"validation": validation, "test": test}} if status == "finished" else {}
-    (folder / "run.json").write_text(json.dumps({"status": status, "attempt": 1, **results}))
+    (folder / "run.json").write_text(json.dumps({"format": FORMAT, "status": status, "attempt": 1, **results}))
 
 
 class Trainer:

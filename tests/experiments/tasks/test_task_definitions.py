@@ -26,11 +26,10 @@ from experiments.tasks.ngram_lookup import NgramLookup, NgramLookupConfig
 from experiments.tasks.noisy_recall import NoisyRecall, NoisyRecallConfig
 from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
-from experiments.tasks.task import IGNORED
+from experiments.tasks.task import IGNORED, TaskError
 from experiments.tasks.trees import BLANK, grow, mixed
 from experiments.tasks.variable_tracking import VariableTracking, VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig, multiplication, order, prefix_products
-from experiments.util.errors import RunnerError
 from tests.support.small_tasks import FEW, SMALL
 from tests.support.solvers import solve
 
@@ -163,7 +162,7 @@ class TestNeedles:
         asked = answers.targets != IGNORED
         assert np.array_equal(batch.targets[asked], answers.targets[asked])
         scores = task.score(batch.targets, np.where(asked, 0.0, math.log(2)), asked)
-        assert (scores["accuracy"], scores["whole"]) == (1, 1)
+        assert (scores["accuracy"], scores["sequence_accuracy"]) == (1, 1)
         assert scores["bits_per_byte"] == pytest.approx(1)
         assert scores["loss"] == pytest.approx(math.log(2) * (~asked).mean())
 
@@ -290,7 +289,7 @@ class TestListOps:
 
     def test_lengths_that_do_not_occur(self):
         task = ListOps(ListOpsConfig(length=2000, shortest=0.9, operators=0.0))
-        with pytest.raises(RunnerError, match="none had 1800 to 2000 tokens"):
+        with pytest.raises(TaskError, match="none had 1800 to 2000 tokens"):
             task.train_batch(0, 0, 1)
 
 
@@ -406,5 +405,5 @@ class TestStdlibText:
 
     def test_no_file_long_enough(self):
         task = StdlibText(StdlibTextConfig(eval_length=10**8))
-        with pytest.raises(RunnerError, match="no test file has eval_length = 100000000"):
+        with pytest.raises(TaskError, match="no test file has eval_length = 100000000"):
             list(task.evaluation("test"))

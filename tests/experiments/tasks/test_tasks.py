@@ -106,7 +106,7 @@ class TestEveryGeneratedTask:
         for batch in (task.train_batch(5, 0, 200), *held_out):
             answers = solve(name, batch, task.config)
             scores = task.score(batch.targets, np.zeros(batch.targets.shape), answers == batch.targets)
-            assert scores["accuracy"] == scores["whole"] == 1
+            assert scores["accuracy"] == scores["sequence_accuracy"] == 1
             assert (answers[batch.targets != IGNORED] != IGNORED).all()
 
     def test_chance_is_measured(self, tasks, name):

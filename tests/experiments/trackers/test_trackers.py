@@ -16,8 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments import trackers
 from experiments.config.schema import run_config, to_dict
 from experiments.runs.folder import RunFolder
-from experiments.trackers import TensorboardTracker, Tracker, TrackerOptions, WandbOptions, WandbTracker
-from experiments.train import Run
+from experiments.trackers import Tracker, TrackerOptions, guarded
+from experiments.trackers.tensorboard import TensorboardTracker
+from experiments.trackers.wandb import WandbOptions, WandbTracker
+from experiments.training.loop import Run
 from experiments.util.errors import ConfigError
 from tests.support.paths import ROOT
 from tests.support.runs import TINY, command_line, tiny_config, train_here, until
@@ -62,13 +64,13 @@ def test_a_failing_tracker_is_told_once_and_stops_nothing(tmp_path, monkeypatch,
 
 def test_a_tracker_that_hangs_is_given_up_with_the_processes_it_started(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(trackers.TRACKERS, "breaking", Breaking)
-    monkeypatch.setattr(trackers, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(guarded, "PATIENCE_SECONDS", 0.5)
     code, folder = train_here(tiny_config(tmp_path, tracker={"name": "breaking", "options": {"at": "hang"}}))
     assert code == 0
     assert len(folder.metrics()) == 2
     assert folder.record()["tracker_error"] == "no answer within 0.5 seconds"
     assert capsys.readouterr().err.count("tracker breaking failed") == 1
-    assert not [pid for pid in trackers.children() if "sleep" in Path(f"/proc/{pid}/comm").read_text()]
+    assert not [pid for pid in guarded.children() if "sleep" in Path(f"/proc/{pid}/comm").read_text()]
 
 
 @pytest.mark.slow
@@ -80,7 +82,7 @@ def test_training_outlives_wandb(tmp_path):
     until(lambda: any(tmp_path.glob("runs/*/*/metrics.jsonl")))
     (folder,) = [RunFolder(path.parent) for path in tmp_path.glob("runs/*/*/config.json")]
     training = json.loads(folder.claim.path.read_text())["pid"]
-    started = trackers.children(training)
+    started = guarded.children(training)
     (service,) = [pid for pid in started if "wandb" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(service, signal.SIGKILL)
     assert process.wait(100) == 0
@@ -132,7 +134,7 @@ def test_wandb_has_one_run_for_all_attempts_and_no_step_twice(tmp_path, monkeypa
     shutil.rmtree(folder.path)
     folder.create(config)
     WandbTracker(WandbOptions(), folder.path, to_dict(config)).finish("interrupted", {})
-    assert json.loads((folder.path / "wandb" / "told.json").read_text())["id"] != name
+    assert json.loads((folder.path / "wandb" / "sent.json").read_text())["id"] != name
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -154,7 +156,7 @@ def test_tensorboard_hears_of_the_run(tmp_path):
 
 
 def test_tensorboard_shows_no_step_twice(tmp_path):
-    """The second attempt does step 10 again, as after a process that was killed between two looks."""
+    """The second attempt does step 10 again, as after a process that was killed between two evaluations."""
     config = tiny_config(tmp_path, tracker__name="tensorboard")
     for steps in ((5, 10), (10, 15)):
         tracker = TensorboardTracker(TrackerOptions(), tmp_path, to_dict(config))

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from experiments.runs.folder import RunFolder
-from experiments.train import Run
 from experiments.training.checkpoints import Checkpoints, Damaged, TrainState, verified
+from experiments.training.loop import Run
 from experiments.util.errors import RunnerError
 from tests.support.paths import ROOT
 from tests.support.runs import last, same, tensors, tiny_config, train_here
@@ -45,7 +45,7 @@ class Watched:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stack", STACKS)
 def test_ten_steps_or_five_and_five_are_the_same_to_the_bit(tmp_path, monkeypatch, stack, optimizer):
-    """Stopped between two looks, as a scheduler does it; and with other random streams meanwhile."""
+    """Stopped between two evaluations, as a scheduler does it; and with other random streams meanwhile."""
     changes = {**STACKS[stack], "train__optimizer": optimizer, "train__eval_every": 4, "train__spike": 100.0}
     watched, torn_config = Watched(monkeypatch), tiny_config(tmp_path / "torn", **changes)
     random.seed(0), np.random.seed(0)
@@ -138,42 +138,46 @@ def test_a_checkpoint_half_written_is_passed_over_and_removed(tmp_path):
 
 def test_the_latest_and_the_best_that_each_knows_are_kept(tmp_path, monkeypatch):
     scores = iter([0.1, 0.5, 0.3, 0.2, 0.9, 0.4])
-    monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores, 0.0), "loss": 1.0})
-    _, folder = train_here(tiny_config(tmp_path, train__steps=25, train__keep=2))
+    monkeypatch.setattr(
+        "experiments.training.loop.evaluate_split", lambda *_: {"accuracy": next(scores, 0.0), "loss": 1.0}
+    )
+    _, folder = train_here(tiny_config(tmp_path, train__steps=25, train__keep_last=2))
     # Of the latest two, 20 knows the one of step 10 as the best so far.
     assert steps_of(folder) == ["step-000010", "step-000020", "step-000025"]
     assert folder.record()["results"]["checkpoint"] == "step-000025"
 
 
-def test_checkpoints_between_looks(tmp_path):
-    _, folder = train_here(tiny_config(tmp_path, train__save_every=2, train__keep=3, train__select="last"))
+def test_checkpoints_between_evaluations(tmp_path):
+    _, folder = train_here(
+        tiny_config(tmp_path, train__save_every=2, train__keep_last=3, train__eval_checkpoint="last")
+    )
     assert {"step-000006", "step-000008", "step-000010"} <= set(steps_of(folder))
     assert [line["step"] for line in folder.metrics()] == [5, 10]
 
 
 def test_how_many_are_kept_does_not_make_another_run(tmp_path):
-    one, two = (tiny_config(tmp_path, train__keep=keep, train__save_every=keep) for keep in (1, 2))
+    one, two = (tiny_config(tmp_path, train__keep_last=keep, train__save_every=keep) for keep in (1, 2))
     assert one.folder() == two.folder()
     assert one.folder() != tiny_config(tmp_path, train__micro_batch=4).folder()
 
 
 @pytest.mark.parametrize("how", ["damaged", "gone", "all but the last"])
 def test_where_the_best_checkpoint_is_lost_the_next_best_that_is_intact_is_tested(tmp_path, monkeypatch, capsys, how):
-    """Not one between two looks, on which nothing was ever judged; and the record says that it is not the best."""
+    """Not one between two evaluations, which has no score; and the record says that it is not the best."""
     scores = iter([0.5, 0.9, 0.6, 0.1])
-    monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
-    look = Run.look
+    monkeypatch.setattr("experiments.training.loop.evaluate_split", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    evaluate = Run.evaluate
 
     def losing(run):
-        look(run)
+        evaluate(run)
         if run.state.step == 20:
             best = run.checkpoints.path(10)
             shutil.rmtree(best) if how == "gone" else damaged(best, "a bit")
             for step in (5, 15) if how == "all but the last" else ():
                 damaged(run.checkpoints.path(step), "a bit")
 
-    monkeypatch.setattr(Run, "look", losing)
-    code, folder = train_here(tiny_config(tmp_path, train__steps=20, train__keep=9, train__save_every=4))
+    monkeypatch.setattr(Run, "evaluate", losing)
+    code, folder = train_here(tiny_config(tmp_path, train__steps=20, train__keep_last=9, train__save_every=4))
     results, (step, validation) = folder.record()["results"], {"all but the last": (20, 0.1)}.get(how, (15, 0.6))
     assert (code, results["checkpoint_step"], results["validation"]) == (0, step, validation)
     assert f"{folder.checkpoints / 'step-000010'} is damaged: " in results["instead_of"]
@@ -210,7 +214,7 @@ print([path.name for path in checkpoints.newest_first()])
 
 
 def test_a_manifest_says_what_is_there(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save({"model": {"w": torch.arange(3.0)}}, TrainState(step=7, best=0.5, best_step=7))
     manifest = json.loads((checkpoints.path(7) / "manifest.json").read_text())
     assert manifest["files"].keys() == {".metadata", "__0_0.distcp", "random-0.pt"}
@@ -225,7 +229,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_other_folders_are_none(t
     class Later(TrainState):
         temperature: float = 0.0
 
-    checkpoints, content = Checkpoints(tmp_path, keep=1), {"model": {"w": torch.ones(3)}}
+    checkpoints, content = Checkpoints(tmp_path, keep_last=1), {"model": {"w": torch.ones(3)}}
     (tmp_path / "step-of-mine").mkdir()
     checkpoints.save(content, Later(step=7))
     with pytest.raises(RunnerError, match=r"cannot load checkpoint .*step-000007: another version of the runner"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from experiments.training.checkpoints import TrainState
-from experiments.training.cost_meter import EnergyMeter, Meter, measured_peak, utilisation
+from experiments.training.cost_meter import CostMeter, EnergyMeter, measured_peak, utilisation
 from tests.support.runs import tiny_config, train_here
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_a_machine_that_reports_no_energy_has_none(tmp_path):
 def test_processors_are_counted_once_a_machine_and_the_peak_is_the_highest(tmp_path, monkeypatch):
     counter(tmp_path, "intel-rapl:0", 0)
     monkeypatch.setattr("experiments.training.cost_meter.POWERCAP", tmp_path)
-    first, state = Meter(CPU), TrainState()
+    first, state = CostMeter(CPU), TrainState()
     with monkeypatch.context() as other:
         other.setenv("LOCAL_RANK", "1")
         second = EnergyMeter(CPU)
@@ -50,7 +50,7 @@ def test_processors_are_counted_once_a_machine_and_the_peak_is_the_highest(tmp_p
     assert second.joules() is None
     others = [(None, 2**50, 7), (2.0, 5, 0)]
     monkeypatch.setattr("experiments.training.processes.gather", lambda own: [own, *others])
-    first.trained(state)
+    first.add_training(state)
     assert state.joules == pytest.approx(2.9)
     assert (state.peak_memory_bytes, state.peak_gpu_memory_bytes) == (2**50, 7)
 
@@ -59,18 +59,18 @@ def test_energy_and_time_reach_the_record_and_go_on_after_a_stop(tmp_path, monke
     counter(tmp_path, "intel-rapl:0", 0, 10**12)
     monkeypatch.setattr("experiments.training.cost_meter.POWERCAP", tmp_path)
     spent = iter(range(0, 10**9, 10**6))
-    lap = Meter.lap
+    lap = CostMeter.lap
 
     def consuming(meter):
         counter(tmp_path, "intel-rapl:0", next(spent), 10**12)
         return lap(meter)
 
-    monkeypatch.setattr(Meter, "lap", consuming)
+    monkeypatch.setattr(CostMeter, "lap", consuming)
     config = tiny_config(tmp_path, machine__price_per_hour=36.0, machine__peak_flops=1e9)
     code, folder = train_here(config)
     cost = folder.record()["cost"]
     assert code == 0
-    # A joule a lap: one each for the training and the looks of two stretches, and for what lies between.
+    # A joule per lap: one each for the training and the evaluation of two stretches, and for what lies between.
     assert 4 <= cost["joules"] <= 8
     assert cost["price"] == pytest.approx((cost["train_seconds"] + cost["eval_seconds"]) / 100)
     assert cost["utilisation"] == pytest.approx(cost["flops"] / cost["train_seconds"] / 1e9)
@@ -78,7 +78,7 @@ def test_energy_and_time_reach_the_record_and_go_on_after_a_stop(tmp_path, monke
 
 
 def test_utilisation_is_of_the_models_own_flops(tmp_path):
-    _, folder = train_here(tiny_config(tmp_path, model__pattern="mamba2", train__recompute=True))
+    _, folder = train_here(tiny_config(tmp_path, model__pattern="mamba2", train__activation_checkpointing=True))
     plain = train_here(tiny_config(tmp_path, model__pattern="mamba2"))[1].record()["cost"]
     cost = folder.record()["cost"]
     assert cost["flops"] == plain["flops"]  # What recomputing repeats is not the model's.

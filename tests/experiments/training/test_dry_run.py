@@ -9,8 +9,8 @@ from experiments.config.schema import to_dict
 from experiments.runs.folder import RunFolder
 from experiments.sweeps.execute import execute
 from experiments.sweeps.status import SweepStatus
-from experiments.train import Run
 from experiments.training.dry_run import SavedBytes, in_bytes, in_flops, plan
+from experiments.training.loop import Run
 from tests.support.runs import call, tiny_config
 from tests.support.stacks import STACKS
 
@@ -35,7 +35,9 @@ def test_the_plan_is_what_a_run_takes(tmp_path, changes):
 
 def test_recomputing_leaves_the_inputs_and_one_layer(tmp_path):
     deep = {"model__pattern": "mamba2", "model__depth": 6}
-    plain, less = (plan(tiny_config(tmp_path, train__recompute=wanted, **deep)) for wanted in (False, True))
+    plain, less = (
+        plan(tiny_config(tmp_path, train__activation_checkpointing=wanted, **deep)) for wanted in (False, True)
+    )
     single = plan(tiny_config(tmp_path, **{**deep, "model__depth": 1}))
     inputs = 6 * 8 * 16 * 32 * 4
     assert less.activation_bytes == single.activation_bytes + inputs
@@ -55,7 +57,7 @@ def test_a_dry_run_prints_and_leaves_no_folder(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "mamba2-seed0-" in shown.stdout
     assert "planned, nothing was trained" in shown.stdout
-    for word in ("parameters", "activations", "state", "a step"):
+    for word in ("parameters", "activations", "state", "per step"):
         assert f"\n    {word} " in shown.stdout
     assert not list(tmp_path.glob("runs/mqar/*"))
 

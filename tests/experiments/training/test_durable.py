@@ -23,7 +23,7 @@ from experiments.config.schema import to_dict
 from experiments.replay import replay
 from experiments.runs.folder import RunFolder
 from experiments.sweeps.execute import execute
-from experiments.sweeps.status import Board
+from experiments.sweeps.status import SweepStatus
 from experiments.training.checkpoints import Checkpoints, Damaged, TrainState, random_streams, verified
 from experiments.training.tensor_reader import TensorReader
 from experiments.util.errors import RunnerError
@@ -42,7 +42,7 @@ def intact(folder: RunFolder) -> list[int]:
 
 
 def test_at_every_moment_a_power_cut_leaves_what_the_checkpoints_count_on(tmp_path, monkeypatch):
-    """The configuration, and the line of each look up to the newest step; and a run that was finished stays so."""
+    """The configuration, each evaluation's line up to the newest step; and a finished run stays finished."""
     root, left, moments = tmp_path / "disk", tmp_path / "left", []
     root.mkdir()
     config = tiny_config(root / "runs", train__steps=15, train__save_every=4)
@@ -73,7 +73,7 @@ def test_lines_of_metrics_that_are_lost_are_told_and_recorded(tmp_path, capsys):
         assert train_here(config)[0] == 0
         assert "2 of the 3 lines of metrics up to step 15 are lost" in capsys.readouterr().out
         assert folder.record()["metrics_lost"] == {"lines": 2, "of": 3, "up_to_step": 15}
-        board = Board(tmp_path / ".sweeps" / f"now-{os.getpid()}")
+        board = SweepStatus(tmp_path / ".sweeps" / f"now-{os.getpid()}")
         board.create()
         execute(to_dict(config), board, 0)
         assert board.entries()[0]["message"].endswith(" after 15 steps; 2 lines of its metrics are lost")
@@ -200,12 +200,12 @@ def test_nothing_that_a_forged_file_beside_it_says_is_run(tmp_path, capsys, name
 @pytest.mark.parametrize(("keys", "place"), [(624, 10**9), (624, -1), (3, 0)])
 def test_random_numbers_are_not_read_from_elsewhere(tmp_path, keys, place):
     """NumPy takes any place in its state, and would end the process."""
-    content, checkpoints = {"model": {}, "optimizer": {}}, Checkpoints(tmp_path, keep=1)
+    content, checkpoints = {"model": {}}, Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(content, TrainState(step=1))
     streams = {**random_streams(), "numpy": ["MT19937", [1] * keys, place, 0, 0.0]}
     forge(checkpoints.path(1), "random-0.pt", pickled(streams))
     with pytest.raises(RunnerError, match="it is no state of NumPy's generator"):
-        checkpoints.load(checkpoints.path(1), content)
+        checkpoints.restore(checkpoints.path(1), content)
 
 
 def test_what_an_index_may_name_has_no_way_out(tmp_path):
@@ -227,7 +227,7 @@ def test_what_an_index_may_name_has_no_way_out(tmp_path):
 
 
 def test_a_damaged_index_is_one_line_however_it_is_damaged(tmp_path):
-    checkpoints, chance = Checkpoints(tmp_path, keep=1), random.Random(0)
+    checkpoints, chance = Checkpoints(tmp_path, keep_last=1), random.Random(0)
     content = {"model": {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}}
     checkpoints.save(content, TrainState(step=1))
     path = checkpoints.path(1)
@@ -239,9 +239,9 @@ def test_a_damaged_index_is_one_line_however_it_is_damaged(tmp_path):
                 spoilt[chance.randrange(len(sound))] = chance.randrange(256)
             forge(path, name, bytes(spoilt))
             with suppress(RunnerError):
-                checkpoints.load(path, {**content, "optimizer": {}})
+                checkpoints.restore(path, content)
         forge(path, name, sound)
-    checkpoints.load(path, content)
+    checkpoints.restore(path, content)
 
 
 @pytest.mark.parametrize("content", ["objects", "other numbers", "no such step"])

@@ -8,8 +8,8 @@ import torch
 
 from experiments.runs.folder import RunFolder
 from experiments.tasks.task import IGNORED, Batch
-from experiments.train import Run
 from experiments.training.engine import Engine, choose_device
+from experiments.training.loop import Run
 from experiments.util import environment
 from experiments.util.errors import RunnerError
 from seqarch.layers.channel.router import Router
@@ -67,8 +67,8 @@ def test_padding_counts_in_no_router_and_an_ignored_target_does(tmp_path):
         router.load.zero_()
         run.engine.gradients(run.model, padded)
         assert router.load.sum() == 2 * real.sum()
-        judged = [part[real] for part in run.engine.judge(run.model, padded)]
-        found.append([*(parameter.grad for parameter in run.model.parameters()), *map(torch.from_numpy, judged)])
+        scored = [part[real] for part in run.engine.evaluate_batch(run.model, padded)]
+        found.append([*(parameter.grad for parameter in run.model.parameters()), *map(torch.from_numpy, scored)])
     for one, two in zip(found[0][1:], found[1][1:], strict=True):  # The embedding has a row for what fills.
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
 
@@ -104,10 +104,10 @@ def saved_bytes(run: Run) -> int:
 def test_recomputing_changes_no_bit_and_keeps_less(tmp_path, stack):
     changes = {**stack, "model__depth": 2}
     loss, plain = gradients(prepared(tmp_path, **changes))
-    other, again = gradients(prepared(tmp_path, train__recompute=True, **changes))
+    other, again = gradients(prepared(tmp_path, train__activation_checkpointing=True, **changes))
     assert loss == other
     assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
-    kept = saved_bytes(prepared(tmp_path, train__recompute=True, **changes))
+    kept = saved_bytes(prepared(tmp_path, train__activation_checkpointing=True, **changes))
     assert kept < 0.5 * saved_bytes(prepared(tmp_path, **changes))
 
 
@@ -144,7 +144,7 @@ def test_compiled_graphs_on_disk_are_those_of_these_sources(tmp_path, monkeypatc
 def test_compiled_layers_give_the_same_gradients(tmp_path, stack, recompute):
     torch._dynamo.reset()
     loss, plain = gradients(prepared(tmp_path, **stack))
-    run = prepared(tmp_path, train__compile=True, train__recompute=recompute, **stack)
+    run = prepared(tmp_path, train__compile=True, train__activation_checkpointing=recompute, **stack)
     counted = torch._dynamo.utils.counters
     counted.clear()
     other, compiled = gradients(run)
@@ -158,7 +158,7 @@ def test_compiled_layers_give_the_same_gradients(tmp_path, stack, recompute):
     "changes",
     [
         {"train__precision": "bfloat16", "model__pattern": "mamba2, moba", "model__depth": 2},
-        {"train__recompute": True, "train__micro_batch": 3, "model__channel": "moe"},
+        {"train__activation_checkpointing": True, "train__micro_batch": 3, "model__channel": "moe"},
     ],
 )
 def test_a_run_trains_so(tmp_path, changes):

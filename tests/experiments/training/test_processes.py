@@ -112,13 +112,13 @@ def test_two_processes_resume_to_the_bit(two, stack):
 
 def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path):
     """And ends where one process alone ends, up to rounding."""
-    config = tiny_config(two / "halfway", train__steps=20, train__select="last")
+    config = tiny_config(two / "halfway", train__steps=20, train__eval_checkpoint="last")
     folder = RunFolder(config.folder())
     shutil.rmtree(last(folder))
     assert last(folder).name == "step-000015"
     folder.run_file.unlink()
     assert train_here(config)[0] == 0
-    alone = train_here(tiny_config(tmp_path, train__steps=20, train__select="last"))[1]
+    alone = train_here(tiny_config(tmp_path, train__steps=20, train__eval_checkpoint="last"))[1]
     assert folder.record()["cost"]["processes"] == 1
     ours, theirs = tensors(last(alone), "model"), tensors(last(folder), "model")
     for name, mine in ours.items():

@@ -12,56 +12,56 @@ import torch
 from experiments.config.schema import TrainConfig
 from experiments.replay import replay
 from experiments.runs.folder import RunFolder
-from experiments.train import Run
-from experiments.training.step_monitor import SPIKE_FROM, Vitals
+from experiments.training.loop import Run
+from experiments.training.step_monitor import SPIKE_FROM, StepMonitor
 from experiments.util.errors import RunnerError
 from tests.support.runs import last, same, tensors, tiny_config, train_here
 
 CPU = torch.device("cpu")
 
 
-def vitals(**changes) -> Vitals:
-    return Vitals(TrainConfig(steps=1, batch_size=1, lr=1.0, **changes), CPU)
+def monitor(**changes) -> StepMonitor:
+    return StepMonitor(TrainConfig(steps=1, batch_size=1, lr=1.0, **changes), CPU)
 
 
-def judged(watch: Vitals, loss: float, norm: float, step: int = 1) -> bool:
-    return bool(watch.judge(step, torch.tensor(loss), torch.tensor(norm)))
+def is_bad(watch: StepMonitor, loss: float, norm: float, step: int = 1) -> bool:
+    return bool(watch.flag_bad_step(step, torch.tensor(loss), torch.tensor(norm)))
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_what_is_not_finite_is_bad(loss, norm):
-    watch = vitals()
-    assert judged(watch, loss, norm)
-    assert not judged(watch, 1.0, 1e9, step=2)
-    assert [(reading.step, reading.bad) for reading in watch.read()] == [(1, True), (2, False)]
+    watch = monitor()
+    assert is_bad(watch, loss, norm)
+    assert not is_bad(watch, 1.0, 1e9, step=2)
+    assert [(stats.step, stats.bad) for stats in watch.read()] == [(1, True), (2, False)]
     assert watch.read() == []
 
 
 def test_a_norm_far_above_its_mean_is_bad_and_does_not_move_the_mean():
-    watch = vitals(spike=3.0)
+    watch = monitor(spike=3.0)
     for _ in range(SPIKE_FROM):
-        assert not judged(watch, 1.0, 2.0)
-    assert not judged(watch, 1.0, 5.9)
+        assert not is_bad(watch, 1.0, 2.0)
+    assert not is_bad(watch, 1.0, 5.9)
     for _ in range(10):
-        assert judged(watch, 1.0, 9.0)
+        assert is_bad(watch, 1.0, 9.0)
     assert watch.tensors()["mean"] == pytest.approx(2 + 3.9 / (SPIKE_FROM + 1))
 
 
 def test_the_first_steps_are_no_spikes():
-    watch = vitals(spike=3.0)
-    assert not any(judged(watch, 1.0, norm) for norm in (1.0, 50.0, 1.0, 900.0))
+    watch = monitor(spike=3.0)
+    assert not any(is_bad(watch, 1.0, norm) for norm in (1.0, 50.0, 1.0, 900.0))
 
 
-def test_judging_asks_the_device_for_nothing(monkeypatch):
+def test_flagging_asks_the_device_for_nothing(monkeypatch):
     """``item`` and ``tolist`` wait for the device; the host comes to know at the reading alone."""
 
     def refuse(*_):
         raise AssertionError("waited for the device")
 
-    watch = vitals(spike=3.0)
+    watch = monitor(spike=3.0)
     for name in ("item", "tolist", "__bool__", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    watch.judge(1, torch.tensor(1.0), torch.tensor(2.0))
+    watch.flag_bad_step(1, torch.tensor(1.0), torch.tensor(2.0))
     with pytest.raises(AssertionError, match="waited"):
         watch.read()
 
@@ -107,7 +107,7 @@ def test_skipping_is_as_if_the_step_had_not_been_taken(tmp_path, monkeypatch):
 
     def idle(run):
         if run.state.step + 1 in (3, 4):
-            run.vitals.judge(run.state.step + 1, torch.ones(()), torch.ones(()))
+            run.step_monitor.flag_bad_step(run.state.step + 1, torch.ones(()), torch.ones(()))
             return torch.ones(())
         return step(run)
 
@@ -200,7 +200,7 @@ def test_a_batch_that_the_task_does_not_have_is_named(tmp_path, change, told):
         replay(folder.bad / "step-000003.npz")
 
 
-def test_a_run_without_looks_learns_of_a_bad_step_within_sixteen(tmp_path, monkeypatch):
+def test_a_run_without_evaluations_learns_of_a_bad_step_within_sixteen(tmp_path, monkeypatch):
     poisoned(monkeypatch, 3)
     _, folder = train_here(tiny_config(tmp_path, train__steps=1000, train__eval_every=1000))
     assert folder.record()["cost"]["steps"] == 16

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from experiments.runs.folder import RunFolder
-from experiments.train import Run, main
+from experiments.train import main
 from experiments.training.checkpoints import verified
+from experiments.training.loop import Run
 from experiments.training.progress import Heartbeat, ProgressFile
 from experiments.util.errors import RunnerError
 from experiments.util.files import read_json
@@ -61,7 +62,7 @@ def test_other_lengths_are_tested_once_and_chosen_by_nothing(tmp_path):
     assert {split: each["length"] for split, each in results["tests"].items()} == run.task.tests
     for split, each in results["tests"].items():
         assert each["chance"] == run.task.chance(split)[0]
-        assert {"accuracy", "whole", "loss"} < each.keys()
+        assert {"accuracy", "sequence_accuracy", "loss"} < each.keys()
     assert results["test"] == results["tests"]["test"]["accuracy"]
     assert results["curve"]["x"] == [16, 24, 32]
     lengths = ("test", "test_24", "test_32")
@@ -101,13 +102,15 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "step-000010"])
-def test_a_look_torn_between_its_files_leaves_no_trace(tmp_path, monkeypatch, file):
-    """The look at step 10 has written its line of metrics, and its checkpoint but for the last moves."""
+def test_an_evaluation_torn_between_its_files_leaves_no_trace(tmp_path, monkeypatch, file):
+    """The evaluation at step 10 has written its line of metrics, and its checkpoint but for the last moves."""
 
-    def looks(scores):
-        monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    def scored(scores):
+        monkeypatch.setattr(
+            "experiments.training.loop.evaluate_split", lambda *_: {"accuracy": next(scores), "loss": 1.0}
+        )
 
-    looks(iter([0.1, 0.2, 0.3, 0.3]))
+    scored(iter([0.1, 0.2, 0.3, 0.3]))
     whole = train_here(tiny_config(tmp_path / "whole", train__steps=15))[1]
     config, replace, writes = tiny_config(tmp_path / "torn", train__steps=15), os.replace, []
 
@@ -118,11 +121,11 @@ def test_a_look_torn_between_its_files_leaves_no_trace(tmp_path, monkeypatch, fi
         replace(source, target)
 
     monkeypatch.setattr("os.replace", torn_at_step_10)
-    looks(iter([0.1, 0.2]))
+    scored(iter([0.1, 0.2]))
     code, torn = train_here(config)
     assert (code, last(torn).name, len(torn.metrics())) == (130, "step-000005", 2)
     monkeypatch.setattr("os.replace", replace)
-    looks(iter([0.2, 0.3, 0.3]))
+    scored(iter([0.2, 0.3, 0.3]))
     assert train_here(config)[0] == 0
     assert [line["step"] for line in torn.metrics()] == [5, 10, 15]
     assert torn.record()["results"] == whole.record()["results"]
@@ -167,7 +170,7 @@ def test_a_run_that_diverges_at_once_has_no_checkpoint_to_name(tmp_path):
 
 
 def test_a_checkpoint_is_never_written_from_a_broken_model(tmp_path, monkeypatch):
-    """The loss of step 5 is finite, and its update breaks the model that the look after it would keep."""
+    """The loss of step 5 is finite, and its update breaks the model that the evaluation after it would keep."""
     step = Run.step
 
     def breaking(run):
@@ -202,7 +205,7 @@ def test_training_stops_at_the_target(tmp_path, target, steps):
 
 def test_training_stops_when_patience_is_at_its_end(tmp_path, monkeypatch):
     scores = iter([0.5, 0.6, 0.6, 0.55, 0.9])
-    monkeypatch.setattr("experiments.train.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
+    monkeypatch.setattr("experiments.training.loop.evaluate_split", lambda *_: {"accuracy": next(scores), "loss": 1.0})
     _, folder = train_here(tiny_config(tmp_path, train__steps=50, train__patience=2))
     record = folder.record()
     assert record["cost"]["steps"] == 20
@@ -211,9 +214,11 @@ def test_training_stops_when_patience_is_at_its_end(tmp_path, monkeypatch):
 
 def test_the_last_checkpoint_is_tested_where_asked(tmp_path, monkeypatch):
     scores = iter([0.9, 0.6, 0.7])
-    for module in ("train", "training.evaluate"):
-        monkeypatch.setattr(f"experiments.{module}.evaluate", lambda *_: {"accuracy": next(scores), "loss": 1.0})
-    _, folder = train_here(tiny_config(tmp_path, train__select="last"))
+    for module in ("loop", "evaluate"):
+        monkeypatch.setattr(
+            f"experiments.training.{module}.evaluate_split", lambda *_: {"accuracy": next(scores), "loss": 1.0}
+        )
+    _, folder = train_here(tiny_config(tmp_path, train__eval_checkpoint="last"))
     results = folder.record()["results"]
     assert (results["checkpoint_step"], results["validation"], results["test"]) == (10, 0.6, 0.7)
 
@@ -255,6 +260,14 @@ def test_a_disk_too_full_for_the_record_is_told_on_the_terminal(tmp_path, monkey
     assert capsys.readouterr().err.startswith(f"error: cannot write {config.folder() / 'run.json'}: No space left")
 
 
+def test_a_task_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    config = tiny_config(tmp_path, task={"name": "stdlib_text", "length": 16, "eval_length": 10**8})
+    code, folder = train_here(config)
+    told = "task stdlib_text: no test file has eval_length = 100000000 bytes; choose fewer"
+    assert (code, folder.record()["reason"]) == (1, told)
+    assert capsys.readouterr().err == f"failed: {told}\n"
+
+
 def test_a_damaged_line_of_metrics_is_named(tmp_path, capsys):
     config = tiny_config(tmp_path)
     folder = train_here(config)[1]
@@ -270,11 +283,11 @@ def test_progress_tells_what_is_left(tmp_path):
     clock = iter([0.0, 10.0, 10.1, 20.0])
     folder = RunFolder(tmp_path)
     progress = ProgressFile(folder, steps=100, first_step=20, clock=lambda: next(clock))
-    progress.show(40, 1.0, 5.0)
+    progress.update(40, 1.0, 5.0)
     assert read_json(folder.progress_file)["seconds_left"] == pytest.approx(30.0)
-    progress.show(41, 1.0, 5.0)
+    progress.update(41, 1.0, 5.0)
     assert read_json(folder.progress_file)["step"] == 40
-    progress.show(60, 1.0, 5.0)
+    progress.update(60, 1.0, 5.0)
     assert read_json(folder.progress_file) == {
         **{"step": 60, "steps": 100, "loss": 1.0, "tokens_per_second": 5.0},
         "seconds_left": pytest.approx(20.0),
@@ -387,14 +400,14 @@ def test_sigterm_preempts_with_a_checkpoint_and_a_second_process_is_kept_out(tmp
 def test_routing_is_recorded_of_the_training_batch(tmp_path, monkeypatch):
     """Not of the last validation batch, on which the model is judged in between."""
     config = tiny_config(tmp_path, model__channel="moe", train__steps=1)
-    folder, look, seen = RunFolder(config.folder()), Run.look, {}
+    folder, evaluate, seen = RunFolder(config.folder()), Run.evaluate, {}
 
     def watched(run):
         seen.update(run.model.router_metrics())
-        look(run)
+        evaluate(run)
         assert run.model.router_metrics() != seen
 
-    monkeypatch.setattr(Run, "look", watched)
+    monkeypatch.setattr(Run, "evaluate", watched)
     assert train_here(config)[0] == 0
     (line,) = folder.metrics()
     assert seen

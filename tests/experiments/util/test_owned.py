@@ -219,7 +219,7 @@ class TestOwned:
 
 
 def test_what_somebody_keeps_in_a_checkpoint_stays_when_that_goes(tmp_path):
-    checkpoints, content = Checkpoints(tmp_path, keep=1), {"model": {"w": torch.ones(2)}}
+    checkpoints, content = Checkpoints(tmp_path, keep_last=1), {"model": {"w": torch.ones(2)}}
     (tmp_path / ".step-000007.tmp").mkdir()
     (tmp_path / ".step-000007.tmp" / "notes").write_text("mine")
     checkpoints.save(content, TrainState(step=1))

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from experiments.train import Run
+from experiments.training.loop import Run
 from experiments.util.secrecy import MASK, masked, masked_command
 from tests.support.runs import tiny_config, train_here
 
