@@ -1,9 +1,9 @@
 """Sequence parallelism: each process holds a slice of the sequence and hands its state on to the next process.
 
 Any split of a sequence gives the same result (:class:`seqarch.layers.Mixer`). So a stack runs on slices that lie on
-different processes if each layer starts from the state which the process before ended with, and gradients go back
-along the same edges. That is right for every mixer; what differs is how much is handed on: ``[H, K, V]`` numbers a row
-by a recurrence, ``w - 1`` keys and values by a window of w, all earlier ones by full attention. It is
+different processes if each layer starts from the state which the process before ended with, and gradients go back along
+the same edges. That is right for every mixer; what differs is how much is handed on: ``[H, K, V]`` numbers per row by a
+recurrence, ``w - 1`` keys and values by a window of w, all earlier ones by full attention. It is
 ``stack.state_bytes(length)`` in all, with the length up to the end of the slice, and as much again for the gradients.
 
 A process works on one layer while the next one works on the layer below, so P processes take the time of ``L + P - 1``
@@ -36,7 +36,7 @@ def sequence_parallel(model: nn.Module, group: dist.ProcessGroup | None = None) 
 
     The slices are in the order of the ranks; they may differ in length. Every process must make the same calls, and
     backward passes (within or after) through all of them or none. The state that a call returns is that after the
-    process's slice, so the last process can go on from it alone.
+    process's slice, so the last process can resume from it alone.
 
     Parameters are whole on every process, and each gets its slice's part of the gradient: :func:`sum_gradients`.
     Sharding them over the same processes (FSDP) would make each layer wait for all; shard over others. Losses that

@@ -31,7 +31,7 @@ def lm_config(settings: Settings) -> LMConfig:
     ssm = {
         "d_state": settings.get("mamba_d_state"),
         "head_dim": inner // settings.get("mamba_n_heads"),
-        "inner": inner,
+        "d_inner": inner,
         "n_groups": settings.get("mamba_n_groups"),
         "conv_width": settings.get("mamba_d_conv"),
         "output_norm": gated if settings.get("mamba_rms_norm", default=False) else "none",
@@ -60,7 +60,7 @@ def _attention(settings: Settings, options: dict[str, Any]) -> list[Rule]:
 
 def _ssm(settings: Settings, options: dict[str, Any]) -> list[Rule]:
     shared = options["n_groups"] * options["d_state"]
-    sizes = (options["inner"], options["inner"], shared, shared, options["inner"] // options["head_dim"])
+    sizes = (options["d_inner"], options["d_inner"], shared, shared, options["d_inner"] // options["head_dim"])
     outer = settings.get("ssm_in_multiplier", default=1.0)
     factors = [outer * factor for factor in settings.factors("ssm_multipliers", 5)]
     return [

@@ -61,11 +61,11 @@ def _first_release(settings: Settings) -> Settings:
 def _latent_options(settings: Settings) -> dict[str, Any]:
     return {
         "num_heads": settings.get("num_attention_heads"),
-        "key_width": settings.get("qk_nope_head_dim"),
-        "value_width": settings.get("v_head_dim"),
-        "shared_width": settings.get("qk_rope_head_dim"),
-        "latent_rank": settings.get("kv_lora_rank"),
-        "query_rank": settings.get("q_lora_rank", default=None),
+        "qk_nope_head_dim": settings.get("qk_nope_head_dim"),
+        "v_head_dim": settings.get("v_head_dim"),
+        "qk_rope_head_dim": settings.get("qk_rope_head_dim"),
+        "kv_lora_rank": settings.get("kv_lora_rank"),
+        "q_lora_rank": settings.get("q_lora_rank", default=None),
         "position": "none",
         "norm_eps": 1e-6,  # whatever rms_norm_eps
     }
@@ -93,7 +93,7 @@ def _latent(options: dict[str, Any]) -> list[Rule]:
     queries = {"q_a_proj.weight": "query.0.weight", "q_a_layernorm.weight": "query.1.weight"}
     queries["q_b_proj.weight"] = "query.2.weight"
     names = {
-        **({"q_proj.weight": "query.weight"} if options["query_rank"] is None else queries),
+        **({"q_proj.weight": "query.weight"} if options["q_lora_rank"] is None else queries),
         "kv_a_proj_with_mqa.weight": "compress.weight",
         "kv_a_layernorm.weight": "norm.weight",
         "kv_b_proj.weight": "expand.weight",

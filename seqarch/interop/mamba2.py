@@ -16,7 +16,7 @@ def lm_config(settings: Settings) -> LMConfig:
     options = {
         "d_state": settings.get("state_size"),
         "head_dim": settings.get("head_dim"),
-        "inner": settings.get("num_heads") * settings.get("head_dim"),
+        "d_inner": settings.get("num_heads") * settings.get("head_dim"),
         "n_groups": settings.get("n_groups"),
         "conv_width": settings.get("conv_kernel"),
         "norm_eps": settings.get("layer_norm_epsilon"),

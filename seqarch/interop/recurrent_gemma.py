@@ -25,7 +25,7 @@ def lm_config(settings: Settings) -> LMConfig:
         **settings.rotary(fraction=0.5),
     }
     recurrent = {
-        "inner": settings.get("lru_width", default=width),
+        "lru_width": settings.get("lru_width", default=width),
         "num_heads": heads,
         "conv_width": settings.get("conv1d_width"),
     }

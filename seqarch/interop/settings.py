@@ -71,7 +71,7 @@ class Settings:
         return found
 
     def chosen(self, name: str, choices: Mapping[str, str], default: Any = _ABSENT, count: int = 0) -> list[str]:
-        """What each entry of a list stands for.
+        """The meaning of each entry of a list.
 
         Raises:
             ValueError: the list is empty or has not ``count`` entries, if given, or one is none of the choices.

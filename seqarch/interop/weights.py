@@ -153,7 +153,7 @@ class WeightMap:
     """A whole model's rules.
 
     Attributes:
-        rules: every tensor of both sides stands in exactly one of them.
+        rules: every tensor of both sides is in exactly one of them.
         tied: names of theirs that repeat another tensor of theirs, as ``{copy: original}``: a state dict may leave the
             copies out, or holds the same numbers twice.
     """

@@ -1,4 +1,4 @@
-"""What every mixer is: one contract, one frozen config, honest accounting."""
+"""The contract of every mixer: one call, one frozen config, honest accounting."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from seqarch.ops.dispatch.checks import annotated_kinds, fits, sequence_offsets,
 CuSeqlens = Tensor | Sequence[int] | None
 """Boundaries of the sequences packed into ``B = 1``, from 0 to T; ``None`` where nothing is packed."""
 
-Offsets = tuple[int, ...] | None
-"""The same once they are checked, as every mixer's own code gets them."""
+Boundaries = tuple[int, ...] | None
+"""``cu_seqlens`` once they are checked, as every mixer's own code gets them."""
 
 Device = torch.device | str | None
 
@@ -76,7 +76,7 @@ def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
 
 
 class Layer(nn.Module, ABC):
-    """What mixers and channel mixers have in common: a config, a cost, and what training adds to the loss."""
+    """The base of mixers and channel mixers: a config, a cost, and what training adds to the loss."""
 
     Config: ClassVar[type[LayerConfig]]
     config: Any
@@ -91,8 +91,8 @@ class Layer(nn.Module, ABC):
     def flops(self, length: int, batch_size: int = 1) -> int:
         """FLOPs of the forward pass over ``length`` tokens from an empty state.
 
-        Two a multiply-add, in matrix products, convolutions and recurrences; ``2.5 n log2 n`` a real FFT of n numbers.
-        Elementwise work is not counted.
+        Two per multiply-add, in matrix products, convolutions and recurrences; ``2.5 n log2 n`` per real FFT of n
+        numbers. Elementwise work is not counted.
         """
 
     def check_input(self, x: Tensor) -> None:
@@ -107,7 +107,7 @@ class Layer(nn.Module, ABC):
         try:
             return nn.Module.__call__(self, x, *arguments)
         except RuntimeError as error:
-            own = numbers_of(self).dtype
+            own = first_tensor(self).dtype
             if x.dtype == own:
                 raise
             raise ValueError(
@@ -116,7 +116,7 @@ class Layer(nn.Module, ABC):
             ) from error
 
     def auxiliary_loss(self) -> Tensor | None:
-        """What training adds to the loss for the last forward pass, weighted: a scalar, or ``None`` for nothing."""
+        """The term that training adds to the loss for the last forward pass, weighted: a scalar, or ``None``."""
         return None
 
 
@@ -124,15 +124,16 @@ class Mixer(Layer):
     """Mixes along time: ``y, state = mixer(x, state)`` with ``x, y: [B, T, D]``; a step is a call with T = 1.
 
     Any split of a sequence into calls gives the same outputs. A state passed in is consumed: to branch, clone it first
-    (:func:`clone_state`). ``cu_seqlens`` packs several sequences into ``B = 1``; the state then has a row a sequence.
+    (:func:`clone_state`). ``cu_seqlens`` packs several sequences into ``B = 1``; the state then has one row per
+    sequence.
     """
 
     def __call__(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]:
         self.check_input(x)
-        offsets = sequence_offsets(type(self).__name__, cu_seqlens, x.shape[0], x.shape[1])
+        boundaries = sequence_offsets(type(self).__name__, cu_seqlens, x.shape[0], x.shape[1])
         if state is not None and not torch.compiler.is_compiling():
-            self.check_state(state, x.shape[0] if offsets is None else len(offsets) - 1)
-        return self._call(x, state, offsets)
+            self.check_state(state, row_count(x, boundaries))
+        return self._call(x, state, boundaries)
 
     def check_state(self, state: State, rows: int) -> None:
         """Raise unless the state is one of this mixer's, with so many rows.
@@ -150,20 +151,20 @@ class Mixer(Layer):
     def _state_form(self) -> StateForm:
         return StateForm(*(self.new_state(1, length, "meta", None) for length in (0, 1 << 40)))
 
-    def forward(self, x: Tensor, state: State | None = None, offsets: Offsets = None) -> tuple[Tensor, State]:
-        return self.mix(x, self.start(x, offsets) if state is None else state, offsets)
+    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Boundaries = None) -> tuple[Tensor, State]:
+        return self.mix(x, self.start(x, cu_seqlens) if state is None else state, cu_seqlens)
 
     @abstractmethod
-    def mix(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
         """Mix ``x: [B, T, D]`` from a state on; the outputs ``[B, T, D]`` and the state after them.
 
         Args:
-            offsets: boundaries of packed sequences, ``None`` where nothing is packed.
+            cu_seqlens: boundaries of packed sequences, from 0 to T; ``None`` where nothing is packed.
         """
 
-    def start(self, x: Tensor, offsets: Offsets) -> State:
+    def start(self, x: Tensor, cu_seqlens: Boundaries) -> State:
         """The state before a call on x that was given none."""
-        return self.new_state(row_count(x, offsets), 0, x.device, x.dtype)
+        return self.new_state(row_count(x, cu_seqlens), 0, x.device, x.dtype)
 
     def init_state(
         self, batch_size: int, max_length: int | None = None, device: Device = None, dtype: torch.dtype | None = None
@@ -189,7 +190,7 @@ class Mixer(Layer):
 
     @abstractmethod
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> State:
-        """What :meth:`init_state` returns, of checked arguments; a named tuple of tensors with the rows first."""
+        """The state that :meth:`init_state` returns, of checked arguments: a named tuple of tensors, rows first."""
 
     @abstractmethod
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
@@ -201,7 +202,7 @@ class Mixer(Layer):
 
     @property
     def short_conv(self) -> ShortConvolution | None:
-        """The short convolution inside this mixer, wherever it stands."""
+        """The short convolution inside this mixer, at whatever depth."""
         return next((module for module in self.modules() if isinstance(module, ShortConvolution)), None)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
@@ -232,11 +233,11 @@ class ChannelMixer(Layer):
         return self._call(x, token_mask)
 
     def router_metrics(self) -> dict[str, Any]:
-        """How the last forward pass was routed; empty where nothing is."""
+        """Statistics of the last forward pass's routing; empty where there is no router."""
         return {}
 
     def update_router(self) -> None:
-        """What a router learns without a gradient, once an optimizer step, after it; nothing where there is none."""
+        """Make the router's updates that need no gradient, once per optimizer step, after it."""
         return
 
 
@@ -275,7 +276,7 @@ def _naming(kind: str, name: str, options: dict[str, Any]) -> Iterator[None]:
 
 
 class StateForm:
-    """What a mixer's states look like, by two without data and of one row: of no token, and of very many.
+    """The form of a mixer's states, from two without data and of one row: of no token, and of very many.
 
     A size that is the same in both is fixed; another lies between the two. An entry that is ``None`` in them is so in
     every state, unless its tuple has a default for it.
@@ -336,9 +337,9 @@ def check_mask(name: str, mask: Any, x: Tensor) -> None:
         raise ValueError(f"{name}: token_mask is {given}, expected {expected}")
 
 
-def row_count(x: Tensor, offsets: Offsets) -> int:
-    """Rows of the state of a call on x: one a sequence."""
-    return x.shape[0] if offsets is None else len(offsets) - 1
+def row_count(x: Tensor, cu_seqlens: Boundaries) -> int:
+    """Rows of the state of a call on x: one per sequence."""
+    return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def choose_heads(d_model: int, num_heads: int | None) -> int:
@@ -356,12 +357,12 @@ def choose_heads(d_model: int, num_heads: int | None) -> int:
 
 
 def linear_flops(module: nn.Module, tokens: int) -> int:
-    """FLOPs of a linear map of ``tokens`` rows, or of those inside a module that stands in its place."""
+    """FLOPs of a linear map of ``tokens`` rows, or of those inside a module in its place."""
     maps = [module] if isinstance(module, nn.Linear) else [m for m in module.modules() if isinstance(m, nn.Linear)]
     return sum(2 * each.in_features * each.out_features * tokens for each in maps)
 
 
-def numbers_of(module: nn.Module) -> Tensor:
+def first_tensor(module: nn.Module) -> Tensor:
     """The first floating-point parameter or buffer of a module: its dtype and device are the module's."""
     named = chain(module.parameters(), module.buffers())
     found = next((tensor for tensor in named if tensor.is_floating_point()), None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seqarch.layers.mixer import MOST_COUNTED, numbers_of
+from seqarch.layers.mixer import MOST_COUNTED, first_tensor
 from seqarch.ops.dispatch.checks import fits, show
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _as_row(i: int, row: Any) -> Tensor:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
-    """One token a row of ``logits [B, vocab]``: ``[B]``.
+    """One token per row of ``logits [B, vocab]``: ``[B]``.
 
     Args:
         temperature: 0 takes the likeliest token; otherwise logits are divided by it.
@@ -115,7 +115,7 @@ def generate(
         RuntimeError: the logits of a row that still runs have no largest number: one is NaN or infinite.
     """
     _check_options(max_new_tokens, temperature, top_p, stop_token, generator, self.config.vocab_size)
-    device = numbers_of(self).device
+    device = first_tensor(self).device
     rows = _as_rows(prompt, self.config.vocab_size, device)
     logits, state = _read_prompts(self, rows, max_new_tokens)
     new: list[Tensor] = []
@@ -167,15 +167,15 @@ def _check_logits(logits: Tensor, running: Tensor, step: int) -> None:
 
 
 def _read_prompts(model: LanguageModel, rows: list[Tensor], max_new_tokens: int) -> tuple[Tensor, StackState]:
-    """Logits ``[B, vocab]`` after each prompt, and the state with a row a prompt."""
+    """Logits ``[B, vocab]`` after each prompt, and the state with one row per prompt."""
     lengths = [len(row) for row in rows]
     state = model.init_state(len(rows), max_length=max(lengths) + max_new_tokens)
     if len(set(lengths)) == 1:
         features, state = model.features(torch.stack(rows), state)
         return model.logits(features[:, -1]), state
-    offsets = [0, *accumulate(lengths)]
-    features, state = model.features(torch.cat(rows).unsqueeze(0), state, cu_seqlens=offsets)
-    return model.logits(features[0, [offset - 1 for offset in offsets[1:]]]), state
+    cu_seqlens = [0, *accumulate(lengths)]
+    features, state = model.features(torch.cat(rows).unsqueeze(0), state, cu_seqlens=cu_seqlens)
+    return model.logits(features[0, [end - 1 for end in cu_seqlens[1:]]]), state
 
 
 def _until(tokens: Tensor, stop_token: int | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers import Layer
-from seqarch.layers.mixer import MOST_COUNTED, CuSeqlens, linear_flops, numbers_of
+from seqarch.layers.mixer import MOST_COUNTED, CuSeqlens, first_tensor, linear_flops
 from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
 from seqarch.models.generation import generate
 from seqarch.models.loss import head_cross_entropy, serves
@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: CuSeqlens = None,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
-        """What the head reads: ``[B, T, D]``, and the state.
+        """The normalised outputs of the stack, ``[B, T, D]``, which the head reads, and the state.
 
         Args:
             token_mask: bool ``[B, T]``, false where a token is padding, as :class:`seqarch.models.Stack` takes it.
@@ -201,9 +201,9 @@ class LanguageModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def auxiliary_loss(self) -> Tensor:
-        """What the layers add to the loss of the last forward pass (such as routers' losses); 0 without any."""
+        """The layers' terms of the loss of the last forward pass (such as routers' losses), summed; 0 without any."""
         losses = [layer.auxiliary_loss() for layer in self.stack.modules() if isinstance(layer, Layer)]
-        zero = torch.zeros((), device=numbers_of(self).device)
+        zero = torch.zeros((), device=first_tensor(self).device)
         return sum((loss for loss in losses if loss is not None), zero)
 
     def router_metrics(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class LanguageModel(nn.Module):
         return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
 
     def update_routers(self) -> None:
-        """Move the routers' biases: to be called once an optimizer step, after it, however many its micro-batches."""
+        """Move the routers' biases: to be called once per optimizer step, after it, however many its micro-batches."""
         for channel in self.stack.channels().values():
             channel.update_router()
 

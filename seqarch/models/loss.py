@@ -1,6 +1,6 @@
 """Cross entropy of a head's logits, which are held once.
 
-``F.cross_entropy(features @ weight.T, targets)`` holds a vocabulary of numbers a token four times: logits, their
+``F.cross_entropy(features @ weight.T, targets)`` holds a vocabulary of numbers per token four times: logits, their
 log-probabilities, and the gradient of each. Here the gradient of the logits takes their place (Hsu et al. 2024, "Liger
 Kernel", section 3.2), and all else is done in blocks of rows that stay in the cache. That is faster, too, as each new
 page of memory costs a fault (ADR 37).

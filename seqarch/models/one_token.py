@@ -1,7 +1,7 @@
 """One decoded token: the layers that can say it in instructions take it in a single compiled call.
 
 In torch a token of a small model takes longer in calls than in reading its weights. Which layers have instructions, and
-why others have none, ``Stack.explain_one_token`` tells.
+why others have none, ``Stack.explain_one_token`` reports.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which parameters take weight decay."""
+"""Parameter groups: with weight decay, and without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pattern language: which mixers stand in which layer of a stack.
+"""The pattern language: the mixers of each layer of a stack.
 
     attention                      every layer is attention
     3*mamba2 attention             three Mamba-2 layers, then one of attention

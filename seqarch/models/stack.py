@@ -68,8 +68,8 @@ class StackConfig:
 class StackLayer(nn.Module):
     """``x + mix(norm(x))``, then ``x + channel(norm(x))``.
 
-    Mixers side by side read the same normalised input; their outputs are summed with one learnt weight a branch and
-    channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3; its norm of each branch is
+    Mixers side by side read the same normalised input; their outputs are summed with one learnt weight per branch
+    and channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3; its norm of each branch is
     ``branch_norm``, here after the branch's output projection).
     """
 
@@ -150,7 +150,7 @@ def _check_state(state: StackState, layers: Sequence[StackLayer]) -> None:
 
 
 Schedule = Callable[..., tuple[Tensor, StackState]]
-"""What runs the layers of a stack, as :func:`in_turn` does; :mod:`seqarch.parallel` has another."""
+"""Runs the layers of a stack, as :func:`in_turn` does; :mod:`seqarch.parallel` has another."""
 
 
 class Stack(nn.Module):

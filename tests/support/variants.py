@@ -30,15 +30,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hyena": [{"order": 3, "length": 16, "filter_width": 8, "filter_features": 2}],
     "kda": [{"num_heads": 2, "key_width": 8, "expand_v": 2.0, "gate_rank": 3, "negative_eigenvalues": True}],
     "mla": [
-        {"num_heads": 2, "latent_rank": 24, "query_rank": 5, "value_width": 8, "position": "none"},
-        {"num_heads": 2, "latent_rank": 10},
+        {"num_heads": 2, "kv_lora_rank": 24, "q_lora_rank": 5, "v_head_dim": 8, "position": "none"},
+        {"num_heads": 2, "kv_lora_rank": 10},
     ],
     "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
     "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
     "mamba": [{"d_state": 4, "dt_rank": 1}, {"d_state": 3, "expand": 1, "negative_eigenvalues": True}],
     "mamba2": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "A_min": 8.0, "dt_min": 0.05},
-        {"inner": 96, "head_dim": 32, "output_norm": "none"},
+        {"d_inner": 96, "head_dim": 32, "output_norm": "none"},
     ],
     "mamba3": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "rotary_fraction": 1.0},
@@ -61,7 +61,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "retention": [{"num_heads": 2, "conv_width": 4}],
     "rwkv6": [{"num_heads": 2, "mix_rank": 3, "decay_rank": 5}],
     "rwkv7": [{"num_heads": 2, "decay_rank": 3, "rate_rank": 4, "gate_rank": 5}],
-    "rg_lru": [{"inner": 48, "num_heads": 4, "scale_first": True, "negative_eigenvalues": True}],
+    "rg_lru": [{"lru_width": 48, "num_heads": 4, "scale_first": True, "negative_eigenvalues": True}],
     "s4d": [{"d_state": 4, "init": "legs"}],
     "sliding_window": [{"window": 2}, {"window": 16, "num_heads": 2}],
 }

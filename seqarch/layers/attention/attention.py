@@ -39,7 +39,7 @@ class Attention(CachedAttention):
         return ops.attention(q, k, v, window=self.config.window, **where)
 
     @property
-    def keep(self) -> int | None:
+    def cache_window(self) -> int | None:
         return None if self.config.window is None else self.config.window - 1
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""What softmax attentions share: heads, positions, and a cache that any split of a sequence carries on."""
+"""The bases of softmax attentions: heads, positions, and a cache that any split of a sequence hands on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqarch.layers.mixer import Device, Mixer, Offsets, choose_heads, measured_state_bytes, numbers_of, row_count
+from seqarch.layers.mixer import Boundaries, Device, Mixer, choose_heads, first_tensor, measured_state_bytes, row_count
 from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV
@@ -114,17 +114,17 @@ class AttentionState(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the tokens of a call stand.
+    """The positions of a call's tokens.
 
     Attributes:
-        positions: in their own sequences, ``[1, T]`` where all rows stand alike, else ``[B, T]``.
+        positions: in their own sequences, ``[1, T]`` where all rows are equally long, else ``[B, T]``.
         length: tokens of the longest sequence after this call, or more.
-        offsets: boundaries of packed sequences; ``None`` where nothing is packed.
+        cu_seqlens: boundaries of packed sequences; ``None`` where nothing is packed.
     """
 
     positions: Tensor
     length: int
-    offsets: Offsets
+    cu_seqlens: Boundaries
 
 
 class CacheMixer(Mixer):
@@ -150,68 +150,72 @@ class CacheMixer(Mixer):
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
-        """What the queries ``[B, Tq, H, K]`` read from the keys held and new.
+        """The outputs ``[B, Tq, H, V]`` of the queries ``[B, Tq, H, K]`` over all keys, held and new.
 
         Args:
             where: the operation's ``cu_seqlens`` or ``key_start``.
         """
 
-    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        """What :meth:`attend` needs of each query beside q, ``[B, T, ...]`` each, and the state's further entries.
+    def select(self, q: Tensor, k: Tensor, place: Place, *entries: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """The further arguments of :meth:`attend`, ``[B, T, ...]`` each, and the state's further entries.
 
         Args:
             q, k: of this call's tokens, rotated.
-            memory: the state's entries after conv and cache.
+            entries: the state's entries after conv and cache.
         """
         return (), ()
 
     @property
-    def keep(self) -> int | None:
-        """How many keys of earlier calls a new token may see: the :attr:`first` of its sequence, and the last."""
+    def cache_window(self) -> int | None:
+        """The number of earlier keys that a new token may see, :attr:`sink_tokens` and the last; ``None`` for all."""
         return None
 
     @property
-    def first(self) -> int:
-        """How many of them are the first of the sequence."""
+    def sink_tokens(self) -> int:
+        """The number of these that are the first of the sequence and stay in the cache."""
         return 0
 
-    def mix(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
-        conv, cache, *memory = state
-        cache = kv_cache.as_rows(cache, self.keep, first=self.first)
-        _check_cache(cache, row_count(x, offsets), self.keep)
-        place = Place(_positions(cache, x, offsets), cache.length + _longest(x, offsets), offsets)
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
+        # the cache as rows, and where this call's tokens are in their sequences
+        conv, cache, *entries = state
+        cache = kv_cache.as_rows(cache, self.cache_window, sink_tokens=self.sink_tokens)
+        _check_cache(cache, row_count(x, cu_seqlens), self.cache_window)
+        place = Place(_positions(cache, x, cu_seqlens), cache.length + _longest(x, cu_seqlens), cu_seqlens)
+        # q [B, T, H, K], k and v [B, T, G, K], normed and rotated; sparse kinds choose what each query reads
         (q, k, v), conv = self.project(x, conv, place)
-        selection, memory = self.select(q, k, place, *memory)
-        if offsets is None:
+        selection, entries = self.select(q, k, place, *entries)
+        # over the keys held and new; packed sequences from an empty cache are one call
+        if cu_seqlens is None:
             o, cache = self._attend((q, *selection), k, v, cache)
         else:
-            o, cache = self._attend_packed((q, *selection), k, v, cache, offsets)
+            o, cache = self._attend_packed((q, *selection), k, v, cache, cu_seqlens)
+        # heads together, gate, last projection
         o = rearrange(o, "b t h v -> b t (h v)")
         if self.gate is not None:
             o = o * self.gate(x).sigmoid()
-        return self.out_proj(o), self.State(conv, cache, *memory)
+        return self.out_proj(o), self.State(conv, cache, *entries)
 
     def _attend(self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        start = cache.first_held(self.keep)
-        keys, values, cache = kv_cache.extend(cache, k, v, self.keep, self.first)
+        start = cache.first_held(self.cache_window)
+        keys, values, cache = kv_cache.extend(cache, k, v, self.cache_window, self.sink_tokens)
         q, *selection = queries
         return self.attend(q, keys, values, *selection, key_start=start), cache
 
     def _attend_packed(
-        self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache, offsets: tuple[int, ...]
+        self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache, cu_seqlens: tuple[int, ...]
     ) -> tuple[Tensor, KVCache | PackedKV]:
         if not cache.length:
             q, *selection = queries
-            o = self.attend(q, k, v, *selection, cu_seqlens=offsets)
-            packed, reserved = PackedKV(k, v, offsets), cache.capacity
-            return o, kv_cache.as_rows(packed, self.keep, reserved, self.first) if reserved else packed
-        keys, values, cache = kv_cache.extend_packed(cache, k, v, offsets, self.keep, self.first)
-        lengths = [end - start for start, end in pairwise(offsets)]
+            o = self.attend(q, k, v, *selection, cu_seqlens=cu_seqlens)
+            packed, reserved = PackedKV(k, v, cu_seqlens), cache.capacity
+            return o, kv_cache.as_rows(packed, self.cache_window, reserved, self.sink_tokens) if reserved else packed
+        keys, values, cache = kv_cache.extend_packed(cache, k, v, cu_seqlens, self.cache_window, self.sink_tokens)
+        lengths = [end - start for start, end in pairwise(cu_seqlens)]
         rows = zip(keys, values, *(part.split(lengths, dim=1) for part in queries), strict=True)
         return torch.cat([self.attend(q, key[None], value[None], *s) for key, value, q, *s in rows], dim=1), cache
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
-        like = numbers_of(self)
+        like = first_tensor(self)
         device, dtype = device or like.device, dtype or like.dtype
         heads, *widths = self.cache_shape
         shape = (batch_size, self._held(max_length), heads)
@@ -222,7 +226,7 @@ class CacheMixer(Mixer):
         )
 
     def _held(self, length: int) -> int:
-        return length if self.keep is None else min(length, self.keep)
+        return length if self.cache_window is None else min(length, self.cache_window)
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
         """Bytes after ``length`` tokens, of equally long rows (rows of different lengths add 8 bytes each).
@@ -231,12 +235,12 @@ class CacheMixer(Mixer):
         """
         heads, keys, values = self.cache_shape
         conv = self.init_state(batch_size, 0, "meta").conv
-        width = heads * (keys + values) * numbers_of(self).element_size()
+        width = heads * (keys + values) * first_tensor(self).element_size()
         return batch_size * self._held(length) * width + measured_state_bytes(conv)
 
 
 class CachedAttention(CacheMixer):
-    """Projections and positions of an attention by heads; a subclass says in :meth:`attend` which keys are seen."""
+    """Projections and positions of an attention by heads; a subclass decides in :meth:`attend` which keys are seen."""
 
     def __init__(self, config: CachedAttentionConfig):
         super().__init__(config)
@@ -250,7 +254,7 @@ class CachedAttention(CacheMixer):
         self.cache_shape = (kv_heads, width, width)
 
     def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
-        (q, k, v), conv = self.qkv_proj(x, conv, place.offsets)
+        (q, k, v), conv = self.qkv_proj(x, conv, place.cu_seqlens)
         q, k = self.query_norm(q), self.key_norm(k)
         if self.config.position == "rotary":
             tables = rotary_tables(place.positions, self.config.rotary_width, self.config.rotary_base)
@@ -258,23 +262,23 @@ class CachedAttention(CacheMixer):
         return [q, k, v], conv
 
 
-def _check_cache(cache: KVCache, rows: int, keep: int | None) -> None:
-    """What only the cache itself tells: rows of packed sequences, and keys that a shorter memory than ours has lost."""
+def _check_cache(cache: KVCache, rows: int, cache_window: int | None) -> None:
+    """Raise where only the cache itself shows it: rows of packed sequences, or keys that a shorter cache has lost."""
     if cache.keys.shape[0] != rows:
         raise ValueError(f"attention: the state has {cache.keys.shape[0]} rows, the call {rows} sequences")
-    if cache.capacity < cache.held(keep):
+    if cache.capacity < cache.held(cache_window):
         raise ValueError(
-            f"attention: the state holds {cache.capacity} keys, expected {cache.held(keep)}: another mixer's?"
+            f"attention: the state holds {cache.capacity} keys, expected {cache.held(cache_window)}: another mixer's?"
         )
 
 
-def _positions(cache: KVCache, x: Tensor, offsets: Offsets) -> Tensor:
-    """``[1, T]`` where all rows stand alike, so that the rotation is computed once for the batch; else ``[B, T]``."""
+def _positions(cache: KVCache, x: Tensor, cu_seqlens: Boundaries) -> Tensor:
+    """``[1, T]`` where all rows are equally long, whose rotation is computed once for the batch; else ``[B, T]``."""
     before = cache.lengths()
-    if offsets is not None:
-        before = before.expand(len(offsets) - 1)
-    return token_positions(before, x.shape[1], offsets)[0]
+    if cu_seqlens is not None:
+        before = before.expand(len(cu_seqlens) - 1)
+    return token_positions(before, x.shape[1], cu_seqlens)[0]
 
 
-def _longest(x: Tensor, offsets: Offsets) -> int:
-    return x.shape[1] if offsets is None else max(end - start for start, end in pairwise(offsets))
+def _longest(x: Tensor, cu_seqlens: Boundaries) -> int:
+    return x.shape[1] if cu_seqlens is None else max(end - start for start, end in pairwise(cu_seqlens))

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA): all heads' keys and values from one small vector a token."""
+"""Multi-head latent attention (MLA): all heads' keys and values from one small vector per token."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class MLAConfig(HeadsConfig):
     """Options of :class:`MLA`.
 
     Attributes:
-        key_width: K, channels of a head's key that come from the latents; by default ``D / H``.
-        value_width: V; by default K.
-        shared_width: R, further channels of the keys that all heads share and that alone know positions; by default
+        qk_nope_head_dim: K, channels of a head's key that come from the latents; by default ``D / H``.
+        v_head_dim: V; by default K.
+        qk_rope_head_dim: R, further channels of the keys that all heads share and that alone know positions; by default
             ``K / 2``.
-        latent_rank: C, the latents' width; by default 4 K.
-        query_rank: rank of the queries' map from the input, with an RMS norm inside; ``None`` for a full matrix.
+        kv_lora_rank: C, the latents' width; by default 4 K.
+        q_lora_rank: rank of the queries' map from the input, with an RMS norm inside; ``None`` for a full matrix.
         position: ``"rotary"`` or ``"none"``.
         rotary_base: base of the rotation's wavelengths; larger turns slower.
         norm_eps: added to the mean square in the norms of the latents and the low-rank queries.
     """
 
-    key_width: int | None = None
-    value_width: int | None = None
-    shared_width: int | None = None
-    latent_rank: int | None = None
-    query_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
     position: str = "rotary"
     rotary_base: float = 10000.0
     norm_eps: float = 1e-6
@@ -49,37 +49,37 @@ class MLAConfig(HeadsConfig):
         if self.position not in POSITIONS:
             raise checks.unknown_name("position", self.position, POSITIONS)
         if self.position == "rotary" and self.shared % 2:
-            raise ValueError(f"rotary positions need an even shared_width, got {self.shared}")
+            raise ValueError(f"rotary positions need an even qk_rope_head_dim, got {self.shared}")
 
     @property
     def heads(self) -> int:
-        if self.num_heads is not None and self.key_width is not None:
+        if self.num_heads is not None and self.qk_nope_head_dim is not None:
             return self.num_heads
         return choose_heads(self.d_model, self.num_heads)
 
     @property
     def keys(self) -> int:
-        return self.key_width or self.d_model // self.heads
+        return self.qk_nope_head_dim or self.d_model // self.heads
 
     @property
     def values(self) -> int:
-        return self.value_width or self.keys
+        return self.v_head_dim or self.keys
 
     @property
     def shared(self) -> int:
-        return self.shared_width or max(1, self.keys // 2)
+        return self.qk_rope_head_dim or max(1, self.keys // 2)
 
     @property
     def rank(self) -> int:
-        return self.latent_rank or 4 * self.keys
+        return self.kv_lora_rank or 4 * self.keys
 
 
 class MLA(CacheMixer):
     """``o_t = sum_j softmax_j((q_t . W_k c_j + p_t . r_j) / sqrt(K + R)) W_v c_j`` with one latent c_j for all heads.
 
     ``c = norm(W_c x)``; ``r = W_r x`` is one rotated key for all heads, p the rotated part of each head's query; W_k
-    and W_v differ by head. The cache holds c and r: C + R numbers a token. Liu et al. 2024, "DeepSeek-V2", section 2.1.
-    Not grouped heads, which share whole keys and values. Halves of the shared channels turn (in DeepSeek's release
+    and W_v differ by head. The cache holds c and r: C + R numbers per token. Liu et al. 2024, "DeepSeek-V2", section
+    2.1. Not grouped heads, which share whole keys and values. Halves of the shared channels turn (in DeepSeek's release
     neighbours: a fixed permutation of W_r and the queries); with ``position="none"`` they are there and do not turn, as
     in Kimi Linear. Projections have ``nn.Linear``'s initialisation, norms start at 1.
 
@@ -97,13 +97,13 @@ class MLA(CacheMixer):
         super().__init__(config)
         heads, keys, values, d_model = config.heads, config.keys, config.values, config.d_model
         width = heads * (keys + config.shared)
-        if config.query_rank is None:
+        if config.q_lora_rank is None:
             self.query = Linear(d_model, width, bias=False)
         else:
             self.query = nn.Sequential(
-                Linear(d_model, config.query_rank, bias=False),
-                HeadNorm(config.query_rank, eps=config.norm_eps),
-                Linear(config.query_rank, width, bias=False),
+                Linear(d_model, config.q_lora_rank, bias=False),
+                HeadNorm(config.q_lora_rank, eps=config.norm_eps),
+                Linear(config.q_lora_rank, width, bias=False),
             )
         self.compress = Linear(d_model, config.rank + config.shared, bias=False)
         self.norm = HeadNorm(config.rank, eps=config.norm_eps)
@@ -145,7 +145,7 @@ class MLA(CacheMixer):
         return torch.einsum("bthc,hvc->bthv", o, to_values)
 
     def _costs(self, queries: int, keys: int) -> tuple[int, int]:
-        """FLOPs a row of the two forms, but for what both share: ``expand`` once a query."""
+        """FLOPs per row of the two forms, but for what both share: ``expand`` once per query."""
         config = self.config
         expanded = attention_flops(queries, keys, config.heads, config.keys + config.shared, config.values)
         absorbed = attention_flops(queries, keys, config.heads, config.rank + config.shared, config.rank)

@@ -1,1 +1,1 @@
-"""Channel mixers: what each token does with its own channels."""
+"""Channel mixers: functions of each token by itself."""

@@ -21,7 +21,7 @@ def round_up(width: float, multiple: int = 32) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenConfig(LayerConfig):
-    """Options that say how wide a channel mixer is inside, and what stands there.
+    """Options of the inner width and the activation.
 
     Attributes:
         hidden: the inner width F.

@@ -117,7 +117,7 @@ class MixtureOfExperts(ChannelMixer):
                 router.update_bias()
 
     def router_metrics(self) -> dict[str, Any]:
-        """How the last forward pass used the experts; empty before the first.
+        """The use of the experts in the last forward pass; empty before the first.
 
         As :func:`seqarch.layers.channel.router.routing_metrics`.
         """

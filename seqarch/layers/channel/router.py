@@ -24,13 +24,13 @@ class RouterConfig(LayerConfig):
 
     Attributes:
         num_experts: E, the routed experts.
-        top_k: routed experts a token.
+        top_k: routed experts per token.
         router: what makes scores of logits: ``"softmax"`` over the experts (Mixtral, Qwen), or a ``"sigmoid"`` of each
             (DeepSeek-V3, Kimi).
         normalise_weights: whether the chosen experts' weights are made to sum to 1. Not with ``top_k=1``, where that
             would leave the router without a gradient.
         weight_scale: what the weights are multiplied by after that (DeepSeek's and Kimi's routed scaling factor).
-        expert_bias: whether experts are chosen by score plus a bias an expert, which follows their loads and takes no
+        expert_bias: whether experts are chosen by score plus a bias per expert, which follows their loads and takes no
             gradient; the weights come of the scores alone (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing
             Strategy for Mixture-of-Experts"). The paper's own balancing has ``load_balance_weight=0`` beside it.
         bias_rate: the length of each of the bias's steps (gamma).
@@ -188,11 +188,11 @@ class Router(nn.Module):
             return F.linear(tokens.to(wide), self.weight.to(wide))
 
     def _find_room(self, index: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Which choices ``[B, T, k]`` find their expert with room, ``[N, k]``: first come, first served, along time."""
+        """Which of the choices ``[B, T, k]`` have room, ``[N, k]``: first come, first served, along time."""
         config = self.config
         assert config.capacity_factor is not None
         choices = torch.full((), index.numel(), dtype=torch.float64, device=index.device)
-        if token_mask is not None:  # padding stands in a line of its own
+        if token_mask is not None:  # padding queues apart
             index = index.masked_fill(~token_mask.unsqueeze(-1), config.num_experts)
             choices = token_mask.sum().double() * config.top_k
         by_time = index.transpose(0, -2)
@@ -250,7 +250,7 @@ def router_z_loss(routing: Routing) -> Tensor:
 
 
 def routing_metrics(routing: Routing) -> dict[str, Any]:
-    """How the experts were used; empty of no tokens (padding is none).
+    """The use of the experts; empty of no tokens (padding is none).
 
     Returns:
         ``largest_load``: the busiest expert's load over the mean load (1 when balanced, at most E / k);

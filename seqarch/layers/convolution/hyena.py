@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from seqarch.layers.mixer import Device, LayerConfig, Mixer, Offsets, linear_flops, measured_state_bytes, numbers_of
+from seqarch.layers.mixer import (
+    Boundaries,
+    Device,
+    LayerConfig,
+    Mixer,
+    first_tensor,
+    linear_flops,
+    measured_state_bytes,
+)
 from seqarch.layers.modules import long_conv
 from seqarch.layers.modules.linear import Linear, is_plain_linear, widened
 from seqarch.layers.modules.short_conv import ShortConvolution
@@ -77,9 +85,9 @@ class Hyena(Mixer):
     convolution, so that its order 2 has one. The filters' network has three layers of sines; its last map starts so
     small that a filter's norm is near 1 whatever L is. Projections have ``nn.Linear``'s initialisation, d is normal.
 
-    A token costs ``O(T D)`` a convolution after T of them; the state holds all past inputs. Without gradients the
+    A token costs ``O(T D)`` per convolution after T of them; the state holds all past inputs. Without gradients the
     filters of earlier steps are remembered; with them, and under torch.compile, a step computes all T positions of them
-    again, at ``O(T F (F + D))`` for a network of width F. Filters exist at any position: past L the windows go on
+    again, at ``O(T F (F + D))`` for a network of width F. Filters exist at any position: past L the windows keep
     falling (the slowest is at 1/20 there), while the encoding's frequencies repeat with period L.
     """
 
@@ -94,20 +102,25 @@ class Hyena(Mixer):
         self.skip = nn.Parameter(torch.randn(config.order, width))
         self.out_proj = Linear(width, width)
 
-    def mix(self, x: Tensor, state: HyenaState, offsets: Offsets) -> tuple[Tensor, HyenaState]:
-        u, conv = self.conv(self.in_proj(x), state.conv, offsets)
+    def mix(self, x: Tensor, state: HyenaState, cu_seqlens: Boundaries) -> tuple[Tensor, HyenaState]:
+        # v and all gates from one projection and one short convolution, [B, T, (N + 1) D]
+        u, conv = self.conv(self.in_proj(x), state.conv, cu_seqlens)
         added = (
-            [x.shape[1]] * len(state.lengths) if offsets is None else [end - start for start, end in pairwise(offsets)]
+            [x.shape[1]] * len(state.lengths)
+            if cu_seqlens is None
+            else [end - start for start, end in pairwise(cu_seqlens)]
         )
         lengths = tuple(seen + new for seen, new in zip(state.lengths, added, strict=True))
+        # the filters as far as the longest row reaches; each row is convolved with its own past
         with without_autocast(x.device):
             filters = self.filters(max(lengths, default=x.shape[1]), step=x.shape[1] == 1)
-            if offsets is None:
+            if cu_seqlens is None:
                 y, inputs = self._mix(u, last(state.inputs, max(state.lengths, default=0)), filters)
             else:
                 rows = zip(u.split(added, dim=1), state.inputs.split(1), state.lengths, strict=True)
                 parts = [self._mix(piece, last(row, seen), filters) for piece, row, seen in rows]
                 y, inputs = torch.cat([y for y, _ in parts], dim=1), right_aligned([held for _, held in parts])
+        # room that was reserved stays
         reserved = max(0, state.inputs.shape[2] - inputs.shape[2])
         return self.out_proj(y), HyenaState(conv, F.pad(inputs, (0, 0, reserved, 0)), lengths)
 
@@ -122,7 +135,7 @@ class Hyena(Mixer):
         return z, torch.stack(inputs, dim=1)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> HyenaState:
-        like = numbers_of(self)
+        like = first_tensor(self)
         assert self.short_conv is not None
         conv = self.short_conv.init_state(batch_size, device or like.device, dtype or like.dtype)
         shape = batch_size, self.config.order, max_length, self.config.d_model
@@ -147,8 +160,8 @@ class Hyena(Mixer):
 
 
 class _Kept(threading.local):
-    """What each module of filters was last computed from, and gave: of one thread, as what is computed anew depends in
-    its last bits on how many positions are computed together.
+    """The parameters and the filters that each module last computed, per thread: what is computed anew depends in its
+    last bits on how many positions are computed together.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqarch.layers.mixer import LayerConfig, Offsets, row_count
+from seqarch.layers.mixer import Boundaries, LayerConfig, row_count
 from seqarch.layers.modules import long_conv
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
@@ -43,7 +43,7 @@ class S4dConfig(LayerConfig):
     """Options of :class:`S4d`.
 
     Attributes:
-        d_state: N, states a channel: N / 2 conjugate pairs, of which one each is held.
+        d_state: N, states per channel: N / 2 conjugate pairs, of which one each is held.
         init: frequencies of A at first: ``"lin"``, ``"inv"`` or ``"legs"`` (section 4 of the paper).
         dt_min, dt_max: range of the initial step sizes, log-uniform.
     """
@@ -66,13 +66,13 @@ class S4dConfig(LayerConfig):
 class S4d(RecurrentMixer):
     """``h_t = exp(dt A) h_{t-1} + x_t``, ``y_t = 2 Re(C (exp(dt A) - 1) / A h_t) + D x_t``, with A complex, diagonal.
 
-    N / 2 states and one dt a channel, the zero-order hold with B = 1 folded into the output; then
+    N / 2 states and one dt per channel, the zero-order hold with B = 1 folded into the output; then
     ``glu(W gelu(y))``. Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models",
     sections 3 and 4. Not Mamba, whose dynamics depend on the input and whose states are real. In the paper B is learnt
     beside C, though only their product matters. A without weight decay; C, D normal; the projection has
     ``nn.Linear``'s initialisation.
 
-    Several tokens are a convolution by FFT, ``O(T log T)`` a channel beside ``O(T N)`` for its kernel and the last
+    Several tokens are a convolution by FFT, ``O(T log T)`` per channel beside ``O(T N)`` for its kernel and the last
     state; one token is a step. The state is ``[B, D, N / 2, 2]``, real and imaginary parts.
     """
 
@@ -91,16 +91,18 @@ class S4d(RecurrentMixer):
         self.out_proj = Linear(width, 2 * width)
         self.state_shape = (width, states, 2)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        wide, memory = x.to(self.state_dtype), state.recurrent.to(self.state_dtype)
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        wide, recurrent = x.to(self.state_dtype), state.recurrent.to(self.state_dtype)
+        # in the state's dtype under autocast too: powers of decays near 1 need it
         with without_autocast(x.device):
-            y, memory = over_sequences(self._system().run, offsets, memory, wide)
+            y, recurrent = over_sequences(self._system().run, cu_seqlens, recurrent, wide)
+        # skip, then the paper's nonlinearity and gated projection
         y = (y + self.D.to(wide.dtype) * wide).to(x.dtype)
-        return F.glu(self.out_proj(F.gelu(y)), dim=-1), RecurrentState(None, memory)
+        return F.glu(self.out_proj(F.gelu(y)), dim=-1), RecurrentState(None, recurrent)
 
-    def start(self, x: Tensor, offsets: Offsets) -> RecurrentState:
+    def start(self, x: Tensor, cu_seqlens: Boundaries) -> RecurrentState:
         """No numbers in place of zeros: then the carried state's part of the outputs can be left out."""
-        return RecurrentState(None, x.new_empty(row_count(x, offsets), 0))
+        return RecurrentState(None, x.new_empty(row_count(x, cu_seqlens), 0))
 
     def _system(self) -> DiagonalSystem:
         dtype = self.state_dtype

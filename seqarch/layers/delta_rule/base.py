@@ -1,4 +1,4 @@
-"""What the mixers on the delta rule share: projections, rates, and the way in and out of the recurrence."""
+"""The base of the mixers on the delta rule: projections, beta and decay, and the way in and out of the recurrence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqarch.layers.mixer import Offsets, choose_heads
+from seqarch.layers.mixer import Boundaries, choose_heads
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.norms import l2_normalise
 from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
@@ -47,7 +47,7 @@ class DeltaRuleConfig(HeadsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaRuleConfig(DeltaRuleConfig):
-    """Options of the mixers on the delta rule whose memory decays.
+    """Options of the mixers on the delta rule whose state decays.
 
     Attributes:
         num_key_heads: G, the heads of queries and keys, each shared by ``H / G`` heads of values; by default H.
@@ -87,11 +87,11 @@ class GatedDeltaRuleConfig(DeltaRuleConfig):
 class DeltaRuleMixer(RecurrentMixer):
     """Queries, keys and values by short convolutions and SiLU, q and k of unit norm; a subclass runs the recurrence.
 
-    Subclasses set ``norm`` and ``output``; those that decay ``A_log`` and ``dt_bias``; those that gate their output,
+    Subclasses set ``norm`` and ``out_proj``; those that decay ``A_log`` and ``dt_bias``; those that gate their output,
     ``gate``.
 
     Args:
-        steps: keys and values a token.
+        steps: keys and values per token.
     """
 
     config: DeltaRuleConfig
@@ -110,29 +110,33 @@ class DeltaRuleMixer(RecurrentMixer):
 
     @abstractmethod
     def recurrence(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, cu_seqlens: Boundaries
     ) -> tuple[Tensor, Tensor]:
-        """The outputs ``[B, T, H, V]`` and the memory after them, from unit q and k and the mixer's input x."""
+        """The outputs ``[B, T, H, V]`` and the state after them, from q and k of unit norm and the mixer's input x."""
 
     def gate_output(self, x: Tensor, o: Tensor) -> Tensor:
-        """The outputs on their way to the last projection: normalised, and gated by x."""
+        """The outputs ``[B, T, H, V]`` normalised, and gated by x."""
         return self.norm(o, rearrange(self.gate(x), "b t (h v) -> b t h v", v=o.shape[-1]))
 
     def beta(self, logits: Tensor) -> Tensor:
-        """How much of the old value goes: in (0, 1), or in (0, 2) with negative eigenvalues."""
+        """The share of the old value that is erased: in (0, 1), or in (0, 2) with negative eigenvalues."""
         return logits.sigmoid() * (2 if self.config.negative_eigenvalues else 1)
 
     def log_decay(self, logits: Tensor) -> Tensor:
-        """``-exp(A_log) softplus(logits + dt_bias)``, for ``[B, T, H]`` or ``[B, T, H, K]``; A is one a head."""
+        """``-exp(A_log) softplus(logits + dt_bias)``, for ``[B, T, H]`` or ``[B, T, H, K]``; A is one per head."""
         wide = self.state_dtype
         rate = self.A_log.to(wide).exp().view(-1, *[1] * (logits.ndim - 3))
         return -rate * F.softplus(logits.to(wide) + self.dt_bias.to(wide).view(logits.shape[2:]))
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        conv, memory = state
-        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
-        o, memory = self.recurrence(x, l2_normalise(q), l2_normalise(k), v, memory, offsets)
-        return self.out_proj(rearrange(self.gate_output(x, o), "b t h v -> b t (h v)")), RecurrentState(conv, memory)
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        conv, recurrent = state
+        # one matrix and one short convolution for q, k [B, T, G, K] and v [B, T, H, V]
+        (q, k, v), conv = self.qkv_proj(x, conv, cu_seqlens)
+        # keys of unit norm: with beta at most 2 the state then cannot grow by what is erased
+        o, recurrent = self.recurrence(x, l2_normalise(q), l2_normalise(k), v, recurrent, cu_seqlens)
+        # norm and gate per head, since heads differ in scale; the last projection mixes them
+        y = self.out_proj(rearrange(self.gate_output(x, o), "b t h v -> b t (h v)"))
+        return y, RecurrentState(conv, recurrent)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return recurrence_flops(length, *self.state_shape, batch_size=batch_size)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers.delta_rule.base import DeltaRuleConfig, DeltaRuleMixer
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
 
@@ -22,7 +22,7 @@ class DeltaNet(DeltaRuleMixer):
     """The delta rule without decay: ``S_t = S_{t-1} + beta_t k_t^T (v_t - k_t S_{t-1})``, ``o_t = q_t S_t / sqrt(K)``.
 
     Queries, keys and values pass a short convolution and SiLU, queries and keys are then made of unit norm,
-    ``beta = sigmoid(W x)``, the output takes an RMS norm a head. Yang et al. 2024, "Parallelizing Linear Transformers
+    ``beta = sigmoid(W x)``, the output takes an RMS norm per head. Yang et al. 2024, "Parallelizing Linear Transformers
     with the Delta Rule over Sequence Length", section 3.3. It cannot forget on its own: for that see gated_delta_net.
     Projections have ``nn.Linear``'s initialisation (the release: normal with 0.02, the same scale at D = 833).
     """
@@ -36,9 +36,9 @@ class DeltaNet(DeltaRuleMixer):
         self.out_proj = Linear(config.d_model, config.d_model, bias=False)
 
     def recurrence(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, cu_seqlens: Boundaries
     ) -> tuple[Tensor, Tensor]:
-        return ops.delta_rule(q, k, v, self.beta(self.beta_proj(x)), state=memory, cu_seqlens=offsets)
+        return ops.delta_rule(q, k, v, self.beta(self.beta_proj(x)), state=recurrent, cu_seqlens=cu_seqlens)
 
     def gate_output(self, x: Tensor, o: Tensor) -> Tensor:
         return self.norm(o)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.delta_rule.base import DeltaRuleMixer, GatedDeltaRuleConfig
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import GatedRMSNorm
@@ -31,7 +31,7 @@ class GatedDeltaNetConfig(GatedDeltaRuleConfig):
 
 
 class GatedDeltaNet(DeltaRuleMixer):
-    """The delta rule with one decay a head: ``P = a_t S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``.
+    """The delta rule with one decay per head: ``P = a_t S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``.
 
     ``a_t = exp(-A softplus(W_a x + dt_bias))`` as in Mamba-2, ``beta = sigmoid(W_b x)``; queries, keys and values pass
     a short convolution and SiLU, queries and keys are made of unit norm; the output is ``norm(o) silu(W_g x)``.
@@ -53,7 +53,7 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.out_proj = Linear(heads * values, config.d_model, bias=False)
 
     def recurrence(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, cu_seqlens: Boundaries
     ) -> tuple[Tensor, Tensor]:
         a, b = self.ab_proj(x).chunk(2, dim=-1)
-        return ops.delta_rule(q, k, v, self.beta(b), self.log_decay(a), state=memory, cu_seqlens=offsets)
+        return ops.delta_rule(q, k, v, self.beta(b), self.log_decay(a), state=recurrent, cu_seqlens=cu_seqlens)

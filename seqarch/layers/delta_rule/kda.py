@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.delta_rule.base import DeltaRuleMixer, GatedDeltaRuleConfig
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import GatedRMSNorm
@@ -28,13 +28,13 @@ class KDAConfig(GatedDeltaRuleConfig):
 
 
 class KDA(DeltaRuleMixer):
-    """The delta rule with a decay a key dimension: ``P = diag(a_t) S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``.
+    """The delta rule, a decay per key dimension: ``P = diag(a_t) S_{t-1}``, ``S_t = P + beta_t k_t^T (v_t - k_t P)``.
 
-    ``a_t = exp(-A softplus(W_2 W_1 x + dt_bias))`` with one A a head, ``beta = sigmoid(W_b x)``; queries, keys and
-    values pass a short convolution and SiLU, queries and keys are made of unit norm; the output is
-    ``norm(o) sigmoid(W_4 W_3 x)``. Zhang et al. 2025, "Kimi Linear", sections 3 and 4. Not gated_delta_net, which has
-    one decay a head and a full gate with SiLU. Projections have ``nn.Linear``'s initialisation; A is uniform in (1, 16)
-    and dt_bias as in Mamba, both without weight decay.
+    ``a_t = exp(-A softplus(W_2 W_1 x + dt_bias))`` with one A per head, ``beta = sigmoid(W_b x)``; queries, keys and
+    values pass a short convolution and SiLU, queries and keys are made of unit norm; the output is ``norm(o)
+    sigmoid(W_4 W_3 x)``. Zhang et al. 2025, "Kimi Linear", sections 3 and 4. Not gated_delta_net, which has one decay
+    per head and a full gate with SiLU. Projections have ``nn.Linear``'s initialisation; A is uniform in (1, 16) and
+    dt_bias as in Mamba, both without weight decay.
     """
 
     Config = KDAConfig
@@ -56,7 +56,7 @@ class KDA(DeltaRuleMixer):
         return self.log_decay(rearrange(self.decay(x), "b t (h k) -> b t h k", h=self.state_shape[0]))
 
     def recurrence(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, offsets: Offsets
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, cu_seqlens: Boundaries
     ) -> tuple[Tensor, Tensor]:
         beta = self.beta(self.beta_proj(x))
-        return ops.delta_rule(q, k, v, beta, self.decays(x), state=memory, cu_seqlens=offsets)
+        return ops.delta_rule(q, k, v, beta, self.decays(x), state=recurrent, cu_seqlens=cu_seqlens)

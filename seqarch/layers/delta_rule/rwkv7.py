@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import l2_normalise
@@ -21,7 +21,7 @@ from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
 from seqarch.ops.delta_rule import flops as recurrence_flops
 
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
-"""What is computed from a mixture of the last two tokens, and how steeply its initial share grows over the channels."""
+"""The six mixtures of the last two tokens, and how steeply the initial share of each grows over the channels."""
 
 DEPTH = 0.5
 """Where in the depth the initial values are those of the release, whose layers know which they are."""
@@ -103,23 +103,27 @@ class Rwkv7(RecurrentMixer):
         self.out_proj = Linear(size, size, bias=False)
         self.state_shape = (heads, width, width)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        last, memory = state
-        before, last = self.shift(x, last, offsets)
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        last, recurrent = state
+        # every projection has its own mixture of this token and the one before
+        before, last = self.shift(x, last, cu_seqlens)
         xr, xw, xk, xv, xa, xg = (torch.lerp(x, before, share) for share in self.shares.to(x.dtype))
         r, k, v, a = self.receptance(xr), self.key(xk), self.value(xv), self.rate(xa).sigmoid()
+        # z is removed from the state, k is written; a is the rate of both
         z, k = k * self.removal.to(k.dtype), k * (1 + (a - 1) * self.replacement.to(k.dtype))
         log_decay = -math.exp(-0.5) * self.decay(xw).to(self.state_dtype).sigmoid()
         split = (rearrange(m, "b t (h k) -> b t h k", h=self.state_shape[0]) for m in (r, k, v, a, z, log_decay))
         r, k, v, a, z, log_decay = split
         z = l2_normalise(z, eps=1e-12)  # k starts small: the usual 1e-6 would be seen
+        # z reads the state before its decay, the operation after it: divide by the decay
         read = (z * torch.exp(-log_decay)).to(z.dtype)
-        o, memory = ops.delta_rule(
-            r, k, v, log_decay=log_decay, read=read, erase=a * z, scale=1.0, state=memory, cu_seqlens=offsets
+        o, recurrent = ops.delta_rule(
+            r, k, v, log_decay=log_decay, read=read, erase=a * z, scale=1.0, state=recurrent, cu_seqlens=cu_seqlens
         )
+        # a norm per head; then the bonus of the token itself, and the gate
         o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view_as(x)
         o = o + rearrange((r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v, "b t h v -> b t (h v)")
-        return self.out_proj(o * self.gate(xg)), RecurrentState(last, memory)
+        return self.out_proj(o * self.gate(xg)), RecurrentState(last, recurrent)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return recurrence_flops(length, *self.state_shape, batch_size=batch_size, erase_apart=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from seqarch.layers.attention.attention import SlidingWindow, SlidingWindowConfig
 from seqarch.layers.attention.base import AttentionState
 from seqarch.layers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
-from seqarch.layers.mixer import Device, Mixer, Offsets
+from seqarch.layers.mixer import Boundaries, Device, Mixer
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.recurrent_mixer import RecurrentState
 
@@ -21,7 +21,7 @@ class BasedConfig(HeadsConfig):
     """Options of :class:`Based`.
 
     Attributes:
-        key_width: width of the linear part's queries and keys; its state has ``(K + 1) (K + 2) / 2`` rows a head.
+        key_width: width of the linear part's queries and keys; its state has ``(K + 1) (K + 2) / 2`` rows per head.
         window: tokens that each token sees exactly, itself included.
     """
 
@@ -33,7 +33,7 @@ class BasedState(NamedTuple):
     """State of :class:`Based`.
 
     Attributes:
-        linear: the linear part's memory, ``[B, H, (K + 1) (K + 2) / 2, V + 1]``.
+        linear: the linear part's state, ``[B, H, (K + 1) (K + 2) / 2, V + 1]``.
         window: the window's keys and values.
     """
 
@@ -63,9 +63,10 @@ class Based(Mixer):
         )
         self.window = SlidingWindow(SlidingWindowConfig(d_model=width, num_heads=heads, window=config.window))
 
-    def mix(self, x: Tensor, state: BasedState, offsets: Offsets) -> tuple[Tensor, BasedState]:
-        distant, linear = self.linear(x, state.linear, offsets)
-        near, window = self.window(x, state.window, offsets)
+    def mix(self, x: Tensor, state: BasedState, cu_seqlens: Boundaries) -> tuple[Tensor, BasedState]:
+        # the window is exact where precision counts most, the linear part reaches all that is before it
+        distant, linear = self.linear(x, state.linear, cu_seqlens)
+        near, window = self.window(x, state.window, cu_seqlens)
         return distant + near, BasedState(linear, window)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> BasedState:

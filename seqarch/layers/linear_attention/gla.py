@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.mixer import Boundaries, LayerConfig
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
@@ -60,9 +60,9 @@ class GlaConfig(LayerConfig):
 class Gla(LinearMixer):
     """``S_t = diag(a_t) S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t / sqrt(K)``, ``a_t = sigmoid(W_2 W_1 x + b)^(1 / 16)``.
 
-    The output is ``norm(o) silu(W_g x)``, a norm a head. Yang et al. 2023, "Gated Linear Attention Transformers with
-    Hardware-Efficient Training", section 4.4. Not Mamba-2, with one decay a head, nor HGRN2, whose keys are tied to the
-    decays. RMS norms and a gate without bias as in the release (the paper: layer norms, a bias). Projections have
+    The output is ``norm(o) silu(W_g x)``, a norm per head. Yang et al. 2023, "Gated Linear Attention Transformers with
+    Hardware-Efficient Training", section 4.4. Not Mamba-2, with one decay per head, nor HGRN2, whose keys are tied to
+    the decays. RMS norms and a gate without bias as in the release (the paper: layer norms, a bias). Projections have
     ``nn.Linear``'s initialisation.
     """
 
@@ -81,12 +81,14 @@ class Gla(LinearMixer):
         self.out_proj = Linear(heads * values, config.d_model, bias=False)
         self.state_shape = (heads, keys, values)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        conv, memory = state
-        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        conv, recurrent = state
+        (q, k, v), conv = self.qkv_proj(x, conv, cu_seqlens)
+        # a decay per key dimension, [B, T, H, K]; its root keeps it near 1 at first
         logits = rearrange(self.decay(x), "b t (h k) -> b t h k", k=q.shape[-1])
         log_decay = F.logsigmoid(logits.to(self.state_dtype)) / self.config.temperature
         attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
-        o, memory = attend(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
+        o, recurrent = attend(q, k, v, log_decay, state=recurrent, cu_seqlens=cu_seqlens)
+        # norm per head with the gate inside, then the heads together
         o = self.norm(o, rearrange(self.gate(x), "b t (h v) -> b t h v", v=o.shape[-1]))
-        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
+        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, recurrent)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Offsets, choose_heads
+from seqarch.layers.mixer import Boundaries, choose_heads
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -65,12 +65,16 @@ class Hgrn2(LinearMixer):
         self.out_proj = Linear(config.d_model, config.d_model, bias=False)
         self.state_shape = (heads, width, width)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        conv, memory = state
-        (q, f, i), conv = self.qkv_proj(x, conv, offsets)
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        conv, recurrent = state
+        # queries, forget gates and inputs, [B, T, H, K] each
+        (q, f, i), conv = self.qkv_proj(x, conv, cu_seqlens)
         f = f.to(self.state_dtype)
         # 1 - f and log f without the cancellation of computing f: at a bound of 0 the latter is the log-sigmoid
         k = (1 - self.config.lower_bound) * torch.sigmoid(-f)
         log_decay = torch.log1p(-k) if self.config.lower_bound else F.logsigmoid(f)
-        o, memory = ops.linear_attention(F.silu(q), k.to(q.dtype), i, log_decay, state=memory, cu_seqlens=offsets)
-        return self.out_proj(self.norm(rearrange(o, "b t h v -> b t (h v)"))), RecurrentState(conv, memory)
+        # what is forgotten is what is written: 1 - f takes the place of the keys
+        o, recurrent = ops.linear_attention(
+            F.silu(q), k.to(q.dtype), i, log_decay, state=recurrent, cu_seqlens=cu_seqlens
+        )
+        return self.out_proj(self.norm(rearrange(o, "b t h v -> b t (h v)"))), RecurrentState(conv, recurrent)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -53,7 +53,7 @@ class LinearAttentionConfig(HeadsConfig):
         key_width: width of the queries and keys before the feature map; by default ``D / H``.
         feature_map: a key of ``FEATURE_MAPS``, applied to queries and keys.
         normaliser: ``"sum"`` divides by the summed kernel, which needs a feature map that is not negative; ``"rms"``
-            takes an RMS norm a head instead (Qin et al. 2022, "The Devil in Linear Transformer"); ``"none"`` does
+            takes an RMS norm per head instead (Qin et al. 2022, "The Devil in Linear Transformer"); ``"none"`` does
             neither.
         conv_width: width of a short convolution over queries, keys and values; 0 for none.
     """
@@ -77,7 +77,7 @@ class LinearAttention(LinearMixer):
     """Attention with a kernel in place of the exponential: ``S_t = S_{t-1} + phi(k_t)^T v_t``, ``o_t = phi(q_t) S_t``.
 
     Divided by ``phi(q_t) . sum_s phi(k_s)`` under the default normaliser, whose sum is kept as one more value channel,
-    so the memory is ``[B, H, K, V + 1]``, K the width of phi. Katharopoulos et al. 2020, "Transformers are RNNs", eq.
+    so the state is ``[B, H, K, V + 1]``, K the width of phi. Katharopoulos et al. 2020, "Transformers are RNNs", eq.
     16-20. It never forgets: not to be confused with retention or Mamba-2, which decay. Projections have ``nn.Linear``'s
     initialisation.
     """
@@ -95,17 +95,19 @@ class LinearAttention(LinearMixer):
         features = FEATURE_MAPS[config.feature_map](torch.empty(keys, device="meta")).shape[-1]
         self.state_shape = (heads, features, width + (config.normaliser == "sum"))
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        conv, memory = state
-        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        conv, recurrent = state
+        (q, k, v), conv = self.qkv_proj(x, conv, cu_seqlens)
+        # the kernel's features take the place of queries and keys: [B, T, H, features]
         feature_map = FEATURE_MAPS[self.config.feature_map]
         q, k = feature_map(q), feature_map(k)
         if self.config.normaliser == "sum":
+            # the sum of the keys, which divides the outputs, is the value channel of ones
             v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-            o, memory = ops.linear_attention(q, k, v, scale=1.0, state=memory, cu_seqlens=offsets)
+            o, recurrent = ops.linear_attention(q, k, v, scale=1.0, state=recurrent, cu_seqlens=cu_seqlens)
             o = o[..., :-1] / (o[..., -1:] + 1e-6)
         else:
-            o, memory = ops.linear_attention(q, k, v, state=memory, cu_seqlens=offsets)
+            o, recurrent = ops.linear_attention(q, k, v, state=recurrent, cu_seqlens=cu_seqlens)
         if self.norm is not None:
             o = self.norm(o)
-        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, memory)
+        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), RecurrentState(conv, recurrent)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Device, LayerConfig, Offsets
+from seqarch.layers.mixer import Boundaries, Device, LayerConfig
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.recurrent_mixer import LinearMixer
@@ -55,7 +55,7 @@ class MlstmState(NamedTuple):
 
     Attributes:
         conv: the short convolution's last inputs, or ``None`` without one.
-        memory: ``[B, H, K, V + 1]``, both C and, as the last value channel, n; scaled by ``exp(-stabiliser)``.
+        recurrent: ``[B, H, K, V + 1]``, both C and, as the last value channel, n; scaled by ``exp(-stabiliser)``.
         stabiliser: m, ``[B, H]``.
     """
 
@@ -68,13 +68,12 @@ class Mlstm(LinearMixer):
     """``C_t = f_t C_{t-1} + i_t k_t^T v_t``, ``n_t = f_t n_{t-1} + i_t k_t``, ``h_t = q_t C_t / max(|q_t n_t|, 1)``.
 
     ``i = exp(W_i x + b_i)``, ``f`` the sigmoid or exponential of ``W_f x + b_f``, ``q_t`` scaled by ``1 / sqrt(K)``;
-    the output is ``norm(h) sigmoid(W_o x)``. Everything is held times ``exp(-m_t)`` with
-    ``m_t = max(log f_t + m_{t-1}, log i_t)``, which leaves h as it is. Beck et al. 2024, "xLSTM: Extended Long
-    Short-Term Memory", eq. 19-27, in the layout of Beck et al. 2025 ("xLSTM 7B"): no projection up and no skip around
-    the cell, narrower keys, capped gates. Not GLA: one decay a head, and inputs that may outweigh all before them. The
-    release adds 1e-6 to the scaled denominator, so that its h depends on m; here nothing is added. Gates start without
-    weights and with ``b_i`` normal with 0.1, ``b_f`` from 3 to 6 over the heads, as released with the paper
-    (an exponential gate starts at the same f).
+    the output is ``norm(h) sigmoid(W_o x)``. Everything is held times ``exp(-m_t)`` with ``m_t = max(log f_t + m_{t-1},
+    log i_t)``, which leaves h as it is. Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 19-27, in the
+    layout of Beck et al. 2025 ("xLSTM 7B"): no projection up and no skip around the cell, narrower keys, capped gates.
+    Not GLA: one decay per head, and inputs that may outweigh all before them. The release adds 1e-6 to the scaled
+    denominator, so that its h depends on m; here nothing is added. Gates start without weights and with ``b_i`` normal
+    with 0.1, ``b_f`` from 3 to 6 over the heads, as released with the paper (an exponential gate starts at the same f).
     """
 
     Config = MlstmConfig
@@ -95,19 +94,22 @@ class Mlstm(LinearMixer):
         self.out_proj = Linear(config.d_model, config.d_model, bias=False)
         self.state_shape = (heads, keys, values + 1)
 
-    def mix(self, x: Tensor, state: MlstmState, offsets: Offsets) -> tuple[Tensor, MlstmState]:
-        conv, memory, m = state
-        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
+    def mix(self, x: Tensor, state: MlstmState, cu_seqlens: Boundaries) -> tuple[Tensor, MlstmState]:
+        conv, recurrent, m = state
+        (q, k, v), conv = self.qkv_proj(x, conv, cu_seqlens)
+        # exponential gates, held relative to the running maximum m so that none exceeds 1
         log_i, log_f = self._log_gates(x)
-        gates, m = over_sequences(_stabilise, offsets, m, log_i, log_f)
+        gates, m = over_sequences(_stabilise, cu_seqlens, m, log_i, log_f)
         log_decay, log_write, floor = gates.unbind(-1)
+        # the normaliser n is one more value channel, written as 1
         k = k * log_write.exp().unsqueeze(-1).to(k.dtype)
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
+        o, recurrent = ops.linear_attention(q, k, v, log_decay, state=recurrent, cu_seqlens=cu_seqlens)
+        # h = C q / max(|n q|, 1), of which 1 is exp(-m) here; then norm per head and output gate
         h = o[..., :-1] / torch.maximum(o[..., -1:].abs(), floor.exp().unsqueeze(-1).to(o.dtype))
         h = rearrange(F.layer_norm(h, h.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
         h = h * self.norm_weight.to(h.dtype) * self.gate(x).sigmoid()
-        return self.out_proj(h), MlstmState(conv, memory, m)
+        return self.out_proj(h), MlstmState(conv, recurrent, m)
 
     def _log_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``log i`` and ``log f``, ``[B, T, H]`` each."""
@@ -117,8 +119,8 @@ class Mlstm(LinearMixer):
         return log_i, F.logsigmoid(log_f) if self.config.forget_gate == "sigmoid" else log_f
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> MlstmState:
-        conv, memory = super().new_state(batch_size, max_length, device, dtype)
-        return MlstmState(conv, memory, memory.new_zeros(batch_size, self.config.num_heads))
+        conv, recurrent = super().new_state(batch_size, max_length, device, dtype)
+        return MlstmState(conv, recurrent, recurrent.new_zeros(batch_size, self.config.num_heads))
 
 
 def _stabilise(m: Tensor, log_i: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor]:

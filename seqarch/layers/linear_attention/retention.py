@@ -1,4 +1,4 @@
-"""Retention (RetNet): linear attention with a fixed decay a head and rotated queries and keys."""
+"""Retention (RetNet): linear attention with a fixed decay per head and rotated queries and keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Device, Offsets
+from seqarch.layers.mixer import Boundaries, Device
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import token_positions
@@ -44,8 +44,8 @@ class RetentionState(NamedTuple):
 
     Attributes:
         conv: the short convolution's last inputs, or ``None`` without one.
-        memory: ``[B, H, K, V]``.
-        seen: tokens seen, ``[B]``, from which the rotation goes on.
+        recurrent: ``[B, H, K, V]``.
+        seen: tokens seen, ``[B]``, from which the rotation resumes.
     """
 
     conv: Tensor | None
@@ -56,7 +56,7 @@ class RetentionState(NamedTuple):
 class Retention(LinearMixer):
     """``S_t = g_h S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t / sqrt(K)`` with ``g_h = 1 - 2^(-5-h)`` and rotated q and k.
 
-    The output is ``group_norm(o) silu(W_g x)``, the norm an RMS norm a head without weights, as in the release.
+    The output is ``group_norm(o) silu(W_g x)``, the norm an RMS norm per head without weights, as in the release.
     Sun et al. 2023, "Retentive Network", eq. 6-8; the scale of xPos is the decay itself, so only its rotation remains.
     Wavelengths are RoFormer's; the release spaces them a little wider, up to the base itself. Not Mamba-2 or GLA, whose
     decays depend on the input. Xavier initialisation with gain ``2^-2.5`` (output ``2^-1``), as released.
@@ -77,17 +77,20 @@ class Retention(LinearMixer):
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
         self.state_shape = (num_heads, width, values)
 
-    def mix(self, x: Tensor, state: RetentionState, offsets: Offsets) -> tuple[Tensor, RetentionState]:
-        conv, memory, seen = state
-        positions, seen = token_positions(seen, x.shape[1], offsets)
-        (q, k, v), conv = self.qkv_proj(x, conv, offsets)
+    def mix(self, x: Tensor, state: RetentionState, cu_seqlens: Boundaries) -> tuple[Tensor, RetentionState]:
+        conv, recurrent, seen = state
+        # rotated q and k: the complex part of the decay, by positions that resume where the state ends
+        positions, seen = token_positions(seen, x.shape[1], cu_seqlens)
+        (q, k, v), conv = self.qkv_proj(x, conv, cu_seqlens)
         q, k = (apply_rotary(m, positions, self.config.rotary_base) for m in (q, k))
+        # one fixed decay per head, from 1 - 2^-5 on
         heads = torch.arange(self.state_shape[0], dtype=self.state_dtype, device=x.device)
         log_decay = torch.log1p(-torch.exp2(-5 - heads))
-        o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, cu_seqlens=offsets)
+        o, recurrent = ops.linear_attention(q, k, v, log_decay, state=recurrent, cu_seqlens=cu_seqlens)
+        # norm per head, since heads of slow decay have larger sums; then the gate
         o = rearrange(F.rms_norm(o, o.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
-        return self.out_proj(o * F.silu(self.gate(x))), RetentionState(conv, memory, seen)
+        return self.out_proj(o * F.silu(self.gate(x))), RetentionState(conv, recurrent, seen)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RetentionState:
-        conv, memory = super().new_state(batch_size, max_length, device, dtype)
-        return RetentionState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))
+        conv, recurrent = super().new_state(batch_size, max_length, device, dtype)
+        return RetentionState(conv, recurrent, torch.zeros(batch_size, dtype=torch.int64, device=recurrent.device))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.delta_rule.rwkv7 import DEPTH, TokenShift, low_rank
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.mixer import Boundaries, row_count
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import tokens_before
@@ -68,18 +68,22 @@ class Rwkv6(LinearMixer):
         self.norm = nn.GroupNorm(heads, size, eps=64e-5)
         self.state_shape = (heads, width, width)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        last, memory = state
-        before, last = self.shift(x, last, offsets)
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        last, recurrent = state
+        # each projection's shares of this token and the one before depend on both
+        before, last = self.shift(x, last, cu_seqlens)
         mixture = torch.lerp(x, before, self.share.to(x.dtype))
         xr, xw, xk, xv, xg = (x + (before - x) * share(mixture) for share in self.shares)
+        # r, k, v and a decay per key dimension, [B, T, H, K] each
         log_decay = -self.decay(xw).to(self.state_dtype).exp()
         pieces = (self.receptance(xr), self.key(xk), self.value(xv), log_decay)
         r, k, v, log_decay = (rearrange(m, "b t (h k) -> b t h k", h=self.state_shape[0]) for m in pieces)
-        o, memory = self._read_before_writing(r, k, v, log_decay, memory, offsets)
+        # the state before this token, and the token's own part by the bonus
+        o, recurrent = self._read_before_writing(r, k, v, log_decay, recurrent, cu_seqlens)
         o = o + (r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v
+        # norm per head, gate
         o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view_as(x)
-        return self.out_proj(o * F.silu(self.gate(xg))), RecurrentState(last, memory)
+        return self.out_proj(o * F.silu(self.gate(xg))), RecurrentState(last, recurrent)
 
     def _read_before_writing(
         self,
@@ -87,15 +91,14 @@ class Rwkv6(LinearMixer):
         k: Tensor,
         v: Tensor,
         log_decay: Tensor,
-        memory: Tensor,
-        offsets: Offsets,
+        recurrent: Tensor,
+        cu_seqlens: Boundaries,
     ) -> tuple[Tensor, Tensor]:
         """``r_t S_{t-1}``, and the state after the last token: each token decays and writes at the next one's step."""
-        rows = r.shape[0] if offsets is None else len(offsets) - 1
-        nothing = r.new_zeros(rows, *r.shape[2:])
-        k, last_k = over_sequences(tokens_before, offsets, nothing, k)
-        v, last_v = over_sequences(tokens_before, offsets, nothing, v)
-        log_decay, last_decay = over_sequences(tokens_before, offsets, nothing, log_decay)
-        o, memory = ops.linear_attention(r, k, v, log_decay, scale=1.0, state=memory, cu_seqlens=offsets)
-        written = last_k.unsqueeze(-1).to(memory.dtype) * last_v.unsqueeze(-2)
-        return o, last_decay.exp().unsqueeze(-1) * memory + written
+        nothing = r.new_zeros(row_count(r, cu_seqlens), *r.shape[2:])
+        k, last_k = over_sequences(tokens_before, cu_seqlens, nothing, k)
+        v, last_v = over_sequences(tokens_before, cu_seqlens, nothing, v)
+        log_decay, last_decay = over_sequences(tokens_before, cu_seqlens, nothing, log_decay)
+        o, recurrent = ops.linear_attention(r, k, v, log_decay, scale=1.0, state=recurrent, cu_seqlens=cu_seqlens)
+        written = last_k.unsqueeze(-1).to(recurrent.dtype) * last_v.unsqueeze(-2)
+        return o, last_decay.exp().unsqueeze(-1) * recurrent + written

@@ -1,1 +1,1 @@
-"""What mixers are made of: projections, norms, caches, positions, convolutions, initial values."""
+"""The parts of mixers: projections, norms, caches, positions, convolutions, initial values."""

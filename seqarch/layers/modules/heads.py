@@ -37,7 +37,7 @@ class HeadsConfig(LayerConfig):
 
 
 class HeadProjection(nn.Module):
-    """``x [B, T, D]`` to one tensor ``[B, T, H, K]`` a part (queries, keys, values), from one matrix without bias.
+    """``x [B, T, D]`` to one tensor ``[B, T, H, K]`` per part (queries, keys, values), from one matrix without bias.
 
     Args:
         d_model: D.

@@ -1,8 +1,9 @@
 """The keys and values that attention carries from call to call.
 
-Rows of different lengths end together: they are aligned to the right, and ``start`` says where each begins. With
-``keep``, only that many keys of each row are held: its ``first`` ones, and otherwise the last (a window of w needs
-w - 1 earlier keys).
+Rows of different lengths end together: they are aligned to the right, and ``start`` says where each begins.
+
+``cache_window`` bounds how many keys of each row are held, those of its first ``sink_tokens`` and otherwise the last (a
+window of w needs w - 1 earlier keys); ``None`` holds all.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class KVCache(NamedTuple):
-    """One row a sequence.
+    """The keys and values of a batch, one row per sequence.
 
     Attributes:
-        keys, values: ``[B, capacity, G, K]`` and ``[B, capacity, G, V]``; the first ``min(length, keep)`` are in use.
+        keys, values: ``[B, capacity, G, K]`` and ``[B, capacity, G, V]``, of which the first
+            ``min(length, cache_window)`` are in use.
         length: tokens of the longest row so far, those no longer held included.
         start: ``[B]``, how many of ``length`` are padding before each row; ``None`` when the rows are equally long.
     """
@@ -35,8 +37,8 @@ class KVCache(NamedTuple):
     def capacity(self) -> int:
         return self.keys.shape[1]
 
-    def held(self, keep: int | None) -> int:
-        return self.length if keep is None else min(self.length, keep)
+    def held(self, cache_window: int | None) -> int:
+        return self.length if cache_window is None else min(self.length, cache_window)
 
     def lengths(self) -> Tensor:
         """Tokens that each row has seen: ``[B]``, or ``[1]`` when the rows are equally long."""
@@ -44,9 +46,9 @@ class KVCache(NamedTuple):
             return torch.full((1,), self.length, device=self.keys.device)
         return self.length - self.start
 
-    def first_held(self, keep: int | None) -> Tensor | None:
+    def first_held(self, cache_window: int | None) -> Tensor | None:
         """``[B]``, the first held key of each row that is not padding."""
-        return None if self.start is None else (self.start - (self.length - self.held(keep))).clamp(min=0)
+        return None if self.start is None else (self.start - (self.length - self.held(cache_window))).clamp(min=0)
 
 
 class PackedKV(NamedTuple):
@@ -54,43 +56,45 @@ class PackedKV(NamedTuple):
 
     Attributes:
         keys, values: ``[1, T, G, K]`` and ``[1, T, G, V]``.
-        offsets: boundaries of the sequences.
+        cu_seqlens: boundaries of the sequences.
     """
 
     keys: Tensor
     values: Tensor
-    offsets: tuple[int, ...]
+    cu_seqlens: tuple[int, ...]
 
     @property
     def row_count(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.cu_seqlens) - 1
 
     def select_rows(self, index: list[int]) -> KVCache | PackedKV:
         """Some of the sequences, copied (:func:`seqarch.layers.rows.state_rows`)."""
         if not index:
             keys, values = (x.new_empty(0, 0, *x.shape[2:]) for x in (self.keys, self.values))
             return KVCache(keys, values, 0)
-        lengths = [self.offsets[i + 1] - self.offsets[i] for i in index]
-        pieces = [slice(self.offsets[i], self.offsets[i + 1]) for i in index]
+        lengths = [self.cu_seqlens[i + 1] - self.cu_seqlens[i] for i in index]
+        pieces = [slice(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in index]
         keys, values = (torch.cat([x[:, piece] for piece in pieces], dim=1) for x in (self.keys, self.values))
         return PackedKV(keys, values, tuple(accumulate(lengths, initial=0)))
 
 
-def as_rows(cache: KVCache | PackedKV, keep: int | None, capacity: int = 0, first: int = 0) -> KVCache:
-    """A row a sequence, right-aligned."""
+def as_rows(cache: KVCache | PackedKV, cache_window: int | None, capacity: int = 0, sink_tokens: int = 0) -> KVCache:
+    """The cache with one row per sequence, right-aligned."""
     if isinstance(cache, KVCache):
         return cache
-    lengths = [end - start for start, end in pairwise(cache.offsets)]
-    return right_aligned(cache.keys[0].split(lengths), cache.values[0].split(lengths), lengths, keep, capacity, first)
+    lengths = [end - start for start, end in pairwise(cache.cu_seqlens)]
+    return right_aligned(
+        cache.keys[0].split(lengths), cache.values[0].split(lengths), lengths, cache_window, capacity, sink_tokens
+    )
 
 
 def right_aligned(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     lengths: list[int],
-    keep: int | None,
+    cache_window: int | None,
     capacity: int = 0,
-    first: int = 0,
+    sink_tokens: int = 0,
 ) -> KVCache:
     """A cache from each row's last keys ``[held, G, K]`` and values, with room for at least ``capacity``.
 
@@ -99,7 +103,7 @@ def right_aligned(
     """
 
     def rows(pieces: Sequence[Tensor]) -> Tensor:
-        pieces = [_held(piece[None], keep, first)[0] for piece in pieces]
+        pieces = [_held(piece[None], cache_window, sink_tokens)[0] for piece in pieces]
         stacked = pad_sequence(list(pieces), batch_first=True, padding_side="left")
         return F.pad(stacked, (0, 0, 0, 0, 0, max(0, capacity - stacked.shape[1])))
 
@@ -109,10 +113,10 @@ def right_aligned(
     return KVCache(rows(keys), rows(values), longest, start)
 
 
-def split_rows(cache: KVCache, keep: int | None) -> list[KVCache]:
+def split_rows(cache: KVCache, cache_window: int | None) -> list[KVCache]:
     """Each row as a cache of its own, without padding: views. For caches of the last keys alone."""
     starts, lengths = [0] * len(cache.keys), [cache.length] * len(cache.keys)
-    if (first := cache.first_held(keep)) is not None:
+    if (first := cache.first_held(cache_window)) is not None:
         starts, lengths = first.tolist(), cache.lengths().tolist()
     return [
         KVCache(cache.keys[i : i + 1, start:], cache.values[i : i + 1, start:], length)
@@ -120,14 +124,16 @@ def split_rows(cache: KVCache, keep: int | None) -> list[KVCache]:
     ]
 
 
-def join_rows(rows: Sequence[KVCache], keep: int | None) -> KVCache:
+def join_rows(rows: Sequence[KVCache], cache_window: int | None) -> KVCache:
     """The caches of one row each as one, right-aligned, with room for as much as the longest."""
-    held = [(row.keys[0, : row.held(keep)], row.values[0, : row.held(keep)]) for row in rows]
+    held = [(row.keys[0, : row.held(cache_window)], row.values[0, : row.held(cache_window)]) for row in rows]
     keys, values = zip(*held, strict=True)
-    return right_aligned(keys, values, [row.length for row in rows], keep, max(row.capacity for row in rows))
+    return right_aligned(keys, values, [row.length for row in rows], cache_window, max(row.capacity for row in rows))
 
 
-def extend(cache: KVCache, k: Tensor, v: Tensor, keep: int | None, first: int = 0) -> tuple[Tensor, Tensor, KVCache]:
+def extend(
+    cache: KVCache, k: Tensor, v: Tensor, cache_window: int | None, sink_tokens: int = 0
+) -> tuple[Tensor, Tensor, KVCache]:
     """Append ``k: [B, T, G, K]`` and ``v`` to every row: all held keys and values, old and new, and the cache after.
 
     Those come back in the dtypes of k and v, whatever the cache holds.
@@ -135,8 +141,9 @@ def extend(cache: KVCache, k: Tensor, v: Tensor, keep: int | None, first: int = 
     length = cache.length + k.shape[1]
     if not cache.capacity:
         start = cache.start
-        return k, v, KVCache(_held(k, keep, first, start), _held(v, keep, first, start), length, start)
-    held = cache.held(keep)
+        new_keys, new_values = (_held(x, cache_window, sink_tokens, start) for x in (k, v))
+        return k, v, KVCache(new_keys, new_values, length, start)
+    held = cache.held(cache_window)
     end = held + k.shape[1]
     if end <= cache.capacity:
         keys, values = _write(cache.keys, k, held), _write(cache.values, v, held)
@@ -144,30 +151,27 @@ def extend(cache: KVCache, k: Tensor, v: Tensor, keep: int | None, first: int = 
         return keys[:, :end].to(k.dtype), values[:, :end].to(v.dtype), after
     keys = torch.cat([cache.keys[:, :held], k], dim=1)
     values = torch.cat([cache.values[:, :held], v], dim=1)
-    start = cache.first_held(keep)
-    return (
-        keys.to(k.dtype),
-        values.to(v.dtype),
-        KVCache(_held(keys, keep, first, start), _held(values, keep, first, start), length, cache.start),
-    )
+    start = cache.first_held(cache_window)
+    held_keys, held_values = (_held(x, cache_window, sink_tokens, start) for x in (keys, values))
+    return keys.to(k.dtype), values.to(v.dtype), KVCache(held_keys, held_values, length, cache.start)
 
 
-def _held(x: Tensor, keep: int | None, first: int, start: Tensor | None = None) -> Tensor:
-    """What is kept of ``x [B, T, ...]``, as a tensor of its own: a view would hold the memory of all the others.
+def _held(x: Tensor, cache_window: int | None, sink_tokens: int, start: Tensor | None = None) -> Tensor:
+    """The part of ``x [B, T, ...]`` that is held, as a tensor of its own: a view would hold the memory of all others.
 
     Args:
         start: ``[B]``, where each row begins in x; ``None`` for 0.
     """
-    if keep is None or x.shape[1] <= keep:
+    if cache_window is None or x.shape[1] <= cache_window:
         return x
-    dropped = x.shape[1] - keep
-    last = x[:, dropped + first :]
-    if not first:
+    dropped = x.shape[1] - cache_window
+    last = x[:, dropped + sink_tokens :]
+    if not sink_tokens:
         return last.clone()
     if start is None:
-        return torch.cat([x[:, :first], last], dim=1)
-    # a row no longer than ``keep`` loses its padding alone
-    at = start.clamp(max=dropped)[:, None] + torch.arange(first, device=x.device)
+        return torch.cat([x[:, :sink_tokens], last], dim=1)
+    # a row no longer than ``cache_window`` loses its padding alone
+    at = start.clamp(max=dropped)[:, None] + torch.arange(sink_tokens, device=x.device)
     return torch.cat([x[torch.arange(len(x), device=x.device)[:, None], at], last], dim=1)
 
 
@@ -181,18 +185,18 @@ def _write(buffer: Tensor, x: Tensor, at: int) -> Tensor:
 
 
 def extend_packed(
-    cache: KVCache, k: Tensor, v: Tensor, offsets: tuple[int, ...], keep: int | None, first: int = 0
+    cache: KVCache, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], cache_window: int | None, sink_tokens: int = 0
 ) -> tuple[list[Tensor], list[Tensor], KVCache]:
     """Append packed ``k: [1, T, G, K]`` and ``v``, sequence i to row i.
 
     Returns:
         each row's keys and values, ``[held and new, G, K]``, and the cache after.
     """
-    added = [end - start for start, end in pairwise(offsets)]
-    start = cache.first_held(keep)
+    added = [end - start for start, end in pairwise(cu_seqlens)]
+    start = cache.first_held(cache_window)
     starts = [0] * len(added) if start is None else start.tolist()
     seen = cache.lengths().expand(len(added)).tolist()
-    held = cache.held(keep)
+    held = cache.held(cache_window)
 
     def join(rows: Tensor, new: Tensor) -> list[Tensor]:
         old = rows[:, :held].unbind()
@@ -200,5 +204,5 @@ def extend_packed(
 
     keys, values = join(cache.keys, k), join(cache.values, v)
     lengths = [before + new for before, new in zip(seen, added, strict=True)]
-    after = right_aligned(keys, values, lengths, keep, cache.capacity, first)
+    after = right_aligned(keys, values, lengths, cache_window, cache.capacity, sink_tokens)
     return [key.to(k.dtype) for key in keys], [value.to(v.dtype) for value in values], after

@@ -15,7 +15,7 @@ from seqarch.ops.dispatch.checks import accumulation_dtype
 
 
 def long_conv(x: Tensor, filters: Tensor, before: Tensor | None = None) -> Tensor:
-    """``y_t = sum_s h_s x_{t-s}``, a filter a channel: ``O(D (S + T) log(S + T))``.
+    """``y_t = sum_s h_s x_{t-s}``, one filter per channel: ``O(D (S + T) log(S + T))``.
 
     Args:
         x: ``[B, T, D]``.
@@ -28,7 +28,7 @@ def long_conv(x: Tensor, filters: Tensor, before: Tensor | None = None) -> Tenso
     wide, length = accumulation_dtype(x, filters), x.shape[1]
     if before is not None:
         x = torch.cat([before.to(x.dtype), x], dim=1)
-    if length == 1:  # a weighted sum, as a product with ones: several times faster here than one product a channel
+    if length == 1:  # a weighted sum, as a product with ones: several times faster here than one product per channel
         products = x.to(wide) * filters.to(wide).flip(0)
         return products.new_ones(1, x.shape[1]) @ products
     total = x.shape[1]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from seqarch import ops
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.mixer import Boundaries
 
 
-def signed_decay(decay: Tensor, cu_seqlens: Offsets = None) -> tuple[Tensor, Tensor, Tensor]:
+def signed_decay(decay: Tensor, cu_seqlens: Boundaries = None) -> tuple[Tensor, Tensor, Tensor]:
     """Split decays in (-1, 1) into magnitudes and the running product of their signs.
 
     With ``c_t`` that product, ``S_t = a_t S_{t-1} + k_t^T v_t`` is ``c_t`` times the recurrence that decays by
@@ -22,7 +22,7 @@ def signed_decay(decay: Tensor, cu_seqlens: Offsets = None) -> tuple[Tensor, Ten
         cu_seqlens: boundaries of the sequences packed into ``B = 1``: each starts again with a product of 1.
 
     Returns:
-        ``log|decay|`` and the products c, both like ``decay``, and the last c of each row, ``[B, ...]`` (a row a
+        ``log|decay|`` and the products c, both like ``decay``, and the last c of each row, ``[B, ...]`` (one row per
         sequence under ``cu_seqlens``; 1 for a sequence without tokens).
     """
     signs = torch.where(decay < 0, -1.0, 1.0).to(decay.dtype)
@@ -32,10 +32,10 @@ def signed_decay(decay: Tensor, cu_seqlens: Offsets = None) -> tuple[Tensor, Ten
     before = torch.cat([one, signs.cumprod(1)], dim=1)
     if cu_seqlens is None:
         return log_decay, before[:, 1:], before[:, -1]
-    offsets = torch.as_tensor(cu_seqlens, device=decay.device)
-    starts = before[0, offsets[:-1]]
-    own = starts.repeat_interleave(offsets.diff(), dim=0, output_size=decay.shape[1])
-    return log_decay, before[:, 1:] * own, before[0, offsets[1:]] * starts
+    boundaries = torch.as_tensor(cu_seqlens, device=decay.device)
+    starts = before[0, boundaries[:-1]]
+    own = starts.repeat_interleave(boundaries.diff(), dim=0, output_size=decay.shape[1])
+    return log_decay, before[:, 1:] * own, before[0, boundaries[1:]] * starts
 
 
 def signed_linear_attention(
@@ -46,7 +46,7 @@ def signed_linear_attention(
     *,
     scale: float | None = None,
     state: Tensor | None = None,
-    cu_seqlens: Offsets = None,
+    cu_seqlens: Boundaries = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`ops.linear_attention` with each decay ``a`` in (0, 1) moved to ``2 a - 1`` in (-1, 1).
 
@@ -59,7 +59,7 @@ def signed_linear_attention(
         q, k = signs * q, signs * k
         o, state = ops.linear_attention(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
         return o, last.unsqueeze(-1) * state
-    # one sign a head goes to the values as well, and heads may go on sharing q and k
+    # one sign per head goes to the values as well, so that heads may still share q and k
     signs = signs.unsqueeze(-1)
     o, state = ops.linear_attention(q, k, signs * v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
     return signs * o, last[..., None, None] * state

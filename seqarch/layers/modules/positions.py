@@ -1,4 +1,4 @@
-"""Where each token stands in its own sequence, and what stands before it."""
+"""Positions of tokens in their own sequences, and the tokens before them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def token_positions(
     """Positions of the tokens of a call, and the number of tokens seen after it.
 
     Args:
-        before: tokens seen before the call, ``[B]`` (an entry a sequence under ``cu_seqlens``), integer.
+        before: tokens seen before the call, ``[B]`` (one entry per sequence under ``cu_seqlens``), integer.
         length: T, the tokens of this call.
         cu_seqlens: boundaries of the sequences packed into ``B = 1``.
 
@@ -27,10 +27,10 @@ def token_positions(
     steps = torch.arange(length, device=before.device)
     if cu_seqlens is None:
         return before.unsqueeze(1) + steps, before + length
-    offsets = sequence_offsets("token_positions", cu_seqlens, 1, length)
-    assert offsets is not None
-    lengths = torch.tensor([end - start for start, end in pairwise(offsets)], device=before.device)
-    starts = torch.tensor(offsets[:-1], device=before.device)
+    boundaries = sequence_offsets("token_positions", cu_seqlens, 1, length)
+    assert boundaries is not None
+    lengths = torch.tensor([end - start for start, end in pairwise(boundaries)], device=before.device)
+    starts = torch.tensor(boundaries[:-1], device=before.device)
     shift = (before - starts).repeat_interleave(lengths)
     return (shift + steps).unsqueeze(0), before + lengths
 
@@ -45,6 +45,6 @@ def block_of(positions: Tensor, size: int) -> Tensor:
 
 
 def tokens_before(last: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands before each of ``x: [B, T, ...]``, with ``last: [B, ...]`` before the first; and the last of x."""
+    """The token before each of ``x: [B, T, ...]``, ``last: [B, ...]`` before the first; and the last of x."""
     joined = torch.cat([last.unsqueeze(1).to(x.dtype), x], dim=1)
     return joined[:, :-1], joined[:, -1]

@@ -1,4 +1,4 @@
-"""What mixers with an elementwise recurrence share: a memory of one number a channel."""
+"""The elementwise recurrence, whose state is one number per channel, and the base of the mixers on it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from seqarch import ops
-from seqarch.layers.mixer import Offsets
+from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.negative_eigenvalues import signed_decay
 from seqarch.layers.recurrent_mixer import RecurrentMixer
 from seqarch.ops.selective_scan import flops as scan_flops
 
 
 def elementwise_scan(
-    x: Tensor, log_decay: Tensor, state: Tensor | None = None, cu_seqlens: Offsets = None, signed: bool = False
+    x: Tensor, log_decay: Tensor, state: Tensor | None = None, cu_seqlens: Boundaries = None, signed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``h_t = a_t h_{t-1} + x_t`` with ``a_t = exp(log_decay_t)``, or ``2 exp(log_decay_t) - 1`` where ``signed``.
 

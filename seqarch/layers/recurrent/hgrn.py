@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.mixer import Boundaries, LayerConfig, row_count
 from seqarch.layers.modules.linear import Linear, widened
 from seqarch.layers.modules.positions import token_positions
 from seqarch.layers.recurrent.base import ElementwiseMixer, elementwise_scan
@@ -64,32 +64,34 @@ class Hgrn(ElementwiseMixer):
         self.out_proj = Linear(2 * width, width)
         self.state_shape = (2 * width, 1)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        memory = state.recurrent
-        f = self.forget(x).to(self.state_dtype)
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        recurrent = state.recurrent
+        f = self.forget(x).to(self.state_dtype)  # logits, [B, T, D] or [B, T, 2 D]
         # 1 - f and log f without the cancellation of computing f: at a bound of 0 the latter is the log-sigmoid
         write = (1 - self.config.lower_bound) * torch.sigmoid(-f)
         log_decay = torch.log1p(-write) if self.config.lower_bound else F.logsigmoid(f)
         candidate = F.silu(self.in_proj(x)).to(f.dtype)
+        # the recurrence: real and imaginary parts share a gate
         if self.config.complex_state:
-            h, memory = self._turning(candidate, write.repeat(1, 1, 2), log_decay.repeat(1, 1, 2), memory, offsets)
+            h, recurrent = self._turning(
+                candidate, write.repeat(1, 1, 2), log_decay.repeat(1, 1, 2), recurrent, cu_seqlens
+            )
         else:
-            h, memory = elementwise_scan(write * candidate, log_decay, memory, offsets)
-        h = widened(self.norm, h)
-        return self.out_proj(h.to(x.dtype) * F.silu(self.gate(x))), RecurrentState(None, memory)
+            h, recurrent = elementwise_scan(write * candidate, log_decay, recurrent, cu_seqlens)
+        h = widened(self.norm, h)  # in the state's dtype, before it is rounded to that of x
+        return self.out_proj(h.to(x.dtype) * F.silu(self.gate(x))), RecurrentState(None, recurrent)
 
     def _turning(
-        self, candidate: Tensor, write: Tensor, log_decay: Tensor, memory: Tensor, cu_seqlens: Offsets
+        self, candidate: Tensor, write: Tensor, log_decay: Tensor, recurrent: Tensor, cu_seqlens: Boundaries
     ) -> tuple[Tensor, Tensor]:
-        rows = candidate.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        nothing = torch.zeros(rows, dtype=torch.int64, device=candidate.device)
+        nothing = torch.zeros(row_count(candidate, cu_seqlens), dtype=torch.int64, device=candidate.device)
         positions, lengths = token_positions(nothing, candidate.shape[1], cu_seqlens)
         # float64: the angle of a late token would lose its fraction of a turn
         angle = (positions + 1).unsqueeze(-1) * self.theta.double()
         turned = turn(write * candidate, -angle)
-        h, memory = elementwise_scan(turned, log_decay, memory, cu_seqlens)
+        h, recurrent = elementwise_scan(turned, log_decay, recurrent, cu_seqlens)
         last = lengths.unsqueeze(-1) * self.theta.double()
-        return turn(h, angle), turn(memory.squeeze(-1), last).unsqueeze(-1)
+        return turn(h, angle), turn(recurrent.squeeze(-1), last).unsqueeze(-1)
 
 
 def turn(x: Tensor, angle: Tensor) -> Tensor:

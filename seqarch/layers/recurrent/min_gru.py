@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.mixer import Boundaries, LayerConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.recurrent.base import ElementwiseMixer, elementwise_scan
 from seqarch.layers.recurrent_mixer import RecurrentState
@@ -58,10 +58,12 @@ class MinGru(ElementwiseMixer):
         self.out_proj = nn.Identity() if config.expand == 1 else Linear(inner, config.d_model, bias=False)
         self.state_shape = (inner, 1)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        memory = state.recurrent
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        recurrent = state.recurrent
+        # both from x alone, so that the recurrence is a scan
         gate, candidate = self.in_proj(x).chunk(2, dim=-1)
         gate, signed = gate.to(self.state_dtype), self.config.negative_eigenvalues
         write = torch.sigmoid(gate) * CANDIDATES[self.config.candidate](candidate)
-        h, memory = elementwise_scan((2 if signed else 1) * write, -F.softplus(gate), memory, offsets, signed)
-        return self.out_proj(h.to(candidate.dtype)), RecurrentState(None, memory)
+        # 1 - sigmoid(z) is exp(-softplus(z)), without cancellation
+        h, recurrent = elementwise_scan((2 if signed else 1) * write, -F.softplus(gate), recurrent, cu_seqlens, signed)
+        return self.out_proj(h.to(candidate.dtype)), RecurrentState(None, recurrent)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqarch.layers.mixer import Device, LayerConfig, Offsets, choose_heads
+from seqarch.layers.mixer import Boundaries, Device, LayerConfig, choose_heads
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import token_positions
 from seqarch.layers.modules.short_conv import ShortConvolution
@@ -27,7 +27,7 @@ class RgLruConfig(LayerConfig):
     """Options of :class:`RgLru`.
 
     Attributes:
-        inner: E, the width of the recurrence; by default D (the paper's models have about 4 D / 3).
+        lru_width: E, the width of the recurrence; by default D (the paper's models have about 4 D / 3).
         num_heads: blocks of the gates' block-diagonal matrices; by default of width 64 (32 where 64 does not divide E).
         conv_width: width of the short convolution.
         scale_first: whether the first token of a sequence is scaled by ``sqrt(1 - a^2)`` like all others, as in the
@@ -36,7 +36,7 @@ class RgLruConfig(LayerConfig):
             (Grazzi et al. 2024).
     """
 
-    inner: int | None = None
+    lru_width: int | None = None
     num_heads: int | None = None
     conv_width: int = 4
     scale_first: bool = False
@@ -49,7 +49,7 @@ class RgLruConfig(LayerConfig):
 
     @property
     def width(self) -> int:
-        return self.inner or self.d_model
+        return self.lru_width or self.d_model
 
     @property
     def heads(self) -> int:
@@ -61,7 +61,7 @@ class RgLruState(NamedTuple):
 
     Attributes:
         conv: the short convolution's last inputs ``[B, W - 1, E]``.
-        memory: ``[B, E, 1]``, float32 (float64 in float64 modules).
+        recurrent: ``[B, E, 1]``, float32 (float64 in float64 modules).
         seen: ``[B]``, how many tokens each row has seen: the first is treated otherwise.
     """
 
@@ -96,9 +96,11 @@ class RgLru(ElementwiseMixer):
         self.out_proj = Linear(width, config.d_model)
         self.state_shape = (width, 1)
 
-    def mix(self, x: Tensor, state: RgLruState, offsets: Offsets) -> tuple[Tensor, RgLruState]:
-        positions, seen = token_positions(state.seen, x.shape[1], offsets)
-        u, conv = self.conv(self.in_proj(x), state.conv, offsets)
+    def mix(self, x: Tensor, state: RgLruState, cu_seqlens: Boundaries) -> tuple[Tensor, RgLruState]:
+        # branch of the recurrence: projection and short convolution, [B, T, E]
+        positions, seen = token_positions(state.seen, x.shape[1], cu_seqlens)
+        u, conv = self.conv(self.in_proj(x), state.conv, cu_seqlens)
+        # gates from u; what is written is scaled by sqrt(1 - a^2), which keeps the variance of h
         wide, signed = self.state_dtype, self.config.negative_eigenvalues
         rate = SHARPNESS * F.softplus(self.Lambda.to(wide))
         log_decay = -rate * torch.sigmoid(self.decay_gate(u).to(wide))
@@ -106,13 +108,14 @@ class RgLru(ElementwiseMixer):
         if not self.config.scale_first:
             scale = torch.where(positions.unsqueeze(-1) == 0, 1.0, scale)
         write = scale * torch.sigmoid(self.write_gate(u).to(wide)) * u
-        h, memory = elementwise_scan(write, log_decay, state.recurrent, offsets, signed)
+        h, recurrent = elementwise_scan(write, log_decay, state.recurrent, cu_seqlens, signed)
+        # the other branch gates the output
         gate = F.gelu(self.gate(x), approximate="tanh")
-        return self.out_proj(h.to(gate.dtype) * gate), RgLruState(conv, memory, seen)
+        return self.out_proj(h.to(gate.dtype) * gate), RgLruState(conv, recurrent, seen)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> RgLruState:
-        conv, memory = super().new_state(batch_size, max_length, device, dtype)
-        return RgLruState(conv, memory, torch.zeros(batch_size, dtype=torch.int64, device=memory.device))
+        conv, recurrent = super().new_state(batch_size, max_length, device, dtype)
+        return RgLruState(conv, recurrent, torch.zeros(batch_size, dtype=torch.int64, device=recurrent.device))
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         gates = sum(m.flops(length, batch_size) for m in self.modules() if isinstance(m, BlockLinear))

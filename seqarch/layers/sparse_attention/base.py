@@ -1,4 +1,4 @@
-"""What attentions over listed blocks share."""
+"""The base of attentions over listed blocks."""
 
 from __future__ import annotations
 

@@ -39,12 +39,12 @@ class BigBird(BlockSparse):
     its numbers of blocks, to the past only: the window reaches back alone, and global blocks are those that every later
     one sees. The random blocks of a block of queries are a function of seed, head and position, without repetition, so
     that every call and every split draws the same. The cache holds all tokens, since any block may be drawn later; the
-    work a token stays constant.
+    work per token stays constant.
     """
 
     Config = BigBirdConfig
 
-    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    def select(self, q: Tensor, k: Tensor, place: Place, *entries: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         config, own = self.config, block_of(place.positions, self.config.block_size)
         begun = -(-place.length // config.block_size)
         near = own[..., None] - torch.arange(min(config.window_blocks, begun), device=own.device)

@@ -31,7 +31,7 @@ class BlockCompressor(nn.Module):
         super().__init__()
         self.length, self.stride = length, stride
         self.place = nn.Parameter(torch.randn(length, width) * 0.02)
-        # no nn.Linear: a mixer's costs count those once a token
+        # no nn.Linear: a mixer's costs count those once per token
         self.w_in = _matrix(hidden, length * width)
         self.w_out = _matrix(width, hidden)
 

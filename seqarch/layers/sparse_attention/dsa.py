@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.attention.base import KVHeadsConfig
-from seqarch.layers.mixer import Offsets, numbers_of
+from seqarch.layers.mixer import Boundaries, first_tensor
 from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.kv_cache import KVCache
@@ -34,7 +34,7 @@ class DSAConfig(KVHeadsConfig):
     Attributes:
         top_k: tokens that a query attends to, or all before it where they are fewer.
         index_heads: heads of the indexer's queries; the release has half as many as the attention.
-        index_width: width of its queries and of its one key a token.
+        index_width: width of its queries and of its one key per token.
         index_loss_weight: what :meth:`DSA.auxiliary_loss` weighs the indexer's loss by.
     """
 
@@ -70,7 +70,7 @@ class DSA(RowAttention):
     """Attention to the ``top_k`` tokens s of the largest ``I_ts = sum_h w_th relu(q^I_th . k^I_s)`` up to t.
 
     DeepSeek-AI 2025, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models", section 2.1. The indexer has
-    few narrow heads and one key a token; all heads attend to the same tokens, of equal scores the earlier. A token
+    few narrow heads and one key per token; all heads attend to the same tokens, of equal scores the earlier. A token
     itself is chosen by its score as any other, not by force. Where no more than ``top_k`` tokens are there at all, the
     choice is all of them and is not computed.
 
@@ -105,9 +105,9 @@ class DSA(RowAttention):
         self.out_proj = Linear(heads * width, config.d_model, bias=False)
         self._losses: list[Tensor] = []
 
-    def mix(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
         self._losses = []
-        y, state = super().mix(x, state, offsets)
+        y, state = super().mix(x, state, cu_seqlens)
         self._losses = [loss / max(1, x.shape[0] * x.shape[1]) for loss in self._losses]
         return y, state
 
@@ -135,7 +135,7 @@ class DSA(RowAttention):
 
     def _index(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The indexer's queries ``[B, T, Hi, Ki]``, keys ``[B, T, 1, Ki]`` and heads' weights ``[B, T, Hi]``."""
-        x = x.detach().to(accumulation_dtype(x, numbers_of(self)))
+        x = x.detach().to(accumulation_dtype(x, first_tensor(self)))
         q, k, weight = (widened(each, x) for each in (self.index_query, self.index_key, self.index_weight))
         k = widened(self.index_norm, k)
         q, k = self.rotate(q.unflatten(-1, (-1, k.shape[-1])), k.unsqueeze(2), at=at)

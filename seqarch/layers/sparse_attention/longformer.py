@@ -54,14 +54,14 @@ class Longformer(BlockSparse):
         return self.config.window
 
     @property
-    def keep(self) -> int:
+    def cache_window(self) -> int:
         return self.config.global_tokens + self.config.window - 1
 
     @property
-    def first(self) -> int:
+    def sink_tokens(self) -> int:
         return self.config.global_tokens
 
-    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    def select(self, q: Tensor, k: Tensor, place: Place, *entries: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         begun = -(-place.length // self.config.block_size)
         blocks = torch.arange(min(self.config.global_tokens // self.config.block_size, begun), device=q.device)
         return (blocks.expand(*k.shape[:3], -1),), ()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch.layers.attention.base import Place
-from seqarch.layers.mixer import Device, numbers_of
+from seqarch.layers.mixer import Device, first_tensor
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV
 from seqarch.layers.modules.positions import block_of
 from seqarch.layers.sparse_attention.base import BlockSparse, BlockSparseConfig
@@ -62,21 +62,21 @@ class MoBA(BlockSparse):
     Config = MoBAConfig
     State = MoBAState
 
-    def select(self, q: Tensor, k: Tensor, place: Place, *memory: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-        (sums,), offsets = memory, place.offsets
+    def select(self, q: Tensor, k: Tensor, place: Place, *entries: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        (sums,), cu_seqlens = entries, place.cu_seqlens
         own = block_of(place.positions, self.config.block_size)
         count = self._blocks(place.length)
-        if offsets is None:
+        if cu_seqlens is None:
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
         else:
-            lengths = [end - start for start, end in pairwise(offsets)]
+            lengths = [end - start for start, end in pairwise(cu_seqlens)]
             rows = torch.arange(len(lengths), device=k.device)
             rows = rows.repeat_interleave(torch.tensor(lengths, device=k.device), output_size=k.shape[1])[None]
         sums = F.pad(sums, (0, 0, 0, 0, 0, max(0, count - sums.shape[1])))
         at = (rows * sums.shape[1] + own).flatten()
         sums = sums.flatten(0, 1).index_add(0, at, k.to(sums.dtype).flatten(0, 1)).unflatten(0, sums.shape[:2])
         means = sums[:, : max(0, count - 1)].detach() / self.config.block_size
-        if offsets is None:
+        if cu_seqlens is None:
             return (self._choose(q.detach(), means, own),), (sums,)
         pieces = zip(q.detach().split(lengths, 1), means.split(1), own.split(lengths, 1), strict=True)
         return (torch.cat([self._choose(*piece) for piece in pieces], dim=1),), (sums,)
@@ -100,7 +100,7 @@ class MoBA(BlockSparse):
         return -(-length // self.config.block_size)
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
-        width = self.config.kv_heads * self.config.head_width * accumulation_dtype(numbers_of(self)).itemsize
+        width = self.config.kv_heads * self.config.head_width * accumulation_dtype(first_tensor(self)).itemsize
         return super().state_bytes(length, batch_size) + batch_size * self._blocks(length) * width
 
     def _score_flops(self, tokens: int, length: int, batch_size: int) -> int:

@@ -91,11 +91,11 @@ class NSA(RowAttention):
     r"""``o_t = sum_c g^c_t Attention(q_t, K^c_t, V^c_t)`` over three branches c: compressed, selected, window.
 
     Yuan et al. 2025, "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention", section 3.
-    Each branch has keys and values of its own; the gates ``g = sigmoid(W x)`` are one a head and branch. *Compressed*:
-    an MLP makes one key and one value of each block of ``compressed_length`` tokens; a query sees the blocks that are
-    complete, and gets 0 where none is. *Selected*: the blocks of ``block_size`` tokens that matter most by the first
-    branch's weights, up to the query itself, one list for the query heads that share a key head. *Window*: the last
-    tokens.
+    Each branch has keys and values of its own; the gates ``g = sigmoid(W x)`` are one per head and branch.
+    *Compressed*: an MLP makes one key and one value of each block of ``compressed_length`` tokens; a query sees the
+    blocks that are complete, and gets 0 where none is. *Selected*: the blocks of ``block_size`` tokens that matter most
+    by the first branch's weights, up to the query itself, one list for the query heads that share a key head. *Window*:
+    the last tokens.
 
     Which blocks matter: block j of ``[j l', (j + 1) l')`` tokens weighs every compressed block i of ``[d i, d i + l)``
     by the strides d that the two share: ``sum over m < l'/d, n < l/d of p[(l'/d) j + m - n]``, blocks that do not exist
@@ -106,7 +106,7 @@ class NSA(RowAttention):
 
     Not MoBA, which scores blocks by their mean key and has no other branch, nor the variant in flash-linear-attention,
     whose branches share keys, averaged over blocks that do not overlap. Left open by the paper and chosen here: keys
-    are compressed before they are rotated, and stand at their block's first token; MLPs are shared by all heads, with
+    are compressed before they are rotated, and are at their block's first token; MLPs are shared by all heads, with
     silu; the gates have no bias. Projections and gates have ``nn.Linear``'s initialisation.
 
     A step costs T / d compressed scores, the selected blocks and the window.
@@ -126,16 +126,21 @@ class NSA(RowAttention):
 
     def mix_rows(self, x: Tensor, state: NSAState) -> tuple[Tensor, NSAState]:
         blocks, (before, start) = self.config.blocks, (state.selected.length, state.selected.start)
+        # one set of queries, keys and values for each branch
         (q, k_new, v_new, k, v, k_near, v_near), _ = self.qkv_proj(x)
         q, k, k_near = self.rotate(q, k, k_near, at=positions(slice(0, x.shape[1]), before, start, x.device))
+        # compressed: block by block, which also chooses the blocks of the next branch
         recent, compressed = self._compress(state, k_new, v_new)
         keys, values = (held[:, : compressed.length].to(q.dtype) for held in (compressed.keys, compressed.values))
         o, index = compressed_attention(q, keys, values, blocks, before=before, start=start)
+        # selected: the chosen blocks in full
         k, v, selected = kv_cache.extend(state.selected, k, v, None)
         o_selected = ops.block_sparse_attention(q, k, v, index, blocks.size, key_start=start)
+        # window: the last tokens, of which the cache holds no more than a step sees
         near_start = state.window.first_held(self.config.window - 1)
         k, v, window = kv_cache.extend(state.window, k_near, v_near, self.config.window - 1)
         o_window = ops.attention(q, k, v, window=self.config.window, key_start=near_start)
+        # a gate per head and branch
         gates = rearrange(self.gate(x).sigmoid(), "b t (c h) -> c b t h 1", c=3)
         o = gates[0] * o + gates[1] * o_selected + gates[2] * o_window
         y = self.out_proj(rearrange(o, "b t h v -> b t (h v)"))
@@ -143,12 +148,12 @@ class NSA(RowAttention):
 
     def _compress(self, state: NSAState, k: Tensor, v: Tensor) -> tuple[KVCache, KVCache]:
         """The first two entries of the state after these keys and values."""
-        keep = self.config.compressed_length - 1
-        keys, values, recent = kv_cache.extend(state.recent, k, v, keep)
+        cache_window = self.config.compressed_length - 1
+        keys, values, recent = kv_cache.extend(state.recent, k, v, cache_window)
         if recent.start is None or not len(keys):
             return recent, self._append(state.compressed, keys, values, recent.length)
         # rows of different lengths complete their blocks at different times
-        first = state.recent.first_held(keep)
+        first = state.recent.first_held(cache_window)
         lengths, firsts = recent.lengths().tolist(), [0] * len(keys) if first is None else first.tolist()
         rows = [
             self._append(old, keys[i : i + 1, firsts[i] :], values[i : i + 1, firsts[i] :], lengths[i])
@@ -189,7 +194,7 @@ class NSA(RowAttention):
         config = self.config
         shape = (config.kv_heads, config.head_width, config.head_width)
         bounds = (config.compressed_length - 1, config.window - 1)
-        recent, window = (CacheShape(min(length, keep), *shape, keep) for keep in bounds)
+        recent, window = (CacheShape(min(length, cache_window), *shape, cache_window) for cache_window in bounds)
         return [recent, CacheShape(config.blocks.complete(length), *shape), CacheShape(length, *shape), window]
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""What attentions with several caches share: packed sequences one after the other, each with its row of the state."""
+"""The base of attentions with several caches: packed sequences one after the other, each with its row of the state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from seqarch.layers.mixer import Device, Mixer, Offsets, numbers_of
+from seqarch.layers.mixer import Boundaries, Device, Mixer, first_tensor
 from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.kv_cache import KVCache
 from seqarch.layers.modules.rotary import rotary_tables, rotate
@@ -18,12 +18,12 @@ from seqarch.ops.dispatch import checks
 
 
 class CacheShape(NamedTuple):
-    """What a :class:`KVCache` holds after some number of tokens.
+    """The shape of a :class:`KVCache` after some number of tokens.
 
     Attributes:
         held: keys of each row.
         heads, key_width, value_width: their shape.
-        keep: how many keys it holds at most; ``None`` for no bound.
+        cache_window: the most keys that it holds; ``None`` for no bound.
         wide: whether it is never narrower than float32.
     """
 
@@ -31,7 +31,7 @@ class CacheShape(NamedTuple):
     heads: int
     key_width: int
     value_width: int
-    keep: int | None = None
+    cache_window: int | None = None
     wide: bool = False
 
 
@@ -65,11 +65,11 @@ class RowAttention(Mixer):
     def mix_rows(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Outputs and state of rows that start together or, after sequences of different lengths, end together."""
 
-    def mix(self, x: Tensor, state: Any, offsets: Offsets) -> tuple[Tensor, Any]:
-        if offsets is None:
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
+        if cu_seqlens is None:
             return self.mix_rows(x, self.join(state.rows) if isinstance(state, PackedRows) else state)
         states = state.rows if isinstance(state, PackedRows) else self.split(state)
-        pieces = x.split([end - start for start, end in pairwise(offsets)], dim=1)
+        pieces = x.split([end - start for start, end in pairwise(cu_seqlens)], dim=1)
         outputs, after = zip(*map(self.mix_rows, pieces, states), strict=True)
         return torch.cat(outputs, dim=1), PackedRows(after)
 
@@ -83,14 +83,14 @@ class RowAttention(Mixer):
 
     def split(self, state: Any) -> list[Any]:
         """A state of one row for each row, without padding."""
-        keeps = [shape.keep for shape in self.caches(0)]
-        fields = (kv_cache.split_rows(*each) for each in zip(state, keeps, strict=True))
+        cache_windows = [shape.cache_window for shape in self.caches(0)]
+        fields = (kv_cache.split_rows(*each) for each in zip(state, cache_windows, strict=True))
         return [self.State(*row) for row in zip(*fields, strict=True)]
 
     def join(self, states: Any) -> Any:
         """The rows of several states of one row."""
-        keeps = [shape.keep for shape in self.caches(0)]
-        return self.State(*map(kv_cache.join_rows, zip(*states, strict=True), keeps))
+        cache_windows = [shape.cache_window for shape in self.caches(0)]
+        return self.State(*map(kv_cache.join_rows, zip(*states, strict=True), cache_windows))
 
     def rotate(self, *heads: Tensor, at: Tensor) -> list[Tensor]:
         """Keys and queries ``[B, T, H, K]`` of one K, turned to positions ``at [1 or B, T]`` where there are any."""
@@ -101,7 +101,7 @@ class RowAttention(Mixer):
         return [rotate(each, tables) for each in heads]
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
-        like = numbers_of(self)
+        like = first_tensor(self)
         device, dtype = device or like.device, dtype or like.dtype
         caches = []
         for held, heads, key_width, value_width, _, wide in self.caches(max_length):
@@ -112,11 +112,11 @@ class RowAttention(Mixer):
         return self.State(*caches)
 
     def state_bytes(self, length: int, batch_size: int = 1) -> int:
-        """Bytes after ``length`` tokens, of equally long rows (rows of different lengths add 8 bytes a cache each).
+        """Bytes after ``length`` tokens, of equally long rows (rows of different lengths add 8 bytes per cache each).
 
         A state made with ``max_length`` has ``state_bytes(max_length)`` from the start.
         """
-        like = numbers_of(self)
+        like = first_tensor(self)
         numbers = {False: 0, True: 0}
         for held, heads, key_width, value_width, _, wide in self.caches(length):
             numbers[wide] += held * heads * (key_width + value_width)

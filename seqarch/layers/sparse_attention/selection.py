@@ -40,7 +40,7 @@ def whole(operator: Callable[..., Any], compute: Callable[..., Any], plain: Call
 
 
 def positions(part: slice, before: int, start: Tensor | None, device: torch.device) -> Tensor:
-    """Where a chunk's queries stand: ``[1, C]``, or ``[B, C]`` with the padding ``start [B]`` before each row."""
+    """Positions of a chunk's queries: ``[1, C]``, or ``[B, C]`` with the padding ``start [B]`` before each row."""
     at = torch.arange(before + part.start, before + part.stop, device=device)[None]
     return at if start is None else at - start[:, None]
 
@@ -89,7 +89,7 @@ class Blocks(NamedTuple):
 
 
 def importance(weights: Tensor, blocks: Blocks, count: int) -> Tensor:
-    """What the weights of compressed blocks ``[..., M]`` say of the first ``count`` selectable ones.
+    """The importance of the first ``count`` selectable blocks, by the weights of compressed ones ``[..., M]``.
 
     Block j gets the sum over m < size / stride, n < length / stride of ``weights[(size / stride) j + m - n]``: each
     compressed block that overlaps it, times the strides that they share.

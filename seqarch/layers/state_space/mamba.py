@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.mixer import Boundaries, LayerConfig
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.short_conv import ShortConvolution
@@ -25,7 +25,7 @@ class MambaConfig(LayerConfig):
     """Options of :class:`Mamba`.
 
     Attributes:
-        d_state: N, states a channel.
+        d_state: N, states per channel.
         expand: the inner width is ``expand D``.
         conv_width: width of the short convolution.
         dt_rank: rank of the step size's projection; by default ``ceil(D / 16)``.
@@ -48,7 +48,7 @@ class Mamba(RecurrentMixer):
     """A selective state-space model: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = (C_t h + D x_t) silu(z_t)``.
 
     dt, B and C depend on the input, A does not; E = ``expand D`` channels with N states each. Gu and Dao 2023,
-    "Mamba", algorithm 2 and figure 3. Not Mamba-2, which has one decay a head. ``A = -(1..N)``, D and dt as in the
+    "Mamba", algorithm 2 and figure 3. Not Mamba-2, which has one decay per head. ``A = -(1..N)``, D and dt as in the
     release, without weight decay on A_log, D and the bias of dt; other projections have ``nn.Linear``'s
     initialisation (the release also divides the output's by the square root of the depth: a stack's choice, not made).
     """
@@ -74,31 +74,34 @@ class Mamba(RecurrentMixer):
         self.out_proj = Linear(self.inner, config.d_model, bias=False)
         self.state_shape = (self.inner, config.d_state)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        conv, memory = state
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        conv, recurrent = state
+        # u enters the recurrence, z gates its output: [B, T, E] each
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, conv = self.conv(u, conv, offsets)
+        u, conv = self.conv(u, conv, cu_seqlens)
+        # what makes it selective: step size, write and read vectors [B, T, N] depend on u
         dt, B, C = self.select(u).split(self.sizes, dim=-1)
         # by exp2: of this size, torch's exp takes 4 times as long, and starts the threads for it
         A = -(self.A_log.to(self.state_dtype) / math.log(2)).exp2()
         if self.config.negative_eigenvalues:
-            y, memory = self._signed_scan(u, self.dt(dt), A, B, C, memory, offsets)
-            return self.out_proj(y * F.silu(z)), RecurrentState(conv, memory)
-        y, memory = ops.selective_scan(
-            *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=memory, cu_seqlens=offsets
+            y, recurrent = self._signed_scan(u, self.dt(dt), A, B, C, recurrent, cu_seqlens)
+            return self.out_proj(y * F.silu(z)), RecurrentState(conv, recurrent)
+        # softplus of dt, skip by D and gate by z are the operation's, which saves passes over [B, T, E]
+        y, recurrent = ops.selective_scan(
+            *(u, self.dt(dt), A, B, C, self.D), z=z, dt_softplus=True, state=recurrent, cu_seqlens=cu_seqlens
         )
-        return self.out_proj(y), RecurrentState(conv, memory)
+        return self.out_proj(y), RecurrentState(conv, recurrent)
 
     def _signed_scan(
-        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, memory: Tensor, cu_seqlens: Offsets
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, recurrent: Tensor, cu_seqlens: Boundaries
     ) -> tuple[Tensor, Tensor]:
         """The scan without its gate, as one of ``E N`` channels: a decay below 0 is no power of a step size."""
         delta = F.softplus(dt.to(A.dtype)).unsqueeze(-1)
         write = delta * u.unsqueeze(-1) * B.unsqueeze(-2)
-        memory = memory.flatten(1).unsqueeze(-1)
-        h, memory = elementwise_scan(write.flatten(2), (delta * A).flatten(2), memory, cu_seqlens, signed=True)
+        recurrent = recurrent.flatten(1).unsqueeze(-1)
+        h, recurrent = elementwise_scan(write.flatten(2), (delta * A).flatten(2), recurrent, cu_seqlens, signed=True)
         y = (h.unflatten(-1, self.state_shape) * C.to(h.dtype).unsqueeze(-2)).sum(-1)
-        return y.to(u.dtype) + self.D.to(u.dtype) * u, memory.view(-1, *self.state_shape)
+        return y.to(u.dtype) + self.D.to(u.dtype) * u, recurrent.view(-1, *self.state_shape)
 
     def one_token(self, program: Program, x: Value, state: RecurrentState, add_to: Value) -> Value:
         if self.config.negative_eigenvalues:

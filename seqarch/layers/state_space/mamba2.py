@@ -1,4 +1,4 @@
-"""Mamba-2: a state-space model with one decay a head, in its dual form of linear attention."""
+"""Mamba-2: a state-space model with one decay per head, in its dual form of linear attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import LayerConfig, Offsets
+from seqarch.layers.mixer import Boundaries, LayerConfig
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
@@ -33,9 +33,9 @@ class Mamba2Config(LayerConfig):
 
     Attributes:
         d_state: N, the state's width (the key width of the dual form).
-        head_dim: P, channels a head.
+        head_dim: P, channels per head.
         expand: the inner width is ``expand D``.
-        inner: the inner width itself, in place of ``expand``.
+        d_inner: the inner width itself, in place of ``expand``.
         n_groups: G, groups of heads that share B and C.
         conv_width: width of the short convolution over x, B and C.
         output_norm: ``"gate_first"``: ``norm(y silu(z))``; ``"gate_last"``: ``norm(y) silu(z)``; ``"none"``:
@@ -50,7 +50,7 @@ class Mamba2Config(LayerConfig):
     d_state: int = 128
     head_dim: int = 64
     expand: int = 2
-    inner: int | None = None
+    d_inner: int | None = None
     n_groups: int = 1
     conv_width: int = 4
     output_norm: str = "gate_first"
@@ -76,11 +76,11 @@ class Mamba2Config(LayerConfig):
 
     @property
     def inner_width(self) -> int:
-        return self.expand * self.d_model if self.inner is None else self.inner
+        return self.expand * self.d_model if self.d_inner is None else self.d_inner
 
 
 class Mamba2(LinearMixer):
-    """A state-space model with one decay a head: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = C_t h + D x_t``.
+    """A state-space model with one decay per head: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = C_t h + D x_t``.
 
     Run as linear attention with q = C, k = B, v = dt x; the output is ``norm(y silu(z))`` by default. Dao and Gu 2024,
     "Transformers are SSMs", section 7. Not :class:`Mamba`, whose decay differs by channel and state. Projections have
@@ -108,20 +108,23 @@ class Mamba2(LinearMixer):
         self.out_proj = Linear(self.inner, config.d_model, bias=False)
         self.state_shape = (num_heads, config.d_state, config.head_dim)
 
-    def mix(self, x: Tensor, state: RecurrentState, offsets: Offsets) -> tuple[Tensor, RecurrentState]:
-        conv, memory = state
+    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        conv, recurrent = state
+        # one projection for all; x, B and C pass one short convolution together
         z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        xbc, conv = self.conv(xbc, conv, offsets)
+        xbc, conv = self.conv(xbc, conv, cu_seqlens)
         shared = self.config.n_groups * self.config.d_state
         u, B, C = xbc.split([self.inner, shared, shared], dim=-1)
         u = rearrange(u, "b t (h p) -> b t h p", p=self.config.head_dim)
         B, C = (rearrange(m, "b t (g n) -> b t g n", g=self.config.n_groups) for m in (B, C))
+        # as linear attention: k = B, q = C, v = dt x with decay exp(dt A), in the state's dtype
         wide = self.state_dtype
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         values = (u * dt.unsqueeze(-1)).to(u.dtype)
         log_decay = -self.A_log.to(wide).exp() * dt
         attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
-        y, memory = attend(C, B, values, log_decay, scale=1.0, state=memory, cu_seqlens=offsets)
+        y, recurrent = attend(C, B, values, log_decay, scale=1.0, state=recurrent, cu_seqlens=cu_seqlens)
+        # skip, then gate and norm over the inner width
         y = rearrange(y + self.D.to(u.dtype).unsqueeze(-1) * u, "b t h p -> b t (h p)")
         gated = y * F.silu(z) if self.norm is None else self.norm(y, z)
-        return self.out_proj(gated), RecurrentState(conv, memory)
+        return self.out_proj(gated), RecurrentState(conv, recurrent)

@@ -1,4 +1,4 @@
-"""Mamba-3: a state-space model with a trapezoidal rule, a rotating state and, as an option, several inputs a head."""
+"""Mamba-3: a state-space model with a trapezoidal rule, a rotating state and, as an option, several inputs per head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Device, LayerConfig, Offsets, numbers_of
+from seqarch.layers.mixer import Boundaries, Device, LayerConfig, first_tensor
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import GatedRMSNorm, HeadNorm
@@ -29,12 +29,12 @@ class Mamba3Config(LayerConfig):
 
     Attributes:
         d_state: N, the state's width (the key width of the dual form).
-        head_dim: P, channels a head.
+        head_dim: P, channels per head.
         expand: the inner width is ``expand D``.
         n_groups: G, groups of heads that share B and C.
-        mimo_rank: R, inputs and outputs a head and step (MIMO); 1 for the plain model.
+        mimo_rank: R, inputs and outputs per head and step (MIMO); 1 for the plain model.
         rotary_fraction: share of the state that rotates.
-        output_norm: an RMS norm a head before the gate, as in the paper's hybrids.
+        output_norm: an RMS norm per head before the gate, as in the paper's hybrids.
         A_floor: the least ``-A``.
         dt_min, dt_max, dt_floor: range of the initial step sizes.
     """
@@ -81,7 +81,7 @@ class Mamba3State(NamedTuple):
     """State of :class:`Mamba3`.
 
     Attributes:
-        memory: ``[B, H, N, P]``, without what the last token has begun to write.
+        recurrent: ``[B, H, N, P]``, without what the last token has begun to write.
         angle: by how much B and C are turned by now, ``[B, H, angles]``.
         key, value: the last token's B, turned, ``[B, H, R, N]`` and its x, ``[B, H, P]``.
         weight: ``lambda dt`` of the last token, ``[B, H]``.
@@ -98,14 +98,14 @@ class Mamba3(RecurrentMixer):
     """``h_t = a_t h_{t-1} + (1 - l_t) dt_t a_t B_{t-1} x_{t-1} + l_t dt_t B_t x_t``, ``y_t = C_t h_t + D x_t``.
 
     The exponential-trapezoidal rule, with ``a = exp(dt A)`` and ``l = sigmoid(W_l x)``; A depends on the input too. B
-    and C pass an RMS norm, are given a bias a head and turned by the sum of ``pi tanh(W_r x) dt`` so far, which makes
+    and C pass an RMS norm, are given a bias per head and turned by the sum of ``pi tanh(W_r x) dt`` so far, which makes
     the state complex. The output is ``y silu(z)``. There is no short convolution. With ``mimo_rank`` R, B and C are R
     each, and x, z and y are scaled channel by channel to and from R. Lahoti et al. 2026, "Mamba-3: Improved Sequence
     Modeling using State Space Principles", sections 3.1-3.3. Not Mamba-2, which sees a token's input at that token
     alone. Initialisation, and A by ``1 + u`` (``1 / (1 - u)`` below 0), as in the release, which turns neighbouring
     channels where R is 1; here, as in its MIMO form, channels i and ``i + N / 2``: the same up to an order of channels.
 
-    What token t writes is known only at t + 1, so one ``linear_attention`` runs a step late, over the tokens before
+    The write of token t is known only at t + 1, so one ``linear_attention`` runs a step late, over the tokens before
     each, and a token's own part ``l_t dt_t (C_t . B_t) x_t`` is added to its output.
     """
 
@@ -130,25 +130,29 @@ class Mamba3(RecurrentMixer):
         self.out_proj = Linear(config.inner, config.d_model, bias=False)
         self.state_shape = (heads, size, config.head_dim)
 
-    def mix(self, x: Tensor, state: Mamba3State, offsets: Offsets) -> tuple[Tensor, Mamba3State]:
-        memory, angle, key, value, weight = state
+    def mix(self, x: Tensor, state: Mamba3State, cu_seqlens: Boundaries) -> tuple[Tensor, Mamba3State]:
+        recurrent, angle, key, value, weight = state
+        # one projection for all: z, u [B, T, H, P], B, C [B, T, R G N], a step size, decay and mixture per head
         z, u, B, C, dt, A, mix, turn = self.in_proj(x).split(self.sizes, dim=-1)
         z, u = (rearrange(m, "b t (h p) -> b t h p", p=self.config.head_dim) for m in (z, u))
+        # decay and rotation of each step, in the state's dtype: both add up over the sequence
         wide = self.state_dtype
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         log_decay = -_heavy_tail(A.to(wide)).clamp(min=self.config.A_floor) * dt
         steps = math.pi * torch.tanh(turn.to(wide)).unsqueeze(-2) * dt.unsqueeze(-1)
-        angles, angle = over_sequences(_turn, offsets, angle, steps)
+        angles, angle = over_sequences(_turn, cu_seqlens, angle, steps)
         B, C = self._turned(B, self.B_norm, self.B_bias, angles), self._turned(C, self.C_norm, self.C_bias, angles)
+        # the trapezoidal rule: a token's share now, the rest of it one step later, so the last token is carried
         own = mix.to(wide).sigmoid() * dt
-        last_B, key = over_sequences(tokens_before, offsets, key, B)
-        last_u, value = over_sequences(tokens_before, offsets, value, u)
-        last_own, weight = over_sequences(tokens_before, offsets, weight, own)
+        last_B, key = over_sequences(tokens_before, cu_seqlens, key, B)
+        last_u, value = over_sequences(tokens_before, cu_seqlens, value, u)
+        last_own, weight = over_sequences(tokens_before, cu_seqlens, weight, own)
         written = log_decay.exp() * (last_own + dt - own)
         v, last_v = self._up(u, own), self._up(last_u, written)
-        y, memory = self._recur(C, last_B, last_v, log_decay, memory, offsets)
+        # a step late, so the state holds what is complete; the token's own part is added to the output
+        y, recurrent = self._recurrence(C, last_B, last_v, log_decay, recurrent, cu_seqlens)
         y = y + (C @ B.mT) @ v + self.D.to(u.dtype)[:, None, None] * self._up(u)
-        return self.out_proj(self._gated(y, z)), Mamba3State(memory, angle, key, value, weight)
+        return self.out_proj(self._gated(y, z)), Mamba3State(recurrent, angle, key, value, weight)
 
     def _turned(self, m: Tensor, norm: HeadNorm, bias: Tensor, angles: Tensor) -> Tensor:
         """B or C from its projection: normalised, shared out over the heads and turned, ``[B, T, H, R, N]``."""
@@ -163,17 +167,19 @@ class Mamba3(RecurrentMixer):
         u = (u if weight is None else (u * weight.unsqueeze(-1)).to(u.dtype)).unsqueeze(-2)
         return u * self.mimo_x.to(u.dtype) if self.config.mimo_rank > 1 else u
 
-    def _recur(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor, offsets: Offsets
+    def _recurrence(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, recurrent: Tensor, cu_seqlens: Boundaries
     ) -> tuple[Tensor, Tensor]:
-        """Linear attention with R tokens a step, of which the first decays and each reads what all R wrote."""
+        """Linear attention with R tokens per step, of which the first decays and each reads what all R wrote."""
         rank = self.config.mimo_rank
         queries, keys, values = (rearrange(m, "b t h r d -> b (t r) h d") for m in (q, k, v))
         decays = F.pad(log_decay.unsqueeze(2), (0, 0, 0, rank - 1)).flatten(1, 2)
-        offsets = None if offsets is None else tuple(rank * offset for offset in offsets)
-        y, memory = ops.linear_attention(queries, keys, values, decays, scale=1.0, state=memory, cu_seqlens=offsets)
+        cu_seqlens = None if cu_seqlens is None else tuple(rank * boundary for boundary in cu_seqlens)
+        y, recurrent = ops.linear_attention(
+            queries, keys, values, decays, scale=1.0, state=recurrent, cu_seqlens=cu_seqlens
+        )
         y = rearrange(y, "b (t r) h p -> b t h r p", r=rank)
-        return (y + (q @ k.mT).triu(1) @ v if rank > 1 else y), memory
+        return (y + (q @ k.mT).triu(1) @ v if rank > 1 else y), recurrent
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
         """``norm(y) silu(z)`` for each of the R outputs, and their sum: ``[B, T, H P]``."""
@@ -188,12 +194,12 @@ class Mamba3(RecurrentMixer):
         return rearrange(y.sum(-2), "b t h p -> b t (h p)")
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Mamba3State:
-        config, memory = self.config, super().new_state(batch_size, max_length, device, dtype).recurrent
-        like = {"device": memory.device, "dtype": dtype or numbers_of(self).dtype}
+        config, recurrent = self.config, super().new_state(batch_size, max_length, device, dtype).recurrent
+        like = {"device": recurrent.device, "dtype": dtype or first_tensor(self).dtype}
         key = torch.zeros(batch_size, config.heads, config.mimo_rank, config.d_state, **like)
         value = torch.zeros(batch_size, config.heads, config.head_dim, **like)
-        angle = memory.new_zeros(batch_size, config.heads, config.angles)
-        return Mamba3State(memory, angle, key, value, memory.new_zeros(batch_size, config.heads))
+        angle = recurrent.new_zeros(batch_size, config.heads, config.angles)
+        return Mamba3State(recurrent, angle, key, value, recurrent.new_zeros(batch_size, config.heads))
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         rank = self.config.mimo_rank

@@ -10,8 +10,8 @@ from experiments.config.build import resolve
 from experiments.config.convert import convert
 from experiments.config.overrides import compose
 from experiments.config.schema import FORMAT, TrainConfig, run_config, to_dict
-from experiments.runs.recorded import find_runs
 from experiments.runs.folder import RunFolder
+from experiments.runs.recorded import find_runs
 from experiments.sweeps.execute import resolve_composed
 from experiments.tasks import TASKS
 from experiments.util.errors import ConfigError, RunnerError

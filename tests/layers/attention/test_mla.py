@@ -11,7 +11,7 @@ from seqarch.layers import build_mixer, measured_state_bytes
 from seqarch.layers.attention.mla import MLA
 from seqarch.layers.modules.rotary import apply_rotary
 
-WIDTHS = {"num_heads": 4, "key_width": 8, "value_width": 6, "shared_width": 4, "latent_rank": 12}
+WIDTHS = {"num_heads": 4, "qk_nope_head_dim": 8, "v_head_dim": 6, "qk_rope_head_dim": 4, "kv_lora_rank": 12}
 
 
 def build(**options) -> MLA:
@@ -35,10 +35,10 @@ def rms(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("position", ["rotary", "none"])
-@pytest.mark.parametrize("query_rank", [None, 5])
-def test_the_layer_is_its_equation(position: str, query_rank: int | None):
-    mixer, x = build(position=position, query_rank=query_rank), inputs(9)
-    if query_rank is None:
+@pytest.mark.parametrize("q_lora_rank", [None, 5])
+def test_the_layer_is_its_equation(position: str, q_lora_rank: int | None):
+    mixer, x = build(position=position, q_lora_rank=q_lora_rank), inputs(9)
+    if q_lora_rank is None:
         q = x @ mixer.query.weight.T
     else:
         first, norm, last = mixer.query
@@ -91,7 +91,7 @@ def test_the_cheaper_form_is_taken():
     assert mixer._costs(14, 55)[0] > mixer._costs(14, 55)[1]
     assert mixer._costs(15, 56)[0] < mixer._costs(15, 56)[1]
     assert read_width(mixer, 15, state)[0] == expanded
-    assert read_width(build(latent_rank=5), 40, None)[0] == 5 + 4  # a latent below the mean of K and V
+    assert read_width(build(kv_lora_rank=5), 40, None)[0] == 5 + 4  # a latent below the mean of K and V
 
 
 def test_the_cache_holds_one_latent_and_one_shared_key_a_token():
@@ -101,7 +101,7 @@ def test_the_cache_holds_one_latent_and_one_shared_key_a_token():
 
 
 def test_a_step_costs_as_counted_by_hand():
-    mixer = build(query_rank=5)
+    mixer = build(q_lora_rank=5)
     maps = 32 * 5 + 5 * 4 * 12 + 32 * 16 + 12 * 4 * 14 + 4 * 6 * 32
     assert mixer.step_flops(99, 3) == 3 * 2 * (maps + 100 * 4 * (16 + 12))
 
@@ -109,5 +109,5 @@ def test_a_step_costs_as_counted_by_hand():
 def test_defaults_are_the_ratios_of_the_paper():
     config = build_mixer("mla", d_model=256).config
     assert (config.heads, config.keys, config.values, config.shared, config.rank) == (4, 64, 64, 32, 256)
-    with pytest.raises(ValueError, match="even shared_width, got 5"):
-        build_mixer("mla", d_model=32, shared_width=5)
+    with pytest.raises(ValueError, match="even qk_rope_head_dim, got 5"):
+        build_mixer("mla", d_model=32, qk_rope_head_dim=5)

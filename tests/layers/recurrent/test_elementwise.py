@@ -37,7 +37,7 @@ def loop(decay: Tensor, write: Tensor) -> Tensor:
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("scale_first", [False, True])
 def test_rg_lru_is_its_equation(negative: bool, scale_first: bool):
-    mixer = build("rg_lru", inner=48, num_heads=3, negative_eigenvalues=negative, scale_first=scale_first)
+    mixer = build("rg_lru", lru_width=48, num_heads=3, negative_eigenvalues=negative, scale_first=scale_first)
     mixer.Lambda.data += 4  # decays on both sides of 1/2
     x = inputs(20)
     u = F.conv1d(F.pad(mixer.in_proj(x).mT, (3, 0)), mixer.conv.weight.unsqueeze(1), mixer.conv.bias, groups=48).mT
@@ -143,7 +143,7 @@ def test_min_gru_keeps_the_parity_of_a_sequence_with_negative_eigenvalues():
     [
         ("min_gru", {"candidate": "linaer"}, "Did you mean 'linear'"),
         ("hgrn", {"lower_bound": 1.0}, "lower_bound must be below 1"),
-        ("rg_lru", {"inner": 48, "num_heads": 5}, r"num_heads \(5\) must divide the inner width \(48\)"),
+        ("rg_lru", {"lru_width": 48, "num_heads": 5}, r"num_heads \(5\) must divide the inner width \(48\)"),
     ],
 )
 def test_wrong_options_are_named(name: str, options: dict[str, Any], message: str):
