@@ -115,7 +115,7 @@ def channel_table() -> str:
 
 def backend_order(op: Op) -> list[str]:
     """The names, in the order in which ``"auto"`` tries them for more than one token; what is not tried is marked."""
-    marks = {op.reference: " (reference)"} | dict.fromkeys(op.named, " (by name)")
+    marks = {op.reference: " (reference)"} | dict.fromkeys(op.opt_in, " (by name)")
     return [f"`{name}`{marks.get(name, '')}" for name in op.backends]
 
 
@@ -168,7 +168,7 @@ def backend_list(op: Op) -> str:
     for name, shown in zip(op.backends, backend_order(op), strict=True):
         rows.append((shown, cell(first_sentence(module_docstring(folder / f"{name}.py")))))
     text = table(("backend", "what it does"), rows)
-    if op.named:
+    if op.opt_in:
         text += "\n\nWhat is marked so runs only where its name is given."
     if op.step_order:
         text += f"\n\nCalls of one token try {', '.join(f'`{name}`' for name in op.step_order)} in this order."

@@ -153,7 +153,7 @@ def backend(op: str, name: str) -> Contestant:
         return output[0] if isinstance(output, tuple) else output
 
     def enter(inputs: Inputs) -> tuple[Call, Inputs]:
-        if name != AUTO and (reason := OPS[op].backends[name].refuse(*OPS[op].prepare(**inputs))):
+        if name != AUTO and (reason := OPS[op].backends[name].unsupported(OPS[op].inputs(**inputs))):
             raise Absent(reason)
         return call, inputs
 

@@ -12,17 +12,17 @@ from seqarch.layers.mixer import Mixer
 from seqarch.ops import OPS, Call
 
 VALUES = {
-    "attention": 2,
-    "block_sparse_attention": 2,
-    "delta_rule": 2,
-    "linear_attention": 2,
-    "selective_scan": 0,
+    "attention": "v",
+    "block_sparse_attention": "v",
+    "delta_rule": "v",
+    "linear_attention": "v",
+    "selective_scan": "x",
 }
-"""Operations that are linear in one of their arguments, the values, once the others are given: its place."""
+"""Operations that are linear in one of their inputs, the values, once the others are given: its name."""
 
 
 class Materialized(NamedTuple):
-    """The effect of one call of an operation on its values.
+    """What one call of an operation did with its values.
 
     Attributes:
         op: the operation.
@@ -44,7 +44,7 @@ def materialize(mixer: Mixer, x: Tensor) -> list[Materialized]:
 
     Attention, the selective scan, linear attention and the delta rule are all linear in their values, with weights that
     depend on the rest of the input (Dao and Gu 2024, "Transformers are SSMs", section 3). One entry for each call of
-    such an operation, in order; short convolutions, norms and gates are outside. Work and memory grow as ``T^2``
+    such an operation, in order; short convolutions, norms and gates stand outside. Work and memory grow as ``T^2``
     times the operation's own: for tests and pictures, at small T.
 
     Raises:
@@ -63,31 +63,32 @@ def materialize(mixer: Mixer, x: Tensor) -> list[Materialized]:
 
 
 def _materialize(call: Call) -> Materialized:
-    place = VALUES[call.op]
-    values = call.args[place]
+    values = getattr(call.inputs, VALUES[call.op])
     output = call.result if isinstance(call.result, Tensor) else call.result[0]
     if call.op == "selective_scan":
         return Materialized(call.op, _scan_matrix(call), values, output)
     length, heads = values.shape[1:3]
     units = torch.eye(length, dtype=values.dtype, device=values.device)
     units = units[None, :, None].expand(len(values), -1, heads, -1)
-    return Materialized(call.op, _again(call, place, units).permute(0, 2, 1, 3), values, output)
+    return Materialized(call.op, _again(call, units).permute(0, 2, 1, 3), values, output)
 
 
 def _scan_matrix(call: Call) -> Tensor:
     """One call per token s, whose values are 1 at s and 0 elsewhere: column s of every channel's matrix."""
-    values = call.args[0]
+    values = call.inputs.x
     matrix = values.new_empty(*values.shape, values.shape[1])
     for s in range(values.shape[1]):
         unit = torch.zeros_like(values)
         unit[:, s] = 1
-        matrix[..., s] = _again(call, 0, unit)
+        matrix[..., s] = _again(call, unit)
     return matrix.transpose(1, 2)
 
 
-def _again(call: Call, place: int, values: Tensor) -> Tensor:
+def _again(call: Call, values: Tensor) -> Tensor:
     """The outputs of the call with other values, from an empty state."""
-    args = (*call.args[:place], values, *call.args[place + 1 :])
-    kwargs = {key: value for key, value in call.kwargs.items() if key != "state"}
-    result = OPS[call.op]("auto", *args, **kwargs)
+    inputs = call.inputs.replace(**{VALUES[call.op]: values})
+    if (state := getattr(inputs, "state", None)) is not None:
+        width = state.shape[-1] if call.op == "selective_scan" else values.shape[-1]
+        inputs = inputs.replace(state=state.new_zeros(*state.shape[:-1], width))
+    result = OPS[call.op]("auto", inputs)
     return result if isinstance(result, Tensor) else result[0]

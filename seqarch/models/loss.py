@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.dispatch.eager import as_made, is_batched
+from seqarch.ops.dispatch.eager import is_batched, is_eager
 from seqarch.ops.native.onednn import fastest_product
 
 BLOCK = 2**20
@@ -27,7 +27,7 @@ def serves(features: Tensor, weight: Tensor) -> bool:
         and weight.is_cpu
         and features.dtype is weight.dtype
         and features.dtype in (torch.float32, torch.float64)
-        and as_made(features.device)
+        and is_eager(features.device)
     )
 
 

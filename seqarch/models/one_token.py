@@ -16,8 +16,8 @@ from torch import Tensor, UntypedStorage
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
-from seqarch.ops.dispatch.eager import as_made, watched
-from seqarch.ops.dispatch.op import left_alone
+from seqarch.ops.dispatch.eager import has_dispatch_mode, is_eager
+from seqarch.ops.dispatch.op import is_unobserved
 from seqarch.ops.native import token
 from seqarch.ops.native.token import MOST_ROWS, Program, Unserved
 
@@ -81,10 +81,10 @@ def _serves(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and as_made(x.device)
-        and not watched()
+        and is_eager(x.device)
+        and not has_dispatch_mode()
         and not global_hooks._has_any_global_hook()
-        and left_alone()
+        and is_unobserved()
         and token.unavailable() is None
     )
 

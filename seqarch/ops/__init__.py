@@ -62,7 +62,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     if op not in OPS:
         raise unknown_name("operation", op, OPS)
-    return OPS[op].explain(OPS[op].prepare(*args, **kwargs))
+    return OPS[op].explain(OPS[op].inputs(*args, **kwargs))
 
 
 __all__ = [

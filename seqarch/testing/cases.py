@@ -117,5 +117,4 @@ def _build(layer: type[Layer], options: Mapping[str, Any], d_model: int) -> Any:
 
 
 def _serves(backend: str, call: Call) -> bool:
-    op = OPS[call.op]
-    return op.backends[backend].refuse(*op.prepare(*call.args, **call.kwargs)) is None
+    return OPS[call.op].backends[backend].unsupported(call.inputs) is None

@@ -50,7 +50,7 @@ def test_rows_of_attention_are_distributions():
 
 def test_retention_is_a_product_of_scores_and_powers_of_the_decay():
     (found,), (call,) = materialized("retention", num_heads=2)
-    q, k = call.args[:2]
+    q, k = call.inputs.q, call.inputs.k
     steps = torch.arange(LENGTH)
     distance = (steps[:, None] - steps).double()
     for head in range(2):
@@ -66,7 +66,7 @@ def test_retention_is_a_product_of_scores_and_powers_of_the_decay():
 def test_mamba2_is_semiseparable():
     """Dao and Gu 2024, section 5.1: ``M = L * (C B^T)`` with ``L_ij = a_i ... a_{j+1}`` (eq. 6)."""
     (found,), (call,) = materialized("mamba2", d_state=8, head_dim=16)
-    C, B, _, log_decay = call.args
+    C, B, log_decay = call.inputs.q, call.inputs.k, call.inputs.log_decay
     sums = log_decay.cumsum(1).transpose(1, 2)
     decay = (sums[..., :, None] - sums[..., None, :]).exp()
     scores = C[:, :, 0] @ B[:, :, 0].transpose(1, 2)
@@ -75,20 +75,21 @@ def test_mamba2_is_semiseparable():
 
 def test_mamba_sums_its_states_decays():
     (found,), (call,) = materialized("mamba", d_state=3)
-    _, dt, A, B, C, D = call.args
-    step = F.softplus(dt)
+    _, dt, A, B, C, D, z, dt_bias = call.inputs.values()[:8]
+    B, C = B.squeeze(2), C.squeeze(2)
+    step = F.softplus(dt if dt_bias is None else dt + dt_bias)
     sums = (step.unsqueeze(-1) * A).cumsum(1).movedim(1, 2)  # [B, D, T, N]
     decay = (sums[:, :, :, None] - sums[:, :, None]).exp()
     matrix = torch.einsum("btn,bdtsn,bsn,bsd->bdts", C, decay, B, step).tril()
     matrix = matrix + torch.diag_embed(D[None, :, None].expand(2, -1, LENGTH))
-    gate = F.silu(call.kwargs["z"]).transpose(1, 2).unsqueeze(-1)
+    gate = F.silu(z).transpose(1, 2).unsqueeze(-1)
     assert_close(found.matrix, matrix * gate, 1e-12)
 
 
 def test_the_delta_rule_is_a_triangular_solve():
     """``T = (I + tril(diag(beta) K K^T, -1))^-1 diag(beta)``, ``M = tril(Q K^T) T`` (Yang et al. 2024, section 3)."""
     (found,), (call,) = materialized("delta_net", num_heads=2)
-    q, k, _, beta = (tensor.transpose(1, 2) for tensor in call.args[:4])
+    q, k, _, beta = (tensor.transpose(1, 2) for tensor in call.inputs.values()[:4])
     system = torch.eye(LENGTH).double() + (beta.unsqueeze(-1) * (k @ k.mT)).tril(-1)
     solved = torch.linalg.solve(system, torch.diag_embed(beta))
     assert_close(found.matrix, (q @ k.mT / q.shape[-1] ** 0.5).tril() @ solved, 1e-10)

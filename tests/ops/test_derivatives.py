@@ -152,9 +152,9 @@ def test_derivatives_of_any_kind_are_the_references_or_refused(case: str, way: s
     reference = "parallel_torch" if op == "block_sparse_attention" else OPS[op].reference
     expected = WAYS[way](called(op, names, options, reference), inputs, tangents)
     assert any(each.abs().max() > 0 for each in expected if each is not None)
-    arguments = OPS[op].prepare(**tensors, **options)
+    arguments = OPS[op].inputs(**tensors, **options)
     for backend in ("auto", *available(op)):
-        if backend != "auto" and OPS[op].backends[backend].refuse(*arguments) is not None:
+        if backend != "auto" and OPS[op].backends[backend].unsupported(arguments) is not None:
             continue
         outputs = called(op, names, options, backend)
         if backend == "auto" or OPS[op].backends[backend].transformable or way in BY_EVERY_BACKEND:

@@ -28,12 +28,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from seqarch.ops.attention import chunk_triton as attention
+from seqarch.ops.attention.inputs import AttentionInputs
 from seqarch.ops.block_sparse_attention import grouped_triton as blocks
+from seqarch.ops.block_sparse_attention.inputs import ListInputs
 from seqarch.ops.delta_rule import chunk_triton as delta_chunks
 from seqarch.ops.delta_rule import recurrent_triton as delta_steps
+from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 from seqarch.ops.experts import grouped_triton as experts
 from seqarch.ops.linear_attention import chunk_triton as linear_chunks
 from seqarch.ops.linear_attention import recurrent_triton as linear_steps
+from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
+from seqarch.ops.native.custom_op import Upstream
 from seqarch.ops.triton import launch
 from tests.support.paths import ROOT
 
@@ -142,11 +147,12 @@ def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -
     x, state = torch.zeros(1, 128, 2, width, dtype=dtype), torch.zeros(1, 2, width, width)
     log_decay = None if decay is None else torch.zeros([width if size < 0 else size for size in decay])
     beta = torch.zeros(1, 128, 2, dtype=dtype)
-    linear, delta = (x, x, x, log_decay), (x, x, x, beta, log_decay, None)
+    linear = LinearAttentionInputs(x, x, x, log_decay, 0.5, state, None)
+    delta = DeltaRuleInputs(x, x, x, beta, log_decay, None, None, 0.5, state, None)
     for chunks, steps, inputs in ((linear_chunks, linear_steps, linear), (delta_chunks, delta_steps, delta)):
-        chunks.forward(*inputs, 0.5, state, None)
-        chunks.backward(*inputs, 0.5, state, None, x, state)
-        steps.forward(*inputs, 0.5, state, None)
+        chunks.forward(inputs)
+        chunks.backward(inputs, Upstream([], [x, state], []))
+        steps.forward(inputs)
 
 
 def softmax(dtype: torch.dtype, width: int) -> None:
@@ -155,14 +161,16 @@ def softmax(dtype: torch.dtype, width: int) -> None:
     x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     one, several = x[:, :1], torch.zeros(1, 16, 16, width, dtype=dtype)
     for window, key_start in ((0, None), (100, start)):
-        o, log_sum = attention.forward(x, x, x, True, window, 0.5, key_start, None)
-        attention.backward(x, x, x, True, window, 0.5, key_start, None, o, log_sum, o)
+        inputs = AttentionInputs(x, x, x, True, window, 0.5, None, key_start)
+        o, log_sum = attention.forward(inputs)
+        attention.backward(inputs, Upstream([o, log_sum], [o], [True] * 3))
         for queries, keys in ((one, x[:, :16]), (one, x), (several, x)):
-            attention.forward(queries, keys, keys, True, window, 0.5, key_start, None)
+            attention.forward(inputs.replace(q=queries, k=keys, v=keys))
     entries, first = torch.zeros(1, 256, 2, 3, dtype=torch.int64), torch.zeros(1, 256, dtype=torch.int64)
-    o, log_sum = blocks.forward(x, x, x, entries, first, 64, 0, 0.5)
-    blocks.backward(o, x, x, x, entries, first, o, log_sum, 64, 0, 0.5)
-    blocks.forward(one, x, x, entries[:, :1], first[:, :1], 64, 0, 0.5)
+    inputs = ListInputs(x, x, x, entries, first, 64, 0, 0.5)
+    o, log_sum = blocks.forward(inputs)
+    blocks.backward(inputs, Upstream([o, log_sum], [o], [True] * 3))
+    blocks.forward(inputs.replace(q=one, lists=entries[:, :1], first=first[:, :1]))
 
 
 def products(dtype: torch.dtype) -> None:

@@ -100,9 +100,9 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def served(op: str, inputs: dict[str, Any], **options: Any) -> list[str]:
     """The backends that serve a call, but for the one that defines what is right."""
-    prepared = OPS[op].prepare(**inputs, **options)
+    prepared = OPS[op].inputs(**inputs, **options)
     names = [name for name in OPS[op].backends if name != OPS[op].reference]
-    return [name for name in names if OPS[op].backends[name].refuse(*prepared) is None]
+    return [name for name in names if OPS[op].backends[name].unsupported(prepared) is None]
 
 
 def compare(device: torch.device) -> Iterator[Check]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from seqarch.layers.mixer import LayerConfig
 from seqarch.ops.dispatch.autocast import without_autocast
 from seqarch.ops.dispatch.checks import BackendError, accumulation_dtype, unknown_name
-from seqarch.ops.dispatch.eager import transform
+from seqarch.ops.dispatch.eager import active_transform
 
 _NONZERO = 1e-20
 """Added to sums of sigmoid scores, which may all have underflowed; too little to change any other sum."""
@@ -174,7 +174,7 @@ class Router(nn.Module):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + _NONZERO)
         weight = weight * config.weight_scale
         if self.training and self.expert_bias is not None:
-            if (reason := transform()) is not None:
+            if (reason := active_transform()) is not None:
                 raise BackendError(f"Router: expert_bias counts loads in backward passes: {reason}; expected eval()")
             weight = _CountInBackward.apply(weight, index, counted, self.load)
         kept = None

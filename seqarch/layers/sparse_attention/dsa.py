@@ -23,7 +23,7 @@ from seqarch.layers.sparse_attention.selection import largest, positions, query_
 from seqarch.ops.attention import flops as attention_flops
 from seqarch.ops.dispatch.autocast import without_autocast
 from seqarch.ops.dispatch.checks import accumulation_dtype
-from seqarch.ops.dispatch.eager import transform
+from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native.custom_op import Formula, Saved, differentiate
 
 
@@ -285,7 +285,7 @@ differentiate(_loss_operator, Formula(_scaled, _plain_loss, keeps=(1, 2, 3)))
 
 
 def _loss(*arguments: Any) -> Tensor:
-    return _loss_operator(*arguments)[0] if transform() is None else _plain_loss(*arguments)
+    return _loss_operator(*arguments)[0] if active_transform() is None else _plain_loss(*arguments)
 
 
 def _listed(chosen: Tensor, tokens: int, start: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqarch.ops.dispatch.eager import transform
+from seqarch.ops.dispatch.eager import active_transform
 
 QUERIES = 128
 """Queries of a chunk: its scores take the memory of the queries themselves times ``128 / K`` and the share of keys."""
@@ -30,7 +30,7 @@ def whole(operator: Callable[..., Any], compute: Callable[..., Any], plain: Call
     """
 
     def call(*arguments: Any) -> Any:
-        if transform() is not None:
+        if active_transform() is not None:
             return plain(*arguments)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return operator(*arguments)

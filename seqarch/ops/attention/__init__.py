@@ -7,7 +7,7 @@ r"""Softmax attention: causal or not, with a window, grouped heads, packed seque
 Vaswani et al. 2017, "Attention Is All You Need", eq. 1; grouped heads: Ainslie et al. 2023, "GQA"; the window: Beltagy
 et al. 2020, "Longformer", section 3.1, to the past only.
 
-``causal`` aligns the last query with the last key: of Tq queries and Tk keys, query i stands at position
+``causal`` aligns the last query with the last key: of Tq queries and Tk keys, query i is at position
 ``i + Tk - Tq`` and sees the keys up to it, itself included. A query that sees no key gives 0, with gradient 0; so do
 the first queries where Tq > Tk.
 
@@ -16,66 +16,41 @@ of its tile, in ``parallel_sdpa`` all earlier ones; where ``chunk_sdpa`` and ``p
 k or in padding. It never reaches another row or head, and another packed sequence only in ``chunk_sdpa``. In
 ``recurrent_torch`` it reaches only the queries that see it.
 
-Work is ``O(Tq Tk (K + V))`` a head, or ``O(Tq w (K + V))`` with a window of w.
+Work is ``O(Tq Tk (K + V))`` per head, or ``O(Tq w (K + V))`` with a window of w.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
+from seqarch.ops.attention import (
+    chunk_cpp,
+    chunk_flash_attn,
+    chunk_sdpa,
+    chunk_triton,
+    parallel_sdpa,
+    recurrent_torch,
+)
+from seqarch.ops.attention.inputs import AttentionInputs
 from seqarch.ops.dispatch import checks
 from seqarch.ops.dispatch.op import Op
 
 NAME = "attention"
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-    key_start: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """Check the arguments; what every backend takes: ``q, k, v, causal, window, scale, offsets, key_start``.
-
-    A window longer than all keys is as long as they are: no backend sees a size that is not one of memory.
-    """
-    checks.floating_on_one_device(NAME, q=q, k=k, v=v)
-    sizes = checks.match_shapes(
-        NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B")
-    )
-    checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["H"], "the heads of q")
-    if window is not None and (not isinstance(window, int) or window < 1):
-        expected = "expected a whole number of at least 1 or None"
-        raise ValueError(f"{NAME}: window counts the token itself, {expected}, got {window!r}")
-    if window is not None and not causal:
-        raise ValueError(f"{NAME}: window={window} looks to the past only, expected causal=True with it")
-    if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
-        raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
-    checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
-    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
-    window = None if window is None else min(window, max(1, sizes["Tk"]))
-    return q, k, v, causal, window, checks.finite_scale(NAME, scale, sizes["K"]), offsets, key_start
-
-
 OP = Op(
     NAME,
-    prepare,
-    order=("chunk_cpp", "chunk_triton", "chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
-    reference="recurrent_torch",
-    step_order=("chunk_triton", "chunk_sdpa", "parallel_sdpa", "recurrent_torch"),
-    named=("chunk_flash_attn",),
+    order=(chunk_cpp, chunk_triton, chunk_sdpa, parallel_sdpa, recurrent_torch),
+    reference=recurrent_torch,
+    step_order=(chunk_triton, chunk_sdpa, parallel_sdpa, recurrent_torch),
+    opt_in=(chunk_flash_attn,),
     autocast=True,
 )
 
 
+@OP.public
 def attention(
     q: Tensor,
     k: Tensor,
@@ -93,7 +68,7 @@ def attention(
     Args:
         q: ``[B, Tq, H, K]``.
         k, v: ``[B, Tk, G, K]`` and ``[B, Tk, G, V]``; query head h uses head ``h // (H / G)``.
-        causal: the last query stands at the last key, and none sees a later key than its own.
+        causal: the last query is at the last key, and none sees a later key than its own.
         window: a query sees its own key and the ``window - 1`` before it, or all before it where they are fewer; needs
             ``causal``.
         scale: defaults to ``K ** -0.5``.
@@ -111,17 +86,23 @@ def attention(
         TypeError: an input is not floating point, or ``key_start`` not an integer.
         BackendError: the named backend cannot serve the call.
     """
-    return OP(
-        backend,
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-        key_start=key_start,
+    checks.floating_on_one_device(NAME, q=q, k=k, v=v)
+    sizes = checks.match_shapes(
+        NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B")
     )
+    checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["H"], "the heads of q")
+    if window is not None and window < 1:
+        expected = "expected a whole number of at least 1 or None"
+        raise ValueError(f"{NAME}: window counts the token itself, {expected}, got {window!r}")
+    if window is not None and not causal:
+        raise ValueError(f"{NAME}: window={window} looks to the past only, expected causal=True with it")
+    if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
+        raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
+    checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
+    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
+    window = 0 if window is None else min(window, max(1, sizes["Tk"]))  # no backend is given a size that no memory has
+    scale = checks.finite_scale(NAME, scale, sizes["K"])
+    return OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start))
 
 
 def flops(
@@ -134,7 +115,7 @@ def flops(
     window: int | None = None,
     batch_size: int = 1,
 ) -> int:
-    """FLOPs over the visible pairs: ``2 K`` for a score and ``2 V`` to read, a pair and query head."""
+    """FLOPs over the visible pairs: ``2 K`` for a score and ``2 V`` to read, per pair and query head."""
     pairs = query_length * key_length
     if causal:
         pairs = _pairs_up_to(key_length, window) - _pairs_up_to(max(0, key_length - query_length), window)

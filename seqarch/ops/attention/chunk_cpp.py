@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.attention import operators
+from seqarch.ops.attention.inputs import AttentionInputs
+from seqarch.ops.attention.operators import attend, attention_operator, empty_outputs
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.cpu_library import Heads, Offsets, Pointer, float64, int32, int64
+from seqarch.ops.native.custom_op import Upstream, empty_gradients
 
 # The order of the header, csrc/include/seqarch.h.
 _INPUTS = (int32, Heads, Heads, Heads, int32, int64, float64, Pointer)
@@ -21,76 +21,40 @@ _backward = cpu_library.Kernel("attention_backward", *_INPUTS, Heads, Pointer, H
 unavailable = cpu_library.unavailable
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> str | None:
-    return None if q.device.type == "cpu" else f"q is on {q.device}, expected cpu"
+def unsupported(inputs: AttentionInputs) -> str | None:
+    return None if inputs.device.type == "cpu" else f"q is on {inputs.device}, expected cpu"
 
 
-def _inputs(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, key_start: Tensor | None
-) -> tuple[Any, ...]:
-    """Arguments of the kernels, copied where the last dimension is strided."""
-    start = None if key_start is None else key_start.contiguous()
-    return (
-        cpu_library.DTYPES[v.dtype],
-        cpu_library.rows(q),
-        cpu_library.rows(k),
-        cpu_library.rows(v),
-        causal,
-        window,
-        scale,
-        start,
-    )
+def _arguments(inputs: AttentionInputs) -> tuple[Any, ...]:
+    """Of both kernels, up to the start of the keys; copied where the last dimension is strided."""
+    heads = cpu_library.rows(inputs.q), cpu_library.rows(inputs.k), cpu_library.rows(inputs.v)
+    start = None if inputs.key_start is None else inputs.key_start.contiguous()
+    return cpu_library.DTYPES[inputs.v.dtype], *heads, inputs.causal, inputs.window, inputs.scale, start
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int] | None) -> tuple[Any, ...]:
-    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    return cu_seqlens, sequences, q.shape[1], k.shape[1], k.shape[2], q.shape[2], q.shape[3], v.shape[3]
+def _sizes(inputs: AttentionInputs) -> tuple[Any, ...]:
+    (batch, queries, heads, keys), (_, length, groups, values) = inputs.q.shape, inputs.v.shape
+    sequences = batch if inputs.offsets is None else len(inputs.offsets) - 1
+    return inputs.offsets, sequences, queries, length, groups, heads, keys, values
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int,
-    scale: float,
-    key_start: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Logarithms are to base 2."""
-    outputs = operators.outputs(q, k, v)
-    _forward(*_inputs(q, k, v, causal, window, scale, key_start), *outputs, *_problem(q, k, v, cu_seqlens))
+    outputs = empty_outputs(inputs)
+    _forward(*_arguments(inputs), *outputs, *_sizes(inputs))
     return outputs
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int,
-    scale: float,
-    key_start: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-    o: Tensor,
-    log_sum: Tensor,
-    do: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = operators.gradients(q, k, v)
+def backward(inputs: AttentionInputs, upstream: Upstream) -> list[Tensor]:
+    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    dq, dk, dv, none = empty_gradients(inputs)
     outputs = cpu_library.rows(o), log_sum.contiguous(), cpu_library.rows(do)
-    inputs = _inputs(q, k, v, causal, window, scale, key_start)
-    _backward(*inputs, *outputs, *gradients, *_problem(q, k, v, cu_seqlens))
-    return gradients
+    _backward(*_arguments(inputs), *outputs, dq, dk, dv, *_sizes(inputs))
+    return [dq, dk, dv, none]
 
 
-attend = operators.differentiable("attention", forward, backward, "cpu")
-run = partial(operators.run, attend, cpu_library.common_dtype)
+operator = attention_operator("attention", forward, backward, "cpu")
+
+
+def run(inputs: AttentionInputs) -> Tensor:
+    return attend(operator, inputs, cpu_library.common_dtype(inputs.q, inputs.k, inputs.v))

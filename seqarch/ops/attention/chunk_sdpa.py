@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch.ops.attention import parallel_sdpa
+from seqarch.ops.attention.inputs import AttentionInputs
 
 TRANSFORMABLE = True
 
@@ -21,36 +22,19 @@ BLOCKS = (32, 64, 128)
 window of 16 or 64, and 128 is faster than 64 and 256 for windows of 128 and 512."""
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> str | None:
-    return "there is no window, so every query sees all keys before it" if window is None else None
+def unsupported(inputs: AttentionInputs) -> str | None:
+    return None if inputs.window else "there is no window, so every query sees all keys before it"
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-    plain: bool = False,
-) -> Tensor:
+def run(inputs: AttentionInputs, plain: bool = False) -> Tensor:
+    """With ``plain``, by functions of torch that have derivatives of any kind."""
+    q, k, v, window = inputs.q, inputs.k, inputs.v, inputs.window
     batch, queries = q.shape[:2]
     size = next((size for size in BLOCKS if size >= window - 1), BLOCKS[-1])
     count = -(-queries // size)
     seen = 1 + -(-(window - 1) // size)  # blocks of keys for a block of queries, its own included
-    if seen * size >= _reach(queries, k.shape[1], window, offsets):
-        return parallel_sdpa.run(q, k, v, causal, window, scale, offsets, key_start, plain)
+    if seen * size >= _span(inputs):
+        return parallel_sdpa.run(inputs, plain)
     shift = k.shape[1] - queries  # the position of the first query
     after = count * size - queries
     before = (seen - 1) * size - shift  # negative where the first keys are out of reach of every query
@@ -60,34 +44,29 @@ def run(
         return torch.cat([x[:, i : i + count] for i in range(seen)], dim=2).flatten(0, 1)
 
     blocks = F.pad(q, (0, 0, 0, 0, 0, after)).reshape(batch * count, size, *q.shape[2:])
-    earliest = F.pad(_earliest(queries, shift, window, offsets, key_start, q.device), (0, after))
+    earliest = F.pad(_earliest(inputs), (0, after))
     mask = _visible(earliest.unflatten(1, (count, size)), shift, seen)
     mask = mask.expand(batch, -1, -1, -1).reshape(batch * count, 1, size, seen * size)
-    o = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), scale, mask, plain=plain)
+    o = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), inputs.scale, mask, plain=plain)
     return o.reshape(batch, count * size, q.shape[2], v.shape[3])[:, :queries]
 
 
-def _reach(queries: int, keys: int, window: int, offsets: tuple[int, ...] | None) -> int:
+def _span(inputs: AttentionInputs) -> int:
     """How many keys the queries of one sequence see together, at most."""
-    if offsets is None:
-        return min(keys, queries + window - 1)
-    return max(end - start for start, end in pairwise(offsets))
+    if inputs.offsets is None:
+        return min(inputs.k.shape[1], inputs.q.shape[1] + inputs.window - 1)
+    return max(end - start for start, end in pairwise(inputs.offsets))
 
 
-def _earliest(
-    queries: int,
-    shift: int,
-    window: int,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-    device: torch.device,
-) -> Tensor:
+def _earliest(inputs: AttentionInputs) -> Tensor:
     """The first position that each query may see: ``[1, Tq]``, or ``[B, Tq]`` with ``key_start``."""
-    earliest = torch.arange(shift - window + 1, shift - window + 1 + queries, device=device).clamp(min=0)[None]
-    if key_start is not None:
-        return torch.maximum(earliest, key_start[:, None])
-    if offsets is not None:
-        bounds = torch.tensor(offsets, device=device)
+    queries, device = inputs.q.shape[1], inputs.device
+    first = inputs.k.shape[1] - queries - inputs.window + 1
+    earliest = torch.arange(first, first + queries, device=device).clamp(min=0)[None]
+    if inputs.key_start is not None:
+        return torch.maximum(earliest, inputs.key_start[:, None])
+    if inputs.offsets is not None:
+        bounds = torch.tensor(inputs.offsets, device=device)
         return torch.maximum(earliest, bounds[:-1].repeat_interleave(bounds.diff(), output_size=queries))
     return earliest
 

@@ -9,80 +9,46 @@ added up by one program, in an order that does not change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
+import torch
 from torch import Tensor
 
-from seqarch.ops.attention import operators
+from seqarch.ops.attention.inputs import AttentionInputs
+from seqarch.ops.attention.operators import attend, attention_operator
 from seqarch.ops.dispatch.checks import promoted_dtype
+from seqarch.ops.native.custom_op import Upstream
 from seqarch.ops.triton import availability
 
 unavailable = availability.unavailable
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> str | None:
-    return availability.refuse_attention(q, k, v)
+def unsupported(inputs: AttentionInputs) -> str | None:
+    return availability.unsupported_attention(inputs.q, inputs.k, inputs.v)
 
 
-def yields(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> str | None:
-    masked = window is not None or key_start is not None or (causal and q.shape[1] not in (1, k.shape[1]))
+def deprioritised(inputs: AttentionInputs) -> str | None:
+    queries, keys, offsets = inputs.q.shape[1], inputs.k.shape[1], inputs.offsets
+    masked = inputs.window or inputs.key_start is not None or (inputs.causal and queries not in (1, keys))
     if masked or (offsets is not None and len(offsets) > 2):
         return None
     return "queries see whole sequences, for which torch has kernels of its own"
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int,
-    scale: float,
-    key_start: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     from seqarch.ops.attention.launches_triton import Attention
 
-    return Attention(q, k, v, causal, window, scale, key_start, cu_seqlens).forward()
+    return Attention(inputs).forward()
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int,
-    scale: float,
-    key_start: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-    o: Tensor,
-    log_sum: Tensor,
-    do: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(inputs: AttentionInputs, upstream: Upstream) -> list[Tensor]:
     from seqarch.ops.attention.launches_triton import Attention
 
-    call = Attention(q, k, v, causal, window, scale, key_start, cu_seqlens)
-    return call.differentiate(o.contiguous(), log_sum.contiguous(), do)
+    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    dq, dk, dv = Attention(inputs).differentiate(o.contiguous(), log_sum.contiguous(), do)
+    return [dq, dk, dv, torch.empty(0)]
 
 
-attend = operators.differentiable("attention_triton", forward, backward, ("cpu", "cuda"))
-run = partial(operators.run, attend, promoted_dtype)
+operator = attention_operator("attention_triton", forward, backward, ("cpu", "cuda"))
+
+
+def run(inputs: AttentionInputs) -> Tensor:
+    return attend(operator, inputs, promoted_dtype(inputs.q, inputs.k, inputs.v))

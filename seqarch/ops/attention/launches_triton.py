@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,6 +12,8 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.attention import kernels
+from seqarch.ops.attention.inputs import AttentionInputs
+from seqarch.ops.attention.operators import empty_outputs
 from seqarch.ops.triton import launch
 from seqarch.ops.triton.autotune import Configuration
 from seqarch.ops.triton.launch import Tuned, block, combine, heads_of, persistent, products, strides
@@ -83,31 +84,22 @@ def split_tiles(rows: int, width: int, wide: bool) -> tuple[int, int, tuple[Conf
 
 
 class Attention:
-    """One call: its sizes, tables and dtypes. ``q, k, v`` are of one dtype, ``window`` 0 for none."""
+    """One call: its sizes, tables and dtypes. ``q, k, v`` are of one dtype."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        window: int,
-        scale: float,
-        key_start: Tensor | None,
-        offsets: Sequence[int] | None,
-    ):
+    def __init__(self, inputs: AttentionInputs):
+        q, k, v, offsets = inputs.q, inputs.k, inputs.v, inputs.offsets
         batch, self.queries, self.heads, K = q.shape
         self.keys, self.groups, V = v.shape[1:]
-        self.q, self.k, self.v = heads_of(q), heads_of(k), heads_of(v)
+        self.inputs, self.q, self.k, self.v = inputs, heads_of(q), heads_of(k), heads_of(v)
         if offsets is None:
             self.bounds: Bounds = ((0, self.queries, 0, self.keys),) * batch
         else:
             self.bounds = tuple((start, end, start, end) for start, end in pairwise(offsets))
         self.tiles = tiles(max(K, V), v.dtype.itemsize > 2)
         self.packed, self.shared = offsets is not None, self.heads // max(1, self.groups)
-        self.start, self.scale, self.window = key_start, float(scale), min(window, self.keys)
-        self.inputs = strides(self.packed, self.q, self.k, self.v)
-        flags = {"CAUSAL": causal, "WINDOWED": window > 0, "START": key_start is not None}
+        self.start, self.scale, self.window = inputs.key_start, float(inputs.scale), min(inputs.window, self.keys)
+        self.strides = strides(self.packed, self.q, self.k, self.v)
+        flags = {"CAUSAL": inputs.causal, "WINDOWED": inputs.window > 0, "START": self.start is not None}
         self.constants = {"K": K, "V": V, "BK": block(K, 256), "BV": block(V, 256)} | flags | products(v.dtype)
 
     @functools.cached_property
@@ -116,7 +108,7 @@ class Attention:
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """What kernels are told of sequences and of which keys are seen."""
+        """Arguments of kernels that say where sequences lie and which keys are seen."""
         bounds = self.tables.bounds
         return bounds, bounds if self.start is None else self.start, self.scale, self.window
 
@@ -128,17 +120,17 @@ class Attention:
         """``o [B, Tq, H, V]``, and ``[B, Tq, H]`` the logarithms of the softmax's sums."""
         if self.queries <= FEW and not self.packed:
             return self._forward_split()
-        o, log_sum = outputs(self.q, self.v)
+        o, log_sum = empty_outputs(self.inputs)
         launch.launch(
             Tuned(kernels.attend, self.tiles.forward), self._programs(self.tables.queries, self.heads),
             self.q, self.k, self.v, o, log_sum, self.tables.queries, *self.numbers, self._rows(self.queries),
-            *self.inputs, self.groups, self.heads, BQ=self.tiles.queries, **self.constants,
+            *self.strides, self.groups, self.heads, BQ=self.tiles.queries, **self.constants,
         )  # fmt: skip
         return o, log_sum
 
     def _forward_split(self) -> tuple[Tensor, Tensor]:
         """``forward`` by programs that share out the keys of each sequence, as many as fill the device."""
-        o, log_sum = outputs(self.q, self.v)
+        o, log_sum = empty_outputs(self.inputs)
         rows, width = self.queries * self.shared, max(self.q.shape[3], self.v.shape[3])
         BQ, BT, configurations = split_tiles(rows, width, o.dtype.itemsize > 2)
         seen = min(self.keys, self.queries + self.window - 1) if self.window else self.keys
@@ -149,7 +141,7 @@ class Attention:
         launch.launch(
             Tuned(kernels.attend_split, configurations), programs * parts,
             self.q, self.k, self.v, each, sums, log_sum if self.start is None else self.start, self.scale, self.window,
-            self.queries, self.keys, self.shared, parts, reach * BT, *self.inputs, self.groups,
+            self.queries, self.keys, self.shared, parts, reach * BT, *self.strides, self.groups,
             BQ=BQ, BT=BT, WHOLE=parts == 1, **self.constants,
         )  # fmt: skip
         if parts > 1:
@@ -161,7 +153,7 @@ class Attention:
         do, queries = heads_of(do), self._rows(self.queries)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k, self.v))
         between = torch.empty_like(log_sum)
-        sizes = (*self.inputs, *strides(self.packed, do), self.groups, self.heads)
+        sizes = (*self.strides, *strides(self.packed, do), self.groups, self.heads)
         launch.launch(
             Tuned(kernels.query_gradients, self.tiles.query_gradients), self._programs(self.tables.queries, self.heads),
             self.q, self.k, self.v, o, do, log_sum, dq, between, self.tables.queries, *self.numbers, queries,
@@ -176,9 +168,3 @@ class Attention:
 
     def _programs(self, table: Tensor, heads: int) -> int:
         return table.shape[0] * heads
-
-
-def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for what the forward pass returns."""
-    sums = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return v.new_empty(*q.shape[:3], v.shape[3]), v.new_empty(q.shape[:3], dtype=sums)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqarch.ops.chunked.packing import each_sequence
+from seqarch.ops.attention.inputs import AttentionInputs
+from seqarch.ops.chunked.packing import split_sequences
 from seqarch.ops.chunked.softmax import masked_softmax
 from seqarch.ops.dispatch.checks import accumulation_dtype, promoted_dtype
-from seqarch.ops.dispatch.eager import transform
+from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native.custom_op import first_derivatives_only
 
 TRANSFORMABLE = True
@@ -20,55 +21,39 @@ TRANSFORMABLE = True
 OTHERS = "choose chunk_cpp, chunk_triton or recurrent_torch"
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-    plain: bool = False,
-) -> Tensor:
-    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend(q, k, v, causal, window, scale, key_start, plain)
-
-    return each_sequence(one, offsets, q, k, v)
+def run(inputs: AttentionInputs, plain: bool = False) -> Tensor:
+    """With ``plain``, by functions of torch that have derivatives of any kind."""
+    if inputs.offsets is None:
+        return _attend(inputs, plain)
+    sequences = split_sequences(inputs.offsets, inputs.q, inputs.k, inputs.v)
+    return torch.cat([_attend(inputs.replace(q=q, k=k, v=v, offsets=None), plain) for q, k, v in sequences], dim=1)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    key_start: Tensor | None,
-    plain: bool,
-) -> Tensor:
-    unseen = 0 if window is None else max(0, k.shape[1] - q.shape[1] - window + 1)
+def _attend(inputs: AttentionInputs, plain: bool) -> Tensor:
+    q, k, v, key_start = inputs.q, inputs.k, inputs.v, inputs.key_start
+    causal, window = inputs.causal, inputs.window
+    unseen = max(0, k.shape[1] - q.shape[1] - window + 1) if window else 0
     if unseen:  # keys that have left even the first query's window
         k, v = k[:, unseen:], v[:, unseen:]
         key_start = None if key_start is None else key_start - unseen
-    if window is not None and window >= k.shape[1]:
-        window = None
+    if window >= k.shape[1]:
+        window = 0
     if q.shape[1] == 1:  # the last query sees all that is left
-        causal, window = False, None
+        causal, window = False, 0
     # torch aligns is_causal with the first key, this operation with the last
-    whole = window is None and key_start is None and (not causal or q.shape[1] == k.shape[1])
+    whole = not window and key_start is None and (not causal or q.shape[1] == k.shape[1])
     mask = None if whole else visible(q.shape[1], k.shape[1], causal, window, key_start, q.device)
-    return sdpa(q, k, v, scale, mask, is_causal=causal and whole, plain=plain)
+    return sdpa(q, k, v, inputs.scale, mask, is_causal=causal and whole, plain=plain)
 
 
 def visible(
-    queries: int, keys: int, causal: bool, window: int | None, key_start: Tensor | None, device: torch.device
+    queries: int, keys: int, causal: bool, window: int, key_start: Tensor | None, device: torch.device
 ) -> Tensor:
     """Which key each query sees: booleans ``[1, 1, Tq, Tk]``, or ``[B, 1, Tq, Tk]`` with ``key_start``."""
     key = torch.arange(keys, device=device)
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     mask = key <= query if causal else torch.ones(queries, keys, dtype=torch.bool, device=device)
-    if window is not None:
+    if window:
         mask = mask & (key > query - window)
     if key_start is None:
         return mask[None, None]
@@ -85,9 +70,9 @@ def sdpa(
     plain: bool = False,
 ) -> Tensor:
     """``scaled_dot_product_attention`` in this project's layout, dtypes and shared heads."""
-    if plain or transform() is not None:
+    if plain or active_transform() is not None:
         if mask is None:
-            mask = visible(q.shape[1], k.shape[1], is_causal, None, None, q.device)
+            mask = visible(q.shape[1], k.shape[1], is_causal, 0, None, q.device)
         return _in_parts(q, k, v, scale, mask)
     if not scale > 0:  # with which torch's fused kernel for CPUs multiplies masked scores, too
         q, scale = q * scale, 1.0

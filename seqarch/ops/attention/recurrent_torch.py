@@ -5,43 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.chunked.packing import each_sequence
+from seqarch.ops.attention.inputs import AttentionInputs
+from seqarch.ops.chunked.packing import split_sequences
 from seqarch.ops.dispatch.checks import accumulation_dtype
 
 TRANSFORMABLE = True
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> Tensor:
-    wide = accumulation_dtype(q, k, v)
+def run(inputs: AttentionInputs) -> Tensor:
+    wide = accumulation_dtype(inputs.q, inputs.k, inputs.v)
+    q, k, v = inputs.q.to(wide), inputs.k.to(wide), inputs.v.to(wide)
+    if inputs.offsets is not None:
+        sequences = split_sequences(inputs.offsets, q, k, v)
+        o = torch.cat([_attend(inputs, q, k, v, 0) for q, k, v in sequences], dim=1)
+    elif inputs.key_start is not None and len(q):
+        rows = zip(q.split(1), k.split(1), v.split(1), inputs.key_start.tolist(), strict=True)
+        o = torch.cat([_attend(inputs, *row) for row in rows])
+    else:
+        o = _attend(inputs, q, k, v, 0)
+    return o.to(inputs.v.dtype)
 
-    def rows(q: Tensor, k: Tensor, v: Tensor, first_key: int = 0) -> Tensor:
-        q = q.unflatten(2, (k.shape[2], q.shape[2] // k.shape[2])) * scale  # [B, Tq, G, H / G, K]
-        k, v = k.permute(0, 2, 3, 1), v.transpose(1, 2)  # [B, G, K, Tk], [B, G, Tk, V]
-        outputs = []
-        for i in range(q.shape[1]):
-            end = max(0, i + k.shape[-1] - q.shape[1] + 1) if causal else k.shape[-1]
-            start = max(0, first_key, 0 if window is None else end - window)
-            seen = slice(min(start, end), end)
-            weights = (q[:, i] @ k[..., seen]).softmax(dim=-1)
-            outputs.append((weights @ v[:, :, seen]).flatten(1, 2))
-        return torch.stack(outputs, dim=1)
 
-    def all_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not q.shape[0] * q.shape[1]:
-            nothing = 0 * (q.sum() + k.sum() + v.sum())  # keeps the gradients defined: zeros
-            return nothing.expand(*q.shape[:3], v.shape[3])
-        if key_start is None:
-            return rows(q, k, v)
-        each = zip(q.split(1), k.split(1), v.split(1), key_start.tolist(), strict=True)
-        return torch.cat([rows(*row) for row in each])
-
-    return each_sequence(all_rows, offsets, q.to(wide), k.to(wide), v.to(wide)).to(v.dtype)
+def _attend(inputs: AttentionInputs, q: Tensor, k: Tensor, v: Tensor, first_key: int) -> Tensor:
+    """Sequences of one length, each with a row of its own, whose keys begin at ``first_key``."""
+    queries, (keys, groups) = q.shape[1], k.shape[1:3]
+    if not queries:
+        return (0 * (q.sum() + k.sum() + v.sum())).expand(*q.shape[:3], v.shape[3])  # gradients are defined: zeros
+    q = q.unflatten(2, (groups, q.shape[2] // groups)) * inputs.scale  # [B, Tq, G, H / G, K]
+    k, v = k.permute(0, 2, 3, 1), v.transpose(1, 2)  # [B, G, K, Tk], [B, G, Tk, V]
+    outputs = []
+    for i in range(queries):
+        end = max(0, i + keys - queries + 1) if inputs.causal else keys
+        start = max(0, first_key, end - inputs.window if inputs.window else 0)
+        seen = slice(min(start, end), end)
+        weights = (q[:, i] @ k[..., seen]).softmax(dim=-1)
+        outputs.append((weights @ v[:, :, seen]).flatten(1, 2))
+    return torch.stack(outputs, dim=1)

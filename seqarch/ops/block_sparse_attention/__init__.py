@@ -8,7 +8,7 @@ r"""Causal softmax attention over listed blocks of keys alone, a list for each q
 Zaheer et al. 2020, "Big Bird", section 2, with lists that may depend on the data, as in Yuan et al. 2025, "Native
 Sparse Attention", section 3.3.2; the window is that of Beltagy et al. 2020, "Longformer", to the past only.
 
-Blocks have ``block_size`` tokens and count from each sequence's own first token. The last query stands at the last
+Blocks have ``block_size`` tokens and count from each sequence's own first token. The last query is at the last
 key: of Tq queries and Tk keys, query i has position ``i + Tk - Tq``. A block listed twice counts once, -1 is no block,
 and what lies after the query is not seen, listed or not. A query that sees no key gives 0, with gradient 0.
 
@@ -16,18 +16,26 @@ Inputs are expected to be finite. A NaN or an infinity in v reaches the queries 
 of its block, in ``parallel_torch`` all earlier ones, but never another row, head or packed sequence. In ``chunk_torch``
 and ``recurrent_torch`` it reaches only the queries that see it.
 
-Work is ``O(Tq S b (K + V))`` a query head for lists of S blocks, and no tensor of a call, forward or backward, holds
+Work is ``O(Tq S b (K + V))`` per query head for lists of S blocks, and no tensor of a call, forward or backward, holds
 all pairs of queries and keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqarch.ops.block_sparse_attention import (
+    chunk_torch,
+    grouped_cpp,
+    grouped_torch,
+    grouped_triton,
+    parallel_torch,
+    recurrent_torch,
+)
+from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs
 from seqarch.ops.dispatch import checks
 from seqarch.ops.dispatch.op import Op
 
@@ -37,62 +45,15 @@ LEAST_BLOCK = 128
 """A block of so many tokens at least keeps its size where there are fewer keys: backends choose by it."""
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    block_size: int,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-    key_start: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """Check the arguments; for every backend ``q, k, v, block_index, block_size, window, scale, offsets, key_start``.
-
-    The window is 0 for none. Where a window or a block is longer than all keys it is as long as they are, and where
-    ``key_start`` is before the first or after the last it is there: no backend sees a size that is not one of memory.
-    """
-    checks.floating_on_one_device(NAME, q=q, k=k, v=v)
-    sizes = checks.match_shapes(
-        NAME,
-        q=(q, "B Tq H K"),
-        k=(k, "B Tk G K"),
-        v=(v, "B Tk G V"),
-        block_index=(block_index, "B Tq I S"),
-        key_start=(key_start, "B"),
-    )
-    checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["I"], "the heads of block_index")
-    checks.divides(NAME, sizes["I"], "the heads of block_index", sizes["H"], "the heads of q")
-    checks.dense(NAME, "block_index", block_index)
-    if block_index.dtype != torch.int64 or block_index.device != q.device:
-        given = f"{block_index.dtype} on {block_index.device}"
-        raise TypeError(f"{NAME}: block_index is {given}, expected torch.int64 on {q.device}")
-    for name, count in (("block_size", block_size), ("window", 1 if window is None else window)):
-        if count < 1:
-            raise ValueError(f"{NAME}: {name} counts tokens, expected a whole number of at least 1, got {count!r}")
-    if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
-        raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
-    checks.entries_within(NAME, "block_index", block_index, -1, -(-sizes["Tk"] // block_size) - 1)
-    checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
-    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
-    window = 0 if window is None else min(window, max(1, sizes["Tk"]))
-    block_size = min(block_size, max(LEAST_BLOCK, sizes["Tk"]))
-    key_start = None if key_start is None else key_start.clamp(0, sizes["Tk"])
-    scale = checks.finite_scale(NAME, scale, sizes["K"])
-    return q, k, v, block_index, block_size, window, scale, offsets, key_start
-
-
 OP = Op(
     NAME,
-    prepare,
-    order=("grouped_cpp", "grouped_triton", "grouped_torch", "chunk_torch", "parallel_torch", "recurrent_torch"),
-    reference="recurrent_torch",
-    step_order=("grouped_cpp", "grouped_triton", "chunk_torch", "parallel_torch", "recurrent_torch"),
+    order=(grouped_cpp, grouped_triton, grouped_torch, chunk_torch, parallel_torch, recurrent_torch),
+    reference=recurrent_torch,
+    step_order=(grouped_cpp, grouped_triton, chunk_torch, parallel_torch, recurrent_torch),
 )
 
 
+@OP.public
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -133,20 +94,39 @@ def block_sparse_attention(
         TypeError: an input is not floating point, or ``block_index`` or ``key_start`` of the wrong dtype.
         BackendError: the named backend cannot serve the call.
     """
-    return OP(
-        backend,
-        q,
-        k,
-        v,
-        block_index,
-        block_size,
-        window=window,
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-        key_start=key_start,
-    )
+    checks.floating_on_one_device(NAME, q=q, k=k, v=v)
+    shapes = {"q": (q, "B Tq H K"), "k": (k, "B Tk G K"), "v": (v, "B Tk G V"), "key_start": (key_start, "B")}
+    sizes = checks.match_shapes(NAME, **shapes, block_index=(block_index, "B Tq I S"))
+    checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["I"], "the heads of block_index")
+    checks.divides(NAME, sizes["I"], "the heads of block_index", sizes["H"], "the heads of q")
+    _check_lists(block_index, q.device)
+    _check_counts(block_size=block_size, window=1 if window is None else window)
+    if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
+        raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
+    checks.entries_within(NAME, "block_index", block_index, -1, -(-sizes["Tk"] // block_size) - 1)
+    checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
+    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
+    # no backend is given a size that no memory has
+    window = 0 if window is None else min(window, max(1, sizes["Tk"]))
+    block_size = min(block_size, max(LEAST_BLOCK, sizes["Tk"]))
+    key_start = None if key_start is None else key_start.clamp(0, sizes["Tk"])
+    scale = checks.finite_scale(NAME, scale, sizes["K"])
+    return OP(backend, BlockSparseAttentionInputs(q, k, v, block_index, block_size, window, scale, offsets, key_start))
+
+
+def _check_lists(block_index: Tensor, device: torch.device) -> None:
+    checks.dense(NAME, "block_index", block_index)
+    if block_index.dtype != torch.int64 or block_index.device != device:
+        given = f"{block_index.dtype} on {block_index.device}"
+        raise TypeError(f"{NAME}: block_index is {given}, expected torch.int64 on {device}")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{NAME}: {name} counts tokens, expected a whole number of at least 1, got {count!r}")
 
 
 def flops(pairs: int, key_width: int, value_width: int) -> int:
-    """FLOPs of so many visible pairs of a query and a key, summed over the query heads: ``2 K + 2 V`` a pair."""
+    """FLOPs of so many visible pairs of a query and a key, summed over the query heads: ``2 K + 2 V`` per pair."""
     return 2 * pairs * (key_width + value_width)

@@ -7,13 +7,13 @@ The backward pass gathers again and computes the weights from the kept logarithm
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from seqarch.ops.block_sparse_attention import lists
-from seqarch.ops.block_sparse_attention.lists import differentiable, hidden, outputs, rows
+from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
+from seqarch.ops.block_sparse_attention.lists import attend, hidden, list_operator, rows, zero_outputs
+from seqarch.ops.native.custom_op import Upstream, as_given
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Numbers gathered or scored at a time: on a CPU they should stay near a core's cache."""
@@ -22,11 +22,12 @@ CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 class _Chunks:
     """Queries, all rows one after the other, cut so that what is gathered for a chunk is bounded."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int):
+    def __init__(self, inputs: ListInputs):
+        q, k, v, entries, block_size = inputs.q, inputs.k, inputs.v, inputs.lists, inputs.block_size
         batch, queries, heads = q.shape[:3]
         lists = entries.shape[2]
         self.entries, self.keys = entries.flatten(0, 1), k.shape[1]
-        self.first = first.expand(batch, queries).reshape(-1, 1, 1)
+        self.first = inputs.first.expand(batch, queries).reshape(-1, 1, 1)
         self.at = torch.arange(self.keys - queries, self.keys, device=q.device).repeat(batch)[:, None, None]
         self.row = torch.arange(batch, device=q.device).repeat_interleave(queries)[:, None, None]
         self.head = torch.arange(lists, device=q.device)[:, None] // (lists // k.shape[2])
@@ -35,7 +36,7 @@ class _Chunks:
         self.size = max(1, CHUNK_ELEMENTS.get(q.device.type, 2**22) // gathered)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Of each chunk the queries, the entries of their lists a token ``[C, I, S b]``, and where the tokens stand."""
+        """Of each chunk the queries, the entries of their lists a token ``[C, I, S b]``, and where the tokens are."""
         for start in range(0, len(self.entries), self.size):
             part = slice(start, start + self.size)
             entries = self.entries[part].unsqueeze(-1)
@@ -54,14 +55,12 @@ def _by_lists(x: Tensor, count: int) -> Tensor:
     return x.flatten(0, 1).unflatten(1, (count, -1))
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    o, log_sum = outputs(q, k, v)
-    if not q.numel() * k.numel() * v.numel() * entries.numel():
+def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
+    q, k, v, scale, window = inputs.q, inputs.k, inputs.v, inputs.scale, inputs.window
+    o, log_sum = zero_outputs(inputs)
+    if inputs.empty():
         return o, log_sum
-    wide, count = log_sum.dtype, entries.shape[2]
-    chunks = _Chunks(q, k, v, entries, first, block_size)
+    wide, count, chunks = log_sum.dtype, inputs.lists.shape[2], _Chunks(inputs)
     queries, o_lists, log_lists = _by_lists(q, count), _by_lists(o, count), _by_lists(log_sum, count)
     (key_rows, key_steps), (value_rows, value_steps) = rows(k), rows(v)
     for part, inside, times in chunks:
@@ -78,24 +77,14 @@ def forward(
     return o, log_sum
 
 
-def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    entries: Tensor,
-    first: Tensor,
-    o: Tensor,
-    log_sum: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not q.numel() * k.numel() * v.numel() * entries.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    wide, count = log_sum.dtype, entries.shape[2]
-    chunks = _Chunks(q, k, v, entries, first, block_size)
+def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
+    q, k, v, scale, window = inputs.q, inputs.k, inputs.v, inputs.scale, inputs.window
+    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    wide, count = log_sum.dtype, inputs.lists.shape[2]
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    if inputs.empty():
+        return as_given(inputs, (dq, dk, dv, None, None))
+    chunks = _Chunks(inputs)
     queries, o, do, log_sum = (_by_lists(x, count) for x in (q, o, do, log_sum))
     dq_lists, (dk_rows, steps), (dv_rows, _) = _by_lists(dq, count), rows(dk), rows(dv)
     key_rows, value_rows = (rows(x.contiguous())[0] for x in (k, v))
@@ -103,17 +92,19 @@ def backward(
         unseen = hidden(inside, times, chunks.at[part], window)
         place = chunks.place(part, times, unseen, steps)
         keys, values = (x.index_select(0, place).to(wide).view(*times.shape, -1) for x in (key_rows, value_rows))
-        query, upstream = queries[part].to(wide) * scale, do[part].to(wide)
+        query, dout = queries[part].to(wide) * scale, do[part].to(wide)
         weights = (query @ keys.mT).sub_(log_sum[part].unsqueeze(-1))
         weights.masked_fill_(unseen.unsqueeze(2), -torch.inf).exp_()
-        dv_rows.index_add_(0, place, (weights.mT @ upstream).flatten(0, 2))
-        own = (upstream * o[part].to(wide)).sum(-1, keepdim=True)
-        dscores = (upstream @ values.mT).sub_(own).mul_(weights)
+        dv_rows.index_add_(0, place, (weights.mT @ dout).flatten(0, 2))
+        own = (dout * o[part].to(wide)).sum(-1, keepdim=True)
+        dscores = (dout @ values.mT).sub_(own).mul_(weights)
         dq_lists[part] = dscores @ keys * scale
         dk_rows.index_add_(0, place, (dscores.mT @ query).flatten(0, 2))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return as_given(inputs, (dq, dk, dv, None, None))
 
 
-NAME = "block_sparse_attention_chunk"
-attend = differentiable(NAME, forward, backward)
-run = partial(lists.run, attend)
+operator = list_operator("block_sparse_attention_chunk", forward, backward)
+
+
+def run(inputs: BlockSparseAttentionInputs) -> Tensor:
+    return attend(operator, inputs)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.block_sparse_attention.lists import differentiable, outputs
-from seqarch.ops.block_sparse_attention.starts import sequence_starts
+from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
+from seqarch.ops.block_sparse_attention.lists import list_operator, zero_outputs
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.cpu_library import Heads, Pointer, float64, int32, int64
+from seqarch.ops.native.custom_op import Upstream, as_given
 from seqarch.ops.native.huge_pages import in_huge_pages
 
 # The order of the header, csrc/include/seqarch.h.
@@ -24,89 +25,44 @@ _backward = cpu_library.Kernel(
 unavailable = cpu_library.unavailable
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> str | None:
-    return None if q.device.type == "cpu" else f"q is on {q.device}, expected cpu"
+def unsupported(inputs: BlockSparseAttentionInputs) -> str | None:
+    return None if inputs.device.type == "cpu" else f"q is on {inputs.device}, expected cpu"
 
 
-def _inputs(
-    dtype: torch.dtype,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    first: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-) -> tuple[Any, ...]:
-    """Arguments of the kernels, of one dtype, copied where the last dimension is strided."""
-    heads = (cpu_library.rows(x.to(dtype)) for x in (q, k, v))
-    first = first.contiguous()
+def _arguments(inputs: ListInputs) -> tuple[Any, ...]:
+    """Of both kernels, up to the scale; copied where the last dimension is strided."""
+    heads = cpu_library.rows(inputs.q), cpu_library.rows(inputs.k), cpu_library.rows(inputs.v)
+    lists, first = inputs.lists.contiguous(), inputs.first.contiguous()
     stride = first.shape[1] if first.shape[0] > 1 else 0
-    index = block_index.contiguous()
-    return cpu_library.DTYPES[dtype], *heads, index, index.shape[3], first, stride, block_size, window, scale
+    sizes = inputs.block_size, inputs.window
+    return cpu_library.DTYPES[inputs.v.dtype], *heads, lists, lists.shape[3], first, stride, *sizes, inputs.scale
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor) -> tuple[int, ...]:
-    return *q.shape[:2], k.shape[1], k.shape[2], block_index.shape[2], q.shape[2], q.shape[3], v.shape[3]
+def _sizes(inputs: ListInputs) -> tuple[int, ...]:
+    (batch, queries, heads, keys), (_, length, groups, values) = inputs.q.shape, inputs.v.shape
+    return batch, queries, length, groups, inputs.lists.shape[2], heads, keys, values
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, first: Tensor, block_size: int, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    o, log_sum = outputs(q, k, v)
-    dtype = cpu_library.common_dtype(q, k, v)
-    wide = o.to(dtype)
-    inputs = _inputs(dtype, q, k, v, block_index, first, block_size, window, scale)
-    _forward(*inputs, wide, log_sum, *_problem(q, k, v, block_index))
+def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
+    o, log_sum = zero_outputs(inputs)
+    inputs = inputs.to(cpu_library.common_dtype(inputs.q, inputs.k, inputs.v))
+    wide = o.to(inputs.v.dtype)
+    _forward(*_arguments(inputs), wide, log_sum, *_sizes(inputs))
     return wide.to(o.dtype), log_sum
 
 
-def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    first: Tensor,
-    o: Tensor,
-    log_sum: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = cpu_library.common_dtype(q, k, v)
-    dq, dk, dv = (in_huge_pages(torch.empty(x.shape, dtype=dtype)) for x in (q, k, v))
-    inputs = _inputs(dtype, q, k, v, block_index, first, block_size, window, scale)
-    upstream = cpu_library.rows(o.to(dtype)), log_sum.contiguous(), cpu_library.rows(do.to(dtype))
-    _backward(*inputs, *upstream, dq, dk, dv, *_problem(q, k, v, block_index))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
+    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    dtype = cpu_library.common_dtype(inputs.q, inputs.k, inputs.v)
+    wide = inputs.to(dtype)
+    dq, dk, dv = (in_huge_pages(torch.empty(x.shape, dtype=dtype)) for x in (inputs.q, inputs.k, inputs.v))
+    outputs = cpu_library.rows(o.to(dtype)), log_sum.contiguous(), cpu_library.rows(do.to(dtype))
+    _backward(*_arguments(wide), *outputs, dq, dk, dv, *_sizes(wide))
+    return as_given(inputs, (dq, dk, dv, None, None))
 
 
-NAME = "block_sparse_attention_compiled"
-attend = differentiable(NAME, forward, backward, blocks=lambda block_index: block_index)
+operator = list_operator("block_sparse_attention_compiled", forward, backward, blocks=lambda lists: lists)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> Tensor:
-    first = sequence_starts(q.shape[1], offsets, key_start, q.device)
-    return attend(q, k, v, block_index, first, block_size, window, scale)[0]
+def run(inputs: BlockSparseAttentionInputs) -> Tensor:
+    return operator(ListInputs.of(inputs))[0]

@@ -7,14 +7,14 @@ keeping one a block (Lu et al. 2025, "MoBA", algorithm 1, keeps them). The backw
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqarch.ops.block_sparse_attention import lists
-from seqarch.ops.block_sparse_attention.lists import differentiable, hidden, outputs
+from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
+from seqarch.ops.block_sparse_attention.lists import attend, hidden, list_operator, zero_outputs
+from seqarch.ops.native.custom_op import Upstream, as_given
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Numbers gathered or scored at a time."""
@@ -25,19 +25,9 @@ TILE = 128
 LEAST_BLOCK = 16
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> str | None:
-    if block_size < LEAST_BLOCK:
-        return f"blocks of {block_size} tokens are too short for products of their own, expected {LEAST_BLOCK} or more"
+def unsupported(inputs: BlockSparseAttentionInputs) -> str | None:
+    if (size := inputs.block_size) < LEAST_BLOCK:
+        return f"blocks of {size} tokens are too short for products of their own, expected {LEAST_BLOCK} or more"
     return None
 
 
@@ -47,7 +37,7 @@ class _Chunk(NamedTuple):
     Attributes:
         pairs: ``[C n]``, the entry of the lists that each query stands for; their number where a tile is not full.
         lists: ``[C n]``, the list of each query, counted over rows, queries and heads of lists.
-        keys: ``[C b]``, where the block's keys stand in k laid out as ``[B Tk G, K]``.
+        keys: ``[C b]``, where the block's keys are in k laid out as ``[B Tk G, K]``.
         hidden: ``[C, n, 1, b]``, the keys that a query does not see.
     """
 
@@ -60,14 +50,15 @@ class _Chunk(NamedTuple):
 class _Tiles:
     """Every entry of the lists, sorted by block and cut into tiles of queries that share one."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int):
+    def __init__(self, inputs: ListInputs):
+        q, k, v, entries, block_size = inputs.q, inputs.k, inputs.v, inputs.lists, inputs.block_size
         _, self.queries, self.heads, self.listed = entries.shape
-        self.key_shape, self.window, shared = k.shape, window, q.shape[2] // self.heads
+        self.key_shape, self.window, shared = k.shape, inputs.window, q.shape[2] // self.heads
         self.size = max(1, min(TILE // shared, self.queries))
         self.entries = entries.flatten()
         self.inside = torch.arange(block_size, device=q.device)
         pairs = (self.entries >= 0).nonzero().squeeze(1)
-        starts = (first[..., None, None] + (entries >> 1) * block_size).flatten()[pairs]
+        starts = (inputs.first[..., None, None] + (entries >> 1) * block_size).flatten()[pairs]
         row, head = pairs // (self.listed * self.heads * self.queries), pairs // self.listed % self.heads
         blocks = (row * self.heads + head) * k.shape[1] + starts
         blocks, order = blocks.sort(stable=True)
@@ -105,7 +96,7 @@ class _Tiles:
 
 
 def _flat(x: Tensor, count: int) -> Tensor:
-    """``[B, T, H, ...]`` to a row a list, ``[B T I, ...]``."""
+    """``[B, T, H, ...]`` to a row per list, ``[B T I, ...]``."""
     return x.reshape(x.shape[0] * x.shape[1] * count, -1)
 
 
@@ -118,18 +109,19 @@ def _scores(chunk: _Chunk, q: Tensor, k: Tensor, width: int) -> tuple[Tensor, Te
     return query, keys, scores.masked_fill_(chunk.hidden, -torch.inf)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    o, log_sum = outputs(q, k, v)
-    if not q.numel() * k.numel() * v.numel() * entries.numel():
+def _in_rows(inputs: ListInputs, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries a row per list ``[B Tq I, H / I K]``, keys ``[B Tk G, K]`` and values ``[B Tk G, V]``."""
+    keys, values = (x.to(wide).reshape(-1, x.shape[3]) for x in (inputs.k, inputs.v))
+    return _flat(inputs.q.to(wide) * inputs.scale, inputs.lists.shape[2]), keys, values
+
+
+def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
+    o, log_sum = zero_outputs(inputs)
+    if inputs.empty():
         return o, log_sum
-    wide, count = log_sum.dtype, entries.shape[2]
-    tiles = _Tiles(q, k, v, entries, first, block_size, window)
-    query_rows, key_rows, value_rows = (
-        _flat(q.to(wide) * scale, count),
-        *(x.to(wide).reshape(-1, x.shape[3]) for x in (k, v)),
-    )
+    q, v, entries, wide = inputs.q, inputs.v, inputs.lists, log_sum.dtype
+    tiles, count = _Tiles(inputs), entries.shape[2]
+    query_rows, key_rows, value_rows = _in_rows(inputs, wide)
     each = log_sum.new_full((entries.numel() + 1, q.shape[2] // count), -torch.inf)
     for chunk in tiles:
         *_, scores = _scores(chunk, query_rows, key_rows, q.shape[3])
@@ -144,43 +136,30 @@ def forward(
     return o_rows.view(o.shape).to(o.dtype), total.view(log_sum.shape)
 
 
-def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    entries: Tensor,
-    first: Tensor,
-    o: Tensor,
-    log_sum: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide, count = log_sum.dtype, entries.shape[2]
-    if not q.numel() * k.numel() * v.numel() * entries.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    tiles = _Tiles(q, k, v, entries, first, block_size, window)
-    query_rows, key_rows, value_rows = (
-        _flat(q.to(wide) * scale, count),
-        *(x.to(wide).reshape(-1, x.shape[3]) for x in (k, v)),
-    )
-    upstream = do.to(wide)
-    own = _flat((upstream * o).sum(-1), count)
-    total, upstream = _flat(log_sum, count), _flat(upstream, count)
-    dq, dk, dv = (torch.zeros_like(x) for x in (query_rows, key_rows, value_rows))
+def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
+    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    q, v, wide, count = inputs.q, inputs.v, log_sum.dtype, inputs.lists.shape[2]
+    if inputs.empty():
+        return as_given(inputs, (*(torch.zeros_like(x) for x in (q, inputs.k, v)), None, None))
+    query_rows, key_rows, value_rows = rows = _in_rows(inputs, wide)
+    dq, dk, dv = (torch.zeros_like(x) for x in rows)
+    tiles, do = _Tiles(inputs), do.to(wide)
+    own = _flat((do * o).sum(-1), count)
+    total, do = _flat(log_sum, count), _flat(do, count)
     for chunk in tiles:
         query, keys, scores = _scores(chunk, query_rows, key_rows, q.shape[3])
         weights = scores.sub_(total[chunk.lists].view(*scores.shape[:3], 1)).exp_().flatten(1, 2)
         values = value_rows.index_select(0, chunk.keys).view(len(scores), -1, v.shape[3])
-        grad = upstream.index_select(0, chunk.lists).view(len(scores), -1, v.shape[3])
+        grad = do.index_select(0, chunk.lists).view(len(scores), -1, v.shape[3])
         dv.index_add_(0, chunk.keys, (weights.mT @ grad).flatten(0, 1))
         dscores = (grad @ values.mT).sub_(own[chunk.lists].view(len(scores), -1, 1)).mul_(weights)
         dq.index_add_(0, chunk.lists, (dscores @ keys).view(len(chunk.lists), -1))
         dk.index_add_(0, chunk.keys, (dscores.mT @ query).flatten(0, 1))
-    return dq.mul_(scale).view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+    return as_given(inputs, (dq.mul_(inputs.scale), dk, dv, None, None))
 
 
-NAME = "block_sparse_attention_grouped"
-attend = differentiable(NAME, forward, backward)
-run = partial(lists.run, attend)
+operator = list_operator("block_sparse_attention_grouped", forward, backward)
+
+
+def run(inputs: BlockSparseAttentionInputs) -> Tensor:
+    return attend(operator, inputs)

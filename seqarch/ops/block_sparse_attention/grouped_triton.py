@@ -10,15 +10,13 @@ in ``attention``.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from seqarch.ops.block_sparse_attention import lists
-from seqarch.ops.block_sparse_attention.lists import differentiable, outputs
+from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
+from seqarch.ops.block_sparse_attention.lists import attend, list_operator, zero_outputs
 from seqarch.ops.dispatch.checks import promoted_dtype
+from seqarch.ops.native.custom_op import Upstream, as_given
 from seqarch.ops.triton import availability
 
 LEAST_BLOCK = 16
@@ -27,83 +25,47 @@ LEAST_BLOCK = 16
 unavailable = availability.unavailable
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> str | None:
-    return availability.refuse_attention(q, k, v)
+def unsupported(inputs: BlockSparseAttentionInputs) -> str | None:
+    return availability.unsupported_attention(inputs.q, inputs.k, inputs.v)
 
 
-def yields(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, block_size: int, *others: Any) -> str | None:
-    if block_size < LEAST_BLOCK and q.shape[1] > 1:
-        return f"blocks of {block_size} tokens leave most of a tile empty, which has {LEAST_BLOCK} keys or more"
+def deprioritised(inputs: BlockSparseAttentionInputs) -> str | None:
+    if (size := inputs.block_size) < LEAST_BLOCK and inputs.length > 1:
+        return f"blocks of {size} tokens leave most of a tile empty, which has {LEAST_BLOCK} keys or more"
     return None
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    from seqarch.ops.block_sparse_attention.launches_triton import Part, slices
+def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
+    from seqarch.ops.block_sparse_attention.launches_triton import parts
 
-    o, log_sum = outputs(q, k, v)
-    if not q.numel() * k.numel() * v.numel() * entries.numel():
+    o, log_sum = zero_outputs(inputs)
+    if inputs.empty():
         return o, log_sum
-    dtype, shared = promoted_dtype(q, k, v), q.shape[2] // entries.shape[2]
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    wide = o.to(dtype)
-    for row, group, of in slices(entries, k.shape[2], shared, v.shape[3]):
-        heads = slice(of.start * shared, of.stop * shared)
-        part = Part(
-            q[row, :, heads], k[row, :, group], v[row, :, group], entries[row, :, of], _of(first, row), block_size,
-            window, scale,
-        )  # fmt: skip
+    inputs = inputs.to(promoted_dtype(inputs.q, inputs.k, inputs.v))
+    wide = o.to(inputs.v.dtype)
+    for part, row, heads, _ in parts(inputs, inputs.v.shape[3]):
         part.forward(wide[row, :, heads], log_sum[row, :, heads])
     return wide.to(o.dtype), log_sum
 
 
-def _of(first: Tensor, row: slice) -> Tensor:
-    """The rows' own starts, where there is one a row."""
-    return first[row] if first.shape[0] > 1 else first
+def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
+    from seqarch.ops.block_sparse_attention.launches_triton import parts
 
-
-def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    entries: Tensor,
-    first: Tensor,
-    o: Tensor,
-    log_sum: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from seqarch.ops.block_sparse_attention.launches_triton import Part, slices
-
-    dtype, shared = promoted_dtype(q, k, v), q.shape[2] // entries.shape[2]
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-    if q.numel() * k.numel() * v.numel() * entries.numel():
+    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    wide = inputs.to(promoted_dtype(inputs.q, inputs.k, inputs.v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (wide.q, wide.k, wide.v))
+    if not inputs.empty():
         between = (do.to(log_sum.dtype) * o.to(log_sum.dtype)).sum(-1)
-        wide = [x.to(dtype) for x in (q, k, v)]
-        for row, group, of in slices(entries, k.shape[2], shared, q.shape[3]):
-            heads = slice(of.start * shared, of.stop * shared)
-            inputs = wide[0][row, :, heads], wide[1][row, :, group], wide[2][row, :, group]
-            part = Part(*inputs, entries[row, :, of], _of(first, row), block_size, window, scale)
+        for part, row, heads, group in parts(wide, wide.q.shape[3]):
             part.differentiate(
-                do[row, :, heads].to(dtype), log_sum[row, :, heads], between[row, :, heads], dq[row, :, heads],
+                do[row, :, heads].to(dq.dtype), log_sum[row, :, heads], between[row, :, heads], dq[row, :, heads],
                 dk[row, :, group], dv[row, :, group],
             )  # fmt: skip
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return as_given(inputs, (dq, dk, dv, None, None))
 
 
-NAME = "block_sparse_attention_triton"
-attend = differentiable(NAME, forward, backward)
-run = partial(lists.run, attend)
+operator = list_operator("block_sparse_attention_triton", forward, backward)
+
+
+def run(inputs: BlockSparseAttentionInputs) -> Tensor:
+    return attend(operator, inputs)

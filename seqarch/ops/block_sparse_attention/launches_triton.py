@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention import kernels
+from seqarch.ops.block_sparse_attention.inputs import ListInputs
 from seqarch.ops.triton import launch
 from seqarch.ops.triton.autotune import Configuration
 from seqarch.ops.triton.launch import Tuned, block, combine, heads_of, persistent, products, strides
@@ -63,26 +64,37 @@ def _places(flags: Tensor, most: int, end: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(places, end), numbers[-1]
 
 
-def slices(entries: Tensor, groups: int, shared: int, width: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of the batch, heads of keys and lists that are computed together."""
-    batch, queries, lists, listed = entries.shape
-    numbers = queries * listed * (lists // groups) * shared * width  # of one row and head of keys
+def parts(inputs: ListInputs, width: int) -> Iterator[tuple[Part, slice, slice, slice]]:
+    """Rows of the batch and heads that are computed together; and which rows, heads of q and heads of k these are.
+
+    Args:
+        inputs: of one dtype.
+        width: numbers of what each pair holds.
+    """
+    batch, queries, lists, listed = inputs.lists.shape
+    groups, shared = inputs.k.shape[2], inputs.q.shape[2] // lists
+    each = lists // groups
+    numbers = queries * listed * each * shared * width  # of one row and head of keys
     some = max(1, WORKSPACE // max(1, numbers))
     rows, heads = max(1, some // groups), min(groups, some)
-    for row in range(0, batch, rows):
+    for start in range(0, batch, rows):
+        row = slice(start, start + rows)
+        first = inputs.first[row] if inputs.first.shape[0] > 1 else inputs.first
         for head in range(0, groups, heads):
-            last = min(head + heads, groups)
-            each = lists // groups
-            yield slice(row, row + rows), slice(head, last), slice(head * each, last * each)
+            group = slice(head, min(head + heads, groups))
+            of = slice(group.start * each, group.stop * each)
+            queried = slice(of.start * shared, of.stop * shared)
+            q, k, v = inputs.q[row, :, queried], inputs.k[row, :, group], inputs.v[row, :, group]
+            part = Part(inputs.replace(q=q, k=k, v=v, lists=inputs.lists[row, :, of], first=first))
+            yield part, row, queried, group
 
 
 class Part:
     """Some rows and heads of one call, on views of its tensors."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int,
-        scale: float,
-    ):  # fmt: skip
+    def __init__(self, inputs: ListInputs):
+        q, k, v, entries, first = inputs.q, inputs.k, inputs.v, inputs.lists, inputs.first
+        block_size = inputs.block_size
         self.q, self.k, self.v = (heads_of(x, max(block_size, 128)) for x in (q, k, v))
         self.entries, self.first = entries.contiguous(), first.contiguous()
         (self.batch, self.queries, self.heads, self.K), (self.keys, self.groups, self.V) = q.shape, v.shape[1:]
@@ -93,13 +105,13 @@ class Part:
         self.most = 16 if not narrow else 64 if width <= 128 else 32
         self.BT = block(block_size, self.most)
         self.key_tile = self.BT if width <= 64 else min(self.BT, 32)
-        self.scale, self.window = float(scale), window or self.keys
+        self.scale, self.window = float(inputs.scale), inputs.window or self.keys
         first_row = self.queries if first.shape[0] > 1 else 0
         self.sizes = (
             self.scale, self.window, first_row, self.queries, self.keys, self.listed, self.lists, self.groups,
             self.shared, block_size,
         )  # fmt: skip
-        self.inputs = strides(False, self.q, self.k, self.v)
+        self.strides = strides(False, self.q, self.k, self.v)
         widths = {"K": self.K, "V": self.V, "BK": block(self.K, 256), "BV": block(self.V, 256)}
         self.constants = widths | {"BT": self.BT} | products(v.dtype)
 
@@ -122,7 +134,7 @@ class Part:
         launch.launch(
             _tried(kernels.partial_outputs), persistent(len(order.tiles) * parts, self.v.device),
             self.q, self.k, self.v, each, sums, order.order, self.entries, self.first, order.tiles, order.ends,
-            *self.sizes, parts, *self.inputs, BQ=BQ, **self.constants,
+            *self.sizes, parts, *self.strides, BQ=BQ, **self.constants,
         )  # fmt: skip
         whole = torch.empty(log_sum.shape, dtype=log_sum.dtype, device=log_sum.device)
         combine(each, sums, self.entries, o, whole, self.listed, self.shared)
@@ -133,7 +145,7 @@ class Part:
         do, log_sum, between = heads_of(do), log_sum.contiguous(), between.contiguous()
         each = self.q.new_empty(self.entries.numel() * self.shared, self.K)
         inputs = self.q, self.k, self.v, do, log_sum, between
-        numbers = (*self.inputs, *strides(False, do))
+        numbers = (*self.strides, *strides(False, do))
         order, rows = self._by_block()
         tables, BQ = (order.order, self.entries, self.first), block(rows, self.most)
         parts = triton.cdiv(rows, BQ)

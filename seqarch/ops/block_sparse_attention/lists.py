@@ -6,35 +6,24 @@ nothing. No block is there twice, and none begins after the query.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention import parallel_torch
-from seqarch.ops.block_sparse_attention.starts import sequence_starts
+from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
 from seqarch.ops.dispatch.checks import accumulation_dtype
-from seqarch.ops.native.custom_op import Formula, Saved, define
+from seqarch.ops.native.custom_op import Operator, Upstream
 from seqarch.ops.native.huge_pages import in_huge_pages
 
 
-def run(
-    attend: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> Tensor:
-    """What a fast backend does with the prepared arguments, by its operator."""
-    first = sequence_starts(q.shape[1], offsets, key_start, q.device)
-    position = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device) - first
-    return attend(q, k, v, plain_lists(block_index, position, block_size, window), first, block_size, window, scale)[0]
+def attend(operator: Operator[ListInputs], inputs: BlockSparseAttentionInputs) -> Tensor:
+    """o, by an operator that takes plain lists."""
+    as_given, keys = ListInputs.of(inputs), inputs.k.shape[1]
+    position = torch.arange(keys - inputs.length, keys, device=inputs.device) - as_given.first
+    lists = plain_lists(inputs.block_index, position, inputs.block_size, inputs.window)
+    return operator(as_given.replace(lists=lists))[0]
 
 
 def plain_lists(block_index: Tensor, position: Tensor, block_size: int, window: int) -> Tensor:
@@ -71,33 +60,26 @@ def blocks_of(entries: Tensor) -> Tensor:
     return torch.where((entries >= 0) & (entries % 2 == 0), entries >> 1, -1)
 
 
-def differentiable(
-    name: str, forward: Callable[..., Any], backward: Callable[..., Any], blocks: Callable[[Tensor], Tensor] = blocks_of
-) -> Callable[..., Any]:
-    """A custom operator, which compilers leave whole: its loop over chunks stays a loop, its memory bounded.
+def list_operator(
+    name: str,
+    forward: Callable[[ListInputs], tuple[Tensor, Tensor]],
+    backward: Callable[[ListInputs, Upstream], Sequence[Tensor]],
+    blocks: Callable[[Tensor], Tensor] = blocks_of,
+) -> Operator[ListInputs]:
+    """The operator of o and the logarithm of each softmax's sum, both of which the backward pass takes.
 
-    ``forward(q, k, v, entries, first, block_size, window, scale)`` gives o and the logarithm of each softmax's sum,
-    ``backward(do, q, k, v, entries, first, o, log_sum, block_size, window, scale)`` the gradients of q, k and v.
-    ``blocks`` gives the lists of blocks that such entries stand for.
+    Compilers leave it whole: its loop over chunks stays a loop, its memory bounded. ``blocks`` gives the blocks that
+    entries of its lists stand for.
     """
 
-    def differentiate(call: Saved, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return gradient(do, *call.inputs[:5], *call.kept, *call.inputs[5:])
+    def by_torch(inputs: ListInputs) -> Tensor:
+        return parallel_torch.attend(inputs.replace(lists=blocks(inputs.lists)))
 
-    def plain(
-        q: Tensor, k: Tensor, v: Tensor, entries: Tensor, first: Tensor, block_size: int, window: int, scale: float
-    ) -> Tensor:
-        return parallel_torch.attend(q, k, v, blocks(entries), first, block_size, window, scale)
-
-    operator, gradient = define(
-        name, forward, backward, lambda q, k, v, *_: outputs(q, k, v),
-        lambda do, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-        Formula(differentiate, plain, keeps=(0, 1)),
-    )  # fmt: skip
-    return operator
+    return Operator(name, ListInputs, forward, backward, by_torch, zero_outputs, keeps=(0, 1))
 
 
-def outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def zero_outputs(inputs: ListInputs) -> tuple[Tensor, Tensor]:
     """Zeros for o ``[B, Tq, H, V]`` and the logarithms of the softmax's sums ``[B, Tq, H]``."""
+    q, k, v = inputs.q, inputs.k, inputs.v
     o = in_huge_pages(v.new_empty(*q.shape[:3], v.shape[3]))
     return o.zero_(), torch.zeros(q.shape[:3], dtype=accumulation_dtype(q, k, v), device=q.device)

@@ -5,39 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.block_sparse_attention.starts import sequence_starts
-from seqarch.ops.chunked.packing import each_sequence
+from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
+from seqarch.ops.chunked.packing import split_sequences
 from seqarch.ops.chunked.softmax import masked_softmax
 from seqarch.ops.dispatch.checks import accumulation_dtype
 
 TRANSFORMABLE = True
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    block_size: int,
-    window: int,
-    scale: float,
-    offsets: tuple[int, ...] | None,
-    key_start: Tensor | None,
-) -> Tensor:
-    def one(q: Tensor, k: Tensor, v: Tensor, block_index: Tensor) -> Tensor:
-        first = sequence_starts(q.shape[1], None, key_start, q.device)
-        return attend(q, k, v, block_index, first, block_size, window, scale)
-
-    return each_sequence(one, offsets, q, k, v, block_index)
+def run(inputs: BlockSparseAttentionInputs) -> Tensor:
+    if inputs.offsets is None:
+        return attend(ListInputs.of(inputs))
+    sequences = split_sequences(inputs.offsets, inputs.q, inputs.k, inputs.v, inputs.block_index)
+    alone = (inputs.replace(q=q, k=k, v=v, block_index=index, offsets=None) for q, k, v, index in sequences)
+    return torch.cat([attend(ListInputs.of(each)) for each in alone], dim=1)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, first: Tensor, block_size: int, window: int, scale: float
-) -> Tensor:
-    """``first [B or 1, Tq]`` is where each query's sequence begins; o ``[B, Tq, H, V]`` in v's dtype."""
-    wide, lists, groups = accumulation_dtype(q, k, v), block_index.shape[2], k.shape[2]
-    seen = visible(block_index, first, k.shape[1], block_size, window)
-    queries = (q.to(wide) * scale).unflatten(2, (groups, lists // groups, -1))  # [B, Tq, G, I / G, H / I, K]
+def attend(inputs: ListInputs) -> Tensor:
+    """o ``[B, Tq, H, V]`` in v's dtype, for lists of blocks."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    wide, lists, groups = accumulation_dtype(q, k, v), inputs.lists.shape[2], k.shape[2]
+    seen = visible(inputs.lists, inputs.first, k.shape[1], inputs.block_size, inputs.window)
+    queries = (q.to(wide) * inputs.scale).unflatten(2, (groups, lists // groups, -1))  # [B, Tq, G, I / G, H / I, K]
     scores = torch.einsum("btgirk,bsgk->btgirs", queries, k.to(wide))
     weights = masked_softmax(scores, seen.unflatten(2, (groups, -1)).unsqueeze(4))
     return torch.einsum("btgirs,bsgv->btgirv", weights, v.to(wide)).flatten(2, 4).to(v.dtype)

@@ -15,10 +15,11 @@ raw inputs, so it has the dtype of ``x`` and no rounding of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
+from seqarch.ops.causal_conv1d import parallel_causal_conv1d, parallel_cpp, parallel_cuda, parallel_torch
+from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
 from seqarch.ops.dispatch.checks import (
     accumulation_dtype,
     floating_on_one_device,
@@ -29,50 +30,20 @@ from seqarch.ops.dispatch.checks import (
 )
 from seqarch.ops.dispatch.op import Op
 
+NAME = "causal_conv1d"
 WIDTHS = range(2, 9)
 ACTIVATIONS = ("silu",)
 
 
-def prepare(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    state: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-) -> tuple[Any, ...]:
-    """Check the arguments of :func:`causal_conv1d` and bring them to the form that every backend takes.
-
-    Returns:
-        ``x``; ``weight`` and ``bias`` in the accumulation dtype; ``state`` in the dtype of ``x``, a row a sequence, or
-        ``None``; whether SiLU follows; the offsets of packed sequences or ``None``.
-    """
-    name = "causal_conv1d"
-    sizes = match_shapes(name, x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
-    floating_on_one_device(name, x=x, weight=weight, bias=bias, state=state)
-    if sizes["W"] not in WIDTHS:
-        raise ValueError(f"{name}: weight has width {sizes['W']}, expected {WIDTHS.start} to {WIDTHS.stop - 1}")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise unknown_name(f"activation of {name}", activation, [*ACTIVATIONS, "None"])
-    offsets = sequence_offsets(name, cu_seqlens, sizes["B"], sizes["T"])
-    rows = sizes["B"] if offsets is None else len(offsets) - 1
-    if state is not None:
-        state = initial_state(name, state, (rows, sizes["W"] - 1, sizes["D"]), x.dtype, x.device)
-    dtype = accumulation_dtype(x, weight, bias, state)
-    bias = None if bias is None else bias.to(dtype)
-    return x, weight.to(dtype), bias, state, activation == "silu", offsets
-
-
 OP = Op(
-    "causal_conv1d",
-    prepare,
-    order=("parallel_cpp", "parallel_cuda", "parallel_torch"),
-    reference="parallel_torch",
-    named=("parallel_causal_conv1d",),
+    NAME,
+    order=(parallel_cpp, parallel_cuda, parallel_torch),
+    reference=parallel_torch,
+    opt_in=(parallel_causal_conv1d,),
 )
 
 
+@OP.public
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -102,12 +73,21 @@ def causal_conv1d(
         TypeError: an input is not floating point.
         BackendError: the named backend cannot serve the call.
     """
-    return OP(backend, x, weight, bias, activation=activation, state=state, cu_seqlens=cu_seqlens)
+    sizes = match_shapes(NAME, x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
+    floating_on_one_device(NAME, x=x, weight=weight, bias=bias, state=state)
+    if sizes["W"] not in WIDTHS:
+        raise ValueError(f"{NAME}: weight has width {sizes['W']}, expected {WIDTHS.start} to {WIDTHS.stop - 1}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise unknown_name(f"activation of {NAME}", activation, [*ACTIVATIONS, "None"])
+    offsets = sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["T"])
+    rows = sizes["B"] if offsets is None else len(offsets) - 1
+    if state is not None:
+        state = initial_state(NAME, state, (rows, sizes["W"] - 1, sizes["D"]), x.dtype, x.device)
+    dtype = accumulation_dtype(x, weight, bias, state)
+    bias = None if bias is None else bias.to(dtype)
+    return OP(backend, CausalConv1dInputs(x, weight.to(dtype), bias, state, activation == "silu", offsets))
 
 
 def flops(length: int, channels: int, width: int, batch_size: int = 1) -> int:
     """FLOPs of the forward pass: two a multiply-add of the convolution."""
     return 2 * batch_size * length * channels * width
-
-
-__all__ = ["OP", "causal_conv1d", "flops", "prepare"]

@@ -1,21 +1,21 @@
-"""Compiled kernels of the causal convolution as custom operators: what the C++ and the CUDA backend share."""
+"""Compiled kernels of the causal convolution as custom operators: the C++ and the CUDA backend share them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqarch.ops.causal_conv1d import parallel_torch
-from seqarch.ops.chunked.packing import sequence_count
-from seqarch.ops.native.custom_op import Engine, Formula, Saved, define
+from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
+from seqarch.ops.native.custom_op import KernelPair, Operator, Upstream
 from seqarch.ops.native.huge_pages import like
 
 
-def refuse_dtypes(x: Tensor, weight: Tensor, numbers: dict[torch.dtype, int]) -> str | None:
-    """Why kernels that know these dtypes cannot serve x and parameters of weight's dtype."""
+def unsupported_dtypes(inputs: CausalConv1dInputs, numbers: dict[torch.dtype, int]) -> str | None:
+    """Why kernels that know these dtypes cannot serve a call."""
+    x, weight = inputs.x, inputs.weight
     if x.dtype not in numbers:
         return f"x has dtype {x.dtype}, expected one of {', '.join(map(str, numbers))}"
     if weight.dtype != torch.float32 and x.dtype != weight.dtype:
@@ -28,75 +28,53 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
-class Operators:
-    """The forward and the backward operator of an engine, with their fakes and the autograd formula.
+class Kernels:
+    """A pair of kernels, and the operator of both.
 
     Args:
-        name: of the forward operator, after ``seqarch::``.
+        name: of the operator, after ``seqarch::``.
         device: the type of device that it runs on; ``None``: any.
     """
 
-    def __init__(self, name: str, engine: Engine, device: str | None):
-        self.engine = engine
-        self.forward, self.backward = define(
-            name, self._forward, self._backward, self._room, self._room_for_gradients,
-            Formula(self._gradients, parallel_torch.run, results=2), device,
+    def __init__(self, name: str, pair: KernelPair, device: str | None):
+        self.pair = pair
+        self.operator = Operator(
+            name, CausalConv1dInputs, self._forward, self._backward, parallel_torch.run, _outputs, _gradients,
+            results=2, devices=device,
         )  # fmt: skip
 
-    def _inputs(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Any, ...]:
-        x, weight = _rows(x), weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        state = None if state is None else state.contiguous()
-        return self.engine.numbers[x.dtype], x, x.stride(0), x.stride(1), weight, bias, state
+    def _arguments(self, inputs: CausalConv1dInputs) -> tuple[Any, ...]:
+        x, given = _rows(inputs.x), (inputs.weight, inputs.bias, inputs.state)
+        contiguous = (None if each is None else each.contiguous() for each in given)
+        return self.pair.numbers[x.dtype], x, x.stride(0), x.stride(1), *contiguous
 
-    def _problem(self, x: Tensor, weight: Tensor, silu: bool, cu_seqlens: Sequence[int] | None) -> tuple[Any, ...]:
-        offsets = self.engine.offsets(cu_seqlens, x.device)
-        return offsets, sequence_count(x, cu_seqlens), x.shape[1], x.shape[2], weight.shape[1], silu
+    def _sizes(self, inputs: CausalConv1dInputs) -> tuple[Any, ...]:
+        offsets, (_, length, channels) = self.pair.offsets(inputs.offsets, inputs.device), inputs.x.shape
+        return offsets, inputs.sequences, length, channels, inputs.weight.shape[1], inputs.silu
 
-    def _forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        state: Tensor | None,
-        silu: bool,
-        cu_seqlens: Sequence[int] | None,
-    ) -> tuple[Tensor, Tensor]:
-        outputs = self._room(x, weight, bias, state, silu, cu_seqlens)
-        self.engine.forward(
-            *self._inputs(x, weight, bias, state), *outputs, *self._problem(x, weight, silu, cu_seqlens)
-        )
+    def _forward(self, inputs: CausalConv1dInputs) -> tuple[Tensor, Tensor]:
+        outputs = _outputs(inputs)
+        self.pair.forward(*self._arguments(inputs), *outputs, *self._sizes(inputs))
         return outputs
 
-    def _room(self, x, weight, bias, state, silu, cu_seqlens):
-        """Room for a tensor like ``x`` and for a state."""
-        last = x.new_empty(sequence_count(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
-        return like(x), last
-
-    def _backward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        state: Tensor | None,
-        silu: bool,
-        cu_seqlens: Sequence[int] | None,
-        dy: Tensor,
-        dstate_out: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _backward(self, inputs: CausalConv1dInputs, upstream: Upstream) -> list[Tensor]:
         """The gradients of x, weight, bias and state; of the last two also where there is no bias or state."""
-        gradients = self._room_for_gradients(x, weight, bias, state, silu, cu_seqlens, dy, dstate_out)
+        gradients, (dy, dstate_out) = _gradients(inputs, upstream), upstream.gradients
         dy = _rows(dy)
-        upstream = dy, dy.stride(0), dy.stride(1), dstate_out.contiguous()
-        inputs = self._inputs(x, weight, bias, state)
-        self.engine.backward(*inputs, *upstream, *gradients, *self._problem(x, weight, silu, cu_seqlens))
+        above = dy, dy.stride(0), dy.stride(1), dstate_out.contiguous()
+        self.pair.backward(*self._arguments(inputs), *above, *gradients, *self._sizes(inputs))
         return gradients
 
-    def _room_for_gradients(self, x, weight, bias, state, silu, cu_seqlens, dy, dstate_out):
-        dx, dstate = self._room(x, weight, bias, state, silu, cu_seqlens)
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        return dx, dweight, weight.new_empty(weight.shape[0]), dstate
 
-    def _gradients(self, call: Saved, dy: Tensor, dstate_out: Tensor) -> list[Tensor | None]:
-        found = self.backward(*call.inputs, dy, dstate_out)
-        return [None if given is None else one for given, one in zip(call.inputs, found, strict=False)]
+def _outputs(inputs: CausalConv1dInputs) -> tuple[Tensor, Tensor]:
+    """A tensor like x and a state, uninitialised."""
+    x = inputs.x
+    return like(x), x.new_empty(inputs.sequences, inputs.weight.shape[1] - 1, x.shape[2])
+
+
+def _gradients(inputs: CausalConv1dInputs, upstream: Upstream) -> list[Tensor]:
+    """Those of x, weight, bias and state, uninitialised."""
+    dx, dstate = _outputs(inputs)
+    weight = inputs.weight
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return [dx, dweight, weight.new_empty(weight.shape[0]), dstate]

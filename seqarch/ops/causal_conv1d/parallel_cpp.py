@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-from seqarch.ops.causal_conv1d.operators import Operators, refuse_dtypes
+from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
+from seqarch.ops.causal_conv1d.operators import Kernels, unsupported_dtypes
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.cpu_library import Offsets, Pointer, Start, int32, int64
-from seqarch.ops.native.custom_op import Engine
+from seqarch.ops.native.custom_op import KernelPair
 
 unavailable = cpu_library.unavailable
 
@@ -23,12 +20,12 @@ _backward = cpu_library.Kernel(
 )
 
 
-def refuse(x: Tensor, weight: Tensor, *_: Any) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, expected cpu"
-    return refuse_dtypes(x, weight, cpu_library.DTYPES)
+def unsupported(inputs: CausalConv1dInputs) -> str | None:
+    if inputs.device.type != "cpu":
+        return f"x is on {inputs.device}, expected cpu"
+    return unsupported_dtypes(inputs, cpu_library.DTYPES)
 
 
-ENGINE = Engine(_forward, _backward, cpu_library.DTYPES, lambda cu_seqlens, _: cu_seqlens)
-OPERATORS = Operators("causal_conv1d", ENGINE, "cpu")
-run = OPERATORS.forward
+PAIR = KernelPair(_forward, _backward, cpu_library.DTYPES, lambda cu_seqlens, _: cu_seqlens)
+KERNELS = Kernels("causal_conv1d", PAIR, "cpu")
+run = KERNELS.operator

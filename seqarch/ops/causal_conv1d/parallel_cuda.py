@@ -6,14 +6,11 @@ gradient of the weights is summed run by run, in a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-from seqarch.ops.causal_conv1d.operators import Operators, refuse_dtypes
+from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
+from seqarch.ops.causal_conv1d.operators import Kernels, unsupported_dtypes
 from seqarch.ops.native import cuda_library
 from seqarch.ops.native.cpu_library import NUMBERS, Pointer, Start, int32, int64
-from seqarch.ops.native.custom_op import Engine
+from seqarch.ops.native.custom_op import KernelPair
 
 unavailable = cuda_library.unavailable
 
@@ -25,10 +22,10 @@ _forward = cuda_library.Kernel("causal_conv1d_forward", *_INPUTS, Pointer, Point
 _backward = cuda_library.Kernel("causal_conv1d_backward", *_INPUTS, *_UPSTREAM, *[Pointer] * 4, *_PROBLEM)
 
 
-def refuse(x: Tensor, weight: Tensor, *_: Any) -> str | None:
-    return cuda_library.refuse(x=x) or refuse_dtypes(x, weight, NUMBERS)
+def unsupported(inputs: CausalConv1dInputs) -> str | None:
+    return cuda_library.unsupported(x=inputs.x) or unsupported_dtypes(inputs, NUMBERS)
 
 
-ENGINE = Engine(_forward, _backward, NUMBERS, cuda_library.offsets)
-OPERATORS = Operators("causal_conv1d_cuda", ENGINE, None)
-run = OPERATORS.forward
+PAIR = KernelPair(_forward, _backward, NUMBERS, cuda_library.offsets)
+KERNELS = Kernels("causal_conv1d_cuda", PAIR, None)
+run = KERNELS.operator

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqarch.ops.chunked.packing import over_sequences
-from seqarch.ops.dispatch.eager import transform
+from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
+from seqarch.ops.chunked.packing import join_sequences, sequences
+from seqarch.ops.dispatch.eager import active_transform
 
 TRANSFORMABLE = True
 
@@ -19,7 +20,7 @@ def _convolve(history: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     several times faster than ``conv1d``, which wants channels first. In float64, where torch has a slow loop
     for it, as a matrix product of the windows; under transforms, which have rules for neither, tap by tap.
     """
-    if transform() is not None:
+    if active_transform() is not None:
         length = history.shape[1] - weight.shape[1] + 1
         taps = [history[:, w : w + length] * weight[:, w] for w in range(weight.shape[1])]
         return torch.stack(taps).sum(0) if bias is None else torch.stack(taps).sum(0) + bias
@@ -31,24 +32,15 @@ def _convolve(history: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(image, weight[:, None, None], bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    silu: bool,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    def one(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def run(inputs: CausalConv1dInputs) -> tuple[Tensor, Tensor]:
+    weight, bias, dtype = inputs.weight, inputs.bias, inputs.x.dtype
+    outputs, states = [], []
+    for state, x in sequences(inputs.offsets, inputs.initial_state(), inputs.x):
         history = torch.cat([state, x], dim=1)
         if x.numel():
             z = _convolve(history.to(weight.dtype), weight, bias)
         else:  # torch refuses to convolve nothing; this keeps the gradients defined: zeros
             z = x * weight[:, 0] if bias is None else x * weight[:, 0] + bias
-        y = F.silu(z) if silu else z
-        return y.to(x.dtype), history[:, x.shape[1] :].clone()  # a view would keep the whole history alive
-
-    if state is None:
-        rows = x.shape[0] if offsets is None else len(offsets) - 1
-        state = x.new_zeros(rows, weight.shape[1] - 1, x.shape[2])
-    return over_sequences(one, offsets, state, x)
+        outputs.append((F.silu(z) if inputs.silu else z).to(dtype))
+        states.append(history[:, x.shape[1] :].clone())  # a view would keep the whole history alive
+    return join_sequences(outputs, dim=1), join_sequences(states, dim=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def sequence_count(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
     return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
-def split_sequences(offsets: tuple[int, ...], *inputs: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+def split_sequences(offsets: tuple[int, ...], *inputs: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Each packed sequence's part of the inputs ``[1, T, ...]``; ``None`` stays ``None``."""
     lengths = [end - start for start, end in pairwise(offsets)]
     # split, not slices: the backward pass joins the pieces once instead of adding full-length buffers
@@ -23,11 +24,18 @@ def split_sequences(offsets: tuple[int, ...], *inputs: Tensor | None) -> Iterato
     return zip(*(nothing if tensor is None else tensor.split(lengths, dim=1) for tensor in inputs), strict=True)
 
 
-def each_sequence(run: Callable[..., Tensor], offsets: tuple[int, ...] | None, *inputs: Tensor) -> Tensor:
-    """``run(*inputs)`` on each packed sequence, joined along time; on everything at once without ``offsets``."""
+def sequences(offsets: tuple[int, ...] | None, state: Tensor, *inputs: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Each packed sequence's row of the state ``[1, ...]`` and part of the inputs; all at once without offsets."""
     if offsets is None:
-        return run(*inputs)
-    return torch.cat([run(*pieces) for pieces in split_sequences(offsets, *inputs)], dim=1)
+        yield (state, *inputs)
+        return
+    for row, pieces in zip(state.split(1), split_sequences(offsets, *inputs), strict=True):
+        yield (row, *pieces)
+
+
+def join_sequences(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    """What :func:`sequences` took apart, together again."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim=dim)
 
 
 def over_sequences(
@@ -40,11 +48,8 @@ def over_sequences(
         state: one row a sequence (a row a batch entry without ``offsets``).
         inputs: ``[1, T, ...]`` each, or ``None``, which is handed on.
     """
-    if offsets is None:
-        return run(state, *inputs)
-    parts = [run(row, *pieces) for row, pieces in zip(state.split(1), split_sequences(offsets, *inputs), strict=True)]
-    outputs, states = zip(*parts, strict=True)
-    return torch.cat(outputs, dim=1), torch.cat(states, dim=0)
+    outputs, states = zip(*[run(*pieces) for pieces in sequences(offsets, state, *inputs)], strict=True)
+    return join_sequences(outputs, dim=1), join_sequences(states, dim=0)
 
 
 class Chunks:

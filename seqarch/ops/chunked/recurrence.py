@@ -1,19 +1,24 @@
-"""What the matrix-state recurrences (linear attention, the delta rule) do alike: checks, operators, and the reference's
-loop."""
+"""What the matrix-state recurrences (linear attention, the delta rule) share: checks, operators, and how the references
+go through the tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from seqarch.ops.chunked.packing import over_sequences
+from seqarch.ops.chunked.packing import sequences
 from seqarch.ops.dispatch import checks
-from seqarch.ops.native.custom_op import Formula, Saved, define
+from seqarch.ops.dispatch.inputs import Inputs, RecurrenceInputs
+from seqarch.ops.native.custom_op import Operator, Upstream
 from seqarch.ops.native.huge_pages import like
 
+Pair = tuple[Tensor, Tensor]
+
+
+R = TypeVar("R", bound=Inputs)
 DECAY_PATTERNS = {1: "H", 3: "B T H", 4: "B T H K"}
 
 
@@ -61,84 +66,46 @@ def prepare_recurrence(
     return checks.finite_scale(op, scale, sizes["K"]), state, offsets
 
 
-def room_for_gradients(*inputs: Tensor | None) -> Any:
-    """A tuple of room for the gradient of each; an empty tensor for ``None``."""
-    return tuple(torch.empty(0) if each is None else like(each) for each in inputs)
-
-
-def as_given(inputs: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> Any:
-    """A tuple of gradients in the dtypes and shapes of what they are of; an empty tensor for ``None``."""
-    return tuple(
-        torch.empty(0) if each is None or one is None else one.to(each.dtype).view(each.shape)
-        for each, one in zip(inputs, found, strict=True)
-    )
-
-
-def differentiable(
+def recurrence_operator(
     name: str,
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    plain: Callable[..., tuple[Tensor, Tensor]],
+    kind: type[R],
+    forward: Callable[[R], Pair],
+    backward: Callable[[R, Upstream], Sequence[Tensor]],
+    plain: Callable[[R], Pair],
     devices: str | Sequence[str],
-) -> Callable[..., Any]:
-    """The operator ``seqarch::NAME`` for these types of device, of which nothing is kept but inputs.
+) -> Operator[R]:
+    """The operator of o and the last state, of which nothing is kept but inputs; as :class:`Operator`."""
+    return Operator(
+        name, kind, forward, backward, plain, _outputs, results=2,
+        devices=devices,
+    )  # fmt: skip
 
-    ``forward(q, k, v, ..., scale, state, cu_seqlens)`` gives o and the last state. ``backward`` takes the same and the
-    gradients of both, and gives those of the tensors before ``scale``, empty where there is none, and of ``state``.
-    ``plain`` is ``forward`` by torch's own functions.
+
+def _outputs(inputs: Any) -> Pair:
+    return like(inputs.v), like(inputs.state)
+
+
+def token_inputs(inputs: RecurrenceInputs, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """For each sequence its state ``[1 or B, H, K, V]``, its decays and its part of the tensors ``[B, T, G, ...]``.
+
+    All in the state's dtype, with a row per head of v, ``[B, T, H, 1, ...]``; decays ``[B, T, H, 1 or K, 1]`` are
+    factors, ``None`` where there are none.
     """
-
-    def outputs(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        return like(v), like(others[-2])
-
-    def gradients(*inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, _, state, _, _, _ = inputs
-        return room_for_gradients(*tensors, state)
-
-    def differentiate(call: Saved, do: Tensor, dstate_out: Tensor) -> list[Tensor | None]:
-        *found, dstate = gradient(*call.inputs, do, dstate_out)
-        return [None if each is None else one for each, one in zip(call.inputs, found, strict=False)] + [None, dstate]
-
-    formula = Formula(differentiate, plain, results=2)
-    operator, gradient = define(name, forward, backward, outputs, gradients, formula, devices)
-    return operator
+    state, log_decay = inputs.state, inputs.log_decay
+    if log_decay is not None:
+        log_decay = log_decay.to(state.dtype)
+        if log_decay.ndim == 1:
+            log_decay = log_decay.expand(1, inputs.q.shape[1], -1)
+        log_decay = log_decay[..., None, None] if log_decay.ndim == 3 else log_decay.unsqueeze(-1)
+    per_head = [
+        x.to(state.dtype).repeat_interleave(state.shape[1] // max(1, x.shape[2]), dim=2).unsqueeze(-2) for x in tensors
+    ]
+    decay = None if log_decay is None else log_decay.exp()
+    return sequences(inputs.offsets, state, decay, *per_head)
 
 
-def recur(
-    write: Callable[..., Tensor],
-    q: Tensor,
-    inputs: Sequence[Tensor],
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    """One step after the other: decay the state, ``write`` into it, read it with q.
-
-    Args:
-        write: takes the state ``[B, H, K, V]`` and each input's ``[B, H, 1, ...]`` at one token; the state after it.
-        inputs: ``[B, T, G, ...]`` each; head h uses row ``h // (H / G)``.
-
-    Returns:
-        outputs ``[B, T, H, V]`` in the state's dtype and the last state.
-    """
-    if log_decay is not None and log_decay.ndim == 1:
-        log_decay = log_decay.expand(1, q.shape[1], -1)
-    if log_decay is not None and log_decay.ndim == 3:
-        log_decay = log_decay.unsqueeze(-1)
-
-    def each_head(x: Tensor) -> Tensor:
-        return x.to(state.dtype).repeat_interleave(state.shape[1] // max(1, x.shape[2]), dim=2).unsqueeze(-2)
-
-    def one(state: Tensor, log_decay: Tensor | None, q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = []
-        for t in range(q.shape[1]):
-            if log_decay is not None:
-                state = state * log_decay[:, t, ..., None].exp()
-            state = write(state, *(x[:, t] for x in inputs))
-            outputs.append((q[:, t] @ state).squeeze(-2))
-        empty = state.new_empty(*q.shape[:3], state.shape[-1]) if not outputs else None
-        return torch.stack(outputs, dim=1) if empty is None else empty + 0 * sum(x.sum() for x in (q, *inputs)), state
-
-    log_decay = None if log_decay is None else log_decay.to(state.dtype)
-    return over_sequences(one, offsets, state, log_decay, each_head(q) * scale, *(each_head(x) for x in inputs))
+def join_tokens(outputs: list[Tensor], inputs: RecurrenceInputs, *tensors: Tensor) -> Tensor:
+    """Each token's output ``[B, H, 1, V]``, joined to ``[B, T, H, V]``; of no token, an empty sum over the tensors."""
+    if outputs:
+        return torch.stack(outputs, dim=1).squeeze(-2)
+    return inputs.state.new_empty(inputs.v.shape) + 0 * sum(x.sum() for x in tensors)

@@ -27,51 +27,26 @@ chunk (none in ``recurrent_torch``), but never another row, head or packed seque
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from seqarch.ops.chunked.recurrence import prepare_recurrence
+from seqarch.ops.delta_rule import chunk_cpp, chunk_torch, chunk_triton, recurrent_torch, recurrent_triton
+from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 from seqarch.ops.dispatch.op import Op
 
 NAME = "delta_rule"
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    *,
-    read: Tensor | None = None,
-    erase: Tensor | None = None,
-    scale: float | None = None,
-    state: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-) -> tuple[Any, ...]:
-    """Check the arguments; what every backend takes.
-
-    Returns:
-        ``q, k, v, beta, log_decay, read, erase, scale, state, offsets``, with beta and ``read`` filled in; ``erase`` is
-        ``None`` where it is k.
-    """
-    scale, state, offsets = prepare_recurrence(
-        NAME, q, k, v, log_decay, scale, state, cu_seqlens, beta, read=read, erase=erase
-    )
-    beta = v.new_ones(v.shape[:3]) if beta is None else beta
-    return q, k, v, beta, log_decay, k if read is None else read, erase, scale, state, offsets
-
-
 OP = Op(
     NAME,
-    prepare,
-    order=("chunk_cpp", "chunk_triton", "recurrent_triton", "chunk_torch", "recurrent_torch"),
-    reference="recurrent_torch",
-    step_order=("chunk_cpp", "recurrent_triton", "recurrent_torch", "chunk_torch"),
+    order=(chunk_cpp, chunk_triton, recurrent_triton, chunk_torch, recurrent_torch),
+    reference=recurrent_torch,
+    step_order=(chunk_cpp, recurrent_triton, recurrent_torch, chunk_torch),
 )
 
 
+@OP.public
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -107,9 +82,12 @@ def delta_rule(
         TypeError: an input is not floating point.
         BackendError: the named backend cannot serve the call.
     """
-    return OP(
-        backend, q, k, v, beta, log_decay, read=read, erase=erase, scale=scale, state=state, cu_seqlens=cu_seqlens
+    scale, state, offsets = prepare_recurrence(
+        NAME, q, k, v, log_decay, scale, state, cu_seqlens, beta, read=read, erase=erase
     )
+    beta = v.new_ones(v.shape[:3]) if beta is None else beta
+    read, erase = (None if each is k else each for each in (read, erase))
+    return OP(backend, DeltaRuleInputs(q, k, v, beta, log_decay, read, erase, scale, state, offsets))
 
 
 def flops(

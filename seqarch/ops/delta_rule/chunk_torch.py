@@ -11,36 +11,26 @@ With read, erase and write apart it is ``erase_t^T u_t`` with ``u_t = -beta_t re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from seqarch.ops.chunked.decay import chunk_decay, chunk_heads, join_heads
 from seqarch.ops.chunked.packing import Chunks
+from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 
 TRANSFORMABLE = True
 CHUNK = 32
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    read: Tensor,
-    erase: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
+def run(inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor]:
+    q, k, v, erase, state = inputs.q, inputs.k, inputs.v, inputs.erase, inputs.state
+    read = k if inputs.read is None else inputs.read
     batch, length, groups, _ = q.shape
-    chunks = Chunks(batch, length, CHUNK, offsets, q.device)
-    decay = chunk_decay(log_decay, chunks, groups, state.dtype)
+    chunks = Chunks(batch, length, CHUNK, inputs.offsets, q.device)
+    decay = chunk_decay(inputs.log_decay, chunks, groups, state.dtype)
     qc, kc, vc, reads = (chunk_heads(x, chunks, groups, state.dtype) for x in (q, k, v, read))
-    qc = qc * scale
-    rate = chunk_heads(beta.unsqueeze(-1), chunks, groups, state.dtype)
+    qc = qc * inputs.scale
+    rate = chunk_heads(inputs.beta.unsqueeze(-1), chunks, groups, state.dtype)
     erases = kc if erase is None else chunk_heads(erase, chunks, groups, state.dtype)
 
     system = rate * decay.scores(reads, erases).tril(-1)
@@ -67,20 +57,3 @@ def run(
     o = decay.scores(qc, erases) @ torch.stack(corrected, dim=1) + decay.from_start(qc) @ torch.stack(before, dim=1)
     o = o if erase is None else o + decay.scores(qc, kc) @ writes
     return join_heads(o, chunks).to(v.dtype), torch.cat(last).flatten(1, 2)
-
-
-def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    read: Tensor | None,
-    erase: Tensor | None,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
-    """What the custom operators compute, of the arguments that they take: ``read`` is ``None`` for k."""
-    offsets = None if cu_seqlens is None else tuple(cu_seqlens)
-    return run(q, k, v, beta, log_decay, k if read is None else read, erase, scale, state, offsets)

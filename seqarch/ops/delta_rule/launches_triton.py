@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ import triton
 from torch import Tensor
 
 from seqarch.ops.delta_rule import kernels
+from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 from seqarch.ops.triton import launch
 from seqarch.ops.triton.launch import PLAIN, block, rows, tuned
 from seqarch.ops.triton.recurrence import NONE, VECTOR, Recurrence
@@ -39,18 +39,9 @@ class Solution:
 class DeltaRule(Recurrence):
     """One call of the delta rule: a :class:`Recurrence` that corrects its values."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_decay: Tensor | None,
-        read: Tensor | None,
-        state: Tensor,
-        offsets: Sequence[int] | None,
-    ):
-        super().__init__(k, v, (q, k, v) if read is None else (q, k, v, read), log_decay, state, offsets)
+    def __init__(self, inputs: DeltaRuleInputs):
+        q, k, v, beta, read = inputs.q, inputs.k, inputs.v, inputs.beta, inputs.read
+        super().__init__(inputs, (q, k, v) if read is None else (q, k, v, read))
         self.queries, self.keys, self.values, self.beta = rows(q), rows(k), rows(v), rows(beta)
         self.read = self.keys if read is None else rows(read)
         self.columns = block(self.V, 16 if self.decay == VECTOR else self.most // 2)

@@ -8,12 +8,15 @@ import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from seqarch.ops.dispatch.eager import is_batched, is_traced
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class BackendError(RuntimeError):
@@ -55,20 +58,21 @@ def show(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
-def typed(op: str, prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """``prepare``, after a check that its arguments are what they are annotated to be.
+def typed(op: str, function: Callable[P, R]) -> Callable[P, R]:
+    """A public operation, after a check that its arguments, but for ``backend``, are what they are annotated to be.
 
     Raises:
         TypeError: one is of another type.
     """
-    kinds = annotated_kinds(prepare)
+    kinds = annotated_kinds(function)
+    del kinds["backend"]
 
-    @functools.wraps(prepare)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name, value in (*zip(kinds, args, strict=False), *kwargs.items()):
             if name in kinds and not fits(value, kinds[name]):
                 raise TypeError(f"{op}: {name} is {show(value)}, expected {show_kinds(kinds[name])}")
-        return prepare(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return checked
 

@@ -14,12 +14,12 @@ from torch.nn.modules import module as global_hooks
 from seqarch.ops.dispatch.autocast import autocast_is_on
 
 
-def as_made(device: torch.device) -> bool:
+def is_eager(device: torch.device) -> bool:
     """Whether neither autocast, a compiler nor a transform takes part."""
-    return not autocast_is_on(device) and not torch.compiler.is_compiling() and transform() is None
+    return not autocast_is_on(device) and not torch.compiler.is_compiling() and active_transform() is None
 
 
-def transform() -> str | None:
+def active_transform() -> str | None:
     """What is under way that takes operations apart into torch's own, and custom operators do not go with."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func (grad, vmap, jvp, ...) is under way"
@@ -52,7 +52,7 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(proxy) is not None  # type: ignore[attr-defined]
 
 
-def watched() -> bool:
+def has_dispatch_mode() -> bool:
     """Whether a mode sees each of torch's calls, such as a FLOP counter."""
     return bool(torch._C._len_torch_dispatch_stack())  # type: ignore[attr-defined]
 

@@ -1,76 +1,74 @@
-"""Op, Backend, dispatch: how a public operation picks the code that computes it.
+"""How a public operation picks the backend that computes it.
 
-An operation is a folder ``seqarch/ops/NAME``. A backend of it is a module in that folder, named by its form and its
-engine (``chunk_torch``). It is imported with the operation, so it imports a vendor's package no sooner than it needs
-it, and holds
+An operation is a folder ``seqarch/ops/NAME``:
 
-- ``run(*arguments)``: computes the operation on the arguments that the op's ``prepare`` returned;
-- ``refuse(*arguments) -> str | None``, optional: why it cannot serve this call;
-- ``yields(*arguments) -> str | None``, optional: why ``"auto"`` passes it over for this call, though it can serve it;
+- ``inputs.py``: a frozen dataclass, what every backend takes (:class:`~seqarch.ops.dispatch.inputs.Inputs`);
+- ``__init__.py``: ``OP``, which lists the backends in order, and the public function, which checks its arguments and
+  returns ``OP(backend, inputs)``;
+- a module per backend, named by its form and its engine (``chunk_torch``).
+
+A backend's module imports a vendor's package no sooner than it needs it, and holds
+
+- ``run(inputs)``: computes the operation;
+- ``unsupported(inputs) -> str | None``, optional: why it cannot serve this call;
+- ``deprioritised(inputs) -> str | None``, optional: why ``"auto"`` passes it over for a call that it can serve;
 - ``TRANSFORMABLE = True``, optional: it is made of torch's own functions, so that forward-mode derivatives and the
-  transforms of ``torch.func`` go through it. Where one of these is under way, other backends refuse the call;
-- ``unavailable() -> str | None``, optional: why it cannot run on this machine at all. A module whose import raises
-  ``ImportError`` is unavailable for that reason.
+  transforms of ``torch.func`` go through it. Where one of these is active, other backends do not serve the call;
+- ``unavailable() -> str | None``, optional: why it cannot run on this machine at all.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from seqarch.ops.dispatch.autocast import without_autocast
-from seqarch.ops.dispatch.checks import BackendError, typed, unknown_name
-from seqarch.ops.dispatch.eager import transform
+from seqarch.ops.dispatch.checks import BackendError, P, R, typed, unknown_name
+from seqarch.ops.dispatch.eager import active_transform
+from seqarch.ops.dispatch.inputs import Inputs
 from seqarch.ops.dispatch.scoped import Scoped
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operation: its public arguments, the backend that served it and what that returned."""
+    """One call of an operation: its inputs, the backend that served it and its result."""
 
     op: str
     backend: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    inputs: Any
     result: Any
 
 
 _chosen: Scoped[dict[str, str]] = Scoped("backends", {})
 _observers: Scoped[tuple[Callable[[Call], None], ...]] = Scoped("observers", ())
+_INPUTS_ONLY: Any = object()
+"""In the place of a backend's name: the inputs themselves are wanted, not the result."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute an operation: its module, or ``None`` and why that cannot be imported."""
+    """One way to compute an operation."""
 
-    name: str
     module: Any
-    missing: str | None = None
 
-    @classmethod
-    def load(cls, op: str, name: str) -> Backend:
-        """The backend in ``seqarch/ops/OP/NAME.py``."""
-        try:
-            return cls(name, importlib.import_module(f"seqarch.ops.{op}.{name}"))
-        except ImportError as error:
-            return cls(name, None, str(error))
+    @property
+    def name(self) -> str:
+        return self.module.__name__.rpartition(".")[2]
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine, or ``None`` if it can."""
-        if self.module is None:
-            return self.missing
         return self.module.unavailable() if hasattr(self.module, "unavailable") else None
 
-    def refuse(self, *arguments: Any) -> str | None:
-        """Why this backend cannot serve a call with these prepared arguments, or ``None`` if it can."""
+    def unsupported(self, inputs: Inputs) -> str | None:
+        """Why this backend cannot serve a call with these inputs, or ``None`` if it can."""
         reason = self.unavailable()
         if reason is None and not self.transformable:
-            reason = transform()
-        if reason is None and hasattr(self.module, "refuse"):
-            reason = self.module.refuse(*arguments)
+            reason = active_transform()
+        if reason is None and hasattr(self.module, "unsupported"):
+            reason = self.module.unsupported(inputs)
         return reason
 
     @property
@@ -78,15 +76,15 @@ class Backend:
         """Whether torch's transforms go through this backend."""
         return getattr(self.module, "TRANSFORMABLE", False)
 
-    def passed_over(self, *arguments: Any) -> str | None:
-        """Why ``"auto"`` does not take this backend for these prepared arguments, or ``None`` if it does."""
-        reason = self.refuse(*arguments)
-        if reason is None and hasattr(self.module, "yields"):
-            reason = self.module.yields(*arguments)
+    def passed_over(self, inputs: Inputs) -> str | None:
+        """Why ``"auto"`` does not take this backend for these inputs, or ``None`` if it does."""
+        reason = self.unsupported(inputs)
+        if reason is None and hasattr(self.module, "deprioritised"):
+            reason = self.module.deprioritised(inputs)
         return reason
 
-    def run(self, *arguments: Any) -> Any:
-        return self.module.run(*arguments)
+    def run(self, inputs: Inputs) -> Any:
+        return self.module.run(inputs)
 
 
 @dataclass(frozen=True)
@@ -102,86 +100,96 @@ class Explanation:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.reasons.items()])
 
 
-@dataclass(frozen=True)
 class Op:
     """An operation and its backends.
 
-    Attributes:
+    Args:
         name: the folder's and the public function's name.
-        prepare: takes the public function's arguments (without ``backend``), checks them and returns the tuple that
-            every backend takes.
-        order: the backends in the order in which ``"auto"`` tries them.
+        order: the modules of the backends in the order in which ``"auto"`` tries them.
         reference: the backend that defines what is right.
         step_order: the order for calls of one token, where it differs.
-        named: further backends, which only their name chooses: vendors' packages.
+        opt_in: further backends, which only their name chooses: vendors' packages.
         autocast: whether ``torch.autocast`` may lower the dtype of this operation's products. Where it may not, as in
             recurrences, which add up thousands of them, the backends compute as if there were none.
+
+    The attributes are the names of these backends; ``backends`` holds all of them by name.
     """
 
-    name: str
-    prepare: Callable[..., tuple[Any, ...]]
-    order: tuple[str, ...]
-    reference: str
-    step_order: tuple[str, ...] = ()
-    named: tuple[str, ...] = ()
-    autocast: bool = False
-    backends: dict[str, Backend] = field(init=False)
+    def __init__(
+        self,
+        name: str,
+        order: Sequence[ModuleType],
+        reference: ModuleType,
+        step_order: Sequence[ModuleType] = (),
+        opt_in: Sequence[ModuleType] = (),
+        autocast: bool = False,
+    ):
+        self.name, self.autocast = name, autocast
+        found = map(Backend, dict.fromkeys((*order, *step_order, reference, *opt_in)))
+        self.backends = {backend.name: backend for backend in found}
+        self.reference = Backend(reference).name
+        self.order, self.step_order, self.opt_in = (
+            tuple(Backend(module).name for module in modules) for modules in (order, step_order, opt_in)
+        )
+        self._function: Callable[..., Any] | None = None
 
-    def __post_init__(self):
-        names = dict.fromkeys((*self.order, *self.step_order, self.reference, *self.named))
-        object.__setattr__(self, "prepare", typed(self.name, self.prepare))
-        object.__setattr__(self, "backends", {name: Backend.load(self.name, name) for name in names})
+    def public(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate the public function: the types of its arguments are checked, and :meth:`inputs` calls it."""
+        self._function = checked = typed(self.name, function)
+        return checked
 
-    def __call__(self, backend: str, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.prepare(*args, **kwargs)
-        chosen = self.select(backend, arguments)
-        result = self._run(chosen, arguments)
+    def inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """The inputs of a call of the public function with these arguments, which is not run; errors as there."""
+        assert self._function is not None
+        return self._function(*args, **kwargs, backend=_INPUTS_ONLY)
+
+    def __call__(self, backend: str, inputs: Inputs) -> Any:
+        if backend is _INPUTS_ONLY:
+            return inputs
+        chosen = self.select(backend, inputs)
+        with nullcontext() if self.autocast else without_autocast(inputs.device):
+            result = chosen.run(inputs)
         for observe in _observers.get():
-            observe(Call(self.name, chosen.name, args, kwargs, result))
+            observe(Call(self.name, chosen.name, inputs, result))
         return result
 
-    def _run(self, chosen: Backend, arguments: tuple[Any, ...]) -> Any:
-        with nullcontext() if self.autocast else without_autocast(arguments[0].device):
-            return chosen.run(*arguments)
+    def auto_order(self, inputs: Inputs) -> tuple[str, ...]:
+        return self.step_order if self.step_order and inputs.length == 1 else self.order
 
-    def auto_order(self, arguments: tuple[Any, ...]) -> tuple[str, ...]:
-        one_token = bool(self.step_order) and arguments[0].shape[1] == 1
-        return self.step_order if one_token else self.order
-
-    def select(self, backend: str, arguments: tuple[Any, ...]) -> Backend:
-        """The backend that serves these prepared arguments.
+    def select(self, backend: str, inputs: Inputs) -> Backend:
+        """The backend that serves these inputs.
 
         Raises:
             ValueError: no backend has that name.
-            BackendError: the named backend, or under ``"auto"`` every backend, refuses the call.
+            BackendError: the named backend, or under ``"auto"`` every backend, cannot serve the call.
         """
         name = _chosen.get().get(self.name, backend) if backend == "auto" else backend
         if name != "auto":
             if not isinstance(name, str) or name not in self.backends:
                 raise unknown_name(f"backend of {self.name}", name, [*self.backends, "auto"])
-            reason = self.backends[name].refuse(*arguments)
+            reason = self.backends[name].unsupported(inputs)
             if reason is not None:
                 raise BackendError(
-                    f"{self.name}: backend {name!r} cannot serve this call: {reason}; {self._served(arguments)}"
+                    f"{self.name}: backend {name!r} cannot serve this call: {reason}; {self._able(inputs)}"
                 )
             return self.backends[name]
-        for candidate in self.auto_order(arguments):
-            if self.backends[candidate].passed_over(*arguments) is None:
+        for candidate in self.auto_order(inputs):
+            if self.backends[candidate].passed_over(inputs) is None:
                 return self.backends[candidate]
-        raise BackendError(str(self.explain(arguments)))
+        raise BackendError(str(self.explain(inputs)))
 
-    def _served(self, arguments: tuple[Any, ...]) -> str:
-        able = [name for name, backend in self.backends.items() if backend.refuse(*arguments) is None]
+    def _able(self, inputs: Inputs) -> str:
+        able = [name for name, backend in self.backends.items() if backend.unsupported(inputs) is None]
         return f"expected one of {', '.join(able)}" if able else "no other backend can"
 
-    def explain(self, arguments: tuple[Any, ...]) -> Explanation:
+    def explain(self, inputs: Inputs) -> Explanation:
         pick: str | None = None
         reasons: dict[str, str] = {}
-        order = self.auto_order(arguments)
+        order = self.auto_order(inputs)
         forced = _chosen.get().get(self.name)
         for name in dict.fromkeys((*order, *self.backends)):
             backend = self.backends[name]
-            reason = (backend.passed_over if forced is None else backend.refuse)(*arguments)
+            reason = (backend.passed_over if forced is None else backend.unsupported)(inputs)
             if reason is not None:
                 reasons[name] = reason
             elif forced not in (None, name):
@@ -189,7 +197,7 @@ class Op:
             elif forced is None and name not in order:
                 reasons[name] = f"it is not in the order {', '.join(order)}"
             elif pick is not None:
-                reasons[name] = f"{pick} stands before it in the order {', '.join(order)}"
+                reasons[name] = f"{pick} comes before it in the order {', '.join(order)}"
             else:
                 pick = name
         return Explanation(self.name, pick, reasons)
@@ -206,7 +214,7 @@ def _observed_by(observe: Callable[[Call], None]) -> AbstractContextManager[None
     return _observers.set((*_observers.get(), observe))
 
 
-def left_alone() -> bool:
+def is_unobserved() -> bool:
     """Whether nobody has chosen backends, and nobody collects which run."""
     return not _chosen.get() and not _observers.get()
 
@@ -226,7 +234,7 @@ def record_backends() -> Iterator[dict[str, dict[str, int]]]:
 
 @contextmanager
 def record_calls() -> Iterator[list[Call]]:
-    """Collect the calls of operations within the block, arguments and results included."""
+    """Collect the calls of operations within the block, inputs and results included."""
     calls: list[Call] = []
     with _observed_by(calls.append):
         yield calls

@@ -21,7 +21,7 @@ def unavailable(package: str) -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
-def refuse(dtypes: tuple[torch.dtype, ...], **inputs: Tensor | None) -> str | None:
+def unsupported(dtypes: tuple[torch.dtype, ...], **inputs: Tensor | None) -> str | None:
     """Why kernels that take one of these dtypes, the same for all inputs, cannot serve these."""
     given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     first, lead = next(iter(given.items()))

@@ -8,8 +8,8 @@ torch's libraries (:mod:`seqarch.ops.native.onednn`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.experts import parallel_torch
 from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES
 from seqarch.ops.experts.groups import product_dtype, sort_by_expert
-from seqarch.ops.native.custom_op import Formula, Saved, define
+from seqarch.ops.experts.inputs import ExpertsInputs
+from seqarch.ops.native.custom_op import Operator, Upstream
 from seqarch.ops.native.huge_pages import in_huge_pages
 from seqarch.ops.native.onednn import fastest_product, serves
 
@@ -26,16 +27,27 @@ CHUNK_NUMBERS = 2**22
 """Of a chunk's rows, in the wider of their widths: 16 MB in float32."""
 
 LEAST_ROWS = 256
-"""Rows an expert in a chunk, where all have as many: with fewer the weights would be read too often. For them a chunk
+"""Rows per expert in a chunk, where all have as many: with fewer the weights would be read too often. For them a chunk
 may be four times as large."""
 
 
-def refuse(x: Tensor, *others: Any) -> str | None:
-    return None if x.device.type == "cpu" else f"x is on {x.device}, expected cpu"
+def unsupported(inputs: ExpertsInputs) -> str | None:
+    return None if inputs.device.type == "cpu" else f"x is on {inputs.device}, expected cpu"
+
+
+@dataclass(frozen=True)
+class ChunkInputs(ExpertsInputs):
+    """What the operator takes: flat tokens, all but ``expert_weight`` in the dtype of products, that in one of sums.
+
+    Attributes:
+        keep: whether the first products' results are kept for a backward pass.
+    """
+
+    keep: bool
 
 
 class _Chunk:
-    """Some tokens and their choices of experts, k a token; a row is a choice, sorted by expert.
+    """Some tokens and their choices of experts, k per token; a row is a choice, sorted by expert.
 
     Attributes:
         tokens, choices: the chunk's places among all tokens and all choices.
@@ -69,8 +81,8 @@ class _Chunk:
         return by_choice.view(self.tokens.stop - self.tokens.start, self.top_k, rows.shape[1]).sum(dim=1)
 
 
-def _chunks(expert_index: Tensor, w_in: Tensor) -> Iterator[_Chunk]:
-    experts, *widths = w_in.shape
+def _chunks(inputs: ChunkInputs) -> Iterator[_Chunk]:
+    expert_index, (experts, *widths) = inputs.expert_index, inputs.w_in.shape
     top_k = max(expert_index.shape[1], 1)
     count = max(CHUNK_NUMBERS // (top_k * max(*widths, 1)), 1)
     count = max(count, min(LEAST_ROWS * experts // top_k, 4 * count))
@@ -93,31 +105,24 @@ def _add_product(a: Tensor, b: Tensor, to: Tensor, is_first: bool) -> None:
         to += _product(a, b)
 
 
-def _room_to_keep(x: Tensor, w_in: Tensor, expert_index: Tensor, w_gate: Tensor | None, keep: bool) -> Tensor:
-    shape = 1 if w_gate is None else 2, expert_index.numel() if keep else 0, w_in.shape[2]
-    return in_huge_pages(x.new_empty(shape))
-
-
-def _forward(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    w_gate: Tensor | None,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _empty_outputs(inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
     """y in the dtype of ``expert_weight``; and, to ``keep``, the first products' results, sorted as chunks are."""
-    act = ACTIVATIONS[activation]
-    y, kept = _outputs(x, w_in, w_out, expert_index, expert_weight, w_gate, activation, keep)
-    for chunk in _chunks(expert_index, w_in):
-        weight = chunk.weights(expert_weight)
+    shape = 1 if inputs.w_gate is None else 2, inputs.expert_index.numel() if inputs.keep else 0, inputs.w_in.shape[2]
+    y = in_huge_pages(inputs.expert_weight.new_empty(inputs.x.shape))
+    return y, in_huge_pages(inputs.x.new_empty(shape))
+
+
+def forward(inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
+    x, w_in, w_out, w_gate = inputs.x, inputs.w_in, inputs.w_out, inputs.w_gate
+    act = ACTIVATIONS[inputs.activation]
+    y, kept = _empty_outputs(inputs)
+    for chunk in _chunks(inputs):
+        weight = chunk.weights(inputs.expert_weight)
         outputs = y.new_empty(len(weight), x.shape[1])
         for expert, part in chunk.parts:
             rows = chunk.rows_of(x, part)
             first = [_product(rows, each[expert]) for each in (w_in, w_gate) if each is not None]
-            if keep:
+            if inputs.keep:
                 for to, result in zip(kept[:, chunk.choices], first, strict=True):
                     to[part] = result
             hidden = act(first[0]) if w_gate is None else act(first[1]) * first[0]
@@ -126,26 +131,19 @@ def _forward(
     return y, kept
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    w_gate: Tensor | None,
-    activation: str,
-    kept: Tensor,
-    for_x: bool,
-    for_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of ``x, w_in, w_out, w_gate`` and ``expert_weight``, empty where none is asked for."""
-    act, derivative = ACTIVATIONS[activation], DERIVATIVES[activation]
-    chunks, dy = list(_chunks(expert_index, w_in)), dy.to(x.dtype)
+def _wanted(upstream: Upstream) -> tuple[bool, bool]:
+    """Whether the gradient of x is asked for, and any of the experts' weights'."""
+    for_x, *for_weights = (upstream.needed[i] for i in (0, 1, 2, 5))
+    return for_x, any(for_weights)
+
+
+def backward(inputs: ChunkInputs, upstream: Upstream) -> list[Tensor]:
+    x, w_in, w_out, w_gate, expert_weight = inputs.x, inputs.w_in, inputs.w_out, inputs.w_gate, inputs.expert_weight
+    act, derivative = ACTIVATIONS[inputs.activation], DERIVATIVES[inputs.activation]
+    (kept,), dy, (for_x, for_weights) = upstream.kept, upstream.gradients[0].to(x.dtype), _wanted(upstream)
+    chunks = list(_chunks(inputs))
     wide = expert_weight if len(chunks) > 1 else x  # a sum over chunks is as wide as one over choices
-    dx, dw_in, dw_out, dw_gate, dweight = gradients = _gradients(
-        dy, x, w_in, w_out, expert_index, expert_weight, w_gate, activation, kept, for_x, for_weights, wide
-    )
+    dx, dw_in, dw_out, none, dweight, dw_gate = _empty_gradients(inputs, upstream, wide.dtype)
     unchosen = set(range(len(w_in)))
     for chunk in chunks:
         weight = chunk.weights(expert_weight)
@@ -177,54 +175,36 @@ def _backward(
     for each in (dw_in, dw_out, dw_gate):
         if len(each):
             each[list(unchosen)] = 0
-    *narrow, dweight = gradients
-    dx, dw_in, dw_out, dw_gate = (each.to(x.dtype) for each in narrow)
-    return dx, dw_in, dw_out, dw_gate, dweight
+    dw_in, dw_out, dw_gate = (each.to(x.dtype) for each in (dw_in, dw_out, dw_gate))
+    return [dx, dw_in, dw_out, none, dweight, dw_gate]
 
 
-def _outputs(x, w_in, w_out, expert_index, expert_weight, w_gate, activation, keep):
-    return in_huge_pages(expert_weight.new_empty(x.shape)), _room_to_keep(x, w_in, expert_index, w_gate, keep)
-
-
-def _gradients(
-    dy, x, w_in, w_out, expert_index, expert_weight, w_gate, activation, kept, for_x, for_weights, wide=None
-):
-    """Room for what :func:`_backward` returns, those of the experts' weights in the dtype of ``wide``."""
-    shapes = [w.shape if for_weights and w is not None else (0,) for w in (w_in, w_out, w_gate)]
-    of_weights = [(x if wide is None else wide).new_empty(shape) for shape in shapes]
+def _empty_gradients(inputs: ChunkInputs, upstream: Upstream, wide: torch.dtype | None = None) -> list[Tensor]:
+    """What :func:`backward` returns, without elements where nobody asks; those of the experts' weights are ``wide``."""
+    x, (for_x, for_weights) = inputs.x, _wanted(upstream)
+    dw_in, dw_out, dw_gate = (
+        x.new_empty(w.shape if for_weights and w is not None else (0,), dtype=wide)
+        for w in (inputs.w_in, inputs.w_out, inputs.w_gate)
+    )
     dx = in_huge_pages(x.new_empty(x.shape if for_x else (0,)))
-    return dx, *of_weights, expert_weight.new_empty(expert_weight.shape)
+    return [dx, dw_in, dw_out, torch.empty(0), inputs.expert_weight.new_empty(inputs.expert_weight.shape), dw_gate]
 
 
-def _differentiate(call: Saved, dy: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, _ = call.inputs
-    for_x, *for_weights = (call.needed[i] for i in (0, 1, 2, 5))
-    dx, *dws, dweight = backward(dy, *inputs, *call.kept, for_x, any(for_weights))
-    dw_in, dw_out, dw_gate = (dw if wanted else None for dw, wanted in zip(dws, for_weights, strict=True))
-    return dx if for_x else None, dw_in, dw_out, None, dweight, dw_gate
+def _by_torch(inputs: ChunkInputs) -> Tensor:
+    return parallel_torch.run(inputs.replace(x=inputs.x.to(inputs.expert_weight.dtype)))
 
 
-def _plain(x, w_in, w_out, expert_index, expert_weight, w_gate, activation, keep):
-    """The first output of ``_forward``, of the same arguments, by torch's own functions."""
-    return parallel_torch.run(x.to(expert_weight.dtype), w_in, w_out, expert_index, expert_weight, w_gate, activation)
+operator = Operator(
+    "experts", ChunkInputs, forward, backward, _by_torch, _empty_outputs, _empty_gradients, keeps=(1,), devices="cpu"
+)
 
 
-_formula = Formula(_differentiate, _plain, keeps=(1,))
-forward, backward = define("experts", _forward, _backward, _outputs, _gradients, _formula, "cpu")
-
-
-def run(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    w_gate: Tensor | None,
-    activation: str,
-) -> Tensor:
-    dtype, wide = product_dtype(x), accumulation_dtype(x, expert_weight)
-    narrow = [None if each is None else each.to(dtype) for each in (x, w_in, w_out, w_gate)]
-    keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (*narrow, expert_weight))
-    *before, gate = narrow
-    y, _ = forward(*before, expert_index, expert_weight.to(wide), gate, activation, keep)
-    return y.to(x.dtype)
+def run(inputs: ExpertsInputs) -> Tensor:
+    flat, dtype, wide = inputs.flat(), product_dtype(inputs.x), accumulation_dtype(inputs.x, inputs.expert_weight)
+    x, w_in, w_out, expert_weight = flat.x.to(dtype), flat.w_in.to(dtype), flat.w_out.to(dtype), flat.expert_weight
+    w_gate = None if flat.w_gate is None else flat.w_gate.to(dtype)
+    differentiable = (x, w_in, w_out, w_gate, expert_weight)
+    keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in differentiable)
+    index, weight = flat.expert_index, expert_weight.to(wide)
+    y, _ = operator(ChunkInputs(x, w_in, w_out, index, weight, w_gate, flat.activation, keep))
+    return y.to(inputs.x.dtype).view(inputs.x.shape)

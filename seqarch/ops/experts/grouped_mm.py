@@ -6,13 +6,12 @@ which is what ``grouped_torch`` does already. Rows of no expert are 0 and go wit
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch.ops.experts import groups
+from seqarch.ops.experts.inputs import ExpertsInputs
 
 LEAST_CAPABILITY = (9, 0)
 ALIGNED = 8
@@ -31,15 +30,8 @@ def _slow(capability: tuple[int, int]) -> str | None:
     return f"torch's grouped product is a loop over the experts on compute capability {capability}, expected 9.0"
 
 
-def refuse(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    w_gate: Tensor | None,
-    activation: str,
-) -> str | None:
+def unsupported(inputs: ExpertsInputs) -> str | None:
+    x, w_in = inputs.x, inputs.w_in
     if x.device.type != "cuda":
         return f"x is on {x.device}, where torch's grouped product is a loop over the experts, expected cuda"
     if reason := _slow(torch.cuda.get_device_capability(x.device)):
@@ -58,4 +50,5 @@ def product(rows: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
     return F.grouped_mm(torch.where(some[:, None], rows, 0), weight, offs=ends[1:])
 
 
-run = partial(groups.run, product)
+def run(inputs: ExpertsInputs) -> Tensor:
+    return groups.run(product, inputs)

@@ -1,17 +1,17 @@
-"""Tokens sorted by expert, one group of matrix products an expert, and the sums taken in the tokens' own order.
+"""Tokens sorted by expert, one group of matrix products per expert, and the sums taken in the tokens' own order.
 
 Every reordering is a permutation, so nothing is added in an order that could differ from run to run.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from seqarch.ops.experts import groups
+from seqarch.ops.experts.inputs import ExpertsInputs
 
 
 def _matmul(rows: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
@@ -36,4 +36,7 @@ def _outer(left: Tensor, right: Tensor, starts: Tensor) -> Tensor:
 
 
 grouped_matmul, grouped_outer = groups.differentiable("grouped", _matmul, _outer)
-run = partial(groups.run, grouped_matmul)
+
+
+def run(inputs: ExpertsInputs) -> Tensor:
+    return groups.run(grouped_matmul, inputs)

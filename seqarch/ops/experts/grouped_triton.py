@@ -7,26 +7,17 @@ added up by one program, in the order of the rows.
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
 from seqarch.ops.experts import groups
+from seqarch.ops.experts.inputs import ExpertsInputs
 from seqarch.ops.triton import availability
 
 unavailable = availability.unavailable
 
 
-def refuse(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    w_gate: Tensor | None,
-    activation: str,
-) -> str | None:
-    return availability.refuse("x", x, groups.product_dtype(x))
+def unsupported(inputs: ExpertsInputs) -> str | None:
+    return availability.unsupported("x", inputs.x, groups.product_dtype(inputs.x))
 
 
 def _matmul(rows: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
@@ -42,4 +33,7 @@ def _outer(left: Tensor, right: Tensor, starts: Tensor) -> Tensor:
 
 
 grouped_matmul, grouped_outer = groups.differentiable("grouped_triton", _matmul, _outer)
-run = partial(groups.run, grouped_matmul)
+
+
+def run(inputs: ExpertsInputs) -> Tensor:
+    return groups.run(grouped_matmul, inputs)

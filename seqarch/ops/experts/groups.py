@@ -15,6 +15,7 @@ from torch import Tensor
 from seqarch.ops.dispatch.autocast import autocast_is_on
 from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.experts.activations import ACTIVATIONS
+from seqarch.ops.experts.inputs import ExpertsInputs
 
 
 def check_range(lowest: int, highest: int, experts: int) -> None:
@@ -28,7 +29,7 @@ def check_range(lowest: int, highest: int, experts: int) -> None:
 @torch.library.custom_op("seqarch::sort_by_expert", mutates_args=())
 def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """The stable order ``[M]`` of ``chosen [M]``, and on the CPU where each expert's rows begin, ``[E + 1]``, with the
-    end of the last. Rows of no expert (-1) stand before the first.
+    end of the last. Rows of no expert (-1) come before the first.
 
     Raises:
         ValueError: an expert is out of range.
@@ -82,29 +83,23 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def run(
-    product: Product,
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    w_gate: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """What a grouped backend does with the prepared arguments, by its product of rows and their experts' matrices."""
+def run(product: Product, inputs: ExpertsInputs) -> Tensor:
+    """y in x's shape and dtype, by a product of rows and their experts' matrices."""
+    flat = inputs.flat()
+    x, expert_index, expert_weight = flat.x, flat.expert_index, flat.expert_weight
+    w_in, w_out, w_gate = inputs.w_in, inputs.w_out, inputs.w_gate
     (tokens, top_k), width = expert_index.shape, x.shape[-1]
     order, starts = sort_by_expert(expert_index.flatten(), w_in.shape[0])
     # Copying each token k times first makes the gather a permutation, whose backward adds no two rows.
     rows = x[:, None].expand(-1, top_k, -1).flatten(0, 1).index_select(0, order)
     dtype = product_dtype(x)
     rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
-    act, hidden = ACTIVATIONS[activation], product(rows, w_in, starts)
+    act, hidden = ACTIVATIONS[inputs.activation], product(rows, w_in, starts)
     hidden = act(hidden) if w_gate is None else act(product(rows, w_gate.to(dtype), starts)) * hidden
     outputs = product(hidden, w_out, starts)
     y = torch.empty_like(outputs).index_copy(0, order, outputs).view(tokens, top_k, width)
     wide = accumulation_dtype(y, expert_weight)
-    return (y.to(wide) * expert_weight[..., None].to(wide)).sum(dim=1).to(x.dtype)
+    return (y.to(wide) * expert_weight[..., None].to(wide)).sum(dim=1).to(x.dtype).view(inputs.x.shape)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

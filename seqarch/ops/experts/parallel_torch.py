@@ -9,53 +9,47 @@ from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.dispatch.eager import is_batched
 from seqarch.ops.experts.activations import ACTIVATIONS
 from seqarch.ops.experts.groups import check_range
+from seqarch.ops.experts.inputs import ExpertsInputs
 
 TRANSFORMABLE = True
 
 
-def run(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    w_gate: Tensor | None,
-    activation: str,
-) -> Tensor:
-    if is_batched(expert_index):
-        return _every_expert(x, w_in, w_out, expert_index, expert_weight, w_gate, activation)
-    if expert_index.numel():
-        lowest, highest = torch.stack(expert_index.aminmax()).tolist()
-        check_range(lowest, highest, w_in.shape[0])
-    wide = accumulation_dtype(x, w_in, w_out, expert_weight)
-    tokens, weight, act = x.to(wide), expert_weight.to(wide), ACTIVATIONS[activation]
+def run(inputs: ExpertsInputs) -> Tensor:
+    y = (_every_expert if is_batched(inputs.expert_index) else _chosen_experts)(inputs.flat())
+    return y.to(inputs.x.dtype).reshape(inputs.x.shape)
+
+
+def _chosen_experts(inputs: ExpertsInputs) -> Tensor:
+    index, experts = inputs.expert_index, inputs.w_in.shape[0]
+    if index.numel():
+        lowest, highest = torch.stack(index.aminmax()).tolist()
+        check_range(lowest, highest, experts)
+    tokens, weight = _wide(inputs)
     y = torch.zeros_like(tokens)
-    for expert in range(w_in.shape[0]):
-        token, choice = torch.where(expert_index == expert)
-        rows = tokens[token]
-        hidden = rows @ w_in[expert].to(wide)
-        hidden = act(hidden) if w_gate is None else act(rows @ w_gate[expert].to(wide)) * hidden
-        rows = hidden @ w_out[expert].to(wide)
-        y = y.index_add(0, token, weight[token, choice, None] * rows)
-    return y.to(x.dtype)
+    for expert in range(experts):
+        token, choice = torch.where(index == expert)
+        y = y.index_add(0, token, weight[token, choice, None] * _mlp(inputs, expert, tokens[token]))
+    return y
 
 
-def _every_expert(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    expert_index: Tensor,
-    expert_weight: Tensor,
-    w_gate: Tensor | None,
-    activation: str,
-) -> Tensor:
+def _every_expert(inputs: ExpertsInputs) -> Tensor:
     """Each expert on all tokens: under ``vmap``, nobody can ask which tokens chose it."""
-    wide = accumulation_dtype(x, w_in, w_out, expert_weight)
-    tokens, weight, act = x.to(wide), expert_weight.to(wide), ACTIVATIONS[activation]
+    tokens, weight = _wide(inputs)
     y = torch.zeros_like(tokens)
-    for expert in range(w_in.shape[0]):
-        hidden = tokens @ w_in[expert].to(wide)
-        hidden = act(hidden) if w_gate is None else act(tokens @ w_gate[expert].to(wide)) * hidden
-        share = weight.where(expert_index == expert, 0).sum(-1, keepdim=True)
-        y = y + share * (hidden @ w_out[expert].to(wide))
-    return y.to(x.dtype)
+    for expert in range(inputs.w_in.shape[0]):
+        share = weight.where(inputs.expert_index == expert, 0).sum(-1, keepdim=True)
+        y = y + share * _mlp(inputs, expert, tokens)
+    return y
+
+
+def _wide(inputs: ExpertsInputs) -> tuple[Tensor, Tensor]:
+    """x and the experts' weights of each token in the dtype of sums."""
+    wide = accumulation_dtype(inputs.x, inputs.w_in, inputs.w_out, inputs.expert_weight)
+    return inputs.x.to(wide), inputs.expert_weight.to(wide)
+
+
+def _mlp(inputs: ExpertsInputs, expert: int, x: Tensor) -> Tensor:
+    """``(act(x W_gate) * (x W_in)) W_out``, or ``act(x W_in) W_out`` without a gate."""
+    act, hidden = ACTIVATIONS[inputs.activation], x @ inputs.w_in[expert].to(x.dtype)
+    hidden = act(hidden) if inputs.w_gate is None else act(x @ inputs.w_gate[expert].to(x.dtype)) * hidden
+    return hidden @ inputs.w_out[expert].to(x.dtype)

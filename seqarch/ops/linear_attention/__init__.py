@@ -15,41 +15,34 @@ chunk (none in ``recurrent_torch``), but never another row, head or packed seque
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from seqarch.ops.chunked.recurrence import prepare_recurrence
 from seqarch.ops.dispatch.op import Op
+from seqarch.ops.linear_attention import (
+    chunk_cpp,
+    chunk_mamba_ssm,
+    chunk_torch,
+    chunk_triton,
+    recurrent_torch,
+    recurrent_triton,
+)
+from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 
 NAME = "linear_attention"
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    state: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-) -> tuple[Any, ...]:
-    """Check the arguments; what every backend takes: ``q, k, v, log_decay, scale, state, offsets``."""
-    scale, state, offsets = prepare_recurrence(NAME, q, k, v, log_decay, scale, state, cu_seqlens)
-    return q, k, v, log_decay, scale, state, offsets
-
-
 OP = Op(
     NAME,
-    prepare,
-    order=("chunk_cpp", "chunk_triton", "recurrent_triton", "chunk_torch", "recurrent_torch"),
-    reference="recurrent_torch",
-    step_order=("chunk_cpp", "recurrent_triton", "recurrent_torch", "chunk_torch"),
-    named=("chunk_mamba_ssm",),
+    order=(chunk_cpp, chunk_triton, recurrent_triton, chunk_torch, recurrent_torch),
+    reference=recurrent_torch,
+    step_order=(chunk_cpp, recurrent_triton, recurrent_torch, chunk_torch),
+    opt_in=(chunk_mamba_ssm,),
 )
 
 
+@OP.public
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -80,7 +73,8 @@ def linear_attention(
         TypeError: an input is not floating point.
         BackendError: the named backend cannot serve the call.
     """
-    return OP(backend, q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    scale, state, offsets = prepare_recurrence(NAME, q, k, v, log_decay, scale, state, cu_seqlens)
+    return OP(backend, LinearAttentionInputs(q, k, v, log_decay, scale, state, offsets))
 
 
 def flops(length: int, heads: int, key_width: int, value_width: int, batch_size: int = 1) -> int:

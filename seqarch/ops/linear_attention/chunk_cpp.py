@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.chunked.recurrence import differentiable, room_for_gradients
+from seqarch.ops.chunked.recurrence import recurrence_operator
 from seqarch.ops.linear_attention import chunk_torch
+from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.cpu_library import Heads, Offsets, Pointer, float64, int32, int64
+from seqarch.ops.native.custom_op import Upstream, empty_gradients
 from seqarch.ops.native.huge_pages import like
 
 # The order of the header, csrc/include/seqarch.h.
@@ -22,78 +23,44 @@ _backward = cpu_library.Kernel("linear_attention_backward", *_INPUTS, Heads, *[P
 unavailable = cpu_library.unavailable
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> str | None:
-    return None if q.device.type == "cpu" else f"q is on {q.device}, expected cpu"
+def unsupported(inputs: LinearAttentionInputs) -> str | None:
+    return None if inputs.device.type == "cpu" else f"q is on {inputs.device}, expected cpu"
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, state: Tensor) -> tuple[Any, ...]:
-    """Arguments of the kernels, copied where the last dimension is strided."""
-    per_key = False
-    if log_decay is not None and log_decay.ndim == 4:
-        per_key, log_decay = True, cpu_library.rows(log_decay)
-    heads = cpu_library.rows(q), cpu_library.rows(k), cpu_library.rows(v), log_decay
-    return cpu_library.DTYPES[v.dtype], *heads, per_key, scale, state.contiguous()
+def _arguments(inputs: LinearAttentionInputs) -> tuple[Any, ...]:
+    """Of both kernels, up to the state; copied where the last dimension is strided."""
+    log_decay, per_key = inputs.log_decay, inputs.log_decay is not None and inputs.log_decay.ndim == 4
+    heads = cpu_library.rows(inputs.q), cpu_library.rows(inputs.k), cpu_library.rows(inputs.v)
+    decay = cpu_library.rows(log_decay) if log_decay is not None and per_key else log_decay
+    return cpu_library.DTYPES[inputs.v.dtype], *heads, decay, per_key, inputs.scale, inputs.state.contiguous()
 
 
-def _problem(q: Tensor, v: Tensor, state: Tensor, cu_seqlens: Sequence[int] | None) -> tuple[Any, ...]:
-    return cu_seqlens, state.shape[0], q.shape[1], q.shape[2], v.shape[2], q.shape[3], v.shape[3]
+def _sizes(inputs: LinearAttentionInputs) -> tuple[Any, ...]:
+    (_, length, groups, keys), (heads, values) = inputs.q.shape, inputs.v.shape[2:]
+    return inputs.offsets, inputs.state.shape[0], length, groups, heads, keys, values
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
-    """``q, k, v`` of one dtype, ``log_decay`` and ``state`` in that of sums."""
-    outputs = like(v), like(state)
-    _forward(*_inputs(q, k, v, log_decay, scale, state), *outputs, *_problem(q, v, state, cu_seqlens))
+def forward(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
+    """Of ``q, k, v`` in one dtype, ``log_decay`` and ``state`` in that of sums."""
+    outputs = like(inputs.v), like(inputs.state)
+    _forward(*_arguments(inputs), *outputs, *_sizes(inputs))
     return outputs
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Sequence[int] | None,
-    do: Tensor,
-    dstate_out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = room_for_gradients(q, k, v, log_decay, state)
-    upstream = cpu_library.rows(do), dstate_out.contiguous()
-    inputs = _inputs(q, k, v, log_decay, scale, state)
-    _backward(*inputs, *upstream, *gradients, *_problem(q, v, state, cu_seqlens))
+def backward(inputs: LinearAttentionInputs, upstream: Upstream) -> list[Tensor]:
+    gradients = empty_gradients(inputs)
+    do, dstate_out = upstream.gradients
+    _backward(*_arguments(inputs), cpu_library.rows(do), dstate_out.contiguous(), *gradients, *_sizes(inputs))
     return gradients
 
 
-recur = differentiable("linear_attention", forward, backward, chunk_torch.run, "cpu")
+operator = recurrence_operator("linear_attention", LinearAttentionInputs, forward, backward, chunk_torch.run, "cpu")
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
+def run(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
+    q, k, v, state, log_decay = inputs.q, inputs.k, inputs.v, inputs.state, inputs.log_decay
     dtype = cpu_library.activation_dtype(state, q, k, v)
     if log_decay is not None:
         log_decay = cpu_library.stepwise(log_decay.to(state.dtype), v)
-    o, state = recur(q.to(dtype), k.to(dtype), v.to(dtype), log_decay, scale, state, offsets)
+    o, state = operator(inputs.replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), log_decay=log_decay))
     return o.to(v.dtype), state

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.dispatch import vendors
+from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 from seqarch.ops.native.custom_op import first_derivatives_only
 
 CHUNK = 256
@@ -29,36 +30,21 @@ def unavailable() -> str | None:
     return vendors.unavailable("mamba_ssm")
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> str | None:
-    if offsets is not None:
+def unsupported(inputs: LinearAttentionInputs) -> str | None:
+    q, k, v, log_decay = inputs.q, inputs.k, inputs.v, inputs.log_decay
+    if inputs.offsets is not None:
         return "cu_seqlens is given, and mamba_ssm has no gradient of the states of packed sequences"
     if log_decay is not None and log_decay.ndim == 4:
-        return "log_decay is one a key dimension, expected one a head, or a head and step"
+        return "log_decay is one per key dimension, expected one per head, or per head and step"
     if log_decay is not None and log_decay.ndim == 3 and v.dtype == torch.float16:
-        return "log_decay is one a step and v float16, which values divided by small steps outgrow"
+        return "log_decay is one per step and v float16, which values divided by small steps outgrow"
     if not 1 <= q.shape[3] <= KEYS:
         return f"K is {q.shape[3]}, expected 1 to {KEYS}"
-    return vendors.refuse(vendors.FLOATS, v=v, q=q, k=k)
+    return vendors.unsupported(vendors.FLOATS, v=v, q=q, k=k)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    q = q * scale
+def run(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
+    q, k, v, log_decay, state = inputs.q * inputs.scale, inputs.k, inputs.v, inputs.log_decay, inputs.state
     if log_decay is not None and log_decay.ndim == 3:
         outputs = _Stepwise.apply(q, k, v, log_decay, state)
     else:

@@ -7,25 +7,19 @@ from torch import Tensor
 
 from seqarch.ops.chunked.decay import chunk_decay, chunk_heads, join_heads
 from seqarch.ops.chunked.packing import Chunks
+from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 
 TRANSFORMABLE = True
 CHUNK = 32
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
+def run(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
+    q, k, v, state = inputs.q, inputs.k, inputs.v, inputs.state
     batch, length, groups, _ = q.shape
-    chunks = Chunks(batch, length, CHUNK, offsets, q.device)
-    decay = chunk_decay(log_decay, chunks, groups, state.dtype)
+    chunks = Chunks(batch, length, CHUNK, inputs.offsets, q.device)
+    decay = chunk_decay(inputs.log_decay, chunks, groups, state.dtype)
     qc, kc, vc = (chunk_heads(x, chunks, groups, state.dtype) for x in (q, k, v))
-    qc = qc * scale
+    qc = qc * inputs.scale
     writes = (decay.to_end(kc).mT @ vc).unbind(1)
     state = state.unflatten(1, (groups, -1))
     before: list[Tensor] = [torch.zeros_like(writes[0])] * chunks.count

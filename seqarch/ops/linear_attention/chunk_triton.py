@@ -7,86 +7,57 @@ exact (``torch.set_float32_matmul_precision("highest")``, torch's default).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from seqarch.ops.chunked.recurrence import as_given, differentiable
+from seqarch.ops.chunked.recurrence import recurrence_operator
 from seqarch.ops.linear_attention import chunk_torch
+from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
+from seqarch.ops.native.custom_op import Upstream, as_given
 from seqarch.ops.triton import availability
 
 unavailable = availability.unavailable
 
 
-def refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> str | None:
-    return availability.refuse_recurrence(q, v, state)
+def unsupported(inputs: LinearAttentionInputs) -> str | None:
+    return availability.unsupported_recurrence(inputs.q, inputs.v, inputs.state)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``state`` in the dtype of sums."""
     from seqarch.ops.triton.launch import rows
     from seqarch.ops.triton.recurrence import Recurrence
 
-    call = Recurrence(k, v, (q, k, v), log_decay, state, cu_seqlens)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    call = Recurrence(inputs, (q, k, v))
     queries, keys, values = rows(q), rows(k), rows(v)
-    pairs = call.pairs(queries, keys, call.K, decayed=True, scale=scale)
-    states, last = call.states(keys, values, state.contiguous(), 1.0, backward=False)
-    o = call.outputs(queries, values, pairs, states, scale, v.dtype)
+    pairs = call.pairs(queries, keys, call.K, decayed=True, scale=inputs.scale)
+    states, last = call.states(keys, values, inputs.state.contiguous(), 1.0, backward=False)
+    o = call.outputs(queries, values, pairs, states, inputs.scale, v.dtype)
     return o.view(v.shape), last
 
 
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Sequence[int] | None,
-    do: Tensor,
-    dstate_out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(inputs: LinearAttentionInputs, upstream: Upstream) -> list[Tensor]:
     from seqarch.ops.triton.launch import rows
     from seqarch.ops.triton.recurrence import Recurrence
 
-    call = Recurrence(k, v, (q, k, v), log_decay, state, cu_seqlens)
-    queries, keys, values, upstream = rows(q), rows(k), rows(v), rows(do)
-    states, _ = call.states(keys, values, state.contiguous(), 1.0, backward=False)
-    dstates, dstate = call.states(queries, upstream, dstate_out.contiguous(), scale, backward=True)
+    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
+    do, dstate_out = upstream.gradients
+    call = Recurrence(inputs, (q, k, v))
+    queries, keys, values, dout = rows(q), rows(k), rows(v), rows(do)
+    states, _ = call.states(keys, values, inputs.state.contiguous(), 1.0, backward=False)
+    dstates, dstate = call.states(queries, dout, dstate_out.contiguous(), scale, backward=True)
     pairs = call.pairs(queries, keys, call.K, decayed=True, scale=scale)
-    dv = call.outputs(keys, upstream, pairs, dstates, 1.0, v.dtype, backward=True)
+    dv = call.outputs(keys, dout, pairs, dstates, 1.0, v.dtype, backward=True)
     crossings = call.crossings(1)
-    dq, dk = call.key_gradients(queries, keys, upstream, values, (states, dstates), scale, crossings)
-    ddecay = None if log_decay is None else call.decay_gradients(crossings)
-    return as_given((q, k, v, log_decay, state), (dq, dk, dv, ddecay, dstate))
+    dq, dk = call.key_gradients(queries, keys, dout, values, (states, dstates), scale, crossings)
+    ddecay = None if inputs.log_decay is None else call.decay_gradients(crossings)
+    return as_given(inputs, (dq, dk, dv, ddecay, dstate))
 
 
-recur = differentiable("linear_attention_triton", forward, backward, chunk_torch.run, ("cpu", "cuda"))
+operator = recurrence_operator(
+    "linear_attention_triton", LinearAttentionInputs, forward, backward, chunk_torch.run, ("cpu", "cuda")
+)
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    return recur(q, k, v, availability.stepwise(log_decay, v), float(scale), state, offsets)
+def run(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
+    return operator(inputs.replace(log_decay=availability.stepwise(inputs.log_decay, inputs.v)))

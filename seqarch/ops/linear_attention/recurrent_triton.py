@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from seqarch.ops.chunked.recurrence import differentiable
+from seqarch.ops.chunked.recurrence import recurrence_operator
 from seqarch.ops.linear_attention import chunk_torch, chunk_triton
+from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 from seqarch.ops.triton import availability
 
-unavailable, refuse = chunk_triton.unavailable, chunk_triton.refuse
+unavailable, unsupported = chunk_triton.unavailable, chunk_triton.unsupported
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    cu_seqlens: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
     """``log_decay`` ``[B, T, H]`` or ``[B, T, H, K]``, ``state`` in the dtype of sums."""
     from seqarch.ops.triton.recurrence import steps
 
-    return steps(q, k, v, None, log_decay, None, scale, state, cu_seqlens)
+    return steps(inputs)
 
 
-recur = differentiable(
-    "linear_attention_triton_steps", forward, chunk_triton.backward, chunk_torch.run, ("cpu", "cuda")
+operator = recurrence_operator(
+    "linear_attention_triton_steps",
+    LinearAttentionInputs,
+    forward,
+    chunk_triton.backward,
+    chunk_torch.run,
+    ("cpu", "cuda"),
 )
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    return recur(q, k, v, availability.stepwise(log_decay, v), float(scale), state, offsets)
+def run(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
+    return operator(inputs.replace(log_decay=availability.stepwise(inputs.log_decay, inputs.v)))

@@ -102,7 +102,7 @@ def emulated(file: Path) -> Iterator[None]:
         _library, _reason, _emulated = before
 
 
-def refuse(**activations: Tensor | None) -> str | None:
+def unsupported(**activations: Tensor | None) -> str | None:
     """Why the kernels cannot serve these activations, of which the first is always there."""
     device = next(tensor.device for tensor in activations.values() if tensor is not None)
     expected = "cpu" if _emulated else "cuda"

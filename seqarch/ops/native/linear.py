@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.dispatch.eager import transform
+from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.cpu_library import Pointer, int32, int64
 
@@ -31,7 +31,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and all(tensor.dtype == weight.dtype and tensor.device.type == "cpu" for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch.is_autocast_enabled("cpu")
-        and transform() is None
+        and active_transform() is None
         and cpu_library.unavailable() is None
     )
 

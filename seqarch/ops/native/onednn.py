@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqarch.ops.dispatch.eager import as_made, transform, watched
+from seqarch.ops.dispatch.eager import active_transform, has_dispatch_mode, is_eager
 
 LEAST_ROWS = 8
 """Fewer take as long as reading the weights, which oneDNN would bring into another order first."""
@@ -42,8 +42,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and x.numel() >= LEAST_ROWS * x.shape[-1] > 0
         and weight.numel() > 0
         and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
-        and as_made(x.device)
-        and not watched()
+        and is_eager(x.device)
+        and not has_dispatch_mode()
         and unavailable() is None
     )
 
@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a b^T``: ``[M, K]`` and ``[N, K]`` to ``[M, N]``, none of the sizes 0."""
-    if transform() is not None:  # a backward pass is batched, or transformed
+    if active_transform() is not None:  # a backward pass is batched, or transformed
         return a @ b.t()
     return _Product.apply(a, b)  # type: ignore[return-value]
 

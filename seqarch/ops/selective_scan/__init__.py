@@ -14,63 +14,27 @@ Work is ``O(T D N)``. ``Delta_t A`` from 0 to -inf is right.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from seqarch.ops.dispatch import checks
 from seqarch.ops.dispatch.op import Op
+from seqarch.ops.selective_scan import chunk_cpp, chunk_cuda, chunk_mamba_ssm, chunk_torch, recurrent_torch
+from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
 
 NAME = "selective_scan"
 
 
-def prepare(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    *,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    scale_input: bool = True,
-    state: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-) -> tuple[Any, ...]:
-    """Check the arguments; what every backend takes, with B and C as ``[B, T, G, N]``."""
-    checks.floating_on_one_device(NAME, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
-    B, C = (m.unsqueeze(2) if m.ndim == 3 else m for m in (B, C))
-    sizes = checks.match_shapes(
-        NAME,
-        x=(x, "B T D"),
-        dt=(dt, "B T D"),
-        A=(A, "D N"),
-        B=(B, "B T G N"),
-        C=(C, "B T G N"),
-        D=(D, "D"),
-        z=(z, "B T D"),
-        dt_bias=(dt_bias, "D"),
-    )
-    checks.divides(NAME, sizes["G"], "the groups of B and C", sizes["D"], "the channels")
-    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["T"])
-    rows = sizes["B"] if offsets is None else len(offsets) - 1
-    dtype = checks.accumulation_dtype(x, dt, A, B, C, D, z, dt_bias, state)
-    state = checks.initial_state(NAME, state, (rows, sizes["D"], sizes["N"]), dtype, x.device)
-    return x, dt, A, B, C, D, z, dt_bias, dt_softplus, scale_input, state, offsets
-
-
 OP = Op(
     NAME,
-    prepare,
-    order=("chunk_cpp", "chunk_cuda", "chunk_torch", "recurrent_torch"),
-    reference="recurrent_torch",
-    step_order=("chunk_cpp", "chunk_cuda", "recurrent_torch", "chunk_torch"),
-    named=("chunk_mamba_ssm",),
+    order=(chunk_cpp, chunk_cuda, chunk_torch, recurrent_torch),
+    reference=recurrent_torch,
+    step_order=(chunk_cpp, chunk_cuda, recurrent_torch, chunk_torch),
+    opt_in=(chunk_mamba_ssm,),
 )
 
 
+@OP.public
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -111,16 +75,25 @@ def selective_scan(
         TypeError: an input is not floating point.
         BackendError: the named backend cannot serve the call.
     """
-    return OP(
-        backend,
-        *(x, dt, A, B, C, D),
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        scale_input=scale_input,
-        state=state,
-        cu_seqlens=cu_seqlens,
+    checks.floating_on_one_device(NAME, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
+    B, C = (m.unsqueeze(2) if m.ndim == 3 else m for m in (B, C))
+    sizes = checks.match_shapes(
+        NAME,
+        x=(x, "B T D"),
+        dt=(dt, "B T D"),
+        A=(A, "D N"),
+        B=(B, "B T G N"),
+        C=(C, "B T G N"),
+        D=(D, "D"),
+        z=(z, "B T D"),
+        dt_bias=(dt_bias, "D"),
     )
+    checks.divides(NAME, sizes["G"], "the groups of B and C", sizes["D"], "the channels")
+    offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["T"])
+    rows = sizes["B"] if offsets is None else len(offsets) - 1
+    dtype = checks.accumulation_dtype(x, dt, A, B, C, D, z, dt_bias, state)
+    state = checks.initial_state(NAME, state, (rows, sizes["D"], sizes["N"]), dtype, x.device)
+    return OP(backend, SelectiveScanInputs(x, dt, A, B, C, D, z, dt_bias, dt_softplus, scale_input, state, offsets))
 
 
 def flops(length: int, channels: int, state_width: int, batch_size: int = 1) -> int:

@@ -7,14 +7,11 @@ start, in the cache: memory is ``O(T D + T D N / C)``, with gradients alone.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.cpu_library import Offsets, Pointer, Rows, int32, int64
-from seqarch.ops.native.custom_op import Engine
-from seqarch.ops.selective_scan.operators import Operators
+from seqarch.ops.native.custom_op import KernelPair
+from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
+from seqarch.ops.selective_scan.operators import Kernels
 
 unavailable = cpu_library.unavailable
 
@@ -29,17 +26,16 @@ _backward = cpu_library.Kernel(
 )
 
 
-def refuse(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *_: Any
-) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, expected cpu"
-    for name, tensor in {"x": x, "dt": dt, "B": B, "C": C, "z": z}.items():
+def unsupported(inputs: SelectiveScanInputs) -> str | None:
+    if inputs.device.type != "cpu":
+        return f"x is on {inputs.device}, expected cpu"
+    for name in ("x", "dt", "B", "C", "z"):
+        tensor = getattr(inputs, name)
         if tensor is not None and tensor.dtype not in cpu_library.DTYPES:
             return f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, cpu_library.DTYPES))}"
     return None
 
 
-ENGINE = Engine(_forward, _backward, cpu_library.DTYPES, lambda cu_seqlens, _: cu_seqlens)
-OPERATORS = Operators("selective_scan", ENGINE, CHUNK, "cpu")
-run = OPERATORS.run
+PAIR = KernelPair(_forward, _backward, cpu_library.DTYPES, lambda cu_seqlens, _: cu_seqlens)
+KERNELS = Kernels("selective_scan", PAIR, CHUNK, "cpu")
+run = KERNELS.run

@@ -8,13 +8,12 @@ it. Every sum is taken in a fixed order.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from seqarch.ops.native import cuda_library
 from seqarch.ops.native.cpu_library import NUMBERS, Pointer, Rows, int32, int64
 from seqarch.ops.native.cuda_library import CHUNK, STATES
-from seqarch.ops.native.custom_op import Engine
-from seqarch.ops.selective_scan.operators import Operators
+from seqarch.ops.native.custom_op import KernelPair
+from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
+from seqarch.ops.selective_scan.operators import Kernels
 
 unavailable = cuda_library.unavailable
 
@@ -26,25 +25,13 @@ _backward = cuda_library.Kernel(
 )
 
 
-def refuse(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    scale_input: bool,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> str | None:
-    if A.shape[1] > STATES[state.dtype]:
-        return f"N is {A.shape[1]}, expected at most {STATES[state.dtype]} with sums in {state.dtype}"
-    return cuda_library.refuse(x=x, dt=dt, B=B, C=C, z=z)
+def unsupported(inputs: SelectiveScanInputs) -> str | None:
+    states, dtype = inputs.A.shape[1], inputs.state.dtype
+    if states > STATES[dtype]:
+        return f"N is {states}, expected at most {STATES[dtype]} with sums in {dtype}"
+    return cuda_library.unsupported(x=inputs.x, dt=inputs.dt, B=inputs.B, C=inputs.C, z=inputs.z)
 
 
-ENGINE = Engine(_forward, _backward, NUMBERS, cuda_library.offsets)
-OPERATORS = Operators("selective_scan_cuda", ENGINE, CHUNK, None)
-run = OPERATORS.run
+PAIR = KernelPair(_forward, _backward, NUMBERS, cuda_library.offsets)
+KERNELS = Kernels("selective_scan_cuda", PAIR, CHUNK, None)
+run = KERNELS.run

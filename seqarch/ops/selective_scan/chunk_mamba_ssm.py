@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqarch.ops.dispatch import vendors
 from seqarch.ops.native.custom_op import first_derivatives_only
+from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
 
 STATES = 256
 """The most states a channel that the kernel takes."""
@@ -21,28 +22,15 @@ def unavailable() -> str | None:
     return vendors.unavailable("mamba_ssm")
 
 
-def refuse(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    scale_input: bool,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> str | None:
-    if offsets is not None:
+def unsupported(inputs: SelectiveScanInputs) -> str | None:
+    if inputs.offsets is not None:
         return "cu_seqlens is given, and mamba_ssm's scan has no states of packed sequences"
-    if not scale_input:
+    if not inputs.scale_input:
         return "scale_input is False, and mamba_ssm's scan multiplies the input by the step size"
-    if not 1 <= A.shape[1] <= STATES:
-        return f"N is {A.shape[1]}, expected 1 to {STATES}"
-    reason = vendors.refuse(vendors.FLOATS, x=x, dt=dt, B=B, C=C, z=z)
-    if reason is None and (state.requires_grad or bool(state.any())):
+    if not 1 <= inputs.A.shape[1] <= STATES:
+        return f"N is {inputs.A.shape[1]}, expected 1 to {STATES}"
+    reason = vendors.unsupported(vendors.FLOATS, x=inputs.x, dt=inputs.dt, B=inputs.B, C=inputs.C, z=inputs.z)
+    if reason is None and (inputs.state.requires_grad or bool(inputs.state.any())):
         reason = "state is given, and mamba_ssm's scan begins with zeros"
     return reason
 
@@ -62,26 +50,14 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def run(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    scale_input: bool,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
+def run(inputs: SelectiveScanInputs) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
 
-    u, delta, gate = (None if m is None else m.transpose(1, 2) for m in (x, dt, z))  # time last
-    inputs, outputs = (m.permute(0, 2, 3, 1) for m in (B, C))
-    rate, skip, bias = (None if m is None else m.to(state.dtype) for m in (A, D, dt_bias))
-    options = {"z": gate, "delta_bias": bias, "delta_softplus": dt_softplus, "return_last_state": True}
-    y, last = selective_scan_fn(u, delta, rate, inputs, outputs, skip, **options)
+    dtype = inputs.state.dtype
+    u, delta, gate = (None if m is None else m.transpose(1, 2) for m in (inputs.x, inputs.dt, inputs.z))  # time last
+    B, C = (m.permute(0, 2, 3, 1) for m in (inputs.B, inputs.C))
+    A, D, bias = (None if m is None else m.to(dtype) for m in (inputs.A, inputs.D, inputs.dt_bias))
+    options = {"z": gate, "delta_bias": bias, "delta_softplus": inputs.dt_softplus, "return_last_state": True}
+    y, last = selective_scan_fn(u, delta, A, B, C, D, **options)
     first_derivatives_only("selective_scan: backend 'chunk_mamba_ssm'", "choose chunk_cuda or recurrent_torch", y)
-    return y.transpose(1, 2), _NoGradient.apply(last.to(state.dtype))
+    return y.transpose(1, 2), _NoGradient.apply(last.to(dtype))

@@ -7,13 +7,17 @@ the scan is one operator: traced, its loop would be a graph of several nodes a t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from seqarch.ops.chunked.packing import over_sequences
-from seqarch.ops.native.custom_op import Formula, Saved, define
+from seqarch.ops.chunked.packing import join_sequences, sequences
+from seqarch.ops.dispatch.inputs import Inputs
+from seqarch.ops.native.custom_op import Operator, Upstream
 from seqarch.ops.selective_scan import recurrent_torch
-from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size, written
+from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
+from seqarch.ops.selective_scan.pointwise import scaled_input, skip_and_gate, step_size
 
 CHUNK_ELEMENTS = 2**18
 """Numbers in one chunk's states: with their decays and gradients they should stay in a core's cache."""
@@ -22,30 +26,34 @@ LEAST = 8
 """Tokens of the shortest chunk, however large the states: one state a chunk is kept for the backward pass."""
 
 
-def run(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    scale_input: bool,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    wide = state.dtype
-    delta = step_size(dt, dt_bias, dt_softplus, wide)
-    rate = A.to(wide)
+@dataclass(frozen=True)
+class ScanInputs(Inputs):
+    """The recurrence alone, of one sequence or several of one length, all in one dtype.
 
-    def one(state: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        y, last, _ = scan(u, delta, B, C, rate, state)
-        return y, last
+    Attributes:
+        u: what B writes into the state, ``[B, T, D]``.
+        delta: step sizes ``[B, T, D]``.
+        B: ``[B, T, G, N]``.
+        C: ``[B, T, G, N]``.
+        A: ``[D, N]``.
+        state: ``[B, D, N]``.
+    """
 
-    y, state = over_sequences(one, offsets, state, written(x, delta, scale_input), delta, B.to(wide), C.to(wide))
-    return skip_and_gate(y, x, D, z), state
+    u: Tensor
+    delta: Tensor
+    B: Tensor
+    C: Tensor
+    A: Tensor
+    state: Tensor
+
+
+def run(inputs: SelectiveScanInputs) -> tuple[Tensor, Tensor]:
+    dtype = inputs.state.dtype
+    A, B, C = (m.to(dtype) for m in (inputs.A, inputs.B, inputs.C))
+    delta = step_size(inputs)
+    pieces = sequences(inputs.offsets, inputs.state, scaled_input(inputs, delta), delta, B, C)
+    outputs, states, _ = zip(*[scan(ScanInputs(u, dt, B, C, A, h)) for h, u, dt, B, C in pieces], strict=True)
+    return skip_and_gate(inputs, join_sequences(outputs, dim=1)), join_sequences(states, dim=0)
 
 
 def _states(u: Tensor, delta: Tensor, B: Tensor, A: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,17 +88,18 @@ def _time_first(*inputs: Tensor) -> list[Tensor]:
     return [m.transpose(0, 1).contiguous() for m in inputs]
 
 
-def _room(u: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for y, the last state and the state before each chunk."""
+def _outputs(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state and the state before each chunk, uninitialised."""
+    u, state = inputs.u, inputs.state
     chunks = -(-u.shape[1] // _chunk_size(state))
     return u.new_empty(u.shape), state.new_empty(state.shape), state.new_empty(chunks, *state.shape)
 
 
-def forward(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``u, delta [B, T, D]``, ``B, C [B, T, G, N]``, ``A [D, N]``, ``state [B, D, N]`` to y, the last state and those
-    before each chunk."""
-    y, last, starts = _room(u, state)
-    u, delta, B, C = _time_first(u, delta, B, C)
+def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state and those before each chunk."""
+    A, state = inputs.A, inputs.state
+    y, last, starts = _outputs(inputs)
+    u, delta, B, C = _time_first(inputs.u, inputs.delta, inputs.B, inputs.C)
     size = _chunk_size(state)
     for chunk, start in enumerate(starts):
         part = slice(chunk * size, (chunk + 1) * size)
@@ -101,12 +110,11 @@ def forward(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Te
     return y, last.copy_(state), starts
 
 
-def backward(
-    u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, starts: Tensor, dy: Tensor, dlast: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of all that :func:`forward` takes."""
-    du, ddelta, dB, dC, dA, carried = _gradients(u, delta, B, C, A, dlast)
-    u, delta, B, C, dy = _time_first(u, delta, B, C, dy)
+def backward(inputs: ScanInputs, upstream: Upstream) -> list[Tensor]:
+    """The gradients of all inputs."""
+    A, (starts,), (dy, dlast) = inputs.A, upstream.kept, upstream.gradients
+    gradients = du, ddelta, dB, dC, dA, carried = _gradients(inputs, upstream)
+    u, delta, B, C, dy = _time_first(inputs.u, inputs.delta, inputs.B, inputs.C, dy)
     dA.zero_()
     carried.copy_(dlast)
     size = _chunk_size(carried)
@@ -123,22 +131,20 @@ def backward(
         du[:, part] = _read(g, B[part]).transpose(0, 1)
         dB[:, part] = _over_channels(g, u[part], B.shape[2]).transpose(0, 1)
         ddelta[:, part] = through_decay.mul_(A).sum(-1).transpose(0, 1)
-    return du, ddelta, dB, dC, dA, carried
+    return gradients
 
 
-def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(m.new_empty(m.shape) for m in inputs)
+def _gradients(inputs: ScanInputs, upstream: Upstream) -> list[Tensor]:
+    return [m.new_empty(m.shape) for m in inputs.values()]
 
 
-def _differentiate(call: Saved, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
-    return scan_backward(*call.inputs[:-1], *call.kept, dy, dlast)
+def _plain(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    return recurrent_torch.scan(*inputs.values())
 
 
-scan, scan_backward = define(
-    "selective_scan_chunk", forward, backward, lambda u, delta, B, C, A, state: _room(u, state),
-    lambda u, delta, B, C, A, starts, dy, dlast: _gradients(u, delta, B, C, A, dlast),
-    Formula(_differentiate, recurrent_torch.scan, results=2, keeps=(2,)),
-)  # fmt: skip
+scan = Operator(
+    "selective_scan_chunk", ScanInputs, forward, backward, _plain, _outputs, _gradients, results=2, keeps=(2,)
+)
 
 
 def _states_gradient(dy: Tensor, C: Tensor, decay: Tensor, carried: Tensor) -> Tensor:

@@ -1,29 +1,31 @@
-"""What stands around the recurrence, token by token: the step size before it, skip and gate after it."""
+"""The work per token around the recurrence: the step size before it, skip and gate after it."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype) -> Tensor:
-    """``Delta [B, T, D]`` in ``dtype``."""
-    dt = dt.to(dtype)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
-    return F.softplus(dt) if dt_softplus else dt
+from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
 
 
-def written(x: Tensor, delta: Tensor, scale_input: bool) -> Tensor:
-    """What B writes into the state, ``[B, T, D]`` in delta's dtype: ``delta x``, or x."""
-    return delta * x.to(delta.dtype) if scale_input else x.to(delta.dtype)
+def step_size(inputs: SelectiveScanInputs) -> Tensor:
+    """``Delta [B, T, D]`` in the dtype of sums."""
+    dt = inputs.dt.to(inputs.state.dtype)
+    if inputs.dt_bias is not None:
+        dt = dt + inputs.dt_bias.to(dt.dtype)
+    return F.softplus(dt) if inputs.dt_softplus else dt
 
 
-def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+def scaled_input(inputs: SelectiveScanInputs, delta: Tensor) -> Tensor:
+    """The numbers that B writes into the state, ``[B, T, D]`` in delta's dtype: ``delta x``, or x."""
+    x = inputs.x.to(delta.dtype)
+    return delta * x if inputs.scale_input else x
+
+
+def skip_and_gate(inputs: SelectiveScanInputs, y: Tensor) -> Tensor:
     """``(y + D x) silu(z)`` in x's dtype, computed in y's."""
-    if D is not None:
-        y = y + D.to(y.dtype) * x.to(y.dtype)
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(x.dtype)
+    if inputs.D is not None:
+        y = y + inputs.D.to(y.dtype) * inputs.x.to(y.dtype)
+    if inputs.z is not None:
+        y = y * F.silu(inputs.z.to(y.dtype))
+    return y.to(inputs.x.dtype)

@@ -5,35 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.chunked.packing import over_sequences
-from seqarch.ops.selective_scan.pointwise import skip_and_gate, step_size, written
+from seqarch.ops.chunked.packing import join_sequences, sequences
+from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
+from seqarch.ops.selective_scan.pointwise import scaled_input, skip_and_gate, step_size
 
 TRANSFORMABLE = True
 
 
-def run(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    scale_input: bool,
-    state: Tensor,
-    offsets: tuple[int, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    wide = state.dtype
-    delta = step_size(dt, dt_bias, dt_softplus, wide)
-    rate = A.to(wide)
-
-    def one(h: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-        return scan(u, delta, B, C, rate, h)
-
-    y, state = over_sequences(one, offsets, state, written(x, delta, scale_input), delta, B.to(wide), C.to(wide))
-    return skip_and_gate(y, x, D, z), state
+def run(inputs: SelectiveScanInputs) -> tuple[Tensor, Tensor]:
+    dtype = inputs.state.dtype
+    A, B, C = (m.to(dtype) for m in (inputs.A, inputs.B, inputs.C))
+    delta = step_size(inputs)
+    pieces = sequences(inputs.offsets, inputs.state, scaled_input(inputs, delta), delta, B, C)
+    outputs, states = zip(*[scan(u, delta, B, C, A, h) for h, u, delta, B, C in pieces], strict=True)
+    return skip_and_gate(inputs, join_sequences(outputs, dim=1)), join_sequences(states, dim=0)
 
 
 def scan(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

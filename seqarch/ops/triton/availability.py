@@ -1,4 +1,4 @@
-"""What the Triton backends tell before any of them loads Triton: whether they can run, and which calls they refuse.
+"""Whether the Triton backends can run, and which calls they do not support: asked before any of them loads Triton.
 
 ``TRITON_INTERPRET=1`` runs the kernels on a CPU by Triton's interpreter, slowly: for tests. It must be set before the
 first call.
@@ -62,17 +62,17 @@ def unavailable() -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA device (TRITON_INTERPRET=1 runs it on a CPU)"
 
 
-def refuse_recurrence(q: Tensor, v: Tensor, state: Tensor) -> str | None:
+def unsupported_recurrence(q: Tensor, v: Tensor, state: Tensor) -> str | None:
     """Why the kernels of a matrix-state recurrence cannot serve a call with these arguments."""
-    return refuse("q", q, state.dtype, K=q.shape[3], V=v.shape[3])
+    return unsupported("q", q, state.dtype, K=q.shape[3], V=v.shape[3])
 
 
-def refuse_attention(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported_attention(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels of softmax attention cannot serve a call with these arguments."""
-    return refuse("q", q, promoted_dtype(q, k, v), K=q.shape[3], V=v.shape[3])
+    return unsupported("q", q, promoted_dtype(q, k, v), K=q.shape[3], V=v.shape[3])
 
 
-def refuse(name: str, x: Tensor, widest: torch.dtype, **widths: int) -> str | None:
+def unsupported(name: str, x: Tensor, widest: torch.dtype, **widths: int) -> str | None:
     """Why kernels cannot serve a call: the device, the widest dtype of inputs, or widths beyond :data:`WIDEST`."""
     if not _interpret and x.device.type != "cuda":
         return f"{name} is on {x.device}, expected cuda"

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from seqarch.ops.dispatch.inputs import RecurrenceInputs
 from seqarch.ops.triton import availability, chunk_scores, chunk_state, decay_sums, launch, step, tiles
 from seqarch.ops.triton.launch import PLAIN, TYPES, block, precision, rows, tuned
 
@@ -65,25 +66,16 @@ class Recurrence:
     """One call of a recurrence: its sizes and dtypes, its layout, and its decays as sums inside chunks.
 
     Args:
+        inputs: of which log_decay is ``None``, ``[B, T, H]`` or ``[B, T, H, K]``.
         activations: the tensors whose dtypes decide on that of the products: bfloat16 if all are, else that of sums.
-        log_decay: ``None``, ``[B, T, H]`` or ``[B, T, H, K]``.
-        state: ``[sequences, H, K, V]`` in the dtype of sums.
     """
 
-    def __init__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        activations: Sequence[Tensor],
-        log_decay: Tensor | None,
-        state: Tensor,
-        offsets: Sequence[int] | None,
-    ):
+    def __init__(self, inputs: RecurrenceInputs, activations: Sequence[Tensor]):
+        k, v, log_decay, state = inputs.k, inputs.v, inputs.log_decay, inputs.state
         batch, length, self.heads, self.V = v.shape
         self.groups, self.K = k.shape[2:]
         self.rows = batch * length
-        packed = None if offsets is None else tuple(offsets)
-        self.layout = Layout.of(batch, length, packed, v.device)
+        self.layout = Layout.of(batch, length, _packed(inputs), v.device)
         self.chunks, self.sequences = self.layout.starts.numel(), state.shape[0]
         self.sums = state.dtype
         same = all(x.dtype == torch.bfloat16 for x in activations)
@@ -254,28 +246,25 @@ class Recurrence:
         return tiles | {"DECAY": self.decay} | self.products
 
 
-def steps(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    log_decay: Tensor | None,
-    read: Tensor | None,
-    scale: float,
-    state: Tensor,
-    offsets: Sequence[int] | None,
-) -> tuple[Tensor, Tensor]:
+def _packed(inputs: RecurrenceInputs) -> tuple[int, ...] | None:
+    """The offsets as a key of :meth:`Layout.of`: an operator gets a list."""
+    return None if inputs.offsets is None else tuple(inputs.offsets)
+
+
+def steps(inputs: RecurrenceInputs, beta: Tensor | None = None, read: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Token by token, linear attention, or with beta the delta rule: ``o [B, T, H, V]`` and the last state."""
+    q, k, v, log_decay, state = inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.state
     (batch, length, heads, V), (groups, K) = v.shape, k.shape[2:]
-    layout = Layout.of(batch, length, None if offsets is None else tuple(offsets), v.device)
+    layout = Layout.of(batch, length, _packed(inputs), v.device)
     out, last = v.new_empty(v.shape), torch.empty_like(state)
     decay = NONE if log_decay is None else SCALAR if log_decay.ndim == 3 else VECTOR
     absent = v.new_empty(0, 0)
-    inputs = [absent if x is None else rows(x) for x in (q, k, v, beta, k if read is None else read, log_decay)]
+    given = [absent if x is None else rows(x) for x in (q, k, v, beta, k if read is None else read, log_decay)]
     wide = block(V, 16)
     launch.launch(
         tuned(step.steps, 2), state.shape[0] * heads * triton.cdiv(V, wide),
-        *inputs, state.contiguous(), out, last, layout.offsets, scale, *(x.stride(0) for x in inputs), groups, heads,
+        *given, state.contiguous(), out, last, layout.offsets, inputs.scale, *(x.stride(0) for x in given),
+        groups, heads,
         K=K, V=V, BK=block(K, 256), BV=wide, DELTA=beta is not None, DECAY=decay,
         ACC=TYPES[state.dtype],
     )  # fmt: skip

@@ -75,7 +75,7 @@ def test_both_forms_read_the_same(options: dict):
 def read_width(mixer: MLA, length: int, state) -> tuple[int, object]:
     with ops.record_calls() as calls, torch.no_grad():
         _, state = mixer(inputs(length), state)
-    return next(call for call in calls if call.op == "attention").args[1].shape[-1], state
+    return next(call for call in calls if call.op == "attention").inputs.k.shape[-1], state
 
 
 def test_the_cheaper_form_is_taken():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seqarch import ops
 from seqarch.ops.attention import chunk_cpp
+from seqarch.ops.attention.inputs import AttentionInputs
 from seqarch.ops.native import cpu_library
 from seqarch.testing import assert_close
 
@@ -155,14 +156,15 @@ def test_the_custom_operators_keep_torchs_rules(options: tuple[Any, ...]):
     causal, window, start, offsets = options
     if not ISAS:
         return
-    inputs = make("attention", "more_keys", torch.float32).values()
-    plain = [x.repeat(2, 1, 1, 1) for x in inputs]
-    rest = (causal, window, 0.5, None if start is None else torch.tensor(start), offsets)
-    torch.library.opcheck(chunk_cpp.attend, (*(x.clone().requires_grad_() for x in plain), *rest))
-    o, log_sum = chunk_cpp.attend(*plain, *rest)
-    torch.library.opcheck(
-        torch.ops.seqarch.attention_backward.default, (*plain, *rest, o, log_sum, torch.randn_like(o))
-    )
+    q, k, v = (x.repeat(2, 1, 1, 1) for x in make("attention", "more_keys", torch.float32).values())
+    key_start = None if start is None else torch.tensor(start)
+    inputs = AttentionInputs(q, k, v, causal, window, 0.5, offsets, key_start)
+    leaves = inputs.replace(**{name: x.clone().requires_grad_() for name, x in (("q", q), ("k", k), ("v", v))})
+    torch.library.opcheck(chunk_cpp.operator.operator, leaves.values())
+    o, log_sum = chunk_cpp.operator(inputs)
+    needed = [name in ("q", "k", "v") for name in inputs.__match_args__]
+    upstream = o, log_sum, torch.randn_like(o), needed
+    torch.library.opcheck(chunk_cpp.operator.gradient, (*inputs.values(), *upstream))
 
 
 @pytest.mark.parametrize("op", COMPILED)

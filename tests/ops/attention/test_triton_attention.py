@@ -18,8 +18,12 @@ from torch import Tensor
 
 from seqarch import ops
 from seqarch.ops import OPS
+from seqarch.ops.attention import chunk_triton
+from seqarch.ops.attention.inputs import AttentionInputs
 from seqarch.ops.block_sparse_attention import grouped_triton
+from seqarch.ops.block_sparse_attention.inputs import ListInputs
 from seqarch.ops.experts import grouped_mm
+from seqarch.ops.native.custom_op import Upstream
 from seqarch.ops.triton import availability
 from seqarch.testing import assert_close
 from tests.ops.attention import test_attention as whole
@@ -207,12 +211,10 @@ def test_no_tensor_is_as_large_as_all_pairs(monkeypatch: pytest.MonkeyPatch):
             if index:
                 entries = torch.randint(0, length // 32, (1, length, 1, 2), device=DEVICE) * 2
                 rest = entries, torch.zeros(1, length, dtype=torch.int64, device=DEVICE), 32, 0, 1.0
+            inputs = ListInputs(q, k, v, *rest) if index else AttentionInputs(q, k, v, *rest)
             with listed.LargestTensor() as largest:
-                o, log_sum = module.forward(q, k, v, *rest)
-                if index:
-                    module.backward(o, q, k, v, *rest[:2], o, log_sum, *rest[2:])
-                else:
-                    module.backward(q, k, v, *rest, o, log_sum, o)
+                o, log_sum = module.forward(inputs)
+                module.backward(inputs, Upstream([o, log_sum], [o], [True] * 3))
             made.append(largest.elements)
         assert 4096 * 8 <= made[1] < 4096 * 4096 / 16, op
         assert made[1] <= 2 * made[0], op
@@ -294,21 +296,20 @@ def test_torchs_grouped_product_is_given_the_right_arguments(gated: bool):
     if not gated:
         del given["w_gate"]
     expected = experts_with("parallel_torch", given)
-    found = routed.with_gradients(lambda **g: grouped_mm.run(*OPS["experts"].prepare(**g)), given)
+    found = routed.with_gradients(lambda **g: grouped_mm.run(OPS["experts"].inputs(**g)), given)
     for name in expected:
         assert_close(found[name], expected[name], 1e-6, name)
 
 
-def test_what_the_kernels_refuse(monkeypatch: pytest.MonkeyPatch):
+def test_what_the_kernels_do_not_support(monkeypatch: pytest.MonkeyPatch):
     x = torch.zeros(1, 20, 2, 300, device=DEVICE)
     with pytest.raises(ops.BackendError, match="'chunk_triton' cannot serve this call: K is 300, expected at most 256"):
         ops.attention(x, x, x, backend="chunk_triton")
     index = torch.zeros(1, 20, 2, 1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ops.BackendError, match="'grouped_triton' cannot serve this call: K is 300"):
         ops.block_sparse_attention(x, x, x, index, 8, backend="grouped_triton")
-    experts = OPS["experts"]
-    prepared = experts.prepare(**routed.make(torch.bfloat16))
-    assert "x is on cpu, where torch's grouped product is a loop" in str(grouped_mm.refuse(*prepared))
+    inputs = OPS["experts"].inputs(**routed.make(torch.bfloat16))
+    assert "x is on cpu, where torch's grouped product is a loop" in str(grouped_mm.unsupported(inputs))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     assert "a loop over the experts on compute capability (8, 0), expected 9.0" in str(grouped_mm.unavailable())
@@ -355,9 +356,9 @@ def test_auto_leaves_short_blocks_to_torch_but_for_one_query():
 def test_the_custom_operators_keep_torchs_rules():
     (q, k, v), _ = whole.make(**whole.CALLS["grouped"])
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(OPS["attention"].backends["chunk_triton"].module.attend, (*leaves, True, 3, 0.5, None, None))
+    torch.library.opcheck(chunk_triton.operator.operator, (*leaves, True, 3, 0.5, None, None))
     (q, k, v, index), options = listed.make("list_a_query_head")
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
     entries = torch.where(index >= 0, 2 * index, index).to(DEVICE)
     first = torch.zeros(1, q.shape[1], dtype=torch.int64, device=DEVICE)
-    torch.library.opcheck(grouped_triton.attend, (*leaves, entries, first, options["block_size"], 0, 0.3))
+    torch.library.opcheck(grouped_triton.operator.operator, (*leaves, entries, first, options["block_size"], 0, 0.3))

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
 from seqarch.ops.block_sparse_attention import flops, lists
+from seqarch.ops.block_sparse_attention.inputs import ListInputs
+from seqarch.ops.native.custom_op import Upstream
 from tests.support.backends import available
 
 BACKENDS = available("block_sparse_attention")
@@ -108,8 +110,8 @@ def same(a: Tensor, b: Tensor, what: str = "") -> None:
 
 def serving(inputs: list[Tensor], options: dict[str, Any]) -> list[str]:
     op = ops.OPS["block_sparse_attention"]
-    prepared = op.prepare(*inputs, **options)
-    return [name for name in BACKENDS if op.backends[name].refuse(*prepared) is None]
+    given = op.inputs(*inputs, **options)
+    return [name for name in BACKENDS if op.backends[name].unsupported(given) is None]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -200,11 +202,19 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-INSIDE = {
-    getattr(getattr(torch.ops.seqarch, name), "default"): getattr(module, form)  # noqa: B009 (an overload's name)
-    for module in (ops.OPS["block_sparse_attention"].backends[name].module for name in FAST)
-    for form, name in (("forward", module.NAME), ("backward", f"{module.NAME}_backward"))
-}
+def _inside(module: Any) -> dict[Any, Callable[..., Any]]:
+    """What the two custom operators of a backend compute, by their overloads."""
+    return {
+        module.operator.operator._opoverload: lambda *values: module.forward(ListInputs(*values)),
+        module.operator.gradient._opoverload: lambda *values: module.backward(
+            ListInputs(*values[:-4]), Upstream(values[-4:-2], values[-2:-1], values[-1])
+        ),
+    }
+
+
+INSIDE: dict[Any, Callable[..., Any]] = {}
+for _name in FAST:
+    INSIDE |= _inside(ops.OPS["block_sparse_attention"].backends[_name].module)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -247,7 +257,7 @@ def test_the_custom_operators_are_sound(backend):
     entries = lists.plain_lists(index, torch.arange(170, 300)[None], options["block_size"], 0)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     first = torch.zeros(1, 130, dtype=torch.int64)
-    torch.library.opcheck(module.attend, (*leaves, entries, first, options["block_size"], 0, 0.3))
+    torch.library.opcheck(module.operator.operator, (*leaves, entries, first, options["block_size"], 0, 0.3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -213,11 +213,12 @@ def test_the_compiled_result_does_not_depend_on_the_number_of_threads():
 def test_the_custom_operators_keep_torchs_rules():
     calls = ((None, {}), ([0, 3, 3, 7], {"B": 1, "sequences": 3}), (None, {"bias": False, "state": False}))
     for offsets, shape in calls if ISAS else ():
-        plain = make(dtype=torch.float32, **shape).values()
-        leaves = [None if v is None else v.clone().requires_grad_() for v in plain]
-        torch.library.opcheck(parallel_cpp.OPERATORS.forward, (*leaves, True, offsets))
-        y, last = parallel_cpp.OPERATORS.forward(*plain, True, offsets)
-        torch.library.opcheck(parallel_cpp.OPERATORS.backward, (*plain, True, offsets, y, last))
+        plain = (*make(dtype=torch.float32, **shape).values(), True, offsets)
+        leaves = [v.clone().requires_grad_() if isinstance(v, Tensor) else v for v in plain]
+        operator = parallel_cpp.KERNELS.operator
+        torch.library.opcheck(operator.operator, tuple(leaves))
+        results, needed = list(operator.operator(*plain)), [isinstance(v, Tensor) for v in plain]
+        torch.library.opcheck(operator.gradient, (*plain, *results, needed))
 
 
 def test_torch_compile_sees_one_graph():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqarch import ops
+from seqarch.ops import OPS
 from seqarch.ops.delta_rule import chunk_cpp as delta_cpp
 from seqarch.ops.linear_attention import chunk_cpp as linear_cpp
 from seqarch.ops.native import cpu_library
@@ -144,19 +145,20 @@ def test_the_custom_operators_keep_torchs_rules():
     for decay in DECAYS if ISAS else ():
         inputs = make("linear_attention", decay, T=7, dtype=torch.float32)
         log_decay = inputs["log_decay"]
-        log_decay = None if log_decay is None else cpu_library.stepwise(log_decay, inputs["v"])
-        plain = [inputs["q"], inputs["k"], inputs["v"], log_decay, 0.5, inputs["state"], None]
-        _check("linear_attention", linear_cpp, plain)
-        beta = torch.rand(2, 7, 4)
-        for apart in ((None, None), (inputs["k"].clone(), None), (inputs["q"].clone(), inputs["k"].clone())):
-            _check("delta_rule", delta_cpp, [*plain[:3], beta, log_decay, *apart, *plain[4:]])
+        inputs["log_decay"] = None if log_decay is None else cpu_library.stepwise(log_decay, inputs["v"])
+        _check("linear_attention", linear_cpp, **inputs)
+        inputs["beta"] = torch.rand(2, 7, 4)
+        for apart in ({}, {"read": inputs["k"].clone()}, {"read": inputs["q"].clone(), "erase": inputs["k"].clone()}):
+            _check("delta_rule", delta_cpp, **inputs, **apart)
 
 
-def _check(op: str, module: Any, plain: list[Any]) -> None:
+def _check(op: str, module: Any, **inputs: Tensor | None) -> None:
+    plain = OPS[op].inputs(**inputs, scale=0.5).values()
     leaves = [m.detach().clone().requires_grad_() if isinstance(m, Tensor) else m for m in plain]
-    torch.library.opcheck(module.recur, tuple(leaves))
-    gradient = getattr(torch.ops.seqarch, f"{op}_backward").default
-    torch.library.opcheck(gradient, (*plain, *module.recur(*plain)))
+    operator = module.operator
+    torch.library.opcheck(operator.operator, tuple(leaves))
+    results, needed = list(operator.operator(*plain)), [isinstance(m, Tensor) for m in plain]
+    torch.library.opcheck(operator.gradient, (*plain, *results, needed))
 
 
 @pytest.mark.parametrize("op", COMPILED if ISAS else ())

@@ -205,10 +205,10 @@ def test_the_operators_of_the_scan_are_what_torch_expects():
     B, C = torch.randn(2, 2, 20, 3, 4)
     A, state = -torch.rand(6, 4), torch.randn(2, 6, 4)
     leaves = tuple(m.requires_grad_() for m in (u, delta, B, C, A, state))
-    torch.library.opcheck(chunk_torch.scan, leaves)
-    _, last, starts = (m.detach() for m in chunk_torch.scan(*leaves))
-    plain = [m.detach() for m in leaves[:-1]]
-    torch.library.opcheck(chunk_torch.scan_backward, (*plain, starts, y, last))
+    torch.library.opcheck(chunk_torch.scan.operator, leaves)
+    _, last, starts = (m.detach() for m in chunk_torch.scan.operator(*leaves))
+    plain = [m.detach() for m in leaves]
+    torch.library.opcheck(chunk_torch.scan.gradient, (*plain, starts, y, last, [True] * len(plain)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

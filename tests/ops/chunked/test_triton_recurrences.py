@@ -184,9 +184,9 @@ def test_offsets_beyond_32_bits(op: str, backend: str, tmp_path: Path):
 
 def test_what_the_kernels_refuse():
     wide = make("linear_attention", "none", T=2, K=257, dtype=torch.float32)
-    arguments = OPS["linear_attention"].prepare(**{n: x if x is None else x.to(DEVICE) for n, x in wide.items()})
+    arguments = OPS["linear_attention"].inputs(**{n: x if x is None else x.to(DEVICE) for n, x in wide.items()})
     for backend in BACKENDS:
-        reason = OPS["linear_attention"].backends[backend].refuse(*arguments)
+        reason = OPS["linear_attention"].backends[backend].unsupported(arguments)
         assert reason == "K is 257, expected at most 256"
     erasing = {n: x if x is None else x.to(DEVICE) for n, x in make("delta_rule_erase", "none", T=2).items()}
     with pytest.raises(ops.BackendError, match=r"chunk_triton.* erase is given, expected None"):
@@ -198,7 +198,7 @@ def test_a_machine_without_triton_or_device_says_so(monkeypatch: pytest.MonkeyPa
     x = torch.ones(1, 1, 1, 1)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        assert availability.refuse_recurrence(x, x, x) == "q is on cpu, expected cuda"
+        assert availability.unsupported_recurrence(x, x, x) == "q is on cpu, expected cuda"
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         assert "no CUDA device" in str(availability.unavailable())
@@ -217,8 +217,6 @@ def test_importing_the_library_loads_no_triton():
 def test_the_custom_operators_keep_torchs_rules(op: str):
     inputs = {n: x.to(DEVICE) for n, x in make(op, "step", **SMALL | {"T": 2}, dtype=torch.float32).items()}
     for backend in BACKENDS:
-        recur = OPS[op].backends[backend].module.recur
-        names = ("q", "k", "v", "log_decay") if op == "linear_attention" else ("q", "k", "v", "beta", "log_decay")
-        leaves = [inputs[name].requires_grad_() for name in names]
-        read = [] if op == "linear_attention" else [None]
-        torch.library.opcheck(recur, (*leaves, *read, 0.5, inputs["state"].requires_grad_(), None))
+        operator = OPS[op].backends[backend].module.operator
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        torch.library.opcheck(operator.operator, OPS[op].inputs(**leaves, scale=0.5).values())

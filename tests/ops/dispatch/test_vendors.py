@@ -141,7 +141,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(op: str, backend: str, **inputs: Any) -> str | None:
-    return OPS[op].backends[backend].refuse(*OPS[op].prepare(**inputs))
+    return OPS[op].backends[backend].unsupported(OPS[op].inputs(**inputs))
 
 
 SCANS: dict[str, dict[str, Any]] = {"everything": {}, "bare": {"full": False}, "groups": {"G": 4, "D": 12}}
@@ -274,8 +274,8 @@ def test_linear_attention_refuses_what_the_package_cannot():
     plain = heads("step")
     reasons = {
         "cu_seqlens is given": {n: m[:1] for n, m in plain.items()} | {"cu_seqlens": [0, 9]},
-        "log_decay is one a key dimension": plain | {"log_decay": -torch.rand(2, 9, 4, 5)},
-        "log_decay is one a step and v float16": plain | {n: plain[n].half() for n in ("q", "k", "v")},
+        "log_decay is one per key dimension": plain | {"log_decay": -torch.rand(2, 9, 4, 5)},
+        "log_decay is one per step and v float16": plain | {n: plain[n].half() for n in ("q", "k", "v")},
         "v has dtype torch.float64": plain | {"v": plain["v"].double()},
         "q has dtype torch.bfloat16, expected torch.float32 as v": plain | {"q": plain["q"].bfloat16()},
         "K is 257": plain | {"q": torch.ones(2, 9, 2, 257), "k": torch.ones(2, 9, 2, 257), "state": None},
@@ -344,10 +344,10 @@ def test_second_derivatives_are_refused():
             torch.autograd.grad(o.sum(), [v for v in leaves.values() if isinstance(v, Tensor)], create_graph=True)
 
 
-NAMED = [(name, backend) for name, op in OPS.items() for backend in op.named]
+OPT_IN = [(name, backend) for name, op in OPS.items() for backend in op.opt_in]
 
 
-@pytest.mark.parametrize(("name", "backend"), NAMED)
+@pytest.mark.parametrize(("name", "backend"), OPT_IN)
 def test_auto_never_takes_a_vendors_package(name: str, backend: str):
     assert backend not in OPS[name].order + OPS[name].step_order
     module = OPS[name].backends[backend].module

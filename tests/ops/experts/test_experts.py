@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -157,12 +155,14 @@ def test_operators_keep_their_word():
     torch.library.opcheck(grouped_torch.grouped_matmul, (rows, weight, starts))
     torch.library.opcheck(grouped_torch.grouped_outer, (rows, right, starts))
     given = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in make().items()}
-    arguments = *(given[name] for name in ("x", "w_in", "w_out", "expert_index", "expert_weight", "w_gate")), "silu"
-    torch.library.opcheck(chunk_torch.forward, (*arguments, True))
-    kept = chunk_torch.forward(*arguments, True)[1].detach()
-    detached: list[Any] = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(chunk_torch.backward, (torch.randn(TOKENS, WIDTH).double(), *detached, kept, *wanted))
+    inputs = chunk_torch.ChunkInputs(**given, activation="silu", keep=True)
+    torch.library.opcheck(chunk_torch.operator.operator, inputs.values())
+    kept = chunk_torch.operator(inputs)[1].detach()
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs.values()]
+    for for_x, for_weights in ((True, True), (True, False), (False, True)):
+        needed = [for_x, for_weights, for_weights, False, True, for_weights, False, False]
+        upstream = kept, torch.randn(TOKENS, WIDTH).double(), needed
+        torch.library.opcheck(chunk_torch.operator.gradient, (*detached, *upstream))
     assert torch.autograd.gradgradcheck(lambda *x: grouped_torch.grouped_matmul(*x, starts), (rows, weight))
 
 
@@ -233,7 +233,8 @@ def test_what_is_not_trained_costs_no_gradient(trained):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if function is backward:
-                gradients.append(dict(zip(("x", "w_in", "w_out", "w_gate", "expert_weight"), result, strict=True)))
+                names = chunk_torch.ChunkInputs.tensor_fields()
+                gradients.append(dict(zip(names, result, strict=True)))
             return result
 
     loss = ops.experts(backend="chunk_torch", **given).square().sum()
@@ -278,10 +279,10 @@ def test_weights_of_any_strides_compile():
     given["expert_weight"] = given["expert_weight"].t().contiguous().t()
     given["x"] = given["x"].t().contiguous().t()
     given["w_in"] = given["w_in"].mT.contiguous().mT
-    arguments = *(given[name] for name in ("x", "w_in", "w_out", "expert_index", "expert_weight", "w_gate")), "silu"
-    kept = chunk_torch.forward(*arguments, True)[1]
-    upstream = torch.randn(TOKENS, WIDTH).double()
-    torch.library.opcheck(chunk_torch.backward, (upstream, *arguments, kept, True, True))
+    inputs = chunk_torch.ChunkInputs(**given, activation="silu", keep=True)
+    kept = chunk_torch.operator(inputs)[1]
+    upstream = kept, torch.randn(TOKENS, WIDTH).double(), [True] * 8
+    torch.library.opcheck(chunk_torch.operator.gradient, (*inputs.values(), *upstream))
 
 
 def test_every_activation_has_a_derivative():

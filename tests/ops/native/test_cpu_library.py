@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import seqarch
 from seqarch import ops
 from seqarch.ops.causal_conv1d import parallel_cpp
+from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
 from seqarch.ops.delta_rule import chunk_cpp as delta_cpp
 from seqarch.ops.linear_attention import chunk_cpp as attention_cpp
 from seqarch.ops.native import cpu_library, linear
@@ -90,7 +91,7 @@ def test_return_codes_become_errors():
     x, state = torch.ones(1, 2, 3), torch.ones(1, 8, 3)
     for isa in cpu_library.supported_isas():
         with cpu_library.use_isa(isa), pytest.raises(ValueError, match="causal_conv1d_forward returned 1: an argument"):
-            parallel_cpp.OPERATORS.forward(x, torch.ones(3, 9), None, state, False, None)
+            parallel_cpp.run(CausalConv1dInputs(x, torch.ones(3, 9), None, state, False, None))
 
 
 def test_a_kernel_takes_no_tensor_whose_numbers_are_elsewhere():

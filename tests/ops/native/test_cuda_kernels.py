@@ -18,6 +18,7 @@ from seqarch import ops
 from seqarch.layers import MIXERS
 from seqarch.ops import OPS
 from seqarch.ops.causal_conv1d import parallel_cuda
+from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
 from seqarch.ops.native import cuda_library
 from seqarch.ops.native.cpu_library import LibraryError
 from seqarch.ops.selective_scan import OP, chunk_cuda
@@ -229,18 +230,15 @@ def test_offsets_beyond_32_bits(op: str, tmp_path: Path):
 def test_the_custom_operators_keep_torchs_rules(offsets: list[int] | None):
     packed = {} if offsets is None else {"B": 1, "sequences": 3}
     inputs = placed(scans.make(T=7, D=5, dtype=torch.float32, **packed))
-    *tensors, softplus, scale_input, state, _ = OP.prepare(**inputs, cu_seqlens=offsets)
-    plain = [*tensors, state]
-    leaves = [None if m is None else m.clone().requires_grad_() for m in plain]
-    operators = chunk_cuda.OPERATORS
-    torch.library.opcheck(operators.forward, (*leaves, softplus, scale_input, True, offsets))
-    y, last, starts = operators.forward(*plain, softplus, scale_input, True, offsets)
-    torch.library.opcheck(operators.backward, (*tensors, starts, softplus, scale_input, True, offsets, y, last))
-    rows = list(placed(conv.make(dtype=torch.float32, **packed)).values())
-    leaves = [m.clone().requires_grad_() for m in rows]
-    torch.library.opcheck(parallel_cuda.OPERATORS.forward, (*leaves, True, offsets))
-    y, last = parallel_cuda.OPERATORS.forward(*rows, True, offsets)
-    torch.library.opcheck(parallel_cuda.OPERATORS.backward, (*rows, True, offsets, y, last))
+    scan = (*OP.inputs(**inputs, cu_seqlens=offsets).values(), True)
+    rows = (*placed(conv.make(dtype=torch.float32, **packed)).values(), True, offsets)
+    for kernels, plain in ((chunk_cuda.KERNELS, scan), (parallel_cuda.KERNELS, rows)):
+        operator = kernels.operator
+        leaves = [m.clone().requires_grad_() if isinstance(m, Tensor) else m for m in plain]
+        torch.library.opcheck(operator.operator, tuple(leaves))
+        results = list(operator.operator(*plain))
+        kept, needed = results[2:], [isinstance(m, Tensor) for m in plain]
+        torch.library.opcheck(operator.gradient, (*plain, *kept, *results[:2], needed))
 
 
 def test_torch_compile_sees_one_graph():
@@ -263,20 +261,20 @@ def test_mixers_obey_the_laws_on_them(case: tuple[str, str, str], law: Any):
     law(Case(MIXERS[mixer], op, backend))
 
 
-def test_what_the_kernels_refuse():
+def test_what_the_kernels_do_not_support():
     inputs = placed(scans.make(T=2, N=129, D=2, full=False, dtype=torch.float32))
     for _ in range(HERE):
-        refuse = OPS["selective_scan"].backends["chunk_cuda"].refuse
-        assert refuse(*OP.prepare(**inputs)) == "N is 129, expected at most 128 with sums in torch.float32"
+        unsupported = OPS["selective_scan"].backends["chunk_cuda"].unsupported
+        assert unsupported(OP.inputs(**inputs)) == "N is 129, expected at most 128 with sums in torch.float32"
         meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in scans.make().items()}
-        assert refuse(*OP.prepare(**meta)) == f"x is on meta, expected {DEVICE}"
+        assert unsupported(OP.inputs(**meta)) == f"x is on meta, expected {DEVICE}"
 
 
 def test_return_codes_and_failed_launches_become_errors():
     for _ in range(HERE):
         x, state = torch.ones(1, 2, 3, device=DEVICE), torch.ones(1, 8, 3, device=DEVICE)
         with pytest.raises(ValueError, match="causal_conv1d_forward returned 1: an argument"):
-            parallel_cuda.OPERATORS.forward(x, torch.ones(3, 9, device=DEVICE), None, state, False, None)
+            parallel_cuda.run(CausalConv1dInputs(x, torch.ones(3, 9, device=DEVICE), None, state, False, None))
         wide = placed(scans.make(B=1, T=1, D=4 * 65536, N=65, full=False, dtype=torch.float32))
         with pytest.raises(RuntimeError, match=r"selective_scan_forward could not be launched: invalid"):
             scans.scan("chunk_cuda")(wide)
@@ -291,7 +289,7 @@ def test_a_machine_without_library_or_device_says_so(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
         x = torch.empty(1).as_subclass(OnCuda)
-        assert cuda_library.refuse(x=x) == "cuda:0 has compute capability 7.5, expected 8.0 or newer"
+        assert cuda_library.unsupported(x=x) == "cuda:0 has compute capability 7.5, expected 8.0 or newer"
     monkeypatch.setattr(cuda_library, "_reason", cuda_library.MISSING)
     monkeypatch.setattr(cuda_library, "_library", None)
     reasons = ops.explain("selective_scan", **scans.make()).reasons

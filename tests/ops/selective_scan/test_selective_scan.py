@@ -12,7 +12,6 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.ops.native import cpu_library
 from seqarch.ops.selective_scan import OP, chunk_cpp
-from seqarch.ops.selective_scan import operators as scan_operators
 
 ISAS = cpu_library.supported_isas()
 Inputs = dict[str, Any]
@@ -177,19 +176,16 @@ def test_only_gradients_that_are_asked_for():
 
 
 def test_the_operators_keep_torchs_rules():
-    operators = chunk_cpp.OPERATORS
+    operator = chunk_cpp.KERNELS.operator
     packed = {"B": 1, "T": 7, "sequences": 3}
     for sizes, offsets in (({"T": 7}, None), (packed, [0, 3, 3, 7]), ({"T": 7, "full": False}, None)):
-        inputs = make(dtype=torch.float32, **sizes)
-        arguments = OP.prepare(**inputs, cu_seqlens=offsets)
-        *tensors, softplus, scale_input, state, offsets = arguments
-        plain = [*tensors, state]
-        leaves = [None if m is None else m.clone().requires_grad_() for m in plain]
+        plain = (*OP.inputs(**make(dtype=torch.float32, **sizes), cu_seqlens=offsets).values(), True)
+        leaves = [m.clone().requires_grad_() if isinstance(m, Tensor) else m for m in plain]
         for _ in ISAS[:1]:
-            torch.library.opcheck(operators.forward, (*leaves, softplus, scale_input, True, offsets))
-            y, last, starts = operators.forward(*plain, softplus, scale_input, True, offsets)
-            call = (*tensors, starts, softplus, scale_input, True, offsets, y, last)
-            torch.library.opcheck(operators.backward, call)
+            torch.library.opcheck(operator.operator, tuple(leaves))
+            *results, starts = operator.operator(*plain)
+            needed = [isinstance(m, Tensor) for m in plain]
+            torch.library.opcheck(operator.gradient, (*plain, starts, *results, needed))
 
 
 def test_torch_compile_sees_one_graph():
@@ -210,8 +206,8 @@ def test_what_only_torch_serves():
 
 
 def test_return_codes_become_errors(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chunk_cpp.OPERATORS, "chunk", 0)
-    monkeypatch.setattr(scan_operators, "chunks", lambda *_: 1)
+    monkeypatch.setattr(chunk_cpp.KERNELS, "chunk", 0)
+    monkeypatch.setattr(chunk_cpp.KERNELS, "_chunks", lambda *_: 1)
     for isa in ISAS:
         with (
             cpu_library.use_isa(isa),

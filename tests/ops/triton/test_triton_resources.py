@@ -74,6 +74,8 @@ def test_the_record_is_what_the_kernels_need(tmp_path: Path):
 
 GROWING = """
 import torch
+from seqarch.ops.attention.inputs import AttentionInputs
+from seqarch.ops.block_sparse_attention.inputs import ListInputs
 from tests.support import triton_resources
 from tests.support.triton_resources import attention, blocks
 
@@ -85,9 +87,9 @@ def tokens():
         entries, first = torch.zeros(1, 1, 2, 3, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
 
         def softmax(*_):
-            attention.forward(q, k, k, True, 0, 0.5, None, None)
-            attention.forward(q, k, k, True, 1000, 0.5, first[0], None)
-            blocks.forward(q, k, k, entries, first, 64, 0, 0.5)
+            attention.forward(AttentionInputs(q, k, k, True, 0, 0.5, None, None))
+            attention.forward(AttentionInputs(q, k, k, True, 1000, 0.5, None, first[0]))
+            blocks.forward(ListInputs(q, k, k, entries, first, 64, 0, 0.5))
 
         triton_resources.softmax = softmax
         triton_resources.launches.cache_clear()

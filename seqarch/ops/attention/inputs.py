@@ -1,0 +1,34 @@
+"""What every backend of softmax attention takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from seqarch.ops.dispatch.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class AttentionInputs(Inputs):
+    """The checked arguments of one call of :func:`seqarch.ops.attention`.
+
+    Attributes:
+        q: ``[B, Tq, H, K]``.
+        k: ``[B, Tk, G, K]``; query head h uses head ``h // (H / G)``.
+        v: ``[B, Tk, G, V]``.
+        causal: the last query is at the last key, and none sees a later key than its own.
+        window: how many keys a query sees at most, its own included, no more than there are; 0 for no window.
+        scale: of the scores.
+        offsets: the boundaries of packed sequences, from 0 to T; ``None`` where nothing is packed.
+        key_start: ``[B]``, the first key of each row that is not padding, or ``None``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    window: int
+    scale: float
+    offsets: tuple[int, ...] | None
+    key_start: Tensor | None

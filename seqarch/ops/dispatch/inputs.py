@@ -1,0 +1,63 @@
+"""One object per call of an operation: the checked arguments, which every backend takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.dispatch.checks import annotated_kinds
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call once they are checked and their defaults filled in; a subclass per operation.
+
+    The first field is a tensor ``[B, T, ...]``, on whose device the operation runs.
+    """
+
+    def values(self) -> tuple[Any, ...]:
+        """All fields in order, as custom operators take them."""
+        return tuple([getattr(self, name) for name in self.__match_args__])
+
+    def replace(self, **changes: Any) -> Self:
+        """The same inputs but for these fields."""
+        return type(self)(*[changes[name] if name in changes else getattr(self, name) for name in self.__match_args__])
+
+    @property
+    def device(self) -> torch.device:
+        return getattr(self, self.__match_args__[0]).device
+
+    @property
+    def length(self) -> int:
+        """Tokens T of the first field."""
+        return getattr(self, self.__match_args__[0]).shape[1]
+
+    @classmethod
+    @cache
+    def tensor_fields(cls) -> tuple[str, ...]:
+        """The names of the fields that hold tensors, or may."""
+        kinds = annotated_kinds(cls)
+        return tuple(field.name for field in fields(cls) if Tensor in kinds[field.name])
+
+
+class RecurrenceInputs(Protocol):
+    """What the inputs of the matrix-state recurrences, linear attention and the delta rule, have in common."""
+
+    @property
+    def q(self) -> Tensor: ...
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor: ...
+    @property
+    def log_decay(self) -> Tensor | None: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def state(self) -> Tensor: ...
+    @property
+    def offsets(self) -> tuple[int, ...] | None: ...

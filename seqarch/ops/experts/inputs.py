@@ -1,0 +1,40 @@
+"""What every backend of routed experts takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from seqarch.ops.dispatch.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class ExpertsInputs(Inputs):
+    """The checked arguments of one call of :func:`seqarch.ops.experts`, in any floating dtypes.
+
+    Backends check the range of ``expert_index``, for whose numbers they wait anyway.
+
+    Attributes:
+        x: ``[B, T, D]`` or ``[N, D]``.
+        w_in: ``[E, D, F]``.
+        w_out: ``[E, F, D]``.
+        expert_index: ``[B, T, k]`` or ``[N, k]``, int64; -1 for no expert.
+        expert_weight: of the same shape.
+        w_gate: ``[E, D, F]``; ``None`` where experts are plain MLPs.
+        activation: a key of ``ACTIVATIONS``.
+    """
+
+    x: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    expert_index: Tensor
+    expert_weight: Tensor
+    w_gate: Tensor | None
+    activation: str
+
+    def flat(self) -> Self:
+        """The same on tokens one after the other: ``x [N, D]``, ``expert_index`` and ``expert_weight [N, k]``."""
+        x, index, weight = (each.flatten(0, -2) for each in (self.x, self.expert_index, self.expert_weight))
+        return self.replace(x=x, expert_index=index, expert_weight=weight)
