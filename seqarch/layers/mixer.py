@@ -99,17 +99,13 @@ class Layer(nn.Module, ABC):
         """Raise unless x is floating point ``[B, T, D]``."""
         check_features(type(self).__name__, x, self.config.d_model)
 
-    def _call(self, x: Tensor, *arguments: Any) -> Any:
-        """The call itself; where torch fails and x is of another dtype than the parameters, that is said.
+    def check_dtype(self, x: Tensor, error: RuntimeError) -> None:
+        """Raise where x is of another dtype than the parameters, which is why a call has failed with this error.
 
         Afterwards, since which dtypes go together depends on autocast and on what the submodules are.
         """
-        try:
-            return nn.Module.__call__(self, x, *arguments)
-        except RuntimeError as error:
-            own = first_tensor(self).dtype
-            if x.dtype == own:
-                raise
+        own = first_tensor(self).dtype
+        if x.dtype != own:
             raise ValueError(
                 f"{type(self).__name__}: x is {x.dtype}, its parameters are {own}: expected one dtype"
                 " (or torch.autocast around the call)"
@@ -133,7 +129,11 @@ class Mixer(Layer):
         boundaries = sequence_offsets(type(self).__name__, cu_seqlens, x.shape[0], x.shape[1])
         if state is not None and not torch.compiler.is_compiling():
             self.check_state(state, row_count(x, boundaries))
-        return self._call(x, state, boundaries)
+        try:
+            return super().__call__(x, state, boundaries)
+        except RuntimeError as error:
+            self.check_dtype(x, error)
+            raise
 
     def check_state(self, state: State, rows: int) -> None:
         """Raise unless the state is one of this mixer's, with so many rows.
@@ -227,10 +227,15 @@ class ChannelMixer(Layer):
 
     def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         self.check_input(x)
-        if token_mask is None or not self.takes_mask:
-            return self._call(x)
-        check_mask(type(self).__name__, token_mask, x)
-        return self._call(x, token_mask)
+        arguments: tuple[Tensor, ...] = ()
+        if token_mask is not None and self.takes_mask:
+            check_mask(type(self).__name__, token_mask, x)
+            arguments = (token_mask,)
+        try:
+            return super().__call__(x, *arguments)
+        except RuntimeError as error:
+            self.check_dtype(x, error)
+            raise
 
     def router_metrics(self) -> dict[str, Any]:
         """Statistics of the last forward pass's routing; empty where there is no router."""

@@ -1,7 +1,17 @@
 """One decoded token: the layers that can say it in instructions take it in a single compiled call.
 
-In torch a token of a small model takes longer in calls than in reading its weights. Which layers have instructions, and
-why others have none, ``Stack.explain_one_token`` reports.
+In torch a token of a small model takes longer in calls than in reading its weights. A class's instructions are its
+method ``one_token``, beside the ``forward`` whose outputs they compute; ``Program.include`` calls it in place of the
+module:
+
+    Linear              seqarch/layers/modules/linear.py
+    Mamba               seqarch/layers/state_space/mamba.py
+    Mlp, SwiGlu         seqarch/layers/channel/mlp.py
+    RMSNorm             seqarch/layers/modules/norms.py
+    ShortConvolution    seqarch/layers/modules/short_conv.py
+    StackLayer          seqarch/models/stack.py
+
+``Stack.explain_one_token`` reports which layers of a stack are compiled, and why others are not.
 """
 
 from __future__ import annotations
@@ -30,11 +40,10 @@ Part = tuple[Program, list["StackLayer"]]
 
 
 class OneToken:
-    """Runs one token through compiled programs where it can, anything else as ``otherwise`` does.
+    """Runs one token that :meth:`serves` through compiled programs, layers without instructions as ``otherwise`` does.
 
-    It can on a CPU, in float32, without gradients, for up to 4 rows, while no backend is chosen or recorded. Programs
-    are written when first needed, and again when layers have changed. They replace the state in place. Threads may
-    share one: programs are only read.
+    Programs are written when first needed, and again when layers have changed. They replace the state in place. Threads
+    may share one: programs are only read.
     """
 
     def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState]]):
@@ -44,17 +53,14 @@ class OneToken:
     def __reduce__(self) -> tuple[Any, ...]:
         return OneToken, (self.otherwise,)  # without the addresses in programs: copies write their own
 
-    def __call__(
-        self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None, cu_seqlens: Any, token_mask: Any = None
-    ) -> tuple[Tensor, StackState]:
-        if cu_seqlens is not None or token_mask is not None or not _serves(x):
-            return self.otherwise(layers, x, state, cu_seqlens, token_mask)
+    def __call__(self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
+        """The outputs ``[B, 1, D]`` of layers one after another, and the state after them."""
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
         after: list[Any] = []
-        for (program, part), memory in self._parts(layers, len(x)):
+        for (program, part), storages in self._parts(layers, len(x)):
             before = state[len(after) : len(after) + len(part)]
-            y = None if memory is None else program.run(x, _tensors(before))
+            y = None if storages is None else program.run(x, _tensors(before))
             if y is None:
                 x, before = self.otherwise(part, x, before, None)
             else:
@@ -62,31 +68,35 @@ class OneToken:
             after += before
         return x, tuple(after)
 
+    @staticmethod
+    def serves(x: Tensor) -> bool:
+        """Whether a program may run: one token of up to 4 rows, on a CPU, in float32, without gradients, unobserved.
+
+        Whoever chose or records backends, or looks at torch's calls otherwise, sees the layers run in torch.
+        """
+        return (
+            x.shape[1] == 1
+            and 0 < x.shape[0] <= MOST_ROWS
+            and type(x) is Tensor
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and is_eager(x.device)
+            and not has_dispatch_mode()
+            and not global_hooks._has_any_global_hook()
+            and is_unobserved()
+            and token.unavailable() is None
+        )
+
     def _parts(self, layers: Sequence[StackLayer], rows: int) -> list[tuple[Part, list[UntypedStorage] | None]]:
         """The parts with their parameters' memory, ``None`` where another thread has changed layers just now."""
         parts = self.programs.get(rows, [])
-        memory = [program.hold() for program, _ in parts]
+        storages = [program.hold() for program, _ in parts]
         known = chain.from_iterable(part for _, part in parts)
-        if not parts or [*known] != [*layers] or any(each is None for each in memory):
+        if not parts or [*known] != [*layers] or any(each is None for each in storages):
             parts = self.programs[rows] = _write(layers, rows)
-            memory = [program.hold() for program, _ in parts]
-        return list(zip(parts, memory, strict=True))
-
-
-def _serves(x: Tensor) -> bool:
-    return (
-        x.shape[1] == 1
-        and 0 < x.shape[0] <= MOST_ROWS
-        and type(x) is Tensor
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and is_eager(x.device)
-        and not has_dispatch_mode()
-        and not global_hooks._has_any_global_hook()
-        and is_unobserved()
-        and token.unavailable() is None
-    )
+            storages = [program.hold() for program, _ in parts]
+        return list(zip(parts, storages, strict=True))
 
 
 def _tensors(state: StackState) -> list[Tensor]:

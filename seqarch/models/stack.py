@@ -168,7 +168,8 @@ class Stack(nn.Module):
             raise ValueError(f"stack: config is {show(config)}, expected a StackConfig")
         self.config = config
         self.layers = nn.ModuleList(StackLayer(config, layer) for layer in tile_pattern(config.pattern, config.depth))
-        self.schedule: Schedule = OneToken(in_turn)
+        self.schedule: Schedule = in_turn
+        self.token_programs = OneToken(in_turn)
 
     def forward(
         self,
@@ -183,6 +184,10 @@ class Stack(nn.Module):
             _check_state(state, layers)
         if token_mask is not None:
             check_mask("stack", token_mask, x)
+        # a decoded token takes fewer calls in a compiled program; any other schedule sees every call
+        plain = self.schedule is in_turn and cu_seqlens is None and token_mask is None
+        if plain and self.token_programs.serves(x):
+            return self.token_programs(layers, x, state)
         return self.schedule(layers, x, state, cu_seqlens, token_mask)
 
     def _layers(self) -> list[StackLayer]:

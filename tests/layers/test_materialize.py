@@ -23,7 +23,7 @@ def linear_in_values(name: str) -> bool:
 
 
 def materialized(name: str, **options) -> tuple[list[Materialized], list[Call]]:
-    """The matrices, and the calls that they stand for."""
+    """The matrices, and the calls that they represent."""
     torch.manual_seed(0)
     mixer, x = build_mixer(name, d_model=32, **options).double(), inputs(LENGTH)
     with ops.record_calls() as calls, torch.no_grad():

@@ -47,7 +47,7 @@ class Adapter(nn.Module):
 
 
 def linears(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Each place in a module where one of a kind stands."""
+    """Each place in a module that holds one of a kind."""
     for owner in list(module.modules()):
         if not isinstance(owner, Adapter):
             yield from ((owner, name, child) for name, child in list(owner.named_children()) if type(child) is kind)
@@ -159,7 +159,7 @@ def test_adapters_of_a_model_count_in_its_loss_and_its_decoding(pattern: str):
 
 
 def test_weights_that_compute_for_themselves_are_asked():
-    """A quantiser's subclass of tensors stands for numbers that it does not hold."""
+    """A quantiser's subclass of tensors represents numbers that it does not hold."""
 
     class Halved(Tensor):
         @classmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from seqarch.layers.state_space.mamba import Mamba
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig, one_token
 from seqarch.ops.native import cpu_library, token
 from seqarch.testing import assert_close
+from tests.support.paths import ROOT
 
 BOUND = 3e-6
 
@@ -259,3 +262,15 @@ def test_generation_runs_on_it(runs: Runs):
     assert runs.count == 5
     with ops.record_backends():
         assert all(torch.equal(a, b) for a, b in zip(text, model.generate([[1, 2, 3], [4, 5]], 6), strict=True))
+
+
+def test_every_class_with_instructions_is_listed():
+    lines = re.findall(r"^    (\w.*?)  +(seqarch/\S+)$", one_token.__doc__ or "", re.MULTILINE)
+    listed = {(name, path) for names, path in lines for name in names.split(", ")}
+    found = set()
+    for path in (ROOT / "seqarch").glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            methods = [each.name for each in ast.iter_child_nodes(node) if isinstance(each, ast.FunctionDef)]
+            if isinstance(node, ast.ClassDef) and "one_token" in methods:
+                found.add((node.name, path.relative_to(ROOT).as_posix()))
+    assert listed == found

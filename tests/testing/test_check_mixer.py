@@ -85,6 +85,42 @@ def test_a_mixer_from_outside_is_held_to_the_laws_on_every_backend(outsider: Mod
     assert held == mixer_cases(outsider.Fading, d_model=16, options=[{}, {"decay": 0.5}])
 
 
+OWN_TESTS = """
+import pytest
+from fading import Fading
+
+from seqarch.testing import LAWS, check_mixer, mixer_cases
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("case", mixer_cases(Fading, d_model=16), ids=str)
+def test_case(case, law):
+    law(case)
+
+
+def test_all():
+    check_mixer(Fading, d_model=16)
+"""
+
+
+def test_a_pytest_of_ones_own_needs_nothing_else(tmp_path: Path, outsider: ModuleType):
+    (tmp_path / "test_fading.py").write_text(OWN_TESTS)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        "test_fading.py",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(LAWS) * len(mixer_cases(outsider.Fading)) + 1} passed" in done.stdout
+
+
 def test_the_random_numbers_of_the_caller_are_left_alone(outsider: ModuleType):
     before = torch.get_rng_state()
     case = mixer_cases(outsider.Fading)[0]

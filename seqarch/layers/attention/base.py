@@ -186,7 +186,9 @@ class CacheMixer(Mixer):
         selection, entries = self.select(q, k, place, *entries)
         # over the keys held and new; packed sequences from an empty cache are one call
         if cu_seqlens is None:
-            o, cache = self._attend((q, *selection), k, v, cache)
+            start = cache.first_held(self.cache_window)
+            keys, values, cache = kv_cache.extend(cache, k, v, self.cache_window, self.sink_tokens)
+            o = self.attend(q, keys, values, *selection, key_start=start)
         else:
             o, cache = self._attend_packed((q, *selection), k, v, cache, cu_seqlens)
         # heads together, gate, last projection
@@ -194,12 +196,6 @@ class CacheMixer(Mixer):
         if self.gate is not None:
             o = o * self.gate(x).sigmoid()
         return self.out_proj(o), self.State(conv, cache, *entries)
-
-    def _attend(self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        start = cache.first_held(self.cache_window)
-        keys, values, cache = kv_cache.extend(cache, k, v, self.cache_window, self.sink_tokens)
-        q, *selection = queries
-        return self.attend(q, keys, values, *selection, key_start=start), cache
 
     def _attend_packed(
         self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache, cu_seqlens: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Attention as a mixer: its equation, its positions and its cache. The laws of every mixer stand in ``test_laws``."""
+"""Attention as a mixer: its equation, its positions and its cache. The laws of every mixer are in ``test_laws``."""
 
 from __future__ import annotations
 

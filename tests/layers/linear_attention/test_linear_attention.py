@@ -104,7 +104,7 @@ def test_based_is_a_taylor_kernel_over_all_and_softmax_over_a_window():
 
 
 def mlstm_cell(mixer: Any, x: Tensor) -> Tensor:
-    """Equations 19 to 27 as they stand, without a stabiliser."""
+    """Equations 19 to 27 as written, without a stabiliser."""
     q, k, v = parts(mixer, x)
     logits = x @ mixer.gates.weight.T + mixer.gates.bias
     cap = mixer.config.gate_cap

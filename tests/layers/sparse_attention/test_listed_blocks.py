@@ -1,4 +1,4 @@
-"""Sparse attentions as mixers: their patterns against plain loops, their caches. The laws stand in ``test_laws``."""
+"""Sparse attentions as mixers: their patterns against plain loops, their caches. The laws are in ``test_laws``."""
 
 from __future__ import annotations
 
