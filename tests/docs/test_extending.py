@@ -115,6 +115,11 @@ def test_a_mixer_of_ones_own_is_in_a_model(own):
     assert follow(own, "python use.py").startswith("torch.Size([2, 50, 32]) ")
 
 
+def test_a_mixer_of_ones_own_is_held_to_the_laws(own):
+    said = follow(own, "python -m pytest tests/test_my_mixers.py", "-p", "no:cacheprovider")
+    assert f"{1 + len(LAWS) * len(available('linear_attention'))} passed" in said
+
+
 def test_a_mixer_and_a_task_of_ones_own_are_in_the_runner(own):
     command = "python -m experiments.run --config-dir conf --multirun experiment=majority model=learnt_retention,mamba2"
     less = ("train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
