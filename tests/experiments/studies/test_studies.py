@@ -292,6 +292,7 @@ def test_records_that_are_cut_are_one_line(tmp_path):
         (whole[:-50], f"line 30 of {file} is no record of a run"),
         ('{"run": 3}\n', f"line 1 of {file} is no record of a run"),
         ("[]\n", f"line 1 of {file} is no record of a run"),
+        (whole.replace('"format":2', '"format":1'), f"line 1 of {file} is of format 1, and this version"),
         ("", "the records hold nothing where finished runs of results/length"),
     ):
         file.write_text(text, encoding="utf-8")
