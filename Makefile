@@ -89,7 +89,7 @@ bench: $(INSTALLED)
 
 # With the Python of the machine, whose torch knows its GPU; the virtual environment here has a build for CPUs.
 bench-gpu:
-	$(PYTHON) -m experiments.bench.gpu
+	$(PYTHON) -m experiments.bench --device cuda
 
 docs: $(INSTALLED)
 	$(BIN)/python -m docs.tables

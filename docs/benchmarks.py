@@ -1,5 +1,5 @@
-"""The tables of docs/bench.md, from what ``python -m experiments.bench --folder docs/results/cpu`` measured, its
-``targets`` too, and what ``python -m experiments.bench.gpu`` left in docs/results/gpu."""
+"""The tables of docs/bench.md, from what ``python -m experiments.bench`` left in docs/results: in cpu, with its
+``targets``, and in gpu."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.gpu.contests import GPU_CONTESTS
+from experiments.bench.benchmarks import BENCHMARKS, names_on
+from experiments.bench.sizes import CUDA
 from experiments.bench.targets import HEADER, Result
 from experiments.util.blocks import table
 
@@ -17,10 +18,21 @@ GPU_RESULTS = Path(__file__).parent / "results" / "gpu"
 
 
 def bench_tables() -> str:
-    """A section a contest: what it measured, on which machine, and a table of times by contestant and length."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    contests = [record for record in records if "contest" in record]
-    return "\n\n".join(part for record in contests for part in _section(record)) or "No measurements are kept yet."
+    """A section per benchmark: what it measured, on which machine, and its times by implementation and length."""
+    sections = [part for record in _records(RESULTS) for part in _section(record, _cpu(record))]
+    return "\n\n".join(sections) or "No measurements are kept yet."
+
+
+def gpu_tables() -> str:
+    """Which benchmarks were measured on a GPU, and a section for each of those."""
+    records = _records(GPU_RESULTS)
+    measured = {record["benchmark"] for record in records}
+    overview = table(
+        ("benchmark", "", ""),
+        ((name, CUDA.describe(BENCHMARKS[name].title), "measured" if name in measured else "not measured")
+         for name in names_on("cuda")),
+    )  # fmt: skip
+    return "\n\n".join([overview, *(part for record in records for part in _section(record, _gpu(record)))])
 
 
 def kept_targets() -> tuple[list[Result], dict[str, Any]]:
@@ -40,70 +52,59 @@ def target_table() -> str:
     )
 
 
-def _section(record: dict[str, Any]) -> Iterator[str]:
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """Those of benchmarks, by the names of their files; other records are not among them."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [record for record in found if "benchmark" in record]
+
+
+def _cpu(record: dict[str, Any]) -> str:
     machine, ceilings = record["hardware"], record["ceilings"]
-    flops = ceilings["flops"][record["dtype"]] / 1e9
-    yield f"### {record['contest']}, {record['dtype']}"
-    yield (
-        f"{record['title']}. {machine['cpu']}, {machine['threads']} threads, load {machine['load']:.1f} at the end,"
-        f" torch {record['software']['packages']['torch']}; ceilings {flops:.0f} GFLOP/s and"
-        f" {ceilings['bandwidth'] / 1e9:.0f} GB/s."
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, load {machine['load']:.1f} at the end,"
+        f" torch {record['software']['packages']['torch']}; ceilings"
+        f" {ceilings['flops'][record['dtype']] / 1e9:.0f} GFLOP/s and {ceilings['bandwidth'] / 1e9:.0f} GB/s."
     )
-    yield _table(record["rows"])
-    if record["absent"]:
-        yield _absent(record)
-    if record["failed"]:
-        failed = "; ".join(f"{each['contestant']}, {each['way']}, T = {each['length']}: {each['reason']}"
-                           for each in record["failed"])  # fmt: skip
-        yield f"Failed: {failed}."
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds and, in brackets, the share of the nearer ceiling; a dash is where there is no time."""
-    lengths = sorted({row["length"] for row in rows})
-    header, lines = ["", "contestant", *(f"T = {length}" for length in lengths)], []
-    for way, name in dict.fromkeys((row["way"], row["contestant"]) for row in rows):
-        cells = {row["length"]: row for row in rows if (row["way"], row["contestant"]) == (way, name)}
-        lines.append([way, name, *(_cell(cells.get(length)) for length in lengths)])
-    return table(header, lines, align="--:", left=2)
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    return "–" if row is None else f"{row['median_ms']:.3g} ({row['share']:.0%})"
-
-
-def gpu_tables() -> str:
-    """Which contests were measured on a GPU, and those that were: what it was, and a table a contest."""
-    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(GPU_RESULTS.glob("*.json"))}
-    measured = {record["contest"] for record in records.values()}
-    overview = table(
-        ("contest", "", ""),
-        ((name, contest.title, "measured" if name in measured else "not measured")
-         for name, contest in GPU_CONTESTS.items()),
-    )  # fmt: skip
-    return "\n\n".join([overview, *(part for record in records.values() for part in _gpu_section(record))])
-
-
-def _gpu_section(record: dict[str, Any]) -> Iterator[str]:
-    device, ceilings, packages = record["device"], record["ceilings"], record["software"]["packages"]
-    yield f"### {record['contest']}, {record['dtype']}, on a GPU"
-    yield (
-        f"{record['title']}. {device['name']}, driver {device['driver']}, torch {packages['torch']},"
+def _gpu(record: dict[str, Any]) -> str:
+    machine, ceilings, packages = record["hardware"], record["ceilings"], record["software"]["packages"]
+    return (
+        f"{machine['name']}, driver {machine['driver']}, torch {packages['torch']},"
         f" Triton {packages.get('triton', 'not installed')}, commit {str(record['code']['commit'])[:10]}; ceilings"
         f" {ceilings['flops'][record['dtype']] / 1e12:.3g} TFLOP/s and {ceilings['bandwidth'] / 1e9:.0f} GB/s;"
         f" {record['checked'].get('passed', 0)} checks passed before."
     )
-    rows = record["rows"]
-    shapes = sorted({(row["length"], row["batch"]) for row in rows})
-    header, lines = ["", "width", "contestant", *(f"{batch} x {length}" for length, batch in shapes)], []
-    for way, width, name in dict.fromkeys((row["way"], row["width"], row["contestant"]) for row in rows):
-        own = [row for row in rows if (row["way"], row["width"], row["contestant"]) == (way, width, name)]
-        cells = {(row["length"], row["batch"]): row for row in own}
-        lines.append([way, str(width), name, *(_cell(cells.get(each)) for each in shapes)])
-    yield table(header, lines, align="--:", left=3)
+
+
+def _section(record: dict[str, Any], machine: str) -> Iterator[str]:
+    on_a_gpu = record["device"] == "cuda"
+    yield f"### {record['benchmark']}, {record['dtype']}{', on a GPU' if on_a_gpu else ''}"
+    yield f"{record['title']}. {machine}"
+    yield _table(record["rows"], widths=on_a_gpu)
     if record["absent"]:
-        yield _absent(record)
+        yield f"Absent: {'; '.join(f'{name}: {reason}' for name, reason in record['absent'].items())}."
+    if record["failed"]:
+        yield f"Failed: {'; '.join(_failure(each, on_a_gpu) for each in record['failed'])}."
 
 
-def _absent(record: dict[str, Any]) -> str:
-    return f"Absent: {'; '.join(f'{name}: {reason}' for name, reason in record['absent'].items())}."
+def _failure(one: dict[str, Any], widths: bool) -> str:
+    where = f"width {one['width']}, {one['batch']} x {one['length']}" if widths else f"T = {one['length']}"
+    return f"{one['implementation']}, {one['mode']}, {where}: {one['reason']}"
+
+
+def _table(rows: list[dict[str, Any]], widths: bool) -> str:
+    """Milliseconds and, in brackets, the share of the nearer ceiling; a dash is where there is no time."""
+    shapes = sorted({(row["length"], row["batch"]) for row in rows})
+    columns = [f"{batch} x {length}" if widths else f"T = {length}" for length, batch in shapes]
+    header, lines = ["", *(["width"] if widths else []), "implementation", *columns], []
+    for mode, width, name in dict.fromkeys((row["mode"], row["width"], row["implementation"]) for row in rows):
+        own = [row for row in rows if (row["mode"], row["width"], row["implementation"]) == (mode, width, name)]
+        cells = {(row["length"], row["batch"]): row for row in own}
+        titles = [mode, *([str(width)] if widths else []), name]
+        lines.append([*titles, *(_cell(cells.get(shape)) for shape in shapes)])
+    return table(header, lines, align="--:", left=len(header) - len(shapes))
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['median_ms']:.3g} ({row['share']:.0%})"

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         print(f"\n$ python {command}", flush=True)
         code = run_to_the_end([sys.executable, *shlex.split(command)])
         if code == 130:
-            print("stopped; the same command goes on with what is missing")
+            print("stopped; the same command resumes with what is missing")
             return code
         worst = max(worst, code)
     print(f"The demo took {time.monotonic() - started:.0f} seconds.")

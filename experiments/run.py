@@ -95,7 +95,7 @@ def _start_sweep(config: DictConfig) -> None:
     if launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
         raise ConfigError("launcher=submitit needs Slurm, and there is no srun here; launcher=joblib runs here")
     if launcher.get("n_jobs") == 0:
-        raise ConfigError("hydra.launcher.n_jobs is 0: expected how many runs at a time, or -1 for one a core")
+        raise ConfigError("hydra.launcher.n_jobs is 0: expected how many runs at a time, or -1 for one per core")
     total = math.prod(_sizes(list(config.hydra.overrides.task)).values())
     _keep_from_writing_over(folder_path("hydra.sweep.dir", config.hydra.sweep.dir) / "multirun.yaml")
     for name in ("submitit_folder", "temp_folder"):
@@ -107,7 +107,7 @@ def _start_sweep(config: DictConfig) -> None:
 
 
 def _sizes(arguments: list[str]) -> dict[str, int]:
-    """By key the number of choices. As in Hydra, the last one of a key counts."""
+    """The number of choices of each key. As in Hydra, the last one of a key counts."""
     sizes: dict[str, int] = {}
     for override in OverridesParser.create().parse_overrides(arguments):
         given = str(override.input_line).lstrip("+")

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--version", choices=VERSIONS, default="recorded", help="which size (default: recorded)")
     command.add_argument("--draw", action="store_true", help="train nothing: draw the records that are there")
     command.add_argument("--runs", default="runs", help="the folder of the runs (default: runs)")
-    command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
+    command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one per core)")
     return command
 
 

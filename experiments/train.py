@@ -46,7 +46,7 @@ def attempt(folder: RunFolder, parent: int | None) -> int:
     folder.check_links()
     if not processes.is_main():
         return follow(lambda: Run(config, folder, INTERRUPTS))
-    folder.claim.take(hurry=lambda: INTERRUPTS.requested)
+    folder.lock.acquire(hurry=lambda: INTERRUPTS.requested)
     with Heartbeat(folder, parent):
         if folder.status() == "finished":  # By another sweep, after this one had looked.
             return EXIT_CODES["finished"]

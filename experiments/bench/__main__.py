@@ -1,8 +1,10 @@
 """Time the backends of this machine against what one would use without them: ``python -m experiments.bench``.
 
-Each contest is run over lengths, its contestants in turn, and written to a folder as ``CONTEST.json``, ``.csv`` and
-``.png``: medians with quartiles, the ratio to the first contestant, the share of the machine's own ceilings and the
-peak of memory. ``targets`` prints the project's table of targets instead, with what this machine reaches.
+Each benchmark is run at several sizes, its implementations in turn, and written to a folder as ``BENCHMARK.json`` and
+``.csv``, on a CPU with its plot too: medians with quartiles, the ratio to the first baseline, the share of the device's
+own ceilings, measured in the same run, and the peak of memory. ``--device cuda`` measures this machine's GPU, and only
+once the kernels have passed every check on it. ``targets`` prints the project's table of targets for a CPU instead,
+with what this machine reaches.
 """
 
 from __future__ import annotations
@@ -12,105 +14,129 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 
-from experiments.bench import plots, targets
-from experiments.bench.contest import LENGTHS
-from experiments.bench.contests import CONTESTS
-from experiments.bench.measure import Ceilings, ceilings, prepare
-from experiments.bench.record import Measurement, Record, table
-from experiments.util.environment import hardware
+from experiments.bench import checks, targets
+from experiments.bench.benchmarks import BENCHMARKS, names_on
+from experiments.bench.devices import DEVICES, Ceilings, Device
+from experiments.bench.measure import Measurement, plan
+from experiments.bench.record import Record, file_name, lines, prepare_folder
+from experiments.bench.sizes import SETUPS, Setup
 from experiments.util.errors import RunnerError, choices_hint
 
 QUICK = (512, 2048, 8192)
-DTYPES = ("float32", "bfloat16")
+QUICK_BUDGET = 0.5
+NO_DEVICE = "this bench times a CUDA device, and torch sees none: run it where there is one, with torch's CUDA build"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.bench", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--ops", nargs="+", metavar="CONTEST", help=f"of {', '.join(CONTESTS)}; default: all")
-    parser.add_argument("--lengths", nargs="+", type=int, help=f"in tokens, multiples of 64; default: {LENGTHS}")
-    parser.add_argument("--quick", action="store_true", help=f"lengths {QUICK}, half a second a contestant")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--budget", type=float, help="seconds a contestant, way and length; default: 3")
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
+    parser.add_argument(
+        "--benchmarks", nargs="+", metavar="BENCHMARK", help=f"of {', '.join(BENCHMARKS)}; default: all"
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, help="in tokens, multiples of 64; default: powers of 2")
+    parser.add_argument("--widths", nargs="+", type=int, help="of heads, on a GPU; default: 64 128")
+    parser.add_argument("--tokens", type=int, help="of all sequences of a call together, on a GPU; default: 131072")
+    parser.add_argument("--quick", action="store_true", help=f"lengths {QUICK}, half a second per implementation")
+    parser.add_argument("--dtype", help="; ".join(f"{kind}: {', '.join(one.dtypes)}" for kind, one in SETUPS.items()))
+    parser.add_argument("--budget", type=float, help="seconds per implementation, mode and sizes; default: 3, GPU 0.2")
     parser.add_argument("--minutes", type=float, help="for everything; long lengths are left out as time runs short")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--folder", type=Path, help=", ".join(f"{k}: {one.folder}" for k, one in SETUPS.items()))
+    parser.add_argument("--only-checks", action="store_true", help="check the kernels on a GPU and time nothing")
     commands = parser.add_subparsers(dest="command", metavar="targets")
     commands.add_parser("targets", help="print the targets beside what is reached").add_argument(
         "--only", default="", help="the rows whose work has this in it, which are shown and not written"
     )
     options = parser.parse_args(arguments)
-    for name in options.ops or ():
-        if name not in CONTESTS:
-            parser.error(f"unknown contest {name!r}: {choices_hint(name, CONTESTS)}")
-    for length in options.lengths or ():
-        if length < 64 or length % 64:
-            parser.error(f"--lengths has {length}, expected multiples of 64")
-    if options.budget is None:
-        options.budget = 0.5 if options.quick else 3.0
-    if not 0 < options.budget < math.inf:
-        parser.error(f"--budget is {options.budget}, expected seconds, more than 0")
-    if options.minutes is not None and not 0 < options.minutes < math.inf:
-        parser.error(f"--minutes is {options.minutes}, expected a time, more than 0")
-    options.lengths = options.lengths or (QUICK if options.quick else LENGTHS)
+    setup = SETUPS[options.device]
+    if problem := _for_the_other_device(options, setup):
+        parser.error(problem)
+    _fill_in(options, setup)
+    if problem := _out_of_range(options, setup):
+        parser.error(problem)
     return options
 
 
-def describe(console: Console, found: Ceilings) -> None:
-    machine = hardware(torch.device("cpu"))
-    flops = ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name}" for name, value in found.flops.items())
-    console.print(
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {torch.__version__}; "
-        f"ceilings: {flops}, {found.bandwidth / 1e9:.1f} GB/s"
-    )
+def _for_the_other_device(options: argparse.Namespace, setup: Setup) -> str | None:
+    if setup.kind == "cuda":
+        return "targets are those of a CPU: leave --device out" if options.command else None
+    given = [name for name in ("widths", "tokens", "only_checks") if getattr(options, name)]
+    return f"--{given[0].replace('_', '-')} is of --device cuda" if given else None
 
 
-def run(options: argparse.Namespace) -> None:
-    console = Console(markup=False)  # An error of a library may have brackets in it.
-    names = options.ops or list(CONTESTS)
-    prepare(options.folder, (Record.name(name, options.dtype) for name in names))
-    found = ceilings()
+def _fill_in(options: argparse.Namespace, setup: Setup) -> None:
+    """Set what was not given to the device's defaults."""
+    quick = {"lengths": QUICK, "budget": min(QUICK_BUDGET, setup.budget)} if options.quick else {}
+    defaults = {name: getattr(setup, name) for name in ("lengths", "widths", "tokens", "budget", "folder")} | quick
+    for name, value in (defaults | {"benchmarks": names_on(setup.kind), "dtype": setup.dtypes[0]}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def _out_of_range(options: argparse.Namespace, setup: Setup) -> str | None:
+    for name in options.benchmarks:
+        if name not in names_on(setup.kind):
+            return f"unknown benchmark {name!r}: {choices_hint(name, names_on(setup.kind))}"
+    if options.dtype not in setup.dtypes:
+        return f"argument --dtype: invalid choice: {options.dtype!r} (choose from {', '.join(setup.dtypes)})"
+    for length in options.lengths:
+        if length < 64 or length % 64:
+            return f"--lengths has {length}, expected multiples of 64"
+    if min(options.widths) < 1:
+        return f"--widths is {options.widths}, expected numbers of at least 1"
+    if options.tokens is not None and options.tokens < max(options.lengths):
+        return f"--tokens is {options.tokens}, expected at least one sequence of {max(options.lengths)}"
+    if not 0 < options.budget < math.inf:
+        return f"--budget is {options.budget}, expected seconds, more than 0"
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        return f"--minutes is {options.minutes}, expected a time, more than 0"
+    return None
+
+
+def describe(device: Device, found: Ceilings) -> str:
+    flops = ", ".join(f"{value / 1e12:.3g} TFLOP/s in {name}" for name, value in found.flops.items())
+    return f"{device.name}, torch {torch.__version__}; ceilings: {flops}, {found.bandwidth / 1e9:.3g} GB/s"
+
+
+def run(options: argparse.Namespace, device: Device, checked: dict[str, Any]) -> None:
+    """Measure the benchmarks on a device, and write each as it ends."""
+    found, names = device.ceilings(), options.benchmarks
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     for i, name in enumerate(names):
-        contest, found = CONTESTS[name], found.best(ceilings())
-        describe(console, found)
-        record = Record(name, contest.title, options.dtype, options.budget, found)
+        benchmark, found = BENCHMARKS[name], found.best(device.ceilings())
+        print(describe(device, found), flush=True)
+        title = device.setup.describe(benchmark.title)
+        record = Record(name, title, device.setup.kind, options.dtype, options.budget, found, checked)
         now = time.monotonic()
-        Measurement(contest, record, deadline=now + (end - now) / (len(names) - i)).run(options.lengths)
-        for way in contest.ways:
-            console.print(table(record, way))
-        report(console, record)
-        record.save(options.folder)
-        plots.draw(record, options.folder)
-        console.print(f"written to {options.folder / record.file}.*")
+        measurement = Measurement(benchmark, record, device, deadline=now + (end - now) / (len(names) - i))
+        measurement.run(plan(benchmark, device, options.dtype, options.lengths, options.widths, options.tokens))
+        print("\n".join(lines(record)))
+        record.save(options.folder, device)
+        if device.setup.kind == "cpu":
+            from experiments.bench import plots  # a machine with a GPU may have no Matplotlib
 
-
-def report(console: Console, record: Record) -> None:
-    for name, reason in record.absent.items():
-        console.print(f"{name} is absent: {reason}")
-    for one in record.left_out:
-        console.print(
-            f"{one['contestant']}, {one['way']}, T = {one['length']} is left out: expected are about"
-            f" {one['expected_s']:g} s" + (f" and {one['expected_peak_mb']:g} MB" if one["expected_peak_mb"] else "")
-        )
-
-    for one in record.failed:
-        console.print(f"{one['contestant']}, {one['way']}, T = {one['length']} failed: {one['reason']}")
-    if record.out_of_time:
-        console.print(f"for T = {', '.join(map(str, record.out_of_time))} there was no time")
+            plots.draw(record, options.folder)
+        print(f"written to {options.folder / record.file}.*", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(NO_DEVICE)
     try:
         if options.command == "targets":
-            targets.run(Console(markup=False), options.only, options.folder, options.budget)
-        else:
-            run(options)
+            targets.run(options.only, options.folder, options.budget)
+            return
+        if not options.only_checks:
+            prepare_folder(options.folder, (file_name(n, options.device, options.dtype) for n in options.benchmarks))
+        checked = checks.check(torch.device("cuda")) if options.device == "cuda" else {}
+        if not options.only_checks:
+            run(options, DEVICES[options.device](), checked)
     except RunnerError as error:
         raise SystemExit(str(error)) from None
 

@@ -1,51 +1,43 @@
-"""Measuring: rounds in which contestants take turns, within a budget of time; peak memory; this machine's ceilings."""
+"""Measuring: rounds in which implementations take turns, within a budget of time, at sizes that are expected to end."""
 
 from __future__ import annotations
 
-import gc
 import math
-import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch._dynamo  # which the first call of a compiled operator would import: seconds that are not the call's
 
-from experiments.bench.contest import Cost, Runner
-from experiments.util.errors import RunnerError, writing
-from experiments.util.files import read_json
-from seqarch.ops.native import onednn
+from experiments.bench.benchmark import TOKEN, Absent, Benchmark, Cost, Inputs, Work
+from experiments.bench.benchmarks import Point
+from experiments.bench.devices import Device
+from experiments.bench.record import Record, Row
+from experiments.bench.sizes import Sizes
 
 ROUNDS = 20
-WARM_UP = 64
-"""Tokens of the call that comes before a measurement of memory."""
+CONTEXT = 8192
+"""Tokens before the one that is decoded, at most."""
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-RESET = "/proc/self/clear_refs"
-"""Where Linux sets the high-water mark of resident memory back."""
-
-Point = tuple[str, str, str, int, str]
-"""Contest, contestant, way, length and the name of the dtype."""
-
-
-PATIENCE = 180.0
-"""Seconds after which a process that measures memory is given up."""
+Runner = Callable[[], float]
+"""Does the work once and returns the seconds that it took."""
 
 
 class Failure(Exception):
-    """A contestant whose call raised an error, which is the cause."""
+    """An implementation whose call raised an error."""
 
     def __init__(self, name: str, error: Exception):
         super().__init__(name)
-        self.name = name
-        self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        self.name, self.error = name, error
+
+    @property
+    def reason(self) -> str:
+        if isinstance(self.error, torch.OutOfMemoryError):
+            return "out of memory"
+        return f"{type(self.error).__name__}: {' '.join(str(self.error).split())[:300]}"
 
 
 def _tried(name: str, run: Runner) -> float:
@@ -108,120 +100,134 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine reaches at best, as measured with its own libraries.
-
-    Attributes:
-        flops: a second, by the dtype's name: a product of square matrices of 2048 by the faster of torch's libraries.
-        bandwidth: bytes a second, read and written, in a copy of 256 MiB.
-    """
-
-    flops: dict[str, float]
-    bandwidth: float
-
-    def best(self, other: Ceilings) -> Ceilings:
-        """The higher of each: on a shared machine a single measurement may be far too low."""
-        flops = {name: max(value, other.flops[name]) for name, value in self.flops.items()}
-        return Ceilings(flops, max(self.bandwidth, other.bandwidth))
-
-    def seconds(self, cost: Cost, dtype: str) -> tuple[float, str]:
-        """The least time for so much work, and the name of the ceiling that sets it."""
-        arithmetic, memory = cost.flops / self.flops[dtype], cost.bytes / self.bandwidth
-        return max((arithmetic, "arithmetic"), (memory, "bandwidth"))
+Plan = Iterable[tuple[Sizes, tuple[str, ...]]]
+"""Sizes, and the modes that are timed at them."""
 
 
-COPIED = 2**28
-"""Bytes of a copy: far more than a cache holds."""
+def plan(
+    benchmark: Benchmark, device: Device, dtype: str, lengths: Sequence[int], widths: Sequence[int], tokens: int | None
+) -> Plan:
+    """For each width all lengths, of ``tokens`` together, the shortest first; and one token after many."""
+    for width in widths:
+        sizes = partial(Sizes, device.setup, width=width, dtype=getattr(torch, dtype), device=device.device)
+        for length in sorted(length for length in lengths if length <= benchmark.longest):
+            yield sizes(length, batch=1 if tokens is None else max(1, tokens // length)), benchmark.modes
+        for batch in device.setup.token_batches if benchmark.token else ():
+            yield sizes(min(CONTEXT, max(lengths)), batch=batch), (TOKEN,)
 
 
-def ceilings(size: int = 2048, copied: int = COPIED, tries: int = 5) -> Ceilings:
-    square = torch.randn(size, size)
-    products = {str(dtype)[6:]: square.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    best = {name: _best(lambda m=matrix: m @ m, tries) for name, matrix in products.items()}
-    if onednn.unavailable() is None:
-        best["float32"] = min(best["float32"], _best(lambda: onednn.product(square, square), tries))
-    copy = _best(copying(copied), tries)
-    return Ceilings({name: 2 * size**3 / seconds for name, seconds in best.items()}, 2 * copied / copy)
+class Measurement:
+    """Measures a benchmark: sizes one after the other, implementations in turn; none are begun after ``deadline``."""
+
+    def __init__(self, benchmark: Benchmark, record: Record, device: Device, deadline: float = math.inf):
+        self.benchmark, self.record, self.device, self.deadline = benchmark, record, device, deadline
+        self.baselines = benchmark.baselines[device.setup.kind]
+        self.longest_call = device.longest_call(record.budget_s)
+        self.times: dict[tuple[str, str, int], dict[int, float]] = {}
+        self.peaks: dict[tuple[str, str, int], dict[int, float]] = {}
+
+    def run(self, plan: Plan) -> Record:
+        for sizes, modes in plan:
+            if time.monotonic() > self.deadline:
+                self.record.out_of_time.append(sizes.length)
+                continue
+            for mode in modes:
+                try:
+                    self._measure(mode, sizes)
+                except Exception as error:  # of whatever kind, as for implementations
+                    self._fail(Failure("the benchmark", error), mode, sizes)
+        return self.record
+
+    def _measure(self, mode: str, sizes: Sizes) -> None:
+        times, cost = self._timed(mode, sizes)
+        self.device.free()  # inputs, models and optimizers are gone before memory is measured
+        baseline = next((name for name in self.baselines if name in times or name not in self.record.absent), "")
+        for name, seconds in times.items():
+            self.record.rows.append(self._row(name, mode, sizes, seconds, cost, times.get(baseline)))
+
+    def _timed(self, mode: str, sizes: Sizes) -> tuple[dict[str, list[float]], Cost]:
+        """Seconds of the implementations whose calls raise no error, and what a call costs."""
+        torch.manual_seed(0)
+        inputs = self.benchmark.inputs(mode, sizes)
+        works = dict(self._works(mode, sizes, inputs))
+        runners = {name: partial(self.device.seconds, work) for name, work in works.items()}
+        cost = self.benchmark.cost(mode, sizes, inputs)
+        while True:
+            try:
+                return alternate(runners, self.record.budget_s), cost
+            except Failure as failure:
+                del runners[failure.name], works[failure.name]
+                self._fail(failure, mode, sizes)
+
+    def _works(self, mode: str, sizes: Sizes, inputs: Inputs) -> Iterator[tuple[str, Work]]:
+        """The implementations that can run, and are expected to end in time and to find memory."""
+        for name in self.benchmark.shown(sizes.setup, mode):
+            key = name, mode, sizes.width
+            seconds = expected(self.times.get(key, {}), sizes.length)
+            peak = expected(self.peaks.get(key, {}), sizes.length)
+            if seconds > self.longest_call or peak > self.device.memory_limit or self._gave_up(name, mode, sizes):
+                self._leave_out(name, mode, sizes, seconds, peak)
+                continue
+            try:
+                work = self.benchmark.work(name, mode, sizes.setup, inputs)
+                first = self.device.first_call(work)
+            except Absent as reason:
+                self.record.absent.setdefault(name, str(reason))
+            except Exception as error:
+                self._fail(Failure(name, error), mode, sizes)
+            else:
+                if first > self.longest_call:
+                    self._leave_out(name, mode, sizes, first, peak)
+                else:
+                    yield name, work
+
+    def _leave_out(self, name: str, mode: str, sizes: Sizes, seconds: float, peak: float) -> None:
+        why = {"expected_s": rounded(seconds), "expected_peak_mb": rounded(peak / 1e6)}
+        self.record.left_out.append(_place(name, mode, sizes) | why)
+
+    def _fail(self, failure: Failure, mode: str, sizes: Sizes) -> None:
+        """Record an error.
+
+        Raises:
+            Exception: this one, where the device cannot be measured any more, or should not.
+        """
+        if not self.device.survives(failure.error, ours=failure.name not in self.baselines):
+            raise failure.error
+        self.device.free()
+        self.record.failed.append(_place(failure.name, mode, sizes) | {"reason": failure.reason})
+
+    def _gave_up(self, name: str, mode: str, sizes: Sizes) -> bool:
+        """Whether shorter ones of as many sequences were left out already, or failed."""
+        same = _place(name, mode, sizes).items() - {("length", sizes.length)}
+        gone = (*self.record.left_out, *self.record.failed)
+        return any(same <= one.items() and one["length"] < sizes.length for one in gone)
+
+    def _row(
+        self, name: str, mode: str, sizes: Sizes, seconds: list[float], cost: Cost, baseline: list[float] | None
+    ) -> Row:
+        low, median, high = quartiles(seconds)
+        least, ceiling = self.record.ceilings.seconds(cost, self.record.dtype)
+        point = Point(self.record.benchmark, name, mode, sizes)
+        peak = self.device.peak(point) if median <= self.longest_call else None
+        key = name, mode, sizes.width
+        self.times.setdefault(key, {})[sizes.length] = min(seconds)
+        if peak is not None:
+            self.peaks.setdefault(key, {})[sizes.length] = max(peak, 1)
+        return Row(
+            **_place(name, mode, sizes),
+            rounds=len(seconds),
+            median_ms=rounded(1e3 * median),
+            quartile1_ms=rounded(1e3 * low),
+            quartile3_ms=rounded(1e3 * high),
+            tflops=rounded(cost.flops / median / 1e12),
+            times_faster=None if baseline is None else rounded(ratio(baseline, seconds)),
+            share=rounded(least / median),
+            ceiling=ceiling,
+            moved_mb=rounded(cost.bytes / 1e6),
+            peak_mb=None if peak is None else rounded(peak / 1e6),
+        )
 
 
-def copying(copied: int = COPIED) -> Callable[[], object]:
-    """A call that reads so many bytes and writes as many."""
-    source = torch.ones(copied // 4)
-    return partial(torch.empty_like(source).copy_, source)
-
-
-def _best(work: Callable[[], object], tries: int) -> float:
-    times = []
-    for _ in range(tries + 1):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def peak_memory(point: Point) -> int | None:
-    """Bytes at the peak of a call, its inputs and weights included; ``None`` where they cannot be measured.
-
-    It is the system's high-water mark of resident memory, so kernels' own memory counts as torch's does, in a process
-    that does nothing else and whose allocator hands back what is freed.
-    """
-    if not os.access(RESET, os.W_OK):
-        return None
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.bench.contests", "torch._dynamo"])
-    before = {name: os.environ.get(name) for name in ALLOCATOR}
-    os.environ.update(ALLOCATOR)  # read once, by the server that starts with the first call
-    receiver, sender = context.Pipe(duplex=False)
-    try:
-        process = context.Process(target=_send_peak, args=(sender, point, torch.get_num_threads()), daemon=True)
-        process.start()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(PATIENCE) else None
-    except EOFError:  # it was killed, as happens where memory runs out, or the call raised an error
-        return None
-    finally:
-        process.kill()
-        process.join()
-
-
-def _send_peak(sender: Connection, point: Point, threads: int) -> None:
-    sender.send(_peak_here(point, threads))
-
-
-def _peak_here(point: Point, threads: int) -> int:
-    from experiments.bench.contests import CONTESTS
-
-    name, contestant, way, length, dtype = point
-    contest, kind = CONTESTS[name], getattr(torch, dtype)
-    torch.set_num_threads(threads)
-    contest.runner(contestant, way, contest.inputs(WARM_UP, kind))()  # loads code, starts threads
-    gc.collect()
-    before = _resident("VmRSS")
-    run = contest.runner(contestant, way, contest.inputs(length, kind))
-    Path(RESET).write_text("5")
-    run()
-    return _resident("VmHWM") - before
-
-
-def _resident(kind: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
-    return 1024 * int(line.split()[1])
-
-
-def prepare(folder: Path, names: Iterable[str]) -> None:
-    """Make the folder of records, before the work; those of these names are to be replaced.
-
-    Raises:
-        RunnerError: the folder cannot be made, or a file of such a name is none that a bench wrote.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        there = [path for ending in ("json", "csv", "png") if (path := folder / f"{name}.{ending}").exists()]
-        if there and not {"software", "code"} <= (read_json(folder / f"{name}.json") or {}).keys():
-            raise RunnerError(f"{there[0]} is no record of a bench and would be written over; give another --folder")
+def _place(name: str, mode: str, sizes: Sizes) -> dict[str, Any]:
+    """The fields that say what a row, or what is missing, is of."""
+    return {"implementation": name, "mode": mode, "width": sizes.width, "length": sizes.length, "batch": sizes.batch}

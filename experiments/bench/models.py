@@ -1,4 +1,4 @@
-"""Contests of whole models: a training step of two layers, and one decoded token; against ``transformers``."""
+"""Benchmarks of whole models: a training step of two layers, and one decoded token; against ``transformers``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.bench.contest import Absent, Call, Contest, Contestant, Cost, Inputs
-from experiments.bench.peers import without_gpu_kernels
+from experiments.bench.baselines import without_gpu_kernels
+from experiments.bench.benchmark import TOKEN, Absent, Benchmark, Call, Cost, Implementation, Inputs, Workload
+from experiments.bench.sizes import Sizes
 from seqarch.interop import lm_config
 from seqarch.models import LanguageModel, LMConfig
 
@@ -26,7 +27,7 @@ class Model:
     Attributes:
         theirs: their configuration; ``model_type`` names the family.
         ours: ours, where :mod:`seqarch.interop` does not read theirs.
-        variants: settings of theirs that choose how it is computed, by the contestant's name.
+        variants: settings of theirs that choose how it is computed, by the implementation's name.
     """
 
     theirs: dict[str, Any]
@@ -62,20 +63,20 @@ def _training(model: nn.Module, loss: Call) -> Call:
     return step
 
 
-def _training_ours(config: LMConfig) -> Contestant:
-    def enter(inputs: Inputs) -> tuple[Call, Inputs]:
+def _training_ours(config: LMConfig) -> Implementation:
+    def bind(inputs: Inputs) -> tuple[Call, Inputs]:
         model = LanguageModel(config)
         return _training(model, lambda tokens: model.loss(tokens, F.pad(tokens[:, 1:], (0, 1), value=-100))), inputs
 
-    return Contestant(enter)
+    return Implementation(bind)
 
 
-def _training_theirs(settings: dict[str, Any]) -> Contestant:
-    def enter(inputs: Inputs) -> tuple[Call, Inputs]:
+def _training_theirs(settings: dict[str, Any]) -> Implementation:
+    def bind(inputs: Inputs) -> tuple[Call, Inputs]:
         model = _load(settings).train()
         return _training(model, lambda tokens: model(tokens, labels=tokens, use_cache=False).loss), inputs
 
-    return Contestant(without_gpu_kernels(enter))
+    return Implementation(without_gpu_kernels(bind))
 
 
 @torch.no_grad()
@@ -102,43 +103,49 @@ def _decoding_theirs(settings: dict[str, Any], inputs: Inputs) -> tuple[Call, In
     return lambda token: model(token, use_cache=True, **cache).logits, {"token": prompt[:, :1]}
 
 
-def _tokens(vocabulary: int) -> Any:
-    return lambda length, dtype: {"tokens": torch.randint(vocabulary, (1, length))}
+def _workload(config: LMConfig, one_token: bool) -> Workload:
+    """Each weight is read once; of one token, two operations per weight."""
 
+    def inputs(sizes: Sizes) -> Inputs:
+        return {"tokens": torch.randint(config.vocab_size, (1, sizes.length))}
 
-def _cost(config: LMConfig, one_token: bool) -> Any:
-    """Each weight is read once; of one token, two operations a weight."""
-
-    def cost(inputs: Inputs) -> Cost:
+    def cost(sizes: Sizes, inputs: Inputs) -> Cost:
         with torch.device("meta"):
             model = LanguageModel(config)
         weights = model.num_parameters()
-        return Cost(2 * weights if one_token else model.flops(inputs["tokens"].shape[1]), 4 * weights)
+        return Cost(2 * weights if one_token else model.flops(sizes.length), 4 * weights)
 
-    return cost
+    return Workload(inputs, cost)
 
 
 def _describe(config: LMConfig) -> str:
     return f"{config.depth} layers of width {config.d_model}, vocabulary {config.vocab_size}"
 
 
-def training(model: Model) -> Contest:
+def training(model: Model) -> Benchmark:
     config = model.config
     theirs = {name: _training_theirs(model.theirs | variant) for name, variant in model.variants.items()}
-    contestants = {**theirs, "seqarch": _training_ours(config)}
-    title = f"training step with AdamW, B = 1, {_describe(config)}"
-    inputs = _tokens(config.vocab_size)
-    return Contest(title, inputs, contestants, _cost(config, False), ("training step",), longest=4096)
+    return Benchmark(
+        title=f"training step with AdamW, B = 1, {_describe(config)}",
+        workload=_workload(config, one_token=False),
+        ours={"seqarch": _training_ours(config)},
+        baselines={"cpu": theirs},
+        modes=("training step",),
+        longest=4096,
+    )
 
 
-def decoding(model: Model, longest: int) -> Contest:
+def decoding(model: Model, longest: int) -> Benchmark:
     config = model.config
-    contestants = {
-        "transformers": Contestant(without_gpu_kernels(lambda inputs: _decoding_theirs(model.theirs, inputs))),
-        "seqarch": Contestant(lambda inputs: _decoding_ours(config, inputs)),
-    }
-    title = f"one token after a context, B = 1, {_describe(config)}"
-    return Contest(title, _tokens(config.vocab_size), contestants, _cost(config, True), ("one token",), longest)
+    theirs = Implementation(without_gpu_kernels(lambda inputs: _decoding_theirs(model.theirs, inputs)))
+    return Benchmark(
+        title=f"one token after a context, B = 1, {_describe(config)}",
+        workload=_workload(config, one_token=True),
+        ours={"seqarch": Implementation(lambda inputs: _decoding_ours(config, inputs))},
+        baselines={"cpu": {"transformers": theirs}},
+        modes=(TOKEN,),
+        longest=longest,
+    )
 
 
 COMMON = {"vocab_size": 512, "hidden_size": 768, "num_hidden_layers": 2}
@@ -172,7 +179,7 @@ MODELS: dict[str, Model] = {
 }
 MAMBA_130M = MODELS["mamba"].resized(vocab_size=VOCABULARY, num_hidden_layers=24)
 
-CONTESTS: dict[str, Contest] = {
+BENCHMARKS: dict[str, Benchmark] = {
     **{f"training_{name}": training(model) for name, model in MODELS.items()},
     "training_mamba_lm": training(MODELS["mamba"].resized(vocab_size=VOCABULARY)),
     **{f"decoding_{name}": decoding(model, longest=4096) for name, model in MODELS.items()},

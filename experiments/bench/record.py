@@ -1,51 +1,48 @@
-"""One contest measured over lengths: its rows, who was left out and why, and the files that hold them."""
+"""The record of a benchmark: its rows, what is missing and why, the files that hold them, and their text."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
-import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from experiments.bench.contest import WAYS, Absent, Contest, Cost, Inputs, Runner
-from experiments.bench.measure import Ceilings, Failure, alternate, expected, peak_memory, quartiles, ratio, rounded
-from experiments.util.environment import code_version, hardware, software
-from experiments.util.files import write_atomic
-
-MEMORY_SHARE = 0.6
-"""Of the machine's memory, what a call may be expected to need."""
+from experiments.bench.devices import Ceilings, Device
+from experiments.bench.sizes import SETUPS
+from experiments.util.environment import code_version, software
+from experiments.util.errors import RunnerError, writing
+from experiments.util.files import read_json, write_atomic
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant, one way, one length. Times are of one call; what was not measured is ``None``.
+    """One implementation, one mode, some sizes. Times are of one call; what was not measured is ``None``.
 
     Attributes:
+        width: of each head, in the benchmarks of operations; whole models have their own.
+        length: tokens of a sequence; of one token, those before it and itself.
+        batch: sequences.
         rounds: how many calls the median and the quartiles are of; with 1 there is no spread.
-        times_faster: than the contest's first contestant, the median over the rounds.
-        share: of the nearer ceiling, 1 being all that the machine can do.
+        times_faster: than the benchmark's first baseline, the median over the rounds.
+        share: of the nearer ceiling, 1 being all that the device can do.
         ceiling: which one is nearer, ``"arithmetic"`` or ``"bandwidth"``.
         moved_mb: inputs and outputs, with gradients on the way back; of a model, its weights.
-        peak_mb: memory at the call's peak, inputs included; not measured where one call takes longer than the budget.
+        peak_mb: memory at the call's peak, inputs included; not measured where one call takes too long.
     """
 
-    contestant: str
-    way: str
+    implementation: str
+    mode: str
+    width: int
     length: int
+    batch: int
     rounds: int
     median_ms: float
     quartile1_ms: float
     quartile3_ms: float
+    tflops: float
     times_faster: float | None
     share: float
     ceiling: str
@@ -55,20 +52,24 @@ class Row:
 
 @dataclass
 class Record:
-    """The measurements of one contest in one dtype.
+    """The measurements of one benchmark in one dtype on one device.
 
     Attributes:
-        absent: who cannot take part here, and why.
-        left_out: what would take too long or find no room, by the lengths before it.
-        failed: whose call raised an error at some length, and which.
-        out_of_time: the lengths that were not begun, as the contest's time was over.
+        device: its kind, "cpu" or "cuda".
+        checked: what was checked before anything was timed.
+        absent: the implementations that cannot run here, and why.
+        left_out: what would take too long or find no memory, by the sizes before it.
+        failed: the implementations whose call raised an error at some sizes, and which.
+        out_of_time: the lengths that were not begun, as the benchmark's time was over.
     """
 
-    contest: str
+    benchmark: str
     title: str
+    device: str
     dtype: str
     budget_s: float
     ceilings: Ceilings
+    checked: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     left_out: list[dict[str, Any]] = field(default_factory=list)
@@ -77,135 +78,90 @@ class Record:
 
     @property
     def file(self) -> str:
-        return self.name(self.contest, self.dtype)
+        return file_name(self.benchmark, self.device, self.dtype)
 
-    @staticmethod
-    def name(contest: str, dtype: str) -> str:
-        """Of the files of a contest, without ending."""
-        return contest if dtype == "float32" else f"{contest}.{dtype}"
-
-    def save(self, folder: Path) -> None:
-        """Write ``CONTEST.json`` with everything and ``CONTEST.csv`` with the rows alone."""
-        write_atomic(folder / f"{self.file}.json", json.dumps(asdict(self) | machine(), indent=1) + "\n")
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [entry.name for entry in fields(Row)])
+    def save(self, folder: Path, device: Device) -> None:
+        """Write all of it as JSON, and the rows as CSV."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [each.name for each in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in self.rows)
         write_atomic(folder / f"{self.file}.csv", text.getvalue())
+        whole = asdict(self) | provenance(device)
+        write_atomic(folder / f"{self.file}.json", json.dumps(whole, indent=1) + "\n")
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers are of; the load tells whether others worked at the same time."""
-    found = hardware(torch.device("cpu")) | {"load": os.getloadavg()[0]}
-    found.pop("host")
-    return {"hardware": found, "software": software(), "code": code_version()[0]}
+def file_name(benchmark: str, device: str, dtype: str) -> str:
+    """Of a benchmark's files, without ending; the dtype is named where it is not the device's default."""
+    return benchmark if dtype == SETUPS[device].dtypes[0] else f"{benchmark}.{dtype}"
 
 
-class Measurement:
-    """Measures a contest: lengths one after the other, contestants in turn; no length is begun after ``deadline``."""
+def provenance(device: Device) -> dict[str, Any]:
+    """Where a record comes from: hardware, software and code."""
+    return {"hardware": device.describe(), "software": software(), "code": code_version()[0]}
 
-    def __init__(self, contest: Contest, record: Record, deadline: float = math.inf):
-        self.contest, self.record, self.deadline = contest, record, deadline
-        self.times: dict[tuple[str, str], dict[int, float]] = {}
-        self.peaks: dict[tuple[str, str], dict[int, float]] = {}
-        self.memory_limit = MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-    def run(self, lengths: Sequence[int]) -> Record:
-        for length in (length for length in sorted(lengths) if length <= self.contest.longest):
-            if time.monotonic() > self.deadline:
-                self.record.out_of_time.append(length)
-                continue
-            for way in self.contest.ways:
-                try:
-                    self._length(way, length)
-                except Exception as error:
-                    self._fail(Failure("the contest", error), way, length)
-        return self.record
+def prepare_folder(folder: Path, names: Iterable[str]) -> None:
+    """Make the folder of records, before the work; those of these names are to be replaced.
 
-    def _length(self, way: str, length: int) -> None:
-        torch.manual_seed(0)
-        inputs = self.contest.inputs(length, getattr(torch, self.record.dtype))
-        runners = dict(self._runners(way, length, inputs))
-        times = self._times(runners, way, length)
-        runners.clear()  # models and optimizers go before memory is measured
-        cost = WAYS[way].cost(self.contest.cost(inputs))
-        first = times.get(self.contest.shown(way)[0])
-        for name, seconds in times.items():
-            self.record.rows.append(self._row(name, way, length, seconds, cost, first))
+    Raises:
+        RunnerError: the folder cannot be made, or a file of such a name is none that a bench wrote.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        there = [path for ending in ("json", "csv", "png") if (path := folder / f"{name}.{ending}").exists()]
+        if there and not {"software", "code"} <= (read_json(folder / f"{name}.json") or {}).keys():
+            raise RunnerError(f"{there[0]} is no record of a bench and would be written over; give another --folder")
 
-    def _times(self, runners: dict[str, Runner], way: str, length: int) -> dict[str, list[float]]:
-        """Seconds of those whose calls raise no error."""
-        while True:
-            try:
-                return alternate(runners, self.record.budget_s)
-            except Failure as failure:
-                del runners[failure.name]
-                self._fail(failure, way, length)
 
-    def _fail(self, failure: Failure, way: str, length: int) -> None:
-        one = {"contestant": failure.name, "way": way, "length": length, "reason": failure.reason}
-        self.record.failed.append(one)
+HEADER = ("mode", "T", "B", "width", "implementation", "median, ms", "quartiles, ms", "calls", "TFLOP/s", "ratio",
+          "ceiling", "MB")  # fmt: skip
 
-    def _row(
-        self, name: str, way: str, length: int, seconds: list[float], cost: Cost, first: list[float] | None
-    ) -> Row:
-        low, median, high = quartiles(seconds)
-        least, ceiling = self.record.ceilings.seconds(cost, self.record.dtype)
-        point = self.record.contest, name, way, length, self.record.dtype
-        peak = peak_memory(point) if median <= self.record.budget_s else None
-        self.times.setdefault((name, way), {})[length] = min(seconds)
-        if peak is not None:
-            self.peaks.setdefault((name, way), {})[length] = max(peak, 1)
-        return Row(
-            contestant=name,
-            way=way,
-            length=length,
-            rounds=len(seconds),
-            median_ms=rounded(1e3 * median),
-            quartile1_ms=rounded(1e3 * low),
-            quartile3_ms=rounded(1e3 * high),
-            times_faster=None if first is None else rounded(ratio(first, seconds)),
-            share=rounded(least / median),
-            ceiling=ceiling,
-            moved_mb=rounded(cost.bytes / 1e6),
-            peak_mb=None if peak is None else rounded(peak / 1e6),
+
+def lines(record: Record) -> Iterator[str]:
+    """A record as text: the rows, and what is missing."""
+    yield f"{record.benchmark}, {record.dtype}: {record.title}"
+    yield from text_table(HEADER, [_cells(row) for row in record.rows], left=("mode", "implementation"))
+    yield from (f"{name} is absent: {reason}" for name, reason in record.absent.items())
+    several = record.device == "cuda"
+    for one in record.left_out:
+        memory = f" and {one['expected_peak_mb']:g} MB" if one["expected_peak_mb"] else ""
+        yield f"{_where(one, several)} is left out: expected are about {one['expected_s']:g} s{memory}"
+    yield from (f"{_where(one, several)} failed: {one['reason']}" for one in record.failed)
+    if record.out_of_time:
+        yield f"for T = {', '.join(map(str, record.out_of_time))} there was no time"
+
+
+def _where(one: dict[str, Any], several: bool) -> str:
+    """Of what is missing; with the batch and the width where there are several."""
+    shape = f"width {one['width']}, {one['batch']} x {one['length']}" if several else f"T = {one['length']}"
+    return f"{one['implementation']}, {one['mode']}, {shape}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.mode,
+        str(row.length),
+        str(row.batch),
+        str(row.width),
+        row.implementation,
+        f"{row.median_ms:g}",
+        f"{row.quartile1_ms:g} to {row.quartile3_ms:g}" if row.rounds > 1 else "",
+        str(row.rounds),
+        f"{row.tflops:.3g}",
+        "" if row.times_faster is None else f"{row.times_faster:.2f}",
+        f"{row.share:.0%}",
+        "?" if row.peak_mb is None else f"{row.peak_mb:.0f}",
+    )
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str]) -> Iterator[str]:
+    """A table in plain text; the columns named in ``left`` are aligned left. A machine with a GPU may have no Rich."""
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    for line in (header, ["-" * width for width in widths], *rows):
+        cells = (
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for name, cell, width in zip(header, line, widths, strict=True)
         )
-
-    def _runners(self, way: str, length: int, inputs: Inputs) -> Iterator[tuple[str, Runner]]:
-        """Those who can take part, and are expected to end in time and to find room."""
-        for name in self.contest.shown(way):
-            seconds = expected(self.times.get((name, way), {}), length)
-            peak = expected(self.peaks.get((name, way), {}), length)
-            if name in self.record.absent:
-                continue
-            if seconds > self.record.budget_s or peak > self.memory_limit or self._gave_up(name, way):
-                why = {"expected_s": rounded(seconds), "expected_peak_mb": rounded(peak / 1e6)}
-                self.record.left_out.append({"contestant": name, "way": way, "length": length, **why})
-                continue
-            try:
-                yield name, self.contest.runner(name, way, inputs)
-            except Absent as reason:
-                self.record.absent[name] = str(reason)
-            except Exception as error:
-                self._fail(Failure(name, error), way, length)
-
-    def _gave_up(self, name: str, way: str) -> bool:
-        """Whether a shorter length was left out already, or failed."""
-        gone = (*self.record.left_out, *self.record.failed)
-        return any((one["contestant"], one["way"]) == (name, way) for one in gone)
-
-
-def table(record: Record, way: str) -> Table:
-    """What a person sees of one way."""
-    shown = Table(title=f"{record.contest}, {way}, {record.dtype}\n{record.title}", box=SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("T", justify="right")
-    shown.add_column("contestant", no_wrap=True)
-    for column in ("median, ms", "quartiles, ms", "calls", "ratio", "ceiling", "MB"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in (row for row in record.rows if row.way == way):
-        spread = f"{row.quartile1_ms:g} to {row.quartile3_ms:g}" if row.rounds > 1 else ""
-        ratio = "" if row.times_faster is None else f"{row.times_faster:.2f}"
-        peak = "?" if row.peak_mb is None else f"{row.peak_mb:.0f}"
-        numbers = (f"{row.median_ms:g}", spread, str(row.rounds), ratio, f"{row.share:.0%}", peak)
-        shown.add_row(str(row.length), row.contestant, *numbers)
-    return shown
+        yield "  ".join(cells).rstrip()

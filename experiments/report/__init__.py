@@ -1,1 +1,1 @@
-"""What recorded runs show, as a page with tables and plots."""
+"""The report on recorded runs: a page with tables and plots."""

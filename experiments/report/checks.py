@@ -15,7 +15,7 @@ OF_CONFIG = {
     "experiment": str, "seed": int, "model.name": str, "model.pattern": str, "task": dict, "train.lr": NUMBER,
     "train.weight_decay": NUMBER,
 }  # fmt: skip
-"""By path, what the configuration of every run holds."""
+"""The types of what the configuration of every run holds, by path."""
 
 OF_RECORD = {
     "results.test": NUMBER, "results.validation": NUMBER,
@@ -27,7 +27,7 @@ OF_RECORD = {
     "hardware.cpu": str, "hardware.cores": NUMBER, "hardware.threads": NUMBER,
     "environment.python": str, "environment.packages.torch": str, "code.commit": (str, type(None)), "code.dirty": bool,
 }  # fmt: skip
-"""By path, what the record of every finished run holds."""
+"""The types of what the record of every finished run holds, by path."""
 
 PARTS = ("results", "cost", "model", "metric", "data", "code")
 """Mappings of a record that is not finished, where they are there."""

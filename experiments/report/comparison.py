@@ -17,7 +17,7 @@ from experiments.util.errors import ConfigError
 from experiments.util.plot_style import colours, family, pattern_channels, pattern_mixers
 
 TUNED = {"train.lr": "learning rate", "train.weight_decay": "weight decay"}
-"""By path and in words, what a comparison may choose for each model, by the median validation metric over seeds."""
+"""The options that a comparison chooses for each model by its median validation metric, by path and in words."""
 
 MOST_LISTED = 8
 """Values of a grid that are listed one by one."""
@@ -25,11 +25,11 @@ MOST_LISTED = 8
 
 @dataclass
 class Setting:
-    """One model of a comparison: the runs that differ in nothing but the seed.
+    """One setting of a model in a comparison: the runs that differ in nothing but the seed.
 
     Attributes:
         colour: that of the family, or of the mixer's own where it has none; the same throughout a report.
-        grid: what was chosen among, ``{"train.lr": [0.001, 0.003]}``.
+        grid: the values that were tried, ``{"train.lr": [0.001, 0.003]}``.
         passed_over: the same model with the settings that were not chosen.
     """
 
@@ -66,8 +66,8 @@ class Comparison:
     Attributes:
         name: the experiment's, with the task where the experiment has several.
         seeds: those that any of its runs has.
-        remarks: what is missing or failed, a sentence each.
-        told: what tells the task from others of that title, such as ``pairs=8``.
+        remarks: a sentence on each run that is missing or failed.
+        distinction: from other tasks of that title, such as ``pairs=8``.
         stem: what the names of its plots begin with; those of a report are different.
     """
 
@@ -75,7 +75,7 @@ class Comparison:
     settings: list[Setting]
     seeds: list[int]
     remarks: list[str]
-    told: str = ""
+    distinction: str = ""
     stem: str = ""
 
     @property
@@ -89,11 +89,11 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        return self.sample["task"]["title"] + (f" ({self.told})" if self.told else "")
+        return self.sample["task"]["title"] + (f" ({self.distinction})" if self.distinction else "")
 
     @property
     def grids(self) -> dict[str, list[Any]]:
-        """What was chosen among for any of the models, by the paths of :data:`TUNED`."""
+        """The values that were tried for any of the models, by the paths of :data:`TUNED`."""
         tried = {name: sorted({each for setting in self.settings for each in setting.grid[name]}) for name in TUNED}
         return {name: values for name, values in tried.items() if _is_tuned(name, self.settings)}
 
@@ -129,10 +129,10 @@ def _of_experiment(name: str, runs: Sequence[RecordedRun], colour_of: dict[str, 
     for run in runs:
         tasks.setdefault(repr(sorted(_task(run).items())), []).append(run)
     comparisons = []
-    told_apart = _told_apart([_task(members[0]) for members in tasks.values()])
-    for members, (task, told) in zip(tasks.values(), told_apart, strict=True):
-        full = f"{name}, {task}" + (f" ({told})" if told else "") if len(tasks) > 1 else name
-        comparisons.append(_comparison(full, members, colour_of, told))
+    distinguished = _distinguished([_task(members[0]) for members in tasks.values()])
+    for members, (task, distinction) in zip(tasks.values(), distinguished, strict=True):
+        full = f"{name}, {task}" + (f" ({distinction})" if distinction else "") if len(tasks) > 1 else name
+        comparisons.append(_comparison(full, members, colour_of, distinction))
     return comparisons
 
 
@@ -153,28 +153,28 @@ def _task(run: RecordedRun) -> dict[str, Any]:
     return {"name": typed.name, **flat(asdict(typed.options))}
 
 
-def _told_apart(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Of each task its name, and those of its options in which others of the same name differ from it."""
-    told = []
+def _distinguished(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Each task's name, and those of its options in which others of the same name differ from it."""
+    found = []
     for own in tasks:
         rivals = [task for task in tasks if task.get("name") == own.get("name")]
         names = sorted({name for rival in rivals for name in {**rival, **own} if rival.get(name) != own.get(name)})
-        told.append((str(own.get("name")), ", ".join(f"{name}={own.get(name)}" for name in names)))
-    return told
+        found.append((str(own.get("name")), ", ".join(f"{name}={own.get(name)}" for name in names)))
+    return found
 
 
-def _comparison(name: str, runs: list[RecordedRun], colour_of: dict[str, str], told: str) -> Comparison:
+def _comparison(name: str, runs: list[RecordedRun], colour_of: dict[str, str], distinction: str) -> Comparison:
     higher = next((run.record["metric"]["higher_is_better"] for run in runs if run.finished), True)
     settings, doubled = _settings(runs, colour_of)
     settings = _choose(settings, higher)
     settings.sort(key=lambda setting: _goodness(setting, "test", higher), reverse=True)
     seeds = sorted({run.config["seed"] for run in runs})
     remarks = [remark for setting in settings for remark in _remarks(setting, seeds)]
-    return Comparison(name, settings, seeds, remarks + doubled, told)
+    return Comparison(name, settings, seeds, remarks + doubled, distinction)
 
 
 def _remarks(setting: Setting, seeds: Sequence[int]) -> list[str]:
-    """What is missing or failed of a model: of the setting that is shown, and of those that were not chosen."""
+    """The runs of a model that are missing or failed: of the setting that is shown, and of those not chosen."""
     there = {run.config["seed"] for run in setting.runs}
     remarks = [f"{setting.label}, seed {seed}: missing" for seed in seeds if seed not in there]
     for each in (setting, *setting.passed_over):
@@ -210,20 +210,20 @@ def _settings(runs: list[RecordedRun], colour_of: dict[str, str]) -> tuple[list[
 
 
 def _options(run: RecordedRun) -> dict[str, Any]:
-    """What makes a setting, by path: all but the seed and what changes no result, equal options written alike."""
+    """All that makes a setting, by path: not the seed, nor what changes no result; equal options are written alike."""
     config = without(run.config, ("seed", "task", *NOT_IDENTITY))
     whole = flat({**config, "model": options.canonical(config["model"])})
     return {name: value for name, value in whole.items() if value != {}}
 
 
 def _label(own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
-    """The model's name and whatever else tells it apart from others of that name."""
+    """The model's name, and the options in which it differs from others of that name."""
     differing = {name for rival in rivals for name in {**rival, **own} if rival.get(name) != own.get(name)}
     names = sorted(differing - TUNED.keys())
     last = [name.rpartition(".")[2] for name in names]
-    told = [f"{short if last.count(short) < 2 else name}={_value(own, name)}"
+    differences = [f"{short if last.count(short) < 2 else name}={_value(own, name)}"
             for name, short in zip(names, last, strict=True)]  # fmt: skip
-    return own["model.name"] + (f" ({', '.join(told)})" if told else "")
+    return own["model.name"] + (f" ({', '.join(differences)})" if differences else "")
 
 
 def _value(own: Mapping[str, Any], name: str) -> Any:
@@ -234,7 +234,7 @@ def _value(own: Mapping[str, Any], name: str) -> Any:
 
 
 def _choose(settings: list[Setting], higher: bool) -> list[Setting]:
-    """Of the settings that differ in tuned options alone, the best on validation."""
+    """The best on validation of the settings that differ in tuned options alone."""
     chosen = []
     for label in dict.fromkeys(setting.label for setting in settings):
         rivals = [setting for setting in settings if setting.label == label]

@@ -22,7 +22,7 @@ LABEL_WIDTH = 0.22
 
 
 def strokes(comparison: Comparison) -> dict[str, int]:
-    """By label, a number that tells a setting from all others of its colour: its dash and, beyond those, its marker.
+    """A number by label, distinct among the settings of a colour: of its dash and, beyond those, its marker.
 
     The first setting of a mixer has the dash of that mixer, the same in every figure.
     """
@@ -36,7 +36,7 @@ def strokes(comparison: Comparison) -> dict[str, int]:
     return taken
 
 
-def line_look(number: int) -> dict[str, Any]:
+def line_style(number: int) -> dict[str, Any]:
     marker = MARKERS[number // len(DASHES) % len(MARKERS)]
     return {"linestyle": DASHES[number % len(DASHES)], "marker": marker, "markersize": 5, "markevery": 0.1}
 
@@ -55,7 +55,7 @@ def _is_share(comparison: Comparison) -> bool:
 
 
 def draw_ranking(axes: Axes, comparison: Comparison) -> None:
-    """A row a model, best on top: its seeds as points, the median as a stroke, the range as a line."""
+    """One row per model, best on top: its seeds as points, the median as a stroke, the range as a line."""
     shown = comparison.shown
     for row, setting in enumerate(reversed(shown)):
         values = setting.values(test_of)
@@ -100,7 +100,7 @@ def _mark_chance(axes: Axes, comparison: Comparison, vertical: bool, label: bool
 
 
 def draw_training(panels: Sequence[Axes], comparison: Comparison) -> None:
-    """A panel a model: the validation metric of each seed against the step, with the other models in grey behind."""
+    """One panel per model: each seed's validation metric against the step, with the other models in grey behind."""
     key = f"validation_{comparison.sample['metric']['name']}"
     shown = comparison.shown
     for axes, setting in zip(panels, shown, strict=True):
@@ -155,7 +155,7 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
         if len(own) > 1:
             for curve in own:
                 axes.plot(x, curve["y"], color=setting.colour, alpha=0.35, linewidth=0.8)
-        axes.plot(x, middle, color=setting.colour, **line_look(numbers[setting.label]))
+        axes.plot(x, middle, color=setting.colour, **line_style(numbers[setting.label]))
         ends.append((x[-1], float(middle[-1])))
     axes.set_xscale("log", base=2)
     axes.set_xlim(first["x"][0], first["x_end"])
@@ -220,7 +220,7 @@ def draw_cost(axes: Axes, comparison: Comparison) -> None:
 
 
 def least_size(sizes: Sequence[float]) -> float:
-    """Where a logarithmic axis has the models without a state: a power of two below all others'; 0 without such models.
+    """The place of models without a state on a logarithmic axis: a power of two below all others; 0 if there are none.
 
     The axis has no place for 0 bytes.
     """
@@ -230,7 +230,7 @@ def least_size(sizes: Sequence[float]) -> float:
 
 
 def _label_points(axes: Axes, shown: Sequence[Setting], sizes: Sequence[float]) -> None:
-    """Names above their points, or below where another name stands there already."""
+    """Names above their points, or below where another name is there already."""
     line = _line_height(axes)
     taken: list[tuple[float, float]] = []
     for setting, size in zip(shown, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""The report as a page, ``index.md``: what was run, the plots, the tables, and how to read them."""
+"""The report as a page, ``index.md``: its plots, its tables, how to read them, and how the runs were made."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_page(
         parts += ["## Folders that could not be read", "\n".join(f"- {problem}" for problem in problems)]
     parts += _machine(comparisons)
     parts += ["## Drawn again", f"```\npython -m experiments.report {root}\n```"]
-    parts.append("One line a run: [results.csv](results.csv).")
+    parts.append("One line per run: [results.csv](results.csv).")
     write_atomic(path, "\n\n".join(parts) + "\n")
 
 
@@ -106,7 +106,7 @@ def _section(comparison: Comparison, plots: list[tuple[str, str]], titled: bool)
 
 
 def _tested(comparison: Comparison) -> str:
-    """Which checkpoint the numbers of a comparison are of."""
+    """The checkpoint that was tested, in words."""
     chosen = "the checkpoint that validation chose"
     last = [
         v.label for v in comparison.shown if any(r.config["train"].get("eval_checkpoint") == "last" for r in v.finished)
@@ -138,7 +138,7 @@ def _machine(comparisons: list[Comparison]) -> list[str]:
         for run in [run for setting in comparison.shown for run in setting.finished]:
             hardware, software = run.record["hardware"], run.record["environment"]
             device = hardware.get("gpu", hardware["cpu"])
-            line = f"{device}, {hardware['cores']} cores, {hardware['threads']} threads a run"
+            line = f"{device}, {hardware['cores']} cores, {hardware['threads']} threads per run"
             line += f"; Python {software['python']}, torch {software['packages']['torch']}"
             code = run.record["code"]
             commit = (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")

@@ -1,1 +1,1 @@
-"""The folder of a run: what lies in it, who is at work in it, how recorded runs are found."""
+"""The folder of a run, its lock, and how recorded runs are found and compared."""

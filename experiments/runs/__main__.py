@@ -153,7 +153,9 @@ def _text(value: Any) -> str:
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
-        prog="python -m experiments.runs", description="Look at recorded runs.", allow_abbrev=False
+        prog="python -m experiments.runs",
+        description="List, show, compare, clean and export runs.",
+        allow_abbrev=False,
     )
     commands = command.add_subparsers(required=True)
 
@@ -162,11 +164,11 @@ def parser() -> argparse.ArgumentParser:
         for each in names:
             sub.add_argument(each)
         if names:
-            sub.add_argument("--root", type=Path, default=Path("runs"), help="where runs lie (default: runs)")
+            sub.add_argument("--root", type=Path, default=Path("runs"), help="the folder of the runs (default: runs)")
         sub.set_defaults(action=action)
         return sub
 
-    root = {"type": Path, "nargs": "?", "default": Path("runs"), "help": "where runs lie (default: runs)"}
+    root = {"type": Path, "nargs": "?", "default": Path("runs"), "help": "the folder of the runs (default: runs)"}
     listing = add("list", list_runs, "every run with its status and result")
     listing.add_argument("root", **root)
     listing.add_argument("--status", help=f"only those: {', '.join(STATUSES)}")

@@ -19,7 +19,7 @@ SECTIONS = {
     "result": ("status", "reason", "results", "model"),
     "cost": ("cost",),
 }
-"""By section the paths of its values."""
+"""The paths of the values in each section."""
 
 ABSENT = "-"
 TIMES = ("tokens_per_second",)
@@ -27,7 +27,7 @@ TIMES = ("tokens_per_second",)
 
 
 def differences(a: RecordedRun, b: RecordedRun) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """By section and dotted path, both values of what is not the same."""
+    """Both values of everything that is not the same, by section and dotted path."""
     found = {name: _differing(_part(a, paths), _part(b, paths)) for name, paths in SECTIONS.items()}
     found["course"] = _course(a, b)
     return {name: found[name] for name in (*list(SECTIONS)[:-1], "course", "cost") if found[name]}

@@ -1,4 +1,4 @@
-"""The folder of a run and what is in it.
+"""The folder of a run and the files in it.
 
 ``config.json``     the resolved configuration, and the format of the folder
 ``run.json``        the record: status, code, environment, hardware, data, backends, cost, results
@@ -8,7 +8,7 @@
 ``bad/``            the batches of steps whose loss or gradient was no number or a spike
 ``train.log``       what the training process printed
 ``code.diff``       how the code differed from the commit, if it did; of files that git does not track, none
-``claim.json``      who is at work here; gone when nobody is
+``claim.json``      the lock: who is at work here; gone when nobody is
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.schema import FORMAT, RunConfig, check_format, run_config, to_dict
-from experiments.runs.lock import Claim
+from experiments.runs.lock import RunLock
 from experiments.util.errors import ConfigError, RunnerError, writing
 from experiments.util.files import append_line, half_written, make_folder, read_json, write_atomic, write_json
 from experiments.util.owned import remove_half_checkpoints
 
 KINDS: dict[str, type] = {"status": str, "attempt": int, "reason": str}
 KINDS |= dict.fromkeys(("results", "metric", "cost", "metrics_lost"), dict)
-"""Of the entries of ``run.json`` on which the runner relies, where they are there."""
+"""The types of the entries of ``run.json`` on which the runner relies, where they are there."""
 
 ASIDE = re.compile(
     r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
 )
-"""What is written aside there, and in ``bad``, before it is renamed."""
+"""The names of files written aside there, and in ``bad``, before they are renamed."""
 
 
 class RunFolder:
@@ -48,7 +48,7 @@ class RunFolder:
         self.diff_file = self.path / "code.diff"
         self.checkpoints = self.path / "checkpoints"
         self.bad = self.path / "bad"
-        self.claim = Claim(self.path / "claim.json")
+        self.lock = RunLock(self.path / "claim.json")
 
     def config(self) -> RunConfig:
         stored = read_json(self.config_file)
@@ -103,18 +103,18 @@ class RunFolder:
         make_folder(self.checkpoints)
 
     def half_written(self) -> list[Path]:
-        """What killed processes left beside the files of the run, and no process will go on with."""
+        """Files that killed processes left half written beside those of the run."""
         return [path for folder in (self.path, self.bad) for path in half_written(folder, ASIDE)]
 
     def tidy(self) -> None:
-        """Remove it, and checkpoints that are half there. For the process that holds the claim: others write these."""
+        """Remove it, and checkpoints that are half there. For the process that holds the lock: others write these."""
         with writing(self.path):
             for path in self.half_written():
                 path.unlink(missing_ok=True)
             remove_half_checkpoints(self.checkpoints)
 
     def record(self) -> dict[str, Any]:
-        """What ``run.json`` holds.
+        """The content of ``run.json``.
 
         Raises:
             RunnerError: it cannot be read, or is not what a training process leaves.
@@ -124,7 +124,7 @@ class RunFolder:
             check_format(record, self.run_file)
         if damage := _damage(record):
             raise RunnerError(
-                f"cannot read {self.run_file}: {damage}; delete it, and the run's command goes on from the last"
+                f"cannot read {self.run_file}: {damage}; delete it, and the run's command resumes from the last"
                 " checkpoint"
             )
         return record
@@ -166,13 +166,13 @@ class RunFolder:
 
     def leave(self) -> None:
         """The training process ends: nobody is at work here any more, unless another process took over."""
-        if self.claim.is_own():
+        if self.lock.is_own():
             self.progress_file.unlink(missing_ok=True)
-            self.claim.release()
+            self.lock.release()
 
 
 def _damage(record: Mapping[str, Any]) -> str | None:
-    """What is wrong with a record, ``None`` if nothing that the runner relies on is."""
+    """The damage to a record, ``None`` if nothing on which the runner relies is damaged."""
     for key, kind in KINDS.items():
         if key in record and type(record[key]) is not kind:
             return f"its {key} is {record[key]!r}"

@@ -1,9 +1,9 @@
-"""Who is at work in a folder: a file that only one process can create, and that outlives nobody.
+"""The lock of a run: a file that only one process can create, and that outlives nobody.
 
 The file names the process, where its number means something and when it started, and is renewed every few seconds. A
-claim whose process is gone is dead, and the next process takes it over. Of a process on another machine or in another
-container nobody here can tell; its claim is dead when it was not renewed for a minute. No clock of another machine is
-trusted in that: whoever wants to work watches the claim for a minute, or compares two times of the same file system.
+lock whose process is gone is dead, and the next process takes it over. Of a process on another machine or in another
+container nobody here can know; its lock is dead when it was not renewed for a minute. No clock of another machine is
+trusted in that: whoever wants the lock watches it for a minute, or compares two times of the same file system.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ TAKEOVER_ATTEMPTS = 5
 POLL_SECONDS = 0.5
 
 
-class ClaimLost(RunnerError):
-    """Another process took the claim over."""
+class LockLost(RunnerError):
+    """Another process took the lock over."""
 
 
-class Claim:
-    """The claim in a file; nothing is written before :meth:`take`."""
+class RunLock:
+    """The lock in a file; nothing is written before :meth:`acquire`."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def __enter__(self) -> None:
-        self.take()
+        self.acquire()
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def take(self, hurry: Callable[[], bool] = lambda: False) -> None:
+    def acquire(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Become the one process that works here.
 
         Args:
@@ -67,7 +67,7 @@ class Claim:
         raise RunnerError(f"{self.path} belongs to a dead process and others keep taking it over; try again")
 
     def is_held(self) -> bool:
-        """As far as one look can tell, by the clock of this machine for a holder elsewhere."""
+        """Whether it seems to be held just now, by the clock of this machine for a holder elsewhere."""
         holder = _read(self.path)
         if holder is None or not is_alive(holder):
             return False
@@ -78,32 +78,32 @@ class Claim:
         return self._settled(hurry)[1]
 
     def _settled(self, hurry: Callable[[], bool]) -> tuple[dict[str, Any] | None, bool]:
-        """Who holds the claim, and whether that process lives: it renews the claim within seconds, or never more."""
-        seen, began, told = self._renewed(), time.monotonic(), False
+        """The holder of the lock, and whether that process lives: it renews the lock within seconds, or never again."""
+        seen, began, waiting = self._renewed(), time.monotonic(), False
         while (holder := _read(self.path)) is not None:
             if not is_alive(holder) or is_here(holder):
                 return holder, is_alive(holder)
             if self._renewed() != seen or hurry():
                 return holder, True
-            if time.monotonic() - began >= STALE_SECONDS or (not told and self._is_old()):
+            if time.monotonic() - began >= STALE_SECONDS or (not waiting and self._is_old()):
                 return holder, False
-            if not told:
-                told = True
+            if not waiting:
+                waiting = True
                 who = f"process {holder.get('pid')} on {holder.get('host')}"
                 wait = f"waiting up to {STALE_SECONDS:g} s for a sign of life of {who}"
-                print(f"{wait}, which claims {self.path.parent}", file=sys.stderr, flush=True)
+                print(f"{wait}, which holds the lock of {self.path.parent}", file=sys.stderr, flush=True)
             time.sleep(POLL_SECONDS)
         return None, False
 
     def _renewed(self) -> float:
-        """When the claim was last renewed, in seconds since 1970; 0 where there is none."""
+        """The time of the last renewal, in seconds since 1970; 0 where there is none."""
         try:
             return self.path.stat().st_mtime
         except FileNotFoundError:
             return 0.0
 
     def _is_old(self) -> bool:
-        """Whether the claim was not renewed for a minute by the clock of its file system, which stamped both times."""
+        """Whether the lock was not renewed for a minute by the clock of its file system, which stamped both times."""
         with writing(self.path), self._aside("tmp") as aside:
             aside.touch()
             return aside.stat().st_mtime - self._renewed() >= STALE_SECONDS
@@ -112,7 +112,7 @@ class Claim:
         """Show that this process still works here.
 
         Raises:
-            ClaimLost: another process does by now.
+            LockLost: another process does by now.
             StorageError: the file cannot be written.
         """
         self.check()
@@ -120,23 +120,23 @@ class Claim:
             os.utime(self.path)
 
     def check(self) -> None:
-        """Raise ``ClaimLost`` if another process took over."""
+        """Raise ``LockLost`` if another process took over."""
         holder = _read(self.path)
         if holder and not is_same(holder, process_identity(os.getpid())):
-            raise ClaimLost(f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}")
+            raise LockLost(f"{self.path.parent} was taken over by process {holder.get('pid')} on {holder.get('host')}")
 
     def is_own(self) -> bool:
-        """Whether this process holds the claim."""
+        """Whether this process holds the lock."""
         return is_same(_read(self.path) or {}, process_identity(os.getpid()))
 
     def release(self) -> None:
-        """Give the claim up; that of another process stays."""
+        """Release the lock; that of another process stays."""
         if self.is_own():
             self.path.unlink(missing_ok=True)
 
     @contextmanager
     def _aside(self, kind: str) -> Iterator[Path]:
-        """A path beside the claim that no other process and no other thread takes; nothing lies there in the end."""
+        """A path beside the lock that no other process and no other thread takes; nothing is left there in the end."""
         aside = self.path.with_name(f".claim.{uuid.uuid4().hex}.{mark()}.{kind}")
         try:
             yield aside
@@ -144,7 +144,7 @@ class Claim:
             aside.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        # Linking a whole file into place is as exclusive as O_EXCL, and no reader ever meets a claim without content.
+        # Linking a whole file into place is as exclusive as O_EXCL, and no reader ever meets a lock without content.
         with writing(self.path), self._aside("tmp") as aside:
             aside.write_text(json.dumps(process_identity(os.getpid())))
             try:
@@ -154,10 +154,10 @@ class Claim:
             return True
 
     def _remove_dead(self, holder: dict[str, Any] | None) -> None:
-        """Take a dead claim away. One of several takers succeeds; one who got hold of a fresh claim puts it back.
+        """Remove a dead lock. One of several takers succeeds; one who got hold of a fresh lock puts it back.
 
-        Where yet another process has claimed the folder meanwhile, its claim stands, and the holder of the fresh one
-        learns of its loss by :meth:`renew`.
+        Where yet another process has acquired the lock meanwhile, it keeps it, and the holder of the fresh one learns
+        of its loss by :meth:`renew`.
         """
         with writing(self.path), self._aside("dead") as aside:
             try:
@@ -170,7 +170,7 @@ class Claim:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Who holds a claim; ``{}`` where the file says nothing that can be read."""
+    """The holder of a lock; ``{}`` where the file holds nothing that can be read."""
     try:
         return read_json(path)
     except RunnerError:

@@ -57,11 +57,11 @@ class RecordedRun:
 
     @property
     def status(self) -> str:
-        """That of the record; ``killed`` where it says running and nobody is at work."""
+        """The record's; ``killed`` where it says running and no process holds the lock."""
         if self.problem is not None:
             return "damaged"
         return (
-            "killed" if self.recorded_status == "running" and not self.folder.claim.is_held() else self.recorded_status
+            "killed" if self.recorded_status == "running" and not self.folder.lock.is_held() else self.recorded_status
         )
 
     @property
@@ -80,7 +80,7 @@ class RecordedRun:
         return self.recorded_status + (f", {reason}" if reason else "")
 
     def _odd(self) -> dict[str, Any]:
-        """Those of its results that are no finite numbers: nothing follows from them, nor can they be drawn."""
+        """The results that are no finite numbers: nothing follows from them, nor can they be drawn."""
         results = {name: self.record["results"].get(name) for name in ("test", "validation")}
         return {name: value for name, value in results.items() if not is_finite(value)}
 

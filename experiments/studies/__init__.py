@@ -25,4 +25,4 @@ STUDIES: dict[str, Study] = {
         Experts(),
     )
 }
-"""By name; a study stands after those whose records it uses."""
+"""The studies by name; each comes after those whose records it uses."""

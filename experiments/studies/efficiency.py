@@ -111,7 +111,7 @@ def recalled(runs: Runs) -> Comparison:
 
 
 def course(run: RecordedRun, metric: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
-    """What training had cost at each look, and the metric there; each step costs the same."""
+    """The cost of training up to each evaluation, and the metric there; each step costs the same."""
     looks = [look for look in run.metrics if metric in look]
     each = run.record["cost"][cost] / run.record["cost"]["steps"]
     return np.array([look["step"] * each for look in looks]), np.array([look[metric] for look in looks])

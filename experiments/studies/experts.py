@@ -28,7 +28,7 @@ METHODS = {
     "bias": f"{UNBALANCED} {MOE}expert_bias=true {MOE}bias_rate=0.01",
     "capacity": f"{UNBALANCED} {MOE}capacity_factor=1.25",
 }
-"""How the load is balanced, by the name that the model has."""
+"""The ways to balance the load, by the name of the model."""
 
 LOOKS: dict[str, dict[str, Any]] = {
     "dense": {"color": INK, "marker": "X"},
@@ -129,7 +129,7 @@ def per_step(setting: Setting) -> list[float]:
 
 
 def active_parameters(setting: Setting) -> int:
-    """Those that one token passes: all but the experts that it is not sent to."""
+    """The parameters that one token passes: all but the experts that it is not sent to."""
     model = setting.runs[0].config["model"]
     if model.get("channel", "swiglu") != "moe":
         return plots.parameters(setting)

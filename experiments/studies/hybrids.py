@@ -18,7 +18,7 @@ from seqarch.models import parse_pattern
 
 
 def mixed(name: str, pattern: str) -> str:
-    """An row of one hybrid."""
+    """The row of a grid for one hybrid."""
     return f"model=hybrid model.name={name} 'model.pattern=\"{pattern}\"'"
 
 
@@ -128,7 +128,7 @@ class Hybrids(Study):
             Finding(
                 "attention brings recall",
                 "Recall rises with the share of attention, most of it by one layer in four (arXiv 2507.06457)",
-                told(recall, "delta_net", *names, "attention"),
+                format_medians(recall, "delta_net", *names, "attention"),
                 rises(recall, "delta_net", *names, "attention")
                 and recall["1_to_3"] - recall["delta_net"] > 0.5 * (recall["attention"] - recall["delta_net"]),
             ),
@@ -136,7 +136,7 @@ class Hybrids(Study):
                 "text hardly depends on the ratio",
                 "Language modelling hardly depends on the ratio (the same): the hybrids differ by less than 0.05 bits"
                 " per byte, and the best of them is no worse than either pure model",
-                told(text, "delta_net", *names, "attention"),
+                format_medians(text, "delta_net", *names, "attention"),
                 max(mixed_text) - min(mixed_text) < 0.05
                 and min(mixed_text) <= min(text["attention"], text["delta_net"]),
             ),
@@ -147,7 +147,7 @@ class Hybrids(Study):
                     "at equal state",
                     "One layer of attention among eight is worth more than its bytes: a hybrid recalls more than a"
                     " recurrence with as much state (expected before the runs, without a source)",
-                    told(recall, "delta_net", "delta_net_2_heads", "1_to_7"),
+                    format_medians(recall, "delta_net", "delta_net_2_heads", "1_to_7"),
                     recall["1_to_7"] > recall["delta_net_2_heads"],
                 )
             )
@@ -157,7 +157,7 @@ class Hybrids(Study):
                 Finding(
                     "the place hardly matters",
                     "Where the one layer of attention stands matters less than that it is there",
-                    told(recall, *places, "delta_net"),
+                    format_medians(recall, *places, "delta_net"),
                     spread_of(recall, *places) < min(recall[name] for name in places) - recall["delta_net"],
                 )
             )
@@ -166,7 +166,7 @@ class Hybrids(Study):
                 Finding(
                     "the order of pure models is not that of hybrids",
                     "The best pure recurrence does not make the best hybrid (the same)",
-                    told(recall, "delta_net", "gla", "1_to_3", "1_to_3_gla"),
+                    format_medians(recall, "delta_net", "gla", "1_to_3", "1_to_3_gla"),
                     (recall["delta_net"] > recall["gla"]) != (recall["1_to_3"] > recall["1_to_3_gla"]),
                 )
             )
@@ -182,8 +182,8 @@ def medians(comparison: Comparison) -> dict[str, float]:
     return {setting.label: plots.median_of(setting) for setting in comparison.shown}
 
 
-def told(values: Mapping[str, float], *names: str) -> str:
-    return plots.told({name: values[name] for name in names if name in values})
+def format_medians(values: Mapping[str, float], *names: str) -> str:
+    return plots.format_values({name: values[name] for name in names if name in values})
 
 
 def rises(values: Mapping[str, float], *names: str) -> bool:
@@ -196,7 +196,7 @@ def spread_of(values: Mapping[str, float], *names: str) -> float:
 
 
 def share(setting: Setting) -> float:
-    """Of layers that are attention."""
+    """The share of layers that are attention."""
     layers = parse_pattern(setting.pattern)
     return sum("attention" in layer.mixers for layer in layers) / len(layers)
 

@@ -112,7 +112,7 @@ def by_depth(runs: Runs) -> dict[int, dict[str, Course]]:
 
 
 def band(course: Course) -> int:
-    """How many rates come near to the best."""
+    """The number of rates that come near to the best."""
     middles = [statistics.median(values) for values in course.values()]
     return sum(middle >= GOOD * max(middles) for middle in middles)
 

@@ -96,7 +96,7 @@ class Length(Study):
             Finding(
                 "full attention fails beyond its training length",
                 "Attention with rotary positions gets worse beyond the training length (Press et al. 2021, figure 1)",
-                f"last half of the file less the trained part, bits per byte: {plots.told(change, '+')}",
+                f"last half of the file less the trained part, bits per byte: {plots.format_values(change, '+')}",
                 change["attention"] > WORSE,
             ),
             Finding(
@@ -108,7 +108,7 @@ class Length(Study):
             Finding(
                 "far out the cheap models win",
                 "Far beyond the training length a model of constant cost is better than full attention",
-                f"last half of the file: {plots.told(ends)}",
+                f"last half of the file: {plots.format_values(ends)}",
                 min(recurrent.values()) < min(ends["attention"], ends["attention_no_position"]),
             ),
         ]

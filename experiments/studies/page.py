@@ -19,7 +19,7 @@ PAGES = {name: RESULTS / f"{name}.md" for name in STUDIES}
 
 
 def blocks(name: str) -> dict[str, Callable[[], str]]:
-    """What makes each generated block of a study's page."""
+    """The makers of the generated blocks of a study's page."""
     study = STUDIES[name]
     if missing := study.missing(ROOT / RESULTS):
         return {"results": lambda: not_run(missing), "runs": lambda: "\n\n".join(commands(study))}
@@ -57,9 +57,9 @@ def _failures(runs: Runs) -> list[str]:
     failed = [run for run in runs.all if not run.finished]
     if not failed:
         return ["No run failed."]
-    told = [f"- {run.path}, rate {run.config['train']['lr']:g}: {run.record.get('reason', run.ending)}"
+    lines = [f"- {run.path}, rate {run.config['train']['lr']:g}: {run.record.get('reason', run.ending)}"
             for run in failed]  # fmt: skip
-    return [f"**Failed runs: {len(failed)} of {len(runs.all)}**\n\n" + "\n".join(told)]
+    return [f"**Failed runs: {len(failed)} of {len(runs.all)}**\n\n" + "\n".join(lines)]
 
 
 def how_to_run(study: Study, runs: Runs) -> str:
@@ -72,7 +72,7 @@ def how_to_run(study: Study, runs: Runs) -> str:
 
 
 def commands(study: Study) -> list[str]:
-    """What trains, draws and writes the page, in its sizes."""
+    """The commands that train, draw and write the page, in its sizes."""
     own = f"python -m experiments.study {study.name}"
     made_by = "\n".join([*(f"python -m experiments.study {name}" for name in study.uses), own])
     parts = [
@@ -93,9 +93,9 @@ def _small(study: Study) -> str:
 
 
 def _machines(runs: list[RecordedRun]) -> list[str]:
-    """Which machine and code made how many of the runs."""
-    told = Counter(_machine(run) for run in runs if "hardware" in run.record)
-    return [f"- {number} runs: {text}" for text, number in sorted(told.items())]
+    """The machines and versions of the code, with the number of runs that each made."""
+    counts = Counter(_machine(run) for run in runs if "hardware" in run.record)
+    return [f"- {number} runs: {text}" for text, number in sorted(counts.items())]
 
 
 def _machine(run: RecordedRun) -> str:

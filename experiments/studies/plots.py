@@ -1,4 +1,4 @@
-"""What the plots of several studies have in common: a setting's seeds along an axis, and how it is told apart."""
+"""Parts of the plots of several studies: a setting's seeds along an axis, its colour and marker, tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from experiments.util.plot_style import COLOURS, INK, QUIET, family, pattern_mix
 from seqarch.layers import FAMILIES
 
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
-"""Markers that tell the mixers of a family apart: each has the one of its place in ``FAMILIES``."""
+"""The markers of the mixers in a family: each has the one of its place in ``FAMILIES``."""
 
 
 def mixer_look(pattern: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def mixer_look(pattern: str) -> dict[str, Any]:
 
 
 def model_name(setting: Setting) -> str:
-    """The model's name, without what tells its settings apart."""
+    """The model's name, without that in which its settings differ."""
     return setting.label.partition(" (")[0]
 
 
@@ -40,7 +40,7 @@ def by_model(comparison: Comparison) -> dict[str, list[Setting]]:
 
 
 def state_bytes(setting: Setting) -> int:
-    """Of a model of a study. All have a state; 0 bytes have no place on a logarithmic axis, nor a ratio to others.
+    """The state of a model. All have one; 0 bytes have no place on a logarithmic axis, nor a ratio to others.
 
     Raises:
         RunnerError: the records say otherwise.
@@ -111,7 +111,7 @@ def mark_chance(axes: Axes, run: RecordedRun, x: float = 0.99) -> None:
 
 
 def mark_length(axes: Axes, length: float, side: str = "left") -> None:
-    """Where training sequences ended, with a word on the left or on the right of the line."""
+    """A line at the length of training sequences, with a word on its left or right."""
     axes.axvline(length, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
     axes.annotate(f" trained to {length:,} ", (length, 0.015), xycoords=("data", "axes fraction"),
                   ha="right" if side == "left" else "left", va="bottom", fontsize=8, color=QUIET)  # fmt: skip
@@ -170,7 +170,7 @@ def ends(settings: Sequence[Setting]) -> tuple[float, float]:
 
 
 def table(comparison: Comparison) -> list[list[str]]:
-    """A row a setting: result, seeds, sizes, cost and learning rate."""
+    """One row per setting: result, seeds, sizes, cost and learning rate."""
     sample = comparison.sample
     header = ["model", f"{sample['metric']['label'].lower()}, median (range)", "seeds", "parameters", "state",
               "training FLOPs", "processor time", "learning rate"]  # fmt: skip
@@ -181,8 +181,8 @@ def median_and_range(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def told(values: Mapping[str, float], sign: str = "") -> str:
-    """Names with their values, in a finding's words."""
+def format_values(values: Mapping[str, float], sign: str = "") -> str:
+    """Names with their values, for a finding."""
     return ", ".join(f"{name} {value:{sign}.3f}" for name, value in values.items())
 
 

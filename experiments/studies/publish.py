@@ -32,7 +32,7 @@ def train_and_record(study: Study, version: str, root: Path, runs: Path, jobs: i
 
 
 def own_folder(study: Study, root: Path) -> Path:
-    """Where the files of a study are written below ``root``.
+    """The folder of a study's files below ``root``.
 
     Raises:
         StorageError: it cannot be made, or holds what no study wrote.

@@ -92,14 +92,14 @@ class RecallAndState(Study):
     def findings(self, runs: Runs) -> Sequence[Finding]:
         models = plots.by_model(chosen(runs))
         best = {name: max(map(plots.median_of, settings)) for name, settings in models.items()}
-        told = {name: f"{name} {value:.3f}" for name, value in best.items()}
+        texts = {name: f"{name} {value:.3f}" for name, value in best.items()}
         sized = ("delta_net", "gla", "mamba2")
         ends = {name: plots.ends(models[name]) for name in sized}
         return [
             Finding(
                 "attention recalls all",
                 "Attention recalls everything (Arora et al. 2023)",
-                told["attention"],
+                texts["attention"],
                 best["attention"] > 0.99,
             ),
             Finding(

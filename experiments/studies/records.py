@@ -1,7 +1,7 @@
 """Recorded runs as lines of JSON, small enough to be committed: what a page is made from.
 
-A line is a run: its configuration but for what stands at its default or changes no result, and of its record what
-tables and plots need. Runs that failed have a line as well.
+A line is a run: its configuration but for what is at its default or changes no result, and of its record what tables
+and plots need. Runs that failed have a line as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from seqarch.models import LMConfig
 
 FILE = "records.jsonl"
 OVER = ("finished", "failed")
-"""Statuses that have a line; a run that was stopped will go on."""
+"""Statuses that have a line; a run that was stopped will be resumed."""
 
 NOT_KEPT = ("device", "threads", "keep_last", "save_every", "dry_run")
 """Options of training that change no result but for rounding; threads are in the record of the hardware."""
@@ -37,14 +37,14 @@ KEPT = {
     "hardware": ("cpu", "cores", "threads", "gpu"),
     "environment": ("python",),
 }
-"""Of each part of a run's record."""
+"""The entries that a line keeps of each part of a run's record."""
 
 
 def to_line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -> dict[str, Any] | None:
     """A run as a line of records; ``None`` where it is neither finished nor failed.
 
     Args:
-        history: names, or endings of names, of metrics to keep from every look at the validation split.
+        history: names, or endings of names, of metrics to keep from every evaluation on validation.
     """
     record = folder.record()
     if record.get("status") not in OVER:

@@ -58,19 +58,19 @@ class SelectiveCopying(Study):
             Finding(
                 "fixed dynamics fall short",
                 "Dynamics that do not look at the input do not solve it (Gu and Dao 2023, table 1: S4 18 %)",
-                plots.told(fixed),
+                plots.format_values(fixed),
                 max(fixed.values()) < 0.6,
             ),
             Finding(
                 "gates above fixed dynamics",
                 "Decays that look at the input do better (the same: S6 97 %)",
-                plots.told({"gla": best["gla"], **fixed}),
+                plots.format_values({"gla": best["gla"], **fixed}),
                 best["gla"] > max(fixed.values()) + 0.1,
             ),
             Finding(
                 "the delta rule solves it",
                 "The delta rule comes near 1 under the same budget (expected before the runs, without a source)",
-                plots.told({"delta_net": best["delta_net"]}),
+                plots.format_values({"delta_net": best["delta_net"]}),
                 best["delta_net"] > 0.95,
             ),
         ]

@@ -79,13 +79,13 @@ class StateTracking(Study):
                 "without negative eigenvalues parity stays at chance",
                 "Decays in [0, 1] and a delta rule with beta up to 1 do not learn parity: chance beyond the length of"
                 " training (Grazzi et al. 2024)",
-                told(without),
+                format_lengths(without),
                 all(last(values) < 0.55 for values in without.values()),
             ),
             Finding(
                 "with them parity is learnt",
                 "With decays in [-1, 1] or beta up to 2 they learn it (the same)",
-                told(signed),
+                format_lengths(signed),
                 all(first(values) >= SOLVED for values in signed.values()),
             ),
             Finding(
@@ -97,7 +97,7 @@ class StateTracking(Study):
             Finding(
                 "S3 takes two delta steps and negative eigenvalues",
                 "One layer solves S3 with two delta steps a token, and only where beta goes to 2 (Siems et al. 2025)",
-                told(words),
+                format_lengths(words),
                 solved == {"two delta steps, beta to 2"},
             ),
             Finding(
@@ -110,7 +110,7 @@ class StateTracking(Study):
 
 
 Points = list[tuple[int, list[float]]]
-"""By length, the accuracy of each seed."""
+"""The accuracy of each seed, by length."""
 
 
 def mixer_of(setting: Setting) -> tuple[str, Mapping[str, Any]]:
@@ -149,7 +149,7 @@ def last(points: Points) -> float:
     return statistics.median(points[-1][1])
 
 
-def told(models: Mapping[str, Points]) -> str:
+def format_lengths(models: Mapping[str, Points]) -> str:
     """Medians at the shortest and the longest test."""
     return "; ".join(
         f"{name}: {first(points):.3f} at {points[0][0]}, {last(points):.3f} at {points[-1][0]}"

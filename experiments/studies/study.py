@@ -74,7 +74,7 @@ class Runs:
         return [run for runs in self.by_study.values() for run in runs]
 
     def of(self, experiment: str) -> list[RecordedRun]:
-        """Those of one experiment, which several studies may have."""
+        """The runs of one experiment, which several studies may have."""
         found = {run.path: run for run in self.all if run.config["experiment"] == experiment}
         return list(found.values())
 
@@ -123,7 +123,7 @@ class Study:
         return [root / name for name in ([self.name] if self.sweeps else []) + list(self.uses)]
 
     def missing(self, root: Path) -> list[str]:
-        """Those of its studies of which no runs are recorded below ``root``: its page then says so."""
+        """The studies that it needs and of which no runs are recorded below ``root``: its page then says so."""
         return [folder.name for folder in self.folders(root) if not (folder / records.FILE).exists()]
 
     def read(self, root: Path) -> Runs:

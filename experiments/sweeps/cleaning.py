@@ -1,7 +1,7 @@
-"""What can go from a folder of runs: leftovers of processes that were killed and, on request, more.
+"""The removal of leftovers of processes that were killed and, on request, of more.
 
 Only what the runner wrote is ever removed, by the names that it gives (``experiments/util/owned.py``), and only where a
-folder is proven to be a run's or a sweep's; other files in it are left, and told of.
+folder is proven to be a run's or a sweep's; other files in it are left, and named.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from experiments.util.owned import FILE_OF_CHECKPOINT, IN_CHECKPOINT
 from experiments.util.process_identity import is_of_the_dead
 
 IN_CHECKPOINTS = re.compile(rf"\.?step-\d+(\.tmp|\.gone)*/({FILE_OF_CHECKPOINT})?")
-"""What lies in the folder ``checkpoints``."""
+"""The paths in the folder ``checkpoints``."""
 IN_RUN = re.compile(
     r"(config|run|progress|claim)\.json|metrics\.jsonl|train\.log|code\.diff|bad/(step-\d+\.npz)?"
     rf"|(bad/)?{ASIDE.pattern}|checkpoints/({IN_CHECKPOINTS.pattern})?|(wandb|tensorboard)/.*"
 )
-"""What lies in the folder of a run (``experiments/runs/folder.py``), with what trackers keep there."""
+"""The paths in the folder of a run (``experiments/runs/folder.py``), with those of trackers."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that can go.
+    """A file or folder that can go.
 
     Attributes:
         why: in a few words.
         run: the folder of the run that it is part of; ``None`` where it belongs to none.
         ours: of a folder, the paths in it that the runner writes; ``None`` for a file.
-        status: what the run's record has to say still when it goes; ``None`` where that plays no part.
+        status: the run's, which must still be the same when it goes; ``None`` where that plays no part.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Leftover:
 
 
 def leftovers(root: Path, checkpoints: bool = False, failed: bool = False) -> list[Leftover]:
-    """What can go below a folder; nothing of a run that is in training.
+    """Everything below a folder that can go; nothing of a run that is in training.
 
     Args:
         checkpoints: those of finished runs, too.
@@ -71,7 +71,7 @@ def leftovers(root: Path, checkpoints: bool = False, failed: bool = False) -> li
     found = list(_abandoned_sweeps(root))
     runs = [run for run in find_runs(root) if _is_run(run)]
     for run in runs:
-        if not run.folder.claim.is_held():
+        if not run.folder.lock.is_held():
             found += _of_run(run, checkpoints, failed)
     above = {parent for run in runs for parent in run.path.parents if parent.is_relative_to(root)}
     found += _of_reports({root, *above})
@@ -81,11 +81,11 @@ def leftovers(root: Path, checkpoints: bool = False, failed: bool = False) -> li
 def remove(found: Iterable[Leftover]) -> Iterator[tuple[Leftover, str | None]]:
     """Delete them; each with the reason why it stayed, ``None`` where it is gone.
 
-    The claim of a run is held meanwhile, so that nobody begins to train what is being deleted.
+    The lock of a run is held meanwhile, so that nobody begins to train what is being deleted.
     """
     for leftover in found:
         try:
-            with leftover.run.claim if leftover.run else nullcontext():
+            with leftover.run.lock if leftover.run else nullcontext():
                 _remove(leftover)
             yield leftover, None
         except RunnerError as error:
@@ -99,7 +99,7 @@ def _remove(leftover: Leftover) -> None:
         RunnerError: it holds what the runner did not write, or cannot be removed, or is no leftover any more.
     """
     if leftover.run and leftover.status and (status := leftover.run.status()) != leftover.status:
-        raise RunnerError(f"the run is {status} by now")  # The claim is held: it says so for good.
+        raise RunnerError(f"the run is {status} by now")  # The lock is held: that is its last status.
     if leftover.ours is None:
         with writing(leftover.path):
             leftover.path.unlink(missing_ok=True)
@@ -145,14 +145,14 @@ def _of_run(run: RecordedRun, checkpoints: bool, failed: bool) -> Iterator[Lefto
         yield Leftover(path, "half a checkpoint", folder, IN_CHECKPOINT)
     if folder.progress_file.exists():
         yield Leftover(folder.progress_file, "of a process that was killed", folder)
-    if folder.claim.path.exists():
-        yield Leftover(folder.claim.path, "of a process that was killed", folder)
+    if folder.lock.path.exists():
+        yield Leftover(folder.lock.path, "of a process that was killed", folder)
     if checkpoints and run.status == "finished" and folder.checkpoints.is_dir() and not _is_empty(folder.checkpoints):
         yield Leftover(folder.checkpoints, "checkpoints of a finished run", folder, IN_CHECKPOINTS, "finished")
 
 
 def _of_reports(folders: Iterable[Path]) -> Iterator[Leftover]:
-    """What was written aside for a search, a report or a study, by processes here that are surely gone."""
+    """Files written aside for a search, a report or a study, by processes here that are surely gone."""
     for folder in sorted(folders):
         for path in (path for place in ("", "report/", "results/*/*/") for path in folder.glob(f"{place}.*.tmp")):
             if is_of_the_dead(path):

@@ -23,14 +23,14 @@ from experiments.util.secrecy import masked_text
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 15.0
-"""How long an interrupted run may take to write its record before it is killed."""
+"""The time that an interrupted run may take to write its record before it is killed."""
 TAIL_LINES = 12
 
 ShouldPrune = Callable[[RunFolder], str | None]
 """Asked while a run trains: why it should end, ``None`` while it should not."""
 
 DryRun = Callable[[RunConfig], object]
-"""What a run would take, as an object whose text is for people."""
+"""Finds what a run would take, as an object whose text is for people."""
 
 
 def execute(
@@ -77,7 +77,7 @@ def _finish(
         return "repeated", f"as run {first + 1}"
     if folder.status() == "finished":
         return "kept", _summary(folder)
-    if folder.claim.stays_held(sweep.should_stop):
+    if folder.lock.stays_held(sweep.should_stop):
         return _taken(folder, sweep, job, "another sweep is training it")
     if folder.status() == "finished":  # Meanwhile, by whoever held it.
         return "kept", _summary(folder)
@@ -97,7 +97,7 @@ def _finish(
 
 
 def _taken(folder: RunFolder, sweep: SweepStatus, job: int, message: str) -> tuple[str, str]:
-    """Who trains the run: another job of this sweep that is the same, or another sweep."""
+    """The status of a run that is being trained already: by an equal job of this sweep, or by another sweep."""
     for entry in sweep.entries():
         if entry.get("folder") == str(folder.path) and entry["job"] != job:
             return "repeated", f"as run {entry['job'] + 1}"
@@ -213,7 +213,7 @@ def _outcome(
     status = record.get("status")
     if status == "finished":  # Whatever the exit code: by another sweep perhaps, while this process waited for it.
         return "finished", _summary(folder)
-    if folder.claim.is_held():
+    if folder.lock.is_held():
         return "busy", "another sweep took it"
     last = tail[-1] if tail else "it printed nothing"
     if status not in ("failed", "interrupted", "preempted") or record.get("attempt") == earlier:

@@ -247,7 +247,7 @@ def _train(folder: RunFolder, composed: Mapping[str, Any], sweep: SweepStatus, j
 
 
 def _last_of_each(arguments: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    """By key the argument and its value: as in Hydra, the last one of a key counts."""
+    """The argument and its value by key: as in Hydra, the last one of a key counts."""
     given: dict[str, tuple[str, Any]] = {}
     for argument in arguments:
         is_folder = argument.startswith(f"{CONFIG_DIR}=")

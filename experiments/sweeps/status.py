@@ -83,7 +83,7 @@ class SweepStatus:
     def stop(self) -> None:
         """Ask every job to end: running ones are interrupted, others do not start.
 
-        A file is taken away, which is possible on a full disk too.
+        A file is removed, which is possible on a full disk, too.
         """
         with writing(self._going):
             self._going.unlink(missing_ok=True)
@@ -93,7 +93,7 @@ class SweepStatus:
         return not self._going.exists() or self.is_abandoned()
 
     def is_abandoned(self) -> bool:
-        """Whether the process that started the sweep is gone; on another machine nobody can tell."""
+        """Whether the process that started the sweep is gone; on another machine nobody can know."""
         if self._owner is None:
             self._owner = owned.maker(self.path, PURPOSE)
         return self._owner is not None and not is_alive(self._owner)

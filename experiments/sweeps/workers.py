@@ -17,7 +17,7 @@ from experiments.util.process_identity import is_alive, process_identity
 
 WATCH_SECONDS = 0.5
 LEAVE_SECONDS = 3.0
-"""How long a worker whose sweep is gone stays with its run. The run writes its checkpoint and ends without it, too."""
+"""The time that a worker whose sweep is gone stays with its run, which writes its checkpoint without it, too."""
 
 SWEEP = "SEQARCH_SWEEP"
 """The environment variable with the path of a sweep's status, for its workers."""

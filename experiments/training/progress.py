@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from experiments.runs.folder import RunFolder
-from experiments.runs.lock import HEARTBEAT_SECONDS, ClaimLost
+from experiments.runs.lock import HEARTBEAT_SECONDS, LockLost
 from experiments.util.errors import StorageError
 from experiments.util.files import write_atomic
 from experiments.util.process_identity import is_alive, process_identity
@@ -39,7 +39,7 @@ class ProgressFile:
 
 
 class Heartbeat:
-    """Renews a run's claim from a thread, and stops the process when it lost the claim or its parent is gone.
+    """Renews a run's lock from a thread, and stops the process when it lost the lock or its parent is gone.
 
     Args:
         parent: number of the process that started this one, itself or through torchrun; ``None`` to outlive it.
@@ -68,10 +68,10 @@ class Heartbeat:
             if time.monotonic() - renewed >= HEARTBEAT_SECONDS:
                 renewed = time.monotonic()
                 try:
-                    self._folder.claim.renew()
-                except ClaimLost as error:  # Two must not write here; the other one continues.
+                    self._folder.lock.renew()
+                except LockLost as error:  # Two must not write here; the other one continues.
                     print(f"stopped: {error}", flush=True)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 except StorageError as error:  # The next write of the run itself will fail and say so.
-                    print(f"the claim could not be renewed: {error}", flush=True)
+                    print(f"the lock could not be renewed: {error}", flush=True)

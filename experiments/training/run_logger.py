@@ -62,7 +62,7 @@ class RunLogger(NullLogger):
         self._progress = ProgressFile(self._folder, self._steps, step)
 
     def check(self) -> None:
-        self._folder.claim.check()
+        self._folder.lock.check()
 
     def progress(self, step: int, loss: Tensor, tokens_per_second: float) -> None:
         self._progress.update(step, loss, tokens_per_second)

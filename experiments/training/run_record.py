@@ -48,7 +48,7 @@ def record_run(folder: RunFolder, config: RunConfig, make: Callable[[], Run]) ->
         folder.tidy()
         _open(folder, config)
         status, ending = _train(folder, make)
-        folder.claim.check()  # The record is that of whoever took over.
+        folder.lock.check()  # The record is that of whoever took over.
         folder.update(status=status, ended=now(), **masked(ending))
     except RunnerError as error:  # Such as a full disk: what is written stays, and the exit code says so.
         print(f"error: {error}", file=sys.stderr, flush=True)

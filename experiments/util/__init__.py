@@ -1,1 +1,1 @@
-"""What every part of the runner uses: files, errors, output, processes, plots."""
+"""Used by every part of the runner: files, errors, output, processes, plots."""

@@ -1,4 +1,4 @@
-"""Where a run ran: code, software and hardware, for its record."""
+"""The environment of a run: code, software and hardware, for its record."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VARIABLES = (*THREADS, "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "SEQAR
 """Environment variables that change results or speed; no others are recorded, as they may hold secrets."""
 
 HASHED_BYTES = 2**28
-"""Of untracked files together: a folder of data among them would take minutes."""
+"""The most that is hashed of untracked files together: a folder of data among them would take minutes."""
 
 
 def code_version() -> tuple[dict[str, Any], str, int]:
@@ -72,14 +72,14 @@ def least_mode(paths: Iterable[Path]) -> int:
     """The access that all of some files give to their group and to others: a copy of them must not give more."""
     mode = PUBLIC
     for path in paths:
-        if path.exists():  # What was deleted stands in the commit, as open as that is.
+        if path.exists():  # What was deleted is in the commit, as open as that is.
             mode &= path.stat().st_mode | 0o600
     return mode
 
 
 @cache
 def sources_digest() -> str:
-    """Of the Python sources of seqarch, which a compiler's cache outlives."""
+    """A hash of the Python sources of seqarch, which a compiler's cache outlives."""
     digest = hashlib.sha256()
     for path in sorted(Path(seqarch.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -27,7 +27,7 @@ MALFORMED = (
     *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError),
     *(MemoryError, pickle.PickleError, zipfile.BadZipFile, zlib.error),
 )
-"""What torch, NumPy and pickle raise for a file that does not hold what it should."""
+"""The errors that torch, NumPy and pickle raise for a file of the wrong content."""
 
 
 def choices_hint(given: object, choices: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from experiments.util.errors import RunnerError, writing
 from experiments.util.process_identity import is_of_the_dead, mark
 
 OLD_SECONDS = 3600.0
-"""What is written aside is a leftover once it is this old, where nobody can tell whether its process runs."""
+"""The age from which a file written aside is a leftover, where nobody can know whether its process runs."""
 
 
 def write_atomic(path: Path, data: str | bytes, durable: bool = True, mode: int = 0o666) -> None:

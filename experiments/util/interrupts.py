@@ -1,4 +1,4 @@
-"""How a training process learns that it should stop: SIGTERM and SIGINT, noted from its first line to its last.
+"""The signals that stop a training process, SIGTERM and SIGINT, noted from its first line to its last.
 
 Nothing here takes time to import, so that a process can listen before it imports what does.
 """
@@ -20,7 +20,7 @@ class Preempted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """What the two signals do: they set ``requested``, and within :meth:`at_once` they raise.
+    """The effect of the two signals: they set ``requested``, and within :meth:`at_once` they raise.
 
     Elsewhere, as where a lock is acquired or a record written, nothing is torn: a signal noted there raises as soon as
     :meth:`at_once` begins. Within :meth:`delayed`, inside of it, SIGTERM is only noted again, and SIGINT raises.
@@ -39,7 +39,7 @@ class Interrupts:
             signal.signal(number, self._receive)
 
     def ignore(self) -> None:
-        """From here on the process is at its end: a signal must not change the exit code that tells how it ended."""
+        """From here on the process is at its end: a signal must not change its exit code."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -55,7 +55,7 @@ class Interrupts:
 
     @contextmanager
     def delayed(self) -> Iterator[None]:
-        """Note SIGTERM and raise it at the end of the block; whoever works in it looks at ``requested``."""
+        """Note SIGTERM and raise it at the end of the block; the code in it checks ``requested``."""
         self._delayed = True
         try:
             yield
@@ -83,4 +83,4 @@ class Interrupts:
 
 
 INTERRUPTS = Interrupts()
-"""Of this process, as signals are."""
+"""The one of this process, as signals are of a process."""

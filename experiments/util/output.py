@@ -1,6 +1,4 @@
-"""What commands print to and how they end: an exit code, and one line for what a person can mend, even if the output is
-full.
-"""
+"""The output of commands and their ends: an exit code, and one line per error, even where the output is full."""
 
 from __future__ import annotations
 
@@ -16,11 +14,11 @@ from rich.console import Console
 from experiments.util.errors import RunnerError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
-"""What a stream answers that takes no more; errors of files come with their path, as a ``StorageError``."""
+"""The errors of a stream that takes no more; those of files come with their path, as a ``StorageError``."""
 
 
 class Outlet:
-    """A stream that takes text also when it cannot pass it on: a sweep does not end because nobody hears of it.
+    """A stream that takes text also when it cannot pass it on: a sweep does not end because nobody can read of it.
 
     Args:
         stream: ``None`` where a process was started without one.
@@ -54,13 +52,13 @@ class Outlet:
 
 
 def print_error(reason: str) -> None:
-    """Tell of an error, where anybody can hear of it."""
+    """Print an error, where there is anything to print to."""
     with contextlib.suppress(OSError):
         print(f"error: {reason}", file=sys.stderr, flush=True)
 
 
 def drop_output() -> None:
-    """Drop what is still to be printed: Python would try once more as it ends, and tell of that in its own way."""
+    """Drop what is still to be printed: Python would try once more as it ends, and print a traceback."""
     with contextlib.suppress(AttributeError, OSError):  # A stream of Python's own has no number.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -93,7 +91,7 @@ def console(width: int) -> Console:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """What a command returns, once all that it printed is written; 1 where it meets an error that a person can mend.
+    """The exit code of a command, once all that it printed is written; 1 after an error that a person can mend.
 
     A reader who leaves early, as ``| head`` does, is no error.
     """

@@ -20,7 +20,7 @@ from experiments.util.process_identity import process_identity
 MARKER = "owner.json"
 FILE_OF_CHECKPOINT = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|random-\d+\.pt|\.?manifest\.json(\..+\.tmp)?"
 IN_CHECKPOINT = re.compile(FILE_OF_CHECKPOINT)
-"""What lies in a checkpoint."""
+"""The files of a checkpoint."""
 ATTEMPTS = 10
 """Another sweep that ends may take an empty folder away while this one makes a folder in it."""
 
@@ -109,7 +109,7 @@ def contents(folder: Path) -> Iterator[str]:
 
 
 def strangers(folder: Path, ours: re.Pattern[str]) -> list[str]:
-    """What a folder holds that ``ours`` does not match.
+    """The paths in a folder that ``ours`` does not match.
 
     Raises:
         StorageError: it is a link or no folder, or cannot be read.
@@ -118,10 +118,10 @@ def strangers(folder: Path, ours: re.Pattern[str]) -> list[str]:
 
 
 def remove(folder: Path, ours: re.Pattern[str]) -> list[str]:
-    """Take away what ``ours`` matches in a folder, and the folder if nothing else is left; what stayed.
+    """Remove what ``ours`` matches in a folder, and the folder if nothing else is left; returns what stayed.
 
     Raises:
-        StorageError: it is a link or no folder, or something cannot be taken away.
+        StorageError: it is a link or no folder, or something cannot be removed.
     """
     stayed = []
     with writing(folder):
@@ -138,11 +138,11 @@ def remove(folder: Path, ours: re.Pattern[str]) -> list[str]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Take away those of the folders in which nothing is, the last first; others and links stay."""
+    """Remove those of the folders that are empty, the last first; others and links stay."""
     for folder in reversed(folders):
         try:
             folder.rmdir()
-        except OSError:  # Something lies in it, or it is gone already.
+        except OSError:  # It is not empty, or it is gone already.
             continue
 
 
@@ -158,12 +158,12 @@ def remove_half_checkpoints(folder: Path) -> None:
 
 
 def remove_half_checkpoint(path: Path) -> list[str]:
-    """Take away what the runner wrote in a half checkpoint, and that if nothing else is in it; what stayed.
+    """Remove what the runner wrote in a half checkpoint, and that if nothing else is in it; returns what stayed.
 
     A link of its name goes and is not followed; one that is gone is no error.
 
     Raises:
-        StorageError: something cannot be taken away.
+        StorageError: something cannot be removed.
         ValueError: it is not named as a half checkpoint is.
     """
     if not HALF_CHECKPOINT.fullmatch(path.name):
@@ -176,7 +176,7 @@ def remove_half_checkpoint(path: Path) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str, int]]:
-    """Of everything in a folder the path to it, its name, and a descriptor of where it lies; the marker comes last."""
+    """Everything in a folder, as the path to it, its name, and a descriptor of its folder; the marker comes last."""
     if folder.is_symlink() or not folder.is_dir():
         raise StorageError(f"cannot look into {folder}: expected a folder, and it is a link or something else")
 

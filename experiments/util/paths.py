@@ -1,4 +1,4 @@
-"""Where the checkout lies, from which the runner runs."""
+"""The paths of the checkout from which the runner runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How plots look: one palette, one set of sizes, one place. Colours are Okabe and Ito's, safe for the colour-blind."""
+"""The style of plots: one palette and one set of sizes. Colours are Okabe and Ito's, safe for the colour-blind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process this is, told apart from all others: on other machines, in other containers, and later ones here.
+"""The identity of a process among all others: on other machines, in other containers, and later ones here.
 
 A process number means something only to processes that see the same numbers: those of one boot of one machine and of
 one process namespace, as two containers on a machine have one each under perhaps the same host name.
@@ -20,7 +20,7 @@ MARK = re.compile(r"\.(\d+)-(\w+)-([0-9a-f]{8})\.\w+$")
 
 
 def place() -> dict[str, str]:
-    """Where the numbers of processes mean the same as here."""
+    """The place in which the numbers of processes mean the same as here."""
     try:
         return {"boot": BOOT.read_text().strip(), "namespace": os.readlink(NAMESPACE)}
     except OSError:  # No Linux: its name is what is known of the machine.
@@ -28,7 +28,7 @@ def place() -> dict[str, str]:
 
 
 def process_identity(pid: int) -> dict[str, Any]:
-    """A process here, told apart from a later one with the same number and from those of other places."""
+    """A process here, distinct from a later one with the same number and from those of other places."""
     return {"pid": pid, "host": socket.gethostname(), "started": start_of(pid), **place()}
 
 
@@ -39,12 +39,12 @@ def is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def is_here(identity: Mapping[str, Any]) -> bool:
-    """Whether the system can tell if a process of :func:`process_identity` runs."""
+    """Whether this system knows if a process of :func:`process_identity` runs."""
     return all(identity.get(key) == value for key, value in place().items())
 
 
 def is_alive(identity: Mapping[str, Any]) -> bool:
-    """Whether a process of :func:`process_identity` still runs; in another place nobody can tell, so yes.
+    """Whether a process of :func:`process_identity` still runs; in another place nobody can know, so yes.
 
     What is no process at all, such as a damaged file says, does not run.
     """
@@ -69,7 +69,7 @@ def mark() -> str:
 
 
 def is_of_the_dead(path: Path) -> bool | None:
-    """Whether the process that :func:`mark` put into a file's name is gone; ``None`` where nobody can tell."""
+    """Whether the process that :func:`mark` put into a file's name is gone; ``None`` where nobody can know."""
     found = MARK.search(path.name)
     if found is None or found[3] != _place_mark():
         return None
@@ -82,7 +82,7 @@ def _place_mark() -> str:
 
 
 def start_of(pid: int) -> str | None:
-    """When a process started, in ticks since boot; ``None`` where the system does not say, or it has ended and its
+    """The start of a process, in ticks since boot; ``None`` where the system does not say, or it has ended and its
     parent has not asked how.
     """
     try:

@@ -1,4 +1,4 @@
-"""Keeps passwords, keys and tokens out of what is recorded, as far as a name or a form tells that they are such.
+"""Keeps passwords, keys and tokens out of what is recorded, as far as a name or a form shows that they are such.
 
 What a secret is nobody can know for sure: one under a name like any other is recorded as it is given. The place for
 secrets is the environment, of which a record holds a few known variables only.
@@ -21,7 +21,7 @@ NAME = re.compile(
 """The end of a key whose value is a secret: ``wandb.api_key``, ``HF_TOKEN``, ``--password``, ``access_token``."""
 
 HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-"""Where ``accessToken`` would have its underscore."""
+"""The place in ``accessToken`` where an underscore would be."""
 
 
 FORMS = re.compile(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from experiments.tasks import TASKS, Task
-from tests.support.runs import handlers_as_before
+from tests.support.runs import handlers_as_before, tiny_config, train_here
 from tests.support.small_tasks import SMALL
 
 
@@ -17,6 +19,21 @@ from tests.support.small_tasks import SMALL
 def tasks() -> dict[str, Task]:
     """Every task at a small size."""
     return {name: TASKS[name](config) for name, config in SMALL.items()}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """Two finished runs that differ in the seed, and a failed one."""
+    root = tmp_path_factory.mktemp("trained") / "runs"
+    for changes in ({"seed": 0}, {"seed": 1}, {"seed": 2, "train__lr": 1e30, "train__grad_clip": 0.0}):
+        train_here(tiny_config(root, train__steps=6, train__eval_every=3, **changes))
+    return root
+
+
+@pytest.fixture
+def root(trained, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "runs"))
 
 
 @pytest.fixture(autouse=True)

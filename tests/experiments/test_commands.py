@@ -22,7 +22,6 @@ from tests.support.runs import TINY, command_line
 
 COMMANDS = [
     "bench.__main__",
-    "bench.gpu.__main__",
     "replay",
     "report.__main__",
     "runs.__main__",

@@ -66,7 +66,7 @@ def train_here(config: RunConfig) -> tuple[int, RunFolder]:
     """Train in this process; the exit code and the folder."""
     folder = RunFolder(config.folder())
     folder.create(config)
-    folder.claim.take()
+    folder.lock.acquire()
     try:
         with handlers_as_before():
             return record_run(folder, config, lambda: Run(config, folder)), folder

@@ -89,5 +89,5 @@ def assert_whole(cwd: Path, runs: int, steps: int = 120, every: int = 10) -> Non
     for folder in folders(cwd):
         lines = folder.metrics_file.read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(every, steps + 1, every))
-        assert not folder.claim.path.exists()
+        assert not folder.lock.path.exists()
         assert not list(folder.path.glob(".*.tmp"))

@@ -61,7 +61,7 @@ def train(config) -> int:
         processes.barrier()
         return code
     folder.create(config)
-    folder.claim.take()
+    folder.lock.acquire()
     try:
         return record_run(folder, config, lambda: Run(config, folder))
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Inputs:
 
     The first field is a tensor ``[B, T, ...]``, on whose device the operation runs.
     """
+
+    __match_args__: ClassVar[tuple[str, ...]]
 
     def values(self) -> tuple[Any, ...]:
         """All fields in order, as custom operators take them."""

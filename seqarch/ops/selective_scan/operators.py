@@ -55,9 +55,9 @@ class Kernels:
     def run(self, inputs: SelectiveScanInputs) -> tuple[Tensor, Tensor]:
         dtype = inputs.state.dtype
         D, dt_bias = (None if m is None else m.to(dtype) for m in (inputs.D, inputs.dt_bias))
-        given = inputs.replace(A=inputs.A.to(dtype), D=D, dt_bias=dt_bias).values()
+        given: tuple[Any, ...] = inputs.replace(A=inputs.A.to(dtype), D=D, dt_bias=dt_bias).values()
         keep = torch.is_grad_enabled() and any(isinstance(m, Tensor) and m.requires_grad for m in given)
-        y, last, _ = self.operator(KernelInputs(*given, keep))
+        y, last, _ = self.operator(KernelInputs(*given, keep=keep))
         return y, last
 
     def _arguments(self, inputs: KernelInputs) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The bench: whom it times, what it counts, what it leaves out, what it writes and what it refuses."""
+"""The bench: what it times, what it counts, what it leaves out, what it writes and what it refuses."""
 
 from __future__ import annotations
 
@@ -16,70 +16,82 @@ import transformers
 from docs import benchmarks
 from docs.benchmarks import kept_targets
 from experiments.bench import __main__ as command
-from experiments.bench import measure, models, peers, targets
-from experiments.bench.contest import AUTO, WAYS, Absent, Contest, Contestant, Cost
-from experiments.bench.contests import CONTESTS
-from experiments.bench.record import Measurement, Record, quartiles
+from experiments.bench import baselines, devices, measure, models, peak_memory, targets
+from experiments.bench.benchmark import AUTO, MODES, PASSES, Absent, Benchmark, Cost, Implementation, Workload
+from experiments.bench.benchmarks import BENCHMARKS, OPERATIONS, names_on
+from experiments.bench.devices import Ceilings, Cpu
+from experiments.bench.measure import Measurement, quartiles
+from experiments.bench.record import Record, prepare_folder
+from experiments.bench.sizes import CPU, Sizes
 from experiments.util.errors import RunnerError
 from seqarch.models import LanguageModel
 from seqarch.ops import OPS
 
-OPERATIONS = {name: contest for name, contest in CONTESTS.items() if name not in models.CONTESTS}
+ON_CPU = [name for name in OPERATIONS if name in names_on("cpu")]
 OTHER_WORK = {"SDPA", "FlexAttention", "dense MLP", "mambapy"}
-"""Contestants who compute something else than the operation, or take long to compile."""
+"""Implementations that compute something else than the operation, or take long to compile."""
 
-CEILINGS = measure.Ceilings({"float32": 1e11, "bfloat16": 2e11}, 1e10)
+CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 2e11}, 1e10)
 
 
-def outcome(contest: Contest, name: str, inputs: dict) -> torch.Tensor:
-    call, own = contest.contestants[name].enter(inputs)
+def outcome(benchmark: Benchmark, name: str, inputs: dict) -> torch.Tensor:
+    call, own = benchmark.implementations(CPU)[name].bind(inputs)
     return call(**own)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_contestants_of_an_operation_do_the_same_work(name):
+def inputs_of(name: str, length: int) -> dict:
+    return BENCHMARKS[name].workload.inputs(Sizes(CPU, length))
+
+
+def cost_of(name: str, length: int) -> Cost:
+    return BENCHMARKS[name].workload.cost(Sizes(CPU, length), inputs_of(name, length))
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_implementations_of_an_operation_do_the_same_work(name):
     torch.manual_seed(0)
-    contest = OPERATIONS[name]
-    inputs = contest.inputs(128, torch.float32)
-    expected = outcome(contest, AUTO, inputs)
-    compared = [other for other in contest.shown("forward") if other not in OTHER_WORK]
+    benchmark, inputs = OPERATIONS[name], inputs_of(name, 128)
+    expected = outcome(benchmark, AUTO, inputs)
+    compared = [other for other in benchmark.shown(CPU, "forward") if other not in OTHER_WORK]
     assert any(other in OPS[backends].backends for other in compared for backends in OPS)
     for other in compared:
         try:
-            found = outcome(contest, other, inputs)
+            found = outcome(benchmark, other, inputs)
         except Absent:
             continue
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=other: f"{n}: {m}")
 
 
 def test_mambapy_scans_the_same_states():
-    inputs = CONTESTS["selective_scan"].inputs(64, torch.float32)
-    states = outcome(CONTESTS["selective_scan"], "mambapy", inputs)
+    benchmark, inputs = BENCHMARKS["selective_scan"], inputs_of("selective_scan", 64)
+    states = outcome(benchmark, "mambapy", inputs)
     read = torch.einsum("btdn,btn->btd", states, inputs["C"])
-    torch.testing.assert_close(read, outcome(CONTESTS["selective_scan"], AUTO, inputs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(read, outcome(benchmark, AUTO, inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_every_operation_and_every_backend_has_a_contest():
-    shown = {name for contest in OPERATIONS.values() for name in contest.contestants}
+def test_every_operation_and_every_backend_has_a_benchmark():
+    shown = {name for one in ON_CPU for name in OPERATIONS[one].implementations(CPU)}
     assert shown >= {backend for op in OPS.values() for backend in op.backends}
-    for contest in CONTESTS.values():
-        cost = contest.cost(contest.inputs(64, torch.float32))
+    for name in names_on("cpu"):
+        cost = cost_of(name, 64)
         assert min(cost.flops, cost.bytes) > 0
 
 
 def test_the_cost_of_blocks_counts_the_visible_pairs():
-    inputs = CONTESTS["block_sparse_attention"].inputs(2048, torch.float32)
+    torch.manual_seed(0)
+    sizes, workload = Sizes(CPU, 2048), BENCHMARKS["block_sparse_attention"].workload
+    inputs = workload.inputs(sizes)
     times = torch.arange(2048)
     listed = torch.zeros(2048, 8, 2048 // 64 + 1, dtype=torch.bool)
     listed.scatter_(-1, inputs["block_index"][0] % (2048 // 64 + 1), True)
     visible = listed[..., :-1].repeat_interleave(64, dim=-1) & (times <= times[:, None, None])
     assert int(listed[-1, :, :-1].sum()) == 8 * 16
-    assert CONTESTS["block_sparse_attention"].cost(inputs).flops == 4 * 64 * int(visible.sum())
+    assert workload.cost(sizes, inputs).flops == 4 * 64 * int(visible.sum())
 
 
 @pytest.mark.parametrize("window", [1, 127, 128, 129, 256, 1000])
 def test_the_blocks_of_flex_attention_are_those_of_the_window(window):
-    mask = peers._flex_mask(1024, window)
+    mask = baselines._flex_mask(1024, window)
     time = torch.arange(1024)
     pairs = ((time <= time[:, None]) & (time[:, None] - time < window)).view(8, 128, 8, 128)
     some, every = pairs.any(3).any(1), pairs.all(3).all(1)
@@ -99,9 +111,9 @@ def _listed(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["attention", "window_attention"])
 def test_flex_attention_does_the_same_work(name):
-    inputs = CONTESTS[name].inputs(512, torch.float32)
-    found = outcome(CONTESTS[name], "FlexAttention", inputs)
-    torch.testing.assert_close(found, outcome(CONTESTS[name], AUTO, inputs), rtol=1e-4, atol=1e-4)
+    inputs = inputs_of(name, 512)
+    found = outcome(BENCHMARKS[name], "FlexAttention", inputs)
+    torch.testing.assert_close(found, outcome(BENCHMARKS[name], AUTO, inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -116,16 +128,17 @@ def test_models_of_both_sides_have_the_same_weights(name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", models.MODELS)
 def test_both_sides_train_and_decode(name):
-    model = models.MODELS[name]
-    for contest in (models.training(model), models.decoding(model, longest=64)):
-        inputs = contest.inputs(64, torch.float32)
-        for contestant in contest.shown(contest.ways[0]):
-            if (name, contest.ways[0], contestant) == ("gated_delta_net", "one token", "transformers"):
+    model, device = models.MODELS[name], Cpu()
+    for benchmark in (models.training(model), models.decoding(model, longest=64)):
+        (mode,) = benchmark.modes
+        inputs = benchmark.inputs(mode, Sizes(CPU, 64))
+        for implementation in benchmark.shown(CPU, mode):
+            if (name, mode, implementation) == ("gated_delta_net", "one token", "transformers"):
                 with pytest.raises(Absent, match="wants a layer of attention"):
-                    contest.runner(contestant, contest.ways[0], inputs)
+                    benchmark.work(implementation, mode, CPU, inputs)
                 continue
-            run = contest.runner(contestant, contest.ways[0], inputs)
-            assert min(run(), run()) > 0
+            work = benchmark.work(implementation, mode, CPU, inputs)
+            assert min(device.seconds(work), device.seconds(work)) > 0
 
 
 def clocked(order: list[str], **seconds: float) -> dict[str, measure.Runner]:
@@ -135,7 +148,7 @@ def clocked(order: list[str], **seconds: float) -> dict[str, measure.Runner]:
     return {name: runner(name) for name in seconds}
 
 
-def test_contestants_take_turns_as_long_as_their_budget_lasts():
+def test_implementations_take_turns_as_long_as_their_budget_lasts():
     order: list[str] = []
     times = measure.alternate(clocked(order, quick=0.001, slow=0.4, endless=50.0), budget=1.0, rounds=4)
     assert order == ["quick", "slow", "endless", "quick", "slow", *["quick", "slow"] * 2, *["quick"] * 2]
@@ -161,71 +174,85 @@ def test_what_a_length_will_take(known, expected):
 def test_the_nearer_ceiling():
     assert CEILINGS.seconds(Cost(flops=1e11, bytes=1e9), "float32") == (1.0, "arithmetic")
     assert CEILINGS.seconds(Cost(flops=1e11, bytes=1e10), "bfloat16") == (1.0, "bandwidth")
-    other = measure.Ceilings({"float32": 5e10, "bfloat16": 3e11}, 2e10)
-    assert CEILINGS.best(other) == measure.Ceilings({"float32": 1e11, "bfloat16": 3e11}, 2e10)
-    assert WAYS["forward + backward"].cost(Cost(10, 10)) == Cost(30, 20)
-    found = measure.ceilings(size=64, copied=2**16, tries=1)
+    other = Ceilings({"float32": 5e10, "bfloat16": 3e11}, 2e10)
+    assert CEILINGS.best(other) == Ceilings({"float32": 1e11, "bfloat16": 3e11}, 2e10)
+    assert MODES["forward + backward"].cost(Cost(10, 10)) == Cost(30, 20)
+    small = Cpu()
+    small.square, small.copied, small.tries = 64, 2**16, 1
+    found = small.ceilings()
     assert min(*found.flops.values(), found.bandwidth) > 0
 
 
 def test_peak_memory_counts_inputs_outputs_and_gradients():
-    contest = CONTESTS["linear_attention"]
-    peak = {way: measure.peak_memory(("linear_attention", "SDPA", way, 4096, "float32")) for way in contest.ways}
-    once = contest.cost(contest.inputs(4096, torch.float32)).bytes
+    peak = {mode: Cpu().peak(targets.point("linear_attention", "SDPA", mode, 4096)) for mode in PASSES}
+    once = cost_of("linear_attention", 4096).bytes
     assert peak["forward"] == pytest.approx(once, rel=0.1)
     assert peak["forward + backward"] == pytest.approx(2 * once, rel=0.1)
 
 
 def test_peak_memory_is_not_made_up_where_it_cannot_be_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "RESET", str(tmp_path / "none"))
-    assert measure.peak_memory(("causal_conv1d", AUTO, "forward", 64, "float32")) is None
+    monkeypatch.setattr(peak_memory, "RESET", str(tmp_path / "none"))
+    assert Cpu().peak(targets.point("causal_conv1d", AUTO, "forward", 64)) is None
 
 
 @pytest.fixture
-def small(monkeypatch) -> Contest:
-    """A contest of two who are here, one who is not and one without a backward pass."""
+def small(monkeypatch) -> Benchmark:
+    """A benchmark of two that are here, one that is not and one without a backward pass."""
 
     def missing(inputs):
         raise ImportError("No module named 'elsewhere'")
 
-    contest = Contest(
+    benchmark = Benchmark(
         "small",
-        lambda length, dtype: {"x": torch.randn(length, 8, dtype=dtype)},
-        {
-            "peer": Contestant(lambda inputs: (lambda x: x + x, inputs)),
-            "elsewhere": Contestant(missing),
-            "ours": Contestant(lambda inputs: (lambda x: x * 2, inputs)),
-            "one way": Contestant(lambda inputs: (lambda x: x * 2, inputs), forward_only=True),
+        Workload(
+            lambda sizes: {"x": torch.randn(sizes.length, 8, dtype=sizes.dtype)},
+            lambda sizes, inputs: Cost(8 * len(inputs["x"]), 64 * len(inputs["x"])),
+        ),
+        ours={
+            "ours": Implementation(lambda inputs: (lambda x: x * 2, inputs)),
+            "forward only": Implementation(lambda inputs: (lambda x: x * 2, inputs), forward_only=True),
         },
-        lambda inputs: Cost(8 * len(inputs["x"]), 64 * len(inputs["x"])),
+        baselines={
+            "cpu": {
+                "baseline": Implementation(lambda inputs: (lambda x: x + x, inputs)),
+                "elsewhere": Implementation(missing),
+            }
+        },
     )
-    monkeypatch.setitem(CONTESTS, "small", contest)
-    monkeypatch.setattr("experiments.bench.record.peak_memory", lambda point: None)
-    monkeypatch.setattr(command, "ceilings", lambda: CEILINGS)
-    return contest
+    monkeypatch.setitem(BENCHMARKS, "small", benchmark)
+    monkeypatch.setattr(devices, "peak_memory", lambda point: None)
+    monkeypatch.setattr(Cpu, "ceilings", lambda self: CEILINGS)
+    return benchmark
 
 
-def test_who_is_missing_is_listed_and_who_is_slow_is_left_out(small):
-    record = Record("small", "small", "float32", budget_s=3.0, ceilings=CEILINGS)
-    measurement = Measurement(small, record)
-    measurement.times["ours", "forward"] = {512: 2.0}
-    measurement.run([1024, 2048, 64])
+def blank() -> Record:
+    return Record("small", "small", "cpu", "float32", budget_s=3.0, ceilings=CEILINGS)
+
+
+def measured(measurement: Measurement, lengths: list[int]) -> Record:
+    return measurement.run(measure.plan(measurement.benchmark, Cpu(), "float32", lengths, (64,), None))
+
+
+def test_what_is_missing_is_listed_and_what_is_slow_is_left_out(small):
+    measurement = Measurement(small, blank(), Cpu())
+    measurement.times["ours", "forward", 64] = {512: 2.0}
+    record = measured(measurement, [1024, 2048, 64])
     assert record.absent == {"elsewhere": "No module named 'elsewhere'"}
-    assert [(one["contestant"], one["length"], one["expected_s"]) for one in record.left_out] == [
+    assert [(one["implementation"], one["length"], one["expected_s"]) for one in record.left_out] == [
         ("ours", 1024, 16.0),  # from 64 to 512 it grew by more than the cube, the most that is expected
         ("ours", 2048, 128.0),
     ]
-    measured = {(row.contestant, row.way, row.length) for row in record.rows}
-    assert {length for name, way, length in measured if (name, way) == ("ours", "forward")} == {64}
-    assert {length for name, way, length in measured if (name, way) == ("ours", "forward + backward")} == {
+    rows = {(row.implementation, row.mode, row.length) for row in record.rows}
+    assert {length for name, mode, length in rows if (name, mode) == ("ours", "forward")} == {64}
+    assert {length for name, mode, length in rows if (name, mode) == ("ours", "forward + backward")} == {
         64,
         1024,
         2048,
     }
-    assert {way for name, way, _ in measured if name == "one way"} == {"forward"}
+    assert {mode for name, mode, _ in rows if name == "forward only"} == {"forward"}
 
 
-def test_who_fails_is_recorded_and_the_others_go_on(small, monkeypatch, tmp_path, capsys):
+def test_what_fails_is_recorded_and_the_others_continue(small, monkeypatch, tmp_path, capsys):
     def breaks(x):
         if len(x) > 64:
             raise RuntimeError("no room\nfor it")
@@ -234,69 +261,66 @@ def test_who_fails_is_recorded_and_the_others_go_on(small, monkeypatch, tmp_path
     def never(inputs):
         raise OSError("a compiler crashed")
 
-    contestants = {
-        "peer": small.contestants["peer"],
-        "breaks": Contestant(lambda inputs: (breaks, inputs)),
-        "never": Contestant(never),
-    }
-    contest = dataclasses.replace(small, contestants=contestants, ways=("forward",))
-    monkeypatch.setitem(CONTESTS, "small", contest)
-    command.main(["--ops", "small", "--lengths", "64", "128", "256", "--budget", "0.01", "--folder", str(tmp_path)])
+    ours = {"breaks": Implementation(lambda inputs: (breaks, inputs)), "never": Implementation(never)}
+    baselines = {"cpu": {"baseline": small.baselines["cpu"]["baseline"]}}
+    benchmark = dataclasses.replace(small, ours=ours, baselines=baselines, modes=("forward",))
+    monkeypatch.setitem(BENCHMARKS, "small", benchmark)
+    command.main(
+        ["--benchmarks", "small", "--lengths", "64", "128", "256", "--budget", "0.01", "--folder", str(tmp_path)]
+    )
     record = json.loads((tmp_path / "small.json").read_text())
-    assert [(row["contestant"], row["length"]) for row in record["rows"]] == [
-        ("peer", 64), ("breaks", 64), ("peer", 128), ("peer", 256)
+    assert [(row["implementation"], row["length"]) for row in record["rows"]] == [
+        ("baseline", 64), ("breaks", 64), ("baseline", 128), ("baseline", 256)
     ]  # fmt: skip
-    assert [(one["contestant"], one["length"], one["reason"]) for one in record["failed"]] == [
+    assert [(one["implementation"], one["length"], one["reason"]) for one in record["failed"]] == [
         ("never", 64, "OSError: a compiler crashed"),
         ("breaks", 128, "RuntimeError: no room for it"),
     ]
     assert "breaks, forward, T = 128 failed: RuntimeError" in capsys.readouterr().out
-    peer, broken = (targets.point("small", name, "forward", 128) for name in ("peer", "breaks"))
-    assert "no room" in targets.Faster("work", peer, broken, 1.0).measure(0.01).note
+    baseline, broken = (targets.point("small", name, "forward", 128) for name in ("baseline", "breaks"))
+    assert "no room" in targets.Faster("work", baseline, broken, 1.0).measure(0.01).note
 
 
-def test_a_contest_whose_inputs_cannot_be_made_ends_none_of_the_others(small, monkeypatch):
-    def inputs(length, dtype):
+def test_a_benchmark_whose_inputs_cannot_be_made_ends_none_of_the_others(small, monkeypatch):
+    def inputs(sizes):
         raise MemoryError("too long")
 
-    record = Record("small", "small", "float32", budget_s=3.0, ceilings=CEILINGS)
-    Measurement(dataclasses.replace(small, inputs=inputs), record).run([64])
+    broken = dataclasses.replace(small, workload=Workload(inputs, small.workload.cost))
+    record = measured(Measurement(broken, blank(), Cpu()), [64])
     assert [one["reason"] for one in record.failed] == ["MemoryError: too long"] * 2
 
 
 def test_no_length_is_begun_after_the_deadline(small, tmp_path, capsys):
-    record = Record("small", "small", "float32", budget_s=3.0, ceilings=CEILINGS)
-    Measurement(small, record, deadline=0.0).run([64, 128])
+    record = measured(Measurement(small, blank(), Cpu(), deadline=0.0), [64, 128])
     assert (record.rows, record.out_of_time) == ([], [64, 128])
-    command.main(["--ops", "small", "--lengths", "64", "--minutes", "1e-9", "--folder", str(tmp_path)])
+    command.main(["--benchmarks", "small", "--lengths", "64", "--minutes", "1e-9", "--folder", str(tmp_path)])
     assert "for T = 64 there was no time" in capsys.readouterr().out
 
 
 def test_a_measurement_of_memory_that_does_not_end_is_given_up(monkeypatch):
-    monkeypatch.setattr(measure, "PATIENCE", 0.0)
-    assert measure.peak_memory(("causal_conv1d", AUTO, "forward", 2048, "float32")) is None
+    monkeypatch.setattr(peak_memory, "PATIENCE", 0.0)
+    assert Cpu().peak(targets.point("causal_conv1d", AUTO, "forward", 2048)) is None
 
 
 def test_memory_that_is_not_there_is_not_asked_for(small):
-    record = Record("small", "small", "float32", budget_s=3.0, ceilings=CEILINGS)
-    measurement = Measurement(small, record)
-    measurement.peaks["peer", "forward"] = {32: 1e15}
-    measurement.run([64])
-    assert [(one["contestant"], one["expected_peak_mb"]) for one in record.left_out] == [("peer", 2e9)]
-    assert {row.times_faster for row in record.rows if row.way == "forward"} == {None}
+    measurement = Measurement(small, blank(), Cpu())
+    measurement.peaks["baseline", "forward", 64] = {32: 1e15}
+    record = measured(measurement, [64])
+    assert [(one["implementation"], one["expected_peak_mb"]) for one in record.left_out] == [("baseline", 2e9)]
+    assert {row.times_faster for row in record.rows if row.mode == "forward"} == {None}
 
 
 def test_it_writes_what_it_shows(small, tmp_path, monkeypatch, capsys):
-    command.main(["--ops", "small", "--lengths", "64", "128", "--budget", "0.05", "--folder", str(tmp_path)])
+    command.main(["--benchmarks", "small", "--lengths", "64", "128", "--budget", "0.05", "--folder", str(tmp_path)])
     shown = capsys.readouterr().out
     record = json.loads((tmp_path / "small.json").read_text())
     with (tmp_path / "small.csv").open() as file:
         rows = list(csv.DictReader(file))
-    names = [("peer", "forward"), ("ours", "forward"), ("one way", "forward")]
-    assert [(row["contestant"], row["way"]) for row in rows[:3]] == names
+    names = [("baseline", "forward"), ("ours", "forward"), ("forward only", "forward")]
+    assert [(row["implementation"], row["mode"]) for row in rows[:3]] == names
     assert [row["median_ms"] for row in rows] == [str(row["median_ms"]) for row in record["rows"]]
     assert all(row["quartile1_ms"] <= row["median_ms"] <= row["quartile3_ms"] for row in record["rows"])
-    assert {row["times_faster"] for row in record["rows"] if row["contestant"] == "peer"} == {1.0}
+    assert {row["times_faster"] for row in record["rows"] if row["implementation"] == "baseline"} == {1.0}
     assert {row["peak_mb"] for row in record["rows"]} == {None}
     first = record["rows"][0]
     least_ms = 1e3 * 64 * 64 / CEILINGS.bandwidth
@@ -310,14 +334,14 @@ def test_it_writes_what_it_shows(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks, "RESULTS", tmp_path)
     page = benchmarks.bench_tables()
     assert "### small, float32" in page
-    assert f"| forward | peer | {first['median_ms']:.3g} ({first['share']:.0%}) |" in page
+    assert f"| forward | baseline | {first['median_ms']:.3g} ({first['share']:.0%}) |" in page
     assert "Absent: elsewhere: No module named 'elsewhere'." in page
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ops", "causal_conv"], "unknown contest 'causal_conv'.*Did you mean 'causal_conv1d'"),
+        (["--benchmarks", "causal_conv"], "unknown benchmark 'causal_conv'.*Did you mean 'causal_conv1d'"),
         (["--lengths", "100"], "--lengths has 100, expected multiples of 64"),
         (["--budget", "0"], "--budget is 0.0, expected seconds"),
         (["--minutes", "0"], "--minutes is 0.0, expected a time"),
@@ -342,29 +366,29 @@ def test_a_folder_that_cannot_be_written_is_one_line(small, more, tmp_path):
 def test_what_no_bench_wrote_is_not_written_over(small, tmp_path, name):
     (tmp_path / name).write_text('{"mine": true}')
     with pytest.raises(SystemExit, match=rf"{name} is no record of a bench"):
-        command.main(["--ops", "small", "--lengths", "64", "--folder", str(tmp_path)])
+        command.main(["--benchmarks", "small", "--lengths", "64", "--folder", str(tmp_path)])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: '{"mine": true}'}
 
 
 def test_records_of_a_bench_are_written_again(small, tmp_path):
     for _ in range(2):
-        command.main(["--ops", "small", "--lengths", "64", "--budget", "0.01", "--folder", str(tmp_path)])
+        command.main(["--benchmarks", "small", "--lengths", "64", "--budget", "0.01", "--folder", str(tmp_path)])
     (tmp_path / "targets.csv").write_text("mine")
     with pytest.raises(RunnerError, match=r"targets\.csv is no record of a bench"):
-        measure.prepare(tmp_path, ["small", "targets"])
+        prepare_folder(tmp_path, ["small", "targets"])
 
 
-def test_targets_speak_of_contests_that_there_are():
+def test_targets_are_of_benchmarks_that_there_are():
     found = targets.all_targets()
     assert len({target.work for target in found}) == len(found)
     for target in found:
         if isinstance(target, targets.Faster):
-            for contest, contestant, way, _, dtype in (target.slow, target.fast):
-                assert contestant in CONTESTS[contest].contestants
-                assert way in CONTESTS[contest].ways
-                assert hasattr(torch, dtype)
+            for point in (target.slow, target.fast):
+                benchmark = BENCHMARKS[point.benchmark]
+                assert point.implementation in benchmark.implementations(point.sizes.setup)
+                assert point.mode in benchmark.modes
         else:
-            assert target.contest in CONTESTS
+            assert target.benchmark in BENCHMARKS
 
 
 def test_the_kept_targets_are_those_that_there_are():
@@ -372,8 +396,8 @@ def test_the_kept_targets_are_those_that_there_are():
 
 
 def test_a_part_of_the_targets_is_not_kept(small, tmp_path, monkeypatch):
-    peer, ours = (targets.point("small", name, "forward", 64) for name in ("peer", "ours"))
-    found = [targets.Faster(work, peer, ours, 1e-9) for work in ("one", "another")]
+    baseline, ours = (targets.point("small", name, "forward", 64) for name in ("baseline", "ours"))
+    found = [targets.Faster(work, baseline, ours, 1e-9) for work in ("one", "another")]
     monkeypatch.setattr(targets, "all_targets", lambda: found)
     command.main(["--budget", "0.01", "--folder", str(tmp_path), "targets", "--only", "one"])
     assert list(tmp_path.iterdir()) == []
@@ -381,37 +405,39 @@ def test_a_part_of_the_targets_is_not_kept(small, tmp_path, monkeypatch):
 
 def test_a_token_is_measured_in_turn_with_a_copy(small, monkeypatch):
     """Two calls of the same length: a copy of twice as many bytes as the weights have takes as long as the token."""
-    monkeypatch.setattr(targets, "timed", lambda call, inputs: lambda: 0.25)
-    monkeypatch.setattr(Contest, "runner", lambda *_: lambda: 0.125)
+    monkeypatch.setattr(targets, "timed", lambda call, inputs: "copy")
+    monkeypatch.setattr(Benchmark, "work", lambda *_: "token")
+    monkeypatch.setattr(Cpu, "seconds", lambda self, work: {"copy": 0.25, "token": 0.125}[work])
     result = targets.OfBandwidth("token", "decoding_mamba", 64, 0.85).measure(0.01)
-    weights = CONTESTS["decoding_mamba"].cost(CONTESTS["decoding_mamba"].inputs(64, torch.float32)).bytes
-    assert result.reached == pytest.approx(2 * weights / (2 * measure.COPIED))
+    assert result.reached == pytest.approx(2 * cost_of("decoding_mamba", 64).bytes / (2 * Cpu.copied))
     assert "8 tokens/s" in result.note
 
 
 def test_a_target_is_met_missed_or_not_measured(small):
-    peer, ours, elsewhere = (targets.point("small", name, "forward", 64) for name in ("peer", "ours", "elsewhere"))
-    easy, hard = (targets.Faster("work", peer, ours, bound).measure(0.01) for bound in (1e-9, 1e9))
+    baseline, ours, elsewhere = (
+        targets.point("small", name, "forward", 64) for name in ("baseline", "ours", "elsewhere")
+    )
+    easy, hard = (targets.Faster("work", baseline, ours, bound).measure(0.01) for bound in (1e-9, 1e9))
     assert (easy.met, hard.met) == (True, False)
-    assert targets.Faster("work", peer, ours, 1e-9, at_least=False).measure(0.01).met is False
+    assert targets.Faster("work", baseline, ours, 1e-9, at_least=False).measure(0.01).met is False
     absent = targets.Faster("work", elsewhere, ours, 1.0).measure(0.01)
     assert (absent.reached, absent.met, absent.note) == (None, None, "No module named 'elsewhere'")
 
 
 def test_the_memory_of_a_target(monkeypatch):
     peaks = {targets.LONG: 8e8, targets.SHORT: 1e8}
-    monkeypatch.setattr(targets, "peak_memory", lambda point: peaks[point[3]])
+    monkeypatch.setattr(Cpu, "peak", lambda self, point: peaks[point.sizes.length])
     grown = targets.Peak("work", "causal_conv1d", "forward", growth=True, bound=4.3).measure(0.01)
     assert (grown.reached, grown.met) == (8.0, False)
     over = targets.Peak("work", "causal_conv1d", "forward", growth=False, bound=4.0).measure(0.01)
     assert over.reached == pytest.approx(8e8 / (2 * targets.LONG * 1024 * 4), rel=0.01)
-    monkeypatch.setattr(targets, "peak_memory", lambda point: None)
+    monkeypatch.setattr(Cpu, "peak", lambda self, point: None)
     assert targets.Peak("work", "causal_conv1d", "forward", growth=False, bound=4.0).measure(0.01).met is None
 
 
 def test_targets_are_printed_and_written(small, monkeypatch, tmp_path, capsys):
-    peer, ours = (targets.point("small", name, "forward", 64) for name in ("peer", "ours"))
-    monkeypatch.setattr(targets, "all_targets", lambda: [targets.Faster("our work", peer, ours, 1e9)])
+    baseline, ours = (targets.point("small", name, "forward", 64) for name in ("baseline", "ours"))
+    monkeypatch.setattr(targets, "all_targets", lambda: [targets.Faster("our work", baseline, ours, 1e9)])
     command.main(["--folder", str(tmp_path), "targets"])
     assert re.search(r"our work .*at least 1e\+09 +no", capsys.readouterr().out)
     record = json.loads((tmp_path / "targets.json").read_text())

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from experiments.config.schema import FORMAT
-from experiments.report import __main__ as report_module
-from experiments.report.__main__ import main, report
+from experiments.report import write as report_module
+from experiments.report.__main__ import main
 from experiments.report.checks import comparable_runs
 from experiments.report.comparison import compare
-from experiments.report.figures import bytes_text, curves, draw_cost, draw_curve, line_look, strokes
+from experiments.report.figures import bytes_text, curves, draw_cost, draw_curve, line_style, strokes
 from experiments.report.page import table_rows
+from experiments.report.write import report
 from experiments.util.errors import RunnerError
 from experiments.util.plot_style import COLOURS, RESERVE, RULES, family, spread
 from seqarch.layers import FAMILIES, MIXERS
@@ -439,7 +440,7 @@ def test_no_two_lines_of_a_figure_look_alike(tmp_path):
     record_run(tmp_path, "retention", 0, 0.5)
     (comparison,) = compare(comparable_runs(tmp_path)[0])
     numbers = strokes(comparison)
-    looks = {(setting.colour, str(line_look(numbers[setting.label]))) for setting in comparison.shown}
+    looks = {(setting.colour, str(line_style(numbers[setting.label]))) for setting in comparison.shown}
     assert len(looks) == len(comparison.shown) == 22
     assert numbers["retention"] == FAMILIES["linear attention"].index("retention")
     assert numbers["linear_attention (depth=0)"] == FAMILIES["linear attention"].index("linear_attention")

@@ -1,4 +1,4 @@
-"""Recorded runs looked at from their folders: list, show, diff, gc and export."""
+"""Recorded runs, found and read from their folders: list, show, diff and export."""
 
 from __future__ import annotations
 
@@ -7,43 +7,19 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import polars
 import pytest
 
 from experiments.report import __main__ as report
-from experiments.runs import __main__ as command
 from experiments.runs.differences import differences
 from experiments.runs.folder import RunFolder
 from experiments.runs.recorded import find_runs, pick_run
-from experiments.sweeps.status import SweepStatus
 from experiments.util.errors import RunnerError
-from experiments.util.process_identity import mark, process_identity
 from tests.support.paths import ROOT
-from tests.support.runs import command_line, tiny_config, train_here
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """Two finished runs that differ in the seed, and a failed one."""
-    root = tmp_path_factory.mktemp("trained") / "runs"
-    for changes in ({"seed": 0}, {"seed": 1}, {"seed": 2, "train__lr": 1e30, "train__grad_clip": 0.0}):
-        train_here(tiny_config(root, train__steps=6, train__eval_every=3, **changes))
-    return root
-
-
-@pytest.fixture
-def root(trained, tmp_path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(trained, tmp_path / "runs"))
-
-
-def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["runs", *map(str, arguments)])
-    code = command.main()
-    return code, *capsys.readouterr()
+from tests.support.recorded import runs_command
+from tests.support.runs import command_line, tiny_config
 
 
 def test_list_tells_what_became_of_each_run(root, monkeypatch, capsys):
@@ -53,7 +29,7 @@ def test_list_tells_what_became_of_each_run(root, monkeypatch, capsys):
     RunFolder(tiny_config(root, seed=4).folder()).create(tiny_config(root, seed=4))
     damaged = pick_run(root, "seed1")
     damaged.folder.run_file.write_text("{")
-    code, shown, _ = call(monkeypatch, capsys, "list", root)
+    code, shown, _ = runs_command(monkeypatch, capsys, "list", root)
     assert code == 1
     rows = {line.split()[1][: len("attention-seed0")]: line for line in shown.splitlines() if "attention-" in line}
     finished = pick_run(root, "seed0")
@@ -63,10 +39,10 @@ def test_list_tells_what_became_of_each_run(root, monkeypatch, capsys):
         assert status in rows[f"attention-seed{seed}"]
     assert "5 runs: 1 finished, 1 damaged, 1 failed, 1 killed, 1 not started" in shown
     assert f"damaged: cannot read {damaged.folder.run_file}" in shown
-    _, shown, _ = call(monkeypatch, capsys, "list", root, "--status", "failed")
+    _, shown, _ = runs_command(monkeypatch, capsys, "list", root, "--status", "failed")
     assert "seed2" in shown
     assert "1 runs: 1 failed" in shown
-    code, _, told = call(monkeypatch, capsys, "list", root, "--status", "faild")
+    code, _, told = runs_command(monkeypatch, capsys, "list", root, "--status", "faild")
     assert code == 1
     assert "--status faild: expected one of damaged, failed, finished, " in told
     assert "Did you mean 'failed'?" in told
@@ -104,7 +80,7 @@ def test_what_cannot_be_read_is_told_and_the_others_are_shown(root, tmp_path, mo
     told = damage(root, monkeypatch)
     file = tmp_path / "all.csv"
     for words, expected in (("list", "finished"), ("gc", "0 can go"), (f"export {file}", f"{file}: 10 runs")):
-        code, shown, error = call(monkeypatch, capsys, *words.split(), root)
+        code, shown, error = runs_command(monkeypatch, capsys, *words.split(), root)
         assert (code, error) == (1, "")
         assert expected in shown
         for words in told.values():
@@ -112,10 +88,10 @@ def test_what_cannot_be_read_is_told_and_the_others_are_shown(root, tmp_path, mo
     rows = read_table(file)
     assert [row["status"] for row in rows].count("damaged") == 7
     assert sum(bool(row["config.train.lr"]) for row in rows) == 3
-    code, shown, _ = call(monkeypatch, capsys, "show", "cut", "--root", root)
+    code, shown, _ = runs_command(monkeypatch, capsys, "show", "cut", "--root", root)
     assert code == 1
     assert f"problem: {told['cut']}" in shown
-    code, _, error = call(monkeypatch, capsys, "show", "nowhere", "--root", root)
+    code, _, error = runs_command(monkeypatch, capsys, "show", "nowhere", "--root", root)
     assert code == 1
     assert told["closed"] in error
 
@@ -143,7 +119,7 @@ def test_a_reader_who_leaves_is_no_error(root):
 
 
 def test_show_tells_all_of_one(root, monkeypatch, capsys):
-    code, shown, _ = call(monkeypatch, capsys, "show", "seed0", "--root", root)
+    code, shown, _ = runs_command(monkeypatch, capsys, "show", "seed0", "--root", root)
     assert code == 0
     for words in ("config.train.lr: 0.001", "status: finished", "data.hash: ", "environment.python: ", "metrics.jsonl"):
         assert words in shown
@@ -154,7 +130,7 @@ def test_show_tells_all_of_one(root, monkeypatch, capsys):
     [("seed9", "is called 'seed9': expected one of attention-seed0"), ("attention", "3 runs below")],
 )
 def test_a_name_must_fit_one_run(root, monkeypatch, capsys, wanted, told):
-    code, _, shown = call(monkeypatch, capsys, "show", wanted, "--root", root)
+    code, _, shown = runs_command(monkeypatch, capsys, "show", wanted, "--root", root)
     assert code == 1
     assert shown.startswith("error: ")
     assert told in shown
@@ -193,133 +169,12 @@ def test_everything_that_a_record_holds_can_differ(root):
 
 
 def test_the_same_run_does_not_differ(trained, monkeypatch, capsys):
-    code, shown, _ = call(
-        monkeypatch, capsys, "diff", "seed0", pick_run(trained, "seed0").folder.path, "--root", trained
-    )
+    path = pick_run(trained, "seed0").path
+    code, shown, _ = runs_command(monkeypatch, capsys, "diff", "seed0", path, "--root", trained)
     assert code == 0
     assert "they do not differ" in shown
-    _, shown, _ = call(monkeypatch, capsys, "diff", "seed0", "seed1", "--root", trained)
+    _, shown, _ = runs_command(monkeypatch, capsys, "diff", "seed0", "seed1", "--root", trained)
     assert "config.seed" in shown
-
-
-class TestGarbage:
-    def litter(self, root: Path, dead_pid: int) -> list[Path]:
-        """What a killed sweep and killed training processes leave."""
-        folder = pick_run(root, "seed0").folder
-        gone = {**process_identity(os.getpid()), "started": "1"}
-        abandoned = SweepStatus(root / ".sweeps" / "killed")
-        abandoned.create()
-        marker = abandoned.path / "owner.json"
-        marker.write_text(json.dumps({**json.loads(marker.read_text()), "started": "1"}))
-        folder.claim.path.write_text(json.dumps(gone))
-        folder.progress_file.write_text("{}")
-        aside = folder.path / ".run.json.12.tmp"
-        aside.write_text("{")
-        os.utime(aside, (time.time() - 7200,) * 2)
-        half = folder.checkpoints / ".step-000015.tmp"
-        half.mkdir()
-        (half / "__0_0.distcp").write_bytes(b"half")
-        pages = [root / below / f".index.md.{dead_pid}-1-{mark().rpartition('-')[2]}.tmp"
-                 for below in ("report", "results/small/length")]  # fmt: skip
-        for page in pages:
-            page.parent.mkdir(parents=True)
-            page.write_text("half")
-        return [abandoned.path, folder.claim.path, folder.progress_file, aside, half, *pages]
-
-    def test_only_leftovers_go_and_only_on_request(self, root, monkeypatch, capsys, dead_pid):
-        before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        litter = self.litter(root, dead_pid)
-        fresh = pick_run(root, "seed1").folder.path / ".run.json.12.tmp"
-        fresh.write_text("{")
-        live = SweepStatus(root / ".sweeps" / "live")
-        live.create()
-        _, shown, _ = call(monkeypatch, capsys, "gc", root)
-        assert "7 can go" in shown
-        assert all(str(path) in shown and path.exists() for path in litter)
-        _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete")
-        assert "7 deleted" in shown
-        assert not any(path.exists() for path in litter)
-        assert fresh.exists()
-        assert live.path.exists()
-        assert {path: path.read_bytes() for path in before} == before
-
-    def test_checkpoints_and_failed_runs_go_when_asked_for(self, root, monkeypatch, capsys):
-        failed, finished = pick_run(root, "seed2").folder, pick_run(root, "seed0").folder
-        call(monkeypatch, capsys, "gc", root, "--delete", "--checkpoints", "--failed")
-        assert not failed.path.exists()
-        assert not (finished.path / "checkpoints").exists()
-        assert finished.status() == "finished"
-        assert len(finished.metrics()) == 2
-
-    def test_what_others_made_stays(self, root, monkeypatch, capsys):
-        """Notes in a run, a folder of another program with the same names in it, what a link leads to."""
-        failed, finished = pick_run(root, "seed2").folder, pick_run(root, "seed0").folder
-        (failed.path / "notes.txt").write_text("mine")
-        outside = root.parent / "outside"
-        outside.mkdir()
-        (outside / "step-000001").write_text("mine")
-        (finished.checkpoints / "mine").symlink_to(outside)
-        foreign = root / "another-program"
-        foreign.mkdir()
-        for name in ("config.json", "progress.json", "claim.json", ".run.json.tmp", ".config.json.1.tmp"):
-            (foreign / name).write_text('{"status": "failed"}')
-            os.utime(foreign / name, (0, 0))
-        (foreign / "run.json").write_text('{"status": "failed"}')
-        sweep = SweepStatus(root / ".sweeps" / "now")
-        sweep.create()
-        (sweep.path / "owner.json").write_text(json.dumps({"pid": 1, "host": "x", "started": "1", "name": "other"}))
-        (root / ".sweeps" / "linked").symlink_to(outside)
-        shutil.rmtree(pick_run(root, "seed1").folder.path)
-        before = {path: path.is_dir() or path.read_bytes() for path in root.parent.rglob("*")}
-        _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete", "--checkpoints", "--failed")
-        assert "stayed: it holds notes.txt, which the runner did not write; nothing was removed" in shown
-        assert "stayed: it holds mine, which the runner did not write; nothing was removed" in shown
-        assert {path: path.is_dir() or path.read_bytes() for path in root.parent.rglob("*")} == before
-
-    def test_a_run_with_everything_that_the_runner_writes_can_go(self, tmp_path, monkeypatch, capsys):
-        """The names by which ``gc`` proves that a folder is a run's are those that are written."""
-        config = tiny_config(
-            tmp_path, tracker={"name": "tensorboard"}, train__steps=3, train__lr=1e30, train__grad_clip=0.0
-        )
-        code, folder = train_here(config)
-        assert (code, folder.status()) == (1, "failed")
-        assert folder.bad.is_dir()
-        folder.log_file.write_text("as the supervisor does")
-        call(monkeypatch, capsys, "gc", tmp_path, "--delete", "--failed")
-        assert not folder.path.exists()
-
-    def test_a_run_in_training_is_left_alone(self, root, monkeypatch, capsys):
-        folder = pick_run(root, "seed2").folder
-        folder.progress_file.write_text("{}")
-        folder.claim.take()
-        call(monkeypatch, capsys, "gc", root, "--delete", "--failed", "--checkpoints")
-        assert folder.progress_file.exists()
-        assert folder.claim.is_own()
-
-    @pytest.mark.parametrize("case", [("seed2", "finished", "--failed"), ("seed0", "running", "--checkpoints")])
-    def test_a_run_that_ended_otherwise_meanwhile_stays(self, root, monkeypatch, capsys, case):
-        """Between the look and the removal: what it says under the claim is what counts."""
-        seed, status, option = case
-        folder, take = pick_run(root, seed).folder, type(RunFolder(root).claim).take
-
-        def meanwhile(claim, *arguments):
-            folder.update(status=status, results={"test": 0.5})
-            take(claim, *arguments)
-
-        monkeypatch.setattr(type(folder.claim), "take", meanwhile)
-        _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete", option)
-        assert f"stayed: the run is {status} by now" in shown
-        assert (folder.status(), folder.checkpoints.exists()) == (status, True)
-
-    def test_a_run_that_is_taken_meanwhile_stays(self, root, monkeypatch, capsys):
-        entry = pick_run(root, "seed2")
-        other = RunFolder(entry.folder.path)
-        monkeypatch.setattr(type(other.claim), "is_held", lambda self: False)
-        other.claim.take()
-        _, shown, _ = call(monkeypatch, capsys, "gc", root, "--delete", "--failed")
-        assert f"stayed: {other.path} is being trained by process {os.getpid()}" in shown
-        assert "0 deleted" in shown
-        assert other.run_file.exists()
 
 
 def read_table(file: Path) -> list[dict]:
@@ -338,7 +193,7 @@ def test_export_is_one_line_a_run(root, tmp_path, monkeypatch, capsys, ending):
     config["model"]["mixers"]["attention"]["window"] = 16
     other.config_file.write_text(json.dumps({**config, "seed": 0}))
     file = tmp_path / f"all.{ending}"
-    code, shown, _ = call(monkeypatch, capsys, "export", file, root)
+    code, shown, _ = runs_command(monkeypatch, capsys, "export", file, root)
     assert code == 0
     assert f"{file}: 3 runs" in shown
     rows = read_table(file)
@@ -354,21 +209,21 @@ def test_brackets_are_shown_and_not_obeyed(root, monkeypatch, capsys):
     folder = pick_run(root, "seed2").folder
     record = {**folder.record(), "reason": "in [some/lib.so] and [/some/lib.so]", "started": "[red]then"}
     folder.run_file.write_text(json.dumps(record))
-    _, shown, _ = call(monkeypatch, capsys, "show", "seed2", "--root", root)
+    _, shown, _ = runs_command(monkeypatch, capsys, "show", "seed2", "--root", root)
     assert "in [some/lib.so] and [/some/lib.so]" in shown
-    _, shown, _ = call(monkeypatch, capsys, "list", root)
+    _, shown, _ = runs_command(monkeypatch, capsys, "list", root)
     assert "[red]then" in shown
-    _, shown, _ = call(monkeypatch, capsys, "diff", "seed1", "seed2", "--root", root)
+    _, shown, _ = runs_command(monkeypatch, capsys, "diff", "seed1", "seed2", "--root", root)
     assert "[/some/lib.so]" in shown
-    report.show([], ["[some/lib.so] is damaged"], root)
+    report.print_tables([], ["[some/lib.so] is damaged"], root)
     assert "not read: [some/lib.so] is damaged" in capsys.readouterr().out
 
 
 def test_export_refuses_other_formats_and_places(root, tmp_path, monkeypatch, capsys):
-    code, _, told = call(monkeypatch, capsys, "export", tmp_path / "all.xlsx", root)
+    code, _, told = runs_command(monkeypatch, capsys, "export", tmp_path / "all.xlsx", root)
     assert (code, told.partition(": expected")[2]) == (1, " a name that ends with .csv or .parquet\n")
     for ending in ("csv", "parquet"):
-        code, _, told = call(monkeypatch, capsys, "export", tmp_path / "none" / f"all.{ending}", root)
+        code, _, told = runs_command(monkeypatch, capsys, "export", tmp_path / "none" / f"all.{ending}", root)
         assert code == 1
         assert "No such file" in told
     with pytest.raises(RunnerError, match="is no folder"):

@@ -19,14 +19,14 @@ SWEEP = [*SEEDS, "model=attention,mamba2", "launcher=joblib"]
 def test_a_killed_sweep_leaves_no_process_behind(tmp_path):
     """Workers of a launcher do not see that the sweep is gone; they end by themselves, and so do their runs."""
     with started(tmp_path, *SWEEP, "train.steps=100000") as sweep:
-        until(lambda: sum(folder.claim.is_held() for folder in folders(tmp_path)) == 2)
+        until(lambda: sum(folder.lock.is_held() for folder in folders(tmp_path)) == 2)
         sweep.kill()
         sweep.wait()
         assert processes(tmp_path)
         # The runs themselves end as soon as their checkpoints are written.
         until(lambda: not any("loky" in command_of(pid) for pid in processes(tmp_path)), 5)
         until(lambda: not processes(tmp_path), 60)
-    assert not any(folder.claim.is_held() for folder in folders(tmp_path))
+    assert not any(folder.lock.is_held() for folder in folders(tmp_path))
 
 
 IDLE = """

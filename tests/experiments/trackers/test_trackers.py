@@ -81,7 +81,7 @@ def test_training_outlives_wandb(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     until(lambda: any(tmp_path.glob("runs/*/*/metrics.jsonl")))
     (folder,) = [RunFolder(path.parent) for path in tmp_path.glob("runs/*/*/config.json")]
-    training = json.loads(folder.claim.path.read_text())["pid"]
+    training = json.loads(folder.lock.path.read_text())["pid"]
     started = guarded.children(training)
     (service,) = [pid for pid in started if "wandb" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(service, signal.SIGKILL)

@@ -73,11 +73,11 @@ def test_lines_of_metrics_that_are_lost_are_told_and_recorded(tmp_path, capsys):
         assert train_here(config)[0] == 0
         assert "2 of the 3 lines of metrics up to step 15 are lost" in capsys.readouterr().out
         assert folder.record()["metrics_lost"] == {"lines": 2, "of": 3, "up_to_step": 15}
-        board = SweepStatus(tmp_path / ".sweeps" / f"now-{os.getpid()}")
-        board.create()
-        execute(to_dict(config), board, 0)
-        assert board.entries()[0]["message"].endswith(" after 15 steps; 2 lines of its metrics are lost")
-        board.remove()
+        sweep = SweepStatus(tmp_path / ".sweeps" / f"now-{os.getpid()}")
+        sweep.create()
+        execute(to_dict(config), sweep, 0)
+        assert sweep.entries()[0]["message"].endswith(" after 15 steps; 2 lines of its metrics are lost")
+        sweep.remove()
         folder.update(status="failed")
     folder.metrics_file.write_text("".join(lines))
     assert train_here(config)[0] == 0

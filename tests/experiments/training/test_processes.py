@@ -153,7 +153,7 @@ def test_a_sweep_trains_each_run_by_torchrun_and_sigterm_preempts_it(tmp_path):
     step = verified(last(folder))["state"]["step"]
     assert folder.record()["cost"]["steps"] == step
     assert folder.record()["cost"]["processes"] == 2
-    assert not folder.claim.is_held()
+    assert not folder.lock.is_held()
 
     folder.config_file.write_text(folder.config_file.read_text().replace("100000", str(step + 3)))
     done = torchrun("-m", "experiments.train", str(path), processes=1)

@@ -139,7 +139,7 @@ def test_a_run_that_another_sweep_has_finished_meanwhile_is_left_alone(tmp_path,
     monkeypatch.setattr("sys.argv", ["train", str(folder.path)])
     assert main() == 0
     assert folder.run_file.read_bytes() == record
-    assert not folder.claim.path.exists()
+    assert not folder.lock.path.exists()
 
 
 def test_a_diverging_run_fails_and_names_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
@@ -307,7 +307,7 @@ def test_a_training_process_stops_when_the_one_that_started_it_is_gone(tmp_path)
         parent.kill()
         parent.wait()
     deadline = time.monotonic() + 30
-    while folder.claim.is_held():
+    while folder.lock.is_held():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert folder.status() == "preempted"
@@ -385,7 +385,7 @@ def test_sigterm_preempts_with_a_checkpoint_and_a_second_process_is_kept_out(tmp
     try:
         wait_for_training(folder, process)
         with pytest.raises(RunnerError, match=f"trained by process {process.pid}"):
-            folder.claim.take()
+            folder.lock.acquire()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 75
     finally:
@@ -394,7 +394,7 @@ def test_sigterm_preempts_with_a_checkpoint_and_a_second_process_is_kept_out(tmp
     assert folder.record()["reason"].endswith(f"a checkpoint of step {folder.record()['cost']['steps']}")
     assert verified(last(folder))["state"]["step"] == folder.record()["cost"]["steps"]
     assert not folder.progress_file.exists()
-    folder.claim.take()
+    folder.lock.acquire()
 
 
 def test_routing_is_recorded_of_the_training_batch(tmp_path, monkeypatch):
@@ -439,16 +439,16 @@ def test_a_routers_bias_moves_once_a_step_and_is_kept(tmp_path, monkeypatch):
     assert same(tensors(last(train_here(whole)[1])), tensors(last(folder)))
 
 
-def test_a_process_whose_claim_was_taken_over_stops(tmp_path, monkeypatch):
+def test_a_process_whose_lock_was_taken_over_stops(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.training.progress.HEARTBEAT_SECONDS", 0.0)
     folder = RunFolder(tmp_path)
-    folder.claim.take()
+    folder.lock.acquire()
     stopped = threading.Event()
     monkeypatch.setattr("experiments.training.progress.os.kill", lambda pid, number: stopped.set())
     with Heartbeat(folder, parent=None):
-        folder.claim.path.write_text(other := '{"pid": 1, "host": "elsewhere", "started": "1"}')
+        folder.lock.path.write_text(other := '{"pid": 1, "host": "elsewhere", "started": "1"}')
         assert stopped.wait(10)
-    assert folder.claim.path.read_text() == other
+    assert folder.lock.path.read_text() == other
 
 
 def test_a_run_that_was_taken_over_leaves_the_record_to_the_other(tmp_path, monkeypatch, capsys):
@@ -457,7 +457,7 @@ def test_a_run_that_was_taken_over_leaves_the_record_to_the_other(tmp_path, monk
 
     def overtaken(run):
         results = train(run)
-        folder.claim.path.write_text('{"pid": 1, "host": "elsewhere", "started": "1"}')
+        folder.lock.path.write_text('{"pid": 1, "host": "elsewhere", "started": "1"}')
         folder.update(status="running", attempt=2)
         return results
 

@@ -77,7 +77,7 @@ def preempted_at(moments: Moments, monkeypatch: pytest.MonkeyPatch, root: Path, 
         code = moments.train(folder, monkeypatch, at)
         assert (code, folder.status()) in [(75, "preempted"), (0, "finished")], at
         assert not [path for path in folder.path.rglob(".*") if path.name != ".metadata"], at
-        assert not folder.claim.path.exists(), at
+        assert not folder.lock.path.exists(), at
         assert moments.train(folder, monkeypatch) == 0, at
         assert [line["step"] for line in folder.metrics()] == [2, 4], at
         codes.append(code)
@@ -102,7 +102,7 @@ def test_while_it_imports_what_it_needs(tmp_path):
     assert done.returncode == 75, done.stderr
     assert (folder.status(), folder.record()["reason"]) == ("preempted", "stopped by SIGTERM")
     assert "Traceback" not in done.stderr
-    assert not folder.claim.path.exists()
+    assert not folder.lock.path.exists()
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.json", "metrics.jsonl"])
@@ -116,4 +116,4 @@ def test_a_damaged_file_of_a_run_is_one_line(tmp_path, monkeypatch, capsys, mome
     shown = capsys.readouterr().err
     assert f": cannot read {path}: " in shown
     assert shown.count("\n") == 1
-    assert not folder.claim.path.exists()
+    assert not folder.lock.path.exists()

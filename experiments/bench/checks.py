@@ -1,4 +1,4 @@
-"""Whether what runs on the device is right: before anything is timed.
+"""Checks that what runs on the device is right, before anything is timed.
 
 Every backend that runs there, on inputs of each dtype, against the reference in float64 on the CPU: values, the
 gradients of all inputs, sequences packed and apart, and a sequence that is cut, its state handed on. Then the test
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.util.errors import RunnerError
 from experiments.util.paths import ROOT
+from seqarch import ops
 from seqarch.ops import OPS
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 5e-3}
@@ -31,7 +33,7 @@ SUITES = ("test_triton_*.py", "test_*_cuda*.py", "test_vendor*.py", "test_oracle
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared, how far it was off and how far it may be."""
+    """One comparison: its name, its error and the bound on it."""
 
     name: str
     error: float
@@ -85,7 +87,7 @@ def _is_float(x: Any) -> bool:
 def gradients(op: str, backend: str, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     """Outputs, and gradients of a weighted sum of the first."""
     leaves = {name: x.detach().requires_grad_() if _is_float(x) else x for name, x in inputs.items()}
-    found = OPS[op](backend, **leaves, **options)
+    found = getattr(ops, op)(**leaves, **options, backend=backend)
     o = found[0] if isinstance(found, tuple) else found
     weight = torch.linspace(-1, 1, o.numel(), dtype=torch.float64, device=o.device).view(o.shape)
     asked = {name: x for name, x in leaves.items() if _is_float(x)}
@@ -130,9 +132,9 @@ def cut(op: str, inputs: dict[str, Any], bound: float, label: str) -> Iterator[C
     first = inputs | {name: inputs[name][:, :CUT] for name in timed}
     rest = inputs | {name: inputs[name][:, CUT:] for name in timed}
     for backend in served(op, inputs):
-        whole, last = OPS[op](backend, **inputs)
-        start, state = OPS[op](backend, **first)
-        end, final = OPS[op](backend, **rest, state=state)
+        whole, last = getattr(ops, op)(**inputs, backend=backend)
+        start, state = getattr(ops, op)(**first, backend=backend)
+        end, final = getattr(ops, op)(**rest, state=state, backend=backend)
         yield Check(f"{op}, {backend}, {label}, cut: output", error(torch.cat([start, end], 1), whole), bound)
         yield Check(f"{op}, {backend}, {label}, cut: last state", error(final, last), bound)
 
@@ -147,3 +149,20 @@ def run_suites() -> str | None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", *suites()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return None if done.returncode == 0 else done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def check(device: torch.device) -> dict[str, Any]:
+    """Run all checks, and say so; the count of those that passed, and the worst of them against its bound.
+
+    Raises:
+        RunnerError: some fail; it names them.
+    """
+    found = list(compare(device))
+    failed = [f"{one.name}: off by {one.error:.2g}, at most {one.bound:g} is right" for one in found if not one.passed]
+    if failed:
+        raise RunnerError("\n".join([*failed, f"{len(failed)} of {len(found)} checks failed: nothing was timed"]))
+    print(f"{len(found)} checks against the references passed", flush=True)
+    if (failures := run_suites()) is not None:
+        raise RunnerError(f"{failures}\nthe tests of the kernels failed on the device: nothing was timed")
+    print("the tests of the kernels passed on the device", flush=True)
+    return {"passed": len(found), "worst": max(one.error / one.bound for one in found)}

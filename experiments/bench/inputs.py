@@ -1,0 +1,166 @@
+"""The inputs of the operations' benchmarks, drawn at random, and the floating-point operations of a call with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from experiments.bench.benchmark import Cost, Inputs, Workload
+from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, STATES, TAPS, Sizes
+from seqarch.ops.attention import flops as flops_of_attention
+from seqarch.ops.block_sparse_attention import flops as flops_of_pairs
+from seqarch.ops.experts import flops as flops_of_experts
+
+Draw = Callable[[Sizes], Inputs]
+Flops = Callable[[Sizes, Inputs], float]
+
+
+def heads(sizes: Sizes) -> Inputs:
+    """Queries and keys of norm 1, and values: ``[B, T, H, W]``."""
+    q, k = (F.normalize(sizes.normal(sizes.heads, sizes.width), dim=-1).to(sizes.dtype) for _ in range(2))
+    return {"q": q, "k": k, "v": sizes.normal(sizes.heads, sizes.width).to(sizes.dtype)}
+
+
+def retention(sizes: Sizes) -> Inputs:
+    decay = torch.log1p(-(2.0 ** (-5 - torch.arange(sizes.heads, device=sizes.device, dtype=torch.float32))))
+    return heads(sizes) | {"log_decay": decay}
+
+
+def head_decay(sizes: Sizes) -> Inputs:
+    return heads(sizes) | {"log_decay": -sizes.setup.decay * sizes.uniform(sizes.heads)}
+
+
+def key_decay(sizes: Sizes) -> Inputs:
+    return heads(sizes) | {"log_decay": -sizes.setup.decay * sizes.uniform(sizes.heads, sizes.width)}
+
+
+def with_beta(inputs: Draw) -> Draw:
+    return lambda sizes: inputs(sizes) | {"beta": sizes.uniform(sizes.heads).to(sizes.dtype)}
+
+
+def window(sizes: Sizes) -> Inputs:
+    return heads(sizes) | {"window": sizes.setup.window}
+
+
+def blocks(sizes: Sizes) -> Inputs:
+    """Each query and head has its own block and others drawn from those before it, as many as there are up to 16."""
+    draw = _repeated_blocks if sizes.setup.repeated_blocks else _different_blocks
+    own = torch.arange(sizes.length, device=sizes.device)[:, None, None] // BLOCK
+    index = draw(sizes, own)
+    return heads(sizes) | {"block_index": index, "block_size": BLOCK}
+
+
+def _different_blocks(sizes: Sizes, own: Tensor) -> Tensor:
+    drawn = sizes.uniform(sizes.heads, int(own[-1]) + 1)
+    drawn.masked_fill_(torch.arange(drawn.shape[-1], device=sizes.device) > own, -1)
+    drawn.scatter_(-1, own.expand(sizes.batch, -1, sizes.heads, 1), 2)
+    score, index = drawn.topk(min(BLOCKS, drawn.shape[-1]))
+    return index.masked_fill(score < 0, -1)
+
+
+def _repeated_blocks(sizes: Sizes, own: Tensor) -> Tensor:
+    drawn = (sizes.uniform(sizes.heads, BLOCKS - 1) * own).long()
+    return torch.cat([drawn, own.expand(sizes.batch, -1, sizes.heads, 1)], dim=-1)
+
+
+def scan(sizes: Sizes) -> Inputs:
+    x, B, C = (sizes.normal(width).to(sizes.dtype) for width in (sizes.channels, STATES, STATES))
+    A = -torch.arange(1.0, STATES + 1, device=sizes.device).repeat(sizes.channels, 1)
+    return {"x": x, "dt": (0.001 + 0.1 * sizes.uniform(sizes.channels)).to(sizes.dtype), "A": A, "B": B, "C": C}
+
+
+def convolution(sizes: Sizes) -> Inputs:
+    weight, bias = (
+        torch.randn(*shape, device=sizes.device).to(sizes.dtype)
+        for shape in ((sizes.channels, TAPS), (sizes.channels,))
+    )
+    return {"x": sizes.normal(sizes.channels).to(sizes.dtype), "weight": weight, "bias": bias, "activation": "silu"}
+
+
+def experts(sizes: Sizes) -> Inputs:
+    model, hidden = sizes.d_model, sizes.channels
+
+    def weights(*shape: int) -> Tensor:
+        drawn = torch.randn(sizes.setup.experts, *shape, device=sizes.device)
+        return drawn.mul(shape[0] ** -0.5).to(sizes.dtype)
+
+    index = sizes.uniform(sizes.setup.experts).topk(CHOSEN).indices
+    return {
+        "x": sizes.normal(model).to(sizes.dtype),
+        **{"w_in": weights(model, hidden), "w_gate": weights(model, hidden), "w_out": weights(hidden, model)},
+        **{"expert_index": index, "expert_weight": sizes.uniform(CHOSEN).to(sizes.dtype)},
+    }
+
+
+def head_flops(flops: Callable[..., int]) -> Flops:
+    """An operation's own count, of heads whose keys and values are equally wide."""
+    return lambda sizes, _: flops(sizes.length, sizes.heads, sizes.width, sizes.width, batch_size=sizes.batch)
+
+
+def channel_flops(flops: Callable[..., int], width: int) -> Flops:
+    """An operation's own count, of channels with ``width`` states or taps each."""
+    return lambda sizes, _: flops(sizes.length, sizes.channels, width, batch_size=sizes.batch)
+
+
+def expert_flops(sizes: Sizes, _: Inputs) -> int:
+    return flops_of_experts(sizes.tokens, CHOSEN, sizes.d_model, sizes.channels)
+
+
+def attention_flops(sizes: Sizes, inputs: Inputs) -> int:
+    shape = (sizes.length, sizes.length, sizes.heads, sizes.width, sizes.width)
+    return flops_of_attention(*shape, window=inputs.get("window"), batch_size=sizes.batch)
+
+
+def block_flops(sizes: Sizes, inputs: Inputs) -> int:
+    return flops_of_pairs(_listed_pairs(sizes, inputs["block_index"]), sizes.width, sizes.width)
+
+
+def _listed_pairs(sizes: Sizes, index: Tensor) -> int:
+    """How many keys the last queries see together: each listed block once, but no more of the own than comes up to it.
+
+    Args:
+        index: ``[B, N, H, n]`` blocks of the last ``N`` queries, -1 for none.
+    """
+    ordered = index.sort(-1).values
+    seen = (ordered >= 0) & (ordered.diff(dim=-1, prepend=torch.full_like(ordered[..., :1], -1)) != 0)
+    times = torch.arange(sizes.length - index.shape[1], sizes.length)
+    later = int((BLOCK - 1 - times % BLOCK).sum()) * sizes.batch * sizes.heads
+    return int(seen.sum()) * BLOCK - later
+
+
+def token_after_state(draw: Draw, flops: Flops) -> Workload:
+    """One token per sequence, after many that a state stands for; the state is read and written."""
+
+    def inputs(sizes: Sizes) -> Inputs:
+        state = torch.randn(sizes.batch, sizes.heads, sizes.width, sizes.width, device=sizes.device)
+        return draw(replace(sizes, length=1)) | {"state": state}
+
+    def cost(sizes: Sizes, inputs: Inputs) -> Cost:
+        tensors = [value for value in (*inputs.values(), inputs["v"], inputs["state"]) if torch.is_tensor(value)]
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return Cost(flops(replace(sizes, length=1), inputs), moved)
+
+    return Workload(inputs, cost)
+
+
+def token_after_keys(draw: Draw) -> Workload:
+    """One token per sequence, whose query sees its own keys and values and those before it."""
+
+    def inputs(sizes: Sizes) -> Inputs:
+        past: dict[str, Any] = draw(sizes)
+        return past | {name: past[name][:, -1:].clone() for name in ("q", "block_index") if name in past}
+
+    def cost(sizes: Sizes, inputs: Inputs) -> Cost:
+        queries = sizes.batch * sizes.heads
+        pairs = queries * min(inputs.get("window", sizes.length), sizes.length)
+        if "block_index" in inputs:
+            pairs = _listed_pairs(sizes, inputs["block_index"])
+        numbers = 2 * (pairs + queries) * sizes.width  # keys and values, q and o
+        return Cost(flops_of_pairs(pairs, sizes.width, sizes.width), numbers * inputs["q"].element_size())
+
+    return Workload(inputs, cost)

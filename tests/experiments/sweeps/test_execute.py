@@ -1,0 +1,182 @@
+"""One job of a sweep, without Hydra and, where it is refused, without a training process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from experiments.config.schema import FORMAT, MachineConfig, to_dict
+from experiments.runs.folder import RunFolder
+from experiments.sweeps.execute import execute
+from experiments.sweeps.status import SweepStatus
+from tests.support.runs import tiny_config
+
+
+def new_sweep(tmp_path) -> SweepStatus:
+    sweep = SweepStatus(tmp_path / "sweep")
+    sweep.create()
+    return sweep
+
+
+def outcome(tmp_path, config) -> dict:
+    sweep = new_sweep(tmp_path)
+    execute(to_dict(config), sweep, 0)
+    (entry,) = sweep.entries()
+    return entry
+
+
+def test_a_folder_of_another_configuration_is_refused_untouched(tmp_path):
+    config = tiny_config(tmp_path)
+    config.folder().mkdir(parents=True)
+    other = json.dumps({"format": FORMAT, **to_dict(tiny_config(tmp_path, train__lr=0.5))})
+    (config.folder() / "config.json").write_text(other)
+    entry = outcome(tmp_path, config)
+    assert entry["status"] == "refused"
+    assert "train.lr is 0.5 there, 0.001 wanted" in entry["message"]
+    assert [path.name for path in config.folder().iterdir()] == ["config.json"]
+    assert (config.folder() / "config.json").read_text() == other
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    config = tiny_config(tmp_path)
+    config.folder().parent.write_text("mine")
+    entry = outcome(tmp_path, config)
+    assert entry["status"] == "refused"
+    assert str(config.folder()) in entry["message"]
+    assert config.folder().parent.read_text() == "mine"
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """But a run that is finished is kept, wherever, and a folder for a torchrun elsewhere is made."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = tiny_config(tmp_path, train__device="cuda")
+    entry = outcome(tmp_path, config)
+    assert (entry["status"], entry["message"].partition(",")[0]) == ("refused", "train.device is 'cuda'")
+    assert not config.folder().parent.exists()
+    assert outcome(tmp_path, replace(config, machine=MachineConfig(processes=0)))["status"] == "made"
+    RunFolder(config.folder()).update(status="finished", results={"test": 1.0})
+    assert outcome(tmp_path, config)["status"] == "kept"
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path):
+    config = tiny_config(tmp_path)
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    folder.lock.acquire()
+    assert outcome(tmp_path, config)["status"] == "busy"
+    assert folder.lock.is_held()
+
+
+def test_a_run_finished_without_results_is_not_taken_for_done(tmp_path):
+    config = tiny_config(tmp_path)
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    folder.run_file.write_text(json.dumps({"format": FORMAT, "status": "finished"}))
+    entry = outcome(tmp_path, config)
+    assert entry["status"] == "refused"
+    assert f"cannot read {folder.run_file}: it says that the run is finished and holds no results" in entry["message"]
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"status": 3}, "its status is 3"),
+        ({"status": "failed", "attempt": "x"}, "its attempt is 'x'"),
+        ({"status": "finished", "results": {"test": "x"}}, "holds no results"),
+        ({"status": "finished", "results": {"test": 1}, "metric": 3}, "its metric is 3"),
+    ],
+)
+def test_a_record_changed_by_hand_is_refused_with_its_path(tmp_path, record, told):
+    config = tiny_config(tmp_path)
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    folder.run_file.write_text(json.dumps({"format": FORMAT, **record}))
+    entry = outcome(tmp_path, config)
+    assert entry["status"] == "refused"
+    assert str(folder.run_file) in entry["message"]
+    assert told in entry["message"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_run_that_the_sweep_names_twice_is_trained_once(tmp_path, first):
+    """Whichever of the two jobs begins first, and also while it is at it."""
+    config, sweep = tiny_config(tmp_path), new_sweep(tmp_path)
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    sweep.update(first, status="running", name=folder.path.name, folder=str(folder.path))
+    folder.lock.acquire()
+    execute(to_dict(config), sweep, 1 - first)
+    twin = next(entry for entry in sweep.entries() if entry["job"] == 1 - first)
+    assert (twin["status"], twin["message"]) == ("repeated", f"as run {first + 1}")
+
+
+def test_a_failed_run_is_tried_again_on_request_and_shown_as_failed(tmp_path):
+    config = tiny_config(tmp_path, train__lr=1e30, train__grad_clip=0.0)
+    sweep = new_sweep(tmp_path)
+    execute({**to_dict(config), "retry": 1}, sweep, 0)
+    (entry,) = sweep.entries()
+    assert entry["status"] == "failed"
+    assert entry["message"].startswith("tried 2 times: training diverged")
+    record = RunFolder(config.folder()).record()
+    assert (record["status"], record["attempt"]) == ("failed", 2)
+
+
+@pytest.mark.parametrize("retry", [-1, "once", True, 0.5])
+def test_retries_are_a_number(tmp_path, retry):
+    sweep = new_sweep(tmp_path)
+    execute({**to_dict(tiny_config(tmp_path)), "retry": retry}, sweep, 0)
+    (entry,) = sweep.entries()
+    assert (entry["status"], entry["message"].partition(":")[0]) == ("refused", "retry")
+
+
+def test_no_job_begins_after_the_sweep_was_stopped(tmp_path):
+    sweep = new_sweep(tmp_path)
+    sweep.stop()
+    execute(to_dict(tiny_config(tmp_path)), sweep, 0)
+    assert [entry["status"] for entry in sweep.entries()] == ["waiting"]
+    assert not tiny_config(tmp_path).folder().exists()
+
+
+def test_a_run_stopped_before_it_trains_is_preempted_at_once(tmp_path, monkeypatch):
+    """As in a launcher's worker: the process inherits that SIGINT is ignored, and has no handlers yet."""
+    config, sweep = tiny_config(tmp_path), new_sweep(tmp_path)
+    popen = subprocess.Popen
+    sleeper = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up'); time.sleep(60)"
+
+    def sleeping(command, **options):
+        threading.Timer(0.5, sweep.stop).start()
+        return popen([command[0], "-c", sleeper], **options)
+
+    folder = RunFolder(config.folder())
+    folder.create(config)
+    folder.update(status="failed", reason="of an earlier attempt", attempt=1)
+    monkeypatch.setattr("experiments.sweeps.execute.subprocess.Popen", sleeping)
+    started = time.monotonic()
+    execute(to_dict(config), sweep, 0)
+    assert time.monotonic() - started < 10
+    (entry,) = sweep.entries()
+    assert (entry["status"], entry["message"]) == ("preempted", "stopped from outside")
+    assert (folder.status(), folder.record()["reason"]) == ("preempted", "stopped from outside")
+
+
+def test_a_process_that_cannot_write_is_told_with_the_path(tmp_path, monkeypatch):
+    """The disk is full from the first byte: nothing can be recorded, so the job itself has to tell."""
+    config = tiny_config(tmp_path)
+    RunFolder(config.folder()).create(config)
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); import runpy, sys;"
+    limited += "sys.argv[0] = 'train'; runpy.run_module('experiments.train', run_name='__main__')"
+    popen = subprocess.Popen
+
+    def starved(command, **options):
+        return popen([command[0], "-c", limited, *command[command.index("experiments.train") + 1 :]], **options)
+
+    monkeypatch.setattr("experiments.sweeps.execute.subprocess.Popen", starved)
+    entry = outcome(tmp_path, config)
+    assert entry["status"] == "failed"
+    assert f"cannot write {config.folder()}" in entry["message"]
+    assert "File too large" in entry["message"]

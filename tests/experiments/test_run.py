@@ -1,0 +1,161 @@
+"""The command line as a person uses it: real processes, few of them, since each takes seconds to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments import run
+from experiments.runs.folder import RunFolder
+from experiments.sweeps import workers
+from experiments.sweeps.status import SweepStatus
+from experiments.util.errors import RunnerError, StorageError
+from tests.support.paths import ROOT
+from tests.support.runs import TINY, call, command_line, until
+
+
+def folders(runs: Path) -> dict[str, RunFolder]:
+    """Run folders by ``model-seed``."""
+    found = [RunFolder(path.parent) for path in runs.glob("*/*/config.json")]
+    return {folder.path.name.rpartition("-")[0]: folder for folder in found}
+
+
+def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
+    # The model is given twice, of which the last counts.
+    sweep = ["experiments.run", "--multirun", *TINY, "train.steps=10", "launcher=joblib", "model=mamba2,gla"]
+    sweep += ["model=attention"]
+    first = call(*sweep, "train.lr=1e30,1e-3", "train.grad_clip=0", cwd=tmp_path)
+    assert first.returncode == 1
+    assert "2 runs: 1 failed, 1 finished" in first.stdout
+    assert "training diverged at step" in first.stdout
+    assert "Traceback" not in first.stdout + first.stderr
+    found = [RunFolder(path.parent) for path in tmp_path.glob("runs/mqar/*/run.json")]
+    assert sorted((folder.status(), folder.config().train.lr) for folder in found) == [
+        ("failed", 1e30),
+        ("finished", 1e-3),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mqar"]
+
+    records = {folder.path: folder.run_file.read_bytes() for folder in found if folder.status() == "finished"}
+    second = call(*sweep, "train.lr=1e-3", "train.grad_clip=0", cwd=tmp_path)
+    assert second.returncode == 0
+    assert "finished before" in second.stdout
+    assert {path: (path / "run.json").read_bytes() for path in records} == records
+
+
+def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
+    arguments = [*TINY, "train.steps=200", "seed=0,1,2", "launcher=joblib", "model=attention", "train.eval_every=50"]
+    command = ["experiments.run", "--multirun", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = tmp_path / "runs"
+    with open(tmp_path / "log", "w") as log:
+        options = {"cwd": tmp_path, "env": environment, "stdout": log, "stderr": log}
+        sweep = subprocess.Popen(command_line(*command), start_new_session=True, **options)
+    try:
+        # Memory runs out in the first run: it is killed, and the others go on.
+        until(lambda: "attention-seed0" in folders(runs) and folders(runs)["attention-seed0"].lock.is_held())
+        holder = json.loads(folders(runs)["attention-seed0"].lock.path.read_text())
+        os.kill(holder["pid"], signal.SIGKILL)
+        until(lambda: folders(runs).get("attention-seed1") and folders(runs)["attention-seed1"].status() == "finished")
+        # As a terminal does it: the signal goes to every process of the sweep.
+        os.killpg(sweep.pid, signal.SIGINT)
+        assert sweep.wait(40) == 130
+    finally:
+        sweep.kill()
+    shown = (tmp_path / "log").read_text()
+    assert "ended by SIGKILL, perhaps because memory ran out" in shown
+    assert "Traceback" not in shown
+    assert "SIGKILL" in folders(runs)["attention-seed0"].record()["reason"]
+    statuses = {name: folder.status() for name, folder in folders(runs).items()}
+    assert statuses["attention-seed1"] == "finished"
+    assert set(statuses.values()) <= {"finished", "failed", "interrupted", "preempted", None}
+    assert not any(folder.lock.is_held() for folder in folders(runs).values())
+    kept = folders(runs)["attention-seed1"].run_file.read_bytes()
+
+    done = call(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {folder.status() for folder in folders(runs).values()} == {"finished"}
+    assert len(folders(runs)) == 3
+    assert folders(runs)["attention-seed1"].run_file.read_bytes() == kept
+
+
+def test_a_killed_worker_is_one_clear_error(tmp_path):
+    arguments = [*TINY, "train.steps=100000", "seed=0,1,2", "launcher=joblib", "hydra.launcher.n_jobs=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "log", "w") as log:
+        command = command_line("experiments.run", "--multirun", *arguments)
+        options = {"cwd": tmp_path, "env": environment, "stdout": log, "stderr": log}
+        sweep = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        until(lambda: len(folders(tmp_path / "runs")) == 2)
+        until(lambda: all(folder.lock.is_held() for folder in folders(tmp_path / "runs").values()))
+        folder = next(iter(folders(tmp_path / "runs").values()))
+        training = json.loads(folder.lock.path.read_text())["pid"]
+        worker = int(Path(f"/proc/{training}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(worker, signal.SIGKILL)
+        assert sweep.wait(40) == 1
+    finally:
+        sweep.kill()
+    shown = (tmp_path / "log").read_text()
+    assert "error: a worker of the sweep was killed, perhaps because memory ran out: of 3 runs, 1 were" in shown
+    assert "Traceback" not in shown
+    until(lambda: not any(folder.lock.is_held() for folder in folders(tmp_path / "runs").values()))
+
+
+def test_a_job_without_a_sweep_does_nothing(tmp_path, monkeypatch):
+    """As one that a scheduler starts when the sweep is over: its status is gone."""
+    monkeypatch.setattr(run.HydraConfig, "get", lambda: OmegaConf.create({"job": {"num": 0}}))
+    monkeypatch.setattr(run, "execute", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setenv(workers.SWEEP, str(tmp_path / "gone"))
+    with pytest.raises(RunnerError, match=r"there is none in .*gone: the sweep is over"):
+        run.job(OmegaConf.create({}))
+    monkeypatch.delenv(workers.SWEEP)
+    with pytest.raises(RunnerError, match="SEQARCH_SWEEP is not set"):
+        run.job(OmegaConf.create({}))
+
+
+def test_a_status_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, capfd):
+    """The disk is full after the sweep began."""
+
+    def full(self, job, **values):
+        raise StorageError("cannot write job-0.json: No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SweepStatus, "update", full)
+    monkeypatch.setattr("sys.argv", ["run", *TINY, "train.steps=5"])
+    for name in ("SEQARCH_COMMAND", workers.SWEEP, "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "")
+    assert run.main() == 1
+    shown = capfd.readouterr()
+    assert shown.err == "error: cannot write job-0.json: No space left on device\n"
+    assert "Traceback" not in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train.lrr=1"], "error: train.lrr: unknown key, expected one of"),
+        (["task=mqra"], "Could not find 'task/mqra'"),
+        (["launcher=job"], "Could not find 'launcher/job'"),
+        (["model=attention", "task=null"], "error: task=null: expected one of compression, "),
+        (["runs=occupied"], "error: cannot write occupied/.sweeps"),
+        (["--multirun", "train.lr=interval(0, 1)"], "experiments.search searches intervals"),
+        (["--multirun", "launcher=submitit", "hydra.launcher.partition=none"], "error: launcher=submitit needs Slurm"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(tmp_path, monkeypatch, arguments, told):
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "occupied").write_text("mine")
+    done = call("experiments.run", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["occupied"] or not list(tmp_path.glob("runs/*/*"))
+    assert (tmp_path / "occupied").read_text() == "mine"
