@@ -13,12 +13,18 @@ from seqarch.ops.block_sparse_attention import OP as _block_sparse_attention
 from seqarch.ops.block_sparse_attention import block_sparse_attention
 from seqarch.ops.causal_conv1d import OP as _causal_conv1d
 from seqarch.ops.causal_conv1d import causal_conv1d
+from seqarch.ops.compressed_attention import OP as _compressed_attention
+from seqarch.ops.compressed_attention import compressed_attention
 from seqarch.ops.delta_rule import OP as _delta_rule
 from seqarch.ops.delta_rule import delta_rule
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.dispatch.op import BackendError, Call, Explanation, Op, choose_backends, record_backends, record_calls
 from seqarch.ops.experts import OP as _experts
 from seqarch.ops.experts import experts
+from seqarch.ops.index_topk import OP as _index_topk
+from seqarch.ops.index_topk import index_topk
+from seqarch.ops.indexer_loss import OP as _indexer_loss
+from seqarch.ops.indexer_loss import indexer_loss
 from seqarch.ops.linear_attention import OP as _linear_attention
 from seqarch.ops.linear_attention import linear_attention
 from seqarch.ops.selective_scan import OP as _selective_scan
@@ -28,8 +34,11 @@ OPS: dict[str, Op] = {
     "attention": _attention,
     "block_sparse_attention": _block_sparse_attention,
     "causal_conv1d": _causal_conv1d,
+    "compressed_attention": _compressed_attention,
     "delta_rule": _delta_rule,
     "experts": _experts,
+    "index_topk": _index_topk,
+    "indexer_loss": _indexer_loss,
     "linear_attention": _linear_attention,
     "selective_scan": _selective_scan,
 }
@@ -74,9 +83,12 @@ __all__ = [
     "attention",
     "block_sparse_attention",
     "causal_conv1d",
+    "compressed_attention",
     "delta_rule",
     "experts",
     "explain",
+    "index_topk",
+    "indexer_loss",
     "linear_attention",
     "record_backends",
     "record_calls",

@@ -33,6 +33,12 @@ def lists(rows: int) -> Tensor:
     return own.clamp(min=-1).expand(rows, LENGTH, 2, 3).contiguous()
 
 
+def compressed(rows: int) -> dict[str, Tensor]:
+    """A key and value for each block of 8 tokens, 4 apart, that two rows or two packed sequences complete."""
+    count = (LENGTH - 8) // 4 + 1 if rows > 1 else (BORDER - 8) // 4 + (LENGTH - BORDER - 8) // 4 + 2
+    return {"q": draw(rows, LENGTH, 2, 4), "k": draw(rows, count, 2, 4), "v": draw(rows, count, 2, 4)}
+
+
 def recurrent(rows: int) -> dict[str, Tensor]:
     q, k, v = heads(rows).values()
     return {"q": q, "k": F.normalize(k, dim=-1), "v": v, "log_decay": -draw(rows, LENGTH, 2).abs()}
@@ -51,6 +57,18 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Tensor]], Callable[[int], 
         heads,
         lambda rows: {"block_index": lists(rows), "block_size": BLOCK},
         {"grouped_cpp": BLOCK, "grouped_torch": BLOCK, "parallel_torch": LENGTH},
+    ),
+    "compressed": (
+        "compressed_attention",
+        compressed,
+        lambda _: {"compressed_length": 8, "compressed_stride": 4, "block_size": 8, "selected_blocks": 4},
+        {},
+    ),
+    "index": (
+        "index_topk",
+        lambda rows: {"q": draw(rows, LENGTH, 2, 4), "k": draw(rows, LENGTH, 4), "weight": draw(rows, LENGTH, 2)},
+        lambda _: {"top_k": 5},
+        {},
     ),
     "convolution": (
         "causal_conv1d",
@@ -122,3 +140,16 @@ def test_what_is_not_finite_stays_in_its_head(case: str):
             given = {**tensors, name: tensors[name].clone()}
             given[name][0, 37, 0] = float("nan")
             assert (outputs(op, backend, given, options) == clean)[:, :, 1].all(), f"{backend}: {name}"
+
+
+@pytest.mark.parametrize("backend", available("indexer_loss"))
+def test_what_is_not_finite_stays_in_the_loss_of_its_sequence(backend: str):
+    for rows, packed in ((2, {}), (1, {"cu_seqlens": [0, BORDER, LENGTH]})):
+        sizes = {"index_q": (2, 4), "index_k": (4,), "weight": (2,), "q": (2, 4), "k": (2, 4)}
+        tensors = {name: draw(rows, LENGTH, *shape) for name, shape in sizes.items()}
+        clean = ops.indexer_loss(**tensors, **packed, backend=backend)
+        for name in tensors:
+            given = {**tensors, name: tensors[name].clone()}
+            given[name][0, 37] = float("nan")
+            same = ops.indexer_loss(**given, **packed, backend=backend) == clean
+            assert same.tolist() == [False, True], f"{name}, {packed}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.attention.base import KVHeadsConfig
@@ -18,13 +16,11 @@ from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.kv_cache import KVCache
 from seqarch.layers.modules.linear import Linear, widened
-from seqarch.layers.sparse_attention.row_attention import CacheShape, RowAttention
-from seqarch.layers.sparse_attention.selection import largest, positions, query_chunks, whole
+from seqarch.layers.sparse_attention.row_attention import CacheShape, RowAttention, positions
 from seqarch.ops.attention import flops as attention_flops
 from seqarch.ops.dispatch.autocast import without_autocast
 from seqarch.ops.dispatch.checks import accumulation_dtype
-from seqarch.ops.dispatch.eager import active_transform
-from seqarch.ops.native.custom_op import Formula, Saved, differentiate
+from seqarch.ops.index_topk import flops as index_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +109,19 @@ class DSA(RowAttention):
 
     def mix_rows(self, x: Tensor, state: DSAState) -> tuple[Tensor, DSAState]:
         before, start = state.cache.length, state.cache.start
-        at = positions(slice(0, x.shape[1]), before, start, x.device)
+        at = positions(x, before, start)
         (q, k, v), _ = self.qkv_proj(x)
         q, k = self.rotate(q, k, at=at)
         k, v, cache = kv_cache.extend(state.cache, k, v, None)
         with without_autocast(x.device):  # in bfloat16 other tokens would be chosen
             index_q, index_k, weight = self._index(x, at)
             index_k, _, index = kv_cache.extend(state.index, index_k, index_k[..., :0], None)
-            chosen = None
-            if k.shape[1] > self.config.top_k:
-                chosen = _choose(*(x.detach() for x in (index_q, index_k, weight)), self.config.top_k, before, start)
-            if self.training and torch.is_grad_enabled():
-                loss = _loss(index_q, index_k, weight, q.detach(), k.detach(), chosen, before, start)
-                self._losses = [*self._losses, loss]
+        indexer, chosen = (index_q, index_k.squeeze(2), weight), None
+        if k.shape[1] > self.config.top_k:
+            chosen = ops.index_topk(*indexer, self.config.top_k, key_start=start)
+        if self.training and torch.is_grad_enabled():
+            loss = ops.indexer_loss(*indexer, q, k, chosen, key_start=start).sum()
+            self._losses = [*self._losses, loss]
         if chosen is None:
             o = ops.attention(q, k, v, key_start=start)
         else:
@@ -162,142 +158,8 @@ class DSA(RowAttention):
         return once + self._flops(1, length, batch_size)
 
     def _flops(self, queries: int, before: int, batch_size: int) -> int:
-        config, after, pairs = self.config, before + queries, 0
+        config, after, index = self.config, before + queries, 0
         if after > config.top_k:
-            pairs = sum((part.stop - part.start) * tokens for part, tokens in query_chunks(queries, before))
-        index = 2 * batch_size * pairs * config.index_heads * (config.index_width + 1)
+            index = index_flops(queries, after, config.index_heads, config.index_width, batch_size)
         width = config.head_width  # as many tokens as in a window of top_k, though others
         return index + attention_flops(queries, after, config.heads, width, width, True, config.top_k, batch_size)
-
-
-def _index_scores(q: Tensor, k: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``I [B, C, M]`` of a chunk's queries, and the products ``[B, C, Hi, M]`` that it sums."""
-    products = (q.flatten(1, 2) @ k[:, :, 0].mT).unflatten(1, q.shape[1:3])
-    return (weight.unsqueeze(2) @ products.relu()).squeeze(2), products
-
-
-def _visible(part: slice, tokens: int, before: int, start: Tensor | None, device: torch.device) -> Tensor:
-    """Which of the first ``tokens`` keys each query of a chunk sees: ``[1 or B, C, tokens]``."""
-    key = torch.arange(tokens, device=device)
-    seen = key <= torch.arange(before + part.start, before + part.stop, device=device)[:, None]
-    return seen[None] if start is None else seen & (key >= start[:, None, None])
-
-
-def choose(q: Tensor, k: Tensor, weight: Tensor, count: int, before: int, start: Tensor | None) -> Tensor:
-    """The chosen tokens of each query, ``[B, T, count]``, counted from its row's first; -1 where there are fewer."""
-    chosen = [torch.empty(q.shape[0], 0, count, dtype=torch.int64, device=q.device)]
-    for part, tokens in query_chunks(q.shape[1], before):
-        scores, _ = _index_scores(q[:, part], k[:, :tokens], weight[:, part])
-        seen = _visible(part, tokens, before, start, q.device).expand_as(scores)
-        best = largest(scores.masked_fill(~seen, -torch.inf), count)
-        listed = best if start is None else best - start[:, None, None]
-        listed = listed.masked_fill(~seen.gather(-1, best), -1)
-        chosen.append(F.pad(listed, (0, count - best.shape[-1]), value=-1))
-    return torch.cat(chosen, dim=1)
-
-
-class _Compared(NamedTuple):
-    """A chunk's queries and the tokens up to its last.
-
-    Attributes:
-        part, tokens: the queries, and how many tokens.
-        products: ``[B, C, Hi, M]``, of index queries and index keys.
-        log_guess: ``log softmax(I) [B, C, M]`` over the tokens that each chose.
-        target: p, their weights in the attention.
-        loss: the sum of the queries' divergences.
-    """
-
-    part: slice
-    tokens: int
-    products: Tensor
-    log_guess: Tensor
-    target: Tensor
-    loss: Tensor
-
-
-def _compare(
-    index_q: Tensor,
-    index_k: Tensor,
-    weight: Tensor,
-    q: Tensor,
-    k: Tensor,
-    chosen: Tensor | None,
-    before: int,
-    start: Tensor | None,
-) -> Iterator[_Compared]:
-    q, k = q.to(index_q.dtype), k.to(index_q.dtype)
-    for part, tokens in query_chunks(q.shape[1], before):
-        seen = _visible(part, tokens, before, start, q.device)
-        if chosen is not None:
-            seen = seen & _listed(chosen[:, part], tokens, start)
-        scores, products = _index_scores(index_q[:, part], index_k[:, :tokens], weight[:, part])
-        log_guess = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
-        target = _mean_weights(q[:, part], k[:, :tokens], seen)
-        loss = (target.xlogy(target) - target * log_guess.masked_fill(~seen, 0)).sum()
-        yield _Compared(part, tokens, products, log_guess, target, loss)
-
-
-def index_loss(
-    index_q: Tensor,
-    index_k: Tensor,
-    weight: Tensor,
-    q: Tensor,
-    k: Tensor,
-    chosen: Tensor | None,
-    before: int,
-    start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum over the queries of ``KL(p || softmax(I))`` over the tokens that each chose, ``None`` for all.
-
-    Its gradient by the scores is ``softmax(I) - p``, known as soon as the loss is: those of the first three arguments
-    follow it, and the backward pass only scales them.
-    """
-    loss, dq, dk, dweight = (torch.zeros_like(x) for x in (index_q.sum(), index_q, index_k, weight))
-    for part, tokens, products, log_guess, target, own in _compare(
-        index_q, index_k, weight, q, k, chosen, before, start
-    ):
-        loss += own
-        keys, dscores = index_k[:, :tokens, 0], (log_guess.exp() - target).unsqueeze(2)
-        dweight[:, part] = (dscores @ products.relu().mT).squeeze(2)
-        dproducts = (weight[:, part].unsqueeze(-1) * dscores * (products > 0)).flatten(1, 2)
-        dq[:, part] = (dproducts @ keys).unflatten(1, products.shape[1:3])
-        dk[:, :tokens, 0] += dproducts.mT @ index_q[:, part].flatten(1, 2)
-    return loss, dq, dk, dweight
-
-
-def _plain_loss(index_q: Tensor, index_k: Tensor, weight: Tensor, q: Tensor, k: Tensor, *others: Any) -> Tensor:
-    """The loss of :func:`index_loss`, which torch differentiates in any way; q and k get no gradient."""
-    parts = [part.loss for part in _compare(index_q, index_k, weight, q.detach(), k.detach(), *others)]
-    return torch.stack(parts).sum() if parts else 0 * (index_q.sum() + index_k.sum() + weight.sum())
-
-
-def _scaled(call: Saved, dloss: Tensor) -> list[Tensor]:
-    return [dloss * gradient for gradient in call.kept]
-
-
-_choose_operator = torch.library.custom_op("seqarch::index_choice", choose, mutates_args=())
-_choose_operator.register_fake(lambda q, k, weight, count, *_: q.new_empty(*q.shape[:2], count, dtype=torch.int64))
-_choose = whole(_choose_operator, choose, choose)
-
-_loss_operator = torch.library.custom_op("seqarch::index_loss", index_loss, mutates_args=())
-_loss_operator.register_fake(lambda *given: (given[0].new_empty(()), *(torch.empty_like(x) for x in given[:3])))
-differentiate(_loss_operator, Formula(_scaled, _plain_loss, keeps=(1, 2, 3)))
-
-
-def _loss(*arguments: Any) -> Tensor:
-    return _loss_operator(*arguments)[0] if active_transform() is None else _plain_loss(*arguments)
-
-
-def _listed(chosen: Tensor, tokens: int, start: Tensor | None) -> Tensor:
-    """Which of the first ``tokens`` keys stand in lists ``[B, C, count]``: ``[B, C, tokens]``."""
-    at = chosen if start is None else chosen + start[:, None, None]
-    at = at.masked_fill(chosen < 0, tokens)  # one place more, for what is no token
-    listed = torch.zeros(*chosen.shape[:2], tokens + 1, dtype=torch.bool, device=chosen.device)
-    return listed.scatter(-1, at, True)[..., :tokens]
-
-
-def _mean_weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
-    """Softmax weights ``[B, C, M]`` of a chunk's queries over the keys that they see, averaged over the heads."""
-    queries = rearrange(q * q.shape[-1] ** -0.5, "b t (g r) k -> b g (t r) k", g=k.shape[2])
-    scores = rearrange(queries @ rearrange(k, "b s g k -> b g k s"), "b g (t r) s -> b t (g r) s", t=q.shape[1])
-    return scores.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(-1).mean(2)

@@ -16,12 +16,12 @@ from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.kv_cache import KVCache
 from seqarch.layers.modules.linear import Linear
-from seqarch.layers.sparse_attention.compression import BlockCompressor, compressed_attention
-from seqarch.layers.sparse_attention.compression import flops as compressed_flops
-from seqarch.layers.sparse_attention.row_attention import CacheShape, RowAttention
-from seqarch.layers.sparse_attention.selection import Blocks, positions
+from seqarch.layers.sparse_attention.compression import BlockCompressor
+from seqarch.layers.sparse_attention.row_attention import CacheShape, RowAttention, positions
 from seqarch.ops.attention import flops as window_flops
 from seqarch.ops.block_sparse_attention import flops as pair_flops
+from seqarch.ops.compressed_attention import Blocks
+from seqarch.ops.compressed_attention import flops as compressed_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +128,12 @@ class NSA(RowAttention):
         blocks, (before, start) = self.config.blocks, (state.selected.length, state.selected.start)
         # one set of queries, keys and values for each branch
         (q, k_new, v_new, k, v, k_near, v_near), _ = self.qkv_proj(x)
-        q, k, k_near = self.rotate(q, k, k_near, at=positions(slice(0, x.shape[1]), before, start, x.device))
+        q, k, k_near = self.rotate(q, k, k_near, at=positions(x, before, start))
         # compressed: block by block, which also chooses the blocks of the next branch
         recent, compressed = self._compress(state, k_new, v_new)
         keys, values = (held[:, : compressed.length].to(q.dtype) for held in (compressed.keys, compressed.values))
-        o, index = compressed_attention(q, keys, values, blocks, before=before, start=start)
+        forced = {"initial_blocks": blocks.initial, "local_blocks": blocks.local}
+        o, index = ops.compressed_attention(q, keys, values, *blocks[:4], **forced, query_start=before, key_start=start)
         # selected: the chosen blocks in full
         k, v, selected = kv_cache.extend(state.selected, k, v, None)
         o_selected = ops.block_sparse_attention(q, k, v, index, blocks.size, key_start=start)
@@ -209,7 +210,7 @@ class NSA(RowAttention):
         blocks, heads, width = config.blocks, config.heads, config.head_width
         new = batch_size * config.kv_heads * (blocks.complete(after) - blocks.complete(before))
         compress = sum(m.flops(new) for m in self.modules() if isinstance(m, BlockCompressor))
-        scores = compressed_flops(queries, before, heads, width, blocks, batch_size)
+        scores = compressed_flops(queries, before, heads, width, width, blocks, batch_size)
         pairs = blocks.visible_pairs(after) - blocks.visible_pairs(before)
         selected = pair_flops(batch_size * heads * pairs, width, width)
         return (

@@ -48,6 +48,12 @@ class PackedRows(NamedTuple):
         return PackedRows(tuple(select(self.rows[i], [0]) for i in index)) if index else select(self.rows[0], [])
 
 
+def positions(x: Tensor, before: int, start: Tensor | None) -> Tensor:
+    """Places of tokens ``x [B, T, ...]`` in their rows: ``[1, T]``, or ``[B, T]`` after the padding ``start [B]``."""
+    at = torch.arange(before, before + x.shape[1], device=x.device)[None]
+    return at if start is None else at - start[:, None]
+
+
 class RowAttention(Mixer):
     """An attention whose state is a named tuple ``State`` of :class:`KVCache`.
 

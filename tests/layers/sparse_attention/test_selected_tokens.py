@@ -7,22 +7,16 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from seqarch import ops
 from seqarch.layers import build_mixer, clone_state, measured_state_bytes
 from seqarch.layers.modules.rotary import apply_rotary
-from seqarch.layers.sparse_attention import compression, dsa
-from seqarch.layers.sparse_attention.compression import compressed_attention
 from seqarch.layers.sparse_attention.dsa import DSA
 from seqarch.layers.sparse_attention.nsa import NSA
-from seqarch.layers.sparse_attention.selection import Blocks, importance, largest, select_blocks
 from seqarch.models import LanguageModel, LMConfig
+from seqarch.ops.compressed_attention import Blocks
 from seqarch.testing import assert_close, inputs
-from tests.support.paths import ORACLES
+from tests.support.largest import LargestTensor
 
 SMALL = {
     "num_heads": 4,
@@ -61,20 +55,6 @@ def softmax_read(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     return weights @ torch.stack(values)
 
 
-# the choice of blocks
-
-
-def test_a_block_weighs_compressed_ones_by_the_tokens_that_they_share():
-    for length, stride, size in ((32, 16, 64), (6, 2, 4), (8, 8, 8), (4, 2, 8), (12, 4, 4)):
-        blocks, tokens = Blocks(length, stride, size, 3, 1, 1), 5 * size + 3
-        weights = torch.rand(blocks.complete(tokens), dtype=torch.float64)
-        expected = torch.zeros(blocks.selectable(tokens), dtype=torch.float64)
-        for i, weight in enumerate(weights):
-            for token in range(i * stride, i * stride + length):
-                expected[token // size] += weight / stride
-        torch.testing.assert_close(importance(weights, blocks, len(expected)), expected)
-
-
 def test_a_compressed_block_may_be_longer_than_all_tokens():
     # longer than a block to select by two strides or more, so that blocks begin before any is compressed
     chosen, x = {"compressed_length": 12, "compressed_stride": 2, "block_size": 2}, inputs(15)
@@ -85,43 +65,7 @@ def test_a_compressed_block_may_be_longer_than_all_tokens():
             assert_close(mixer(x[:, :length])[0][1], native_by_loop(mixer, x[1, :length]), 1e-12)
 
 
-def test_forced_blocks_come_first_and_equals_in_order():
-    blocks = Blocks(4, 4, 4, 5, 1, 2)
-    scores = torch.tensor([0.0, 0.2, 0.1, 0.3, 0.1, 0.1, 0.0, 0.9, 0.9])
-    at = torch.tensor([[0, 7, 30]])  # in blocks 0, 1 and 7; block 8 is later than all of them
-    chosen = select_blocks(scores.expand(1, 1, 3, -1), at, blocks)[0, :, 0].tolist()
-    assert chosen == [[0, -1, -1, -1, -1], [0, 1, -1, -1, -1], [0, 6, 7, 3, 1]]
-    assert largest(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), 4).tolist() == [1, 3, 0, 2]
-
-
-def test_compressed_attention_agrees_with_an_independent_implementation():
-    """Mean pooling, blocks that do not overlap, keys and values shared by the branches."""
-    record = load_file(ORACLES / "native_sparse_attention.safetensors")
-    x = {name: record[f"in.{name}"].double().requires_grad_() for name in ("q", "k", "v", "g_cmp", "g_slc")}
-    keys, values = (x[name].unflatten(1, (-1, 16)).mean(2) for name in ("k", "v"))
-    compressed, index = compressed_attention(x["q"], keys, values, Blocks(16, 16, 16, 4, 1, 2), scale=0.25)
-    assert torch.equal(index.sort(-1).values, record["in.block_index"].sort(-1).values)
-    selected = ops.block_sparse_attention(x["q"], x["k"], x["v"], index, 16, scale=0.25)
-    out = {"compressed": compressed, "selected": selected}
-    out["o"] = compressed * x["g_cmp"].unsqueeze(-1) + selected * x["g_slc"].unsqueeze(-1)
-    weighted = torch.stack([(out[name] * record[f"cotangent.{name}"]).sum() for name in out]).sum()
-    gradients = torch.autograd.grad(weighted, list(x.values()))
-    for name, tensor in out.items():
-        assert_close(tensor, record[f"out.{name}"], 1e-6, name)
-    for name, gradient in zip(x, gradients, strict=True):
-        assert_close(gradient, record[f"grad.{name}"], 1e-6, f"gradient of {name}")
-
-
-def test_the_gradient_of_compressed_attention_is_its_derivative(monkeypatch):
-    monkeypatch.setattr("seqarch.layers.sparse_attention.selection.QUERIES", 4)
-    blocks, start = Blocks(4, 2, 4, 2, 1, 1), torch.tensor([0, 3])
-    q, k, v = (torch.randn(2, n, h, 3, dtype=torch.float64, requires_grad=True) for n, h in ((11, 4), (6, 2), (6, 2)))
-    assert blocks.complete(3 + 11) == 6
-    run = lambda q, k, v: compressed_attention(q, k, v, blocks, before=3, start=start)[0]  # noqa: E731
-    assert torch.autograd.gradcheck(run, (q, k, v))
-
-
-# native sparse attention as a whole
+# native sparse attention
 
 
 def native_by_loop(mixer: NSA, x: Tensor) -> Tensor:
@@ -263,7 +207,7 @@ def deepseek_by_loop(mixer: DSA, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("top_k", [2, 6, 64])
 def test_dsa_is_its_equation_and_its_loss(top_k, monkeypatch):
-    monkeypatch.setattr("seqarch.layers.sparse_attention.selection.QUERIES", 8)
+    monkeypatch.setattr("seqarch.ops.chunked.queries.QUERIES", 8)
     mixer, x = deepseek(top_k=top_k, index_heads=3, index_width=8, index_loss_weight=0.5), inputs(21)
     mixer.index_norm.weight.data.uniform_(0.5, 2)
     expected = [deepseek_by_loop(mixer, row) for row in x]
@@ -349,65 +293,16 @@ def test_dsa_options_are_checked():
 # both
 
 
-class Largest(TorchDispatchMode):
-    """Records the most elements that any tensor has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.elements = max(self.elements, *sizes, 0)
-        return out
-
-
 def test_no_tensor_holds_all_pairs():
     length = 2048
-    q, k, v = (torch.randn(1, length, 1, 4) for _ in range(3))
-    index_q, index_k, weight = torch.randn(1, length, 2, 4), k, torch.randn(1, length, 2)
-    sizes = Blocks(32, 16, 64, 16, 1, 2)
-    compressed = k[:, : sizes.complete(length)]
-    with Largest() as seen:
-        compression.forward(q, compressed, compressed, None, 0, list(sizes), 0.5)
-        compression.backward(v, q, compressed, compressed, None, 0, list(sizes), 0.5)
-    assert 0 < seen.elements <= length * 64
-    with Largest() as seen:
-        chosen = dsa.choose(index_q, index_k, weight, 16, 0, None)
-        dsa.index_loss(index_q, index_k, weight, q, k, chosen, 0, None)
-    assert 0 < seen.elements <= length * 128 * 2  # a chunk of queries, all keys, two heads
     for name, chosen in (("nsa", {"window": 64}), ("dsa", {"top_k": 16})):
         mixer = build_mixer(name, d_model=32, **chosen)
         x = torch.randn(1, length, 32, requires_grad=True)
-        with Largest() as seen:
+        with LargestTensor() as seen:
             y, _ = mixer(x)
             loss = mixer.auxiliary_loss()
             (y.sum() if loss is None else y.sum() + loss).backward()
         assert 0 < seen.elements <= length * length / 8
-
-
-def operator_cases() -> dict[str, tuple]:
-    make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
-    chosen = torch.tensor([[0, -1], [1, 0], [1, 2]]).expand(2, 3, 2)
-    index = (make(2, 3, 2, 4), make(2, 5, 1, 4), make(2, 3, 2))
-    return {
-        "compressed_attention": (
-            make(2, 3, 4, 4),
-            make(2, 3, 2, 4),
-            make(2, 3, 2, 4),
-            None,
-            2,
-            [2, 1, 2, 2, 1, 1],
-            0.5,
-        ),
-        "index_choice": (*(x.detach() for x in index), 2, 2, torch.tensor([0, 1])),
-        "index_loss": (*index, make(2, 3, 4, 4).detach(), make(2, 5, 2, 4).detach(), chosen, 2, None),
-    }
-
-
-@pytest.mark.parametrize("name", ["compressed_attention", "index_choice", "index_loss"])
-def test_operators_pass_torchs_own_check(name):
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.seqarch, name).default, operator_cases()[name], test_utils=tests)
 
 
 @pytest.mark.parametrize(("name", "chosen"), [("nsa", SMALL), ("dsa", {"top_k": 4})])

@@ -95,6 +95,11 @@ EXAMPLES: dict[str, dict[str, object]] = {
         "block_size": 2,
     },
     "causal_conv1d": {"x": torch.randn(1, 5, 3), "weight": torch.randn(3, 4)},
+    "compressed_attention": {
+        "q": torch.randn(1, 5, 2, 3),
+        **{name: torch.randn(1, 4, 1, 3) for name in "kv"},
+        **{"compressed_length": 2, "compressed_stride": 1, "block_size": 2, "selected_blocks": 3},
+    },
     "delta_rule": dict(arguments()),
     "experts": {
         "x": torch.randn(5, 3),
@@ -102,6 +107,18 @@ EXAMPLES: dict[str, dict[str, object]] = {
         "w_out": torch.randn(2, 3, 3),
         "expert_index": torch.zeros(5, 1, dtype=torch.int64),
         "expert_weight": torch.ones(5, 1),
+    },
+    "index_topk": {
+        "q": torch.randn(1, 5, 2, 3),
+        "k": torch.randn(1, 5, 3),
+        "weight": torch.randn(1, 5, 2),
+        "top_k": 2,
+    },
+    "indexer_loss": {
+        "index_q": torch.randn(1, 5, 2, 3),
+        "index_k": torch.randn(1, 5, 3),
+        "weight": torch.randn(1, 5, 2),
+        **{name: torch.randn(1, 5, 2, 3) for name in "qk"},
     },
     "linear_attention": dict(arguments()),
     "selective_scan": {

@@ -1,56 +1,14 @@
-"""Which blocks of keys a query looks at, in chunks of queries, so that no tensor holds all pairs of tokens."""
+"""Blocks of tokens that one key and value stand for, and blocks to select by the weights of those."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqarch.ops.dispatch.eager import active_transform
-
-QUERIES = 128
-"""Queries of a chunk: its scores take the memory of the queries themselves times ``128 / K`` and the share of keys."""
-
-
-def query_chunks(queries: int, before: int) -> Iterator[tuple[slice, int]]:
-    """Chunks of so many queries that ``before`` tokens precede, each with the tokens up to its last query."""
-    for start in range(0, queries, QUERIES):
-        stop = min(start + QUERIES, queries)
-        yield slice(start, stop), before + stop
-
-
-def whole(operator: Callable[..., Any], compute: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A loop over chunks as the custom operator that was made of it, which differentiates it and compilers leave whole.
-
-    Where neither is asked for, the function is called as it is, and what counts FLOPs sees its products. ``plain`` is
-    the same by functions that torch's transforms go through.
-    """
-
-    def call(*arguments: Any) -> Any:
-        if active_transform() is not None:
-            return plain(*arguments)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return operator(*arguments)
-        return compute(*arguments)
-
-    return call
-
-
-def positions(part: slice, before: int, start: Tensor | None, device: torch.device) -> Tensor:
-    """Positions of a chunk's queries: ``[1, C]``, or ``[B, C]`` with the padding ``start [B]`` before each row."""
-    at = torch.arange(before + part.start, before + part.stop, device=device)[None]
-    return at if start is None else at - start[:, None]
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` largest along the last axis, the largest first, equal ones from the lowest place on.
-
-    ``topk`` breaks ties as it likes, so that a step could choose otherwise than the whole sequence did.
-    """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+from seqarch.ops.chunked.queries import largest
 
 
 class Blocks(NamedTuple):
@@ -77,6 +35,15 @@ class Blocks(NamedTuple):
     def selectable(self, tokens: int) -> int:
         """Selectable blocks that so many tokens begin."""
         return -(-tokens // self.size)
+
+    def listed(self, tokens: int) -> int:
+        """Entries of a list where there are so many tokens."""
+        return min(self.count, self.selectable(tokens))
+
+    def compressed_pairs(self, tokens: int) -> int:
+        """Complete compressed blocks that so many queries see together."""
+        strides, rest = divmod(max(0, tokens - self.length + 1), self.stride)
+        return self.stride * strides * (strides + 1) // 2 + rest * (strides + 1)
 
     def visible_pairs(self, tokens: int) -> int:
         """Tokens of their lists up to themselves that so many queries see together: their own block is in any case."""
