@@ -202,6 +202,7 @@ def of_operation(
     baselines: Mapping[str, Mapping[str, Implementation]],
     output: str = "v",
     token: Workload | None = None,
+    modes: tuple[str, ...] = PASSES,
 ) -> Benchmark:
     """The benchmark of all backends of an operation; ``output`` names the input of the output's shape."""
 
@@ -210,4 +211,4 @@ def of_operation(
         return Cost(flops(sizes, inputs), sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
     ours = {name: backend(op, name) for name in (*OPS[op].backends, AUTO)}
-    return Benchmark(title, Workload(inputs, cost), ours, baselines, token=token)
+    return Benchmark(title, Workload(inputs, cost), ours, baselines, modes, token)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from experiments.bench import baselines, inputs, models
-from experiments.bench.benchmark import Benchmark, Work, of_operation
-from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, STATES, TAPS, Sizes
+from experiments.bench.benchmark import Benchmark, Implementation, Work, of_operation
+from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, INDEX_HEADS, INDEX_WIDTH, STATES, TAPS, TOP_K, Sizes
 from seqarch.ops.causal_conv1d import flops as conv_flops
 from seqarch.ops.delta_rule import flops as delta_flops
 from seqarch.ops.linear_attention import flops as linear_flops
@@ -19,6 +19,10 @@ from seqarch.ops.selective_scan import flops as scan_flops
 MATRICES = "H = {heads}, K = V = {width}"
 PER_HEAD, PER_KEY = f"{MATRICES}, one decay per head and step", f"{MATRICES}, one decay per key dimension and step"
 LINEAR, DELTA = inputs.head_flops(linear_flops), inputs.head_flops(delta_flops)
+
+INDEXER = f"{INDEX_HEADS} index heads of {INDEX_WIDTH}"
+NOBODY: dict[str, dict[str, Implementation]] = {"cpu": {}, "cuda": {}}
+"""The baselines of what no other package computes."""
 
 OPERATIONS: dict[str, Benchmark] = {
     "linear_attention": of_operation(
@@ -89,6 +93,31 @@ OPERATIONS: dict[str, Benchmark] = {
         flops=inputs.block_flops,
         baselines=baselines.BLOCK_SPARSE,
         token=inputs.token_after_keys(inputs.blocks),
+    ),
+    "compressed_attention": of_operation(
+        "compressed_attention",
+        title=f"{MATRICES}, blocks of 32 tokens, 16 apart",
+        inputs=inputs.compressed,
+        flops=inputs.compressed_flops,
+        baselines=NOBODY,
+        output="q",
+    ),
+    "index_topk": of_operation(
+        "index_topk",
+        title=f"{INDEXER}, {TOP_K} tokens per query",
+        inputs=inputs.indexer,
+        flops=inputs.index_flops,
+        baselines=NOBODY,
+        output="q",
+        modes=("forward",),
+    ),
+    "indexer_loss": of_operation(
+        "indexer_loss",
+        title=f"{INDEXER}, {MATRICES}, {TOP_K} tokens per query",
+        inputs=inputs.indexer_loss,
+        flops=inputs.indexer_loss_flops,
+        baselines=NOBODY,
+        output="weight",
     ),
     "causal_conv1d": of_operation(
         "causal_conv1d",

@@ -28,6 +28,9 @@ BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 5e-3}
 
 OFFSETS = (0, 1, 70, 70, 200)
 LENGTH, WIDTH, HEADS, CUT = OFFSETS[-1], 64, 4, 77
+RECURRENT = ("causal_conv1d", "delta_rule", "linear_attention", "selective_scan")
+"""Operations that hand on a state."""
+
 SUITES = ("test_triton_*.py", "test_*_cuda*.py", "test_vendor*.py", "test_oracles.py")
 
 
@@ -62,6 +65,15 @@ def inputs_of(op: str) -> dict[str, Any]:
     if op in ("linear_attention", "delta_rule"):
         rates = {"beta": draw(HEADS).sigmoid()} if op == "delta_rule" else {}
         return x | rates | {"log_decay": -draw(HEADS).exp()}
+    if op == "compressed_attention":
+        sizes = {"compressed_length": 1, "compressed_stride": 1, "block_size": 32, "selected_blocks": 4}
+        return x | {"q": draw(HEADS, WIDTH), "v": draw(2, WIDTH)} | sizes
+    if op == "index_topk":
+        return {"q": draw(2, 16), "k": draw(16), "weight": draw(2), "top_k": 4}
+    if op == "indexer_loss":
+        index = torch.randint(-1, LENGTH, (1, LENGTH, 20), generator=generator)
+        indexer = {"index_q": draw(2, 16), "index_k": draw(16), "weight": draw(2)}
+        return indexer | {"q": draw(HEADS, WIDTH), "k": draw(2, WIDTH), "token_index": index}
     channels = draw(WIDTH)
     if op == "selective_scan":
         A = -torch.arange(1.0, 9.0, dtype=torch.float64).repeat(WIDTH, 1)
@@ -85,14 +97,17 @@ def _is_float(x: Any) -> bool:
 
 
 def gradients(op: str, backend: str, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    """Outputs, and gradients of a weighted sum of the first."""
+    """Outputs, and gradients of a weighted sum of the first: by what it depends on, and none of a choice."""
     leaves = {name: x.detach().requires_grad_() if _is_float(x) else x for name, x in inputs.items()}
     found = getattr(ops, op)(**leaves, **options, backend=backend)
     o = found[0] if isinstance(found, tuple) else found
+    if not o.requires_grad:
+        return {"output": o}
     weight = torch.linspace(-1, 1, o.numel(), dtype=torch.float64, device=o.device).view(o.shape)
     asked = {name: x for name, x in leaves.items() if _is_float(x)}
-    grads = torch.autograd.grad((o * weight).sum(), [*asked.values()])
-    return {"output": o.detach(), **{f"gradient of {name}": x for name, x in zip(asked, grads, strict=True)}}
+    grads = torch.autograd.grad((o * weight).sum(), [*asked.values()], allow_unused=True)
+    found = {f"gradient of {name}": x for name, x in zip(asked, grads, strict=True) if x is not None}
+    return {"output": o.detach(), **found}
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -122,7 +137,7 @@ def compare(device: torch.device) -> Iterator[Check]:
                     label = f"{op}, {backend}, {str(dtype)[6:]}{', packed' if options else ''}"
                     for name, x in gradients(op, backend, there, **options).items():
                         yield Check(f"{label}: {name}", error(x, expected[name]), bound)
-            if op not in ("attention", "block_sparse_attention", "experts"):
+            if op in RECURRENT:
                 yield from cut(op, there, bound, str(dtype)[6:])
 
 

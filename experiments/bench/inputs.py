@@ -11,10 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.bench.benchmark import Cost, Inputs, Workload
-from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, STATES, TAPS, Sizes
+from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, INDEX_HEADS, INDEX_WIDTH, STATES, TAPS, TOP_K, Sizes
+from seqarch import ops
 from seqarch.ops.attention import flops as flops_of_attention
 from seqarch.ops.block_sparse_attention import flops as flops_of_pairs
+from seqarch.ops.compressed_attention import Blocks
+from seqarch.ops.compressed_attention import flops as flops_of_compressed
 from seqarch.ops.experts import flops as flops_of_experts
+from seqarch.ops.index_topk import flops as flops_of_index
+from seqarch.ops.indexer_loss import flops as flops_of_indexer_loss
+
+NSA = {"compressed_length": 32, "compressed_stride": 16, "block_size": BLOCK, "selected_blocks": BLOCKS}
+COMPRESSED = Blocks(*NSA.values(), initial=1, local=2)
+"""The blocks of NSA's paper."""
 
 Draw = Callable[[Sizes], Inputs]
 Flops = Callable[[Sizes, Inputs], float]
@@ -68,6 +77,27 @@ def _repeated_blocks(sizes: Sizes, own: Tensor) -> Tensor:
     return torch.cat([drawn, own.expand(sizes.batch, -1, sizes.heads, 1)], dim=-1)
 
 
+def compressed(sizes: Sizes) -> Inputs:
+    """As many keys and values as there are compressed blocks."""
+    given = heads(sizes)
+    count = COMPRESSED.complete(sizes.length)
+    return given | {name: given[name][:, :count].contiguous() for name in "kv"} | NSA
+
+
+def indexer(sizes: Sizes) -> Inputs:
+    shapes = {"q": (INDEX_HEADS, INDEX_WIDTH), "k": (INDEX_WIDTH,), "weight": (INDEX_HEADS,)}
+    tensors = {name: sizes.normal(*shape).to(sizes.dtype) for name, shape in shapes.items()}
+    return tensors | {"top_k": min(TOP_K, sizes.length)}
+
+
+def indexer_loss(sizes: Sizes) -> Inputs:
+    """With the tokens that the indexer chooses."""
+    index, attention = indexer(sizes), heads(sizes)
+    chosen = ops.index_topk(**index)
+    given = {"index_q": index["q"], "index_k": index["k"], "weight": index["weight"]}
+    return given | {"q": attention["q"], "k": attention["k"], "token_index": chosen}
+
+
 def scan(sizes: Sizes) -> Inputs:
     x, B, C = (sizes.normal(width).to(sizes.dtype) for width in (sizes.channels, STATES, STATES))
     A = -torch.arange(1.0, STATES + 1, device=sizes.device).repeat(sizes.channels, 1)
@@ -114,6 +144,20 @@ def expert_flops(sizes: Sizes, _: Inputs) -> int:
 def attention_flops(sizes: Sizes, inputs: Inputs) -> int:
     shape = (sizes.length, sizes.length, sizes.heads, sizes.width, sizes.width)
     return flops_of_attention(*shape, window=inputs.get("window"), batch_size=sizes.batch)
+
+
+def compressed_flops(sizes: Sizes, _: Inputs) -> int:
+    width = sizes.width
+    return sizes.batch * flops_of_compressed(sizes.length, 0, sizes.heads, width, width, COMPRESSED)
+
+
+def index_flops(sizes: Sizes, _: Inputs) -> int:
+    return sizes.batch * flops_of_index(sizes.length, sizes.length, INDEX_HEADS, INDEX_WIDTH)
+
+
+def indexer_loss_flops(sizes: Sizes, inputs: Inputs) -> int:
+    pairs = int((inputs["token_index"] >= 0).sum())
+    return flops_of_indexer_loss(pairs, INDEX_HEADS, INDEX_WIDTH, sizes.heads, sizes.width)
 
 
 def block_flops(sizes: Sizes, inputs: Inputs) -> int:

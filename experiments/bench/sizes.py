@@ -16,6 +16,9 @@ STATES, TAPS = 16, 4
 CHOSEN = 2
 """Experts per token."""
 
+INDEX_HEADS, INDEX_WIDTH, TOP_K = 4, 32, 64
+"""Of an indexer, and the tokens that it chooses for each query."""
+
 HOST = torch.device("cpu")
 
 
