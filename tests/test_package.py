@@ -73,6 +73,7 @@ def test_with_a_compiler_one_wheel_serves_every_python(tmp_path):
         assert not compiled
         return
     assert any("_baseline." in name for name in compiled), "a compiler is here, but csrc did not compile"
+    assert "seqarch/lib/seqarch.h" in compiled, "the structures of arguments are read from it"
     assert not any("_cuda." in name for name in compiled)
     assert re.fullmatch(rf"seqarch-{seqarch.__version__}-py3-none-(?!any)\w+\.whl", wheel)
     shown = run_page(tmp_path, SEQARCH_ISA="baseline")

@@ -227,46 +227,43 @@ void backward(const Problem<T>& p, const Gradients<T>& g) {
     if (g.dbias) std::copy_n(total.data() + p.width * p.channels, p.channels, g.dbias);
 }
 
-bool valid(const int64_t* offsets, int64_t sequences, int64_t length, int64_t channels, int64_t width,
-           int num_threads) {
+bool valid(const seqarch_causal_conv1d_inputs& in, int num_threads) {
     const int64_t steps = kTimeBlock + kMaxWidth;  // of a block, which a sequence of no steps has too
-    return num_threads > 0 && width >= 2 && width <= kMaxWidth && countable({sequences, steps, channels, width}) &&
-           countable({offsets ? 1 : sequences, length, channels, width}) && packs(offsets, sequences, length);
+    return num_threads > 0 && in.width >= 2 && in.width <= kMaxWidth &&
+           countable({in.sequences, steps, in.channels, in.width}) &&
+           countable({in.offsets ? 1 : in.sequences, in.length, in.channels, in.width}) &&
+           packs(in.offsets, in.sequences, in.length);
+}
+
+template <class T>
+Problem<T> problem(const seqarch_causal_conv1d_inputs& in, int num_threads) {
+    using A = Acc<T>;
+    return {static_cast<const T*>(in.x.data), in.x.batch_stride, in.x.time_stride, static_cast<const A*>(in.weight),
+            static_cast<const A*>(in.bias), static_cast<const T*>(in.state), in.offsets, in.sequences, in.length,
+            in.channels, in.width, in.silu != 0, num_threads};
 }
 
 }  // namespace
 
-int32_t seqarch_causal_conv1d_forward(int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride,
-                                      const void* weight, const void* bias, const void* state, void* y,
-                                      void* state_out, const int64_t* offsets, int64_t sequences, int64_t length,
-                                      int64_t channels, int64_t width, int32_t silu, int32_t num_threads) {
-    if (!valid(offsets, sequences, length, channels, width, num_threads)) return SEQARCH_BAD_ARGUMENT;
-    return with_dtype(dtype, [&](auto* type) {
+int32_t seqarch_causal_conv1d_forward(const seqarch_causal_conv1d_inputs* inputs,
+                                      const seqarch_causal_conv1d_outputs* outputs, int32_t num_threads) {
+    if (!valid(*inputs, num_threads)) return SEQARCH_BAD_ARGUMENT;
+    return with_dtype(inputs->x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        using A = Acc<T>;
-        const Problem<T> p{static_cast<const T*>(x), x_batch_stride, x_time_stride, static_cast<const A*>(weight),
-                           static_cast<const A*>(bias), static_cast<const T*>(state), offsets, sequences, length,
-                           channels, width, silu != 0, num_threads};
-        forward(p, static_cast<T*>(y), static_cast<T*>(state_out));
+        forward(problem<T>(*inputs, num_threads), static_cast<T*>(outputs->y), static_cast<T*>(outputs->state_out));
     });
 }
 
-int32_t seqarch_causal_conv1d_backward(int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride,
-                                       const void* weight, const void* bias, const void* state, const void* dy,
-                                       int64_t dy_batch_stride, int64_t dy_time_stride, const void* dstate_out,
-                                       void* dx, void* dweight, void* dbias, void* dstate, const int64_t* offsets,
-                                       int64_t sequences, int64_t length, int64_t channels, int64_t width,
-                                       int32_t silu, int32_t num_threads) {
-    if (!valid(offsets, sequences, length, channels, width, num_threads)) return SEQARCH_BAD_ARGUMENT;
-    return with_dtype(dtype, [&](auto* type) {
+int32_t seqarch_causal_conv1d_backward(const seqarch_causal_conv1d_inputs* inputs,
+                                       const seqarch_causal_conv1d_gradients* gradients, int32_t num_threads) {
+    const auto& g = *gradients;
+    if (!valid(*inputs, num_threads) || g.dy.dtype != inputs->x.dtype) return SEQARCH_BAD_ARGUMENT;
+    return with_dtype(inputs->x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const Problem<T> p{static_cast<const T*>(x), x_batch_stride, x_time_stride, static_cast<const A*>(weight),
-                           static_cast<const A*>(bias), static_cast<const T*>(state), offsets, sequences, length,
-                           channels, width, silu != 0, num_threads};
-        const Gradients<T> g{static_cast<const T*>(dy), dy_batch_stride, dy_time_stride,
-                             static_cast<const T*>(dstate_out), static_cast<T*>(dx), static_cast<A*>(dweight),
-                             static_cast<A*>(dbias), static_cast<T*>(dstate)};
-        backward(p, g);
+        backward(problem<T>(*inputs, num_threads),
+                 Gradients<T>{static_cast<const T*>(g.dy.data), g.dy.batch_stride, g.dy.time_stride,
+                              static_cast<const T*>(g.dstate_out), static_cast<T*>(g.dx), static_cast<A*>(g.dweight),
+                              static_cast<A*>(g.dbias), static_cast<T*>(g.dstate)});
     });
 }

@@ -1,12 +1,12 @@
 // Decay inside a chunk of tokens: of scores, of queries from the chunk's start, of keys to its end, and its gradient.
 //
-// With a_t the decay of step t, token j reaches token i >= j times a_{j+1} ... a_i. One decay a head: the exponential
-// of a difference of sums (float64, split in two for float32), all exponents at most 0. One a key dimension: products
-// of the single steps' decays, each at most 1; a buffer of keys is decayed row by row while the queries meet it, so
-// that no pair of tokens costs an exponential. Either way nothing overflows, and a decay of 0 is exact.
+// With a_t the decay of step t, token j reaches token i >= j times a_{j+1} ... a_i. A decay per head: the exponential
+// of a difference of sums (float64, split in two for float32), all exponents at most 0. One per key dimension: products
+// of the single steps' decays, each at most 1; a buffer of keys is decayed row by row while the queries are scored
+// against it, so that a score costs no exponential. Either way nothing overflows, and a decay of 0 is exact.
 #pragma once
 
-#include "vectors.h"
+#include "simd.h"
 
 namespace seqarch {
 
@@ -28,7 +28,7 @@ class ChunkDecay {
     A *between, *high, *low;  // per head: exp(L_i - L_j) below the diagonal; the sums L in two parts
     A *steps, *scratch;       // per key: the decay of each step
     A *start, *end;           // of each token, per head one number, per key a row
-    A *pairs, *earlier, *later, *sums;  // of the gradient of the log decays, see below
+    A *score_terms, *earlier, *later, *sums;  // of the gradient of the log decays, see below
 
   public:
     A* whole;  // over the chunk, per head one number, per key a row
@@ -44,7 +44,7 @@ class ChunkDecay {
         start = arena.take(vector ? size * keys_row : row);
         end = arena.take(vector ? size * keys_row : row);
         whole = arena.take(keys_row);
-        pairs = arena.take(kind == DecayKind::per_head ? size * row : 0);
+        score_terms = arena.take(kind == DecayKind::per_head ? size * row : 0);
         earlier = arena.take(vector ? size * keys_row : row);
         later = arena.take(vector ? size * keys_row : row);
         sums = arena.take(std::max(row, keys_row));
@@ -62,7 +62,7 @@ class ChunkDecay {
     const A* to_end(int64_t n, const A* x, A* y) const { return scaled(n, x, end, y); }
 
     // A state [V, K] (keys along its rows), decayed over the chunk.
-    void over_turned(int64_t values, A* state) const {
+    void over_transposed(int64_t values, A* state) const {
         if (kind == DecayKind::none) return;
         for (int64_t v = 0; v < values; ++v) {
             A* line = state + v * keys_row;
@@ -83,9 +83,9 @@ class ChunkDecay {
     }
 
     // scores[i, j] = sum_d q[i, d] k[j, d] a(j -> i), zero for j > i. `raw` holds q k^T where the decay is not per key;
-    // `turned` is k^T, which is left as it was.
-    void scores(int64_t n, const A* q, const A* turned, const A* raw, A* result) {
-        if (kind == DecayKind::per_key) return scores_per_key(n, q, turned, result);
+    // `transposed_k` is k^T, which is left as it was.
+    void scores(int64_t n, const A* q, const A* transposed_k, const A* raw, A* result) {
+        if (kind == DecayKind::per_key) return scores_per_key(n, q, transposed_k, result);
         for (int64_t i = 0; i < n; ++i) mask(i, raw + i * row, between + i * row, result + i * row);
     }
 
@@ -106,15 +106,15 @@ class ChunkDecay {
     void from_start_backward(int64_t n, A* dx) const { scaled(n, dx, start, dx); }
     void to_end_backward(int64_t n, A* dx) const { scaled(n, dx, end, dx); }
 
-    // The gradient of the log decay of step t sums what passed through it: pairs i >= t > j; queries i >= t that met
-    // the chunk's first state; keys j < t that reached its last one; and the state that passed over the whole chunk.
-    // For one decay a head each is summed as it stands. For one a key dimension the pairs are what the queries i >= t
-    // met, less what met the keys j >= t.
+    // The gradient of the log decay of step t sums what passed through it: score(i, j) dscore(i, j) of queries i >= t
+    // and keys j < t; queries i >= t that read the chunk's first state; keys j < t that reached its last one; and
+    // the state that passed over the whole chunk. With a decay per head each is summed as it is. With one per key
+    // dimension the terms of scores are what the queries i >= t read, less what was read of the keys j >= t.
     void clear_gradient(int64_t n) {
         const int64_t numbers = kind == DecayKind::per_key ? n * keys_row : row;
         std::fill_n(earlier, numbers, A(0));
         std::fill_n(later, numbers, A(0));
-        if (kind == DecayKind::per_head) std::fill_n(pairs, n * row, A(0));
+        if (kind == DecayKind::per_head) std::fill_n(score_terms, n * row, A(0));
     }
     // dq: what queries received from the chunk's first state.
     void add_from_start(int64_t n, const A* q, const A* dq) {
@@ -128,11 +128,11 @@ class ChunkDecay {
             for (int64_t i = 0; i < n; ++i) earlier[i] += dot(keys_row, k + i * keys_row, dk + i * keys_row);
         if (kind == DecayKind::per_key) add_product(n * keys_row, k, dk, earlier);
     }
-    // Scores and the gradient of them, neither zero above the diagonal nor decayed.
-    void add_pairs(int64_t n, const A* scores, const A* dscores) {
+    // From the decayed scores and the gradient of them, which may hold anything above the diagonal.
+    void add_score_terms(int64_t n, const A* scores, const A* dscores) {
         if (kind == DecayKind::per_head)
             for (int64_t i = 0; i < n; ++i)
-                add_product(padded<A>(i + 1), scores + i * row, dscores + i * row, pairs + i * row);
+                add_product(padded<A>(i + 1), scores + i * row, dscores + i * row, score_terms + i * row);
     }
     // state, dstate: before the chunk, and the gradient after it, [V, K].
     void write_gradient(int64_t n, int64_t values, const A* state, const A* dstate, A* to, int64_t stride) {
@@ -146,11 +146,11 @@ class ChunkDecay {
         A through = whole[0] * dot(values * keys_row, state, dstate), after = 0;
         for (int64_t t = n - 1; t >= 0; --t) {
             after += later[t];
-            for (int64_t j = 0; j < padded<A>(t + 1); ++j) sums[j] += pairs[t * row + j];
-            A crossing = 0;
-#pragma omp simd reduction(+ : crossing)
-            for (int64_t j = 0; j < t; ++j) crossing += sums[j];
-            to[t * stride] = after + crossing;
+            for (int64_t j = 0; j < padded<A>(t + 1); ++j) sums[j] += score_terms[t * row + j];
+            A from_scores = 0;
+#pragma omp simd reduction(+ : from_scores)
+            for (int64_t j = 0; j < t; ++j) from_scores += sums[j];
+            to[t * stride] = after + from_scores;
         }
         for (int64_t t = 0; t < n; ++t) {
             to[t * stride] += through;
@@ -248,7 +248,7 @@ class ChunkDecay {
         }
     }
 
-    // L keys, turned, against Rows queries: the keys' buffer is decayed by each query's step before it is met.
+    // The scores of L keys, transposed, and Rows queries: the keys' buffer is decayed by each query's step first.
     template <int Rows, bool Diagonal>
     void meet(int64_t i, int64_t j, const A* q, A* result) {
         const Vector<A> numbers = lane_numbers<A>(), one = splat(A(1));
@@ -272,9 +272,9 @@ class ChunkDecay {
                          Diagonal ? (numbers <= distance[r] ? sum[r] : Vector<A>{}) : sum[r]);
     }
 
-    void scores_per_key(int64_t n, const A* q, const A* turned, A* result) {
+    void scores_per_key(int64_t n, const A* q, const A* transposed_k, A* result) {
         constexpr int64_t L = kLanes<A>;
-        std::copy_n(turned, keys * row, scratch);
+        std::copy_n(transposed_k, keys * row, scratch);
         for (int64_t j = 0; j < n; j += L) {
             for (int64_t i = 0; i < j; ++i) store_vector(result + i * row + j, Vector<A>{});
             for (int64_t i = j; i < n;) {

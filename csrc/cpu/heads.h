@@ -17,16 +17,14 @@ struct Row {
 
 template <class T>
 struct Heads {
-    const T* data = nullptr;
-    int64_t batch = 0, time = 0, head = 0;
+    const T* data;
+    int64_t batch, time, head;
 
-    explicit Heads(const seqarch_heads* heads) {
-        if (!heads) return;
-        data = static_cast<const T*>(heads->data);
-        batch = heads->batch_stride;
-        time = heads->time_stride;
-        head = heads->head_stride;
-    }
+    explicit Heads(const seqarch_heads& heads)
+        : data(static_cast<const T*>(heads.data)),
+          batch(heads.batch_stride),
+          time(heads.time_stride),
+          head(heads.head_stride) {}
     const T* at(const Row& row, int64_t h) const { return data + row.batch * batch + row.time * time + h * head; }
 };
 

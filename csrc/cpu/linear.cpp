@@ -6,7 +6,7 @@
 
 #include "arguments.h"
 #include "dtypes.h"
-#include "memory.h"
+#include "buffer.h"
 #include "seqarch.h"
 
 namespace {
@@ -26,17 +26,19 @@ void linear(const A* x, const T* weight, const A* bias, T* y, int64_t rows, int6
 
 }  // namespace
 
-int32_t seqarch_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y, int64_t rows,
-                       int64_t depth, int64_t width, int32_t num_threads) {
-    if (num_threads < 1 || !countable({rows, depth}) || !countable({rows, width}) || !countable({depth, width}))
+int32_t seqarch_linear(const seqarch_linear_arguments* arguments, int32_t num_threads) {
+    const auto& a = *arguments;
+    if (num_threads < 1 || !countable({a.rows, a.depth}) || !countable({a.rows, a.width}) ||
+        !countable({a.depth, a.width}))
         return SEQARCH_BAD_ARGUMENT;
-    return with_dtype(dtype, [&](auto* type) {
+    return with_dtype(a.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = typename accumulation<T>::type;
-        const Buffer<A> wide(rows * depth), add(bias ? width : 0);
-        for (int64_t i = 0; i < rows * depth; ++i) wide[i] = load(static_cast<const T*>(x)[i]);
-        for (int64_t j = 0; bias && j < width; ++j) add[j] = load(static_cast<const T*>(bias)[j]);
-        linear(+wide, static_cast<const T*>(weight), bias ? +add : nullptr, static_cast<T*>(y), rows, depth, width,
-               num_threads);
+        const T *given = static_cast<const T*>(a.x), *shift = static_cast<const T*>(a.bias);
+        const Buffer<A> wide(a.rows * a.depth), add(shift ? a.width : 0);
+        for (int64_t i = 0; i < a.rows * a.depth; ++i) wide[i] = load(given[i]);
+        for (int64_t j = 0; shift && j < a.width; ++j) add[j] = load(shift[j]);
+        linear(+wide, static_cast<const T*>(a.weight), shift ? +add : nullptr, static_cast<T*>(a.y), a.rows, a.depth,
+               a.width, num_threads);
     });
 }

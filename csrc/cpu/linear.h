@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "vectors.h"
+#include "simd.h"
 
 namespace seqarch {
 
@@ -24,7 +24,8 @@ inline Vector<float> load_wide(const bfloat16* from) {
     return __builtin_bit_cast(Vector<float>, __builtin_convertvector(bits, Wide) << 16);
 }
 
-// y[r] = x[r] . weight for `Rows` rows of x, `stride` apart.
+// y[r] = x[r] . weight for `Rows` rows of x, `stride` apart. One product is added up in kSums sums side by side, as a
+// multiply-add takes four cycles and the next one need not wait for it.
 template <int Rows, class T, class A>
 inline void products(int64_t depth, const T* weight, const A* x, int64_t stride, A* y) {
     constexpr int64_t L = kLanes<A>, kSides = kSums / Rows ? kSums / Rows : 1;

@@ -6,8 +6,8 @@
 
 namespace seqarch {
 
-inline bool known(const seqarch_rows* rows) {
-    return !rows || (rows->dtype >= SEQARCH_FLOAT32 && rows->dtype <= SEQARCH_FLOAT64);
+inline bool known(const seqarch_rows& rows) {
+    return !rows.data || (rows.dtype >= SEQARCH_FLOAT32 && rows.dtype <= SEQARCH_FLOAT64);
 }
 
 // The first element of a row, of which `place` was found by Sequences::place.

@@ -14,7 +14,7 @@ using seqarch::write;
 template <class A>
 struct Outputs {
     const A* state;
-    const seqarch_rows* y;
+    seqarch_rows y;
     A *state_out, *starts;
 };
 
@@ -23,16 +23,16 @@ template <class A>
 void finish(const Problem<A>& p, const Item& item, const Outputs<A>& out, int64_t t, A* __restrict y) {
     A in[kWidth];
     if (p.skip) {
-        read(*p.x, p.element(p.x, item.sequence, t) + item.c0, item.count, in);
+        read(p.x, p.element(p.x, item.sequence, t) + item.c0, item.count, in);
 #pragma omp simd
         for (int64_t c = 0; c < item.count; ++c) y[c] += p.skip[item.c0 + c] * in[c];
     }
-    if (p.z) {
-        read(*p.z, p.element(p.z, item.sequence, t) + item.c0, item.count, in);
+    if (p.z.data) {
+        read(p.z, p.element(p.z, item.sequence, t) + item.c0, item.count, in);
 #pragma omp simd
         for (int64_t c = 0; c < item.count; ++c) y[c] *= in[c] * seqarch::sigmoid(in[c]);
     }
-    write(*out.y, p.element(out.y, item.sequence, t) + item.c0, item.count, y);
+    write(out.y, p.element(out.y, item.sequence, t) + item.c0, item.count, y);
 }
 
 // Steps `begin` to `begin + count` of a block, whose rates and states are given.
@@ -129,19 +129,13 @@ void forward(const Problem<A>& p, const Outputs<A>& out) {
 
 }  // namespace
 
-int32_t seqarch_selective_scan_forward(
-    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
-    int32_t scale_input, const void* state, const seqarch_rows* y, void* state_out, void* starts, int32_t num_threads) {
-    if (!valid(offsets, sequences, length, channels, state_width, groups, chunk, num_threads, {x, dt, B, C, z, y}))
-        return SEQARCH_BAD_ARGUMENT;
-    chunk = std::min(chunk, std::max<int64_t>(length, 1));
-    return with_accumulation(dtype, [&](auto* type) {
+int32_t seqarch_selective_scan_forward(const seqarch_selective_scan_inputs* inputs,
+                                       const seqarch_selective_scan_outputs* outputs, int32_t num_threads) {
+    if (!valid(*inputs, num_threads) || !seqarch::known(outputs->y)) return SEQARCH_BAD_ARGUMENT;
+    return with_accumulation(inputs->dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const Problem<T> p{x, dt, B, C, z, static_cast<const T*>(A), static_cast<const T*>(D),
-                           static_cast<const T*>(dt_bias), offsets, sequences, length, channels, state_width, groups,
-                           chunk, softplus != 0, scale_input != 0, num_threads};
-        forward(p, Outputs<T>{static_cast<const T*>(state), y, static_cast<T*>(state_out), static_cast<T*>(starts)});
+        forward(problem<T>(*inputs, num_threads),
+                Outputs<T>{static_cast<const T*>(inputs->state), outputs->y, static_cast<T*>(outputs->state_out),
+                           static_cast<T*>(outputs->starts)});
     });
 }

@@ -21,13 +21,15 @@
 #endif
 
 #include "arguments.h"
-#include "memory.h"
+#include "buffer.h"
 #include "numbers.h"
 #include "rows.h"
 #include "seqarch.h"
 
 namespace seqarch::scan {
 
+// Channels of a tile: of float32 one vector of AVX-512, two of AVX2. The recurrence is one chain of multiply-adds per
+// state; the lanes of a tile and its states are chains that do not wait for one another.
 constexpr int64_t kLanes = 16;
 constexpr int64_t kWidth = 256, kLeastWidth = 64;
 constexpr int64_t kFewBlocks = 4;  // too few to share out among threads, where narrower ones can be had
@@ -37,7 +39,7 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <class A>
 struct Problem {
-    const seqarch_rows *x, *dt, *B, *C, *z;
+    seqarch_rows x, dt, B, C, z;  // z without data: no gate
     const A *rate, *skip, *bias;
     const int64_t* offsets;
     int64_t sequences, length, channels, states, groups, chunk;
@@ -52,8 +54,8 @@ struct Problem {
     }
     int64_t total_steps() const { return offsets ? offsets[sequences] : sequences * length; }
     // The first element of the row of sequence s at step t.
-    int64_t element(const seqarch_rows* rows, int64_t s, int64_t t) const {
-        return offsets ? (offsets[s] + t) * rows->time_stride : s * rows->batch_stride + t * rows->time_stride;
+    int64_t element(const seqarch_rows& rows, int64_t s, int64_t t) const {
+        return offsets ? (offsets[s] + t) * rows.time_stride : s * rows.batch_stride + t * rows.time_stride;
     }
 };
 
@@ -165,8 +167,8 @@ struct Step {
         const int64_t lanes = tiles_of(item.count) * kLanes;
         std::fill_n(x + item.count, lanes - item.count, A(0));
         std::fill_n(raw + item.count, lanes - item.count, A(0));
-        read(*p.x, p.element(p.x, item.sequence, t) + item.c0, item.count, x);
-        read(*p.dt, p.element(p.dt, item.sequence, t) + item.c0, item.count, raw);
+        read(p.x, p.element(p.x, item.sequence, t) + item.c0, item.count, x);
+        read(p.dt, p.element(p.dt, item.sequence, t) + item.c0, item.count, raw);
         if (p.bias)
             for (int64_t c = 0; c < item.count; ++c) raw[c] += p.bias[item.c0 + c];
         if (p.softplus) {
@@ -217,8 +219,8 @@ void scan_tile(int64_t steps, int64_t states, const A* delta, const A* u, const 
 
 // B or C of one step.
 template <class A>
-void read_shared(const Problem<A>& p, const seqarch_rows* rows, const Item& item, int64_t t, A* to) {
-    read(*rows, p.element(rows, item.sequence, t) + item.group * p.states, p.states, to);
+void read_shared(const Problem<A>& p, const seqarch_rows& rows, const Item& item, int64_t t, A* to) {
+    read(rows, p.element(rows, item.sequence, t) + item.group * p.states, p.states, to);
 }
 
 // The states of an item's channels between tiles and a tensor [N, D].
@@ -254,15 +256,25 @@ int32_t with_accumulation(int32_t dtype, F f) {
     }
 }
 
-// Whether a kernel computes with these sizes. What it works in has for each step a state and a number of each channel,
+// Whether a kernel computes with these inputs. What it works in has for each step a state and a number of each channel,
 // and for each block of channels and step a state.
-inline bool valid(const int64_t* offsets, int64_t sequences, int64_t length, int64_t channels, int64_t states,
-                  int64_t groups, int64_t chunk, int num_threads, std::initializer_list<const seqarch_rows*> all) {
-    if (!std::all_of(all.begin(), all.end(), seqarch::known) || num_threads < 1 || chunk < 1) return false;
-    if (groups < 1 || !countable({channels}) || channels % groups) return false;
-    const int64_t width = channels + groups * kWidth;  // blocks of a group, the last one padded
-    return countable({groups, kWidth}) && countable({sequences, width, states}) &&
-           countable({offsets ? 1 : sequences, length, width, states}) && packs(offsets, sequences, length);
+inline bool valid(const seqarch_selective_scan_inputs& in, int num_threads) {
+    for (const seqarch_rows& rows : {in.x, in.dt, in.B, in.C, in.z})
+        if (!seqarch::known(rows)) return false;
+    if (num_threads < 1 || in.chunk < 1) return false;
+    if (in.groups < 1 || !countable({in.channels}) || in.channels % in.groups) return false;
+    const int64_t width = in.channels + in.groups * kWidth;  // blocks of a group, the last one padded
+    return countable({in.groups, kWidth}) && countable({in.sequences, width, in.state_width}) &&
+           countable({in.offsets ? 1 : in.sequences, in.length, width, in.state_width}) &&
+           packs(in.offsets, in.sequences, in.length);
+}
+
+template <class A>
+Problem<A> problem(const seqarch_selective_scan_inputs& in, int num_threads) {
+    return {in.x, in.dt, in.B, in.C, in.z, static_cast<const A*>(in.A), static_cast<const A*>(in.D),
+            static_cast<const A*>(in.dt_bias), in.offsets, in.sequences, in.length, in.channels, in.state_width,
+            in.groups, std::min(in.chunk, std::max<int64_t>(in.length, 1)), in.softplus != 0, in.scale_input != 0,
+            num_threads};
 }
 
 }  // namespace seqarch::scan

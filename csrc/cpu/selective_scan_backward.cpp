@@ -15,9 +15,9 @@ using seqarch::write;
 template <class A>
 struct Gradients {
     const A* starts;
-    const seqarch_rows* dy;
+    seqarch_rows dy;
     const A* dstate_out;
-    const seqarch_rows *dx, *ddt, *dB, *dC, *dz;
+    seqarch_rows dx, ddt, dB, dC, dz;
     A *dA, *dD, *dbias, *dstate;
 };
 
@@ -100,11 +100,11 @@ void prepare(const Problem<A>& p, const Gradients<A>& g, const Item& item, int64
     A *__restrict dy = w.dy + row, *__restrict dgate = w.dgate + row, *__restrict slope = w.slope + row;
     std::copy_n(step.x, lanes, w.x + row);
     std::fill_n(dy + item.count, lanes - item.count, A(0));
-    read(*g.dy, p.element(g.dy, item.sequence, t) + item.c0, item.count, dy);
-    if (p.z) {
+    read(g.dy, p.element(g.dy, item.sequence, t) + item.c0, item.count, dy);
+    if (p.z.data) {
         A z[kWidth];
         std::fill_n(z + item.count, lanes - item.count, A(0));
-        read(*p.z, p.element(p.z, item.sequence, t) + item.c0, item.count, z);
+        read(p.z, p.element(p.z, item.sequence, t) + item.c0, item.count, z);
 #pragma omp simd
         for (int64_t c = 0; c < lanes; ++c) {
             const A s = seqarch::sigmoid(z[c]);
@@ -139,14 +139,14 @@ void finish(const Problem<A>& p, const Gradients<A>& g, const Item& item, int64_
         for (int64_t c = 0; c < n; ++c) to[c] += skip[c] * dy[c];
         for (int64_t c = 0; c < n; ++c) dD[c] += x[c] * dy[c];
     }
-    write(*g.dx, p.element(g.dx, item.sequence, t) + item.c0, n, to);
+    write(g.dx, p.element(g.dx, item.sequence, t) + item.c0, n, to);
     if (p.softplus)
         for (int64_t c = 0; c < n; ++c) ddelta[c] *= w.slope[row + c];
     for (int64_t c = 0; c < n; ++c) dbias[c] += ddelta[c];
-    write(*g.ddt, p.element(g.ddt, item.sequence, t) + item.c0, n, ddelta);
-    if (!p.z) return;
+    write(g.ddt, p.element(g.ddt, item.sequence, t) + item.c0, n, ddelta);
+    if (!p.z.data) return;
     for (int64_t c = 0; c < n; ++c) to[c] = dgate[c] * (y[c] + (p.skip ? p.skip[item.c0 + c] * x[c] : A(0)));
-    write(*g.dz, p.element(g.dz, item.sequence, t) + item.c0, n, to);
+    write(g.dz, p.element(g.dz, item.sequence, t) + item.c0, n, to);
 }
 
 // Sums over lanes: [steps, N, kLanes] to [steps, N].
@@ -231,7 +231,7 @@ void over_shares(int64_t count, int64_t size, const A* shares, A* to) {
 
 // Row (s, t) of dB or dC: for each group the sum over its blocks.
 template <class A>
-void write_shared(const Problem<A>& p, const A* shares, const seqarch_rows* rows, int64_t blocks, int team) {
+void write_shared(const Problem<A>& p, const A* shares, const seqarch_rows& rows, int64_t blocks, int team) {
     const int64_t per_group = blocks / p.groups, N = p.states, total = p.total_steps();
     std::vector<int64_t> first(p.sequences + 1);
     for (int64_t s = 0; s < p.sequences; ++s) first[s + 1] = first[s] + p.steps(s);
@@ -245,7 +245,7 @@ void write_shared(const Problem<A>& p, const A* shares, const seqarch_rows* rows
             std::fill_n(sum, N, A(0));
             for (int64_t b = g * per_group; b < (g + 1) * per_group; ++b)
                 for (int64_t n = 0; n < N; ++n) sum[n] += shares[(b * total + row) * N + n];
-            write(*rows, p.element(rows, s, row - first[s]) + g * N, N, sum);
+            write(rows, p.element(rows, s, row - first[s]) + g * N, N, sum);
         }
     }
 }
@@ -275,26 +275,19 @@ void backward(const Problem<A>& p, const Gradients<A>& g) {
 
 }  // namespace
 
-int32_t seqarch_selective_scan_backward(
-    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
-    int32_t scale_input, const void* starts, const seqarch_rows* dy, const void* dstate_out, const seqarch_rows* dx,
-    const seqarch_rows* ddt, const seqarch_rows* dB, const seqarch_rows* dC, const seqarch_rows* dz, void* dA, void* dD,
-    void* ddt_bias, void* dstate, int32_t num_threads) {
-    if (!valid(offsets, sequences, length, channels, state_width, groups, chunk, num_threads,
-               {x, dt, B, C, z, dy, dx, ddt, dB, dC, dz}))
-        return SEQARCH_BAD_ARGUMENT;
-    if ((dB == nullptr) != (dC == nullptr) || (dz == nullptr) != (z == nullptr)) return SEQARCH_BAD_ARGUMENT;
-    chunk = std::min(chunk, std::max<int64_t>(length, 1));
-    return with_accumulation(dtype, [&](auto* type) {
+int32_t seqarch_selective_scan_backward(const seqarch_selective_scan_inputs* inputs,
+                                        const seqarch_selective_scan_gradients* gradients, int32_t num_threads) {
+    const auto& to = *gradients;
+    if (!valid(*inputs, num_threads)) return SEQARCH_BAD_ARGUMENT;
+    for (const seqarch_rows& rows : {to.dy, to.dx, to.ddt, to.dB, to.dC, to.dz})
+        if (!seqarch::known(rows)) return SEQARCH_BAD_ARGUMENT;
+    if (!to.dB.data != !to.dC.data || !to.dz.data != !inputs->z.data) return SEQARCH_BAD_ARGUMENT;
+    return with_accumulation(inputs->dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const Problem<T> p{x, dt, B, C, z, static_cast<const T*>(A), static_cast<const T*>(D),
-                           static_cast<const T*>(dt_bias), offsets, sequences, length, channels, state_width, groups,
-                           chunk, softplus != 0, scale_input != 0, num_threads};
-        const Gradients<T> g{static_cast<const T*>(starts), dy, static_cast<const T*>(dstate_out), dx, ddt, dB, dC, dz,
-                             static_cast<T*>(dA), static_cast<T*>(dD), static_cast<T*>(ddt_bias),
-                             static_cast<T*>(dstate)};
-        dB ? backward<true>(p, g) : backward<false>(p, g);
+        const auto p = problem<T>(*inputs, num_threads);
+        const Gradients<T> g{static_cast<const T*>(to.starts), to.dy, static_cast<const T*>(to.dstate_out), to.dx, to.ddt,
+                             to.dB, to.dC, to.dz, static_cast<T*>(to.dA), static_cast<T*>(to.dD),
+                             static_cast<T*>(to.ddt_bias), static_cast<T*>(to.dstate)};
+        to.dB.data ? backward<true>(p, g) : backward<false>(p, g);
     });
 }

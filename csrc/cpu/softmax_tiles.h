@@ -9,7 +9,7 @@
 #include <limits>
 
 #include "heads.h"
-#include "vectors.h"
+#include "simd.h"
 
 namespace seqarch {
 
@@ -95,52 +95,53 @@ inline void each_score(const Seen<A>& seen, int64_t column, A* scores, F f) {
     }
 }
 
-// The columns' queries, and what forward carries from tile to tile of keys: o is not yet divided by `total`.
+// The columns' queries, and what forward carries from tile to tile of keys: of each query (a row of the scores in the
+// papers) row_max, the largest score so far, and `total`, the sum of the weights; o is not yet divided by `total`.
 template <class A>
 struct Columns {
     int64_t count = 0, key_width, value_width;
-    A *q, *turned_q, *o, *largest, *total;
+    A *q, *transposed_q, *o, *row_max, *total;
 
     Columns(int64_t key_width, int64_t value_width, Arena<A>& arena)
         : key_width(key_width),
           value_width(value_width),
           q(arena.take(kColumns * padded<A>(key_width))),
-          turned_q(arena.take(padded<A>(key_width) * kColumns)),
+          transposed_q(arena.take(padded<A>(key_width) * kColumns)),
           o(arena.take(kColumns * padded<A>(value_width))),
-          largest(arena.take(kColumns)),
+          row_max(arena.take(kColumns)),
           total(arena.take(kColumns)) {}
 
     // Queries row_of(c), times `factor`; nothing seen so far.
     template <class RowOf>
     void load(int64_t columns, A factor, RowOf row_of) {
         count = columns;
-        load_rows(key_width, factor, row_of, q, turned_q);
+        load_rows(key_width, factor, row_of, q, transposed_q);
     }
     template <class RowOf>
-    void load_rows(int64_t width, A factor, RowOf row_of, A* rows, A* turned) const {
+    void load_rows(int64_t width, A factor, RowOf row_of, A* rows, A* columns) const {
         const int64_t row = padded<A>(width);
         for (int64_t c = 0; c < count; ++c) pack(1, width, row_of(c), 0, factor, rows + c * row, row);
         std::fill_n(rows + count * row, (padded<A>(count) - count) * row, A(0));
-        transpose(count, width, rows, row, turned, kColumns);
+        transpose(count, width, rows, row, columns, kColumns);
     }
     void start() {
         std::fill_n(o, kColumns * padded<A>(value_width), A(0));
-        std::fill_n(largest, kColumns, std::numeric_limits<A>::lowest());
+        std::fill_n(row_max, kColumns, std::numeric_limits<A>::lowest());
         std::fill_n(total, kColumns, A(0));
     }
-    // A column's o, largest and total from those of column `at` of a longer array, and back.
+    // A column's o, row_max and total from those of column `at` of a longer array, and back.
     template <class Sums>
     void load_sums(int64_t c, const Sums& from, int64_t at) {
         const int64_t row = padded<A>(value_width);
         std::copy_n(from.o + at * row, row, o + c * row);
-        largest[c] = from.largest[at];
+        row_max[c] = from.row_max[at];
         total[c] = from.total[at];
     }
     template <class Sums>
     void save_sums(int64_t c, Sums& to, int64_t at) const {
         const int64_t row = padded<A>(value_width);
         std::copy_n(o + c * row, row, to.o + at * row);
-        to.largest[at] = largest[c];
+        to.row_max[at] = row_max[c];
         to.total[at] = total[c];
     }
 };
@@ -153,15 +154,15 @@ void write_outputs(int64_t width, const A* o, A total, T* to) {
 
 // The base-2 logarithm of a column's sum; 0 where it has seen nothing.
 template <class A>
-A log_of(A largest, A total) {
-    return total == 0 ? A(0) : largest + std::log2(total);
+A log_of(A row_max, A total) {
+    return total == 0 ? A(0) : row_max + std::log2(total);
 }
 
 // A tile of keys and values.
 template <class A>
 struct Keys {
     int64_t key_width, value_width;
-    A *k, *v, *scores, *changes;
+    A *k, *v, *scores, *dscores;
 
     Keys(int64_t key_width, int64_t value_width, Arena<A>& arena)
         : key_width(key_width),
@@ -169,39 +170,39 @@ struct Keys {
           k(arena.take(kTileKeys * padded<A>(key_width))),
           v(arena.take(kTileKeys * padded<A>(value_width))),
           scores(arena.take(kTileKeys * kColumns)),
-          changes(arena.take(kTileKeys * kColumns)) {}
+          dscores(arena.take(kTileKeys * kColumns)) {}
 
     template <class T>
     void load(int64_t count, const T* keys, int64_t keys_row, const T* values, int64_t values_row) {
         pack(count, key_width, keys, keys_row, A(1), k, padded<A>(key_width));
         pack(count, value_width, values, values_row, A(1), v, padded<A>(value_width));
     }
-    void score(const Seen<A>& seen, const A* turned_q) {
-        multiply_parts(seen.keys, as_is(k, padded<A>(key_width)), turned_q, kColumns, scores, kColumns, false,
+    void score(const Seen<A>& seen, const A* transposed_q) {
+        multiply_parts(seen.keys, as_is(k, padded<A>(key_width)), transposed_q, kColumns, scores, kColumns, false,
                        padded<A>(seen.columns), [&](int64_t i, int64_t) { return seen.scores_of(i, key_width); });
     }
 };
 
-// Scores to weights 2^(score - largest), and the columns' maxima and sums; `factors` is by how much what was summed
+// Scores to weights 2^(score - row_max), and the columns' maxima and sums; `factors` is by how much what was summed
 // before shrinks. Without it, o shrinks.
 template <class A>
 void weigh(const Seen<A>& seen, A* scores, Columns<A>& columns, A* factors) {
     for (int64_t c = 0; c < seen.columns; c += kLanes<A>) {
-        const Vector<A> before = load_vector(columns.largest + c);
-        Vector<A> largest = before;
+        const Vector<A> before = load_vector(columns.row_max + c);
+        Vector<A> row_max = before;
         each_score(seen, c, scores, [&](int64_t key, A* at) {
             Vector<A> score = load_vector(at);
             if (!seen.whole) store_vector(at, score = seen.hide(key, c, score));
-            largest = score > largest ? score : largest;
+            row_max = score > row_max ? score : row_max;
         });
-        const Vector<A> factor = power_of_two(before - largest);
+        const Vector<A> factor = power_of_two(before - row_max);
         Vector<A> total = load_vector(columns.total + c) * factor;
         each_score(seen, c, scores, [&](int64_t, A* at) {
-            const Vector<A> weight = power_of_two(load_vector(at) - largest);
+            const Vector<A> weight = power_of_two(load_vector(at) - row_max);
             store_vector(at, weight);
             total += weight;
         });
-        store_vector(columns.largest + c, largest);
+        store_vector(columns.row_max + c, row_max);
         store_vector(columns.total + c, total);
         store_vector(factors + c, factor);
     }
@@ -223,7 +224,7 @@ void weigh(const Seen<A>& seen, A* scores, Columns<A>& columns) {
 template <class A>
 void attend(const Seen<A>& seen, Keys<A>& keys, Columns<A>& columns) {
     const int64_t row = padded<A>(columns.value_width);
-    keys.score(seen, columns.turned_q);
+    keys.score(seen, columns.transposed_q);
     weigh(seen, keys.scores, columns);
     multiply_parts(seen.columns, transposed(keys.scores, kColumns), keys.v, row, columns.o, row, true, row,
                    [&](int64_t i, int64_t) { return seen.over_keys(i, columns.value_width); });
@@ -248,21 +249,21 @@ void attend_few(const Seen<A>& seen, const T* k, int64_t k_row, const T* v, int6
 // What backward knows of the columns beside their queries, and the gradient of those.
 template <class A>
 struct ColumnGradients {
-    A *dout, *turned_dout, *dq, *log_sum, *own;  // own: the products of o and its gradient
+    A *dout, *transposed_dout, *dq, *log_sum, *delta;  // delta: the products of o and its gradient
 
     ColumnGradients(int64_t key_width, int64_t value_width, Arena<A>& arena)
         : dout(arena.take(kColumns * padded<A>(value_width))),
-          turned_dout(arena.take(padded<A>(value_width) * kColumns)),
+          transposed_dout(arena.take(padded<A>(value_width) * kColumns)),
           dq(arena.take(kColumns * padded<A>(key_width))),
           log_sum(arena.take(kColumns)),
-          own(arena.take(kColumns)) {}
+          delta(arena.take(kColumns)) {}
 
     // Of the loaded columns: rows of o's gradient, their products with o, the sums' logarithms; dq starts from zero.
     template <class GradientOf, class OwnOf, class LogSumOf>
     void load(const Columns<A>& columns, GradientOf gradient_of, OwnOf own_of, LogSumOf log_sum_of) {
-        columns.load_rows(columns.value_width, A(1), gradient_of, dout, turned_dout);
+        columns.load_rows(columns.value_width, A(1), gradient_of, dout, transposed_dout);
         for (int64_t c = 0; c < padded<A>(columns.count); ++c) {
-            own[c] = c < columns.count ? own_of(c) : A(0);
+            delta[c] = c < columns.count ? own_of(c) : A(0);
             log_sum[c] = c < columns.count ? log_sum_of(c) : A(0);
         }
         std::fill_n(dq, kColumns * padded<A>(columns.key_width), A(0));
@@ -285,25 +286,25 @@ void attend_backward(const Seen<A>& seen, Keys<A>& keys, const Columns<A>& colum
                      A* dv) {
     const int64_t key_width = columns.key_width, keys_row = padded<A>(key_width);
     const int64_t value_width = columns.value_width, values_row = padded<A>(value_width);
-    keys.score(seen, columns.turned_q);
-    multiply_parts(seen.keys, as_is(keys.v, values_row), gradients.turned_dout, kColumns, keys.changes, kColumns, false,
-                   padded<A>(seen.columns), [&](int64_t i, int64_t) { return seen.scores_of(i, value_width); });
+    keys.score(seen, columns.transposed_q);
+    multiply_parts(seen.keys, as_is(keys.v, values_row), gradients.transposed_dout, kColumns, keys.dscores, kColumns,
+                   false, padded<A>(seen.columns), [&](int64_t i, int64_t) { return seen.scores_of(i, value_width); });
     for (int64_t c = 0; c < seen.columns; c += kLanes<A>) {
-        const Vector<A> log_sum = load_vector(gradients.log_sum + c), own = load_vector(gradients.own + c);
+        const Vector<A> log_sum = load_vector(gradients.log_sum + c), delta = load_vector(gradients.delta + c);
         each_score(seen, c, keys.scores, [&](int64_t key, A* at) {
-            A* change = keys.changes + (at - keys.scores);
+            A* dscore = keys.dscores + (at - keys.scores);
             Vector<A> score = load_vector(at);
             if (!seen.whole) score = seen.hide(key, c, score);
             const Vector<A> weight = power_of_two(score - log_sum);
             store_vector(at, weight);
-            store_vector(change, weight * (load_vector(change) - own));
+            store_vector(dscore, weight * (load_vector(dscore) - delta));
         });
     }
     multiply_parts(seen.keys, as_is(keys.scores, kColumns), gradients.dout, values_row, dv, values_row, true, values_row,
                    [&](int64_t i, int64_t) { return seen.over_columns(i, value_width); });
-    multiply_parts(seen.keys, as_is(keys.changes, kColumns), columns.q, keys_row, dk, keys_row, true, keys_row,
+    multiply_parts(seen.keys, as_is(keys.dscores, kColumns), columns.q, keys_row, dk, keys_row, true, keys_row,
                    [&](int64_t i, int64_t) { return seen.over_columns(i, key_width); });
-    multiply_parts(seen.columns, transposed(keys.changes, kColumns), keys.k, keys_row, gradients.dq, keys_row, true,
+    multiply_parts(seen.columns, transposed(keys.dscores, kColumns), keys.k, keys_row, gradients.dq, keys_row, true,
                    keys_row, [&](int64_t i, int64_t) { return seen.over_keys(i, key_width); });
 }
 

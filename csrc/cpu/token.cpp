@@ -121,14 +121,24 @@ int32_t scan(const seqarch_instruction& i, Member member) {
             float* data = row(i.operands[operand], r);
             return seqarch_rows{data ? data + first : nullptr, 0, 0, SEQARCH_FLOAT32};
         };
-        const seqarch_rows y = rows(0, own.begin), x = rows(1, own.begin), dt = rows(2, own.begin), B = rows(3, 0);
-        const seqarch_rows C = rows(4, 0), z = rows(7, own.begin);
-        const float *A = i.operands[5].data + own.begin * states, *D = i.operands[6].data;
+        const float* D = i.operands[6].data;
         float* state = i.operands[8].data + (r * channels + own.begin) * states;
-        code = std::max(code, seqarch_selective_scan_forward(
-                                  SEQARCH_FLOAT32, &x, &dt, &B, &C, z.data ? &z : nullptr, A, D ? D + own.begin : D,
-                                  nullptr, nullptr, 1, 1, own.end - own.begin, states, 1, 1, 1, 1, state, &y, state,
-                                  nullptr, 1));
+        seqarch_selective_scan_inputs in{};
+        in.dtype = SEQARCH_FLOAT32;
+        in.softplus = in.scale_input = 1;
+        in.x = rows(1, own.begin);
+        in.dt = rows(2, own.begin);
+        in.B = rows(3, 0);
+        in.C = rows(4, 0);
+        in.z = rows(7, own.begin);
+        in.A = i.operands[5].data + own.begin * states;
+        in.D = D ? D + own.begin : nullptr;
+        in.state = state;
+        in.sequences = in.length = in.groups = in.chunk = 1;
+        in.channels = own.end - own.begin;
+        in.state_width = states;
+        const seqarch_selective_scan_outputs out{rows(0, own.begin), state, nullptr};
+        code = std::max(code, seqarch_selective_scan_forward(&in, &out, 1));
     }
     return code;
 }

@@ -322,64 +322,69 @@ int32_t with_width(int32_t dtype, int64_t width, F f) {
     }
 }
 
+// `each` are contiguous tensors of rows of channels that the kernels read or write, NULL where there is none.
+template <class A>
+Problem<A> problem(const seqarch_causal_conv1d_inputs& in, std::initializer_list<const void*> each) {
+    const auto [x, batch_stride, time_stride, dtype] = in.x;
+    bool whole = aligned(dtype, x, in.channels, batch_stride, time_stride);
+    for (const void* data : each) whole = whole && aligned(dtype, data, in.channels, 0, 0);
+    return {x, batch_stride, time_stride, static_cast<const A*>(in.weight), static_cast<const A*>(in.bias), in.state,
+            in.offsets, in.sequences, in.length, in.channels, dtype, whole, in.silu != 0};
+}
+
+bool valid(const seqarch_causal_conv1d_inputs& in) {
+    return countable({in.sequences, in.length, in.channels, in.width});
+}
+
 }  // namespace
 
-int32_t seqarch_cuda_causal_conv1d_forward(
-    int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride, const void* weight, const void* bias,
-    const void* state, void* y, void* state_out, const int64_t* offsets, int64_t sequences, int64_t length,
-    int64_t channels, int64_t width, int32_t silu, void* workspace, int64_t* workspace_bytes, void* stream) {
-    if (!countable({sequences, length, channels, width})) return SEQARCH_BAD_ARGUMENT;
-    return with_width(dtype, width, [&](auto* type, auto w) -> int32_t {
+int32_t seqarch_cuda_causal_conv1d_forward(const seqarch_causal_conv1d_inputs* inputs,
+                                           const seqarch_causal_conv1d_outputs* outputs, void* workspace,
+                                           int64_t* workspace_bytes, void* stream) {
+    const auto& in = *inputs;
+    const auto& out = *outputs;
+    if (!valid(in)) return SEQARCH_BAD_ARGUMENT;
+    return with_width(in.x.dtype, in.width, [&](auto* type, auto w) -> int32_t {
         using A = std::remove_pointer_t<decltype(type)>;
         constexpr int W = decltype(w)::value;
         if (!workspace) {
-            *workspace_bytes = Room(nullptr).bytes();
+            *workspace_bytes = Workspace(nullptr).bytes();
             return SEQARCH_OK;
         }
-        const Problem<A> p{x, x_batch_stride, x_time_stride, static_cast<const A*>(weight), static_cast<const A*>(bias),
-                           state, offsets, sequences, length, channels, dtype,
-                           aligned(dtype, x, channels, x_batch_stride, x_time_stride) &&
-                               aligned(dtype, state, channels, 0, 0) && aligned(dtype, y, channels, 0, 0) &&
-                               aligned(dtype, state_out, channels, 0, 0),
-                           silu != 0};
+        const auto p = problem<A>(in, {in.state, out.y, out.state_out});
         const int64_t steps = steps_of_run(p), runs = runs_of(p, steps);
         Launches launch(stream);
-        launch(convolve<A, W>, grid_for(p, runs), kThreads, 0, p, runs, steps, y);
-        launch(last_rows<A, W>, grid_for(p, sequences), kThreads, 0, p, state_out);
+        launch(convolve<A, W>, grid_for(p, runs), kThreads, 0, p, runs, steps, out.y);
+        launch(last_rows<A, W>, grid_for(p, in.sequences), kThreads, 0, p, out.state_out);
         return launch.code();
     });
 }
 
-int32_t seqarch_cuda_causal_conv1d_backward(
-    int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride, const void* weight, const void* bias,
-    const void* state, const void* dy, int64_t dy_batch_stride, int64_t dy_time_stride, const void* dstate_out,
-    void* dx, void* dweight, void* dbias, void* dstate, const int64_t* offsets, int64_t sequences, int64_t length,
-    int64_t channels, int64_t width, int32_t silu, void* workspace, int64_t* workspace_bytes, void* stream) {
-    if (!countable({sequences, length, channels, width})) return SEQARCH_BAD_ARGUMENT;
-    return with_width(dtype, width, [&](auto* type, auto w) -> int32_t {
+int32_t seqarch_cuda_causal_conv1d_backward(const seqarch_causal_conv1d_inputs* inputs,
+                                            const seqarch_causal_conv1d_gradients* gradients, void* workspace,
+                                            int64_t* workspace_bytes, void* stream) {
+    const auto& in = *inputs;
+    const auto& g = *gradients;
+    if (!valid(in) || g.dy.dtype != in.x.dtype) return SEQARCH_BAD_ARGUMENT;
+    return with_width(in.x.dtype, in.width, [&](auto* type, auto w) -> int32_t {
         using A = std::remove_pointer_t<decltype(type)>;
         constexpr int W = decltype(w)::value;
-        const Problem<A> p{x, x_batch_stride, x_time_stride, static_cast<const A*>(weight), static_cast<const A*>(bias),
-                           state, offsets, sequences, length, channels, dtype,
-                           aligned(dtype, x, channels, x_batch_stride, x_time_stride) &&
-                               aligned(dtype, state, channels, 0, 0) && aligned(dtype, dx, channels, 0, 0) &&
-                               aligned(dtype, dstate_out, channels, 0, 0) && aligned(dtype, dstate, channels, 0, 0),
-                           silu != 0};
-        const Upstream<A> up{dy, dy_batch_stride, dy_time_stride, dstate_out,
-                             aligned(dtype, dy, channels, dy_batch_stride, dy_time_stride)};
+        const auto p = problem<A>(in, {in.state, g.dx, g.dstate_out, g.dstate});
+        const Upstream<A> up{g.dy.data, g.dy.batch_stride, g.dy.time_stride, g.dstate_out,
+                             aligned(g.dy.dtype, g.dy.data, in.channels, g.dy.batch_stride, g.dy.time_stride)};
         const int64_t steps = steps_of_run(p), runs = runs_of(p, steps);
-        Room room(workspace);
-        A* weights = room.take<A>(runs * channels * W);
-        A* biases = room.take<A>(runs * channels);
+        Workspace buffers(workspace);
+        A* weights = buffers.take<A>(runs * in.channels * W);
+        A* biases = buffers.take<A>(runs * in.channels);
         if (!workspace) {
-            *workspace_bytes = room.bytes();
+            *workspace_bytes = buffers.bytes();
             return SEQARCH_OK;
         }
         Launches launch(stream);
-        launch(differentiate<A, W>, grid_for(p, runs), kThreads, 0, p, up, runs, steps, dx, weights, biases);
-        launch_sum(launch, weights, runs, channels * W, static_cast<A*>(dweight));
-        if (dbias) launch_sum(launch, biases, runs, channels, static_cast<A*>(dbias));
-        if (dstate) launch(differentiate_state<A, W>, grid_for(p, sequences), kThreads, 0, p, up, dstate);
+        launch(differentiate<A, W>, grid_for(p, runs), kThreads, 0, p, up, runs, steps, g.dx, weights, biases);
+        launch_sum(launch, weights, runs, in.channels * W, static_cast<A*>(g.dweight));
+        if (g.dbias) launch_sum(launch, biases, runs, in.channels, static_cast<A*>(g.dbias));
+        if (g.dstate) launch(differentiate_state<A, W>, grid_for(p, in.sequences), kThreads, 0, p, up, g.dstate);
         return launch.code();
     });
 }

@@ -58,10 +58,11 @@ class Launches {
 // A grid of so many blocks.
 inline dim3 grid_of(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
 
-// Hands out pieces of the workspace; of none, it counts what it would hand out.
-class Room {
+// Hands out pieces of the caller's workspace, at multiples of 256 bytes as cudaMalloc does; of none, it counts what it
+// would hand out.
+class Workspace {
   public:
-    explicit Room(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
+    explicit Workspace(void* memory) : memory_(static_cast<unsigned char*>(memory)) {}
     template <class T>
     T* take(int64_t count) {
         T* piece = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;

@@ -7,8 +7,8 @@
 //
 // Channels. A block takes `kWidth` neighbouring channels of one group, a warp `kChannels` of them. The states of a channel
 // lie in the registers of `kSharing` lanes, kStates in each. So decays cost one exponential and all else a few fused
-// multiply-adds, sums over states are short, and B and C are read once a block. Rows come from memory four neighbouring
-// channels a thread and go through shared memory, since a thread reads more channels and fewer steps than it scans.
+// multiply-adds, sums over states are short, and B and C are read once per block. Rows come from memory four neighbouring
+// channels per thread and go through shared memory, since a thread reads more channels and fewer steps than it scans.
 #pragma once
 
 #include "launch.cuh"
@@ -350,12 +350,12 @@ __global__ void __launch_bounds__(128) pass_empty(const Layout layout, int64_t s
 
 // Host side.
 
-inline Rows rows_of(const seqarch_rows* rows, int64_t columns) {
-    if (!rows) return {nullptr, 0, 0, 0, false};
-    const int64_t address = reinterpret_cast<int64_t>(rows->data);
-    const bool aligned = address % (kFour * bytes_of(rows->dtype)) == 0 && columns % kFour == 0 &&
-                         rows->batch_stride % kFour == 0 && rows->time_stride % kFour == 0;
-    return {rows->data, rows->batch_stride, rows->time_stride, rows->dtype, aligned};
+inline Rows rows_of(const seqarch_rows& rows, int64_t columns) {
+    if (!rows.data) return {nullptr, 0, 0, 0, false};
+    const int64_t address = reinterpret_cast<int64_t>(rows.data);
+    const bool aligned = address % (kFour * bytes_of(rows.dtype)) == 0 && columns % kFour == 0 &&
+                         rows.batch_stride % kFour == 0 && rows.time_stride % kFour == 0;
+    return {rows.data, rows.batch_stride, rows.time_stride, rows.dtype, aligned};
 }
 
 // The chunks of all sequences; of packed ones at least as many.
@@ -378,13 +378,13 @@ dim3 grid_for(const Problem<A>& p, const Segments& segments) {
     return grid_of(segments.count, tiles);
 }
 
-// Room for what segments hand on, nothing where they do not.
+// Workspace for what segments hand on, nothing where they do not.
 template <class A>
-Passing<A> lay_out_passing(Room& room, const Problem<A>& p, const Segments& segments) {
+Passing<A> lay_out_passing(Workspace& buffers, const Problem<A>& p, const Segments& segments) {
     const int64_t count = segments.carried ? segments.count : 0;
-    A* steps = room.take<A>(count * p.channels);
-    int32_t* cut = room.take<int32_t>(count);
-    return {steps, cut, room.take<A>(count * p.channels * p.states)};
+    A* steps = buffers.take<A>(count * p.channels);
+    int32_t* cut = buffers.take<int32_t>(count);
+    return {steps, cut, buffers.take<A>(count * p.channels * p.states)};
 }
 
 // What enters each segment, in passing.states.
@@ -423,28 +423,28 @@ int32_t with_lanes(int32_t dtype, int64_t states, F f) {
     return f(static_cast<float*>(nullptr), Lanes<4, 32, 4, 2>());
 }
 
-inline bool known(int32_t wide, const seqarch_rows* rows) {
-    return !rows || rows->dtype == SEQARCH_FLOAT32 || rows->dtype == SEQARCH_BFLOAT16 || rows->dtype == SEQARCH_FLOAT16 ||
-           (rows->dtype == SEQARCH_FLOAT64 && wide == SEQARCH_FLOAT64);
+inline bool known(int32_t wide, const seqarch_rows& rows) {
+    return !rows.data || rows.dtype == SEQARCH_FLOAT32 || rows.dtype == SEQARCH_BFLOAT16 ||
+           rows.dtype == SEQARCH_FLOAT16 || (rows.dtype == SEQARCH_FLOAT64 && wide == SEQARCH_FLOAT64);
 }
 
-template <class... Each>
-bool wrong(int32_t dtype, int64_t sequences, int64_t length, int64_t channels, int64_t states, int64_t groups,
-           int64_t chunk, const Each*... rows) {
-    if (!countable({sequences, length, channels, states, groups})) return true;
-    return !(known(dtype, rows) && ...) || chunk != kChunk || groups < 1 || channels % groups;
+// Whether a kernel computes with these inputs, and with `others` beside them.
+inline bool valid(const seqarch_selective_scan_inputs& in, std::initializer_list<seqarch_rows> others) {
+    if (!countable({in.sequences, in.length, in.channels, in.state_width, in.groups})) return false;
+    for (const seqarch_rows& rows : {in.x, in.dt, in.B, in.C, in.z})
+        if (!known(in.dtype, rows)) return false;
+    for (const seqarch_rows& rows : others)
+        if (!known(in.dtype, rows)) return false;
+    return in.chunk == kChunk && in.groups > 0 && in.channels % in.groups == 0;
 }
 
 template <class A>
-Problem<A> problem_of(const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-                      const seqarch_rows* z, const void* rate, const void* skip, const void* bias,
-                      const int64_t* offsets, int64_t sequences, int64_t length, int64_t channels, int64_t states,
-                      int64_t groups, int32_t softplus, int32_t scale_input) {
-    const int64_t columns = channels / groups;
-    return {rows_of(x, columns), rows_of(dt, columns), rows_of(B, states), rows_of(C, states), rows_of(z, columns),
-            static_cast<const A*>(rate), static_cast<const A*>(skip), static_cast<const A*>(bias),
-            Layout{offsets, sequences, length, ceil_div(length, kChunk)}, channels, states, groups, softplus != 0,
-            scale_input != 0};
+Problem<A> problem(const seqarch_selective_scan_inputs& in) {
+    const int64_t columns = in.channels / in.groups, states = in.state_width;
+    return {rows_of(in.x, columns), rows_of(in.dt, columns), rows_of(in.B, states), rows_of(in.C, states),
+            rows_of(in.z, columns), static_cast<const A*>(in.A), static_cast<const A*>(in.D),
+            static_cast<const A*>(in.dt_bias), Layout{in.offsets, in.sequences, in.length, ceil_div(in.length, kChunk)},
+            in.channels, states, in.groups, in.softplus != 0, in.scale_input != 0};
 }
 
 }  // namespace seqarch::cuda::scan

@@ -149,10 +149,10 @@ template <class A, class L>
 int32_t forward(const Problem<A>& p, const Outputs<A>& out, void* workspace, int64_t* workspace_bytes, void* stream) {
     const int64_t tiles = p.channels ? tiles_of_group(p.channels, p.groups, L::kWidth) * p.groups : 0;
     const Segments segments = cut(p.layout, tiles * L::kWarps);
-    Room room(workspace);
-    const Passing<A> passing = lay_out_passing(room, p, segments);
+    Workspace buffers(workspace);
+    const Passing<A> passing = lay_out_passing(buffers, p, segments);
     if (!workspace) {
-        *workspace_bytes = room.bytes();
+        *workspace_bytes = buffers.bytes();
         return SEQARCH_OK;
     }
     Launches launch(stream);
@@ -165,19 +165,15 @@ int32_t forward(const Problem<A>& p, const Outputs<A>& out, void* workspace, int
 
 }  // namespace
 
-int32_t seqarch_cuda_selective_scan_forward(
-    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
-    int32_t scale_input, const void* state, const seqarch_rows* y, void* state_out, void* starts, void* workspace,
-    int64_t* workspace_bytes, void* stream) {
-    if (wrong(dtype, sequences, length, channels, state_width, groups, chunk, x, dt, B, C, z, y)) return SEQARCH_BAD_ARGUMENT;
-    return with_lanes(dtype, state_width, [&](auto* type, auto lanes) {
+int32_t seqarch_cuda_selective_scan_forward(const seqarch_selective_scan_inputs* inputs,
+                                            const seqarch_selective_scan_outputs* outputs, void* workspace,
+                                            int64_t* workspace_bytes, void* stream) {
+    const auto& in = *inputs;
+    if (!valid(in, {outputs->y})) return SEQARCH_BAD_ARGUMENT;
+    return with_lanes(in.dtype, in.state_width, [&](auto* type, auto lanes) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto p = problem_of<T>(x, dt, B, C, z, A, D, dt_bias, offsets, sequences, length, channels, state_width,
-                                     groups, softplus, scale_input);
-        const Outputs<T> out{static_cast<const T*>(state), rows_of(y, channels / groups), static_cast<T*>(state_out),
-                             static_cast<T*>(starts)};
-        return forward<T, decltype(lanes)>(p, out, workspace, workspace_bytes, stream);
+        const Outputs<T> out{static_cast<const T*>(in.state), rows_of(outputs->y, in.channels / in.groups),
+                             static_cast<T*>(outputs->state_out), static_cast<T*>(outputs->starts)};
+        return forward<T, decltype(lanes)>(problem<T>(in), out, workspace, workspace_bytes, stream);
     });
 }

@@ -2,8 +2,8 @@
 //
 // A block goes through the chunks of its segment from the last to the first. The states of a chunk are computed again from
 // the one kept before it and stay in registers; the decays cost a second exponential, which is cheaper than room for them.
-// What is summed over channels, dB and dC, is summed over a warp as it arises, over the block's warps once a chunk, and
-// over blocks by a kernel of its own; what is summed over steps, once a segment and then over segments. No sum depends on
+// What is summed over channels, dB and dC, is summed over a warp as it arises, over the block's warps once per chunk, and
+// over blocks by a kernel of its own; what is summed over steps, once per segment and then over segments. No sum depends on
 // the order in which blocks run.
 #include "scan.cuh"
 
@@ -307,15 +307,15 @@ int32_t backward(const Problem<A>& p, const Gradients<A>& g, void* workspace, in
     const int64_t rows = p.layout.offsets ? p.layout.length : p.layout.sequences * p.layout.length;
     const int64_t size = p.channels * p.states;
     const Segments segments = cut(p.layout, tiles * L::kWarps);
-    Room room(workspace);
-    const Passing<A> passing = lay_out_passing(room, p, segments);
+    Workspace buffers(workspace);
+    const Passing<A> passing = lay_out_passing(buffers, p, segments);
     Parts<A> parts;
-    parts.vectors = room.take<A>(g.dB.data ? tiles * rows * 2 * p.states : 0);
-    parts.rates = room.take<A>(segments.count * size);
-    parts.skip = room.take<A>(segments.count * p.channels);
-    parts.bias = room.take<A>(segments.count * p.channels);
+    parts.vectors = buffers.take<A>(g.dB.data ? tiles * rows * 2 * p.states : 0);
+    parts.rates = buffers.take<A>(segments.count * size);
+    parts.skip = buffers.take<A>(segments.count * p.channels);
+    parts.bias = buffers.take<A>(segments.count * p.channels);
     if (!workspace) {
-        *workspace_bytes = room.bytes();
+        *workspace_bytes = buffers.bytes();
         return SEQARCH_OK;
     }
     Launches launch(stream);
@@ -334,25 +334,21 @@ int32_t backward(const Problem<A>& p, const Gradients<A>& g, void* workspace, in
 
 }  // namespace
 
-int32_t seqarch_cuda_selective_scan_backward(
-    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
-    int32_t scale_input, const void* starts, const seqarch_rows* dy, const void* dstate_out, const seqarch_rows* dx,
-    const seqarch_rows* ddt, const seqarch_rows* dB, const seqarch_rows* dC, const seqarch_rows* dz, void* dA, void* dD,
-    void* ddt_bias, void* dstate, void* workspace, int64_t* workspace_bytes, void* stream) {
-    if (wrong(dtype, sequences, length, channels, state_width, groups, chunk, x, dt, B, C, z, dy, dx, ddt, dB, dC, dz))
-        return SEQARCH_BAD_ARGUMENT;
-    if ((dB == nullptr) != (dC == nullptr) || (dz == nullptr) != (z == nullptr)) return SEQARCH_BAD_ARGUMENT;
-    return with_lanes(dtype, state_width, [&](auto* type, auto lanes) {
+int32_t seqarch_cuda_selective_scan_backward(const seqarch_selective_scan_inputs* inputs,
+                                             const seqarch_selective_scan_gradients* gradients, void* workspace,
+                                             int64_t* workspace_bytes, void* stream) {
+    const auto& in = *inputs;
+    const auto& to = *gradients;
+    if (!valid(in, {to.dy, to.dx, to.ddt, to.dB, to.dC, to.dz})) return SEQARCH_BAD_ARGUMENT;
+    if (!to.dB.data != !to.dC.data || !to.dz.data != !in.z.data) return SEQARCH_BAD_ARGUMENT;
+    return with_lanes(in.dtype, in.state_width, [&](auto* type, auto lanes) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto p = problem_of<T>(x, dt, B, C, z, A, D, dt_bias, offsets, sequences, length, channels, state_width,
-                                     groups, softplus, scale_input);
-        const int64_t columns = channels / groups;
-        const Gradients<T> g{static_cast<const T*>(starts), rows_of(dy, columns), static_cast<const T*>(dstate_out),
-                             rows_of(dx, columns), rows_of(ddt, columns), rows_of(dB, state_width),
-                             rows_of(dC, state_width), rows_of(dz, columns), static_cast<T*>(dA), static_cast<T*>(dD),
-                             static_cast<T*>(ddt_bias), static_cast<T*>(dstate)};
-        return backward<T, decltype(lanes)>(p, g, workspace, workspace_bytes, stream);
+        const int64_t columns = in.channels / in.groups, states = in.state_width;
+        const Gradients<T> g{static_cast<const T*>(to.starts), rows_of(to.dy, columns),
+                             static_cast<const T*>(to.dstate_out), rows_of(to.dx, columns), rows_of(to.ddt, columns),
+                             rows_of(to.dB, states), rows_of(to.dC, states), rows_of(to.dz, columns),
+                             static_cast<T*>(to.dA), static_cast<T*>(to.dD), static_cast<T*>(to.ddt_bias),
+                             static_cast<T*>(to.dstate)};
+        return backward<T, decltype(lanes)>(problem<T>(in), g, workspace, workspace_bytes, stream);
     });
 }

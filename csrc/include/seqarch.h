@@ -5,6 +5,10 @@
  *
  * Conventions
  *   - Every kernel returns SEQARCH_OK, or one of the codes below and has then written nothing of use.
+ *   - A kernel takes structures of its arguments: its inputs, and what it writes. Forward and backward share the inputs.
+ *     Every field counts: one that is left out of an initialiser is 0 or NULL, which is an argument too.
+ *   - A pointer that may be NULL is said to; a tensor by value (seqarch_heads, seqarch_rows) is then one whose data is
+ *     NULL. A tensor of no elements may have NULL data, wherever it is.
  *   - Sizes below 0, sizes whose products no memory has, offsets that do not pack and fewer threads than 1 are
  *     SEQARCH_BAD_ARGUMENT. Windows and blocks may be of any length, starts and listed blocks any numbers.
  *   - Sizes, strides and offsets are int64_t. Strides count elements, not bytes. The last dimension has stride 1;
@@ -27,8 +31,9 @@ extern "C" {
 
 #define SEQARCH_API __attribute__((visibility("default")))
 
-/* Raised with every change of a declaration below; seqarch/ops/native/cpu_library.py holds the same number. */
-#define SEQARCH_INTERFACE 6
+/* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
+ * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
+#define SEQARCH_INTERFACE 7
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -60,8 +65,14 @@ SEQARCH_API int32_t seqarch_openmp(void);
 
 /* A linear map of a few rows, y = x weight^T + bias: x [rows, depth], weight [width, depth], bias [width] or NULL and y
  * [rows, width], all of `dtype`, with sums of accumulation type. */
-SEQARCH_API int32_t seqarch_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y,
-                                   int64_t rows, int64_t depth, int64_t width, int32_t num_threads);
+typedef struct {
+    int32_t dtype;
+    const void *x, *weight, *bias;
+    void* y;
+    int64_t rows, depth, width;
+} seqarch_linear_arguments;
+
+SEQARCH_API int32_t seqarch_linear(const seqarch_linear_arguments* arguments, int32_t num_threads);
 
 /* One token of each of `rows` sequences through a list of instructions, in their order and in one call: for models whose
  * token costs as many calls as it has operations, each of which is short. Everything is float32.
@@ -101,15 +112,25 @@ SEQARCH_API int32_t seqarch_run_token(const seqarch_instruction* instructions, i
  *   h = [state; x] along time,   z[t, d] = bias[d] + sum_w weight[d, w] h[t + w, d],   y = silu ? z sigmoid(z) : z,
  *   state_out = the last W - 1 rows of h.
  *
- *   x                [S, T, D] or packed [total, D], strides x_batch_stride and x_time_stride
+ *   x                [S, T, D] or packed [total, D]: rows of D elements. Its dtype is that of all activations.
  *   weight, bias     [D, W] and [D], accumulation type; bias may be NULL
  *   state, state_out [S, W - 1, D], oldest first; state may be NULL: zeros
  *   y                like x, contiguous
  */
-SEQARCH_API int32_t seqarch_causal_conv1d_forward(
-    int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride, const void* weight, const void* bias,
-    const void* state, void* y, void* state_out, const int64_t* offsets, int64_t sequences, int64_t length,
-    int64_t channels, int64_t width, int32_t silu, int32_t num_threads);
+typedef struct {
+    seqarch_rows x;
+    const void *weight, *bias, *state;
+    const int64_t* offsets;
+    int64_t sequences, length, channels, width;
+    int32_t silu;
+} seqarch_causal_conv1d_inputs;
+
+typedef struct {
+    void *y, *state_out;
+} seqarch_causal_conv1d_outputs;
+
+SEQARCH_API int32_t seqarch_causal_conv1d_forward(const seqarch_causal_conv1d_inputs* inputs,
+                                                  const seqarch_causal_conv1d_outputs* outputs, int32_t num_threads);
 
 /* Its gradients, from dy (like x, with strides of its own) and dstate_out (like state_out).
  *
@@ -117,11 +138,15 @@ SEQARCH_API int32_t seqarch_causal_conv1d_forward(
  *   dweight, dbias   [D, W] and [D], accumulation type; dbias may be NULL
  *   dstate           [S, W - 1, D]; may be NULL
  */
-SEQARCH_API int32_t seqarch_causal_conv1d_backward(
-    int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride, const void* weight, const void* bias,
-    const void* state, const void* dy, int64_t dy_batch_stride, int64_t dy_time_stride, const void* dstate_out,
-    void* dx, void* dweight, void* dbias, void* dstate, const int64_t* offsets, int64_t sequences, int64_t length,
-    int64_t channels, int64_t width, int32_t silu, int32_t num_threads);
+typedef struct {
+    seqarch_rows dy;
+    const void* dstate_out;
+    void *dx, *dweight, *dbias, *dstate;
+} seqarch_causal_conv1d_gradients;
+
+SEQARCH_API int32_t seqarch_causal_conv1d_backward(const seqarch_causal_conv1d_inputs* inputs,
+                                                   const seqarch_causal_conv1d_gradients* gradients,
+                                                   int32_t num_threads);
 
 /* Selective scan of a diagonal state-space model (T = length, D = channels, N = state_width, G = groups):
  *
@@ -133,25 +158,39 @@ SEQARCH_API int32_t seqarch_causal_conv1d_backward(
  *   x, dt, z, y        rows of D elements; z may be NULL
  *   B, C               rows of G N elements
  *   A, D, dt_bias      [D, N], at most 0, and [D]; the last two may be NULL. -inf counts as the lowest finite number.
- *   state, state_out   [S, D, N]; state may be NULL: zeros
+ *   state, state_out   [S, D, N]; state may be NULL: zeros. Backward does not read it.
  *   starts             the state before every `chunk` steps of every sequence, sequence after sequence, each [N, D];
  *                      NULL where no backward pass follows
  */
-SEQARCH_API int32_t seqarch_selective_scan_forward(
-    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
-    int32_t scale_input, const void* state, const seqarch_rows* y, void* state_out, void* starts, int32_t num_threads);
+typedef struct {
+    int32_t dtype, softplus, scale_input;
+    seqarch_rows x, dt, B, C, z;
+    const void *A, *D, *dt_bias, *state;
+    const int64_t* offsets;
+    int64_t sequences, length, channels, state_width, groups, chunk;
+} seqarch_selective_scan_inputs;
 
-/* Its gradients, from dy and dstate_out: each like what it is of. dB and dC may both be NULL, and so may dD, ddt_bias;
- * dz is NULL where z is. */
-SEQARCH_API int32_t seqarch_selective_scan_backward(
-    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
-    int32_t scale_input, const void* starts, const seqarch_rows* dy, const void* dstate_out, const seqarch_rows* dx,
-    const seqarch_rows* ddt, const seqarch_rows* dB, const seqarch_rows* dC, const seqarch_rows* dz, void* dA, void* dD,
-    void* ddt_bias, void* dstate, int32_t num_threads);
+typedef struct {
+    seqarch_rows y;
+    void *state_out, *starts;
+} seqarch_selective_scan_outputs;
+
+SEQARCH_API int32_t seqarch_selective_scan_forward(const seqarch_selective_scan_inputs* inputs,
+                                                   const seqarch_selective_scan_outputs* outputs, int32_t num_threads);
+
+/* Its gradients, from starts, dy and dstate_out: each like what it is of. dB and dC may both be NULL, and so may dD,
+ * ddt_bias; dz is NULL where z is. */
+typedef struct {
+    const void* starts;
+    seqarch_rows dy;
+    const void* dstate_out;
+    seqarch_rows dx, ddt, dB, dC, dz;
+    void *dA, *dD, *ddt_bias, *dstate;
+} seqarch_selective_scan_gradients;
+
+SEQARCH_API int32_t seqarch_selective_scan_backward(const seqarch_selective_scan_inputs* inputs,
+                                                    const seqarch_selective_scan_gradients* gradients,
+                                                    int32_t num_threads);
 
 /* Linear attention with any diagonal decay (T = length, G = groups, H = heads, a multiple of G, K = keys, V = values,
  * S = sequences); head h uses the queries and keys h / (H / G):
@@ -164,20 +203,34 @@ SEQARCH_API int32_t seqarch_selective_scan_backward(
  *   state, state_out [S, H, K, V], accumulation type
  *   o                like v, contiguous
  */
-SEQARCH_API int32_t seqarch_linear_attention_forward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v,
-    const seqarch_heads* log_decay, int32_t decay_per_key, double scale, const void* state, void* o, void* state_out,
-    const int64_t* offsets, int64_t sequences, int64_t length, int64_t groups, int64_t heads, int64_t keys,
-    int64_t values, int32_t num_threads);
+typedef struct {
+    int32_t dtype, decay_per_key;
+    seqarch_heads q, k, v, log_decay;
+    double scale;
+    const void* state;
+    const int64_t* offsets;
+    int64_t sequences, length, groups, heads, keys, values;
+} seqarch_linear_attention_inputs;
+
+typedef struct {
+    void *o, *state_out;
+} seqarch_linear_attention_outputs;
+
+SEQARCH_API int32_t seqarch_linear_attention_forward(const seqarch_linear_attention_inputs* inputs,
+                                                     const seqarch_linear_attention_outputs* outputs,
+                                                     int32_t num_threads);
 
 /* Its gradients, from dout (like o, with strides of its own) and dstate_out (like state_out): dq, dk, dv, dlog_decay and
  * dstate, like what they are the gradients of, contiguous. dlog_decay is NULL where log_decay is. */
-SEQARCH_API int32_t seqarch_linear_attention_backward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v,
-    const seqarch_heads* log_decay, int32_t decay_per_key, double scale, const void* state, const seqarch_heads* dout,
-    const void* dstate_out, void* dq, void* dk, void* dv, void* dlog_decay, void* dstate, const int64_t* offsets,
-    int64_t sequences, int64_t length, int64_t groups, int64_t heads, int64_t keys, int64_t values,
-    int32_t num_threads);
+typedef struct {
+    seqarch_heads dout;
+    const void* dstate_out;
+    void *dq, *dk, *dv, *dlog_decay, *dstate;
+} seqarch_linear_attention_gradients;
+
+SEQARCH_API int32_t seqarch_linear_attention_backward(const seqarch_linear_attention_inputs* inputs,
+                                                      const seqarch_linear_attention_gradients* gradients,
+                                                      int32_t num_threads);
 
 /* The delta rule with any diagonal decay; letters, shapes and types as in linear attention:
  *
@@ -186,21 +239,33 @@ SEQARCH_API int32_t seqarch_linear_attention_backward(
  *   beta             [S, T, H], accumulation type
  *   read, erase      like k; NULL: k itself
  */
-SEQARCH_API int32_t seqarch_delta_rule_forward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const seqarch_heads* beta,
-    const seqarch_heads* log_decay, int32_t decay_per_key, const seqarch_heads* read, const seqarch_heads* erase,
-    double scale, const void* state, void* o, void* state_out, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t groups, int64_t heads, int64_t keys, int64_t values, int32_t num_threads);
+typedef struct {
+    int32_t dtype, decay_per_key;
+    seqarch_heads q, k, v, beta, log_decay, read, erase;
+    double scale;
+    const void* state;
+    const int64_t* offsets;
+    int64_t sequences, length, groups, heads, keys, values;
+} seqarch_delta_rule_inputs;
+
+typedef struct {
+    void *o, *state_out;
+} seqarch_delta_rule_outputs;
+
+SEQARCH_API int32_t seqarch_delta_rule_forward(const seqarch_delta_rule_inputs* inputs,
+                                               const seqarch_delta_rule_outputs* outputs, int32_t num_threads);
 
 /* Its gradients, from dout (like o, with strides of its own) and dstate_out (like state_out), each contiguous and like
  * what it is the gradient of. dlog_decay, dread and derase are not written where log_decay, read and erase are NULL; the
  * gradient through k then holds what they would. */
-SEQARCH_API int32_t seqarch_delta_rule_backward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const seqarch_heads* beta,
-    const seqarch_heads* log_decay, int32_t decay_per_key, const seqarch_heads* read, const seqarch_heads* erase,
-    double scale, const void* state, const seqarch_heads* dout, const void* dstate_out, void* dq, void* dk, void* dv,
-    void* dbeta, void* dlog_decay, void* dread, void* derase, void* dstate, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t groups, int64_t heads, int64_t keys, int64_t values, int32_t num_threads);
+typedef struct {
+    seqarch_heads dout;
+    const void* dstate_out;
+    void *dq, *dk, *dv, *dbeta, *dlog_decay, *dread, *derase, *dstate;
+} seqarch_delta_rule_gradients;
+
+SEQARCH_API int32_t seqarch_delta_rule_backward(const seqarch_delta_rule_inputs* inputs,
+                                                const seqarch_delta_rule_gradients* gradients, int32_t num_threads);
 
 /* Softmax attention (Tq = queries, Tk = keys, G = groups, H = heads, a multiple of G, K = key_width, V = value_width,
  * S = sequences); head h uses the keys and values h / (H / G):
@@ -216,22 +281,34 @@ SEQARCH_API int32_t seqarch_delta_rule_backward(
  *   o                [S, Tq, H, V] in forward contiguous
  *   log_sum          [S, Tq, H], accumulation type: the base-2 logarithm of sum_j w_ij; 0 where a query sees no key
  */
-SEQARCH_API int32_t seqarch_attention_forward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, int32_t causal,
-    int64_t window, double scale, const int64_t* key_start, void* o, void* log_sum, const int64_t* offsets,
-    int64_t sequences, int64_t queries, int64_t keys, int64_t groups, int64_t heads, int64_t key_width,
-    int64_t value_width, int32_t num_threads);
+typedef struct {
+    int32_t dtype, causal;
+    seqarch_heads q, k, v;
+    int64_t window;
+    double scale;
+    const int64_t *key_start, *offsets;
+    int64_t sequences, queries, keys, groups, heads, key_width, value_width;
+} seqarch_attention_inputs;
+
+typedef struct {
+    void *o, *log_sum;
+} seqarch_attention_outputs;
+
+SEQARCH_API int32_t seqarch_attention_forward(const seqarch_attention_inputs* inputs,
+                                              const seqarch_attention_outputs* outputs, int32_t num_threads);
 
 /* Its gradients, from dout (like o, each with strides of its own): dq, dk and dv, contiguous. */
-SEQARCH_API int32_t seqarch_attention_backward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, int32_t causal,
-    int64_t window, double scale, const int64_t* key_start, const seqarch_heads* o, const void* log_sum,
-    const seqarch_heads* dout, void* dq, void* dk, void* dv, const int64_t* offsets, int64_t sequences,
-    int64_t queries, int64_t keys, int64_t groups, int64_t heads, int64_t key_width, int64_t value_width,
-    int32_t num_threads);
+typedef struct {
+    seqarch_heads o, dout;
+    const void* log_sum;
+    void *dq, *dk, *dv;
+} seqarch_attention_gradients;
 
-/* Softmax attention over listed blocks; letters, shapes and o as in attention, with I = lists, a multiple of G that divides
- * H. Head h uses list h / (H / I), whose keys and values are those of head h / (H / G).
+SEQARCH_API int32_t seqarch_attention_backward(const seqarch_attention_inputs* inputs,
+                                               const seqarch_attention_gradients* gradients, int32_t num_threads);
+
+/* Softmax attention over listed blocks; letters, shapes and o as in attention, with S = batch and I = lists, a multiple of
+ * G that divides H. Head h uses list h / (H / I), whose keys and values are those of head h / (H / G).
  *
  *   index            [S, Tq, I, listed]: the blocks of each query, in any order; negative for none. A block listed twice
  *                    counts once, one that begins after the query not at all.
@@ -239,19 +316,23 @@ SEQARCH_API int32_t seqarch_attention_backward(
  *                    decreasing along a row. Block b has the block_size keys from first + b block_size on.
  *   window           if not 0, a query also sees its own key and the window - 1 before it
  */
-SEQARCH_API int32_t seqarch_block_sparse_attention_forward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* index,
-    int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale,
-    void* o, void* log_sum, int64_t batch, int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads,
-    int64_t key_width, int64_t value_width, int32_t num_threads);
+typedef struct {
+    int32_t dtype;
+    seqarch_heads q, k, v;
+    const int64_t *index, *first;
+    int64_t listed, first_stride, block_size, window;
+    double scale;
+    int64_t batch, queries, keys, groups, lists, heads, key_width, value_width;
+} seqarch_block_sparse_attention_inputs;
 
-/* Its gradients, from dout (like o, each with strides of its own): dq, dk and dv, contiguous. */
-SEQARCH_API int32_t seqarch_block_sparse_attention_backward(
-    int32_t dtype, const seqarch_heads* q, const seqarch_heads* k, const seqarch_heads* v, const int64_t* index,
-    int64_t listed, const int64_t* first, int64_t first_stride, int64_t block_size, int64_t window, double scale,
-    const seqarch_heads* o, const void* log_sum, const seqarch_heads* dout, void* dq, void* dk, void* dv, int64_t batch,
-    int64_t queries, int64_t keys, int64_t groups, int64_t lists, int64_t heads, int64_t key_width,
-    int64_t value_width, int32_t num_threads);
+SEQARCH_API int32_t seqarch_block_sparse_attention_forward(const seqarch_block_sparse_attention_inputs* inputs,
+                                                           const seqarch_attention_outputs* outputs,
+                                                           int32_t num_threads);
+
+/* Its gradients, as those of attention. */
+SEQARCH_API int32_t seqarch_block_sparse_attention_backward(const seqarch_block_sparse_attention_inputs* inputs,
+                                                            const seqarch_attention_gradients* gradients,
+                                                            int32_t num_threads);
 
 #ifdef __cplusplus
 }

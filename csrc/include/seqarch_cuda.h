@@ -1,6 +1,6 @@
 /* seqarch's CUDA kernels: the functions of seqarch.h for the GPU.
  *
- * Arguments, equations and conventions are those of seqarch.h, with these differences:
+ * Structures of arguments, equations and conventions are those of seqarch.h, with these differences:
  *
  *   - Pointers to numbers point into device memory; only the structures themselves lie on the host.
  *   - `offsets` points into device memory too, and holds two tables of sequences + 1 numbers each, one after the other:
@@ -22,8 +22,9 @@
 extern "C" {
 #endif
 
-/* Raised with every change of a declaration below; seqarch/ops/native/cuda_library.py holds the same number. */
-#define SEQARCH_CUDA_INTERFACE 1
+/* Raised with every change of what a declaration below, or a structure of seqarch.h, means;
+ * seqarch/ops/native/cuda_library.py holds the same number. */
+#define SEQARCH_CUDA_INTERFACE 2
 
 enum { SEQARCH_FLOAT16 = 3 };
 enum { SEQARCH_CUDA_ERROR = 1000 };
@@ -37,32 +38,23 @@ SEQARCH_API int32_t seqarch_cuda_interface(void);
 /* The text of a code from SEQARCH_CUDA_ERROR on. */
 SEQARCH_API const char* seqarch_cuda_error(int32_t code);
 
-SEQARCH_API int32_t seqarch_cuda_causal_conv1d_forward(
-    int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride, const void* weight, const void* bias,
-    const void* state, void* y, void* state_out, const int64_t* offsets, int64_t sequences, int64_t length,
-    int64_t channels, int64_t width, int32_t silu, void* workspace, int64_t* workspace_bytes, void* stream);
+SEQARCH_API int32_t seqarch_cuda_causal_conv1d_forward(const seqarch_causal_conv1d_inputs* inputs,
+                                                       const seqarch_causal_conv1d_outputs* outputs, void* workspace,
+                                                       int64_t* workspace_bytes, void* stream);
 
-SEQARCH_API int32_t seqarch_cuda_causal_conv1d_backward(
-    int32_t dtype, const void* x, int64_t x_batch_stride, int64_t x_time_stride, const void* weight, const void* bias,
-    const void* state, const void* dy, int64_t dy_batch_stride, int64_t dy_time_stride, const void* dstate_out,
-    void* dx, void* dweight, void* dbias, void* dstate, const int64_t* offsets, int64_t sequences, int64_t length,
-    int64_t channels, int64_t width, int32_t silu, void* workspace, int64_t* workspace_bytes, void* stream);
+SEQARCH_API int32_t seqarch_cuda_causal_conv1d_backward(const seqarch_causal_conv1d_inputs* inputs,
+                                                        const seqarch_causal_conv1d_gradients* gradients,
+                                                        void* workspace, int64_t* workspace_bytes, void* stream);
 
-/* `chunk` must be SEQARCH_CUDA_CHUNK, `state_width` at most SEQARCH_CUDA_STATES or SEQARCH_CUDA_STATES64. Each of `starts` is [D, N]. */
-SEQARCH_API int32_t seqarch_cuda_selective_scan_forward(
-    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
-    int32_t scale_input, const void* state, const seqarch_rows* y, void* state_out, void* starts, void* workspace,
-    int64_t* workspace_bytes, void* stream);
+/* `chunk` must be SEQARCH_CUDA_CHUNK, `state_width` at most SEQARCH_CUDA_STATES or SEQARCH_CUDA_STATES64. Each of
+ * `starts` is [D, N]. */
+SEQARCH_API int32_t seqarch_cuda_selective_scan_forward(const seqarch_selective_scan_inputs* inputs,
+                                                        const seqarch_selective_scan_outputs* outputs, void* workspace,
+                                                        int64_t* workspace_bytes, void* stream);
 
-SEQARCH_API int32_t seqarch_cuda_selective_scan_backward(
-    int32_t dtype, const seqarch_rows* x, const seqarch_rows* dt, const seqarch_rows* B, const seqarch_rows* C,
-    const seqarch_rows* z, const void* A, const void* D, const void* dt_bias, const int64_t* offsets, int64_t sequences,
-    int64_t length, int64_t channels, int64_t state_width, int64_t groups, int64_t chunk, int32_t softplus,
-    int32_t scale_input, const void* starts, const seqarch_rows* dy, const void* dstate_out, const seqarch_rows* dx,
-    const seqarch_rows* ddt, const seqarch_rows* dB, const seqarch_rows* dC, const seqarch_rows* dz, void* dA, void* dD,
-    void* ddt_bias, void* dstate, void* workspace, int64_t* workspace_bytes, void* stream);
+SEQARCH_API int32_t seqarch_cuda_selective_scan_backward(const seqarch_selective_scan_inputs* inputs,
+                                                         const seqarch_selective_scan_gradients* gradients,
+                                                         void* workspace, int64_t* workspace_bytes, void* stream);
 
 #ifdef __cplusplus
 }

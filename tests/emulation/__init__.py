@@ -13,6 +13,7 @@ from tests.support.paths import ROOT
 
 FOLDER = ROOT / "build" / "emulation"
 LIBRARY = FOLDER / "libseqarch_cuda.so"
+HEADER = ROOT / "csrc" / "include" / "seqarch.h"
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), Path(__file__).parent / "emulation.cpp"]
 HEADERS = [path for folder in ("csrc/cuda", "csrc/include", "tests/emulation") for path in ROOT.glob(f"{folder}/*.*h")]
 OPTIONS = ["-std=c++17", "-O1", "-g1", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden",
@@ -54,3 +55,4 @@ def _compile() -> None:
             raise subprocess.CalledProcessError(process.returncode, process.args)
     link = [str(compiler()), "-shared", "-fsanitize=undefined", *map(str, objects), "-o", str(LIBRARY)]
     subprocess.run(link, check=True)
+    shutil.copyfile(HEADER, FOLDER / HEADER.name)

@@ -18,15 +18,28 @@ std::vector<int64_t> tables(const Sequences& s) {
     return all;
 }
 
-// Calls f(sizes, workspace, bytes, stream) twice, as the header says, after the calls that it must refuse.
-template <class F>
-void run(const std::vector<int64_t>& sizes, F f, const char* name) {
+void set_sizes(seqarch_causal_conv1d_inputs& in, const std::vector<int64_t>& n) {
+    in.sequences = n[0], in.length = n[1], in.channels = n[2], in.width = n[3];
+}
+
+void set_sizes(seqarch_selective_scan_inputs& in, const std::vector<int64_t>& n) {
+    in.sequences = n[0], in.length = n[1], in.channels = n[2], in.state_width = n[3], in.groups = n[4];
+}
+
+// Calls a CUDA function twice, as the header says, after the calls that it must refuse.
+template <class F, class Inputs, class Outputs>
+void run(F f, const Inputs& inputs, const Outputs& outputs, const std::vector<int64_t>& sizes, const char* name) {
     int64_t bytes = 0;
-    refuses(sizes, {}, [&](const std::vector<int64_t>& n, const int64_t*) { return f(n, nullptr, &bytes, nullptr); }, name);
-    require(f(sizes, nullptr, &bytes, nullptr) == SEQARCH_OK && bytes > 0, name);
+    const auto call = [&](const std::vector<int64_t>& n, const int64_t*) {
+        Inputs changed = inputs;
+        set_sizes(changed, n);
+        return f(&changed, &outputs, nullptr, &bytes, nullptr);
+    };
+    refuses(sizes, {}, call, name);
+    require(call(sizes, nullptr) == SEQARCH_OK && bytes > 0, name);
     const std::unique_ptr<char[]> workspace(new char[bytes]);
     std::fill_n(workspace.get(), bytes, static_cast<char>(0xff));  // NaN, whatever the type
-    require(f(sizes, workspace.get(), &bytes, nullptr) == SEQARCH_OK, name);
+    require(f(&inputs, &outputs, workspace.get(), &bytes, nullptr) == SEQARCH_OK, name);
 }
 
 void close(const Numbers& found, const Numbers& expected, double bound, const char* name) {
@@ -57,8 +70,6 @@ void convolution(Random& random) {
     const Numbers weight(wide, channels * width, random), bias(wide, channels, random);
     const Rows x(dtype, s, channels, random), dy(dtype, s, channels, random);
     const Numbers state(dtype, s.count * (width - 1) * channels, random), dlast(dtype, state.count(), random);
-    const void* first = has_state ? state.data() : nullptr;
-    const void* shift = has_bias ? bias.data() : nullptr;
     const auto rows = [&] { return Rows(dtype, s, channels); };
     const auto states = [&] { return Numbers(dtype, state.count()); };
 
@@ -67,35 +78,22 @@ void convolution(Random& random) {
     const Rows y = rows(), y2 = rows(), dx = rows(), dx2 = rows();
     const Numbers last = states(), last2 = states(), dstate = states(), dstate2 = states();
     const Numbers dweight(wide, weight.count()), dweight2(wide, weight.count()), dbias(wide, channels), dbias2(wide, channels);
-    const auto& in = *x;
-    require(seqarch_causal_conv1d_forward(dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first,
-                                          (*y).data, last.data(), s.packed(), s.count, s.steps, channels, width, silu,
-                                          1) == SEQARCH_OK,
-            "CPU convolution");
-    run(
-        sizes,
-        [&](const std::vector<int64_t>& n, void* workspace, int64_t* bytes, void* stream) {
-            return seqarch_cuda_causal_conv1d_forward(
-                dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first, (*y2).data, last2.data(),
-                offsets, n[0], n[1], n[2], n[3], silu, workspace, bytes, stream);
-        },
-        "CUDA convolution");
+    seqarch_causal_conv1d_inputs in{*x, weight.data(), maybe(has_bias, bias), maybe(has_state, state), s.packed()};
+    set_sizes(in, sizes);
+    in.silu = silu;
+    seqarch_causal_conv1d_inputs in2 = in;
+    in2.offsets = offsets;
+    const seqarch_causal_conv1d_outputs out{(*y).data, last.data()}, out2{(*y2).data, last2.data()};
+    require(seqarch_causal_conv1d_forward(&in, &out, 1) == SEQARCH_OK, "CPU convolution");
+    run(seqarch_cuda_causal_conv1d_forward, in2, out2, sizes, "CUDA convolution");
     close(y2.numbers, y.numbers, bound_of(dtype), "convolution y");
     close(last2, last, 0, "convolution state");
-    require(seqarch_causal_conv1d_backward(dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first,
-                                           (*dy).data, (*dy).batch_stride, (*dy).time_stride, dlast.data(), (*dx).data,
-                                           dweight.data(), dbias.data(), dstate.data(), s.packed(), s.count, s.steps,
-                                           channels, width, silu, 1) == SEQARCH_OK,
-            "CPU convolution backward");
-    run(
-        sizes,
-        [&](const std::vector<int64_t>& n, void* workspace, int64_t* bytes, void* stream) {
-            return seqarch_cuda_causal_conv1d_backward(
-                dtype, in.data, in.batch_stride, in.time_stride, weight.data(), shift, first, (*dy).data,
-                (*dy).batch_stride, (*dy).time_stride, dlast.data(), (*dx2).data, dweight2.data(), dbias2.data(),
-                dstate2.data(), offsets, n[0], n[1], n[2], n[3], silu, workspace, bytes, stream);
-        },
-        "CUDA convolution backward");
+    const auto gradients = [&](const Rows& dx, const Numbers& dw, const Numbers& db, const Numbers& dh) {
+        return seqarch_causal_conv1d_gradients{*dy, dlast.data(), (*dx).data, dw.data(), db.data(), dh.data()};
+    };
+    const auto g = gradients(dx, dweight, dbias, dstate), g2 = gradients(dx2, dweight2, dbias2, dstate2);
+    require(seqarch_causal_conv1d_backward(&in, &g, 1) == SEQARCH_OK, "CPU convolution backward");
+    run(seqarch_cuda_causal_conv1d_backward, in2, g2, sizes, "CUDA convolution backward");
     close(dx2.numbers, dx.numbers, bound_of(dtype), "convolution dx");
     close(dweight2, dweight, bound_of(wide), "convolution dweight");
     close(dbias2, dbias, bound_of(wide), "convolution dbias");
@@ -132,8 +130,6 @@ void scan(Random& random) {
     for (int64_t i = 0; i < dt.numbers.count() && !softplus; ++i) dt.numbers.set(i, std::fabs(random.normal()) + (has_bias ? 3 : 0));
     const Rows B(dtype(), s, groups * N, random), C(dtype(), s, groups * N, random);
     const Numbers state(wide, s.count * channels * N, random), dlast(wide, state.count(), random);
-    const auto maybe = [](bool there, const Numbers& numbers) { return there ? numbers.data() : nullptr; };
-    const auto given = [](bool there, const Rows& rows) { return there ? &rows : nullptr; };
     const double bound = std::max({bound_of(wide), bound_of((*x).dtype), bound_of((*dt).dtype), bound_of((*z).dtype),
                                    bound_of((*B).dtype), bound_of((*C).dtype)});
 
@@ -141,20 +137,17 @@ void scan(Random& random) {
     const Rows y((*x).dtype, s, channels), y2((*x).dtype, s, channels);
     const Numbers last(wide, state.count()), last2(wide, state.count());
     const Numbers starts(wide, chunks(32) * channels * N), starts2(wide, chunks(SEQARCH_CUDA_CHUNK) * channels * N);
-    require(seqarch_selective_scan_forward(
-                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), s.packed(),
-                s.count, s.steps, channels, N, groups, 32, softplus, scale_input, maybe(has_state, state), &y, last.data(),
-                starts.data(), 1) == SEQARCH_OK,
-            "CPU scan");
-    run(
-        sizes,
-        [&](const std::vector<int64_t>& n, void* workspace, int64_t* bytes, void* stream) {
-            return seqarch_cuda_selective_scan_forward(
-                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, n[0], n[1],
-                n[2], n[3], n[4], SEQARCH_CUDA_CHUNK, softplus, scale_input, maybe(has_state, state), &y2,
-                last2.data(), maybe(keep, starts2), workspace, bytes, stream);
-        },
-        "CUDA scan");
+    seqarch_selective_scan_inputs in{wide, softplus, scale_input, *x, *dt, *B, *C, maybe(has_z, z), A.data(),
+                                     maybe(has_D, D), maybe(has_bias, bias), maybe(has_state, state), s.packed()};
+    set_sizes(in, sizes);
+    in.chunk = 32;
+    seqarch_selective_scan_inputs in2 = in;
+    in2.offsets = offsets;
+    in2.chunk = SEQARCH_CUDA_CHUNK;
+    const seqarch_selective_scan_outputs out{*y, last.data(), starts.data()};
+    const seqarch_selective_scan_outputs out2{*y2, last2.data(), maybe(keep, starts2)};
+    require(seqarch_selective_scan_forward(&in, &out, 1) == SEQARCH_OK, "CPU scan");
+    run(seqarch_cuda_selective_scan_forward, in2, out2, sizes, "CUDA scan");
     close(y2.numbers, y.numbers, bound, "scan y");
     close(last2, last, bound_of(wide), "scan state");
     if (!keep) return;
@@ -166,22 +159,14 @@ void scan(Random& random) {
                              Numbers(wide, channels), Numbers(wide, channels), Numbers(wide, state.count())};
     };
     const ScanGradients g = room(), g2 = room();
-    require(seqarch_selective_scan_backward(
-                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), s.packed(),
-                s.count, s.steps, channels, N, groups, 32, softplus, scale_input, starts.data(), &dy, dlast.data(), &g.dx,
-                &g.ddt, given(shared, g.dB), given(shared, g.dC), given(has_z, g.dz), g.dA.data(), maybe(has_D, g.dD),
-                maybe(has_bias, g.dbias), g.dstate.data(), 1) == SEQARCH_OK,
-            "CPU scan backward");
-    run(
-        sizes,
-        [&](const std::vector<int64_t>& n, void* workspace, int64_t* bytes, void* stream) {
-            return seqarch_cuda_selective_scan_backward(
-                wide, &x, &dt, &B, &C, given(has_z, z), A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, n[0], n[1],
-                n[2], n[3], n[4], SEQARCH_CUDA_CHUNK, softplus, scale_input, starts2.data(), &dy, dlast.data(),
-                &g2.dx, &g2.ddt, given(shared, g2.dB), given(shared, g2.dC), given(has_z, g2.dz), g2.dA.data(),
-                maybe(has_D, g2.dD), maybe(has_bias, g2.dbias), g2.dstate.data(), workspace, bytes, stream);
-        },
-        "CUDA scan backward");
+    const auto gradients = [&](const ScanGradients& g, const Numbers& starts) {
+        return seqarch_selective_scan_gradients{
+            starts.data(), *dy, dlast.data(), *g.dx, *g.ddt, maybe(shared, g.dB), maybe(shared, g.dC), maybe(has_z, g.dz),
+            g.dA.data(), maybe(has_D, g.dD), maybe(has_bias, g.dbias), g.dstate.data()};
+    };
+    const auto to = gradients(g, starts), to2 = gradients(g2, starts2);
+    require(seqarch_selective_scan_backward(&in, &to, 1) == SEQARCH_OK, "CPU scan backward");
+    run(seqarch_cuda_selective_scan_backward, in2, to2, sizes, "CUDA scan backward");
     const double wider = std::max(bound, bound_of((*dy).dtype));
     close(g2.dx.numbers, g.dx.numbers, wider, "scan dx");
     close(g2.ddt.numbers, g.ddt.numbers, wider, "scan ddt");

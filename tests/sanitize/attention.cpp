@@ -2,12 +2,12 @@
 
 namespace {
 
-struct Shape {
+struct Sizes {
     int32_t dtype, wide, threads;
     int64_t groups, heads, key_width, value_width;
     Sequences queries, keys;
 
-    explicit Shape(Random& random)
+    explicit Sizes(Random& random)
         : dtype(static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16, SEQARCH_FLOAT64}))),
           wide(dtype == SEQARCH_FLOAT64 ? SEQARCH_FLOAT64 : SEQARCH_FLOAT32),
           threads(static_cast<int32_t>(random.pick({1, 2, 3}))),
@@ -26,11 +26,12 @@ struct Shape {
 struct Tensors {
     HeadInputs q, k, v, dout;
     Numbers o, log_sum, dq, dk, dv;
-    seqarch_heads o_heads;
+    seqarch_attention_outputs outputs;
+    seqarch_attention_gradients gradients;
 
-    Tensors(const Shape& z, Random& random)
+    Tensors(const Sizes& z, Random& random)
         : Tensors(z, z.queries.rows() * z.queries.steps * z.heads, z.keys.rows() * z.keys.steps * z.groups, random) {}
-    Tensors(const Shape& z, int64_t query_rows, int64_t key_rows, Random& random)
+    Tensors(const Sizes& z, int64_t query_rows, int64_t key_rows, Random& random)
         : q(z.dtype, z.queries, z.heads, z.key_width, random),
           k(z.dtype, z.keys, z.groups, z.key_width, random),
           v(z.dtype, z.keys, z.groups, z.value_width, random),
@@ -40,7 +41,9 @@ struct Tensors {
           dq(z.dtype, query_rows * z.key_width),
           dk(z.dtype, key_rows * z.key_width),
           dv(z.dtype, key_rows * z.value_width),
-          o_heads{o.data(), z.queries.steps * z.heads * z.value_width, z.heads * z.value_width, z.value_width} {}
+          outputs{o.data(), log_sum.data()},
+          gradients{{o.data(), z.queries.steps * z.heads * z.value_width, z.heads * z.value_width, z.value_width},
+                    *dout, log_sum.data(), dq.data(), dk.data(), dv.data()} {}
 
     void written(int32_t forward, int32_t backward, const char* name) const {
         require(forward == SEQARCH_OK && backward == SEQARCH_OK, name);
@@ -48,25 +51,30 @@ struct Tensors {
     }
 };
 
+void set_sizes(seqarch_attention_inputs& in, const std::vector<int64_t>& n, const int64_t* offsets) {
+    in.offsets = offsets;
+    in.sequences = n[0], in.queries = n[1], in.keys = n[2], in.groups = n[3], in.heads = n[4];
+    in.key_width = n[5], in.value_width = n[6];
+}
+
+void set_lists(seqarch_block_sparse_attention_inputs& in, const std::vector<int64_t>& n, const int64_t*) {
+    in.listed = n[0], in.batch = n[1], in.queries = n[2], in.keys = n[3], in.groups = n[4], in.lists = n[5];
+    in.heads = n[6], in.key_width = n[7], in.value_width = n[8];
+}
+
 }  // namespace
 
 void attention(Random& random) {
-    const Shape z(random);
+    const Sizes z(random);
     const bool causal = random.coin();
     const int64_t window = causal ? any_count(random, {0, 1, 20, 64, 1000}) : 0;
     std::vector<int64_t> starts;
     for (int64_t s = 0; s < z.keys.count; ++s) starts.push_back(random.pick({0, 0, 5, 64, 500, INT64_MIN, INT64_MAX}));
     const int64_t* start = z.keys.packed() || random.coin() ? nullptr : starts.data();
     const Tensors t(z, random);
-    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_attention_forward(z.dtype, &t.q, &t.k, &t.v, causal, window, 0.3, start, t.o.data(),
-                                         t.log_sum.data(), offsets, n[0], n[1], n[2], n[3], n[4], n[5], n[6], z.threads);
-    };
-    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_attention_backward(z.dtype, &t.q, &t.k, &t.v, causal, window, 0.3, start, &t.o_heads,
-                                          t.log_sum.data(), &t.dout, t.dq.data(), t.dk.data(), t.dv.data(), offsets,
-                                          n[0], n[1], n[2], n[3], n[4], n[5], n[6], z.threads);
-    };
+    const seqarch_attention_inputs inputs{z.dtype, causal, *t.q, *t.k, *t.v, window, 0.3, start};
+    const auto forward = with_sizes(seqarch_attention_forward, inputs, t.outputs, set_sizes, z.threads);
+    const auto backward = with_sizes(seqarch_attention_backward, inputs, t.gradients, set_sizes, z.threads);
     const std::vector<int64_t> sizes{z.queries.count, z.queries.steps, z.keys.steps, z.groups,
                                      z.heads,         z.key_width,     z.value_width};
     refuses(sizes, z.queries.offsets, forward, "attention_forward took a wrong size");
@@ -76,7 +84,7 @@ void attention(Random& random) {
 }
 
 void block_sparse_attention(Random& random) {
-    const Shape z(random);
+    const Sizes z(random);
     const int64_t sharing = z.heads / z.groups, lists = z.groups * (sharing && random.coin() ? sharing : 1);
     const int64_t rows = z.queries.rows(), steps = z.queries.steps, listed = random.pick({0, 1, 3});
     const int64_t block_size = std::max<int64_t>(1, any_count(random, {1, 7, 64, 100, 1000}));
@@ -89,17 +97,10 @@ void block_sparse_attention(Random& random) {
         std::fill_n(first.begin() + begin, z.queries.length(s), start);
     }
     const Tensors t(z, random);
-    const auto forward = [&](const std::vector<int64_t>& n, const int64_t*) {
-        return seqarch_block_sparse_attention_forward(
-            z.dtype, &t.q, &t.k, &t.v, index.data(), n[0], first.data(), steps, block_size, window, 0.3, t.o.data(),
-            t.log_sum.data(), n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], z.threads);
-    };
-    const auto backward = [&](const std::vector<int64_t>& n, const int64_t*) {
-        return seqarch_block_sparse_attention_backward(
-            z.dtype, &t.q, &t.k, &t.v, index.data(), n[0], first.data(), steps, block_size, window, 0.3, &t.o_heads,
-            t.log_sum.data(), &t.dout, t.dq.data(), t.dk.data(), t.dv.data(), n[1], n[2], n[3], n[4], n[5], n[6], n[7],
-            n[8], z.threads);
-    };
+    seqarch_block_sparse_attention_inputs inputs{z.dtype, *t.q, *t.k, *t.v, index.data(), first.data()};
+    inputs.first_stride = steps, inputs.block_size = block_size, inputs.window = window, inputs.scale = 0.3;
+    const auto forward = with_sizes(seqarch_block_sparse_attention_forward, inputs, t.outputs, set_lists, z.threads);
+    const auto backward = with_sizes(seqarch_block_sparse_attention_backward, inputs, t.gradients, set_lists, z.threads);
     const std::vector<int64_t> sizes{listed, rows,    steps,       z.keys.steps, z.groups,
                                      lists,  z.heads, z.key_width, z.value_width};
     refuses(sizes, {}, forward, "block_sparse_attention_forward took a wrong size");

@@ -1,5 +1,14 @@
 #include "harness.h"
 
+namespace {
+
+void set_sizes(seqarch_causal_conv1d_inputs& in, const std::vector<int64_t>& n, const int64_t* offsets) {
+    in.offsets = offsets;
+    in.sequences = n[0], in.length = n[1], in.channels = n[2], in.width = n[3];
+}
+
+}  // namespace
+
 void causal_conv1d(Random& random) {
     const int32_t dtype = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16, SEQARCH_FLOAT64}));
     const int32_t wide = dtype == SEQARCH_FLOAT64 ? SEQARCH_FLOAT64 : SEQARCH_FLOAT32, silu = random.coin();
@@ -15,19 +24,13 @@ void causal_conv1d(Random& random) {
     const Rows y(dtype, s, channels), dx(dtype, s, channels);
     const Numbers last(dtype, states), dweight(wide, channels * width), dbias(wide, channels), dstate(dtype, states);
 
-    const void *b = has_bias ? bias.data() : nullptr, *h = has_state ? state.data() : nullptr;
-    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_causal_conv1d_forward(dtype, x.numbers.data(), (*x).batch_stride, (*x).time_stride, weight.data(),
-                                             b, h, y.numbers.data(), last.data(), offsets, n[0], n[1], n[2], n[3], silu,
-                                             threads);
-    };
-    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_causal_conv1d_backward(
-            dtype, x.numbers.data(), (*x).batch_stride, (*x).time_stride, weight.data(), b, h, dy.numbers.data(),
-            (*dy).batch_stride, (*dy).time_stride, dlast.data(), dx.numbers.data(), dweight.data(),
-            has_bias ? dbias.data() : nullptr, has_state ? dstate.data() : nullptr, offsets, n[0], n[1], n[2], n[3],
-            silu, threads);
-    };
+    seqarch_causal_conv1d_inputs inputs{*x, weight.data(), maybe(has_bias, bias), maybe(has_state, state)};
+    inputs.silu = silu;
+    const seqarch_causal_conv1d_outputs outputs{y.numbers.data(), last.data()};
+    const seqarch_causal_conv1d_gradients gradients{*dy, dlast.data(), dx.numbers.data(), dweight.data(),
+                                                    maybe(has_bias, dbias), maybe(has_state, dstate)};
+    const auto forward = with_sizes(seqarch_causal_conv1d_forward, inputs, outputs, set_sizes, threads);
+    const auto backward = with_sizes(seqarch_causal_conv1d_backward, inputs, gradients, set_sizes, threads);
     const std::vector<int64_t> sizes{s.count, s.steps, channels, width};
     refuses(sizes, s.offsets, forward, "causal_conv1d_forward took a wrong size");
     refuses(sizes, s.offsets, backward, "causal_conv1d_backward took a wrong size");

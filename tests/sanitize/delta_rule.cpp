@@ -7,6 +7,11 @@ void shorten(Numbers& keys, int64_t width) {
     for (int64_t i = 0; i < keys.count(); ++i) keys.set(i, keys.get(i) / std::sqrt(2.0 * static_cast<double>(width)));
 }
 
+void set_sizes(seqarch_delta_rule_inputs& in, const std::vector<int64_t>& n, const int64_t* offsets) {
+    in.offsets = offsets;
+    in.sequences = n[0], in.length = n[1], in.groups = n[2], in.heads = n[3], in.keys = n[4], in.values = n[5];
+}
+
 }  // namespace
 
 void delta_rule(Random& random) {
@@ -22,7 +27,7 @@ void delta_rule(Random& random) {
     const HeadInputs q(dtype, s, G, K, random), v(dtype, s, H, V, random), dout(dtype, s, H, V, random);
     HeadInputs k(dtype, s, G, K, random), read(dtype, s, G, K, random), erase(dtype, s, G, K, random);
     HeadInputs beta(wide, s, H, 1, random), decay(wide, s, H, per_key ? K : 1, random);
-    for (HeadInputs* keys : {std::addressof(k), std::addressof(read), std::addressof(erase)}) shorten(keys->numbers, K);
+    for (HeadInputs* keys : {&k, &read, &erase}) shorten(keys->numbers, K);
     for (int64_t i = 0; i < beta.numbers.count(); ++i) beta.numbers.set(i, std::fmod(std::fabs(random.normal()), 2.0));
     make_log_decays(decay.numbers, random);
     const Numbers state(wide, states, random), dlast(wide, states, random);
@@ -30,21 +35,14 @@ void delta_rule(Random& random) {
     const Numbers dq(dtype, tokens * G * K), dk(dtype, dq.count()), dread(dtype, dq.count()), derase(dtype, dq.count());
     const Numbers dv(dtype, tokens * H * V), dbeta(wide, tokens * H), ddecay(wide, tokens * H * (per_key ? K : 1));
 
-    const auto given = [](bool there, const HeadInputs& inputs) { return there ? &inputs : nullptr; };
-    const seqarch_heads* log_decay = given(has_decay, decay);
-    const auto maybe = [](bool there, const Numbers& numbers) { return there ? numbers.data() : nullptr; };
-    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_delta_rule_forward(dtype, &q, &k, &v, &beta, log_decay, per_key, given(has_read, read),
-                                          given(has_erase, erase), 0.5, state.data(), o.data(), last.data(), offsets,
-                                          n[0], n[1], n[2], n[3], n[4], n[5], threads);
-    };
-    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_delta_rule_backward(
-            dtype, &q, &k, &v, &beta, log_decay, per_key, given(has_read, read), given(has_erase, erase), 0.5,
-            state.data(), &dout, dlast.data(), dq.data(), dk.data(), dv.data(), dbeta.data(), maybe(has_decay, ddecay),
-            maybe(has_read, dread), maybe(has_erase, derase), dstate.data(), offsets, n[0], n[1], n[2], n[3], n[4], n[5],
-            threads);
-    };
+    const seqarch_delta_rule_inputs inputs{dtype, per_key, *q, *k, *v, *beta, maybe(has_decay, decay),
+                                           maybe(has_read, read), maybe(has_erase, erase), 0.5, state.data()};
+    const seqarch_delta_rule_outputs outputs{o.data(), last.data()};
+    const seqarch_delta_rule_gradients gradients{
+        *dout, dlast.data(), dq.data(), dk.data(), dv.data(), dbeta.data(), maybe(has_decay, ddecay),
+        maybe(has_read, dread), maybe(has_erase, derase), dstate.data()};
+    const auto forward = with_sizes(seqarch_delta_rule_forward, inputs, outputs, set_sizes, threads);
+    const auto backward = with_sizes(seqarch_delta_rule_backward, inputs, gradients, set_sizes, threads);
     const std::vector<int64_t> sizes{s.count, s.steps, G, H, K, V};
     refuses(sizes, s.offsets, forward, "delta_rule_forward took a wrong size");
     refuses(sizes, s.offsets, backward, "delta_rule_backward took a wrong size");

@@ -80,7 +80,6 @@ class Rows {
     Rows(int32_t dtype, const Sequences& s, int64_t width, Random& random)
         : Rows(dtype, s, width, width + random.pick({0, 1, 5}), random.pick({0, 3}), &random) {}
     Rows(int32_t dtype, const Sequences& s, int64_t width) : Rows(dtype, s, width, width, 0, nullptr) {}
-    const seqarch_rows* operator&() const { return &rows_; }
     const seqarch_rows& operator*() const { return rows_; }
     Numbers numbers;
 
@@ -102,7 +101,7 @@ class HeadInputs {
   public:
     HeadInputs(int32_t dtype, const Sequences& s, int64_t heads, int64_t width, Random& random)
         : HeadInputs(dtype, s, heads, width, Strides(s, heads, width, random), random) {}
-    const seqarch_heads* operator&() const { return &heads_; }
+    const seqarch_heads& operator*() const { return heads_; }
     Numbers numbers;
 
   private:
@@ -120,6 +119,21 @@ class HeadInputs {
     }
     seqarch_heads heads_;
 };
+
+// What stands in a structure for a tensor that may be absent.
+inline void* maybe(bool there, const Numbers& numbers) { return there ? numbers.data() : nullptr; }
+inline seqarch_rows maybe(bool there, const Rows& rows) { return there ? *rows : seqarch_rows{}; }
+inline seqarch_heads maybe(bool there, const HeadInputs& heads) { return there ? *heads : seqarch_heads{}; }
+
+// A function of inputs and of what it writes, called with those inputs whose sizes and offsets `set` has changed.
+template <class F, class Inputs, class Outputs, class Set>
+auto with_sizes(F f, const Inputs& inputs, const Outputs& outputs, Set set, int32_t threads) {
+    return [=](const std::vector<int64_t>& n, const int64_t* offsets) {
+        Inputs changed = inputs;
+        set(changed, n, offsets);
+        return f(&changed, &outputs, threads);
+    };
+}
 
 // Log decays from 0 to -inf.
 inline void make_log_decays(Numbers& decays, Random& random) {

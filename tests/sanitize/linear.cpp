@@ -9,7 +9,8 @@ void linear(Random& random) {
     const Numbers y(dtype, rows * width);
     const void* b = random.coin() ? bias.data() : nullptr;
     const auto call = [&](const std::vector<int64_t>& n, const int64_t*) {
-        return seqarch_linear(dtype, x.data(), weight.data(), b, y.data(), n[0], n[1], n[2], threads);
+        const seqarch_linear_arguments arguments{dtype, x.data(), weight.data(), b, y.data(), n[0], n[1], n[2]};
+        return seqarch_linear(&arguments, threads);
     };
     refuses({rows, depth, width}, {}, call, "linear took a wrong size");
     require(call({rows, depth, width}, nullptr) == SEQARCH_OK, "linear refused");

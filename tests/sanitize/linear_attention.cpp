@@ -1,5 +1,14 @@
 #include "harness.h"
 
+namespace {
+
+void set_sizes(seqarch_linear_attention_inputs& in, const std::vector<int64_t>& n, const int64_t* offsets) {
+    in.offsets = offsets;
+    in.sequences = n[0], in.length = n[1], in.groups = n[2], in.heads = n[3], in.keys = n[4], in.values = n[5];
+}
+
+}  // namespace
+
 void linear_attention(Random& random) {
     const int32_t dtype = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16, SEQARCH_FLOAT64}));
     const int32_t wide = dtype == SEQARCH_FLOAT64 ? SEQARCH_FLOAT64 : SEQARCH_FLOAT32;
@@ -19,17 +28,12 @@ void linear_attention(Random& random) {
     const Numbers dq(dtype, tokens * G * K), dk(dtype, tokens * G * K), dv(dtype, tokens * H * V);
     const Numbers ddecay(wide, tokens * H * (per_key ? K : 1));
 
-    const seqarch_heads* log_decay = has_decay ? &decay : nullptr;
-    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_linear_attention_forward(dtype, &q, &k, &v, log_decay, per_key, 0.5, state.data(), o.data(),
-                                                last.data(), offsets, n[0], n[1], n[2], n[3], n[4], n[5], threads);
-    };
-    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_linear_attention_backward(dtype, &q, &k, &v, log_decay, per_key, 0.5, state.data(), &dout,
-                                                 dlast.data(), dq.data(), dk.data(), dv.data(),
-                                                 has_decay ? ddecay.data() : nullptr, dstate.data(), offsets, n[0], n[1],
-                                                 n[2], n[3], n[4], n[5], threads);
-    };
+    const seqarch_linear_attention_inputs inputs{dtype, per_key, *q, *k, *v, maybe(has_decay, decay), 0.5, state.data()};
+    const seqarch_linear_attention_outputs outputs{o.data(), last.data()};
+    const seqarch_linear_attention_gradients gradients{*dout, dlast.data(), dq.data(), dk.data(), dv.data(),
+                                                       maybe(has_decay, ddecay), dstate.data()};
+    const auto forward = with_sizes(seqarch_linear_attention_forward, inputs, outputs, set_sizes, threads);
+    const auto backward = with_sizes(seqarch_linear_attention_backward, inputs, gradients, set_sizes, threads);
     const std::vector<int64_t> sizes{s.count, s.steps, G, H, K, V};
     refuses(sizes, s.offsets, forward, "linear_attention_forward took a wrong size");
     refuses(sizes, s.offsets, backward, "linear_attention_backward took a wrong size");

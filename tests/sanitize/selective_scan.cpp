@@ -10,6 +10,11 @@ void make_decays(Numbers& A, Numbers& dt, bool softplus, Random& random) {
     for (int64_t i = 0; i < dt.count() && !softplus; ++i) dt.set(i, random.coin() ? 0.0 : std::fabs(random.normal()));
 }
 
+void set_sizes(seqarch_selective_scan_inputs& in, const std::vector<int64_t>& n, const int64_t* offsets) {
+    in.offsets = offsets;
+    in.sequences = n[0], in.length = n[1], in.channels = n[2], in.state_width = n[3], in.groups = n[4];
+}
+
 }  // namespace
 
 void selective_scan(Random& random) {
@@ -38,20 +43,15 @@ void selective_scan(Random& random) {
     const Numbers last(wide, s.count * channels * N), starts(wide, chunks * N * channels), dstate(wide, last.count());
     const Numbers dA(wide, channels * N), dD(wide, channels), dbias(wide, channels);
 
-    const auto maybe = [](bool there, const Numbers& numbers) { return there ? numbers.data() : nullptr; };
-    const auto forward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_selective_scan_forward(wide, &x, &dt, &B, &C, has_z ? &z : nullptr, A.data(), maybe(has_D, D),
-                                              maybe(has_bias, bias), offsets, n[0], n[1], n[2], n[3], n[4], chunk,
-                                              softplus, scale_input, maybe(has_state, state), &y, last.data(),
-                                              maybe(keep, starts), threads);
-    };
-    const auto backward = [&](const std::vector<int64_t>& n, const int64_t* offsets) {
-        return seqarch_selective_scan_backward(
-            wide, &x, &dt, &B, &C, has_z ? &z : nullptr, A.data(), maybe(has_D, D), maybe(has_bias, bias), offsets, n[0],
-            n[1], n[2], n[3], n[4], chunk, softplus, scale_input, starts.data(), &dy, dlast.data(), &dx, &ddt,
-            shared ? &dB : nullptr, shared ? &dC : nullptr, has_z ? &dz : nullptr, dA.data(), maybe(has_D, dD),
-            maybe(has_bias, dbias), dstate.data(), threads);
-    };
+    seqarch_selective_scan_inputs inputs{wide, softplus, scale_input, *x, *dt, *B, *C, maybe(has_z, z), A.data(),
+                                         maybe(has_D, D), maybe(has_bias, bias), maybe(has_state, state)};
+    inputs.chunk = chunk;
+    const seqarch_selective_scan_outputs outputs{*y, last.data(), maybe(keep, starts)};
+    const seqarch_selective_scan_gradients gradients{
+        starts.data(), *dy, dlast.data(), *dx, *ddt, maybe(shared, dB), maybe(shared, dC), maybe(has_z, dz), dA.data(),
+        maybe(has_D, dD), maybe(has_bias, dbias), dstate.data()};
+    const auto forward = with_sizes(seqarch_selective_scan_forward, inputs, outputs, set_sizes, threads);
+    const auto backward = with_sizes(seqarch_selective_scan_backward, inputs, gradients, set_sizes, threads);
     const std::vector<int64_t> sizes{s.count, s.steps, channels, N, groups};
     refuses(sizes, s.offsets, forward, "selective_scan_forward took a wrong size");
     refuses(sizes, s.offsets, backward, "selective_scan_backward took a wrong size");
@@ -61,7 +61,7 @@ void selective_scan(Random& random) {
     if (!keep) return;
     all_written(starts, "selective_scan starts");
     require(backward(sizes, s.packed()) == SEQARCH_OK, "selective_scan_backward refused");
-    for (const Rows* rows : {std::addressof(dx), std::addressof(ddt)}) all_written(rows->numbers, "selective_scan dx, ddt");
+    for (const Rows* rows : {&dx, &ddt}) all_written(rows->numbers, "selective_scan dx, ddt");
     if (has_z) all_written(dz.numbers, "selective_scan dz");
     if (shared) all_written(dB.numbers, "selective_scan dB");
     if (shared) all_written(dC.numbers, "selective_scan dC");

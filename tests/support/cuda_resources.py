@@ -48,7 +48,7 @@ def build_flags() -> list[str]:
 
 
 def compile_source(nvcc: str, source: Path, capability: int) -> str:
-    """What ptxas says of the source's kernels."""
+    """ptxas's report on the source's kernels."""
     with tempfile.TemporaryDirectory() as folder:
         target = f"--generate-code=arch=compute_{capability},code=sm_{capability}"
         command = [nvcc, *build_flags(), target, f"-I{ROOT / 'csrc' / 'include'}", "-Xptxas=-v", "-cubin"]

@@ -9,14 +9,10 @@ from torch import Tensor
 from seqarch.ops.attention.inputs import AttentionInputs
 from seqarch.ops.attention.operators import attend, attention_operator, empty_outputs
 from seqarch.ops.native import cpu_library
-from seqarch.ops.native.cpu_library import Heads, Offsets, Pointer, float64, int32, int64
 from seqarch.ops.native.custom_op import Upstream, empty_gradients
 
-# The order of the header, csrc/include/seqarch.h.
-_INPUTS = (int32, Heads, Heads, Heads, int32, int64, float64, Pointer)
-_PROBLEM = (Offsets, *[int64] * 7)
-_forward = cpu_library.Kernel("attention_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
-_backward = cpu_library.Kernel("attention_backward", *_INPUTS, Heads, Pointer, Heads, *[Pointer] * 3, *_PROBLEM)
+_forward = cpu_library.Kernel("attention_forward", "attention_inputs", "attention_outputs")
+_backward = cpu_library.Kernel("attention_backward", "attention_inputs", "attention_gradients")
 
 unavailable = cpu_library.unavailable
 
@@ -25,31 +21,41 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     return None if inputs.device.type == "cpu" else f"q is on {inputs.device}, expected cpu"
 
 
-def _arguments(inputs: AttentionInputs) -> tuple[Any, ...]:
-    """Of both kernels, up to the start of the keys; copied where the last dimension is strided."""
-    heads = cpu_library.rows(inputs.q), cpu_library.rows(inputs.k), cpu_library.rows(inputs.v)
-    start = None if inputs.key_start is None else inputs.key_start.contiguous()
-    return cpu_library.DTYPES[inputs.v.dtype], *heads, inputs.causal, inputs.window, inputs.scale, start
-
-
-def _sizes(inputs: AttentionInputs) -> tuple[Any, ...]:
-    (batch, queries, heads, keys), (_, length, groups, values) = inputs.q.shape, inputs.v.shape
-    sequences = batch if inputs.offsets is None else len(inputs.offsets) - 1
-    return inputs.offsets, sequences, queries, length, groups, heads, keys, values
+def _fields(inputs: AttentionInputs) -> dict[str, Any]:
+    """``seqarch_attention_inputs``, copied where the last dimension is strided."""
+    q, k, v, offsets = inputs.q, inputs.k, inputs.v, inputs.offsets
+    return {
+        "dtype": cpu_library.DTYPES[v.dtype],
+        "q": cpu_library.rows(q),
+        "k": cpu_library.rows(k),
+        "v": cpu_library.rows(v),
+        "causal": inputs.causal,
+        "window": inputs.window,
+        "scale": inputs.scale,
+        "key_start": None if inputs.key_start is None else inputs.key_start.contiguous(),
+        "offsets": offsets,
+        "sequences": q.shape[0] if offsets is None else len(offsets) - 1,
+        "queries": q.shape[1],
+        "keys": k.shape[1],
+        "groups": k.shape[2],
+        "heads": q.shape[2],
+        "key_width": q.shape[3],
+        "value_width": v.shape[3],
+    }
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Logarithms are to base 2."""
-    outputs = empty_outputs(inputs)
-    _forward(*_arguments(inputs), *outputs, *_sizes(inputs))
-    return outputs
+    o, log_sum = empty_outputs(inputs)
+    _forward(_fields(inputs), {"o": o, "log_sum": log_sum})
+    return o, log_sum
 
 
 def backward(inputs: AttentionInputs, upstream: Upstream) -> list[Tensor]:
     (o, log_sum), (do,) = upstream.kept, upstream.gradients
     dq, dk, dv, none = empty_gradients(inputs)
-    outputs = cpu_library.rows(o), log_sum.contiguous(), cpu_library.rows(do)
-    _backward(*_arguments(inputs), *outputs, dq, dk, dv, *_sizes(inputs))
+    outputs = {"o": cpu_library.rows(o), "dout": cpu_library.rows(do), "log_sum": log_sum.contiguous()}
+    _backward(_fields(inputs), outputs | {"dq": dq, "dk": dk, "dv": dv})
     return [dq, dk, dv, none]
 
 

@@ -10,16 +10,12 @@ from torch import Tensor
 from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
 from seqarch.ops.block_sparse_attention.lists import list_operator, zero_outputs
 from seqarch.ops.native import cpu_library
-from seqarch.ops.native.cpu_library import Heads, Pointer, float64, int32, int64
 from seqarch.ops.native.custom_op import Upstream, as_given
 from seqarch.ops.native.huge_pages import in_huge_pages
 
-# The order of the header, csrc/include/seqarch.h.
-_INPUTS = (int32, Heads, Heads, Heads, Pointer, int64, Pointer, int64, int64, int64, float64)
-_PROBLEM = (int64,) * 8
-_forward = cpu_library.Kernel("block_sparse_attention_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
+_forward = cpu_library.Kernel("block_sparse_attention_forward", "block_sparse_attention_inputs", "attention_outputs")
 _backward = cpu_library.Kernel(
-    "block_sparse_attention_backward", *_INPUTS, Heads, Pointer, Heads, *[Pointer] * 3, *_PROBLEM
+    "block_sparse_attention_backward", "block_sparse_attention_inputs", "attention_gradients"
 )
 
 unavailable = cpu_library.unavailable
@@ -29,35 +25,47 @@ def unsupported(inputs: BlockSparseAttentionInputs) -> str | None:
     return None if inputs.device.type == "cpu" else f"q is on {inputs.device}, expected cpu"
 
 
-def _arguments(inputs: ListInputs) -> tuple[Any, ...]:
-    """Of both kernels, up to the scale; copied where the last dimension is strided."""
-    heads = cpu_library.rows(inputs.q), cpu_library.rows(inputs.k), cpu_library.rows(inputs.v)
-    lists, first = inputs.lists.contiguous(), inputs.first.contiguous()
-    stride = first.shape[1] if first.shape[0] > 1 else 0
-    sizes = inputs.block_size, inputs.window
-    return cpu_library.DTYPES[inputs.v.dtype], *heads, lists, lists.shape[3], first, stride, *sizes, inputs.scale
-
-
-def _sizes(inputs: ListInputs) -> tuple[int, ...]:
-    (batch, queries, heads, keys), (_, length, groups, values) = inputs.q.shape, inputs.v.shape
-    return batch, queries, length, groups, inputs.lists.shape[2], heads, keys, values
+def _fields(inputs: ListInputs) -> dict[str, Any]:
+    """``seqarch_block_sparse_attention_inputs``, copied where the last dimension is strided."""
+    q, k, v, lists, first = inputs.q, inputs.k, inputs.v, inputs.lists, inputs.first
+    return {
+        "dtype": cpu_library.DTYPES[v.dtype],
+        "q": cpu_library.rows(q),
+        "k": cpu_library.rows(k),
+        "v": cpu_library.rows(v),
+        "index": lists.contiguous(),
+        "first": first.contiguous(),
+        "listed": lists.shape[3],
+        "first_stride": first.shape[1] if first.shape[0] > 1 else 0,
+        "block_size": inputs.block_size,
+        "window": inputs.window,
+        "scale": inputs.scale,
+        "batch": q.shape[0],
+        "queries": q.shape[1],
+        "keys": k.shape[1],
+        "groups": k.shape[2],
+        "lists": lists.shape[2],
+        "heads": q.shape[2],
+        "key_width": q.shape[3],
+        "value_width": v.shape[3],
+    }
 
 
 def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
     o, log_sum = zero_outputs(inputs)
     inputs = inputs.to(cpu_library.common_dtype(inputs.q, inputs.k, inputs.v))
     wide = o.to(inputs.v.dtype)
-    _forward(*_arguments(inputs), wide, log_sum, *_sizes(inputs))
+    _forward(_fields(inputs), {"o": wide, "log_sum": log_sum})
     return wide.to(o.dtype), log_sum
 
 
 def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
     (o, log_sum), (do,) = upstream.kept, upstream.gradients
     dtype = cpu_library.common_dtype(inputs.q, inputs.k, inputs.v)
-    wide = inputs.to(dtype)
     dq, dk, dv = (in_huge_pages(torch.empty(x.shape, dtype=dtype)) for x in (inputs.q, inputs.k, inputs.v))
-    outputs = cpu_library.rows(o.to(dtype)), log_sum.contiguous(), cpu_library.rows(do.to(dtype))
-    _backward(*_arguments(wide), *outputs, dq, dk, dv, *_sizes(wide))
+    outputs = {"o": cpu_library.rows(o.to(dtype)), "dout": cpu_library.rows(do.to(dtype))}
+    outputs["log_sum"] = log_sum.contiguous()
+    _backward(_fields(inputs.to(dtype)), outputs | {"dq": dq, "dk": dk, "dv": dv})
     return as_given(inputs, (dq, dk, dv, None, None))
 
 

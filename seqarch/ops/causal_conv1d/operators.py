@@ -43,26 +43,32 @@ class Kernels:
             results=2, devices=device,
         )  # fmt: skip
 
-    def _arguments(self, inputs: CausalConv1dInputs) -> tuple[Any, ...]:
-        x, given = _rows(inputs.x), (inputs.weight, inputs.bias, inputs.state)
-        contiguous = (None if each is None else each.contiguous() for each in given)
-        return self.pair.numbers[x.dtype], x, x.stride(0), x.stride(1), *contiguous
-
-    def _sizes(self, inputs: CausalConv1dInputs) -> tuple[Any, ...]:
-        offsets, (_, length, channels) = self.pair.offsets(inputs.offsets, inputs.device), inputs.x.shape
-        return offsets, inputs.sequences, length, channels, inputs.weight.shape[1], inputs.silu
+    def _fields(self, inputs: CausalConv1dInputs) -> dict[str, Any]:
+        """``seqarch_causal_conv1d_inputs``, copied where numbers do not lie as the kernels read them."""
+        x, bias, state = inputs.x, inputs.bias, inputs.state
+        return {
+            "x": _rows(x),
+            "weight": inputs.weight.contiguous(),
+            "bias": None if bias is None else bias.contiguous(),
+            "state": None if state is None else state.contiguous(),
+            "offsets": self.pair.offsets(inputs.offsets, x.device),
+            "sequences": inputs.sequences,
+            "length": x.shape[1],
+            "channels": x.shape[2],
+            "width": inputs.weight.shape[1],
+            "silu": inputs.silu,
+        }
 
     def _forward(self, inputs: CausalConv1dInputs) -> tuple[Tensor, Tensor]:
-        outputs = _outputs(inputs)
-        self.pair.forward(*self._arguments(inputs), *outputs, *self._sizes(inputs))
-        return outputs
+        y, state_out = _outputs(inputs)
+        self.pair.forward(self._fields(inputs), {"y": y, "state_out": state_out})
+        return y, state_out
 
     def _backward(self, inputs: CausalConv1dInputs, upstream: Upstream) -> list[Tensor]:
         """The gradients of x, weight, bias and state; of the last two also where there is no bias or state."""
         gradients, (dy, dstate_out) = _gradients(inputs, upstream), upstream.gradients
-        dy = _rows(dy)
-        above = dy, dy.stride(0), dy.stride(1), dstate_out.contiguous()
-        self.pair.backward(*self._arguments(inputs), *above, *gradients, *self._sizes(inputs))
+        written = dict(zip(("dx", "dweight", "dbias", "dstate"), gradients, strict=True))
+        self.pair.backward(self._fields(inputs), {"dy": _rows(dy), "dstate_out": dstate_out.contiguous(), **written})
         return gradients
 
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
 from seqarch.ops.causal_conv1d.operators import Kernels, unsupported_dtypes
 from seqarch.ops.native import cpu_library
-from seqarch.ops.native.cpu_library import Offsets, Pointer, Start, int32, int64
 from seqarch.ops.native.custom_op import KernelPair
 
 unavailable = cpu_library.unavailable
 
-# The order of the header, csrc/include/seqarch.h.
-_INPUTS = (int32, Start, int64, int64, Pointer, Pointer, Pointer)
-_UPSTREAM = (Start, int64, int64, Pointer)
-_PROBLEM = (Offsets, int64, int64, int64, int64, int32)
-_forward = cpu_library.Kernel("causal_conv1d_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
-_backward = cpu_library.Kernel(
-    "causal_conv1d_backward", *_INPUTS, *_UPSTREAM, Pointer, Pointer, Pointer, Pointer, *_PROBLEM
-)
+_forward = cpu_library.Kernel("causal_conv1d_forward", "causal_conv1d_inputs", "causal_conv1d_outputs")
+_backward = cpu_library.Kernel("causal_conv1d_backward", "causal_conv1d_inputs", "causal_conv1d_gradients")
 
 
 def unsupported(inputs: CausalConv1dInputs) -> str | None:

@@ -9,17 +9,13 @@ from __future__ import annotations
 from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
 from seqarch.ops.causal_conv1d.operators import Kernels, unsupported_dtypes
 from seqarch.ops.native import cuda_library
-from seqarch.ops.native.cpu_library import NUMBERS, Pointer, Start, int32, int64
+from seqarch.ops.native.arguments import NUMBERS
 from seqarch.ops.native.custom_op import KernelPair
 
 unavailable = cuda_library.unavailable
 
-# The order of the header, csrc/include/seqarch_cuda.h.
-_INPUTS = (int32, Start, int64, int64, Pointer, Pointer, Pointer)
-_UPSTREAM = (Start, int64, int64, Pointer)
-_PROBLEM = (Pointer, int64, int64, int64, int64, int32)
-_forward = cuda_library.Kernel("causal_conv1d_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
-_backward = cuda_library.Kernel("causal_conv1d_backward", *_INPUTS, *_UPSTREAM, *[Pointer] * 4, *_PROBLEM)
+_forward = cuda_library.Kernel("causal_conv1d_forward", "causal_conv1d_inputs", "causal_conv1d_outputs")
+_backward = cuda_library.Kernel("causal_conv1d_backward", "causal_conv1d_inputs", "causal_conv1d_gradients")
 
 
 def unsupported(inputs: CausalConv1dInputs) -> str | None:

@@ -10,15 +10,11 @@ from seqarch.ops.chunked.recurrence import recurrence_operator
 from seqarch.ops.linear_attention import chunk_torch
 from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 from seqarch.ops.native import cpu_library
-from seqarch.ops.native.cpu_library import Heads, Offsets, Pointer, float64, int32, int64
 from seqarch.ops.native.custom_op import Upstream, empty_gradients
 from seqarch.ops.native.huge_pages import like
 
-# The order of the header, csrc/include/seqarch.h.
-_INPUTS = (int32, Heads, Heads, Heads, Heads, int32, float64, Pointer)
-_PROBLEM = (Offsets, int64, int64, int64, int64, int64, int64)
-_forward = cpu_library.Kernel("linear_attention_forward", *_INPUTS, Pointer, Pointer, *_PROBLEM)
-_backward = cpu_library.Kernel("linear_attention_backward", *_INPUTS, Heads, *[Pointer] * 6, *_PROBLEM)
+_forward = cpu_library.Kernel("linear_attention_forward", "linear_attention_inputs", "linear_attention_outputs")
+_backward = cpu_library.Kernel("linear_attention_backward", "linear_attention_inputs", "linear_attention_gradients")
 
 unavailable = cpu_library.unavailable
 
@@ -27,30 +23,41 @@ def unsupported(inputs: LinearAttentionInputs) -> str | None:
     return None if inputs.device.type == "cpu" else f"q is on {inputs.device}, expected cpu"
 
 
-def _arguments(inputs: LinearAttentionInputs) -> tuple[Any, ...]:
-    """Of both kernels, up to the state; copied where the last dimension is strided."""
-    log_decay, per_key = inputs.log_decay, inputs.log_decay is not None and inputs.log_decay.ndim == 4
-    heads = cpu_library.rows(inputs.q), cpu_library.rows(inputs.k), cpu_library.rows(inputs.v)
-    decay = cpu_library.rows(log_decay) if log_decay is not None and per_key else log_decay
-    return cpu_library.DTYPES[inputs.v.dtype], *heads, decay, per_key, inputs.scale, inputs.state.contiguous()
-
-
-def _sizes(inputs: LinearAttentionInputs) -> tuple[Any, ...]:
-    (_, length, groups, keys), (heads, values) = inputs.q.shape, inputs.v.shape[2:]
-    return inputs.offsets, inputs.state.shape[0], length, groups, heads, keys, values
+def _fields(inputs: LinearAttentionInputs) -> dict[str, Any]:
+    """``seqarch_linear_attention_inputs``, copied where the last dimension is strided."""
+    q, v, log_decay, state = inputs.q, inputs.v, inputs.log_decay, inputs.state
+    per_key = log_decay is not None and log_decay.ndim == 4
+    return {
+        "dtype": cpu_library.DTYPES[v.dtype],
+        "q": cpu_library.rows(q),
+        "k": cpu_library.rows(inputs.k),
+        "v": cpu_library.rows(v),
+        "log_decay": cpu_library.rows(log_decay) if log_decay is not None and per_key else log_decay,
+        "decay_per_key": per_key,
+        "scale": inputs.scale,
+        "state": state.contiguous(),
+        "offsets": inputs.offsets,
+        "sequences": state.shape[0],
+        "length": q.shape[1],
+        "groups": q.shape[2],
+        "heads": v.shape[2],
+        "keys": q.shape[3],
+        "values": v.shape[3],
+    }
 
 
 def forward(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
     """Of ``q, k, v`` in one dtype, ``log_decay`` and ``state`` in that of sums."""
-    outputs = like(inputs.v), like(inputs.state)
-    _forward(*_arguments(inputs), *outputs, *_sizes(inputs))
-    return outputs
+    o, state_out = like(inputs.v), like(inputs.state)
+    _forward(_fields(inputs), {"o": o, "state_out": state_out})
+    return o, state_out
 
 
 def backward(inputs: LinearAttentionInputs, upstream: Upstream) -> list[Tensor]:
-    gradients = empty_gradients(inputs)
-    do, dstate_out = upstream.gradients
-    _backward(*_arguments(inputs), cpu_library.rows(do), dstate_out.contiguous(), *gradients, *_sizes(inputs))
+    gradients, (do, dstate_out) = empty_gradients(inputs), upstream.gradients
+    names = "dq", "dk", "dv", "dlog_decay", "dstate"
+    above = {"dout": cpu_library.rows(do), "dstate_out": dstate_out.contiguous()}
+    _backward(_fields(inputs), above | dict(zip(names, gradients, strict=True)))
     return gradients
 
 

@@ -1,15 +1,10 @@
 """The compiled library ``csrc``, loaded and called through ctypes. Only backends that call it import this module,
-and what tells people about it.
+and what reports on it.
 
 It is built once for every instruction set (``baseline``, ``avx2``, ``avx512``), each a shared library with the same
 plain C interface (``csrc/include/seqarch.h``). The kernels of the best one that the processor runs are called; the
 environment variable ``SEQARCH_ISA`` names an older one. That a library is missing or stale is a reason which
-:func:`unavailable` tells, never an error on import.
-
-A kernel's argument types: :class:`Pointer`, :class:`Start`, :class:`Rows` and :class:`Heads` take a tensor or ``None``,
-the last two with its strides, :class:`Offsets` a sequence of integers or ``None``, :class:`Instructions` an array of
-them, ``int32`` and ``int64`` an integer, ``float64`` a float. A tensor's memory is held while its kernel runs, as
-another thread may give the tensor other memory meanwhile.
+:func:`unavailable` gives, never an error on import.
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,162 +23,20 @@ from torch import Tensor
 import seqarch
 from seqarch.ops.dispatch.checks import accumulation_dtype, unknown_name
 from seqarch.ops.dispatch.scoped import Scoped
+from seqarch.ops.native.arguments import NUMBERS, packer, structures_beside
 
-INTERFACE = 6
+INTERFACE = 7
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
 
 ISAS = ("baseline", "avx2", "avx512")
 """The instruction sets, oldest first."""
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+DTYPES = {dtype: NUMBERS[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 """The header's number of each activation dtype that the CPU's kernels take."""
 
-NUMBERS = {**DTYPES, torch.float16: 3}
-"""The headers' number of each dtype; the CUDA kernels take them all."""
+int64 = ctypes.c_int64
 
 ERRORS = {1: (ValueError, "an argument is outside its domain"), 2: (MemoryError, "out of memory")}
-
-_CPU = torch.device("cpu")
-
-int32, int64, float64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_double
-
-
-class _Memory:
-    """Argument type: a tensor whose dimensions after the first ``free`` lie side by side, or ``None``."""
-
-    free: int
-
-    @classmethod
-    def check(cls, kernel: str, tensor: Tensor, device: str) -> None:
-        """Raise unless all numbers of the tensor lie where a kernel for this type of device looks for them.
-
-        Raises:
-            ValueError: they are elsewhere or nowhere (meta and fake tensors, a storage that was resized), or have gaps.
-        """
-        shown = f"{kernel}: a tensor of shape {list(tensor.shape)} and strides {list(tensor.stride())}"
-        memory = tensor.untyped_storage()
-        if memory.device.type != device:
-            raise ValueError(f"{shown} has its memory on {memory.device}, expected {device}")
-        if tensor.numel() and memory.nbytes() < (needed := _bytes_to_end(tensor)):
-            raise ValueError(f"{shown} has a storage of {memory.nbytes()} bytes, expected at least {needed}")
-        if not _side_by_side(tensor, cls.free):
-            raise ValueError(f"{shown} has gaps after its first {cls.free} dimensions, expected none")
-
-
-def _bytes_to_end(tensor: Tensor) -> int:
-    """From the start of the storage to the end of the last number."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
-
-
-def _side_by_side(tensor: Tensor, free: int) -> bool:
-    if tensor.is_contiguous():
-        return True
-    step = 1
-    for size, stride in zip(reversed(tensor.shape[free:]), reversed(tensor.stride()[free:]), strict=True):
-        if size != 1 and stride != step:
-            return False
-        step *= size
-    return True
-
-
-class Pointer(_Memory):
-    """Argument type: the address of a contiguous tensor's first element; null for ``None``."""
-
-    free = 0
-
-    @classmethod
-    def from_param(cls, tensor: Tensor | None) -> ctypes.c_void_p:
-        address = ctypes.c_void_p()
-        if tensor is not None:
-            address.memory = tensor.untyped_storage()  # type: ignore[attr-defined]
-            address.value = tensor.data_ptr()
-        return address
-
-
-class Start(Pointer):
-    """Argument type: the same of a tensor ``[B, T, D]`` whose strides the kernel is told beside it."""
-
-    free = 2
-
-
-class _RowsStructure(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("batch_stride", int64), ("time_stride", int64), ("dtype", int32))
-
-
-class Rows(_Memory):
-    """Argument type: ``seqarch_rows`` of a tensor ``[B, T, ...]`` whose dimensions after the second lie side by side;
-    null for ``None``."""
-
-    free = 2
-
-    @classmethod
-    def from_param(cls, tensor: Tensor | None) -> Any:
-        if tensor is None:
-            return None
-        memory = tensor.untyped_storage()
-        rows = _RowsStructure(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), NUMBERS[tensor.dtype])
-        rows.memory = memory
-        return ctypes.byref(rows)
-
-
-class _Heads(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch_stride", int64),
-        ("time_stride", int64),
-        ("head_stride", int64),
-    ]
-
-
-class Heads(_Memory):
-    """Argument type: a tensor ``[B, T, H]`` or ``[B, T, H, D]`` with its strides, D's being 1; null for ``None``."""
-
-    free = 3
-
-    @classmethod
-    def from_param(cls, tensor: Tensor | None) -> Any:
-        if tensor is None:
-            return None
-        memory = tensor.untyped_storage()
-        heads = _Heads(tensor.data_ptr(), *tensor.stride()[:3])
-        heads.memory = memory
-        return ctypes.byref(heads)
-
-
-class Offsets:
-    """Argument type: an array of 64-bit integers; null for ``None``."""
-
-    @classmethod
-    def from_param(cls, values: Sequence[int] | None) -> ctypes.Array[ctypes.c_int64] | None:
-        return None if values is None else (ctypes.c_int64 * len(values))(*values)
-
-
-class Operand(ctypes.Structure):
-    """``seqarch_operand``: an address, and how far apart the rows of a batch lie."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("stride", int64))
-
-
-class Instruction(ctypes.Structure):
-    """``seqarch_instruction``: a step of ``seqarch_run_token``."""
-
-    _fields_ = (
-        *(("kind", int32), ("activation", int32), ("factor", float64)),
-        *(("rows", int64), ("sizes", int64 * 2), ("operands", Operand * 9)),
-    )
-
-
-class Instructions:
-    """Argument type: an array of :class:`Instruction`, as :meth:`of_length` makes it."""
-
-    @staticmethod
-    def of_length(count: int) -> Any:
-        return (Instruction * count)()
-
-    @classmethod
-    def from_param(cls, instructions: Any) -> Any:
-        return instructions
 
 
 class LibraryError(RuntimeError):
@@ -290,42 +143,45 @@ def openmp_version() -> int:
     return library().seqarch_openmp()
 
 
-def check_memory(kernel: str, kinds: Sequence[type], arguments: Sequence[object], device: str) -> None:
-    """Raise what :meth:`_Memory.check` does of a kernel's arguments."""
-    for kind, argument in zip(kinds, arguments, strict=False):
-        if isinstance(argument, Tensor) and not (device == "cpu" and _whole(argument)):
-            kind.check(kernel, argument, device)  # type: ignore[attr-defined]
+def array(structure: str, count: int) -> Any:
+    """So many of the header's ``seqarch_STRUCTURE`` side by side, all zeros: to C, a pointer to the first."""
+    return (structures_beside(library()._name)[structure] * count)()
 
 
-def _whole(tensor: Tensor) -> bool:
-    """Whether it owns all of a storage in the CPU's memory, as most do: quicker than :meth:`_Memory.check`."""
-    memory = tensor.untyped_storage()
-    return memory.nbytes() == tensor.nbytes and tensor.is_contiguous() and memory.device == _CPU
+def call(name: str, *arguments: object) -> None:
+    """Call ``seqarch_NAME`` with C's arguments and, last, the number of threads.
+
+    Raises:
+        LibraryError, ValueError, MemoryError: as the library's return code says.
+    """
+    code = getattr(library(), f"seqarch_{name}")(*arguments, torch.get_num_threads())
+    if code:
+        error, text = ERRORS[code]
+        raise error(f"the compiled kernel {name} returned {code}: {text}")
 
 
 class Kernel:
-    """One function of the library, called with ``torch.get_num_threads()`` as its last argument.
+    """One function of the library that takes structures, and runs on ``torch.get_num_threads()`` threads.
 
     Args:
         name: the function's name in the header, without ``seqarch_``.
-        argument_types: those of the header, without ``num_threads``.
+        structures: those it takes, likewise. A call gives the fields of each by name
+            (:mod:`seqarch.ops.native.arguments`).
 
     Raises:
-        LibraryError, ValueError, MemoryError: on a call, as the library's return code says.
+        LibraryError, TypeError, ValueError, MemoryError: on a call, as :class:`Packer` and :func:`call` say.
     """
 
-    def __init__(self, name: str, *argument_types: type):
-        self.name, self.argument_types = name, (*argument_types, int32)
+    def __init__(self, name: str, *structures: str):
+        self.name, self.structures = name, structures
 
-    def __call__(self, *arguments: object) -> None:
-        check_memory(self.name, self.argument_types, arguments, "cpu")
-        function = getattr(library(), f"seqarch_{self.name}")
-        if function.argtypes is None:
-            function.argtypes, function.restype = self.argument_types, int32
-        code = function(*arguments, torch.get_num_threads())
-        if code:
-            error, text = ERRORS[code]
-            raise error(f"the compiled kernel {self.name} returned {code}: {text}")
+    def __call__(self, *structures: Mapping[str, Any]) -> None:
+        file, held = library()._name, []
+        packed = [
+            packer(file, name)(self.name, fields, "cpu", held)
+            for name, fields in zip(self.structures, structures, strict=True)
+        ]
+        call(self.name, *packed)
 
 
 def rows(tensor: Tensor) -> Tensor:

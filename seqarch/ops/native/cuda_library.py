@@ -1,8 +1,8 @@
 """The compiled library of CUDA kernels (``csrc/cuda``), loaded and called through ctypes. Only backends that call it
-import this module, and what tells people about it.
+import this module, and what reports on it.
 
 It is built where ``nvcc`` is when seqarch is installed; its interface is ``csrc/include/seqarch_cuda.h``. That it is
-missing or stale is a reason which :func:`unavailable` tells, never an error on import. Tests load the same sources,
+missing or stale is a reason which :func:`unavailable` gives, never an error on import. Tests load the same sources,
 built for the processor, in its place, by :func:`emulated`.
 """
 
@@ -11,19 +11,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import seqarch
 from seqarch.ops.native import cpu_library
-from seqarch.ops.native.cpu_library import ERRORS, NUMBERS, LibraryError
+from seqarch.ops.native.arguments import NUMBERS, packer
+from seqarch.ops.native.cpu_library import ERRORS, LibraryError
 
-INTERFACE = 1
+INTERFACE = 2
 """``SEQARCH_CUDA_INTERFACE`` of the header that the calls in this package were written against."""
 
 CHUNK = 16
@@ -132,36 +134,36 @@ def _tables(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class Kernel:
-    """One function of the library, called on the current stream of its tensors' device, with room from torch.
+    """One function of the library, called on the current stream of its tensors' device, with its workspace from torch.
 
     Args:
         name: the function's name in the header, without ``seqarch_cuda_``.
-        argument_types: those of the header, without ``workspace`` and what follows it.
+        structures: those it takes, as of :class:`cpu_library.Kernel`.
 
     Raises:
-        LibraryError, ValueError, RuntimeError: on a call, as the library's return code says. What fails while a kernel
-            runs is reported by a later call, as always with CUDA.
+        LibraryError, TypeError, ValueError, RuntimeError: on a call, as :class:`Packer` and the library's return code
+            say. What fails while a kernel runs is reported by a later call, as always with CUDA.
     """
 
-    def __init__(self, name: str, *argument_types: type):
-        self.name = name
-        self.argument_types = (*argument_types, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
+    def __init__(self, name: str, *structures: str):
+        self.name, self.structures = name, structures
 
-    def __call__(self, *arguments: object) -> None:
-        tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+    def __call__(self, *structures: Mapping[str, Any]) -> None:
+        tensor = next(value for fields in structures for value in fields.values() if isinstance(value, Tensor))
+        file, held = library()._name, []
         with torch.cuda.device_of(tensor):
-            cpu_library.check_memory(self.name, self.argument_types, arguments, tensor.device.type)
-            stream = torch.cuda.current_stream().cuda_stream if tensor.is_cuda else None
+            packed = [
+                packer(file, name)(self.name, fields, tensor.device.type, held)
+                for name, fields in zip(self.structures, structures, strict=True)
+            ]
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if tensor.is_cuda else None)
             needed = ctypes.c_int64(0)
-            self._call(*arguments, None, needed, stream)
+            self._call(*packed, None, ctypes.byref(needed), stream)
             workspace = torch.empty(needed.value, dtype=torch.uint8, device=tensor.device)
-            self._call(*arguments, workspace.data_ptr(), needed, stream)
+            self._call(*packed, ctypes.c_void_p(workspace.data_ptr()), ctypes.byref(needed), stream)
 
     def _call(self, *arguments: object) -> None:
-        function = getattr(library(), f"seqarch_cuda_{self.name}")
-        if function.argtypes is None:
-            function.argtypes, function.restype = self.argument_types, ctypes.c_int32
-        code = function(*arguments)
+        code = getattr(library(), f"seqarch_cuda_{self.name}")(*arguments)
         if code >= FAILED:
             text = library().seqarch_cuda_error(code).decode()
             raise RuntimeError(f"the CUDA kernel {self.name} could not be launched: {text}")

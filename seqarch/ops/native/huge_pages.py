@@ -1,4 +1,4 @@
-"""Room for large results in huge pages, where Linux has them for the asking."""
+"""Large results in huge pages, where Linux has them for the asking."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if _ADVICE is not None:
 
 
 def like(tensor: Tensor) -> Tensor:
-    """Room for a contiguous tensor of this shape and dtype."""
+    """An unwritten contiguous tensor of this shape and dtype."""
     return in_huge_pages(tensor.new_empty(tensor.shape))
 
 
-def in_huge_pages(room: Tensor) -> Tensor:
+def in_huge_pages(tensor: Tensor) -> Tensor:
     """The tensor itself, which nobody has written to: its new pages will be 2 MiB and not 4 KiB, if it is large.
 
     Memory that is new to a process costs a fault a page, which can take as long as the work that fills it
     (docs/log.md). It is advice: where it is not taken nothing else changes.
     """
-    if _ADVICE is not None and type(room) is Tensor and room.is_cpu and room.nbytes >= LEAST_BYTES:
-        first = -(-room.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (room.data_ptr() + room.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _ADVICE is not None and type(tensor) is Tensor and tensor.is_cpu and tensor.nbytes >= LEAST_BYTES:
+        first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         _madvise(first, end - first, _ADVICE)
-    return room
+    return tensor

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native import cpu_library
-from seqarch.ops.native.cpu_library import Pointer, int32, int64
 
 MOST_ROWS = 4
 """From 8 rows on torch's product is as fast."""
@@ -18,7 +17,7 @@ MOST_ROWS = 4
 LEAST_WEIGHTS = 2**17
 """Fewer take torch less time than another operator's call."""
 
-_linear = cpu_library.Kernel("linear", int32, *[Pointer] * 4, *[int64] * 3)
+_linear = cpu_library.Kernel("linear", "linear_arguments")
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -48,7 +47,17 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(*x.shape[:-1], len(weight))
     bias = None if bias is None else bias.contiguous()
     width, depth = weight.shape
-    _linear(cpu_library.DTYPES[x.dtype], x, weight, bias, y, y.numel() // max(1, width), depth, width)
+    arguments = {
+        "dtype": cpu_library.DTYPES[x.dtype],
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "y": y,
+        "rows": y.numel() // max(1, width),
+        "depth": depth,
+        "width": width,
+    }
+    _linear(arguments)
     return y
 
 

@@ -68,9 +68,9 @@ def _padded(x: Tensor) -> Tensor:
     count, most = len(x), rounded(len(x))
     if count == most:
         return x
-    room = x.new_empty(most, x.shape[1])
-    room[:count], room[count:] = x, 0
-    return room
+    padded = x.new_empty(most, x.shape[1])
+    padded[:count], padded[count:] = x, 0
+    return padded
 
 
 def fastest_product(a: Tensor, b: Tensor) -> Tensor:

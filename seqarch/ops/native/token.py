@@ -2,11 +2,11 @@
 
 A :class:`Program` is a list of instructions that layers write once, each in its method ``one_token``, which says in
 instructions what its ``forward`` says in torch. Running it costs what reading the weights costs; the same token in some
-twenty calls a layer costs as much again. Programs hold addresses of parameters, so one is good for as long as
+twenty calls per layer costs as much again. Programs hold addresses of parameters, so one is good for as long as
 :meth:`Program.hold` says.
 
-The library runs while other threads do, so a finished program is only read: each run has a :class:`_Room` to itself,
-with the memory of the values and the instructions that name it.
+The library runs while other threads do, so a finished program is only read: each run has a :class:`_Workspace` to
+itself, with the memory of the values and the instructions that name it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,11 @@ from torch import Tensor, UntypedStorage, nn
 
 from seqarch.ops.dispatch.eager import is_plain
 from seqarch.ops.native import cpu_library
-from seqarch.ops.native.cpu_library import Instructions, int64
 
 MOST_ROWS = 4
 """Sequences of a batch; from 8 on torch's products of matrices are as fast."""
 
 unavailable = cpu_library.unavailable
-
-_run = cpu_library.Kernel("run_token", Instructions, int64)
 
 # The numbers of the header, csrc/include/seqarch.h.
 _NORM, _LINEAR, _CONVOLVE, _POINTWISE, _SCAN = range(5)
@@ -64,7 +61,7 @@ class Slot:
 
 
 Source = Value | Slot | Tensor | None
-"""What an instruction reads or writes; a tensor is a parameter."""
+"""An operand of an instruction; a tensor is a parameter."""
 
 Place = Value | Slot | int | None
 """Where that lies; a number is the address of a parameter."""
@@ -86,12 +83,12 @@ class Program:
         self.complete = False
         self._written: list[tuple[int, int, float, int, tuple[int, int], tuple[Place, ...]]] = []
         self._size = self._used = 0
-        self._rooms: list[_Room] = []
+        self._workspaces: list[_Workspace] = []
         self._watch = _Watch(modules)
         self.input = self.value(width)
 
     def include(self, module: nn.Module, *arguments: Any) -> Any:
-        """What ``module.one_token(program, *arguments)`` returns, in place of a call of the module.
+        """The result of ``module.one_token(program, *arguments)``, in place of a call of the module.
 
         Raises:
             Unserved: it has no such method, or calling it does more than that says: by hooks, or by a forward pass
@@ -108,7 +105,7 @@ class Program:
         return module.one_token(self, *arguments)  # type: ignore[operator]
 
     def value(self, width: int, rows: int | None = None) -> Value:
-        """Room for a value."""
+        """Memory for a value."""
         value = Value(self._used, width, width)
         self._used += -(-(rows or self.rows) * width // _LINE) * _LINE
         self._size = max(self._size, self._used)
@@ -119,7 +116,7 @@ class Program:
         return self.slots[-1]
 
     def forget(self, value: Value) -> None:
-        """Use the room of all values that came after this one again."""
+        """Use the memory of all values that came after this one again."""
         self._used = value.first + -(-self.rows * value.stride // _LINE) * _LINE
 
     def norm(self, x: Value, weight: Tensor | None, eps: float) -> Value:
@@ -190,21 +187,21 @@ class Program:
         if list(map(_shape, states)) != self._shapes or any(map(_needed, states)) or not all(map(_plain, states)):
             return None
         try:
-            room = self._rooms.pop()
-        except IndexError:  # as many runs are under way as there are rooms
-            room = _Room(self._written, self._size, self.input.width, self.rows, len(self.slots))
-        y = room.run(x, states)
-        self._rooms.append(room)
+            workspace = self._workspaces.pop()
+        except IndexError:  # as many runs are under way as there are workspaces
+            workspace = _Workspace(self._written, self._size, self.input.width, self.rows, len(self.slots))
+        y = workspace.run(x, states)
+        self._workspaces.append(workspace)
         return y
 
 
-class _Room:
-    """What one run of a program has to itself: the values' memory, and the instructions with their addresses."""
+class _Workspace:
+    """The memory of one run's values, and its instructions with their addresses."""
 
     def __init__(self, written: Sequence[tuple[Any, ...]], size: int, width: int, rows: int, slots: int):
         self.memory = torch.zeros(size)
         self.input = self.memory[: rows * width].view(rows, 1, width)
-        self.instructions = Instructions.of_length(len(written))
+        self.instructions = cpu_library.array("instruction", len(written))
         self.states: list[list[Any]] = [[] for _ in range(slots)]
         self.addresses: list[int] = []
         for instruction, each in zip(self.instructions, written, strict=True):
@@ -227,7 +224,7 @@ class _Room:
                 for operand in operands:
                     operand.data = address
         self.input.copy_(x)
-        _run(self.instructions, len(self.instructions))
+        cpu_library.call("run_token", self.instructions, cpu_library.int64(len(self.instructions)))
         return self.input.clone()
 
 
@@ -240,7 +237,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 class _Watch:
-    """What a program was written from: modules, their hooks, submodules, numbers and names, and the parameters' memory.
+    """The sources of a program: modules, their hooks, submodules, numbers and names, and the parameters' memory.
 
     It is asked at every token, when its own data has left the cache: the fewer objects it looks at, the better.
     Nothing in it changes once the program is written.

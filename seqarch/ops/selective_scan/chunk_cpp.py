@@ -8,7 +8,6 @@ start, in the cache: memory is ``O(T D + T D N / C)``, with gradients alone.
 from __future__ import annotations
 
 from seqarch.ops.native import cpu_library
-from seqarch.ops.native.cpu_library import Offsets, Pointer, Rows, int32, int64
 from seqarch.ops.native.custom_op import KernelPair
 from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
 from seqarch.ops.selective_scan.operators import Kernels
@@ -18,12 +17,8 @@ unavailable = cpu_library.unavailable
 CHUNK = 32
 """C, tokens whose decays and states the backward pass holds at once."""
 
-# The order of the header, csrc/include/seqarch.h.
-_PROBLEM = (int32, *[Rows] * 5, *[Pointer] * 3, Offsets, *[int64] * 6, int32, int32)
-_forward = cpu_library.Kernel("selective_scan_forward", *_PROBLEM, Pointer, Rows, Pointer, Pointer)
-_backward = cpu_library.Kernel(
-    "selective_scan_backward", *_PROBLEM, Pointer, Rows, Pointer, *[Rows] * 5, *[Pointer] * 4
-)
+_forward = cpu_library.Kernel("selective_scan_forward", "selective_scan_inputs", "selective_scan_outputs")
+_backward = cpu_library.Kernel("selective_scan_backward", "selective_scan_inputs", "selective_scan_gradients")
 
 
 def unsupported(inputs: SelectiveScanInputs) -> str | None:

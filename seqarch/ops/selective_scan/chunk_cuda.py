@@ -9,7 +9,7 @@ it. Every sum is taken in a fixed order.
 from __future__ import annotations
 
 from seqarch.ops.native import cuda_library
-from seqarch.ops.native.cpu_library import NUMBERS, Pointer, Rows, int32, int64
+from seqarch.ops.native.arguments import NUMBERS
 from seqarch.ops.native.cuda_library import CHUNK, STATES
 from seqarch.ops.native.custom_op import KernelPair
 from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
@@ -17,12 +17,8 @@ from seqarch.ops.selective_scan.operators import Kernels
 
 unavailable = cuda_library.unavailable
 
-# The order of the header, csrc/include/seqarch_cuda.h.
-_PROBLEM = (int32, *[Rows] * 5, *[Pointer] * 4, *[int64] * 6, int32, int32)
-_forward = cuda_library.Kernel("selective_scan_forward", *_PROBLEM, Pointer, Rows, Pointer, Pointer)
-_backward = cuda_library.Kernel(
-    "selective_scan_backward", *_PROBLEM, Pointer, Rows, Pointer, *[Rows] * 5, *[Pointer] * 4
-)
+_forward = cuda_library.Kernel("selective_scan_forward", "selective_scan_inputs", "selective_scan_outputs")
+_backward = cuda_library.Kernel("selective_scan_backward", "selective_scan_inputs", "selective_scan_gradients")
 
 
 def unsupported(inputs: SelectiveScanInputs) -> str | None:

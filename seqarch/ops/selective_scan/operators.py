@@ -60,14 +60,30 @@ class Kernels:
         y, last, _ = self.operator(KernelInputs(*given, keep=keep))
         return y, last
 
-    def _arguments(self, inputs: KernelInputs) -> tuple[Any, ...]:
-        activations = (inputs.x, inputs.dt, inputs.B, inputs.C, inputs.z)
-        side_by_side = [None if m is None else rows(m) for m in activations]
-        parameters = [None if m is None else m.contiguous() for m in (inputs.A, inputs.D, inputs.dt_bias)]
-        sizes = len(inputs.state), *inputs.x.shape[1:], inputs.A.shape[1], inputs.B.shape[2], self.chunk
-        offsets = self.pair.offsets(inputs.offsets, inputs.device)
-        number, options = self.pair.numbers[inputs.A.dtype], (inputs.dt_softplus, inputs.scale_input)
-        return number, *side_by_side, *parameters, offsets, *sizes, *options
+    def _fields(self, inputs: KernelInputs) -> dict[str, Any]:
+        """``seqarch_selective_scan_inputs``, copied where numbers do not lie as the kernels read them."""
+        x, A, D, z, dt_bias = inputs.x, inputs.A, inputs.D, inputs.z, inputs.dt_bias
+        return {
+            "dtype": self.pair.numbers[A.dtype],
+            "softplus": inputs.dt_softplus,
+            "scale_input": inputs.scale_input,
+            "x": rows(x),
+            "dt": rows(inputs.dt),
+            "B": rows(inputs.B),
+            "C": rows(inputs.C),
+            "z": None if z is None else rows(z),
+            "A": A.contiguous(),
+            "D": None if D is None else D.contiguous(),
+            "dt_bias": None if dt_bias is None else dt_bias.contiguous(),
+            "state": inputs.state.contiguous(),
+            "offsets": self.pair.offsets(inputs.offsets, x.device),
+            "sequences": len(inputs.state),
+            "length": x.shape[1],
+            "channels": x.shape[2],
+            "state_width": A.shape[1],
+            "groups": inputs.B.shape[2],
+            "chunk": self.chunk,
+        }
 
     def _outputs(self, inputs: KernelInputs) -> tuple[Tensor, Tensor, Tensor]:
         """y, the last state and the states that are kept, uninitialised."""
@@ -85,18 +101,21 @@ class Kernels:
         """y, the last state and, to keep for the backward pass, the state before each chunk."""
         y, last, starts = self._outputs(inputs)
         kept = starts if inputs.keep else None
-        self.pair.forward(*self._arguments(inputs), inputs.state.contiguous(), y, last, kept)
+        self.pair.forward(self._fields(inputs), {"y": y, "state_out": last, "starts": kept})
         return y, last, starts
 
     def _backward(self, inputs: KernelInputs, upstream: Upstream) -> list[Tensor]:
         """The gradients of x, dt, A, B, C, D, z, dt_bias and state; those of B and C only where they are needed."""
         (starts,), (dy, dlast) = upstream.kept, upstream.gradients
-        gradients = dx, ddt, dA, dB, dC, dD, dz, dbias, dstate = _gradients(inputs, upstream)
-        shared = (dB, dC) if _shares(upstream) else (None, None)
-        out = dx, ddt, *shared, None if inputs.z is None else dz
-        self.pair.backward(
-            *self._arguments(inputs), starts, rows(dy), dlast.contiguous(), *out, dA, dD, dbias, dstate
-        )  # fmt: skip
+        gradients = _gradients(inputs, upstream)
+        names = "dx", "ddt", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dstate"
+        written: dict[str, Tensor | None] = dict(zip(names, gradients, strict=True))
+        if not _shares(upstream):
+            written |= {"dB": None, "dC": None}
+        if inputs.z is None:
+            written["dz"] = None
+        above = {"starts": starts, "dy": rows(dy), "dstate_out": dlast.contiguous()}
+        self.pair.backward(self._fields(inputs), above | written)
         return gradients
 
 

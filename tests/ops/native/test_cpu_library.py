@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seqarch
 from seqarch import ops
@@ -94,47 +92,14 @@ def test_return_codes_become_errors():
             parallel_cpp.run(CausalConv1dInputs(x, torch.ones(3, 9), None, state, False, None))
 
 
-def test_a_kernel_takes_no_tensor_whose_numbers_are_elsewhere():
-    x, freed, lent = torch.ones(2, 4), torch.ones(2, 4), torch.ones(8).view(2, 4)
-    freed.untyped_storage().resize_(0)
-    lent.untyped_storage().resize_(16)
-    with FakeTensorMode():
-        fake = torch.ones(2, 4)
-    wrong = [
-        (cpu_library.Pointer, x.to("meta"), "memory on meta, expected cpu"),
-        (cpu_library.Heads, fake, "memory on meta, expected cpu"),
-        (cpu_library.Pointer, freed, "a storage of 0 bytes, expected at least 32"),
-        (cpu_library.Rows, lent, "a storage of 16 bytes, expected at least 32"),
-        (cpu_library.Pointer, x.t(), "gaps after its first 0 dimensions"),
-        (cpu_library.Rows, torch.ones(2, 4, 6)[..., ::2], "gaps after its first 2 dimensions"),
-    ]
-    for kind, tensor, message in wrong:
-        with pytest.raises(ValueError, match=f"scan: a tensor of shape .* {message}"):
-            cpu_library.check_memory("scan", [cpu_library.int32, kind], [0, tensor], "cpu")
-    fits = x, x[:, 1:3].unsqueeze(2), x.expand(3, 2, 4), torch.ones(2, 0), torch.ones(4, 2).t()[..., None]
-    cpu_library.check_memory("scan", [cpu_library.Heads] * len(fits), fits, "cpu")
-
-
-def test_memory_is_held_while_a_kernel_runs():
-    """Another thread may give a tensor other memory meanwhile."""
-    for kind in (cpu_library.Pointer, cpu_library.Rows, cpu_library.Heads):
-        x = torch.full((1, 2, 3), 7.0)
-        argument = kind.from_param(x)
-        x.data = torch.zeros(1, 2, 3)
-        structure = getattr(argument, "_obj", argument)
-        address = structure.value if kind is cpu_library.Pointer else structure.data
-        assert structure.memory.data_ptr() == address
-        assert list((ctypes.c_float * 6).from_address(address)) == [7.0] * 6
-
-
 def test_a_size_that_nothing_has_is_refused():
     """tests/sanitize has all sizes of all kernels."""
     x, empty = torch.ones(1, 1, 1, 1), torch.empty(0)
     for isa in cpu_library.supported_isas():
         for wrong in (-1, -(2**63), 2**60, 2**63 - 1):
-            sizes = None, 1, 1, 1, 1, wrong, 1
+            inputs = attention_cpp._inputs(x, x, x, None, 1.0, x, None) | {"keys": wrong}
             with cpu_library.use_isa(isa), pytest.raises(ValueError, match="linear_attention_forward returned 1"):
-                attention_cpp._forward(0, x, x, x, None, False, 1.0, empty, empty, empty, *sizes)
+                attention_cpp._forward(inputs, {"o": empty, "state_out": empty})
 
 
 def test_running_out_of_memory_is_an_error():
@@ -142,12 +107,26 @@ def test_running_out_of_memory_is_an_error():
     for isa in cpu_library.supported_isas():
         with cpu_library.use_isa(isa):
             with pytest.raises(MemoryError, match="linear returned 2: out of memory"):
-                linear._linear(0, empty, empty, None, empty, huge, 1, 0)
-            problem = 0, x, x, x, x, None, empty, None, None, None, 1, 1, 1, huge, 1, 1, False, True
+                linear._linear(
+                    {
+                        "dtype": 0,
+                        "x": empty,
+                        "weight": empty,
+                        "bias": None,
+                        "y": empty,
+                        "rows": huge,
+                        "depth": 1,
+                        "width": 0,
+                    }
+                )
+            A, row = x[0, 0], x[0]
+            inputs = scan_cpp.OPERATORS._inputs(row, row, A, x, x, None, None, None, None, False, True, None)
             with pytest.raises(MemoryError, match="selective_scan_forward returned 2"):
-                scan_cpp._forward(*problem, empty, x, empty, None)
-            sizes = None, 1, 1, 1, 1, huge, 1
+                scan_cpp._forward(inputs | {"state_width": huge}, {"y": row, "state_out": empty, "starts": None})
+            outputs = {"o": empty, "state_out": empty}
+            inputs = attention_cpp._inputs(x, x, x, None, 1.0, x, None)
             with pytest.raises(MemoryError, match="linear_attention_forward returned 2"):
-                attention_cpp._forward(0, x, x, x, None, False, 1.0, empty, empty, empty, *sizes)
+                attention_cpp._forward(inputs | {"keys": huge}, outputs)
+            inputs = delta_cpp._inputs(x, x, x, x[..., 0], None, None, None, 1.0, x, None)
             with pytest.raises(MemoryError, match="delta_rule_forward returned 2"):
-                delta_cpp._forward(0, x, x, x, x, None, False, None, None, 1.0, empty, empty, empty, *sizes)
+                delta_cpp._forward(inputs | {"keys": huge}, outputs)

@@ -7,7 +7,8 @@
 
 namespace seqarch {
 
-// Room for `count` numbers, not set, aligned to a vector of any instruction set. Throws std::bad_alloc.
+// Memory for `count` numbers, not set. It begins at a line of the cache, so that no vector of any instruction set lies
+// across two, which would take two loads. Throws std::bad_alloc.
 template <class A>
 class Buffer {
   public:

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "heads.h"
-#include "tasks.h"
+#include "parallel.h"
 
 namespace seqarch {
 

@@ -5,13 +5,14 @@
 #include <omp.h>
 #endif
 
-#include "memory.h"
-#include "vectors.h"
+#include "buffer.h"
+#include "simd.h"
 
 namespace seqarch {
 
 // run(task, scratch) for each of `count` tasks, in turn to whichever thread is free; `lay_out` takes a thread's scratch
-// from an arena. All memory is taken before the threads start, where a failure can still be told.
+// from an arena. All memory is taken before the threads start, where a failure can still be reported. Each thread's
+// part begins at a line of the cache, so that none writes to a line that another one reads.
 template <class A, class LayOut, class Run>
 void run_parallel(int64_t count, int num_threads, LayOut lay_out, Run run) {
     const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(count, num_threads)));

@@ -17,6 +17,9 @@
 
 namespace seqarch {
 
+// A tile of kTileRows x kTileVectors sums must stay in registers beside kTileVectors of the right factor and one of the
+// left: 16 + 4 + 1 of 32, or 12 + 3 + 1 of 16. It also has to be that large: a processor begins two multiply-adds in a
+// cycle and each takes four, so that fewer than eight sums would wait for one another.
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kTileVectors = 4;  // 32 registers
 #elif defined(__AVX2__)
@@ -88,7 +91,8 @@ inline Vector<double> power_of_two(Vector<double> x) {
     return x;
 }
 
-// While one lives, results too small for a normal number are 0: states that decay towards 0 stay fast.
+// While one lives, results too small for a normal number are 0: states that decay towards 0 stay fast, as processors
+// compute with such numbers in microcode, at a hundred cycles and more each.
 class FlushDenormals {
 #ifdef __SSE2__
     unsigned before = _mm_getcsr();
@@ -125,7 +129,8 @@ class Arena {
     }
 };
 
-// The left factor of a product: its element (i, p) is data[i row + p step].
+// The left factor of a product: its element (i, p) is data[i row + p step]. Each is read alone and spread over a
+// vector, so that a factor costs the same as it is and transposed.
 template <class A>
 struct Left {
     const A* data;
@@ -140,6 +145,7 @@ inline Left<A> transposed(const A* x, int64_t row) {
     return {x, 1, row};
 }
 
+// c [Rows, Vectors] = (add ? c : 0) + a b, in registers. Rows of b and c must have Vectors whole vectors.
 template <class A, int Rows, int Vectors>
 inline void tile(int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c, int64_t c_row, bool add) {
     constexpr int64_t L = kLanes<A>;
@@ -165,6 +171,7 @@ inline void tile(int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* 
         for (int v = 0; v < Vectors; ++v) store_vector(c + r * c_row + v * L, sum[r][v]);
 }
 
+// The same where fewer rows or vectors may be left, at least one of each.
 template <class A, int Rows, int Vectors>
 void tile_of(int64_t rows, int64_t vectors, int64_t depth, const Left<A>& a, const A* b, int64_t b_row, A* c,
              int64_t c_row, bool add) {
@@ -182,7 +189,8 @@ struct Part {
 };
 
 // c [m, ...] = (add ? c : 0) + a b, of every kTileRows rows from i on what part(i, their end) says. Other results keep
-// what they held.
+// what they held. Rows of b and c must be padded to whole vectors, and c must overlap neither factor. Panels of b as
+// wide as a tile come first: one stays in the first-level cache while all rows of a pass over it.
 template <class A, class PartOf>
 void multiply_parts(int64_t m, Left<A> a, const A* b, int64_t b_row, A* c, int64_t c_row, bool add, int64_t n,
                     PartOf part_of) {
@@ -205,7 +213,8 @@ void multiply_parts(int64_t m, Left<A> a, const A* b, int64_t b_row, A* c, int64
 enum class Shape { full, lower_result, lower_left, upper_left };
 
 // c [m, n] = (add ? c : 0) + a [m, depth] b [depth, n]; n is rounded up to whole vectors. Zeros are skipped by blocks
-// of kTileRows rows, so the elements of such a block beside its diagonal are read, or written.
+// of kTileRows rows, so the elements of such a block beside its diagonal are read, or written. What multiply_parts asks
+// of the buffers holds here.
 template <class A>
 void multiply(Shape shape, int64_t m, int64_t n, int64_t depth, Left<A> a, const A* b, int64_t b_row, A* c,
               int64_t c_row, bool add) {
@@ -235,7 +244,8 @@ inline void swap_blocks(Vector<A>* rows) {
     }
 }
 
-// to [columns, rows] = from [rows, columns] turned, in whole blocks of vectors: both buffers have padded rows.
+// to [columns, rows] = from [rows, columns] transposed, in whole blocks of vectors. Both buffers must have padded rows,
+// and as many of them as a padded number; they must not overlap.
 template <class A>
 void transpose(int64_t rows, int64_t columns, const A* from, int64_t from_row, A* to, int64_t to_row) {
     constexpr int L = kLanes<A>;
@@ -253,7 +263,8 @@ void transpose(int64_t rows, int64_t columns, const A* from, int64_t from_row, A
         }
 }
 
-// Rows of any number type into a buffer, times `factor`.
+// Rows of any number type into a buffer, times `factor`; what pads its rows becomes 0. to_row must be at least
+// `columns`, and the buffer must not overlap `from`.
 template <class T, class A>
 void pack(int64_t rows, int64_t columns, const T* from, int64_t from_row, A factor, A* to, int64_t to_row) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -265,6 +276,7 @@ void pack(int64_t rows, int64_t columns, const T* from, int64_t from_row, A fact
     }
 }
 
+// The way back: rows of a buffer, times `factor`, into rows of any number type, which must not overlap it.
 template <class T, class A>
 void unpack(int64_t rows, int64_t columns, const A* from, int64_t from_row, A factor, T* to, int64_t to_row) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -275,7 +287,7 @@ void unpack(int64_t rows, int64_t columns, const A* from, int64_t from_row, A fa
     }
 }
 
-// The sum of x y over whole vectors.
+// The sum of x y over n numbers, rounded up to whole vectors: both must be padded with zeros.
 template <class A>
 inline A dot(int64_t n, const A* x, const A* y) {
     Vector<A> sum{};
@@ -294,7 +306,8 @@ inline typename accumulation<X>::type product(int64_t n, const X* x, const Y* y)
     return sum;
 }
 
-// to += the sum of `rows` rows, at most Most, each times its weight.
+// to += the sum of `rows` rows, 1 to Most, each times its weight. `to` must not overlap them: so many are added at once
+// that it is read and written once for all.
 template <int64_t Most, class T, class A>
 inline void add_rows(int64_t rows, int64_t n, const A* weights, int64_t step, const T* from, int64_t from_row, A* to) {
     if constexpr (Most > 1)
@@ -315,7 +328,7 @@ inline void add_row(int64_t width, const A* from, A* to) {
     for (int64_t x = 0; x < width; x += kLanes<A>) store_vector(to + x, load_vector(to + x) + load_vector(from + x));
 }
 
-// to += x y, elementwise over whole vectors.
+// to += x y, elementwise over n numbers, rounded up to whole vectors.
 template <class A>
 inline void add_product(int64_t n, const A* x, const A* y, A* to) {
     for (int64_t i = 0; i < n; i += kLanes<A>)
