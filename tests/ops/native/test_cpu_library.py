@@ -15,7 +15,9 @@ from seqarch import ops
 from seqarch.ops.causal_conv1d import parallel_cpp
 from seqarch.ops.causal_conv1d.inputs import CausalConv1dInputs
 from seqarch.ops.delta_rule import chunk_cpp as delta_cpp
+from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 from seqarch.ops.linear_attention import chunk_cpp as attention_cpp
+from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 from seqarch.ops.native import cpu_library, linear
 from seqarch.ops.selective_scan import chunk_cpp as scan_cpp
 from tests.support.paths import ROOT
@@ -97,7 +99,7 @@ def test_a_size_that_nothing_has_is_refused():
     x, empty = torch.ones(1, 1, 1, 1), torch.empty(0)
     for isa in cpu_library.supported_isas():
         for wrong in (-1, -(2**63), 2**60, 2**63 - 1):
-            inputs = attention_cpp._inputs(x, x, x, None, 1.0, x, None) | {"keys": wrong}
+            inputs = attention_cpp._fields(LinearAttentionInputs(x, x, x, None, 1.0, x, None)) | {"keys": wrong}
             with cpu_library.use_isa(isa), pytest.raises(ValueError, match="linear_attention_forward returned 1"):
                 attention_cpp._forward(inputs, {"o": empty, "state_out": empty})
 
@@ -124,9 +126,9 @@ def test_running_out_of_memory_is_an_error():
             with pytest.raises(MemoryError, match="selective_scan_forward returned 2"):
                 scan_cpp._forward(inputs | {"state_width": huge}, {"y": row, "state_out": empty, "starts": None})
             outputs = {"o": empty, "state_out": empty}
-            inputs = attention_cpp._inputs(x, x, x, None, 1.0, x, None)
+            inputs = attention_cpp._fields(LinearAttentionInputs(x, x, x, None, 1.0, x, None))
             with pytest.raises(MemoryError, match="linear_attention_forward returned 2"):
                 attention_cpp._forward(inputs | {"keys": huge}, outputs)
-            inputs = delta_cpp._inputs(x, x, x, x[..., 0], None, None, None, 1.0, x, None)
+            inputs = delta_cpp._fields(DeltaRuleInputs(x, x, x, x[..., 0], None, None, None, 1.0, x, None))
             with pytest.raises(MemoryError, match="delta_rule_forward returned 2"):
                 delta_cpp._forward(inputs | {"keys": huge}, outputs)
