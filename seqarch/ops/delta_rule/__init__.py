@@ -86,7 +86,7 @@ def delta_rule(
         NAME, q, k, v, log_decay, scale, state, cu_seqlens, beta, read=read, erase=erase
     )
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
-    read, erase = (None if each is k else each for each in (read, erase))
+    read, erase = None if read is k else read, None if erase is k else erase
     return OP(backend, DeltaRuleInputs(q, k, v, beta, log_decay, read, erase, scale, state, offsets))
 
 

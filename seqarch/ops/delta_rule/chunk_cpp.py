@@ -74,6 +74,7 @@ def run(inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor]:
     if log_decay is not None:
         log_decay = cpu_library.stepwise(log_decay.to(state.dtype), v)
     read, erase = (None if each is None else each.to(dtype) for each in (read, erase))
-    narrow = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "beta": inputs.beta.to(state.dtype)}
-    o, state = operator(inputs.replace(**narrow, log_decay=log_decay, read=read, erase=erase))
+    narrow = inputs.replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), beta=inputs.beta.to(state.dtype),
+                            log_decay=log_decay, read=read, erase=erase)  # fmt: skip
+    o, state = operator(narrow)
     return o.to(v.dtype), state

@@ -70,7 +70,7 @@ def typed(op: str, function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name, value in (*zip(kinds, args, strict=False), *kwargs.items()):
-            if name in kinds and not fits(value, kinds[name]):
+            if name in kinds and type(value) not in kinds[name] and not fits(value, kinds[name]):
                 raise TypeError(f"{op}: {name} is {show(value)}, expected {show_kinds(kinds[name])}")
         return function(*args, **kwargs)
 

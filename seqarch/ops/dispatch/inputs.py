@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, Protocol, Self
@@ -23,11 +24,23 @@ class Inputs:
 
     def values(self) -> tuple[Any, ...]:
         """All fields in order, as custom operators take them."""
-        return tuple([getattr(self, name) for name in self.__match_args__])
+        if torch.compiler.is_compiling():
+            return tuple([getattr(self, name) for name in self.__match_args__])
+        return tuple(self.__dict__.values())
 
     def replace(self, **changes: Any) -> Self:
         """The same inputs but for these fields."""
-        return type(self)(*[changes[name] if name in changes else getattr(self, name) for name in self.__match_args__])
+        if torch.compiler.is_compiling():
+            names = self.__match_args__
+            return type(self)(*[changes[name] if name in changes else getattr(self, name) for name in names])
+        return self.make({**self.__dict__, **changes})
+
+    @classmethod
+    def make(cls, fields: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Self:
+        """Inputs with all these fields, in order; in half of the time that a frozen dataclass takes to be made."""
+        inputs = object.__new__(cls)
+        inputs.__dict__.update(fields)
+        return inputs
 
     @property
     def device(self) -> torch.device:

@@ -103,7 +103,7 @@ class Operator(Generic[I]):
     ):
         self.kind, self.plain, self.results, self.keeps = kind, plain, results, keeps
         self.places = [kind.__match_args__.index(field) for field in kind.tensor_fields()]
-        arguments, custom_op = _schema(kind), torch.library.custom_op
+        arguments, custom_op, names = _schema(kind), torch.library.custom_op, kind.__match_args__
         returns = get_type_hints(forward)["return"]
         count = 1 if returns is Tensor else len(returns.__args__)
         # Tensors one by one: a backward pass that is batched takes no lists of them.
@@ -118,7 +118,8 @@ class Operator(Generic[I]):
             return run
 
         self.operator = custom_op(
-            f"seqarch::{name}", lambda *values: forward(kind(*values)), mutates_args=(), device_types=devices,
+            f"seqarch::{name}", lambda *values: forward(kind.make(zip(names, values, strict=True))),
+            mutates_args=(), device_types=devices,
             schema=f"({arguments}) -> {_tensors(count)}",
         )  # fmt: skip
         self.gradient = custom_op(
