@@ -20,6 +20,7 @@ from seqarch.ops.linear_attention import chunk_cpp as attention_cpp
 from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 from seqarch.ops.native import cpu_library, linear
 from seqarch.ops.selective_scan import chunk_cpp as scan_cpp
+from seqarch.ops.selective_scan.operators import KernelInputs
 from tests.support.paths import ROOT
 
 INPUTS = torch.ones(1, 2, 3), torch.ones(3, 2)
@@ -110,19 +111,12 @@ def test_running_out_of_memory_is_an_error():
         with cpu_library.use_isa(isa):
             with pytest.raises(MemoryError, match="linear returned 2: out of memory"):
                 linear._linear(
-                    {
-                        "dtype": 0,
-                        "x": empty,
-                        "weight": empty,
-                        "bias": None,
-                        "y": empty,
-                        "rows": huge,
-                        "depth": 1,
-                        "width": 0,
-                    }
+                    {"dtype": 0, "x": empty, "weight": empty, "bias": None, "y": empty}
+                    | {"rows": huge, "depth": 1, "width": 0}
                 )
             A, row = x[0, 0], x[0]
-            inputs = scan_cpp.OPERATORS._inputs(row, row, A, x, x, None, None, None, None, False, True, None)
+            given = KernelInputs(row, row, A, x, x, None, None, None, False, True, x[0], None, keep=False)
+            inputs = scan_cpp.KERNELS._fields(given)
             with pytest.raises(MemoryError, match="selective_scan_forward returned 2"):
                 scan_cpp._forward(inputs | {"state_width": huge}, {"y": row, "state_out": empty, "starts": None})
             outputs = {"o": empty, "state_out": empty}
