@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -202,10 +202,10 @@ def _compose_and_run() -> None:
 
 def format_error(error: Exception) -> str:
     """An error of Hydra, a launcher or the system, for people."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):
         where = error.filename or (SESSION.status.path if SESSION.status else "the standard output")
         return f"cannot write {where}: {error.strerror or error}"
-    if isinstance(error, (RunnerError, CompactHydraException, OmegaConfBaseException)):
+    if isinstance(error, (RunnerError, CompactHydraException, MissingConfigException, OmegaConfBaseException)):
         cause = error.__cause__
         return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
     return f"{type(error).__name__}: {error} (HYDRA_FULL_ERROR=1 shows where)"

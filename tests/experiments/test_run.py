@@ -142,8 +142,8 @@ def test_a_status_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatc
     ("arguments", "told"),
     [
         (["train.lrr=1"], "error: train.lrr: unknown key, expected one of"),
-        (["task=mqra"], "Could not find 'task/mqra'"),
-        (["launcher=job"], "Could not find 'launcher/job'"),
+        (["task=mqra"], "error: In 'config': Could not find 'task/mqra'"),
+        (["launcher=job"], "error: In 'config': Could not find 'launcher/job'"),
         (["model=attention", "task=null"], "error: task=null: expected one of compression, "),
         (["runs=occupied"], "error: cannot write occupied/.sweeps"),
         (["--multirun", "train.lr=interval(0, 1)"], "experiments.search searches intervals"),
