@@ -1,7 +1,7 @@
 """Triton kernels in chunks of 64 tokens, in the WY form (Yang et al. 2024, "Parallelizing Linear Transformers", section
 3), one family for every kind of decay.
 
-With ``u`` the corrected values of a chunk, queries see ``o = pairs(q, k) u + from_start(q) S``. Backward, with ``du``
+With ``u`` the corrected values of a chunk, queries see ``o = scores(q, k) u + from_start(q) S``. Backward, with ``du``
 their gradient, ``y = (I + M)^-T du`` and ``z = -beta y``: z is to ``read`` what the outputs' gradient is to q, so that
 one kernel differentiates both, and the gradient of v is ``-z``. Forward keeps nothing; products are as in
 ``linear_attention``.

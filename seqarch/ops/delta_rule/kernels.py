@@ -1,6 +1,6 @@
 """Triton kernels of the delta rule beyond those that it shares with linear attention.
 
-A chunk's corrected values solve ``(I + M) u = beta (v - from_start(read) S)`` with ``M[i, j] = beta_i pairs[i, j]``,
+A chunk's corrected values solve ``(I + M) u = beta (v - from_start(read) S)`` with ``M[i, j] = beta_i scores[i, j]``,
 ``i > j``. With ``inverse = (I + M)^-1``, ``recall = inverse (beta from_start(read))`` and ``inverse (beta v)`` are
 known before the state is (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", section 3.2).
 """
@@ -21,16 +21,16 @@ from seqarch.ops.triton.tiles import (
     dot,
     from_start,
     over_chunk,
-    pair_tile,
     put,
     tile,
     to_end,
+    tril_tile,
 )
 
 
 @triton.jit
 def invert(
-    pairs, beta, out, starts, ends, beta_stride, heads,
+    scores, beta, out, starts, ends, beta_stride, heads,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``(I + M)^-1``, ``[rows, heads, CHUNK]``, its lower triangle written; a program a chunk and head.
@@ -42,14 +42,14 @@ def invert(
     pid = tl.program_id(0).to(tl.int64)
     head, chunk = pid % heads, pid // heads
     start, count = chunk_bounds(starts, ends, chunk)
-    pairs += (start * heads + head) * CHUNK
+    scores += (start * heads + head) * CHUNK
     out += (start * heads + head) * CHUNK
     beta += start * beta_stride + head
     down = heads * CHUNK
     piece = tl.arange(0, CHUNK // SUB)[:, None, None]
     i, j = tl.arange(0, SUB)[None, :, None], tl.arange(0, SUB)[None, None, :]
     r = piece * SUB + i
-    blocks = -pair_tile(pairs, r, piece * SUB + j, count, down, True).to(ACC) * tile(beta, r, 0, count, beta_stride, 1)
+    blocks = -tril_tile(scores, r, piece * SUB + j, count, down, True).to(ACC) * tile(beta, r, 0, count, beta_stride, 1)
     for t in range(1, SUB):
         row = tl.sum(tl.where(i == t, blocks, 0.0), 1)
         row += tl.sum(row[:, :, None] * blocks, 1)
@@ -58,7 +58,7 @@ def invert(
     row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     spread = tl.broadcast_to(blocks.reshape(CHUNK, 1, SUB), (CHUNK, CHUNK // SUB, SUB)).reshape(CHUNK, CHUNK)
     inverse = tl.where(row // SUB == column // SUB, spread, 0.0)
-    system = pair_tile(pairs, row, column, count, down, True).to(ACC) * tile(beta, row, 0, count, beta_stride, 1)
+    system = tril_tile(scores, row, column, count, down, True).to(ACC) * tile(beta, row, 0, count, beta_stride, 1)
     inverse = _merge(inverse, system, row, column, SUB, ACC, PRECISION)
     inverse = _merge(inverse, system, row, column, 2 * SUB, ACC, PRECISION)
     tl.store(out + row * down + column, inverse.to(out.dtype.element_ty), mask=(row >= column) & (row < count))
@@ -90,7 +90,7 @@ def solve(
     factor = from_start(first, second, r, c, count, stride, D, DECAY, ACC)
     factor *= tile(beta + start * beta_stride + head, r, 0, count, beta_stride, 1)
     x += start * x_stride + head // (heads // groups) * D
-    left = pair_tile(inverse + (start * heads + head) * CHUNK, r, other, count, heads * CHUNK, False)
+    left = tril_tile(inverse + (start * heads + head) * CHUNK, r, other, count, heads * CHUNK, False)
     right = tile(x, r, c, count, x_stride, D) * factor
     put(out + (start * heads + head) * D, dot(left, right, WORK, PRECISION), r, c, count, heads * D, D)
 
@@ -167,13 +167,13 @@ def corrected_gradients(
 
 @triton.jit
 def value_gradients(
-    inverse, pairs, u, du, v, beta, read, first, second, states, z, dbeta, starts, ends, v_stride, beta_stride,
+    inverse, scores, u, du, v, beta, read, first, second, states, z, dbeta, starts, ends, v_stride, beta_stride,
     read_stride, groups, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, WORK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``z = -beta y`` and ``dbeta = y . (v - recalled)`` with ``y = inverse^T du`` and what each token recalls,
-    ``pairs u + from_start(read) S``; a program a chunk and head."""
+    ``scores u + from_start(read) S``; a program a chunk and head."""
     pid = tl.program_id(0).to(tl.int64)
     head, chunk = pid % heads, pid // heads
     start, count = chunk_bounds(starts, ends, chunk)
@@ -187,10 +187,10 @@ def value_gradients(
     total = tl.zeros([CHUNK, 1], ACC)
     for value in range(0, V, BV):
         columns = (value + tl.arange(0, BV))[None, :]
-        across = pair_tile(inverse + row * CHUNK, other, r, count, heads * CHUNK, False)
+        across = tril_tile(inverse + row * CHUNK, other, r, count, heads * CHUNK, False)
         y = dot(across, tile(du + row * V, r, columns, count, heads * V, V), WORK, PRECISION)
         put(z + row * V, -y * rate, r, columns, count, heads * V, V)
-        met = pair_tile(pairs + row * CHUNK, r, other, count, heads * CHUNK, True)
+        met = tril_tile(scores + row * CHUNK, r, other, count, heads * CHUNK, True)
         recalled = dot(met, tile(u + row * V, r, columns, count, heads * V, V), WORK, PRECISION)
         for key in range(0, K, BK):
             c = key + tl.arange(0, BK)

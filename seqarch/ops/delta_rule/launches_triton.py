@@ -20,7 +20,7 @@ class Solution:
     """The chunks' systems and what solves them.
 
     Attributes:
-        pairs: ``read_i . k_j``, decayed, ``i > j``: ``[rows, H, CHUNK]``.
+        scores: ``read_i . k_j``, decayed, ``i > j``: ``[rows, H, CHUNK]``.
         inverse: of the systems.
         recall: ``[rows, H, K]``, what the corrected values lose to the state before the chunk.
         u: the corrected values, ``[rows, H V]``.
@@ -28,7 +28,7 @@ class Solution:
         last: the last state.
     """
 
-    pairs: Tensor
+    scores: Tensor
     inverse: Tensor
     recall: Tensor
     u: Tensor
@@ -50,16 +50,16 @@ class DeltaRule(Recurrence):
     def forward(self, state: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The outputs, ``[rows, H, V]``, and the last state."""
         solution = self.solve(state)
-        pairs = self.pairs(self.queries, self.keys, self.K, decayed=True, scale=scale)
-        return self.outputs(self.queries, solution.u, pairs, solution.states, scale, dtype), solution.last
+        scores = self.scores(self.queries, self.keys, self.K, decayed=True, scale=scale)
+        return self.outputs(self.queries, solution.u, scores, solution.states, scale, dtype), solution.last
 
     def solve(self, state: Tensor) -> Solution:
         """The corrected values, and the state before each chunk, from the one before the first."""
-        pairs = self.pairs(self.read, self.keys, self.K, decayed=True, scale=1.0, strict=True)
-        inverse = torch.empty_like(pairs)
+        scores = self.scores(self.read, self.keys, self.K, decayed=True, scale=1.0, strict=True)
+        inverse = torch.empty_like(scores)
         launch.launch(
             tuned(kernels.invert, 8), self.chunks * self.heads,
-            pairs, self.beta, inverse, *self.bounds, self.beta.stride(0), self.heads,
+            scores, self.beta, inverse, *self.bounds, self.beta.stride(0), self.heads,
             PRECISION="tf32x3", **self.types,
         )  # fmt: skip
         recall = self._solve(inverse, self.read, self.K, decayed=True)
@@ -71,7 +71,7 @@ class DeltaRule(Recurrence):
             self.keys, recall, written, *self.decays, state, states, u, last, *self.bounds, self.layout.sequences,
             self.keys.stride(0), self.groups, self.heads, **self.whole,
         )  # fmt: skip
-        return Solution(pairs, inverse, recall, u, states, last)
+        return Solution(scores, inverse, recall, u, states, last)
 
     def _state_programs(self) -> int:
         return self.sequences * self.heads * triton.cdiv(self.V, self.columns)
@@ -92,8 +92,8 @@ class DeltaRule(Recurrence):
         """The gradients of q, k, v, beta, log_decay, read (part of that of k where it is k) and state."""
         solution = self.solve(state)
         u, states = solution.u, solution.states
-        pairs = self.pairs(self.queries, self.keys, self.K, decayed=True, scale=scale)
-        within = self.outputs(self.keys, do, pairs, states, 1.0, self.work, backward=True, carried=False)
+        scores = self.scores(self.queries, self.keys, self.K, decayed=True, scale=scale)
+        within = self.outputs(self.keys, do, scores, states, 1.0, self.work, backward=True, carried=False)
         du, dstates, dstate = torch.empty_like(u), torch.empty_like(states), torch.empty_like(dlast)
         launch.launch(
             tuned(kernels.corrected_gradients, 8, PLAIN), self._state_programs(),
@@ -102,20 +102,20 @@ class DeltaRule(Recurrence):
             self.groups, self.heads, **self.whole,
         )  # fmt: skip
         z, dbeta = self._value_gradients(solution, du)
-        crossings = self.crossings(2)
+        terms = self.decay_gradient_terms(2)
         both = states, dstates
-        dq, dk = self.key_gradients(self.queries, self.keys, do, u, both, scale, crossings)
-        dread, again = self.key_gradients(self.read, self.keys, z, u, both, 1.0, crossings, call=1)
+        dq, dk = self.key_gradients(self.queries, self.keys, do, u, both, scale, terms)
+        dread, again = self.key_gradients(self.read, self.keys, z, u, both, 1.0, terms, call=1)
         dk += again
         if self.read is self.keys:
             dk += dread
-        return [dq, dk, -z, dbeta, self.decay_gradients(crossings), dread, dstate]
+        return [dq, dk, -z, dbeta, self.decay_gradients(terms), dread, dstate]
 
     def _value_gradients(self, solution: Solution, du: Tensor) -> tuple[Tensor, Tensor]:
         z, dbeta = torch.empty_like(du), self.empty(self.rows, self.heads, dtype=self.sums)
         launch.launch(
             tuned(kernels.value_gradients, 8, PLAIN), self.chunks * self.heads,
-            solution.inverse, solution.pairs, solution.u, du, self.values, self.beta, self.read, *self.decays,
+            solution.inverse, solution.scores, solution.u, du, self.values, self.beta, self.read, *self.decays,
             solution.states, z, dbeta, *self.bounds, self.values.stride(0), self.beta.stride(0), self.read.stride(0),
             self.groups, self.heads, **self._tiled(),
         )  # fmt: skip

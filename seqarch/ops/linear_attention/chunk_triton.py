@@ -30,9 +30,9 @@ def forward(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
     q, k, v = inputs.q, inputs.k, inputs.v
     call = Recurrence(inputs, (q, k, v))
     queries, keys, values = rows(q), rows(k), rows(v)
-    pairs = call.pairs(queries, keys, call.K, decayed=True, scale=inputs.scale)
+    scores = call.scores(queries, keys, call.K, decayed=True, scale=inputs.scale)
     states, last = call.states(keys, values, inputs.state.contiguous(), 1.0, backward=False)
-    o = call.outputs(queries, values, pairs, states, inputs.scale, v.dtype)
+    o = call.outputs(queries, values, scores, states, inputs.scale, v.dtype)
     return o.view(v.shape), last
 
 
@@ -46,11 +46,11 @@ def backward(inputs: LinearAttentionInputs, upstream: Upstream) -> list[Tensor]:
     queries, keys, values, dout = rows(q), rows(k), rows(v), rows(do)
     states, _ = call.states(keys, values, inputs.state.contiguous(), 1.0, backward=False)
     dstates, dstate = call.states(queries, dout, dstate_out.contiguous(), scale, backward=True)
-    pairs = call.pairs(queries, keys, call.K, decayed=True, scale=scale)
-    dv = call.outputs(keys, dout, pairs, dstates, 1.0, v.dtype, backward=True)
-    crossings = call.crossings(1)
-    dq, dk = call.key_gradients(queries, keys, dout, values, (states, dstates), scale, crossings)
-    ddecay = None if inputs.log_decay is None else call.decay_gradients(crossings)
+    scores = call.scores(queries, keys, call.K, decayed=True, scale=scale)
+    dv = call.outputs(keys, dout, scores, dstates, 1.0, v.dtype, backward=True)
+    terms = call.decay_gradient_terms(1)
+    dq, dk = call.key_gradients(queries, keys, dout, values, (states, dstates), scale, terms)
+    ddecay = None if inputs.log_decay is None else call.decay_gradients(terms)
     return as_given(inputs, (dq, dk, dv, ddecay, dstate))
 
 

@@ -1,6 +1,6 @@
-"""Triton kernels for pairs of tokens of a chunk: ``pairs[i, j] = scale x_i . (exp(L_i - L_j) y_j)``, and its gradients.
+"""Triton kernels for the scores in a chunk: ``scores[i, j] = scale x_i . (exp(L_i - L_j) y_j)``, and their gradients.
 
-A head's pairs are ``[rows, heads, CHUNK]``: the row of token i, the place of token j in its chunk. Entries that
+A head's scores are ``[rows, heads, CHUNK]``: the row of token i, the place of token j in its chunk. Entries that
 causality excludes are not written; who reads masks them. With one decay a key dimension, tokens of one sub-chunk meet
 one by one, under a running product of single decays, and tokens of different sub-chunks in matrix products about the
 start of the later one.
@@ -29,7 +29,7 @@ from seqarch.ops.triton.tiles import (
 
 
 @triton.jit
-def pairs(
+def scores(
     x, y, first, second, out, starts, ends, scale, x_stride, y_stride, x_heads, y_heads, heads,
     D: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, STRICT: tl.constexpr, WORK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,7 +58,7 @@ def pairs(
 
 
 @triton.jit
-def vector_pairs(
+def vector_scores(
     x, y, log_decay, before, after, out, starts, ends, scale, x_stride, y_stride, decay_stride, groups, heads,
     K: tl.constexpr, BLOCK: tl.constexpr, STRICT: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,13 +106,13 @@ def _one_earlier(kept, log_decay, i, j, own, c, count, stride, K: tl.constexpr, 
 
 
 @triton.jit
-def vector_pair_gradients(
-    x, y, log_decay, before, after, dpairs, dx, dy, met, starts, ends, scale, x_stride, y_stride, decay_stride,
+def vector_score_gradients(
+    x, y, log_decay, before, after, dscores, dx, dy, met, starts, ends, scale, x_stride, y_stride, decay_stride,
     groups, heads,
     K: tl.constexpr, BLOCK: tl.constexpr, STRICT: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the pairs' share to ``dx``, ``dy`` and ``met``, ``[rows, heads, K]`` each; a program a sub-chunk and head.
+    """Adds the scores' share to ``dx``, ``dy`` and ``met``, ``[rows, heads, K]`` each; a program a sub-chunk and head.
 
     ``met`` is ``x dx - y dy`` without the pairs of a token with itself, which no decay stands between.
     """
@@ -125,19 +125,19 @@ def vector_pair_gradients(
     log_decay += start * decay_stride + head * K
     before, wide = at_head(before, start, head, heads, K, VECTOR)
     after, wide = at_head(after, start, head, heads, K, VECTOR)
-    dpairs += (start * heads + head) * CHUNK
+    dscores += (start * heads + head) * CHUNK
     far, i, c = heads * CHUNK, tl.arange(0, SUB)[:, None], tl.arange(0, BLOCK)[None, :]
     r = own + i
     queries = tile(x, r, c, count, x_stride, K).to(ACC) * scale
     keys = tile(y, r, c, count, y_stride, K).to(ACC)
-    dqueries = _earlier(y, before, after, dpairs, c, own, count, wide, far, y_stride, K, WORK, ACC, PRECISION)
-    dkeys = _later(x, before, after, dpairs, c, own, count, wide, far, x_stride, K, WORK, ACC, PRECISION) * scale
+    dqueries = _earlier(y, before, after, dscores, c, own, count, wide, far, y_stride, K, WORK, ACC, PRECISION)
+    dkeys = _later(x, before, after, dscores, c, own, count, wide, far, x_stride, K, WORK, ACC, PRECISION) * scale
     kept = tl.zeros([SUB, BLOCK], ACC)
     mine = tl.minimum(SUB, count - own)
     for back in range(mine):
         j = mine - 1 - back
         kept = _one_earlier(kept, log_decay, i, j, own, c, count, decay_stride, K, ACC)
-        share = tl.where(i > j, tile(dpairs, r, own + j, count, far, CHUNK) * kept, 0.0)
+        share = tl.where(i > j, tile(dscores, r, own + j, count, far, CHUNK) * kept, 0.0)
         dqueries += share * tile(y, own + j, c, count, y_stride, K)
         dkeys = tl.where(i == j, dkeys + tl.sum(share * queries, 0)[None, :], dkeys)
     place = start * wide + head * K + r * wide + c
@@ -145,7 +145,7 @@ def vector_pair_gradients(
     crossed = queries * dqueries - keys * dkeys
     tl.store(met + place, tl.load(met + place, mask=here, other=0.0) + crossed, mask=here)
     if not STRICT:
-        itself = tile(dpairs, r, r, count, far, CHUNK)
+        itself = tile(dscores, r, r, count, far, CHUNK)
         dqueries += itself * keys
         dkeys += itself * queries
     tl.store(dx + place, tl.load(dx + place, mask=here, other=0.0) + dqueries * scale, mask=here)
@@ -154,7 +154,7 @@ def vector_pair_gradients(
 
 @triton.jit
 def _earlier(
-    y, before, after, dpairs, c, own, count, wide, far, y_stride,
+    y, before, after, dscores, c, own, count, wide, far, y_stride,
     K: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the queries of a sub-chunk get from the keys of earlier ones."""
@@ -164,7 +164,7 @@ def _earlier(
         there = own - back
         other = there + token[:, None]
         until = tl.exp(tile(after, other, c, count, wide, K) + skipped)
-        met = tile(dpairs, own + token[:, None], there + token[None, :], count, far, CHUNK)
+        met = tile(dscores, own + token[:, None], there + token[None, :], count, far, CHUNK)
         total += dot(met, tile(y, other, c, count, y_stride, K) * until, WORK, PRECISION)
         skipped += tile(before, there + SUB - 1, c, count, wide, K)
     return total * tl.exp(tile(before, own + token[:, None], c, count, wide, K))
@@ -172,7 +172,7 @@ def _earlier(
 
 @triton.jit
 def _later(
-    x, before, after, dpairs, c, own, count, wide, far, x_stride,
+    x, before, after, dscores, c, own, count, wide, far, x_stride,
     K: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the keys of a sub-chunk get from the queries of later ones."""
@@ -182,7 +182,7 @@ def _later(
     for there in range(own + SUB, count, SUB):
         other = there + token[:, None]
         since = tl.exp(tile(before, other, c, count, wide, K))
-        met = tile(dpairs, there + token[None, :], own + token[:, None], count, far, CHUNK)
+        met = tile(dscores, there + token[None, :], own + token[:, None], count, far, CHUNK)
         total += tl.exp(until) * dot(met, tile(x, other, c, count, x_stride, K) * since, WORK, PRECISION)
         until += tile(before, tl.minimum(there + SUB, count) - 1, c, count, wide, K)
     return total

@@ -1,8 +1,8 @@
 """Triton kernels of chunked recurrences with a matrix state: states, outputs, and the gradients of queries and keys.
 
 Each serves two directions. Forward, a state is carried to the right by what keys write, ``S' = over S + to_end(k)^T w``
-and read by queries, ``o = pairs w + from_start(q) S``. Backward, its gradient is carried to the left by what queries
-read, ``dS' = over dS + from_start(q)^T do``, and met by keys, ``dw = pairs^T do + to_end(k) dS``.
+and read by queries, ``o = scores w + from_start(q) S``. Backward, its gradient is carried to the left by what queries
+read, ``dS' = over dS + from_start(q)^T do``, and met by keys, ``dw = scores^T do + to_end(k) dS``.
 """
 
 # Triton gives Python's syntax another meaning than its types say.
@@ -24,10 +24,10 @@ from seqarch.ops.triton.tiles import (
     dot,
     from_start,
     over_chunk,
-    pair_tile,
     put,
     tile,
     to_end,
+    tril_tile,
 )
 
 
@@ -71,12 +71,12 @@ def states(
 
 @triton.jit
 def outputs(
-    x, w, pairs, first, second, states, out, starts, ends, scale, x_stride, w_stride, groups, heads,
+    x, w, scores, first, second, states, out, starts, ends, scale, x_stride, w_stride, groups, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BACKWARD: tl.constexpr,
     CARRIED: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Forward ``pairs w + from_start(x) S``, backward ``pairs^T w + to_end(x) S``; without the states if not CARRIED.
+    """Forward ``scores w + from_start(x) S``, backward ``scores^T w + to_end(x) S``; without the states if not CARRIED.
     ``out [rows, heads, V]``; a program a chunk, head and block of V."""
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = tl.cdiv(V, BV)
@@ -84,16 +84,16 @@ def outputs(
     start, count = chunk_bounds(starts, ends, chunk)
     x += start * x_stride + head // (heads // groups) * K
     w += start * w_stride + head * V
-    pairs += (start * heads + head) * CHUNK
+    scores += (start * heads + head) * CHUNK
     states += (chunk * heads + head) * K * V
     first, stride = at_head(first, start, head, heads, K, DECAY)
     second, stride = at_head(second, start, head, heads, K, DECAY)
     r, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     v = (block * BV + tl.arange(0, BV))[None, :]
     if BACKWARD:
-        met = pair_tile(pairs, other, r, count, heads * CHUNK, STRICT)
+        met = tril_tile(scores, other, r, count, heads * CHUNK, STRICT)
     else:
-        met = pair_tile(pairs, r, other, count, heads * CHUNK, STRICT)
+        met = tril_tile(scores, r, other, count, heads * CHUNK, STRICT)
     total = dot(met, tile(w, r, v, count, w_stride, V), WORK, PRECISION)
     if CARRIED:
         for k in tl.static_range(0, K, BK):
@@ -109,17 +109,17 @@ def outputs(
 
 @triton.jit
 def gradients(
-    x, y, w, dpairs, first, second, states, others, dx, met, written, carried, starts, ends, chunks, rows, scale,
+    x, y, w, dscores, first, second, states, others, dx, met, written, carried, starts, ends, chunks, rows, scale,
     x_stride, y_stride, w_stride, groups, heads, shared,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BACKWARD: tl.constexpr,
     CARRIED: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries x, ``from_start (w S^T) + dpairs y``, w being the gradients of the outputs; BACKWARD of
-    keys x, ``to_end (w dS^T) + dpairs^T y``, w being the values. Without the states if not CARRIED; with one decay a
-    key dimension without the pairs, which ``vector_pair_gradients`` adds. A program a chunk, ``shared`` heads that lie
-    together and a block of K. For ``decay_gradients``, with one decay a head a part a block of K: what queries met; if
-    BACKWARD the negative of what keys met in their own chunk, what they wrote, and what the chunk hands on.
+    """The gradient of queries x, ``from_start (w S^T) + dscores y``, w being the gradients of the outputs; BACKWARD of
+    keys x, ``to_end (w dS^T) + dscores^T y``, w being the values. Without the states if not CARRIED; with one decay
+    per key dimension without the scores, which ``vector_score_gradients`` adds. A program a chunk, ``shared`` heads
+    together and a block of K. For ``decay_gradients``, with one decay per head a part a block of K: what queries met;
+    if BACKWARD the negative of what keys met in their own chunk, what they wrote, and what the chunk hands on.
     """
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = tl.cdiv(K, BK)
@@ -149,24 +149,24 @@ def gradients(
             total += share
             crossed = share * tile(x, r, c, count, x_stride, K)
         if CARRIED and BACKWARD:
-            _put_crossings(written, crossed, row, r, c, count, heads, K, DECAY)
+            _put_terms(written, crossed, row, r, c, count, heads, K, DECAY)
             _put_carried(
                 carried, states + here, others + here, near, rest, chunk * heads + head, c, count, stride, heads,
                 K, V, BV, DECAY, ACC,
             )  # fmt: skip
             crossed = tl.zeros([CHUNK, BK], ACC)
         if DECAY != VECTOR:
-            pairs, other = dpairs + row * CHUNK, tile(y, r, c, count, y_stride, K)
-            share = scale * _from_pairs(
-                pairs, other, near, rest, r, count, heads * CHUNK, stride, BACKWARD, DECAY, WORK, PRECISION
+            scores, other = dscores + row * CHUNK, tile(y, r, c, count, y_stride, K)
+            share = scale * _from_scores(
+                scores, other, near, rest, r, count, heads * CHUNK, stride, BACKWARD, DECAY, WORK, PRECISION
             )
             total += share
             share *= tile(x, r, c, count, x_stride, K)
             crossed += -share if BACKWARD else share
             if not STRICT:
-                total += tile(pairs, r, r, count, heads * CHUNK, CHUNK).to(ACC) * scale * other
+                total += tile(scores, r, r, count, heads * CHUNK, CHUNK).to(ACC) * scale * other
         if (DECAY != VECTOR) or (not BACKWARD):
-            _put_crossings(met, crossed, row, r, c, count, heads, K, DECAY)
+            _put_terms(met, crossed, row, r, c, count, heads, K, DECAY)
     put(dx + (start * few + part) * K, total, r, c, count, few * K, K)
 
 
@@ -201,25 +201,25 @@ def _put_carried(
             column = (v + tl.arange(0, BV))[:, None]
             total += tl.sum(tile(states, c, column, K, V, V).to(ACC) * tile(others, c, column, K, V, V), 0)[None, :]
         total *= over_chunk(first, second, c, count, stride, K, DECAY, ACC)
-        _put_crossings(out, total, row, tl.arange(0, 1)[:, None], c, 1, heads, K, DECAY)
+        _put_terms(out, total, row, tl.arange(0, 1)[:, None], c, 1, heads, K, DECAY)
 
 
 @triton.jit
-def _from_pairs(
-    dpairs, rows, first, second, r, count, down, stride,
+def _from_scores(
+    dscores, rows, first, second, r, count, down, stride,
     ACROSS: tl.constexpr, DECAY: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What pairs of different tokens give: to queries from keys, ACROSS from queries to keys."""
+    """What scores of different tokens give: to queries from keys, ACROSS from queries to keys."""
     other = tl.arange(0, CHUNK)[None, :]
     i, j = (other, r) if ACROSS else (r, other)
-    met = pair_tile(dpairs, i, j, count, down, True)
+    met = tril_tile(dscores, i, j, count, down, True)
     if DECAY == SCALAR:
         met = met * between(first, second, i, j, count, stride)
     return dot(met, rows, WORK, PRECISION)
 
 
 @triton.jit
-def _put_crossings(out, value, row, r, c, count, heads, K: tl.constexpr, DECAY: tl.constexpr):
+def _put_terms(out, value, row, r, c, count, heads, K: tl.constexpr, DECAY: tl.constexpr):
     """Store what crosses decays: of each key dimension, or summed over those of a head."""
     if DECAY == VECTOR:
         put(out + row * K, value, r, c, count, heads * K, K)

@@ -54,7 +54,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Crossings:
+class DecayGradientTerms:
     """What the gradient of the decays is summed from, by the kernel ``decay_gradients``; first dimensions are parts."""
 
     met: Tensor
@@ -114,7 +114,7 @@ class Recurrence:
         """Room for numbers that kernels exchange: in the dtype of the products unless named."""
         return self.layout.starts.new_empty(shape, dtype=dtype or self.work)
 
-    def pairs(self, x: Tensor, y: Tensor, width: int, decayed: bool, scale: float, strict: bool = False) -> Tensor:
+    def scores(self, x: Tensor, y: Tensor, width: int, decayed: bool, scale: float, strict: bool = False) -> Tensor:
         """``[rows, H, CHUNK]``: ``scale x_i . y_j`` of tokens of one chunk, the decay between them counted or not.
 
         Args:
@@ -125,13 +125,13 @@ class Recurrence:
         sizes = (*self.bounds, scale, x.stride(0), y.stride(0))
         if decayed and self.decay == VECTOR:
             launch.launch(
-                tuned(chunk_scores.vector_pairs), self.chunks * (CHUNK // SUB) * self.heads,
+                tuned(chunk_scores.vector_scores), self.chunks * (CHUNK // SUB) * self.heads,
                 x, y, self.log_decay, *self.decays, out, *sizes, self.log_decay.stride(0), self.groups, self.heads,
                 K=self.K, BLOCK=block(self.K, 256), STRICT=strict, **self.products,
             )  # fmt: skip
         else:
             launch.launch(
-                tuned(chunk_scores.pairs), self.chunks * self.heads,
+                tuned(chunk_scores.scores), self.chunks * self.heads,
                 x, y, *self.decays, out, *sizes, x.shape[1] // width, y.shape[1] // width, self.heads,
                 D=width, BLOCK=block(width, self.most), STRICT=strict, DECAY=self.decay if decayed else NONE,
                 **self.products,
@@ -156,31 +156,31 @@ class Recurrence:
         self,
         x: Tensor,
         w: Tensor,
-        pairs: Tensor,
+        scores: Tensor,
         states: Tensor,
         scale: float,
         dtype: torch.dtype,
         backward: bool = False,
         carried: bool = True,
     ) -> Tensor:
-        """``[rows, H, V]``: ``pairs w`` and what queries x read from states; backward, ``pairs^T w`` and what keys x
-        get from the gradients of states. Without ``carried``, of pairs alone."""
+        """``[rows, H, V]``: ``scores w`` and what queries x read from states; backward, ``scores^T w`` and what keys x
+        get from the gradients of states. Without ``carried``, of scores alone."""
         out = self.empty(self.rows, self.heads, self.V, dtype=dtype)
         launch.launch(
             tuned(chunk_state.outputs), self.chunks * self.heads * triton.cdiv(self.V, self.BV),
-            x, w, pairs, *self.decays, states, out, *self.bounds, scale, x.stride(0), w.stride(0),
+            x, w, scores, *self.decays, states, out, *self.bounds, scale, x.stride(0), w.stride(0),
             self.groups, self.heads, BACKWARD=backward, CARRIED=carried, STRICT=False, **self._tiled(),
         )  # fmt: skip
         return out
 
-    def crossings(self, calls: int) -> Crossings:
-        """Room for what ``calls`` calls of :meth:`key_gradients` tell of the decays."""
+    def decay_gradient_terms(self, calls: int) -> DecayGradientTerms:
+        """Room for the terms that ``calls`` calls of :meth:`key_gradients` add."""
         width = {NONE: 0, SCALAR: self.heads, VECTOR: self.heads * self.K}[self.decay]
         parts = 1 if self.decay == VECTOR else triton.cdiv(self.K, self.part)
         sides = calls if self.decay == VECTOR else 2 * calls
         met = self.empty(sides, parts, self.rows, width, dtype=self.sums)
         written = self.empty(parts, self.rows, width, dtype=self.sums)
-        return Crossings(met, written, self.empty(parts, self.chunks, width, dtype=self.sums))
+        return DecayGradientTerms(met, written, self.empty(parts, self.chunks, width, dtype=self.sums))
 
     def key_gradients(
         self,
@@ -190,7 +190,7 @@ class Recurrence:
         w: Tensor,
         states: tuple[Tensor, Tensor],
         scale: float,
-        crossings: Crossings,
+        terms: DecayGradientTerms,
         call: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The gradients of queries x and keys y, ``[rows, G, K]`` each, in the dtype of sums.
@@ -199,11 +199,11 @@ class Recurrence:
             do: rows of the gradient of what x reads.
             w: rows of the values under y.
             states: before each chunk, and the gradients of those after each.
-            crossings: receives what the gradient of the decays needs.
+            terms: receives what the gradient of the decays needs.
             call: after the first, y has written to the states already, and a token does not meet itself.
         """
         again = call > 0
-        dpairs = self.pairs(do, w, self.V, decayed=False, scale=1.0, strict=again)
+        dscores = self.scores(do, w, self.V, decayed=False, scale=1.0, strict=again)
         shared = 1 if self.decay == VECTOR else self.heads // self.groups
         few = self.heads // shared
         dx, dy = (self.empty(self.rows, few, self.K, dtype=self.sums) for _ in range(2))
@@ -212,32 +212,32 @@ class Recurrence:
             if again and side and self.decay == VECTOR:
                 dy.zero_()
                 continue
-            met = crossings.met[call if self.decay == VECTOR else 2 * call + side]
+            met = terms.met[call if self.decay == VECTOR else 2 * call + side]
             launch.launch(
                 tuned(chunk_state.gradients, 8), self.chunks * few * triton.cdiv(self.K, self.part),
-                own, other, values, dpairs, *self.decays, read, rest, gradient, met, crossings.written,
-                crossings.carried, *self.bounds, self.chunks, self.rows, scale, own.stride(0), other.stride(0),
+                own, other, values, dscores, *self.decays, read, rest, gradient, met, terms.written,
+                terms.carried, *self.bounds, self.chunks, self.rows, scale, own.stride(0), other.stride(0),
                 values.stride(0), self.groups, self.heads, shared,
                 BACKWARD=bool(side), CARRIED=not (side and again), STRICT=again, **self._tiled() | {"BK": self.part},
             )  # fmt: skip
         if self.decay != VECTOR:
             return dx, dy
         launch.launch(
-            chunk_scores.vector_pair_gradients, self.chunks * (CHUNK // SUB) * self.heads,
-            x, y, self.log_decay, *self.decays, dpairs, dx, dy, crossings.met[call], *self.bounds, scale,
+            chunk_scores.vector_score_gradients, self.chunks * (CHUNK // SUB) * self.heads,
+            x, y, self.log_decay, *self.decays, dscores, dx, dy, terms.met[call], *self.bounds, scale,
             x.stride(0), y.stride(0), self.log_decay.stride(0), self.groups, self.heads,
             K=self.K, BLOCK=block(self.K, 256), STRICT=again, num_warps=self.warps, **self.products,
         )  # fmt: skip
         return dx.unflatten(1, (self.groups, -1)).sum(2), dy.unflatten(1, (self.groups, -1)).sum(2)
 
-    def decay_gradients(self, crossings: Crossings) -> Tensor:
+    def decay_gradients(self, terms: DecayGradientTerms) -> Tensor:
         """``[rows, H]`` or ``[rows, H K]``, in the dtype of sums; empty without decay."""
-        parts, _, width = crossings.written.shape
+        parts, _, width = terms.written.shape
         gradient = self.empty(self.rows, width, dtype=self.sums)
         launch.launch(
             decay_sums.decay_gradients, self.chunks * triton.cdiv(width, 64),
-            crossings.met, crossings.written, crossings.carried, gradient, *self.bounds, self.chunks, self.rows, width,
-            MET=crossings.met.shape[:2].numel(), PARTS=parts, LANES=64, num_warps=2,
+            terms.met, terms.written, terms.carried, gradient, *self.bounds, self.chunks, self.rows, width,
+            MET=terms.met.shape[:2].numel(), PARTS=parts, LANES=64, num_warps=2,
         )  # fmt: skip
         return gradient
 

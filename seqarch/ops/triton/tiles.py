@@ -64,10 +64,10 @@ def chunk_bounds(starts, ends, chunk):
 
 
 @triton.jit
-def pair_tile(pairs, i, j, count, stride, STRICT: tl.constexpr):
-    """``pairs[i, j]`` where ``i >= j`` (``>`` if STRICT), else 0."""
+def tril_tile(matrix, i, j, count, stride, STRICT: tl.constexpr):
+    """``matrix[i, j]`` where ``i >= j`` (``>`` if STRICT), else 0."""
     visible = (i > j) if STRICT else (i >= j)
-    return tl.load(pairs + i * stride + j, mask=visible & (i < count), other=0.0)
+    return tl.load(matrix + i * stride + j, mask=visible & (i < count), other=0.0)
 
 
 @triton.jit
