@@ -42,6 +42,9 @@ def execute(
 ) -> None:
     """Do the run of this configuration unless it is done, and update the job's status.
 
+    This is how a sweep resumes: the same command makes the same jobs, a run that is finished is kept, and the training
+    process of one that was stopped resumes from its last checkpoint (``experiments/training/loop.py``, ``Run.resume``).
+
     Args:
         composed: the configuration and, beside it, ``retry``: how often a run that fails is tried again.
         dry_run: called in place of training where the configuration has ``train.dry_run``.

@@ -17,6 +17,7 @@ import pytest
 from seqarch.testing import LAWS
 from tests.support.backends import available
 from tests.support.paths import ROOT
+from tests.support.variants import registered_cases
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FOLDERS = ("seqarch", "configs", "experiments")
@@ -45,21 +46,24 @@ def blocks(language: str, inside: bool) -> list[tuple[str, str]]:
 
 
 def insert(text: str, patch: str) -> str:
-    """Put each added line of a block behind the context line above it, which must be there exactly once."""
-    context = ""
+    """Put each added line of a block behind the line above it, there exactly once; then take lines away."""
+    context, removed = "", []
     for line in patch.splitlines():
         if line.startswith("+"):
             assert text.count(f"{context}\n") == 1, f"expected one line {context!r}"
             text = text.replace(f"{context}\n", f"{context}\n{line[1:]}\n")
-            context = line[1:]
-        else:
-            context = line[1:]
+        elif line.startswith("-"):
+            removed.append(line[1:])
+        context = line[1:]
+    for line in removed:
+        assert text.count(f"{line}\n") == 1, f"expected one line {line!r}"
+        text = text.replace(f"{line}\n", "")
     return text
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """The project as it is after steps 1 to 3 of the page."""
+    """The project with the page's mixer and backend."""
     root = tmp_path_factory.mktemp("copy")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -109,6 +113,13 @@ def test_the_new_mixer_trains_through_its_yaml(copy):
     run = json.loads(record.read_text())
     assert run["status"] == "finished"
     assert run["backends"].keys() == {"linear_attention"}
+
+
+def test_the_new_backend_obeys_the_laws(copy):
+    command = "python -m pytest tests/layers/test_laws.py -k causal_conv1d-recurrent_torch"
+    said = follow(copy, command, "-k", "causal_conv1d-recurrent_torch and mamba2", "-p", "no:cacheprovider")
+    cases = [case for name, case in registered_cases() if name == "mamba2" and case.setting.endswith("-parallel_torch")]
+    assert f"{len(LAWS) * len(cases)} passed" in said
 
 
 def test_a_mixer_of_ones_own_is_in_a_model(own):
