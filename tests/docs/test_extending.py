@@ -106,6 +106,15 @@ def test_the_new_mixer_obeys_the_laws(copy):
     assert f"{len(LAWS) * len(here)} passed" in said
 
 
+def test_what_is_added_passes_the_linter(copy):
+    files = [path for path, _ in [*blocks("python", inside=True), *blocks("diff", inside=True)]]
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *files], cwd=copy, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_new_mixer_trains_through_its_yaml(copy):
     command = "python -m experiments.run experiment=mqar model=simple_gla train.steps=1"
     follow(copy, command, "train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
