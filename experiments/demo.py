@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from experiments.util.interrupts import INTERRUPTED
+
 MODELS = "attention,linear_attention,mamba2,delta_net,hybrid"
 COMMANDS = (
     f"-m experiments.run --multirun experiment=demo_recall model={MODELS} seed=0,1,2 launcher=joblib",
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     for command in COMMANDS:
         print(f"\n$ python {command}", flush=True)
         code = run_to_the_end([sys.executable, *shlex.split(command)])
-        if code == 130:
+        if code == INTERRUPTED:
             print("stopped; the same command resumes with what is missing")
             return code
         worst = max(worst, code)

@@ -97,7 +97,7 @@ def _start_sweep(config: DictConfig) -> None:
     if launcher.get("n_jobs") == 0:
         raise ConfigError("hydra.launcher.n_jobs is 0: expected how many runs at a time, or -1 for one per core")
     total = math.prod(_sizes(list(config.hydra.overrides.task)).values())
-    _keep_from_writing_over(folder_path("hydra.sweep.dir", config.hydra.sweep.dir) / "multirun.yaml")
+    _refuse_to_overwrite(folder_path("hydra.sweep.dir", config.hydra.sweep.dir) / "multirun.yaml")
     for name in ("submitit_folder", "temp_folder"):
         if launcher.get(name) is not None:
             folder_path(f"hydra.launcher.{name}", launcher[name])
@@ -120,7 +120,7 @@ def _sizes(arguments: list[str]) -> dict[str, int]:
     return sizes
 
 
-def _keep_from_writing_over(file: Path) -> None:
+def _refuse_to_overwrite(file: Path) -> None:
     """Hydra writes a sweep's configuration whatever is there.
 
     Raises:

@@ -119,7 +119,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a call is timed, and what that costs in forward calls: by convention a backward pass is two of them.
+    """A way to time a call, and what that costs in forward calls: by convention a backward pass is two of them.
 
     Bytes are those of inputs and outputs; with a backward pass gradients are as many again.
     """

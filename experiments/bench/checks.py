@@ -160,7 +160,7 @@ def suites(root: Path = ROOT) -> list[str]:
 
 
 def run_suites() -> str | None:
-    """How the tests fail, or ``None`` if they pass."""
+    """The failure of the tests, ``None`` if they pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", *suites()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return None if done.returncode == 0 else done.stdout[-4000:] + done.stderr[-2000:]

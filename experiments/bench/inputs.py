@@ -165,7 +165,7 @@ def block_flops(sizes: Sizes, inputs: Inputs) -> int:
 
 
 def _listed_pairs(sizes: Sizes, index: Tensor) -> int:
-    """How many keys the last queries see together: each listed block once, but no more of the own than comes up to it.
+    """The keys that the last queries see together: each listed block once, but no more of the own than comes up to it.
 
     Args:
         index: ``[B, N, H, n]`` blocks of the last ``N`` queries, -1 for none.
@@ -178,7 +178,7 @@ def _listed_pairs(sizes: Sizes, index: Tensor) -> int:
 
 
 def token_after_state(draw: Draw, flops: Flops) -> Workload:
-    """One token per sequence, after many that a state stands for; the state is read and written."""
+    """One token per sequence, after many whose state is given; the state is read and written."""
 
     def inputs(sizes: Sizes) -> Inputs:
         state = torch.randn(sizes.batch, sizes.heads, sizes.width, sizes.width, device=sizes.device)

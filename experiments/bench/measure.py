@@ -43,7 +43,7 @@ class Failure(Exception):
 def _tried(name: str, run: Runner) -> float:
     try:
         return run()
-    except Exception as error:  # of whatever kind: the others go on
+    except Exception as error:  # of whatever kind: the others continue
         raise Failure(name, error) from error
 
 
@@ -85,7 +85,7 @@ def expected(known: Mapping[int, float], length: int) -> float:
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """How many times faster, the median of the ratios of the rounds that both ran."""
+    """The factor by which it is faster, the median of the ratios of the rounds that both ran."""
     return statistics.median(s / f for s, f in zip(slow, fast, strict=False))
 
 

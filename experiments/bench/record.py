@@ -25,7 +25,7 @@ class Row:
         width: of each head, in the benchmarks of operations; whole models have their own.
         length: tokens of a sequence; of one token, those before it and itself.
         batch: sequences.
-        rounds: how many calls the median and the quartiles are of; with 1 there is no spread.
+        rounds: the number of calls that the median and the quartiles are of; with 1 there is no spread.
         times_faster: than the benchmark's first baseline, the median over the rounds.
         share: of the nearer ceiling, 1 being all that the device can do.
         ceiling: which one is nearer, ``"arithmetic"`` or ``"bandwidth"``.

@@ -113,7 +113,7 @@ SETUPS = {setup.kind: setup for setup in (CPU, CUDA)}
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work a call is: ``batch`` sequences of ``length`` tokens, with heads of ``width``, on a device."""
+    """The size of a call: ``batch`` sequences of ``length`` tokens, with heads of ``width``, on a device."""
 
     setup: Setup
     length: int

@@ -127,7 +127,7 @@ def _chooses(argument: str) -> bool:
 
 
 def compose(arguments: Sequence[str]) -> dict[str, Any]:
-    """The configuration of one run, as :func:`job` would get it.
+    """The configuration of one run, as a job of ``experiments.run`` gets it.
 
     Args:
         arguments: ``key=value``, and ``--config-dir=FOLDER`` for configurations besides the runner's own.

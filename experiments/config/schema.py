@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains.
+    """The options of training.
 
     Attributes:
         steps: optimizer steps at most.
@@ -232,7 +232,7 @@ class RunConfig:
             raise ValueError(f"{shares}: every process has to get the same number of sequences")
 
     def identity(self) -> dict[str, Any]:
-        """All that tells this run from others: the resolved configuration without :data:`NOT_IDENTITY`.
+        """All that distinguishes this run from others: the resolved configuration without :data:`NOT_IDENTITY`.
 
         Equal configurations have one identity: numbers count by their value, and a layer's option at its default is
         as one that is left out.

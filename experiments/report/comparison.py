@@ -112,7 +112,7 @@ def listed(values: Sequence[float]) -> str:
 def compare(runs: list[RecordedRun]) -> list[Comparison]:
     """One comparison for each task of an experiment, the best model first.
 
-    A task with other options is another one: it has its own chance level, and is judged on its own data.
+    A task with other options is another one: it has its own chance level, and is evaluated on its own data.
     """
     colour_of = colours(run.config["model"]["pattern"] for run in runs)
     found: list[Comparison] = []
@@ -158,9 +158,14 @@ def _distinguished(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     found = []
     for own in tasks:
         rivals = [task for task in tasks if task.get("name") == own.get("name")]
-        names = sorted({name for rival in rivals for name in {**rival, **own} if rival.get(name) != own.get(name)})
+        names = sorted(_differing(own, rivals))
         found.append((str(own.get("name")), ", ".join(f"{name}={own.get(name)}" for name in names)))
     return found
+
+
+def _differing(own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The names of the options in which one of several differs from another."""
+    return {name for rival in rivals for name in {**rival, **own} if rival.get(name) != own.get(name)}
 
 
 def _comparison(name: str, runs: list[RecordedRun], colour_of: dict[str, str], distinction: str) -> Comparison:
@@ -218,8 +223,7 @@ def _options(run: RecordedRun) -> dict[str, Any]:
 
 def _label(own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
     """The model's name, and the options in which it differs from others of that name."""
-    differing = {name for rival in rivals for name in {**rival, **own} if rival.get(name) != own.get(name)}
-    names = sorted(differing - TUNED.keys())
+    names = sorted(_differing(own, rivals) - TUNED.keys())
     last = [name.rpartition(".")[2] for name in names]
     differences = [f"{short if last.count(short) < 2 else name}={_value(own, name)}"
             for name, short in zip(names, last, strict=True)]  # fmt: skip

@@ -127,8 +127,8 @@ def _steps(run: RecordedRun, key: str) -> tuple[list[int], list[float]]:
     return [line["step"] for line in lines], [line[key] for line in lines]
 
 
-def _draw_steps(axes: Axes, run: RecordedRun, key: str, **look) -> None:
-    axes.plot(*_steps(run, key), **look)
+def _draw_steps(axes: Axes, run: RecordedRun, key: str, **style) -> None:
+    axes.plot(*_steps(run, key), **style)
 
 
 def curves(comparison: Comparison) -> list[tuple[Setting, list[dict[str, Any]]]]:
@@ -156,20 +156,24 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
             for curve in own:
                 axes.plot(x, curve["y"], color=setting.colour, alpha=0.35, linewidth=0.8)
         axes.plot(x, middle, color=setting.colour, **line_style(numbers[setting.label]))
-        ends.append((x[-1], float(middle[-1])))
+        ends.append((setting.label, setting.colour, (x[-1], float(middle[-1]))))
     axes.set_xscale("log", base=2)
     axes.set_xlim(first["x"][0], first["x_end"])
     _powers_of_two(axes, lambda value: f"{value:,.0f}")
     axes.set_xlabel(f"{first['x_label']} ({first['x_unit']}, logarithmic)")
     axes.set_ylabel(metric_label(comparison))
     _mark_chance(axes, comparison, vertical=False)
-    _label_ends(axes, [setting.label for setting, _ in drawn], [setting.colour for setting, _ in drawn], ends)
+    label_ends(axes, ends)
     trained_to = first.get("trained_to")
     if trained_to and trained_to < first["x"][-1]:
-        axes.axvline(trained_to, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
-        inside = "right" if trained_to > first["x"][0] else "left"
-        axes.annotate(f" trained to {trained_to:,} ", (trained_to, 0.015), xycoords=("data", "axes fraction"),
-                      ha=inside, va="bottom", fontsize=8, color=QUIET)  # fmt: skip
+        mark_length(axes, trained_to, side="left" if trained_to > first["x"][0] else "right")
+
+
+def mark_length(axes: Axes, length: float, side: str = "left") -> None:
+    """A line at the length of training sequences, with a word on its left or right."""
+    axes.axvline(length, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
+    axes.annotate(f" trained to {length:,} ", (length, 0.015), xycoords=("data", "axes fraction"),
+                  ha="right" if side == "left" else "left", va="bottom", fontsize=8, color=QUIET)  # fmt: skip
 
 
 def _powers_of_two(axes: Axes, text: Callable[[float], str]) -> None:
@@ -182,14 +186,28 @@ def _powers_of_two(axes: Axes, text: Callable[[float], str]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
-def _label_ends(axes: Axes, labels: list[str], colours: list[str], ends: list[tuple[float, float]]) -> None:
-    """Names beside the right ends of lines, moved apart where the lines end close together."""
+def label_ends(
+    axes: Axes,
+    ends: Sequence[tuple[str, str, tuple[float, float]]],
+    x: float = 1.05,
+    fontsize: float = 9,
+    points: float = 15,
+    shrink: float = 1,
+) -> None:
+    """Names with colours beside the right ends of lines, moved apart where these end close together.
+
+    Args:
+        ends: each line's name, colour and right end.
+        x: the place of the names, as a share of the axes' width.
+        points: the height of a name with some air.
+        shrink: points between a line's end and the stroke that leads to its name.
+    """
     low, high = axes.get_ylim()
-    gap = _line_height(axes)
-    for label, shade, end, y in zip(labels, colours, ends, spread([y for _, y in ends], gap, low, high), strict=True):
-        leader = {"arrowstyle": "-", "color": shade, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 1}
-        axes.annotate(label, end, xytext=(1.05, y), textcoords=("axes fraction", "data"), color=shade, fontsize=9,
-                      va="center", annotation_clip=False, arrowprops=leader)  # fmt: skip
+    gap = _line_height(axes, points)
+    for (label, colour, end), y in zip(ends, spread([end[1] for *_, end in ends], gap, low, high), strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": shrink}
+        axes.annotate(label, end, xytext=(x, y), textcoords=("axes fraction", "data"), color=colour,
+                      fontsize=fontsize, va="center", annotation_clip=False, arrowprops=leader)  # fmt: skip
 
 
 def draw_cost(axes: Axes, comparison: Comparison) -> None:
@@ -243,11 +261,11 @@ def _label_points(axes: Axes, shown: Sequence[Setting], sizes: Sequence[float]) 
         axes.annotate(setting.label, (size, y), ha="center", va="center", fontsize=9, color=setting.colour)
 
 
-def _line_height(axes: Axes) -> float:
+def _line_height(axes: Axes, points: float = 15) -> float:
     """The height of a line of text with some air, in the units of the y axis."""
     low, high = axes.get_ylim()
     inches = axes.get_position().height * axes.get_figure(root=True).get_size_inches()[1]  # type: ignore[union-attr]
-    return 15 / (72 * inches) * (high - low)
+    return points / (72 * inches) * (high - low)
 
 
 def bytes_text(value: float) -> str:

@@ -99,7 +99,7 @@ def _section(comparison: Comparison, plots: list[tuple[str, str]], titled: bool)
     hashes = sorted({run.record["data"]["hash"] for setting in comparison.shown for run in setting.finished})
     parts.append("Data manifest: " + ", ".join(f"`{value}`" for value in hashes) + ".")
     if len(hashes) > 1:
-        parts.append("**These runs were judged on different data and cannot be compared.**")
+        parts.append("**These runs were evaluated on different data and cannot be compared.**")
     commands = dict.fromkeys(run.record["command"] for setting in comparison.shown for run in setting.finished)
     parts.append("Run by:\n\n```\n" + "\n".join(commands) + "\n```")
     return parts
@@ -137,10 +137,7 @@ def _machine(comparisons: list[Comparison]) -> list[str]:
     for comparison in comparisons:
         for run in [run for setting in comparison.shown for run in setting.finished]:
             hardware, software = run.record["hardware"], run.record["environment"]
-            device = hardware.get("gpu", hardware["cpu"])
-            line = f"{device}, {hardware['cores']} cores, {hardware['threads']} threads per run"
+            line = f"{run.device}, {hardware['cores']} cores, {hardware['threads']} threads per run"
             line += f"; Python {software['python']}, torch {software['packages']['torch']}"
-            code = run.record["code"]
-            commit = (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
-            lines.append(f"- {line}; code {commit}")
+            lines.append(f"- {line}; code {run.commit}")
     return ["## Machine", "\n".join(dict.fromkeys(lines))] if lines else []

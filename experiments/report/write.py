@@ -16,7 +16,7 @@ from experiments.util.errors import RunnerError, writing
 from experiments.util.files import write_atomic
 from experiments.util.plot_style import figure
 
-FORMATS = ("png", "svg")
+PLOT_FORMATS = ("png", "svg")
 
 OVERVIEW_ACROSS = 4
 """Comparisons in a row of the overview."""
@@ -61,7 +61,7 @@ def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
 
     def paths(kind: str, shows: str) -> list[Path]:
         drawn.append((f"{comparison.stem}-{kind}", shows))
-        return [target / f"{comparison.stem}-{kind}.{ending}" for ending in FORMATS]
+        return [target / f"{comparison.stem}-{kind}.{ending}" for ending in PLOT_FORMATS]
 
     title = comparison.title
     if figures.curves(comparison):
@@ -89,7 +89,7 @@ def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
 
 def draw_overview(comparisons: list[Comparison], target: Path) -> None:
     """The comparisons side by side, each by its main plot."""
-    paths = [target / f"overview.{ending}" for ending in FORMATS]
+    paths = [target / f"overview.{ending}" for ending in PLOT_FORMATS]
     across = min(len(comparisons), OVERVIEW_ACROSS)
     down = -(-len(comparisons) // across)
     with figure(paths, across, down, size=(6.0 * across, 3.9 * down)) as (_, panels):

@@ -33,7 +33,7 @@ from experiments.util.errors import RunnerError, choices_hint, writing
 from experiments.util.files import write_atomic
 from experiments.util.output import console, exit_code
 
-FORMATS = (".csv", ".parquet")
+TABLE_FORMATS = (".csv", ".parquet")
 WIDE = 200
 """Columns where the output is no terminal, so that no name is cut."""
 
@@ -107,8 +107,8 @@ def collect_garbage(screen: Console, arguments: argparse.Namespace) -> int:
 
 
 def export(screen: Console, arguments: argparse.Namespace) -> int:
-    if arguments.file.suffix not in FORMATS:
-        raise RunnerError(f"{arguments.file}: expected a name that ends with {' or '.join(FORMATS)}")
+    if arguments.file.suffix not in TABLE_FORMATS:
+        raise RunnerError(f"{arguments.file}: expected a name that ends with {' or '.join(TABLE_FORMATS)}")
     runs = find_runs(arguments.root)
     rows = [{key: _cell(value) for key, value in run.flat().items()} for run in runs]
     columns = list(dict.fromkeys(key for row in rows for key in row))

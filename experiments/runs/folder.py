@@ -2,7 +2,7 @@
 
 ``config.json``     the resolved configuration, and the format of the folder
 ``run.json``        the record: status, code, environment, hardware, data, backends, cost, results
-``metrics.jsonl``   one JSON object a line, appended while training
+``metrics.jsonl``   one JSON object per line, appended while training
 ``progress.json``   where training is now, for whoever watches
 ``checkpoints/``    the latest and the best, a folder each
 ``bad/``            the batches of steps whose loss or gradient was no number or a spike

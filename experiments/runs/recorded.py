@@ -75,7 +75,7 @@ class RecordedRun:
 
     @property
     def ending(self) -> str:
-        """How it ended, in words."""
+        """Its status, with the reason where it failed or its results are no numbers."""
         reason = f"its results are {self._odd()}" if self.recorded_status == "finished" else self.record.get("reason")
         return self.recorded_status + (f", {reason}" if reason else "")
 
@@ -87,6 +87,18 @@ class RecordedRun:
     def result(self, name: str) -> float:
         """``test`` or ``validation``, of a finished run."""
         return self.record["results"][name]
+
+    @property
+    def device(self) -> str:
+        """The name of the GPU or processor that it was trained on."""
+        hardware = self.record["hardware"]
+        return hardware.get("gpu", hardware["cpu"])
+
+    @property
+    def commit(self) -> str:
+        """The commit that it was trained with, and whether files differed from it."""
+        code = self.record["code"]
+        return (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
 
     def get(self, path: str) -> Any:
         """The value at a dotted path such as ``config.train.lr`` or ``results.test``; ``None`` where there is none."""

@@ -32,9 +32,9 @@ class Efficiency(Study):
     def figures(self, runs: Runs) -> Sequence[Figure]:
         recall, text = recalled(runs), runs.comparison(length.EXPERIMENT)
         shared = (
-            "Each line is a model in training, its median over seeds at each look at the validation split, against what"
-            " training had cost by then; each model at the learning rate that validation chose. Grey: the best that any"
-            " of them reaches at that cost."
+            "Each line is a model in training, its median over seeds at each evaluation on the validation split,"
+            " against what training had cost by then; each model at the learning rate that validation chose."
+            " Grey: the best that any of them reaches at that cost."
         )
         return [
             Figure(
@@ -112,9 +112,9 @@ def recalled(runs: Runs) -> Comparison:
 
 def course(run: RecordedRun, metric: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
     """The cost of training up to each evaluation, and the metric there; each step costs the same."""
-    looks = [look for look in run.metrics if metric in look]
+    lines = [line for line in run.metrics if metric in line]
     each = run.record["cost"][cost] / run.record["cost"]["steps"]
-    return np.array([look["step"] * each for look in looks]), np.array([look[metric] for look in looks])
+    return np.array([line["step"] * each for line in lines]), np.array([line[metric] for line in lines])
 
 
 def cost_of(setting: Setting, cost: str) -> float | None:
@@ -139,10 +139,10 @@ def draw_courses(panels: Sequence[Axes], comparison: Comparison, metric: str) ->
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
         ends, every = [], []
         for setting in comparison.shown:
-            look = length.look_of(setting)
+            style = length.style_of(setting)
             costs, values = median_course(setting, metric, cost)
-            axes.plot(costs, values, markersize=5, **look)
-            ends.append((plots.model_name(setting), look["color"], (costs[-1], values[-1])))
+            axes.plot(costs, values, markersize=5, **style)
+            ends.append((plots.model_name(setting), style["color"], (costs[-1], values[-1])))
             every += zip(costs, values, strict=True)
         axes.set_xscale("log")
         axes.set_xlabel(label)
@@ -155,7 +155,7 @@ def draw_courses(panels: Sequence[Axes], comparison: Comparison, metric: str) ->
 
 
 def median_course(setting: Setting, metric: str, cost: str) -> tuple[np.ndarray, np.ndarray]:
-    """Medians over seeds, look by look. A seed that stopped early, having reached the target, stays where it was."""
+    """Medians over seeds at each evaluation. A seed that stopped early, at the target, stays where it was."""
     courses = [course(run, metric, cost) for run in setting.finished]
     longest = max(len(costs) for costs, _ in courses)
     each = np.median([costs[-1] / len(costs) for costs, _ in courses])
@@ -177,10 +177,10 @@ def draw_memory(axes: Axes, comparison: Comparison) -> None:
     for setting in comparison.shown:
         if "no_position" in setting.label:
             continue  # As much as attention.
-        model, look = length.built(setting), length.look_of(setting)
+        model, style = length.built(setting), length.style_of(setting)
         values = [model.state_bytes(context) for context in CONTEXTS]
-        axes.plot(CONTEXTS, values, markersize=4, **look)
-        ends.append((setting.label, look["color"]))
+        axes.plot(CONTEXTS, values, markersize=4, **style)
+        ends.append((setting.label, style["color"]))
     plots.logarithmic(axes, CONTEXTS[::2], lambda value: f"{value:,.0f}")
     plots.logarithmic(axes, [2.0**power for power in range(14, 31, 4)], bytes_text, axis="y")
     axes.set_xlabel("Context (tokens, logarithmic)")

@@ -30,7 +30,7 @@ METHODS = {
 }
 """The ways to balance the load, by the name of the model."""
 
-LOOKS: dict[str, dict[str, Any]] = {
+STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": INK, "marker": "X"},
     "no_balancing": {"color": COLOURS["hybrid"], "marker": "o"},
     "loss": {"color": COLOURS["attention"], "marker": "s"},
@@ -63,7 +63,7 @@ class Experts(Study):
             Figure(
                 "quality",
                 "Left: bits per byte on the test split, less is better, at equal active parameters. Right: processor"
-                " time of training, a step. Each seed, the range and the median; learning rate by median validation"
+                " time per training step. Each seed, the range and the median; learning rate by median validation"
                 f" among {grid}.",
                 lambda axes: draw_quality(axes, comparison),
                 columns=2,
@@ -117,7 +117,7 @@ class Experts(Study):
             Finding(
                 "balancing is nearly free",
                 "Balancing by loss or bias costs little time beside the experts themselves",
-                "a step: " + ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items()),
+                "per step: " + ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items()),
                 max(seconds["loss"], seconds["bias"]) < 1.1 * seconds["no_balancing"],
             ),
         ]
@@ -142,9 +142,9 @@ def active_parameters(setting: Setting) -> int:
 
 def course(run: RecordedRun, metric: str) -> tuple[list[int], list[float]]:
     """Steps, and the mean over layers of a router's metric."""
-    looks = [look for look in run.metrics if any(name.endswith(f"/{metric}") for name in look)]
-    means = [float(np.mean([value for name, value in look.items() if name.endswith(f"/{metric}")])) for look in looks]
-    return [look["step"] for look in looks], means
+    lines = [line for line in run.metrics if any(name.endswith(f"/{metric}") for name in line)]
+    means = [float(np.mean([value for name, value in line.items() if name.endswith(f"/{metric}")])) for line in lines]
+    return [line["step"] for line in lines], means
 
 
 def at_the_end(setting: Setting, metric: str) -> float:
@@ -159,12 +159,12 @@ def load_cells(setting: Setting) -> list[str]:
 
 def draw_quality(panels: Sequence[Axes], comparison: Comparison) -> None:
     ordered = sorted(comparison.shown, key=plots.median_of)
-    plots.draw_rows(panels[0], [(v.label, LOOKS[v.label], v.values(test_of)) for v in ordered])
+    plots.draw_rows(panels[0], [(v.label, STYLES[v.label], v.values(test_of)) for v in ordered])
     panels[0].set_xlabel("Bits per byte on test")
     panels[0].set_title("Quality")
-    plots.draw_rows(panels[1], [(v.label, LOOKS[v.label], [1e3 * s for s in per_step(v)]) for v in ordered], digits=0)
+    plots.draw_rows(panels[1], [(v.label, STYLES[v.label], [1e3 * s for s in per_step(v)]) for v in ordered], digits=0)
     panels[1].set_xlim(left=0)
-    panels[1].set_xlabel("Processor time (ms a step)")
+    panels[1].set_xlabel("Processor time (ms per step)")
     panels[1].set_title("Cost")
 
 
@@ -172,14 +172,14 @@ def draw_loads(panels: Sequence[Axes], comparison: Comparison) -> None:
     for axes, metric in zip(panels, ("largest_load", "dropped_share"), strict=True):
         ends = []
         for setting in comparison.shown:
-            look, courses = LOOKS[setting.label], [course(run, metric) for run in setting.finished]
+            style, courses = STYLES[setting.label], [course(run, metric) for run in setting.finished]
             if not any(any(values) for _, values in courses):
                 continue  # Without a router, or without a capacity.
             for steps, values in courses:
-                axes.plot(steps, values, color=look["color"], alpha=0.35, linewidth=0.9)
+                axes.plot(steps, values, color=style["color"], alpha=0.35, linewidth=0.9)
             middle = np.median([values for _, values in courses], axis=0)
-            axes.plot(courses[0][0], middle, markersize=5, **look)
-            ends.append((setting.label, look["color"], (courses[0][0][-1], float(middle[-1]))))
+            axes.plot(courses[0][0], middle, markersize=5, **style)
+            ends.append((setting.label, style["color"], (courses[0][0][-1], float(middle[-1]))))
         axes.set_xlabel("Training step")
         axes.set_xlim(left=0)
         plots.label_lines(axes, ends)

@@ -201,7 +201,7 @@ def share(setting: Setting) -> float:
     return sum("attention" in layer.mixers for layer in layers) / len(layers)
 
 
-def look(setting: Setting) -> dict[str, Any]:
+def style(setting: Setting) -> dict[str, Any]:
     return {"color": setting.colour, "marker": SHARE_MARKERS[share(setting)]}
 
 
@@ -220,9 +220,9 @@ def draw_ratio(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> Non
             axes.plot([share(v) for v in line], [plots.median_of(v) for v in line], linestyle=dash, zorder=2,
                       color=COLOURS["hybrid"], label=f"with {partner}")  # fmt: skip
         for setting in shown:
-            plots.draw_seeds(axes, share(setting), setting.values(test_of), look(setting), size=5)
+            plots.draw_seeds(axes, share(setting), setting.values(test_of), style(setting), size=5)
             axes.plot([share(setting)], [plots.median_of(setting)], markersize=9, markeredgecolor="white", zorder=4,
-                      **look(setting))  # fmt: skip
+                      **style(setting))  # fmt: skip
         axes.set_xticks([0, 0.125, 0.25, 0.5, 1], ["none", "1:7", "1:3", "1:1", "all"])
         axes.set_xlabel("Layers of attention to recurrent layers")
         axes.legend(fontsize=8, frameon=False, loc="best")
@@ -239,9 +239,9 @@ def draw_state(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> Non
     for axes, comparison in zip(panels, comparisons, strict=True):
         sizes = [plots.state_bytes(setting) for setting in comparison.shown]
         for setting in comparison.shown:
-            plots.draw_seeds(axes, plots.state_bytes(setting), setting.values(test_of), look(setting), size=5)
+            plots.draw_seeds(axes, plots.state_bytes(setting), setting.values(test_of), style(setting), size=5)
             axes.plot([plots.state_bytes(setting)], [plots.median_of(setting)], markersize=9, markeredgecolor="white",
-                      zorder=4, **look(setting))  # fmt: skip
+                      zorder=4, **style(setting))  # fmt: skip
         axes.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
         plots.byte_axis(axes, sizes, every=1 if max(sizes) < 64 * min(sizes) else 2)
         length = comparison.sample["model"]["state_length"]
@@ -275,7 +275,7 @@ def finish(axes: Axes, comparison: Comparison) -> None:
 
 def draw_place(axes: Axes, comparison: Comparison) -> None:
     ordered = sorted(comparison.shown, key=plots.median_of, reverse=True)
-    plots.draw_rows(axes, [(f"{setting.label}, {bytes_text(plots.state_bytes(setting))}", look(setting),
+    plots.draw_rows(axes, [(f"{setting.label}, {bytes_text(plots.state_bytes(setting))}", style(setting),
                             setting.values(test_of)) for setting in ordered])  # fmt: skip
     axes.set_xlim(-0.02, 1.03)
     axes.set_xlabel("Recall accuracy on test")

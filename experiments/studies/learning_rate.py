@@ -130,11 +130,11 @@ def draw(panels: Sequence[Axes], courses: Mapping[int, Mapping[str, Course]], ru
         plots.shares(axes)
         ends = []
         for name, course in models.items():
-            look = plots.mixer_look(name)
-            ends.append((name, look["color"], plots.draw_series(axes, list(course.items()), look)))
+            style = plots.mixer_style(name)
+            ends.append((name, style["color"], plots.draw_series(axes, list(course.items()), style)))
             failed = [run.config["train"]["lr"] for run in studied(runs) if not run.finished
                       and (run.config["model"]["name"], run.config["model"]["depth"]) == (name, depth)]  # fmt: skip
-            plots.draw_failures(axes, failed, look)
+            plots.draw_failures(axes, failed, style)
         plots.label_lines(axes, ends)
         plots.mark_chance(axes, studied(runs)[0])
         axes.set_xlabel("Learning rate (logarithmic)")

@@ -1,4 +1,4 @@
-"""Length: trained on short sequences, judged on long ones: who extrapolates, at which cost a token."""
+"""Length: trained on short sequences, evaluated on long ones: which models extrapolate, at which cost per token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from experiments.config.build import build_model
 from experiments.config.schema import run_config
 from experiments.report.comparison import Comparison, Setting
-from experiments.report.figures import bytes_text
+from experiments.report.figures import bytes_text, mark_length
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.study import Figure, Finding, Runs, Study, Table
@@ -70,7 +70,7 @@ class Length(Study):
         comparison = runs.comparison(EXPERIMENT)
         curve = curve_of(comparison.shown[0].finished[0])
         trained, end = curve["trained_to"], curve["x_end"]
-        header = ["model", f"to {trained}", f"{end // 2} to {end}", f"FLOPs a byte at {trained}", f"at {end}",
+        header = ["model", f"to {trained}", f"{end // 2} to {end}", f"FLOPs per byte at {trained}", f"at {end}",
                   f"state at {end}"]  # fmt: skip
         rows = []
         for setting in comparison.shown:
@@ -145,26 +145,26 @@ def built(setting: Setting) -> LanguageModel:
 def draw_positions(axes: Axes, comparison: Comparison) -> None:
     first, ends = curve_of(comparison.shown[0].finished[0]), []
     for setting in comparison.shown:
-        look, curves = look_of(setting), [curve_of(run) for run in setting.finished]
+        style, curves = style_of(setting), [curve_of(run) for run in setting.finished]
         for curve in curves:
-            axes.plot(curve["x"], curve["y"], color=look["color"], alpha=0.3, linewidth=0.8)
+            axes.plot(curve["x"], curve["y"], color=style["color"], alpha=0.3, linewidth=0.8)
         middle = np.median([curve["y"] for curve in curves], axis=0)
-        axes.plot(first["x"], middle, markersize=4.5, markevery=2, **look)
-        ends.append((setting.label, look["color"], (first["x"][-1], float(middle[-1]))))
+        axes.plot(first["x"], middle, markersize=4.5, markevery=2, **style)
+        ends.append((setting.label, style["color"], (first["x"][-1], float(middle[-1]))))
     plots.logarithmic(axes, [2.0**power for power in range(0, 14, 2)] + [8192.0], lambda value: f"{value:,.0f}")
     axes.set_xlim(1, first["x_end"])
     axes.set_ylim(top=min(axes.get_ylim()[1], 6.5))
     axes.set_xlabel("Position in the file (bytes, logarithmic)")
     axes.set_ylabel("Bits per byte on test")
     plots.mark_chance(axes, comparison.shown[0].finished[0])
-    plots.mark_length(axes, first["trained_to"])
+    mark_length(axes, first["trained_to"])
     plots.label_lines(axes, ends)
 
 
-def look_of(setting: Setting) -> dict:
+def style_of(setting: Setting) -> dict:
     """Attention without positions is dashed and has a marker of its own."""
     bare = {"linestyle": (0, (5, 1.5)), "marker": "P"} if "no_position" in setting.label else {}
-    return {**plots.mixer_look(setting.pattern), **bare}
+    return {**plots.mixer_style(setting.pattern), **bare}
 
 
 def draw_costs(panels: Sequence[Axes], comparison: Comparison) -> None:
@@ -175,14 +175,14 @@ def draw_costs(panels: Sequence[Axes], comparison: Comparison) -> None:
         for setting in comparison.shown:
             if "no_position" in setting.label:
                 continue  # At the cost of attention.
-            model, look = built(setting), look_of(setting)
+            model, style = built(setting), style_of(setting)
             values = [cost(model, length) for length in lengths]
-            axes.plot(lengths, values, markersize=4, **look)
-            ends.append((setting.label, look["color"], (lengths[-1], float(np.log10(values[-1])))))
+            axes.plot(lengths, values, markersize=4, **style)
+            ends.append((setting.label, style["color"], (lengths[-1], float(np.log10(values[-1])))))
         plots.logarithmic(axes, lengths[::3], lambda value: f"{value:,.0f}")
         axes.set_yscale("log")
         axes.set_xlabel("Context (bytes of text, logarithmic)")
-        plots.mark_length(axes, trained)
+        mark_length(axes, trained)
         axes.legend([name for name, *_ in ends], fontsize=8, frameon=False, loc="upper left")
     panels[0].set_ylabel("FLOPs of the next byte")
     panels[1].set_ylabel("State (bytes)")

@@ -67,7 +67,7 @@ def how_to_run(study: Study, runs: Runs) -> str:
     seconds = sum(run.record["cost"]["processor_seconds"] for run in runs.all if "cost" in run.record)
     files = ", ".join(f"[{name}]({name}/{FILE})" for name in runs.by_study)
     spent = f"{seconds / 60:.0f} minutes of processor time in training steps"
-    recorded = f"Recorded, a line a run: {files}; {len(runs.all)} runs, {spent}."
+    recorded = f"Recorded, a line per run: {files}; {len(runs.all)} runs, {spent}."
     return "\n\n".join([*commands(study), recorded, "\n".join(_machines(runs.all))])
 
 
@@ -99,9 +99,7 @@ def _machines(runs: list[RecordedRun]) -> list[str]:
 
 
 def _machine(run: RecordedRun) -> str:
-    hardware, software, code = (run.record[part] for part in ("hardware", "environment", "code"))
-    commit = (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
-    device = hardware.get("gpu", hardware["cpu"])
+    hardware, software = run.record["hardware"], run.record["environment"]
     versions = f"Python {software['python']}, torch {software['torch']}"
     threads = f"{hardware['threads']} thread{'' if hardware['threads'] == 1 else 's'}"
-    return f"{device}, {threads} a run; {versions}; code {commit}"
+    return f"{run.device}, {threads} per run; {versions}; code {run.commit}"

@@ -11,17 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from experiments.report.comparison import Comparison, Setting, listed
-from experiments.report.figures import bytes_text, test_of
+from experiments.report.figures import bytes_text, label_ends, test_of
 from experiments.runs.recorded import RecordedRun
 from experiments.util.errors import RunnerError
-from experiments.util.plot_style import COLOURS, INK, QUIET, family, pattern_mixers, spread
+from experiments.util.plot_style import COLOURS, INK, QUIET, family, pattern_mixers
 from seqarch.layers import FAMILIES
 
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
 """The markers of the mixers in a family: each has the one of its place in ``FAMILIES``."""
 
 
-def mixer_look(pattern: str) -> dict[str, Any]:
+def mixer_style(pattern: str) -> dict[str, Any]:
     """Colour of the family and marker of the mixer, the same in every plot."""
     kind, mixers = family(pattern), pattern_mixers(pattern)
     places = [FAMILIES[kind].index(mixer) for mixer in mixers] if kind in FAMILIES else [0]
@@ -59,41 +59,35 @@ def median_of(setting: Setting) -> float:
     return setting.median(test_of)
 
 
-def draw_seeds(axes: Axes, x: float, values: Sequence[float], look: dict[str, Any], size: float = 4.0) -> None:
+def draw_seeds(axes: Axes, x: float, values: Sequence[float], style: dict[str, Any], size: float = 4.0) -> None:
     """The seeds of one point as small marks and their range as a line."""
-    axes.plot([x, x], [min(values), max(values)], "-", color=look["color"], alpha=0.35, linewidth=2.5,
+    axes.plot([x, x], [min(values), max(values)], "-", color=style["color"], alpha=0.35, linewidth=2.5,
               solid_capstyle="round", zorder=2)  # fmt: skip
-    axes.plot([x] * len(values), values, linestyle="none", marker=look["marker"], color=look["color"], alpha=0.55,
+    axes.plot([x] * len(values), values, linestyle="none", marker=style["marker"], color=style["color"], alpha=0.55,
               markersize=size, markeredgecolor="white", markeredgewidth=0.4, zorder=3)  # fmt: skip
 
 
 def draw_series(
-    axes: Axes, points: Sequence[tuple[float, Sequence[float]]], look: dict[str, Any], **line: Any
+    axes: Axes, points: Sequence[tuple[float, Sequence[float]]], style: dict[str, Any], **line: Any
 ) -> tuple[float, float]:
     """Seeds at each x, their medians joined; the right end, for a label."""
     ordered = sorted(points, key=lambda point: point[0])
     for x, values in ordered:
-        draw_seeds(axes, x, values, look)
+        draw_seeds(axes, x, values, style)
     x, middle = [x for x, _ in ordered], [statistics.median(values) for _, values in ordered]
-    axes.plot(x, middle, markersize=7, markeredgecolor="white", zorder=4, **{**look, **line})
+    axes.plot(x, middle, markersize=7, markeredgecolor="white", zorder=4, **{**style, **line})
     return x[-1], middle[-1]
 
 
-def draw_failures(axes: Axes, places: Sequence[float], look: dict[str, Any]) -> None:
+def draw_failures(axes: Axes, places: Sequence[float], style: dict[str, Any]) -> None:
     """Crosses at the bottom where runs failed."""
     for x in places:
-        axes.plot([x], [0.02], "x", color=look["color"], markersize=7, transform=axes.get_xaxis_transform(), zorder=5)
+        axes.plot([x], [0.02], "x", color=style["color"], markersize=7, transform=axes.get_xaxis_transform(), zorder=5)
 
 
 def label_lines(axes: Axes, ends: Sequence[tuple[str, str, tuple[float, float]]], x: float = 1.04) -> None:
-    """Names with colours beside the right ends of lines, moved apart where these end close together."""
-    low, high = axes.get_ylim()
-    height = axes.get_position().height * axes.get_figure(root=True).get_size_inches()[1]  # type: ignore[union-attr]
-    gap = 13 / (72 * height) * (high - low)
-    for (label, colour, end), y in zip(ends, spread([end[1] for *_, end in ends], gap, low, high), strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2}
-        axes.annotate(label, end, xytext=(x, y), textcoords=("axes fraction", "data"), color=colour, fontsize=8.5,
-                      va="center", annotation_clip=False, arrowprops=leader)  # fmt: skip
+    """The names of lines beside their right ends, in the size of a study's figures."""
+    label_ends(axes, ends, x, fontsize=8.5, points=13, shrink=2)
 
 
 def shares(axes: Axes) -> None:
@@ -108,13 +102,6 @@ def mark_chance(axes: Axes, run: RecordedRun, x: float = 0.99) -> None:
     axes.annotate(f"chance: {metric['chance_label']}", (x, metric["chance"]), xycoords=("axes fraction", "data"),
                   xytext=(0, -3), textcoords="offset points", ha="right" if x > 0.5 else "left", va="top", fontsize=8,
                   color=QUIET)  # fmt: skip
-
-
-def mark_length(axes: Axes, length: float, side: str = "left") -> None:
-    """A line at the length of training sequences, with a word on its left or right."""
-    axes.axvline(length, color=QUIET, linestyle=":", linewidth=1.2, zorder=1)
-    axes.annotate(f" trained to {length:,} ", (length, 0.015), xycoords=("data", "axes fraction"),
-                  ha="right" if side == "left" else "left", va="bottom", fontsize=8, color=QUIET)  # fmt: skip
 
 
 def logarithmic(axes: Axes, ticks: Sequence[float], text: Callable[[float], str], axis: str = "x") -> None:
@@ -134,14 +121,14 @@ def byte_axis(axes: Axes, sizes: Sequence[float], every: int = 1) -> None:
 
 def draw_rows(axes: Axes, rows: Sequence[tuple[str, dict[str, Any], Sequence[float]]], digits: int = 3) -> None:
     """A row each, the first on top: its seeds, their range and their median, with the median as text."""
-    for row, (_, look, values) in enumerate(reversed(rows)):
+    for row, (_, style, values) in enumerate(reversed(rows)):
         middle = statistics.median(values)
-        axes.plot([min(values), max(values)], [row, row], color=look["color"], alpha=0.35, linewidth=5,
+        axes.plot([min(values), max(values)], [row, row], color=style["color"], alpha=0.35, linewidth=5,
                   solid_capstyle="round")  # fmt: skip
         jitter = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)
-        axes.plot(values, row + jitter, linestyle="none", marker=look["marker"], color=look["color"], markersize=5,
+        axes.plot(values, row + jitter, linestyle="none", marker=style["marker"], color=style["color"], markersize=5,
                   markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
-        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=look["color"], linewidth=2.2)
+        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=style["color"], linewidth=2.2)
         axes.annotate(
             f"{middle:.{digits}f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8.5
         )

@@ -157,9 +157,9 @@ def at_equal_state(models: Mapping[str, list[Setting]], name: str) -> str:
 def draw_frontier(axes: Axes, comparison: Comparison) -> None:
     ends = []
     for name, settings in plots.by_model(comparison).items():
-        look = plots.mixer_look(settings[0].pattern)
+        style = plots.mixer_style(settings[0].pattern)
         points = [(plots.state_bytes(setting), setting.values(test_of)) for setting in settings]
-        ends.append((name, look["color"], plots.draw_series(axes, points, look)))
+        ends.append((name, style["color"], plots.draw_series(axes, points, style)))
     sizes = [plots.state_bytes(setting) for setting in comparison.shown]
     axes.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
     plots.byte_axis(axes, sizes)
@@ -193,7 +193,7 @@ def draw_equal(axes: Sequence[Axes], comparison: Comparison) -> None:
     views = ((axes[0], best, "Equal width and depth, best state"), (axes[1], near, "Nearest to equal state"))
     for panel, settings, title in views:
         ordered = sorted(settings, key=plots.median_of, reverse=True)
-        plots.draw_rows(panel, [(row_label(setting), plots.mixer_look(setting.pattern), setting.values(test_of))
+        plots.draw_rows(panel, [(row_label(setting), plots.mixer_style(setting.pattern), setting.values(test_of))
                                 for setting in ordered])  # fmt: skip
         panel.set_xlim(-0.02, 1.03)
         panel.axvline(statistics.median(v.finished[0].record["metric"]["chance"] for v in settings), color=QUIET,

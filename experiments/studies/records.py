@@ -56,8 +56,8 @@ def to_line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -
     results = {name: value for name, value in record.get("results", {}).items() if name != "checkpoint"}
     # What follows names paths of the machine.
     reason = {"reason": record["reason"].partition(";")[0]} if "reason" in record else {}
-    metrics = [{name: value for name, value in look.items() if name == "step" or name.endswith(tuple(history))}
-               for look in folder.metrics()] if history else []  # fmt: skip
+    metrics = [{name: value for name, value in line.items() if name == "step" or name.endswith(tuple(history))}
+               for line in folder.metrics()] if history else []  # fmt: skip
     return {
         "format": FORMAT,
         "run": folder.path.name,

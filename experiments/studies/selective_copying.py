@@ -83,7 +83,7 @@ def medians(comparison: Comparison) -> dict[str, float]:
 def draw(panels: Sequence[Axes], comparison: Comparison) -> None:
     ordered = sorted(comparison.shown, key=plots.median_of, reverse=True)
     rows = [(f"{plots.model_name(setting)} ({KINDS[plots.model_name(setting)]}),"
-             f" {bytes_text(plots.state_bytes(setting))}", plots.mixer_look(setting.pattern),
+             f" {bytes_text(plots.state_bytes(setting))}", plots.mixer_style(setting.pattern),
              setting.values(lambda run: run.result("test"))) for setting in ordered]  # fmt: skip
     plots.draw_rows(panels[0], rows)
     panels[0].set_xlim(-0.02, 1.03)
@@ -95,17 +95,17 @@ def draw(panels: Sequence[Axes], comparison: Comparison) -> None:
 def draw_training(axes: Axes, comparison: Comparison) -> None:
     ends = []
     for setting in comparison.shown:
-        look = plots.mixer_look(setting.pattern)
+        style = plots.mixer_style(setting.pattern)
         courses = [{line["step"]: line["validation_accuracy"] for line in run.metrics} for run in setting.finished]
         for course in courses:
-            axes.plot(list(course), list(course.values()), color=look["color"], alpha=0.35, linewidth=0.8)
+            axes.plot(list(course), list(course.values()), color=style["color"], alpha=0.35, linewidth=0.8)
         steps = sorted({step for course in courses for step in course})
         # A run that stopped early, at its target, stays there.
         middle = [
             statistics.median(course.get(step, list(course.values())[-1]) for course in courses) for step in steps
         ]
-        axes.plot(steps, middle, markersize=5, **look)
-        ends.append((plots.model_name(setting), look["color"], (steps[-1], middle[-1])))
+        axes.plot(steps, middle, markersize=5, **style)
+        ends.append((plots.model_name(setting), style["color"], (steps[-1], middle[-1])))
     axes.set_xlim(left=0)
     plots.shares(axes)
     plots.mark_chance(axes, comparison.shown[0].finished[0])

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from matplotlib.axes import Axes
 
 from experiments.report.comparison import Comparison, Setting
+from experiments.report.figures import mark_length
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.study import Figure, Finding, Runs, Study, Table
@@ -96,7 +97,7 @@ class StateTracking(Study):
             ),
             Finding(
                 "S3 takes two delta steps and negative eigenvalues",
-                "One layer solves S3 with two delta steps a token, and only where beta goes to 2 (Siems et al. 2025)",
+                "One layer solves S3 with two delta steps per token, and only where beta goes to 2 (Siems et al. 2025)",
                 format_lengths(words),
                 solved == {"two delta steps, beta to 2"},
             ),
@@ -174,23 +175,23 @@ def draw_both(panels: Sequence[Axes], comparisons: Sequence[Comparison]) -> None
 def draw_lengths(axes: Axes, comparison: Comparison) -> None:
     ends = []
     for setting in comparison.shown:
-        look = look_of(setting)
+        style = style_of(setting)
         points = [(float(length), values) for length, values in by_seed(setting)]
         line = "-" if is_negative(setting) else (0, (4, 2))
-        ends.append((label(setting), look["color"], plots.draw_series(axes, points, look, linestyle=line)))
+        ends.append((label(setting), style["color"], plots.draw_series(axes, points, style, linestyle=line)))
     lengths = [length for length, _ in by_seed(comparison.shown[0])]
     plots.logarithmic(axes, lengths, lambda value: f"{value:,.0f}")
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.05)
     plots.shares(axes)
     plots.mark_chance(axes, comparison.shown[0].finished[0])
-    plots.mark_length(axes, lengths[0], side="right")
+    mark_length(axes, lengths[0], side="right")
     plots.label_lines(axes, ends)
     axes.set_xlabel("Length of the sequences (tokens, logarithmic)")
     axes.set_ylabel("Accuracy on test")
     axes.set_title(comparison.sample["task"]["title"])
 
 
-def look_of(setting: Setting) -> dict[str, Any]:
+def style_of(setting: Setting) -> dict[str, Any]:
     """A marker of its own where there is one delta step of a mixer that has several."""
     single = {"marker": "X"} if mixer_of(setting)[1].get("steps") == 1 else {}
-    return {**plots.mixer_look(setting.pattern), **single}
+    return {**plots.mixer_style(setting.pattern), **single}

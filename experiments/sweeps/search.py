@@ -133,7 +133,7 @@ class Search:
 
     @property
     def file(self) -> Path:
-        """Where the results are written; the name tells searches apart."""
+        """Where the results are written; different searches have different names."""
         identity = [repr(self.space), self.fixed, self.seeds, {**asdict(self.options), "trials": 0}]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
         return Path(self.config.runs) / self.config.experiment / f"search-{digest}.json"

@@ -23,7 +23,7 @@ AGAIN_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the jobs of a sweep ended.
+    """The outcome of a sweep's jobs.
 
     Attributes:
         total: jobs that were wanted.

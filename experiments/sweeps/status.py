@@ -77,7 +77,7 @@ class SweepStatus:
             try:
                 found.append(read_json(path) or {})
             except RunnerError:
-                continue  # Replaced as it was read; the next look will find it.
+                continue  # Replaced as it was read; the next call will find it.
         return sorted((entry for entry in found if entry), key=lambda entry: entry["job"])
 
     def stop(self) -> None:

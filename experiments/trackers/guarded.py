@@ -14,7 +14,7 @@ from typing import Any
 from experiments.trackers.tracker import Tracker
 
 PATIENCE_SECONDS = 60.0
-"""How long a tracker may take to begin, to hear of a step, or to end."""
+"""The time that a tracker may take to begin, to log a step, or to end."""
 
 
 class Guarded(Tracker):

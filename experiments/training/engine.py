@@ -1,4 +1,4 @@
-"""How a model runs on devices: its precision, its memory, and its share of every batch.
+"""Runs a model on devices: its precision, its memory, and its share of every batch.
 
 One process, or several that torchrun started: FSDP2 then splits parameters, gradients and optimizer state among them,
 layer by layer. Losses are divided by the targets of the whole batch, so gradients are the same, up to rounding, in
@@ -74,8 +74,8 @@ class Engine:
         # A layer returns its mixers' states too, some of which are views; nothing here writes to them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (processes.count(),))
-        halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policy = halved if self.config.param_dtype == "bfloat16" else MixedPrecisionPolicy()
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = mixed if self.config.param_dtype == "bfloat16" else MixedPrecisionPolicy()
         for layer in model.stack.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -88,8 +88,8 @@ class Engine:
             The mean loss of the whole batch's targets: a scalar, still on the device.
         """
         tokens, targets, token_mask = to_device(batch, self.device)
-        answers = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
-        counted = max(processes.total(_read(batch)), 1)
+        asked = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
+        read = max(processes.total(_count_read(batch)), 1)
         loss = torch.zeros((), device=self.device)
         for rows, is_last in self._micro_batches(len(tokens)):
             if isinstance(model, FSDPModule):
@@ -97,8 +97,8 @@ class Engine:
             with autocast(self.device, self.config.precision):
                 mask = None if token_mask is None else token_mask[rows]
                 total = model.loss(tokens[rows], targets[rows], token_mask=mask, ignore_index=IGNORED, reduction="sum")
-                part = total / answers
-            extra = model.auxiliary_loss() * (_read(batch.rows(rows)) / counted)
+                part = total / asked
+            extra = model.auxiliary_loss() * (_count_read(batch.rows(rows)) / read)
             # FSDP takes the mean over processes, and the sum is wanted.
             ((part + extra) * processes.count()).backward()
             loss += part.detach()
@@ -140,8 +140,8 @@ class Engine:
         return loss, hits
 
 
-def _read(batch: Batch) -> int:
-    """How many tokens of a batch are no padding."""
+def _count_read(batch: Batch) -> int:
+    """The number of tokens of a batch that are no padding."""
     return batch.tokens.size if batch.token_mask is None else int(batch.token_mask.sum())
 
 

@@ -60,8 +60,8 @@ class Run:
                 state.step += 1
                 self.logger.progress(state.step, loss, self.tokens_per_second())
 
-                # Here alone the host waits for the device. Each checkpoint comes after a look at every step before
-                # it, so none is ever written from a model that has diverged; in between a bad step is found soon.
+                # Here alone the host waits for the device. Every step before a checkpoint is checked first,
+                # so none is ever written from a model that has diverged; in between, a bad step is found soon.
                 if state.step % config.eval_every == 0 or state.step == config.steps:
                     self.evaluate()
                 elif config.save_every and state.step % config.save_every == 0:
@@ -189,7 +189,7 @@ class Run:
         Where that one is damaged or gone, they are of the next best that is intact, and the results say so.
         """
         content = {"model": self.model.state_dict()}
-        chosen, tested, problems = self.checkpoints.load_first(self.choices(), content)
+        chosen, tested, problems = self.checkpoints.load_first(self.test_candidates(), content)
         results = evaluate_tests(self.model, self.task, self.engine)
         chosen_as = {"validation": tested.validation, "checkpoint": chosen.name, "checkpoint_step": tested.step}
         if problems:
@@ -198,7 +198,7 @@ class Run:
             self.logger.info(f"{problems[0]}; {chosen.name} is tested instead, the best that is intact ({again})")
         return {"test": results.pop("test"), **chosen_as, **results}
 
-    def choices(self) -> list[Path]:
+    def test_candidates(self) -> list[Path]:
         """The checkpoints that may be tested, the right one first. Those between evaluations have no score."""
         config, sign = self.train_config, 1 if self.task.metric.higher_is_better else -1
         known = [state for state in self.checkpoints.states().values() if state.validation is not None]
@@ -211,6 +211,7 @@ class Run:
         return list(dict.fromkeys(self.checkpoints.path(each) for each in (step, *(state.step for state in scored))))
 
     def diverged(self, step: int, what: str) -> Diverged:
+        """The error that ends a run, with the last checkpoint from before."""
         kept = "no checkpoint had been written yet"
         if self.saved_step is not None:
             kept = f"the last good checkpoint is {self.checkpoints.path(self.saved_step)}"

@@ -21,16 +21,15 @@ from experiments.training.loop import Run
 from experiments.util import environment
 from experiments.util.errors import RunnerError, writing
 from experiments.util.files import write_atomic, write_json
-from experiments.util.interrupts import INTERRUPTS, Preempted
+from experiments.util.interrupts import INTERRUPTED, INTERRUPTS, Preempted
 from experiments.util.secrecy import masked, masked_command
 from seqarch.ops import record_backends
 
-INTERRUPTED = 130
 EXIT_CODES = {"finished": 0, "failed": 1, "preempted": os.EX_TEMPFAIL, "interrupted": INTERRUPTED}
 """``EX_TEMPFAIL`` is 75, by which sysexits.h says: try again later."""
 
 FLOPS_FORMULA = (
-    "3 x the forward FLOPs of the model's matrix products, convolutions and recurrences (two a multiply-add; the "
+    "3 x the forward FLOPs of the model's matrix products, convolutions and recurrences (two per multiply-add; the "
     "backward counts as two forwards) x training tokens; elementwise work and evaluation are not counted"
 )
 

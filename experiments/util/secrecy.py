@@ -1,6 +1,6 @@
 """Keeps passwords, keys and tokens out of what is recorded, as far as a name or a form shows that they are such.
 
-What a secret is nobody can know for sure: one under a name like any other is recorded as it is given. The place for
+No rule finds every secret: one under a name like any other is recorded as it is given. The place for
 secrets is the environment, of which a record holds a few known variables only.
 """
 

@@ -212,7 +212,7 @@ def test_a_run_survives_its_line(tmp_path):
     device = {"threads": 1, "device": "cpu"}
     back = run_config({**found[0].config, "train": {**found[0].config["train"], **device}, "runs": config.runs})
     assert back == config
-    assert [set(look) for look in found[0].metrics] == [{"step", "validation_accuracy"}] * 2
+    assert [set(line) for line in found[0].metrics] == [{"step", "validation_accuracy"}] * 2
     assert found[0].record["results"]["test"] == pytest.approx(lines[0]["record"]["results"]["test"])
 
 
