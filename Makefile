@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -t
 	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is no virtual environment: move it away" >&2; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  $(CUDA_TARGETS) --editable '.[experiments,peers,dev]'
+	  $(CUDA_TARGETS) --editable '.[experiments,baselines,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

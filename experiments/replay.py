@@ -35,7 +35,7 @@ class Replay:
 
     Attributes:
         recorded: in training.
-        began: the step of the checkpoint that the way there began at; 0 for the beginning.
+        began: the step of the checkpoint that this began from; 0 for the beginning.
         loss, grad_norm: now.
         layer: the first one, counted from 1, with an output that is not finite; ``None`` if there is none.
         gradients: the norm of each parameter's gradient, the largest first and before them those that are no numbers.
@@ -126,7 +126,7 @@ def _odd(batch: Batch, task: Task, most: int) -> str | None:
 
 
 def _go_back(run: Run, step: int) -> int:
-    """Put a run into the state that it had after a step; where the way there began."""
+    """Put a run into the state that it had after a step; the step that this began from."""
     run.state = run.checkpoints.resume(run.content(), step) or run.state
     began = run.state.step
     while run.state.step < step:

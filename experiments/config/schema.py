@@ -28,8 +28,8 @@ FORMAT = 2
 """The version of what is kept of a run: raised when a key, a metric or a file gets another name or meaning."""
 
 NOT_IDENTITY = ("runs", "imports", "tracker", "machine", "train.keep_last", "train.save_every", "train.dry_run")
-"""Keys that change where a run is kept, on what it runs or who else hears of it, and never what comes out of it but
-for rounding."""
+"""Keys that change where a run is kept, on what it runs or which tracker gets its metrics, and never its results
+but for rounding."""
 
 HASH_DIGITS = 10
 """Of the hash of a run's identity, in its folder's name."""

@@ -28,7 +28,7 @@ METHODS = {
     "bias": f"{UNBALANCED} {MOE}expert_bias=true {MOE}bias_rate=0.01",
     "capacity": f"{UNBALANCED} {MOE}capacity_factor=1.25",
 }
-"""The ways to balance the load, by the name of the model."""
+"""The methods of balancing the load, by the name of the model."""
 
 STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": INK, "marker": "X"},

@@ -1,4 +1,4 @@
-"""The contract of a tracker: a sink that hears of a run's metrics beside the run's own files."""
+"""The contract of a tracker: a sink that gets a run's metrics beside the run's own files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TrackerOptions:
 
 
 class Tracker:
-    """Hears of a run. This one keeps nothing; others override what they need.
+    """Gets the metrics of a run. This one keeps nothing; others override what they need.
 
     Args:
         options: an instance of ``Config``, into which a run's ``tracker.options`` are converted before it starts.

@@ -30,7 +30,7 @@ def is_main() -> bool:
 
 
 def is_first_of_machine() -> bool:
-    """Whether this is the process that speaks for its machine, among those that torchrun started there."""
+    """Whether this is the process that reports for its machine, among those that torchrun started there."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 

@@ -19,7 +19,7 @@ MEMORY = 100
 
 
 class Diverged(RunnerError):
-    """The loss is no number any more."""
+    """The loss is not finite any more."""
 
 
 class StepStats(NamedTuple):

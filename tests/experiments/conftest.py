@@ -1,4 +1,4 @@
-"""What the runner's tests share; :mod:`tests.support.runs` makes small runs."""
+"""Fixtures of the runner's tests; :mod:`tests.support.runs` makes small runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands of ``experiments`` have in common: help without work, and no argument that is passed over."""
+"""Properties of all commands of ``experiments``: help without work, and no argument that is passed over."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL = "name: mine\npattern: attention\nd_model: 64\ndepth: 1\n"
 
 @pytest.mark.parametrize("name", ["demo", *COMMANDS])
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--nonsense", 2)])
-def test_help_is_told_and_unknown_arguments_are_refused(name, argument, code, tmp_path, monkeypatch, capsys):
+def test_help_is_printed_and_unknown_arguments_are_refused(name, argument, code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [name, argument])
     monkeypatch.setattr("experiments.demo.run_to_the_end", lambda command: pytest.fail("the demo began"))
@@ -83,7 +83,7 @@ def test_a_seed_that_is_searched_twice_is_refused(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err.startswith("error: seed=0,1,0: a seed is given twice")
 
 
-def test_a_seed_twice_in_a_sweep_is_run_once_and_told(tmp_path, monkeypatch, capsys):
+def test_a_seed_twice_in_a_sweep_is_run_once_and_reported(tmp_path, monkeypatch, capsys):
     ran = []
 
     def execute(composed, sweep, number, dry_run):
@@ -104,7 +104,7 @@ class Full(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-def test_a_sweep_goes_on_where_nobody_can_hear_of_it(tmp_path, monkeypatch, capsys):
+def test_a_sweep_continues_where_nobody_reads_its_output(tmp_path, monkeypatch, capsys):
     sweep = SweepStatus(tmp_path / "sweep")
     sweep.create()
     monkeypatch.setattr("sys.stdout", Full())
@@ -129,8 +129,8 @@ def test_a_search_whose_output_is_full_says_so_once(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         options = {"stdout": full, "stderr": subprocess.PIPE, "text": True, "timeout": 60, "env": environment}
         shown = subprocess.run(command_line(*words), cwd=tmp_path, **options)
-    told = "error: cannot write the standard output: No space left on device; the record of the runs is whole\n"
-    assert (shown.returncode, shown.stderr) == (1, told)
+    message = "error: cannot write the standard output: No space left on device; the record of the runs is whole\n"
+    assert (shown.returncode, shown.stderr) == (1, message)
 
 
 def test_a_reader_that_has_left_is_no_error():

@@ -34,7 +34,7 @@ sys.exit(run_to_the_end([sys.executable, "-c", {child!r}]))
     assert (tmp_path / "ended").exists()
 
 
-def test_the_demo_goes_on_after_a_failure_and_ends_when_stopped(monkeypatch):
+def test_the_demo_continues_after_a_failure_and_ends_when_stopped(monkeypatch):
     codes = iter([1, 0, 0])
     called = []
 

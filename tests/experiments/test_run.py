@@ -50,7 +50,7 @@ def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
     assert {path: (path / "run.json").read_bytes() for path in records} == records
 
 
-def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path):
     arguments = [*TINY, "train.steps=200", "seed=0,1,2", "launcher=joblib", "model=attention", "train.eval_every=50"]
     command = ["experiments.run", "--multirun", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -59,7 +59,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
         options = {"cwd": tmp_path, "env": environment, "stdout": log, "stderr": log}
         sweep = subprocess.Popen(command_line(*command), start_new_session=True, **options)
     try:
-        # Memory runs out in the first run: it is killed, and the others go on.
+        # Memory runs out in the first run: it is killed, and the others continue.
         until(lambda: "attention-seed0" in folders(runs) and folders(runs)["attention-seed0"].lock.is_held())
         holder = json.loads(folders(runs)["attention-seed0"].lock.path.read_text())
         os.kill(holder["pid"], signal.SIGKILL)
@@ -139,7 +139,7 @@ def test_a_status_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["train.lrr=1"], "error: train.lrr: unknown key, expected one of"),
         (["task=mqra"], "error: In 'config': Could not find 'task/mqra'"),
@@ -150,12 +150,12 @@ def test_a_status_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatc
         (["--multirun", "launcher=submitit", "hydra.launcher.partition=none"], "error: launcher=submitit needs Slurm"),
     ],
 )
-def test_a_mistake_is_one_clear_error(tmp_path, monkeypatch, arguments, told):
+def test_a_mistake_is_one_clear_error(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("PATH", "")
     (tmp_path / "occupied").write_text("mine")
     done = call("experiments.run", *arguments, cwd=tmp_path)
     assert done.returncode == 1
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["occupied"] or not list(tmp_path.glob("runs/*/*"))
     assert (tmp_path / "occupied").read_text() == "mine"

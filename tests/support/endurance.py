@@ -108,21 +108,21 @@ def outcome(cwd: Path) -> dict[str, tuple[list[dict], dict[str, torch.Tensor], d
 
 
 def differences(found: dict, wanted: dict) -> list[str]:
-    """What is not as in the undisturbed sweep, in words."""
+    """The differences from the undisturbed sweep, in words."""
     if found.keys() != wanted.keys():
         return [f"runs {sorted(found)} instead of {sorted(wanted)}"]
-    told = []
+    problems = []
     for name, (metrics, content, results) in found.items():
         other_metrics, other_content, other_results = wanted[name]
         if metrics != other_metrics:
-            told.append(f"{name}: {len(metrics)} lines of metrics that are not the {len(other_metrics)} expected")
+            problems.append(f"{name}: {len(metrics)} lines of metrics that are not the {len(other_metrics)} expected")
         if content.keys() != other_content.keys() or not all(
             torch.equal(tensor, other_content[key]) for key, tensor in content.items()
         ):
-            told.append(f"{name}: other tensors in the last checkpoint")
+            problems.append(f"{name}: other tensors in the last checkpoint")
         if results != other_results:
-            told.append(f"{name}: results {results} instead of {other_results}")
-    return told
+            problems.append(f"{name}: results {results} instead of {other_results}")
+    return problems
 
 
 def full_folder(place: Path) -> Path:
@@ -242,8 +242,8 @@ def main() -> int:
         print(f"round {number}, {kind}: {'; '.join(wrong) or 'held'}", flush=True)
         if not wrong:
             shutil.rmtree(place)
-    told = ", ".join(f"{count} by {kind}" for kind, count in tried.items())
-    print(f"{tried.total()} rounds ({told}) in {time.monotonic() - began:.0f} s: {bad} did not hold, kept in {root}")
+    kinds = ", ".join(f"{count} by {kind}" for kind, count in tried.items())
+    print(f"{tried.total()} rounds ({kinds}) in {time.monotonic() - began:.0f} s: {bad} did not hold, kept in {root}")
     return 1 if bad else 0
 
 

@@ -1,4 +1,4 @@
-"""What is left when the power goes: of a file what was synced last, of a folder the names that it had then.
+"""The files left after a power cut: of a file what was synced last, of a folder the names that it had then.
 
 That is what POSIX promises. A disk often keeps more, and what is right with this little must be right with more, as
 long as nothing counts on a file before it is synced.

@@ -80,7 +80,7 @@ def last(folder: RunFolder) -> Path:
 
 
 def tensors(path: Path, part: str = "") -> dict[str, torch.Tensor]:
-    """What a checkpoint holds, of the ``model``, the ``optimizer`` or everything."""
+    """The tensors of a checkpoint, of the ``model``, the ``optimizer`` or everything."""
     reader = TensorReader(path)
     known = reader.read_metadata().state_dict_metadata.items()
     content = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known}

@@ -58,4 +58,4 @@ CHANCES = {
     "variable_tracking": 1 / 26,
     "listops": 0.1,  # with up to four arguments; with ten, 0 and 9 are likelier
 }
-"""What guessing must reach, by reckoning or from many examples."""
+"""The score of guessing, calculated or from many examples."""

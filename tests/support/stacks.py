@@ -29,6 +29,6 @@ COMPARED = {
     "gathered": {"dtype": torch.float32, "train__param_dtype": "bfloat16", "train__precision": "bfloat16"},
     "spikes": {"dtype": torch.float32, "train__spike": 2.0, "train__bad_step": "skip", **STACKS["moe"]},
 }
-"""What two processes and one compute each, to be the same."""
+"""Stacks that two processes and one compute each, with equal results."""
 
 COMPILED = {"dtype": torch.float32, "train__compile": True, **STACKS["recurrent"]}

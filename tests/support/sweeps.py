@@ -17,14 +17,14 @@ from tests.support.runs import command_line
 
 @contextmanager
 def started(
-    cwd: Path, *arguments: str, program: list[str] | None = None, told: int | None = None
+    cwd: Path, *arguments: str, program: list[str] | None = None, output: int | None = None
 ) -> Iterator[subprocess.Popen]:
     """A sweep in a session of its own, all of whose processes know ``cwd``; none of them is left in the end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SWEEP_OF": str(cwd)}
     with open(cwd / "log", "a") as log:
         command = [*program, *arguments] if program else command_line(*arguments)
         process = subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=told or log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=cwd, env=environment, stdout=output or log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         yield process

@@ -1,4 +1,4 @@
-"""What two processes do, for ``test_processes.py``: started by torchrun, it leaves its findings in a folder.
+"""The work of two processes, for ``test_processes.py``: started by torchrun, it leaves its findings in a folder.
 
 Everything is in one script, since starting two processes takes longer than all that they do here.
 """
@@ -78,7 +78,7 @@ def torn_and_whole(root: Path, name: str, changes: dict) -> None:
     step = Run.step
 
     def preempted_in_step_5(run):
-        # One process alone is told, as may happen; both must stop after the same step.
+        # One process alone gets the signal, as may happen; both must stop after the same step.
         run.interrupts.requested = run.state.step == 4 and processes.rank() == 1
         return step(run)
 

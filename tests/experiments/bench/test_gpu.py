@@ -66,7 +66,7 @@ def drawn(length: int = 130, batch: int = 2, width: int = 16) -> Sizes:
 
 
 def bound(name: str, implementation: str, mode: str, sizes: Sizes) -> torch.Tensor:
-    """What an implementation computes."""
+    """The output of an implementation."""
     benchmark = BENCHMARKS[name]
     call, own = benchmark.implementations(CUDA)[implementation].bind(benchmark.inputs(mode, sizes))
     return call(**own)
@@ -368,7 +368,7 @@ def test_ceilings_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_baselines_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch):
-    """Against functions that stand in for theirs: names, layouts and what is left out."""
+    """Against stubs of their functions: names, layouts and what is left out."""
     asked: dict[str, Any] = {}
 
     def stand_in(name: str) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ def plain(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         ("train.lrr", 1.0, ["train.lrr", "unknown key", "Did you mean 'lr'?"]),
         ("train.lr", "fast", ["train.lr", "expected a number", "'fast'"]),
@@ -65,7 +65,7 @@ def plain(tmp_path):
         ("machine.processes", 3, ["train.batch_size is 8, machine.processes 3", "the same number"]),
     ],
 )
-def test_a_wrong_value_is_named_by_its_path(tmp_path, path, value, told):
+def test_a_wrong_value_is_named_by_its_path(tmp_path, path, value, message):
     config = plain(tmp_path)
     *parts, last = path.split(".")
     target = config
@@ -74,12 +74,12 @@ def test_a_wrong_value_is_named_by_its_path(tmp_path, path, value, told):
     target[last] = value
     with pytest.raises(ConfigError) as caught:
         run_config(config)
-    for words in told:
+    for words in message:
         assert words in str(caught.value)
 
 
 def test_modules_to_import_are_imported_first_and_tell_no_runs_apart(tmp_path, monkeypatch):
-    """What they register can be chosen in the same configuration."""
+    """A configuration can choose its own imports' entries."""
     monkeypatch.setitem(TASKS, "parity_again", None)  # Taken out again after the test.
     (tmp_path / "own_parts.py").write_text(
         "from experiments.tasks import TASKS\nTASKS['parity_again'] = TASKS['parity']"
@@ -91,7 +91,7 @@ def test_modules_to_import_are_imported_first_and_tell_no_runs_apart(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"model__pattern": "atention"}, ["model", "atention", "Did you mean 'attention'?"]),
         ({"model__pattern": "attention mamba2", "model__depth": 3}, ["model", "depth of 3", "attention mamba2"]),
@@ -103,10 +103,10 @@ def test_modules_to_import_are_imported_first_and_tell_no_runs_apart(tmp_path, m
         ({"model__channel": "swigloo"}, ["model", "swigloo", "Did you mean 'swiglu'?"]),
     ],
 )
-def test_a_model_that_cannot_be_built_is_refused(tmp_path, changes, told):
+def test_a_model_that_cannot_be_built_is_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError) as caught:
         tiny_config(tmp_path, **changes)
-    for words in told:
+    for words in message:
         assert words in str(caught.value)
 
 
@@ -133,7 +133,7 @@ def test_a_short_run_warms_up_for_as_long_as_it_has(arguments, warmup):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["train.steps=30", "train.warmup=31"], "train: warmup must be at most steps"),
         (["train.steps=some"], "train.steps: expected an integer, got 'some'"),
@@ -142,8 +142,8 @@ def test_a_short_run_warms_up_for_as_long_as_it_has(arguments, warmup):
         (["train.stepz=1"], "train.stepz: unknown key"),
     ],
 )
-def test_what_was_given_is_told_and_not_the_warmup(arguments, told):
-    with pytest.raises(ConfigError, match=told):
+def test_the_error_names_what_was_given_and_not_the_warmup(arguments, message):
+    with pytest.raises(ConfigError, match=message):
         resolve_composed(compose(arguments))
 
 
@@ -214,8 +214,8 @@ def test_a_folder_of_another_format_is_named(tmp_path, format):
         file.write_text(
             json.dumps(stored if format is not None else {k: v for k, v in stored.items() if k != "format"})
         )
-        told = f"{file} is of format {format or 1!r}, and this version of the runner reads {FORMAT}"
-        with pytest.raises(RunnerError, match=re.escape(told)):
+        message = f"{file} is of format {format or 1!r}, and this version of the runner reads {FORMAT}"
+        with pytest.raises(RunnerError, match=re.escape(message)):
             read()
     with pytest.raises(RunnerError, match=r"config\.json is of format"):
         folder.check(config)

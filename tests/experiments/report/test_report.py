@@ -133,7 +133,7 @@ def test_the_same_runs_draw_the_same_bytes(recorded, tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Plots take seconds, and some tests look at the words alone."""
+    """Plots take seconds, and some tests read the text alone."""
     monkeypatch.setattr(report_module, "draw", lambda comparison, target: [(comparison.name, "nothing")])
     monkeypatch.setattr(report_module, "draw_overview", lambda comparisons, target: None)
 
@@ -150,7 +150,7 @@ def test_results_csv_has_a_line_a_run_with_failures(recorded):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_missing_failed_and_damaged_runs_are_told(recorded, capsys, monkeypatch):
+def test_missing_failed_and_damaged_runs_are_reported(recorded, capsys, monkeypatch):
     record_run(recorded, "delta_net", 0, 0.9)
     record_run(recorded, "delta_net", 1, 0.9, status="failed")
     record_run(recorded, "retention", 0, 0.9, status="running")
@@ -211,7 +211,7 @@ def test_the_learning_rate_is_chosen_on_validation(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_every_grid_is_shown_and_every_failure_told(tmp_path, capsys, monkeypatch):
+def test_every_grid_is_shown_and_every_failure_reported(tmp_path, capsys, monkeypatch):
     """Those of the settings that were not chosen, too: they are half of the selection."""
     for decay in (0.0, 0.1):
         for lr in (1e-3, 1e-2):
@@ -322,11 +322,11 @@ def test_nothing_to_report_is_one_clear_error(tmp_path, prepare, capsys, monkeyp
         record_run(root, "attention", 0, 0.5, status="interrupted")
     monkeypatch.setattr("sys.argv", ["report", str(root)])
     assert main() == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert str(root) in told
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert str(root) in message
     expected = {"nothing": "is no folder", "empty": "no recorded run", "unfinished": "seed 0: interrupted"}
-    assert expected[prepare] in told
+    assert expected[prepare] in message
 
 
 def test_a_report_that_cannot_be_written_is_named(recorded):

@@ -65,7 +65,7 @@ def test_checkpoints_without_a_configuration_are_left_untouched(tmp_path):
         folder.check(config)
 
 
-def test_a_wrong_key_in_a_stored_config_is_told_with_its_file(tmp_path):
+def test_a_wrong_key_in_a_stored_config_is_reported_with_its_file(tmp_path):
     config = tiny_config(tmp_path)
     folder = RunFolder(config.folder())
     folder.create(config)

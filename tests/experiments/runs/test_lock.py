@@ -93,7 +93,7 @@ def test_another_machine_holds_it_while_it_renews(tmp_path):
 @pytest.mark.parametrize("ahead", [0, 1e6])
 def test_a_machine_that_went_down_a_moment_ago_is_waited_out(tmp_path, monkeypatch, capsys, ahead):
     """As when a scheduler starts its job again elsewhere at once: no sign of life comes, and the lock is stale.
-    So it is with a clock that was ahead, and what is waited for is told.
+    So it is with a clock that was ahead, and the wait is reported.
     """
     monkeypatch.setattr("experiments.runs.lock.STALE_SECONDS", 0.6)
     lock = RunLock(tmp_path / "claim.json")
@@ -108,8 +108,8 @@ def test_a_machine_that_went_down_a_moment_ago_is_waited_out(tmp_path, monkeypat
     capsys.readouterr()
     lock.acquire()
     assert lock.is_own()
-    told = f"waiting up to 0.6 s for a sign of life of process 1 on elsewhere, which holds the lock of {tmp_path}\n"
-    assert capsys.readouterr().err == told
+    message = f"waiting up to 0.6 s for a sign of life of process 1 on elsewhere, which holds the lock of {tmp_path}\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize("number", ["dead", "own"])

@@ -22,7 +22,7 @@ from tests.support.recorded import runs_command
 from tests.support.runs import command_line, tiny_config
 
 
-def test_list_tells_what_became_of_each_run(root, monkeypatch, capsys):
+def test_list_shows_what_became_of_each_run(root, monkeypatch, capsys):
     killed = RunFolder(tiny_config(root, seed=3).folder())
     killed.create(tiny_config(root, seed=3))
     killed.update(status="running")
@@ -42,25 +42,25 @@ def test_list_tells_what_became_of_each_run(root, monkeypatch, capsys):
     _, shown, _ = runs_command(monkeypatch, capsys, "list", root, "--status", "failed")
     assert "seed2" in shown
     assert "1 runs: 1 failed" in shown
-    code, _, told = runs_command(monkeypatch, capsys, "list", root, "--status", "faild")
+    code, _, message = runs_command(monkeypatch, capsys, "list", root, "--status", "faild")
     assert code == 1
-    assert "--status faild: expected one of damaged, failed, finished, " in told
-    assert "Did you mean 'failed'?" in told
+    assert "--status faild: expected one of damaged, failed, finished, " in message
+    assert "Did you mean 'failed'?" in message
 
 
 def damage(root: Path, monkeypatch) -> dict[str, str]:
-    """A folder that may not be read, one that goes away, and files that hold something else; what is told of each."""
-    told = {}
+    """A folder that may not be read, one that goes away, and files that hold something else; the problem of each."""
+    problems = {}
     for name, content in (("cut", '{"a": '), ("list", "[1]"), ("bytes", "\xff")):
         folder = root / "tiny" / name
         folder.mkdir()
         (folder / "config.json").write_bytes(content.encode("latin-1"))
-        told[name] = f"cannot read {folder / 'config.json'}"
+        problems[name] = f"cannot read {folder / 'config.json'}"
     for name in ("config.json", "run.json"):
         folder = root / "tiny" / f"folder-{name}"
         (folder / name).mkdir(parents=True)
         (folder / "config.json").exists() or (folder / "config.json").write_text("{}")
-        told[name] = f"cannot read {folder / name}: [Errno 21] Is a directory"
+        problems[name] = f"cannot read {folder / name}: [Errno 21] Is a directory"
     scandir, refused = os.scandir, {"closed": PermissionError(13, "Permission denied"),
                                     "gone": FileNotFoundError(2, "No such file or directory")}  # fmt: skip
 
@@ -71,29 +71,29 @@ def damage(root: Path, monkeypatch) -> dict[str, str]:
 
     for name, error in refused.items():
         (root / name).mkdir()
-        told[name] = f"cannot read {root / name}: {error.strerror}"
+        problems[name] = f"cannot read {root / name}: {error.strerror}"
     monkeypatch.setattr(os, "scandir", refusing)
-    return told
+    return problems
 
 
-def test_what_cannot_be_read_is_told_and_the_others_are_shown(root, tmp_path, monkeypatch, capsys):
-    told = damage(root, monkeypatch)
+def test_what_cannot_be_read_is_reported_and_the_others_are_shown(root, tmp_path, monkeypatch, capsys):
+    problems = damage(root, monkeypatch)
     file = tmp_path / "all.csv"
     for words, expected in (("list", "finished"), ("gc", "0 can go"), (f"export {file}", f"{file}: 10 runs")):
         code, shown, error = runs_command(monkeypatch, capsys, *words.split(), root)
         assert (code, error) == (1, "")
         assert expected in shown
-        for words in told.values():
+        for words in problems.values():
             assert f"damaged: {words}" in shown
     rows = read_table(file)
     assert [row["status"] for row in rows].count("damaged") == 7
     assert sum(bool(row["config.train.lr"]) for row in rows) == 3
     code, shown, _ = runs_command(monkeypatch, capsys, "show", "cut", "--root", root)
     assert code == 1
-    assert f"problem: {told['cut']}" in shown
+    assert f"problem: {problems['cut']}" in shown
     code, _, error = runs_command(monkeypatch, capsys, "show", "nowhere", "--root", root)
     assert code == 1
-    assert told["closed"] in error
+    assert problems["closed"] in error
 
 
 def test_a_full_output_is_one_line(root):
@@ -118,7 +118,7 @@ def test_a_reader_who_leaves_is_no_error(root):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_show_tells_all_of_one(root, monkeypatch, capsys):
+def test_show_prints_all_of_one(root, monkeypatch, capsys):
     code, shown, _ = runs_command(monkeypatch, capsys, "show", "seed0", "--root", root)
     assert code == 0
     for words in ("config.train.lr: 0.001", "status: finished", "data.hash: ", "environment.python: ", "metrics.jsonl"):
@@ -126,14 +126,14 @@ def test_show_tells_all_of_one(root, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "told"),
+    ("wanted", "message"),
     [("seed9", "is called 'seed9': expected one of attention-seed0"), ("attention", "3 runs below")],
 )
-def test_a_name_must_fit_one_run(root, monkeypatch, capsys, wanted, told):
+def test_a_name_must_fit_one_run(root, monkeypatch, capsys, wanted, message):
     code, _, shown = runs_command(monkeypatch, capsys, "show", wanted, "--root", root)
     assert code == 1
     assert shown.startswith("error: ")
-    assert told in shown
+    assert message in shown
 
 
 def test_runs_that_differ_in_the_seed_differ_in_that_and_what_comes_of_it(trained):
@@ -220,12 +220,12 @@ def test_brackets_are_shown_and_not_obeyed(root, monkeypatch, capsys):
 
 
 def test_export_refuses_other_formats_and_places(root, tmp_path, monkeypatch, capsys):
-    code, _, told = runs_command(monkeypatch, capsys, "export", tmp_path / "all.xlsx", root)
-    assert (code, told.partition(": expected")[2]) == (1, " a name that ends with .csv or .parquet\n")
+    code, _, message = runs_command(monkeypatch, capsys, "export", tmp_path / "all.xlsx", root)
+    assert (code, message.partition(": expected")[2]) == (1, " a name that ends with .csv or .parquet\n")
     for ending in ("csv", "parquet"):
-        code, _, told = runs_command(monkeypatch, capsys, "export", tmp_path / "none" / f"all.{ending}", root)
+        code, _, message = runs_command(monkeypatch, capsys, "export", tmp_path / "none" / f"all.{ending}", root)
         assert code == 1
-        assert "No such file" in told
+        assert "No such file" in message
     with pytest.raises(RunnerError, match="is no folder"):
         find_runs(tmp_path / "none")
 

@@ -198,7 +198,7 @@ def test_choices_multiply_within_a_row_and_the_last_of_a_key_counts():
 
 
 def test_a_run_survives_its_line(tmp_path):
-    """What is left out of a line is what stands at its default: the same run comes back from it."""
+    """A line leaves out what is at its default: the same run comes back from it."""
     config = tiny_config(tmp_path / "runs", model__mixers={"attention": {"conv_width": 4}})
     train_here(config)
     broken = tiny_config(tmp_path / "runs", seed=1, train__lr=1e30, train__grad_clip=0)
@@ -288,7 +288,7 @@ def test_records_that_are_cut_are_one_line(tmp_path):
     whole = (HOME / "length" / records.FILE).read_text(encoding="utf-8")
     file = tmp_path / "length" / records.FILE
     file.parent.mkdir()
-    for text, told in (
+    for text, message in (
         (whole[:-50], f"line 30 of {file} is no record of a run"),
         ('{"run": 3}\n', f"line 1 of {file} is no record of a run"),
         ("[]\n", f"line 1 of {file} is no record of a run"),
@@ -296,7 +296,7 @@ def test_records_that_are_cut_are_one_line(tmp_path):
         ("", "the records hold nothing where finished runs of results/length"),
     ):
         file.write_text(text, encoding="utf-8")
-        with pytest.raises(RunnerError, match=re.escape(told)):
+        with pytest.raises(RunnerError, match=re.escape(message)):
             draw(STUDIES["length"], tmp_path)
 
 

@@ -19,7 +19,7 @@ from tests.support.runs import tiny_config, train_here
 
 
 def make_litter(root: Path, dead_pid: int) -> list[Path]:
-    """What a killed sweep and killed training processes leave; its paths."""
+    """Make the leftovers of a killed sweep and killed training processes; their paths."""
     folder = pick_run(root, "seed0").folder
     gone = {**process_identity(os.getpid()), "started": "1"}
     abandoned = SweepStatus(root / ".sweeps" / "killed")
@@ -103,7 +103,7 @@ def test_a_run_with_everything_that_the_runner_writes_can_go(tmp_path, monkeypat
     code, folder = train_here(config)
     assert (code, folder.status()) == (1, "failed")
     assert folder.bad.is_dir()
-    folder.log_file.write_text("as the supervisor does")
+    folder.log_file.write_text("as the process that started it does")
     runs_command(monkeypatch, capsys, "gc", tmp_path, "--delete", "--failed")
     assert not folder.path.exists()
 
@@ -119,7 +119,7 @@ def test_a_run_in_training_is_left_alone(root, monkeypatch, capsys):
 
 @pytest.mark.parametrize("case", [("seed2", "finished", "--failed"), ("seed0", "running", "--checkpoints")])
 def test_a_run_that_ended_otherwise_meanwhile_stays(root, monkeypatch, capsys, case):
-    """Between the look and the removal: what it says under the lock is what counts."""
+    """Between the listing and the removal: the status under the lock counts."""
     seed, status, option = case
     folder, acquire = pick_run(root, seed).folder, type(RunFolder(root).lock).acquire
 

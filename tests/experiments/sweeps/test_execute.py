@@ -83,7 +83,7 @@ def test_a_run_finished_without_results_is_not_taken_for_done(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "message"),
     [
         ({"status": 3}, "its status is 3"),
         ({"status": "failed", "attempt": "x"}, "its attempt is 'x'"),
@@ -91,7 +91,7 @@ def test_a_run_finished_without_results_is_not_taken_for_done(tmp_path):
         ({"status": "finished", "results": {"test": 1}, "metric": 3}, "its metric is 3"),
     ],
 )
-def test_a_record_changed_by_hand_is_refused_with_its_path(tmp_path, record, told):
+def test_a_record_changed_by_hand_is_refused_with_its_path(tmp_path, record, message):
     config = tiny_config(tmp_path)
     folder = RunFolder(config.folder())
     folder.create(config)
@@ -99,7 +99,7 @@ def test_a_record_changed_by_hand_is_refused_with_its_path(tmp_path, record, tol
     entry = outcome(tmp_path, config)
     assert entry["status"] == "refused"
     assert str(folder.run_file) in entry["message"]
-    assert told in entry["message"]
+    assert message in entry["message"]
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -164,8 +164,8 @@ def test_a_run_stopped_before_it_trains_is_preempted_at_once(tmp_path, monkeypat
     assert (folder.status(), folder.record()["reason"]) == ("preempted", "stopped from outside")
 
 
-def test_a_process_that_cannot_write_is_told_with_the_path(tmp_path, monkeypatch):
-    """The disk is full from the first byte: nothing can be recorded, so the job itself has to tell."""
+def test_a_process_that_cannot_write_is_reported_with_the_path(tmp_path, monkeypatch):
+    """The disk is full from the first byte: nothing can be recorded, so the job itself has to report it."""
     config = tiny_config(tmp_path)
     RunFolder(config.folder()).create(config)
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); import runpy, sys;"

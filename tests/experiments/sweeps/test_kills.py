@@ -91,7 +91,7 @@ def test_after_a_full_disk_one_repeat_completes_the_sweep(tmp_path, most):
         "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     )
     sweep = [*SEEDS, "model=attention", "launcher=basic"]
-    with started(tmp_path, *sweep, program=[sys.executable, "-B", "-c", limited], told=subprocess.PIPE) as process:
+    with started(tmp_path, *sweep, program=[sys.executable, "-B", "-c", limited], output=subprocess.PIPE) as process:
         shown = process.communicate(timeout=280)[0].decode()  # a pipe, as no file could hold it
         assert process.returncode == 1
     assert "error: cannot write" in shown or "failed, cannot write" in shown

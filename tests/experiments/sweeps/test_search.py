@@ -42,7 +42,7 @@ def test_arguments_are_in_hydras_grammar(argument, value):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["train.lr=1e-3"], "nothing is searched"),
         (["task=mqar,stdlib_text"], "task cannot be searched"),
@@ -71,8 +71,8 @@ def test_arguments_are_in_hydras_grammar(argument, value):
         ([*SPACE, "train=null"], "train=null: expected one of default"),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(tmp_path, arguments, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_mistake_is_reported_before_anything_runs(tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
         Search([*TINY, f"runs={tmp_path}", *arguments])
     assert list(tmp_path.iterdir()) == []
 
@@ -86,7 +86,7 @@ def test_the_last_one_of_a_key_counts(tmp_path):
 
 
 def record(folder: Path, validation: float, test: float = 0.0, status: str = "finished") -> None:
-    """What a training process leaves."""
+    """The folder that a training process leaves."""
     results = {"results": {"validation": validation, "test": test}} if status == "finished" else {}
     (folder / "run.json").write_text(json.dumps({"format": FORMAT, "status": status, "attempt": 1, **results}))
 
@@ -172,7 +172,7 @@ def test_the_best_on_validation_is_chosen_and_never_the_best_on_test(tmp_path, t
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, trainer, jobs):
+def test_the_same_command_resumes_where_it_was_stopped(tmp_path, monkeypatch, trainer, jobs):
     search, _ = done(tmp_path / "whole", "search.trials=14", f"search.jobs={jobs}")
     whole, stopping = list(trainer.trained), Trainer()
     sweep = SweepStatus(tmp_path / "sweep")
@@ -197,7 +197,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch, tr
     assert again.summary()["trials"] == search.summary()["trials"]
 
 
-def test_no_secret_stands_in_the_file_of_a_search(tmp_path, trainer):
+def test_no_secret_is_in_the_file_of_a_search(tmp_path, trainer):
     search, _ = done(tmp_path, "search.trials=1", "tracker=wandb", "tracker.options.project=hf_abcdefghijklmnopqrst")
     assert "tracker.options.project=***" in json.loads(search.file.read_text())["fixed"]
 

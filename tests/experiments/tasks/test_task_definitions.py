@@ -1,4 +1,4 @@
-"""What sets each task apart from the others; what all owe is in test_tasks.py."""
+"""The properties of each task; those that all share are in test_tasks.py."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_distinct_numbers_are_uniform_and_differ():
     assert counts[counts > 0] / 30000 == pytest.approx(1 / 24, abs=0.005)
 
 
-def test_the_special_token_stands_anywhere_and_twice():
+def test_the_special_token_is_anywhere_and_twice():
     batch = InductionHeads(InductionHeadsConfig(length=6)).train_batch(0, 0, 8000)
     assert ((batch.tokens == 15).sum(axis=1) == 2).all()
     assert (batch.tokens[:, -1] == 15).all()
@@ -242,16 +242,16 @@ def test_letters_are_asked_for_before_the_string_too(length):
     assert np.array_equal(solve("ngram_lookup", batch, task.config)[asked], batch.targets[asked])
 
 
-def test_chains_are_told_in_any_order_that_keeps_each():
+def test_chains_are_given_in_any_order_that_keeps_each():
     """Of two chains of two statements there are six such orders."""
     task = VariableTracking(VariableTrackingConfig(length=300, chains=2, hops=1))
     seen = []
     for tokens in task.train_batch(0, 0, 3000).tokens:
         first = bytes(tokens.astype(np.uint8)).decode()
-        told = re.findall(r"VAR (\w+) = (\w+)", first)
+        assigned = re.findall(r"VAR (\w+) = (\w+)", first)
         asked = first.split("Which are ")[1][:5]
-        chain = [name for name, value in told if value == asked]
-        seen.append(tuple(asked in pair or chain[0] in pair for pair in told))
+        chain = [name for name, value in assigned if value == asked]
+        seen.append(tuple(asked in pair or chain[0] in pair for pair in assigned))
     counts = Counter(seen)
     assert len(counts) == 6
     assert [count / 3000 for count in counts.values()] == pytest.approx([1 / 6] * 6, abs=0.03)
@@ -374,7 +374,7 @@ class TestStdlibText:
         assert not any(part in ("test", "tests", "site-packages") for path in paths for part in path.split("/"))
         assert len(files["train"]) > 5 * len(files["validation"]) > 0
 
-    def test_judged_from_the_first_byte_of_held_out_files(self, tasks):
+    def test_evaluated_from_the_first_byte_of_held_out_files(self, tasks):
         batch = next(tasks["stdlib_text"].evaluation("test"))
         assert batch.tokens.shape == (5, 256)
         beginnings = {content[:256] for content in tasks["stdlib_text"].files["test"].values()}

@@ -49,8 +49,8 @@ class TestEveryTask:
         assert {split: held_out[split].tokens.shape[1] for split in task.tests} == task.tests
         assert max(task.tests.values()) == task.longest
 
-    def test_padding_is_told_from_filler(self, tasks, name):
-        """What follows the end of a formula, a copy or a file; blanks between a task's tokens belong to it."""
+    def test_padding_is_distinct_from_filler(self, tasks, name):
+        """Padding follows the end of a formula, a copy or a file; blanks between a task's tokens belong to it."""
         batch = tasks[name].train_batch(0, 0, 100)
         assert (batch.token_mask is not None) == (name in ("listops", "copying", "stdlib_text"))
         if name in ("listops", "copying"):

@@ -52,7 +52,7 @@ class Breaking(Tracker):
 
 
 @pytest.mark.parametrize("at", ["start", "log", "finish"])
-def test_a_failing_tracker_is_told_once_and_stops_nothing(tmp_path, monkeypatch, capsys, at):
+def test_a_failing_tracker_is_reported_once_and_stops_nothing(tmp_path, monkeypatch, capsys, at):
     monkeypatch.setitem(trackers.TRACKERS, "breaking", Breaking)
     config = tiny_config(tmp_path, tracker={"name": "breaking", "options": {"at": at}})
     code, folder = train_here(config)
@@ -105,7 +105,7 @@ def test_wandb_offline_hears_of_the_run(tmp_path, monkeypatch):
 
 
 def test_wandb_has_one_run_for_all_attempts_and_no_step_twice(tmp_path, monkeypatch):
-    """Preempted after step 7, where a checkpoint is, and killed after step 10 was told and before its checkpoint."""
+    """Preempted after step 7, where a checkpoint is, and killed after step 10 was logged and before its checkpoint."""
     config = tiny_config(tmp_path, tracker={"name": "wandb", "options": {}}, train__steps=15)
     sent, log = [], wandb.Run.log
     monkeypatch.setattr(
@@ -138,7 +138,7 @@ def test_wandb_has_one_run_for_all_attempts_and_no_step_twice(tmp_path, monkeypa
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard reads back: by name, steps and values."""
+    """The scalars that TensorBoard reads back: by name, steps and values."""
     reader = EventAccumulator(str(folder / "tensorboard"))
     reader.Reload()
     return {name: [(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}

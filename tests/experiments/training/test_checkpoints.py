@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, half written, kept and removed; and runs that go on from them exactly."""
+"""Checkpoints that are damaged, half written, kept and removed; and runs that resume from them exactly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def steps_of(folder: RunFolder) -> list[str]:
 
 
 class Watched:
-    """What a run sees and draws: the digest of each batch and numbers of each random stream, step by step."""
+    """The inputs and draws of a run: the digest of each batch and numbers of each random stream, step by step."""
 
     def __init__(self, monkeypatch):
         self.seen, step = [], Run.step
@@ -75,7 +75,7 @@ def test_ten_steps_or_five_and_five_are_the_same_to_the_bit(tmp_path, monkeypatc
 
 
 def damaged(path, how):
-    """Spoil a checkpoint in one way; what the message says of it."""
+    """Spoil a checkpoint in one way; returns a part of the message."""
     data, manifest = path / "__0_0.distcp", path / "manifest.json"
     if how == "a bit":
         content = bytearray(data.read_bytes())
@@ -99,7 +99,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, capsys, how):
     folder = train_here(config)[1]
     results, content = folder.record()["results"], tensors(last(folder))
     spoilt = last(folder)
-    told = damaged(spoilt, how)
+    message = damaged(spoilt, how)
     with pytest.raises(Damaged):
         verified(spoilt)
     folder.run_file.unlink()
@@ -108,7 +108,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, capsys, how):
     assert code == 0
     shown = capsys.readouterr().err
     assert f"checkpoint {spoilt} is damaged: " in shown
-    assert told in shown
+    assert message in shown
     assert "trying the one before it" in shown
     assert folder.record()["results"] == results
     assert [line["step"] for line in folder.metrics()] == [5, 10]

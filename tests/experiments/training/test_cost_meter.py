@@ -55,7 +55,7 @@ def test_processors_are_counted_once_a_machine_and_the_peak_is_the_highest(tmp_p
     assert (state.peak_memory_bytes, state.peak_gpu_memory_bytes) == (2**50, 7)
 
 
-def test_energy_and_time_reach_the_record_and_go_on_after_a_stop(tmp_path, monkeypatch):
+def test_energy_and_time_reach_the_record_and_continue_after_a_stop(tmp_path, monkeypatch):
     counter(tmp_path, "intel-rapl:0", 0, 10**12)
     monkeypatch.setattr("experiments.training.cost_meter.POWERCAP", tmp_path)
     spent = iter(range(0, 10**9, 10**6))

@@ -1,4 +1,4 @@
-"""What outlives a power cut, and what a hostile or damaged folder cannot do."""
+"""Files that outlive a power cut, and the limits of a hostile or damaged folder."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_at_every_moment_a_power_cut_leaves_what_the_checkpoints_count_on(tmp_pa
     assert list(dict.fromkeys(status for _, status in moments)) == [None, "running", "finished"]
 
 
-def test_lines_of_metrics_that_are_lost_are_told_and_recorded(tmp_path, capsys):
+def test_lines_of_metrics_that_are_lost_are_reported_and_recorded(tmp_path, capsys):
     config = tiny_config(tmp_path, train__steps=15)
     folder = train_here(config)[1]
     lines = folder.metrics_file.read_text().splitlines(keepends=True)
@@ -90,7 +90,7 @@ def mark_of(pid: int) -> str:
 
 
 def test_what_killed_attempts_left_half_written_goes_and_nothing_else(tmp_path, dead_pid):
-    """What lives, what was written elsewhere and what a link shows stays; the next attempt looks through its folder."""
+    """Files of living processes, files written elsewhere and links stay; the next attempt looks through its folder."""
     config = tiny_config(tmp_path / "runs")
     folder = train_here(config)[1]
     folder.run_file.unlink()
@@ -120,7 +120,7 @@ def test_what_killed_attempts_left_half_written_goes_and_nothing_else(tmp_path, 
 
 
 class Harm:
-    """What a pickle may name: a function to be called with some arguments as it is read."""
+    """An object that a pickle may name: a function to be called with some arguments as it is read."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -52,7 +52,7 @@ def test_micro_batches_are_as_large_as_asked_for(tmp_path, monkeypatch):
 
 
 def test_padding_counts_in_no_router_and_an_ignored_target_does(tmp_path):
-    """Whatever stands there, in whatever micro-batches; evaluation is told of it, too."""
+    """Whatever is there, in whatever micro-batches; evaluation gets the mask, too."""
     options = {"expert_bias": True, "capacity_factor": 1.0, "num_experts": 4}
     found = []
     for filling, size in ((0, 0), (7, 0), (7, 2)):
@@ -88,7 +88,7 @@ def test_a_routers_mean_over_tokens_is_that_of_the_batch_however_it_is_padded(tm
 
 
 def saved_bytes(run: Run) -> int:
-    """What the graph of the step holds at most: bytes of the storages that autograd saves."""
+    """The most that the graph of the step holds: bytes of the storages that autograd saves."""
     seen = {}
 
     def pack(tensor):
@@ -139,12 +139,12 @@ def test_compiled_graphs_on_disk_are_those_of_these_sources(tmp_path, monkeypatc
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, as are these
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("stack", [RECURRENT, MOE], ids=["recurrent", "moe"])
-def test_compiled_layers_give_the_same_gradients(tmp_path, stack, recompute):
+def test_compiled_layers_give_the_same_gradients(tmp_path, stack, checkpointed):
     torch._dynamo.reset()
     loss, plain = gradients(prepared(tmp_path, **stack))
-    run = prepared(tmp_path, train__compile=True, train__activation_checkpointing=recompute, **stack)
+    run = prepared(tmp_path, train__compile=True, train__activation_checkpointing=checkpointed, **stack)
     counted = torch._dynamo.utils.counters
     counted.clear()
     other, compiled = gradients(run)

@@ -1,4 +1,4 @@
-"""Two processes that torchrun started give what one gives: losses, gradients, weights, and runs that go on."""
+"""Two processes that torchrun started give what one gives: losses, gradients, weights, and runs that resume."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="session")
 def two(tmp_path_factory) -> Path:
-    """What two processes found."""
+    """The findings of two processes."""
     root = tmp_path_factory.mktemp("two")
     done = torchrun("-m", "tests.support.two_processes", str(root))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +38,7 @@ def two(tmp_path_factory) -> Path:
 
 
 def one(tmp_path, name: str) -> dict:
-    """What one process finds, which takes a batch in the shares that two have of it."""
+    """The findings of one process, which takes a batch in the shares that two have of it."""
     changes = COMPARED[name]
     return compare(tmp_path, {"train__micro_batch": 4, **changes})
 
@@ -110,7 +110,7 @@ def test_two_processes_resume_to_the_bit(two, stack):
     assert whole.record()["results"] == torn.record()["results"]
 
 
-def test_one_process_goes_on_from_a_checkpoint_of_two(two, tmp_path):
+def test_one_process_resumes_from_a_checkpoint_of_two(two, tmp_path):
     """And ends where one process alone ends, up to rounding."""
     config = tiny_config(two / "halfway", train__steps=20, train__eval_checkpoint="last")
     folder = RunFolder(config.folder())

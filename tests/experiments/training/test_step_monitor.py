@@ -141,7 +141,7 @@ def test_a_bad_step_is_met_again_to_the_bit(tmp_path):
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
 
 
-def test_a_step_without_numbers_tells_where_they_end(tmp_path):
+def test_a_step_without_numbers_names_the_layer_where_they_end(tmp_path):
     config = tiny_config(tmp_path, train__lr=1e38, train__grad_clip=0.0, model__depth=2)
     _, folder = train_here(config)
     (path,) = folder.bad.iterdir()
@@ -176,7 +176,7 @@ def test_a_batch_with_padding_is_kept_and_met_again_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"tokens": np.full((8, 16), 16)}, "its tokens are 16 to 16, and the task's 0 to 15"),
         ({"targets": np.full((8, 16), -1)}, "its targets are -1 to -1, and the task's 0 to 15"),
@@ -189,14 +189,14 @@ def test_a_batch_with_padding_is_kept_and_met_again_to_the_bit(tmp_path):
     ],
     ids=["tokens", "targets", "length", "mask", "nothing"],
 )
-def test_a_batch_that_the_task_does_not_have_is_named(tmp_path, change, told):
+def test_a_batch_that_the_task_does_not_have_is_named(tmp_path, change, message):
     config = tiny_config(tmp_path)
     folder = RunFolder(config.folder())
     folder.create(config)
     folder.bad.mkdir()
     whole = {"tokens": np.ones((8, 16), int), "targets": np.ones((8, 16), int)}
     np.savez(folder.bad / "step-000003.npz", **{**whole, **change}, step=3, loss=1.0, grad_norm=1.0, bad=True)
-    with pytest.raises(RunnerError, match=re.escape(f"is not the batch of a bad step of this run: {told}")):
+    with pytest.raises(RunnerError, match=re.escape(f"is not the batch of a bad step of this run: {message}")):
         replay(folder.bad / "step-000003.npz")
 
 

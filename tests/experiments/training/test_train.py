@@ -80,7 +80,7 @@ def test_the_same_configuration_gives_the_same_bits(tmp_path):
     assert not torch.equal(one["model.embedding.weight"], other["model.embedding.weight"])
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_as_if_nothing_had_happened(tmp_path, monkeypatch):
     whole = train_here(tiny_config(tmp_path / "whole", train__steps=20))[1]
     config, step = tiny_config(tmp_path / "torn", train__steps=20), Run.step
 
@@ -247,7 +247,7 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(tmp_path, monkeypatch, cap
     assert "No space left" in capsys.readouterr().err
 
 
-def test_a_disk_too_full_for_the_record_is_told_on_the_terminal(tmp_path, monkeypatch, capsys):
+def test_a_disk_too_full_for_the_record_is_reported_on_the_terminal(tmp_path, monkeypatch, capsys):
     config = tiny_config(tmp_path)
 
     def full(source, target):
@@ -263,9 +263,9 @@ def test_a_disk_too_full_for_the_record_is_told_on_the_terminal(tmp_path, monkey
 def test_a_task_that_cannot_be_made_is_one_line(tmp_path, capsys):
     config = tiny_config(tmp_path, task={"name": "stdlib_text", "length": 16, "eval_length": 10**8})
     code, folder = train_here(config)
-    told = "task stdlib_text: no test file has eval_length = 100000000 bytes; choose fewer"
-    assert (code, folder.record()["reason"]) == (1, told)
-    assert capsys.readouterr().err == f"failed: {told}\n"
+    reason = "task stdlib_text: no test file has eval_length = 100000000 bytes; choose fewer"
+    assert (code, folder.record()["reason"]) == (1, reason)
+    assert capsys.readouterr().err == f"failed: {reason}\n"
 
 
 def test_a_damaged_line_of_metrics_is_named(tmp_path, capsys):
@@ -279,7 +279,7 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().out
 
 
-def test_progress_tells_what_is_left(tmp_path):
+def test_progress_shows_what_is_left(tmp_path):
     clock = iter([0.0, 10.0, 10.1, 20.0])
     folder = RunFolder(tmp_path)
     progress = ProgressFile(folder, steps=100, first_step=20, clock=lambda: next(clock))
@@ -398,7 +398,7 @@ def test_sigterm_preempts_with_a_checkpoint_and_a_second_process_is_kept_out(tmp
 
 
 def test_routing_is_recorded_of_the_training_batch(tmp_path, monkeypatch):
-    """Not of the last validation batch, on which the model is judged in between."""
+    """Not of the last validation batch, on which the model is evaluated in between."""
     config = tiny_config(tmp_path, model__channel="moe", train__steps=1)
     folder, evaluate, seen = RunFolder(config.folder()), Run.evaluate, {}
 

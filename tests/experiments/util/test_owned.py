@@ -1,4 +1,4 @@
-"""What the runner removes is its own: folders that any option points at survive, byte for byte."""
+"""The runner removes only its own files: folders that any option points at survive, byte for byte."""
 
 from __future__ import annotations
 

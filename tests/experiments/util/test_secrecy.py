@@ -1,4 +1,4 @@
-"""What has the name or the form of a secret is masked wherever a run is recorded."""
+"""Secrets are masked by name or form wherever a run is recorded."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_is_nested_is_masked_by_name_and_form():
     assert masked_command("an open 'quote sk-abcdefghijklmnopqrst") == f"an open 'quote {MASK}"
 
 
-def test_no_secret_stands_in_a_record(tmp_path, monkeypatch):
+def test_no_secret_is_in_a_record(tmp_path, monkeypatch):
     """Given on the command line, or met in an error's text."""
 
     def failing(run):
