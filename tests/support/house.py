@@ -57,7 +57,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room(f"{_LAYERS}.convolution"),
         _room(f"{_LAYERS}.channel"),
         _room(f"{_LAYERS}.sparse_attention", "layers/attention"),
-        _room(f"{_LAYERS}.linear_attention", "layers/attention", "layers/delta_rule"),
+        _room(f"{_LAYERS}.linear_attention", "layers/attention"),
         _room(f"{_LAYERS}.state_space", "layers/recurrent"),
     ),
     "stacks": (_room("seqarch.layers"), _room("seqarch.models", "layers")),

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import l2_normalise
-from seqarch.layers.modules.short_conv import ShortConvolution
+from seqarch.layers.modules.token_shift import DEPTH, TokenShift, low_rank
 from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
 from seqarch.ops.delta_rule import flops as recurrence_flops
 
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 """The six mixtures of the last two tokens, and how steeply the initial share of each grows over the channels."""
-
-DEPTH = 0.5
-"""Where in the depth the initial values are those of the release, whose layers know which they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +38,6 @@ class Rwkv7Config(HeadsConfig):
 
     def rank(self, given: int | None, factor: float) -> int:
         return given or max(32, 32 * round(factor * self.d_model**0.5 / 32))
-
-
-class TokenShift(ShortConvolution):
-    """The token before each, as a short convolution of width 2 with the fixed weights 1 and 0: it has no tensors."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, 2)
-        del self.weight
-
-    def forward(
-        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        weight = F.pad(x.new_ones(self.channels, 1), (0, 1))
-        return ops.causal_conv1d(x, weight, state=state, cu_seqlens=cu_seqlens)
 
 
 class Rwkv7(RecurrentMixer):
@@ -133,12 +114,3 @@ def _uniform(size: int, bound: float) -> nn.Linear:
     linear = Linear(size, size, bias=False)
     nn.init.uniform_(linear.weight, -bound * size**-0.5, bound * size**-0.5)
     return linear
-
-
-def low_rank(size: int, rank: int, between: nn.Module, bias: Tensor | None = None) -> nn.Sequential:
-    """A map of D channels to D by way of ``rank``; orthogonal at first on its way out, as in the release."""
-    outer = Linear(rank, size, bias=bias is not None)
-    nn.init.orthogonal_(outer.weight, gain=0.1 * max(1.0, rank / size) ** 0.5)
-    if bias is not None:
-        outer.bias = nn.Parameter(bias.clone())  # several maps may start alike, and are trained apart
-    return nn.Sequential(Linear(size, rank, bias=False), between, outer)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.delta_rule.rwkv7 import DEPTH, TokenShift, low_rank
 from seqarch.layers.mixer import Boundaries, row_count
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import tokens_before
+from seqarch.layers.modules.token_shift import DEPTH, TokenShift, low_rank
 from seqarch.layers.recurrent_mixer import LinearMixer, RecurrentState
 from seqarch.ops.chunked.packing import over_sequences
 
