@@ -49,7 +49,7 @@ class NoDecay:
 
 
 class ScalarDecay:
-    """One decay a head and step: ``log_decay [B, N, G, R, C]``."""
+    """One decay per head and step: ``log_decay [B, N, G, R, C]``."""
 
     def __init__(self, log_decay: Tensor, dtype: torch.dtype):
         self._dtype = dtype
@@ -74,7 +74,7 @@ class ScalarDecay:
 
 
 class VectorDecay:
-    """One decay a key dimension: ``log_decay [B, N, G, R, C, K]``, C a multiple of ``SUB_CHUNK``."""
+    """One decay per key dimension: ``log_decay [B, N, G, R, C, K]``, C a multiple of ``SUB_CHUNK``."""
 
     def __init__(self, log_decay: Tensor, dtype: torch.dtype):
         self._dtype = dtype

@@ -11,11 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def sequence_count(x: Tensor, cu_seqlens: Sequence[int] | None) -> int:
-    """How many sequences ``x [B, T, ...]`` holds."""
-    return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-
-
 def split_sequences(offsets: tuple[int, ...], *inputs: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Each packed sequence's part of the inputs ``[1, T, ...]``; ``None`` stays ``None``."""
     lengths = [end - start for start, end in pairwise(offsets)]
@@ -34,7 +29,7 @@ def sequences(offsets: tuple[int, ...] | None, state: Tensor, *inputs: Tensor | 
 
 
 def join_sequences(pieces: Sequence[Tensor], dim: int) -> Tensor:
-    """What :func:`sequences` took apart, together again."""
+    """The inverse of :func:`sequences`."""
     return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim=dim)
 
 
@@ -45,7 +40,7 @@ def over_sequences(
 
     Args:
         offsets: boundaries of the sequences, or ``None`` to run once on everything.
-        state: one row a sequence (a row a batch entry without ``offsets``).
+        state: one row per sequence (one row per batch entry without ``offsets``).
         inputs: ``[1, T, ...]`` each, or ``None``, which is handed on.
     """
     outputs, states = zip(*[run(*pieces) for pieces in sequences(offsets, state, *inputs)], strict=True)

@@ -1,5 +1,5 @@
-"""What the matrix-state recurrences (linear attention, the delta rule) share: checks, operators, and how the references
-go through the tokens."""
+"""Shared by the matrix-state recurrences (linear attention, the delta rule): checks, operators, and the references'
+loop over tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from seqarch.ops.native.custom_op import Operator, Upstream
 from seqarch.ops.native.huge_pages import like
 
 Pair = tuple[Tensor, Tensor]
-
-
 R = TypeVar("R", bound=Inputs)
 DECAY_PATTERNS = {1: "H", 3: "B T H", 4: "B T H K"}
 
@@ -75,14 +73,16 @@ def recurrence_operator(
     devices: str | Sequence[str],
 ) -> Operator[R]:
     """The operator of o and the last state, of which nothing is kept but inputs; as :class:`Operator`."""
-    return Operator(
-        name, kind, forward, backward, plain, _outputs, results=2,
-        devices=devices,
-    )  # fmt: skip
+    return Operator(name, kind, forward, backward, plain, _outputs, results=2, devices=devices)
 
 
 def _outputs(inputs: Any) -> Pair:
     return like(inputs.v), like(inputs.state)
+
+
+def stepwise(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
+    """``[H]`` as a view ``[B, T, H]``; other decays as they are."""
+    return log_decay.expand(v.shape[:3]) if log_decay is not None and log_decay.ndim == 1 else log_decay
 
 
 def token_inputs(inputs: RecurrenceInputs, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:

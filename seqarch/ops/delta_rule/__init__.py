@@ -10,8 +10,8 @@ and with what is read, erased and written given apart
     S_t = P + \beta_t \big(k_t^\top v_t - \mathrm{erase}_t^\top (\mathrm{read}_t P)\big)
 
 Without decay: DeltaNet (Schlag et al. 2021, "Linear Transformers Are Secretly Fast Weight Programmers", eq. 24; Yang
-et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", section 2.2). One decay a head and step: Gated
-DeltaNet (Yang et al. 2024, "Gated Delta Networks", eq. 10). One a key dimension: Kimi delta attention (Zhang et al.
+et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", section 2.2). One decay per head and step: Gated
+DeltaNet (Yang et al. 2024, "Gated Delta Networks", eq. 10). One per key dimension: Kimi delta attention (Zhang et al.
 2025, "Kimi Linear", eq. 1). With a vector ``read`` of its own: Gated DeltaNet-2 (Hatamizadeh et al. 2026, "Gated
 DeltaNet-2"). With ``erase`` as well: RWKV-7 (Peng et al. 2025, "RWKV-7 Goose", eq. 17), whose correction reads the
 state before its decay, so that its ``read`` is divided by the decay.
@@ -19,7 +19,7 @@ state before its decay, so that its ``read`` is divided by the decay.
 With keys of unit norm the eigenvalue of a step along k_t is ``1 - beta_t``: beta in (0, 1) forgets, beta in (1, 2)
 makes it negative (Grazzi et al. 2024), beyond 2 the state grows.
 
-Work is ``O(T K V)`` a head, ``O(T C (K + V + C))`` more in chunks of C tokens. Any log decay from 0 to -inf is right.
+Work is ``O(T K V)`` per head, ``O(T C (K + V + C))`` more in chunks of C tokens. Any log decay from 0 to -inf is right.
 All other inputs are expected to be finite: a NaN or an infinity reaches later outputs and may reach earlier ones of its
 chunk (none in ``recurrent_torch``), but never another row, head or packed sequence.
 """
@@ -70,7 +70,7 @@ def delta_rule(
         log_decay: natural logarithms, at most 0: ``None``, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``.
         read, erase: ``[B, T, G, K]``, what reads the old value and where it is removed; k if ``None``.
         scale: defaults to ``K ** -0.5``.
-        state: ``[B, H, K, V]`` before the first token (a row a sequence under ``cu_seqlens``); zeros if ``None``.
+        state: ``[B, H, K, V]`` before the first token (one row per sequence under ``cu_seqlens``); zeros if ``None``.
         cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T.
         backend: a name, or ``"auto"``.
 

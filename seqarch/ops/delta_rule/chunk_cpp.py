@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.chunked.recurrence import recurrence_operator
+from seqarch.ops.chunked.recurrence import recurrence_operator, stepwise
 from seqarch.ops.delta_rule import chunk_torch
 from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 from seqarch.ops.native import cpu_library
@@ -25,28 +25,11 @@ def unsupported(inputs: DeltaRuleInputs) -> str | None:
 
 def _fields(inputs: DeltaRuleInputs) -> dict[str, Any]:
     """``seqarch_delta_rule_inputs``, copied where the last dimension is strided."""
-    q, v, log_decay, state = inputs.q, inputs.v, inputs.log_decay, inputs.state
-    per_key = log_decay is not None and log_decay.ndim == 4
-    return {
-        "dtype": cpu_library.DTYPES[v.dtype],
-        "q": cpu_library.rows(q),
-        "k": cpu_library.rows(inputs.k),
-        "v": cpu_library.rows(v),
-        "beta": inputs.beta,
-        "log_decay": cpu_library.rows(log_decay) if log_decay is not None and per_key else log_decay,
-        "decay_per_key": per_key,
-        "read": None if inputs.read is None else cpu_library.rows(inputs.read),
-        "erase": None if inputs.erase is None else cpu_library.rows(inputs.erase),
-        "scale": inputs.scale,
-        "state": state.contiguous(),
-        "offsets": inputs.offsets,
-        "sequences": state.shape[0],
-        "length": q.shape[1],
-        "groups": q.shape[2],
-        "heads": v.shape[2],
-        "keys": q.shape[3],
-        "values": v.shape[3],
-    }
+    fields = cpu_library.recurrence_fields(inputs)
+    fields["beta"] = inputs.beta
+    fields["read"] = None if inputs.read is None else cpu_library.rows(inputs.read)
+    fields["erase"] = None if inputs.erase is None else cpu_library.rows(inputs.erase)
+    return fields
 
 
 def forward(inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor]:
@@ -72,7 +55,7 @@ def run(inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor]:
     read, erase = inputs.read, inputs.erase
     dtype = cpu_library.activation_dtype(state, q, k, v, *(each for each in (read, erase) if each is not None))
     if log_decay is not None:
-        log_decay = cpu_library.stepwise(log_decay.to(state.dtype), v)
+        log_decay = stepwise(log_decay.to(state.dtype), v)
     read, erase = (None if each is None else each.to(dtype) for each in (read, erase))
     narrow = inputs.replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), beta=inputs.beta.to(state.dtype),
                             log_decay=log_decay, read=read, erase=erase)  # fmt: skip

@@ -30,13 +30,13 @@ def run(inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor]:
     decay = chunk_decay(inputs.log_decay, chunks, groups, state.dtype)
     qc, kc, vc, reads = (chunk_heads(x, chunks, groups, state.dtype) for x in (q, k, v, read))
     qc = qc * inputs.scale
-    rate = chunk_heads(inputs.beta.unsqueeze(-1), chunks, groups, state.dtype)
+    beta = chunk_heads(inputs.beta.unsqueeze(-1), chunks, groups, state.dtype)
     erases = kc if erase is None else chunk_heads(erase, chunks, groups, state.dtype)
 
-    system = rate * decay.scores(reads, erases).tril(-1)
-    writes = rate * vc
-    known = writes if erase is None else -rate * (decay.scores(reads, kc).tril(-1) @ writes)
-    right = torch.cat([known, rate * decay.from_start(reads)], dim=-1)
+    system = beta * decay.scores(reads, erases).tril(-1)
+    writes = beta * vc
+    known = writes if erase is None else -beta * (decay.scores(reads, kc).tril(-1) @ writes)
+    right = torch.cat([known, beta * decay.from_start(reads)], dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     values, recall = (part.unbind(1) for part in solved.split([vc.shape[-1], kc.shape[-1]], dim=-1))
 

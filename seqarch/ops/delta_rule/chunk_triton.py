@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seqarch.ops.chunked.recurrence import recurrence_operator
+from seqarch.ops.chunked.recurrence import recurrence_operator, stepwise
 from seqarch.ops.delta_rule import chunk_torch
 from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 from seqarch.ops.native.custom_op import Upstream, as_given
@@ -51,4 +51,4 @@ operator = recurrence_operator(
 
 
 def run(inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor]:
-    return operator(inputs.replace(log_decay=availability.stepwise(inputs.log_decay, inputs.v)))
+    return operator(inputs.replace(log_decay=stepwise(inputs.log_decay, inputs.v)))

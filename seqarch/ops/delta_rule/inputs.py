@@ -1,4 +1,4 @@
-"""What every backend of the delta rule takes."""
+"""The inputs of ``delta_rule``."""
 
 from __future__ import annotations
 

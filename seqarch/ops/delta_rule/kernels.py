@@ -20,11 +20,11 @@ from seqarch.ops.triton.tiles import (
     chunk_bounds,
     dot,
     from_start,
+    lower_triangle,
     over_chunk,
     put,
     tile,
     to_end,
-    tril_tile,
 )
 
 
@@ -33,7 +33,7 @@ def invert(
     scores, beta, out, starts, ends, beta_stride, heads,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``(I + M)^-1``, ``[rows, heads, CHUNK]``, its lower triangle written; a program a chunk and head.
+    """``(I + M)^-1``, ``[rows, heads, CHUNK]``, its lower triangle written; one program per chunk and head.
 
     Diagonal blocks of SUB tokens by substitution, row after row; then the inverse of two neighbours,
     ``[[A, 0], [B, C]]``, from theirs, as ``-C^-1 B A^-1`` below the diagonal, until the blocks are the chunk. No power
@@ -49,7 +49,8 @@ def invert(
     piece = tl.arange(0, CHUNK // SUB)[:, None, None]
     i, j = tl.arange(0, SUB)[None, :, None], tl.arange(0, SUB)[None, None, :]
     r = piece * SUB + i
-    blocks = -tril_tile(scores, r, piece * SUB + j, count, down, True).to(ACC) * tile(beta, r, 0, count, beta_stride, 1)
+    blocks = -lower_triangle(scores, r, piece * SUB + j, count, down, True).to(ACC)
+    blocks *= tile(beta, r, 0, count, beta_stride, 1)
     for t in range(1, SUB):
         row = tl.sum(tl.where(i == t, blocks, 0.0), 1)
         row += tl.sum(row[:, :, None] * blocks, 1)
@@ -58,7 +59,7 @@ def invert(
     row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     spread = tl.broadcast_to(blocks.reshape(CHUNK, 1, SUB), (CHUNK, CHUNK // SUB, SUB)).reshape(CHUNK, CHUNK)
     inverse = tl.where(row // SUB == column // SUB, spread, 0.0)
-    system = tril_tile(scores, row, column, count, down, True).to(ACC) * tile(beta, row, 0, count, beta_stride, 1)
+    system = lower_triangle(scores, row, column, count, down, True).to(ACC) * tile(beta, row, 0, count, beta_stride, 1)
     inverse = _merge(inverse, system, row, column, SUB, ACC, PRECISION)
     inverse = _merge(inverse, system, row, column, 2 * SUB, ACC, PRECISION)
     tl.store(out + row * down + column, inverse.to(out.dtype.element_ty), mask=(row >= column) & (row < count))
@@ -78,7 +79,7 @@ def solve(
     D: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``inverse (beta from_start(x))``, ``[rows, heads, D]``; a program a chunk, head and block of D."""
+    """``inverse (beta from_start(x))``, ``[rows, heads, D]``; one program per chunk, head and block of D."""
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = tl.cdiv(D, BLOCK)
     block, head, chunk = pid % blocks, pid // blocks % heads, pid // blocks // heads
@@ -90,7 +91,7 @@ def solve(
     factor = from_start(first, second, r, c, count, stride, D, DECAY, ACC)
     factor *= tile(beta + start * beta_stride + head, r, 0, count, beta_stride, 1)
     x += start * x_stride + head // (heads // groups) * D
-    left = tril_tile(inverse + (start * heads + head) * CHUNK, r, other, count, heads * CHUNK, False)
+    left = lower_triangle(inverse + (start * heads + head) * CHUNK, r, other, count, heads * CHUNK, False)
     right = tile(x, r, c, count, x_stride, D) * factor
     put(out + (start * heads + head) * D, dot(left, right, WORK, PRECISION), r, c, count, heads * D, D)
 
@@ -101,8 +102,8 @@ def corrected_states(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, WORK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state before each chunk, and the corrected values ``u = w - recall S``; a program a sequence, head and block
-    of V. ``w``, ``u``: ``[rows, heads, V]``; ``BK >= K``."""
+    """The state before each chunk, and the corrected values ``u = w - recall S``; one program per sequence, head and
+    block of V. ``w``, ``u``: ``[rows, heads, V]``; ``BK >= K``."""
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = tl.cdiv(V, BV)
     block, head, sequence = pid % blocks, pid // blocks % heads, pid // blocks // heads
@@ -134,7 +135,7 @@ def corrected_gradients(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state after each chunk, and of the corrected values, ``du = w + to_end(k) dS``, w being what
-    they get from queries of their own chunk; a program a sequence, head and block of V. ``BK >= K``."""
+    they get from queries of their own chunk; one program per sequence, head and block of V. ``BK >= K``."""
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = tl.cdiv(V, BV)
     block, head, sequence = pid % blocks, pid // blocks % heads, pid // blocks // heads
@@ -173,7 +174,7 @@ def value_gradients(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``z = -beta y`` and ``dbeta = y . (v - recalled)`` with ``y = inverse^T du`` and what each token recalls,
-    ``scores u + from_start(read) S``; a program a chunk and head."""
+    ``scores u + from_start(read) S``; one program per chunk and head."""
     pid = tl.program_id(0).to(tl.int64)
     head, chunk = pid % heads, pid // heads
     start, count = chunk_bounds(starts, ends, chunk)
@@ -183,14 +184,14 @@ def value_gradients(
     first, stride = at_head(first, start, head, heads, K, DECAY)
     second, stride = at_head(second, start, head, heads, K, DECAY)
     r, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    rate = tile(beta + start * beta_stride + head, r, 0, count, beta_stride, 1).to(ACC)
+    betas = tile(beta + start * beta_stride + head, r, 0, count, beta_stride, 1).to(ACC)
     total = tl.zeros([CHUNK, 1], ACC)
     for value in range(0, V, BV):
         columns = (value + tl.arange(0, BV))[None, :]
-        across = tril_tile(inverse + row * CHUNK, other, r, count, heads * CHUNK, False)
+        across = lower_triangle(inverse + row * CHUNK, other, r, count, heads * CHUNK, False)
         y = dot(across, tile(du + row * V, r, columns, count, heads * V, V), WORK, PRECISION)
-        put(z + row * V, -y * rate, r, columns, count, heads * V, V)
-        met = tril_tile(scores + row * CHUNK, r, other, count, heads * CHUNK, True)
+        put(z + row * V, -y * betas, r, columns, count, heads * V, V)
+        met = lower_triangle(scores + row * CHUNK, r, other, count, heads * CHUNK, True)
         recalled = dot(met, tile(u + row * V, r, columns, count, heads * V, V), WORK, PRECISION)
         for key in range(0, K, BK):
             c = key + tl.arange(0, BK)

@@ -102,14 +102,14 @@ class DeltaRule(Recurrence):
             self.groups, self.heads, **self.whole,
         )  # fmt: skip
         z, dbeta = self._value_gradients(solution, du)
-        terms = self.decay_gradient_terms(2)
+        decay_terms = self.decay_terms(2)
         both = states, dstates
-        dq, dk = self.key_gradients(self.queries, self.keys, do, u, both, scale, terms)
-        dread, again = self.key_gradients(self.read, self.keys, z, u, both, 1.0, terms, call=1)
+        dq, dk = self.key_gradients(self.queries, self.keys, do, u, both, scale, decay_terms)
+        dread, again = self.key_gradients(self.read, self.keys, z, u, both, 1.0, decay_terms, call=1)
         dk += again
         if self.read is self.keys:
             dk += dread
-        return [dq, dk, -z, dbeta, self.decay_gradients(terms), dread, dstate]
+        return [dq, dk, -z, dbeta, self.decay_gradients(decay_terms), dread, dstate]
 
     def _value_gradients(self, solution: Solution, du: Tensor) -> tuple[Tensor, Tensor]:
         z, dbeta = torch.empty_like(du), self.empty(self.rows, self.heads, dtype=self.sums)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seqarch.ops.chunked.recurrence import recurrence_operator
+from seqarch.ops.chunked.recurrence import recurrence_operator, stepwise
 from seqarch.ops.delta_rule import chunk_torch, chunk_triton
 from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
-from seqarch.ops.triton import availability
 
 unavailable, unsupported = chunk_triton.unavailable, chunk_triton.unsupported
 
@@ -25,4 +24,4 @@ operator = recurrence_operator(
 
 
 def run(inputs: DeltaRuleInputs) -> tuple[Tensor, Tensor]:
-    return operator(inputs.replace(log_decay=availability.stepwise(inputs.log_decay, inputs.v)))
+    return operator(inputs.replace(log_decay=stepwise(inputs.log_decay, inputs.v)))

@@ -3,11 +3,11 @@ r"""Linear attention with any diagonal decay.
 .. math::
     S_t = \mathrm{decay}_t \cdot S_{t-1} + k_t^\top v_t, \qquad o_t = \mathrm{scale} \cdot q_t S_t
 
-with ``decay_t = exp(log_decay_t)``: none (Katharopoulos et al. 2020, "Transformers are RNNs", eq. 16-20), one a head
-(Sun et al. 2023, "Retentive Network", eq. 6), one a head and step (Dao and Gu 2024, "Transformers are SSMs", section
-6: q = C, k = B, v = dt x), one a key dimension and step (Yang et al. 2023, "Gated Linear Attention", eq. 3).
+with ``decay_t = exp(log_decay_t)``: none (Katharopoulos et al. 2020, "Transformers are RNNs", eq. 16-20), one per head
+(Sun et al. 2023, "Retentive Network", eq. 6), one per head and step (Dao and Gu 2024, "Transformers are SSMs", section
+6: q = C, k = B, v = dt x), one per key dimension and step (Yang et al. 2023, "Gated Linear Attention", eq. 3).
 
-Work is ``O(T K V)`` a head, ``O(T C (K + V))`` more in chunks of C tokens. Any log decay from 0 to -inf is right.
+Work is ``O(T K V)`` per head, ``O(T C (K + V))`` more in chunks of C tokens. Any log decay from 0 to -inf is right.
 All other inputs are expected to be finite: a NaN or an infinity reaches later outputs and may reach earlier ones of its
 chunk (none in ``recurrent_torch``), but never another row, head or packed sequence.
 """
@@ -61,7 +61,7 @@ def linear_attention(
         v: ``[B, T, H, V]``, H a multiple of G.
         log_decay: natural logarithms, at most 0: ``None``, ``[H]``, ``[B, T, H]`` or ``[B, T, H, K]``.
         scale: defaults to ``K ** -0.5``.
-        state: ``[B, H, K, V]`` before the first token (a row a sequence under ``cu_seqlens``); zeros if ``None``.
+        state: ``[B, H, K, V]`` before the first token (one row per sequence under ``cu_seqlens``); zeros if ``None``.
         cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T.
         backend: a name, or ``"auto"``.
 

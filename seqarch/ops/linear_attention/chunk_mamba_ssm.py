@@ -1,7 +1,7 @@
-"""Mamba-2's Triton kernels of the package ``mamba-ssm`` (SSD), for decays a head, or a head and step.
+"""Mamba-2's Triton kernels of the package ``mamba-ssm`` (SSD), for decays per head, or a head and step.
 
-They compute ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t``. With one decay a head, dt is 1 and A the decay. With one a
-step, dt is that and x is v / dt; the gradient through dt would be a difference of numbers that grow as dt falls, so
+They compute ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t``. With one decay per head, dt is 1 and A the decay. With one
+per step, dt is that and x is v / dt; the gradient through dt would be a difference of numbers that grow as dt falls, so
 that of the decays is taken here, from what outputs met less what values met: summed backwards from step t on,
 ``do . o - dv . v``, and ``dS . S`` of the last state.
 """
@@ -66,7 +66,7 @@ def _scan(q: Tensor, k: Tensor, x: Tensor, steps: Tensor, rate: Tensor, state: T
 
 
 class _Stepwise(torch.autograd.Function):
-    """One decay a head and step, with a gradient that the kernels do not have."""
+    """One decay per head and step, with a gradient that the kernels do not have."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Chunks of 32 tokens: matrix products inside a chunk, one state update a chunk (Yang et al. 2023, section 4)."""
+"""Chunks of 32 tokens: matrix products inside a chunk, one state update per chunk (Yang et al. 2023, section 4)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seqarch.ops.chunked.recurrence import recurrence_operator
+from seqarch.ops.chunked.recurrence import recurrence_operator, stepwise
 from seqarch.ops.linear_attention import chunk_torch
 from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
 from seqarch.ops.native.custom_op import Upstream, as_given
@@ -48,9 +48,9 @@ def backward(inputs: LinearAttentionInputs, upstream: Upstream) -> list[Tensor]:
     dstates, dstate = call.states(queries, dout, dstate_out.contiguous(), scale, backward=True)
     scores = call.scores(queries, keys, call.K, decayed=True, scale=scale)
     dv = call.outputs(keys, dout, scores, dstates, 1.0, v.dtype, backward=True)
-    terms = call.decay_gradient_terms(1)
-    dq, dk = call.key_gradients(queries, keys, dout, values, (states, dstates), scale, terms)
-    ddecay = None if inputs.log_decay is None else call.decay_gradients(terms)
+    decay_terms = call.decay_terms(1)
+    dq, dk = call.key_gradients(queries, keys, dout, values, (states, dstates), scale, decay_terms)
+    ddecay = None if inputs.log_decay is None else call.decay_gradients(decay_terms)
     return as_given(inputs, (dq, dk, dv, ddecay, dstate))
 
 
@@ -60,4 +60,4 @@ operator = recurrence_operator(
 
 
 def run(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
-    return operator(inputs.replace(log_decay=availability.stepwise(inputs.log_decay, inputs.v)))
+    return operator(inputs.replace(log_decay=stepwise(inputs.log_decay, inputs.v)))

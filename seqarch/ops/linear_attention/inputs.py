@@ -1,4 +1,4 @@
-"""What every backend of linear attention takes."""
+"""The inputs of ``linear_attention``."""
 
 from __future__ import annotations
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from seqarch.ops.chunked.recurrence import recurrence_operator
+from seqarch.ops.chunked.recurrence import recurrence_operator, stepwise
 from seqarch.ops.linear_attention import chunk_torch, chunk_triton
 from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
-from seqarch.ops.triton import availability
 
 unavailable, unsupported = chunk_triton.unavailable, chunk_triton.unsupported
 
@@ -30,4 +29,4 @@ operator = recurrence_operator(
 
 
 def run(inputs: LinearAttentionInputs) -> tuple[Tensor, Tensor]:
-    return operator(inputs.replace(log_decay=availability.stepwise(inputs.log_decay, inputs.v)))
+    return operator(inputs.replace(log_decay=stepwise(inputs.log_decay, inputs.v)))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import seqarch
 from seqarch.ops.dispatch.checks import accumulation_dtype, unknown_name
+from seqarch.ops.dispatch.inputs import RecurrenceInputs
 from seqarch.ops.dispatch.scoped import Scoped
 from seqarch.ops.native.arguments import NUMBERS, packer, structures_beside
 
@@ -201,6 +202,24 @@ def activation_dtype(state: Tensor, *inputs: Tensor) -> torch.dtype:
     return torch.bfloat16 if narrow else state.dtype
 
 
-def stepwise(log_decay: Tensor, v: Tensor) -> Tensor:
-    """``[H]`` as a view ``[B, T, H]``; other decays as they are."""
-    return log_decay.expand(v.shape[:3]) if log_decay.ndim == 1 else log_decay
+def recurrence_fields(inputs: RecurrenceInputs) -> dict[str, Any]:
+    """The fields that the inputs of both recurrences' kernels have, copied where the last dimension is strided."""
+    q, v, log_decay, state = inputs.q, inputs.v, inputs.log_decay, inputs.state
+    per_key = log_decay is not None and log_decay.ndim == 4
+    return {
+        "dtype": DTYPES[v.dtype],
+        "q": rows(q),
+        "k": rows(inputs.k),
+        "v": rows(v),
+        "log_decay": rows(log_decay) if log_decay is not None and per_key else log_decay,
+        "decay_per_key": per_key,
+        "scale": inputs.scale,
+        "state": state.contiguous(),
+        "offsets": inputs.offsets,
+        "sequences": state.shape[0],
+        "length": q.shape[1],
+        "groups": q.shape[2],
+        "heads": v.shape[2],
+        "keys": q.shape[3],
+        "values": v.shape[3],
+    }

@@ -1,1 +1,1 @@
-"""What the Triton kernels of several operations share, and how they are launched."""
+"""Parts that the Triton kernels of several operations share, and their launch."""

@@ -2,7 +2,7 @@
 
 A form is the kernel with the dtypes of its tensors and its compile-time constants: widths, kinds of decay, precision.
 Sizes that differ from call to call (the batch, the length, how many sequences are packed) are no part of it, so no
-batch of data makes a kernel try its configurations again. A launch too small to fill the device tells nothing, and is
+batch of data makes a kernel try its configurations again. A launch too small to fill the device shows nothing, and is
 not timed. The kernel's source and Triton's version belong to the form: a choice does not outlive what it was made for.
 
 ``SEQARCH_AUTOTUNE=0`` takes the first configuration of each kernel, without timing any and whatever is kept.
@@ -104,7 +104,7 @@ def choose(form: str, configurations: Sequence[Configuration], time: Callable[[C
 
 
 def read(file: Path) -> dict[str, Choice]:
-    """What a file holds; nothing where there is none, or one that is not whole."""
+    """The content of a file; nothing where there is none, or one that is not whole."""
     try:
         kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return {form: Choice(Configuration(**one["configuration"]), one["milliseconds"]) for form, one in kept.items()}
@@ -120,7 +120,7 @@ def write(file: Path, choices: dict[str, Choice]) -> None:
 
 
 def report() -> Iterator[str]:
-    """Lines that tell all choices that are kept, and how they were made."""
+    """Lines that show all choices that are kept, and how they were made."""
     yield f"choices are kept in {folder()}" + ("" if enabled() else "; SEQARCH_AUTOTUNE=0, so none is used or made")
     for file in sorted(folder().glob("*.json")):
         yield file.stem.replace("_", " ")

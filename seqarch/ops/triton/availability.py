@@ -82,8 +82,3 @@ def unsupported(name: str, x: Tensor, widest: torch.dtype, **widths: int) -> str
         if width > WIDEST:
             return f"{letter} is {width}, expected at most {WIDEST}"
     return None
-
-
-def stepwise(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
-    """``[H]`` as a view ``[B, T, H]``; other decays as they are."""
-    return log_decay.expand(v.shape[:3]) if log_decay is not None and log_decay.ndim == 1 else log_decay

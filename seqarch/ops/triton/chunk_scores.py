@@ -1,7 +1,7 @@
-"""Triton kernels for the scores in a chunk: ``scores[i, j] = scale x_i . (exp(L_i - L_j) y_j)``, and their gradients.
+"""Triton kernels for the scores of a chunk, ``scores[i, j] = scale x_i . (exp(L_i - L_j) y_j)``, and their gradients.
 
 A head's scores are ``[rows, heads, CHUNK]``: the row of token i, the place of token j in its chunk. Entries that
-causality excludes are not written; who reads masks them. With one decay a key dimension, tokens of one sub-chunk meet
+causality excludes are not written; who reads masks them. With one decay per key dimension, tokens of one sub-chunk meet
 one by one, under a running product of single decays, and tokens of different sub-chunks in matrix products about the
 start of the later one.
 """
@@ -34,7 +34,7 @@ def scores(
     D: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, STRICT: tl.constexpr, WORK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """No decay, or one a head; a program a chunk and head. ``x``, ``y``: ``[rows, x_heads or y_heads, D]``."""
+    """No decay, or one per head; one program per chunk and head. ``x``, ``y``: ``[rows, x_heads or y_heads, D]``."""
     pid = tl.program_id(0).to(tl.int64)
     head, chunk = pid % heads, pid // heads
     start, count = chunk_bounds(starts, ends, chunk)
@@ -63,7 +63,7 @@ def vector_scores(
     K: tl.constexpr, BLOCK: tl.constexpr, STRICT: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One decay a key dimension; a program a sub-chunk of tokens i and a head. ``BLOCK >= K``."""
+    """One decay per key dimension; one program per sub-chunk of tokens i and a head. ``BLOCK >= K``."""
     pid = tl.program_id(0).to(tl.int64)
     head, piece = pid % heads, pid // heads
     own = (piece % (CHUNK // SUB)).to(tl.int32) * SUB
@@ -112,9 +112,10 @@ def vector_score_gradients(
     K: tl.constexpr, BLOCK: tl.constexpr, STRICT: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the scores' share to ``dx``, ``dy`` and ``met``, ``[rows, heads, K]`` each; a program a sub-chunk and head.
+    """Adds the scores' share to ``dx``, ``dy`` and ``met``, ``[rows, heads, K]`` each; one program per sub-chunk and
+    head.
 
-    ``met`` is ``x dx - y dy`` without the pairs of a token with itself, which no decay stands between.
+    ``met`` is ``x dx - y dy`` without the scores of a token with itself, between which there is no decay.
     """
     pid = tl.program_id(0).to(tl.int64)
     head, piece = pid % heads, pid // heads
@@ -157,7 +158,7 @@ def _earlier(
     y, before, after, dscores, c, own, count, wide, far, y_stride,
     K: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of a sub-chunk get from the keys of earlier ones."""
+    """The share of a sub-chunk's query gradients of the keys of earlier ones."""
     token = tl.arange(0, SUB)
     total, skipped = tl.zeros([SUB, c.shape[1]], ACC), tl.zeros([1, c.shape[1]], ACC)
     for back in range(SUB, own + 1, SUB):
@@ -175,7 +176,7 @@ def _later(
     x, before, after, dscores, c, own, count, wide, far, x_stride,
     K: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the keys of a sub-chunk get from the queries of later ones."""
+    """The share of a sub-chunk's key gradients of the queries of later ones."""
     token = tl.arange(0, SUB)
     total = tl.zeros([SUB, c.shape[1]], ACC)
     until = tile(after, own + token[:, None], c, count, wide, K)

@@ -23,11 +23,11 @@ from seqarch.ops.triton.tiles import (
     chunk_bounds,
     dot,
     from_start,
+    lower_triangle,
     over_chunk,
     put,
     tile,
     to_end,
-    tril_tile,
 )
 
 
@@ -38,7 +38,7 @@ def states(
     DECAY: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Forward, the state before each chunk from keys x and values w; backward, the gradient of the state after each
-    chunk from queries x and the outputs' gradients w. A program a sequence, head and tile of the state.
+    chunk from queries x and the outputs' gradients w. One program per sequence, head and tile of the state.
 
     ``out [chunks, heads, K, V]``; ``initial`` and ``last`` ``[sequences, heads, K, V]``.
     """
@@ -77,7 +77,7 @@ def outputs(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Forward ``scores w + from_start(x) S``, backward ``scores^T w + to_end(x) S``; without the states if not CARRIED.
-    ``out [rows, heads, V]``; a program a chunk, head and block of V."""
+    ``out [rows, heads, V]``; one program per chunk, head and block of V."""
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = tl.cdiv(V, BV)
     block, head, chunk = pid % blocks, pid // blocks % heads, pid // blocks // heads
@@ -91,9 +91,9 @@ def outputs(
     r, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     v = (block * BV + tl.arange(0, BV))[None, :]
     if BACKWARD:
-        met = tril_tile(scores, other, r, count, heads * CHUNK, STRICT)
+        met = lower_triangle(scores, other, r, count, heads * CHUNK, STRICT)
     else:
-        met = tril_tile(scores, r, other, count, heads * CHUNK, STRICT)
+        met = lower_triangle(scores, r, other, count, heads * CHUNK, STRICT)
     total = dot(met, tile(w, r, v, count, w_stride, V), WORK, PRECISION)
     if CARRIED:
         for k in tl.static_range(0, K, BK):
@@ -117,9 +117,9 @@ def gradients(
 ):  # fmt: skip
     """The gradient of queries x, ``from_start (w S^T) + dscores y``, w being the gradients of the outputs; BACKWARD of
     keys x, ``to_end (w dS^T) + dscores^T y``, w being the values. Without the states if not CARRIED; with one decay
-    per key dimension without the scores, which ``vector_score_gradients`` adds. A program a chunk, ``shared`` heads
-    together and a block of K. For ``decay_gradients``, with one decay per head a part a block of K: what queries met;
-    if BACKWARD the negative of what keys met in their own chunk, what they wrote, and what the chunk hands on.
+    per key dimension without the scores, which ``vector_score_gradients`` adds. One program per chunk, ``shared`` heads
+    that lie together and block of K. For ``decay_gradients``, with one decay per head a part per block of K: what
+    queries met; if BACKWARD minus what keys met in their own chunk, what they wrote, and what the chunk hands on.
     """
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = tl.cdiv(K, BK)
@@ -149,7 +149,7 @@ def gradients(
             total += share
             crossed = share * tile(x, r, c, count, x_stride, K)
         if CARRIED and BACKWARD:
-            _put_terms(written, crossed, row, r, c, count, heads, K, DECAY)
+            _put_decay_terms(written, crossed, row, r, c, count, heads, K, DECAY)
             _put_carried(
                 carried, states + here, others + here, near, rest, chunk * heads + head, c, count, stride, heads,
                 K, V, BV, DECAY, ACC,
@@ -166,7 +166,7 @@ def gradients(
             if not STRICT:
                 total += tile(scores, r, r, count, heads * CHUNK, CHUNK).to(ACC) * scale * other
         if (DECAY != VECTOR) or (not BACKWARD):
-            _put_terms(met, crossed, row, r, c, count, heads, K, DECAY)
+            _put_decay_terms(met, crossed, row, r, c, count, heads, K, DECAY)
     put(dx + (start * few + part) * K, total, r, c, count, few * K, K)
 
 
@@ -176,7 +176,8 @@ def _from_states(
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BACKWARD: tl.constexpr,
     DECAY: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What queries get, ``scale from_start (w S^T)``; BACKWARD keys, ``to_end (w dS^T)``."""
+    """The states' share of the gradients: of queries ``scale from_start (w S^T)``, BACKWARD of keys ``to_end (w
+    dS^T)``."""
     total = tl.zeros([CHUNK, c.shape[1]], ACC)
     for v in range(0, V, BV):
         column = v + tl.arange(0, BV)
@@ -194,14 +195,14 @@ def _put_carried(
     out, states, others, first, second, row, c, count, stride, heads,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store ``over S . dS`` of each key dimension, or summed over those of a head."""
+    """Store ``over S . dS`` per key dimension, or summed over those of a head."""
     if DECAY != NONE:
         total = tl.zeros([1, c.shape[1]], ACC)
         for v in range(0, V, BV):
             column = (v + tl.arange(0, BV))[:, None]
             total += tl.sum(tile(states, c, column, K, V, V).to(ACC) * tile(others, c, column, K, V, V), 0)[None, :]
         total *= over_chunk(first, second, c, count, stride, K, DECAY, ACC)
-        _put_terms(out, total, row, tl.arange(0, 1)[:, None], c, 1, heads, K, DECAY)
+        _put_decay_terms(out, total, row, tl.arange(0, 1)[:, None], c, 1, heads, K, DECAY)
 
 
 @triton.jit
@@ -209,18 +210,18 @@ def _from_scores(
     dscores, rows, first, second, r, count, down, stride,
     ACROSS: tl.constexpr, DECAY: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What scores of different tokens give: to queries from keys, ACROSS from queries to keys."""
+    """The scores' share of the gradients, different tokens alone: of queries from keys, ACROSS of keys from queries."""
     other = tl.arange(0, CHUNK)[None, :]
     i, j = (other, r) if ACROSS else (r, other)
-    met = tril_tile(dscores, i, j, count, down, True)
+    met = lower_triangle(dscores, i, j, count, down, True)
     if DECAY == SCALAR:
         met = met * between(first, second, i, j, count, stride)
     return dot(met, rows, WORK, PRECISION)
 
 
 @triton.jit
-def _put_terms(out, value, row, r, c, count, heads, K: tl.constexpr, DECAY: tl.constexpr):
-    """Store what crosses decays: of each key dimension, or summed over those of a head."""
+def _put_decay_terms(out, value, row, r, c, count, heads, K: tl.constexpr, DECAY: tl.constexpr):
+    """Store terms of the decays' gradient: per key dimension, or summed over those of a head."""
     if DECAY == VECTOR:
         put(out + row * K, value, r, c, count, heads * K, K)
     elif DECAY == SCALAR:

@@ -20,7 +20,8 @@ STRONGEST = tl.constexpr(-1000.0)
 
 @triton.jit
 def scalar_sums(log_decay, high, low, starts, ends, stride, heads, LANES: tl.constexpr):
-    """The sums ``(high, low)``, ``[rows, heads]`` each, of ``log_decay [rows, heads]``; a program a chunk and lanes."""
+    """The sums ``(high, low)``, ``[rows, heads]`` each, of ``log_decay [rows, heads]``; one program per chunk and
+    lanes."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(heads, LANES)
     start, end = tl.load(starts + pid // blocks), tl.load(ends + pid // blocks)
@@ -38,8 +39,8 @@ def scalar_sums(log_decay, high, low, starts, ends, stride, heads, LANES: tl.con
 
 @triton.jit
 def vector_sums(log_decay, before, after, starts, ends, stride, heads, K: tl.constexpr, LANES: tl.constexpr):
-    """The sums ``(before, after)``, ``[rows, heads, K]`` each, of ``log_decay [rows, heads, K]``; a program a sub-chunk
-    and head."""
+    """The sums ``(before, after)``, ``[rows, heads, K]`` each, of ``log_decay [rows, heads, K]``; one program per
+    sub-chunk and head."""
     pid = tl.program_id(0).to(tl.int64)
     head, piece = pid % heads, pid // heads
     chunk = piece // (CHUNK // SUB)
@@ -65,10 +66,10 @@ def decay_gradients(
     met, written, carried, gradient, starts, ends, chunks, rows, width,
     MET: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What crosses each step's decay: ``carried + sum_{j < m} written_j + sum_{i >= m} met_i`` within a chunk.
+    """The gradient of each log decay: ``carried + sum_{j < m} written_j + sum_{i >= m} met_i`` within a chunk.
 
     ``met`` is ``[MET, rows, width]``, ``written`` ``[PARTS, rows, width]`` and ``carried`` ``[PARTS, chunks, width]``,
-    summed over the first dimension; ``width`` is the heads, or heads times K. A program a chunk and lanes.
+    summed over the first dimension; ``width`` is the heads, or heads times K. One program per chunk and lanes.
     """
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(width, LANES)

@@ -39,7 +39,8 @@ class Tuned:
     configurations: tuple[Configuration, ...]
 
     def configuration(self, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Configuration:
-        """What to run in: the only one, the kept choice, or one made now; see :mod:`seqarch.ops.triton.autotune`."""
+        """The configuration to run in: the only one, the kept choice, or one made now; see
+        :mod:`seqarch.ops.triton.autotune`."""
         first = self.configurations[0]
         if len(self.configurations) == 1 or availability.interpreting() or not autotune.enabled():
             return first
@@ -54,7 +55,7 @@ class Tuned:
         return choices.configuration(self.form(arguments, constants), self.configurations, time)
 
     def form(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> str:
-        """What a choice is good for: dtypes and constants, never sizes, with the source and Triton's version."""
+        """The key of a choice: dtypes and constants, never sizes, with the source and Triton's version."""
         types = [str(argument.dtype).removeprefix("torch.") for argument in arguments if isinstance(argument, Tensor)]
         flags = [f"{name}={getattr(value, 'name', value)}" for name, value in sorted(constants.items())]
         source = f"source {self.kernel.cache_key[:8]}, Triton {triton.__version__}"
@@ -142,7 +143,7 @@ def strides(packed: bool, *inputs: Tensor) -> tuple[int, ...]:
 
 
 def products(dtype: torch.dtype) -> dict[str, Any]:
-    """What kernels of attention need to know of the dtype of their inputs."""
+    """The constants of attention's kernels that depend on the dtype of their inputs."""
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     # Triton's interpreter takes the bits of bfloat16 matrices for integers.
     work = sums if availability.interpreting() else dtype

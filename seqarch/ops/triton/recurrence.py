@@ -1,7 +1,7 @@
 """Launches the Triton kernels of chunked recurrences.
 
 A call's tokens are rows, numbered through the whole batch; sequences, packed or the entries of a batch, are cut into
-chunks that hold tokens of one sequence each. What kernels need to know of that are three small tables a batch layout,
+chunks that hold tokens of one sequence each. What kernels need to know of that are three small tables per batch layout,
 kept for the calls to come.
 """
 
@@ -54,8 +54,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class DecayGradientTerms:
-    """What the gradient of the decays is summed from, by the kernel ``decay_gradients``; first dimensions are parts."""
+class DecayTerms:
+    """The terms of the decays' gradient, which the kernel ``decay_gradients`` sums; the first dimensions are parts.
+
+    Attributes:
+        met: ``[..., rows, width]``, of each token's queries, and of its keys within the chunk; width is H or ``H K``.
+        written: ``[parts, rows, width]``, of what each token's keys write to the state.
+        carried: ``[parts, chunks, width]``, of the state that passes each chunk.
+    """
 
     met: Tensor
     written: Tensor
@@ -111,7 +117,7 @@ class Recurrence:
         return first, second
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for numbers that kernels exchange: in the dtype of the products unless named."""
+        """An uninitialised tensor that kernels exchange: in the dtype of the products unless named."""
         return self.layout.starts.new_empty(shape, dtype=dtype or self.work)
 
     def scores(self, x: Tensor, y: Tensor, width: int, decayed: bool, scale: float, strict: bool = False) -> Tensor:
@@ -164,7 +170,7 @@ class Recurrence:
         carried: bool = True,
     ) -> Tensor:
         """``[rows, H, V]``: ``scores w`` and what queries x read from states; backward, ``scores^T w`` and what keys x
-        get from the gradients of states. Without ``carried``, of scores alone."""
+        get from the gradients of states. Without ``carried``, of the scores alone."""
         out = self.empty(self.rows, self.heads, self.V, dtype=dtype)
         launch.launch(
             tuned(chunk_state.outputs), self.chunks * self.heads * triton.cdiv(self.V, self.BV),
@@ -173,14 +179,14 @@ class Recurrence:
         )  # fmt: skip
         return out
 
-    def decay_gradient_terms(self, calls: int) -> DecayGradientTerms:
-        """Room for the terms that ``calls`` calls of :meth:`key_gradients` add."""
+    def decay_terms(self, calls: int) -> DecayTerms:
+        """Uninitialised, for as many ``calls`` of :meth:`key_gradients`."""
         width = {NONE: 0, SCALAR: self.heads, VECTOR: self.heads * self.K}[self.decay]
         parts = 1 if self.decay == VECTOR else triton.cdiv(self.K, self.part)
         sides = calls if self.decay == VECTOR else 2 * calls
         met = self.empty(sides, parts, self.rows, width, dtype=self.sums)
         written = self.empty(parts, self.rows, width, dtype=self.sums)
-        return DecayGradientTerms(met, written, self.empty(parts, self.chunks, width, dtype=self.sums))
+        return DecayTerms(met, written, self.empty(parts, self.chunks, width, dtype=self.sums))
 
     def key_gradients(
         self,
@@ -190,7 +196,7 @@ class Recurrence:
         w: Tensor,
         states: tuple[Tensor, Tensor],
         scale: float,
-        terms: DecayGradientTerms,
+        decay_terms: DecayTerms,
         call: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The gradients of queries x and keys y, ``[rows, G, K]`` each, in the dtype of sums.
@@ -199,7 +205,7 @@ class Recurrence:
             do: rows of the gradient of what x reads.
             w: rows of the values under y.
             states: before each chunk, and the gradients of those after each.
-            terms: receives what the gradient of the decays needs.
+            decay_terms: receives this call's terms of the decays' gradient.
             call: after the first, y has written to the states already, and a token does not meet itself.
         """
         again = call > 0
@@ -212,11 +218,11 @@ class Recurrence:
             if again and side and self.decay == VECTOR:
                 dy.zero_()
                 continue
-            met = terms.met[call if self.decay == VECTOR else 2 * call + side]
+            met = decay_terms.met[call if self.decay == VECTOR else 2 * call + side]
             launch.launch(
                 tuned(chunk_state.gradients, 8), self.chunks * few * triton.cdiv(self.K, self.part),
-                own, other, values, dscores, *self.decays, read, rest, gradient, met, terms.written,
-                terms.carried, *self.bounds, self.chunks, self.rows, scale, own.stride(0), other.stride(0),
+                own, other, values, dscores, *self.decays, read, rest, gradient, met, decay_terms.written,
+                decay_terms.carried, *self.bounds, self.chunks, self.rows, scale, own.stride(0), other.stride(0),
                 values.stride(0), self.groups, self.heads, shared,
                 BACKWARD=bool(side), CARRIED=not (side and again), STRICT=again, **self._tiled() | {"BK": self.part},
             )  # fmt: skip
@@ -224,20 +230,20 @@ class Recurrence:
             return dx, dy
         launch.launch(
             chunk_scores.vector_score_gradients, self.chunks * (CHUNK // SUB) * self.heads,
-            x, y, self.log_decay, *self.decays, dscores, dx, dy, terms.met[call], *self.bounds, scale,
+            x, y, self.log_decay, *self.decays, dscores, dx, dy, decay_terms.met[call], *self.bounds, scale,
             x.stride(0), y.stride(0), self.log_decay.stride(0), self.groups, self.heads,
             K=self.K, BLOCK=block(self.K, 256), STRICT=again, num_warps=self.warps, **self.products,
         )  # fmt: skip
         return dx.unflatten(1, (self.groups, -1)).sum(2), dy.unflatten(1, (self.groups, -1)).sum(2)
 
-    def decay_gradients(self, terms: DecayGradientTerms) -> Tensor:
+    def decay_gradients(self, decay_terms: DecayTerms) -> Tensor:
         """``[rows, H]`` or ``[rows, H K]``, in the dtype of sums; empty without decay."""
-        parts, _, width = terms.written.shape
+        parts, _, width = decay_terms.written.shape
         gradient = self.empty(self.rows, width, dtype=self.sums)
         launch.launch(
             decay_sums.decay_gradients, self.chunks * triton.cdiv(width, 64),
-            terms.met, terms.written, terms.carried, gradient, *self.bounds, self.chunks, self.rows, width,
-            MET=terms.met.shape[:2].numel(), PARTS=parts, LANES=64, num_warps=2,
+            decay_terms.met, decay_terms.written, decay_terms.carried, gradient, *self.bounds, self.chunks, self.rows,
+            width, MET=decay_terms.met.shape[:2].numel(), PARTS=parts, LANES=64, num_warps=2,
         )  # fmt: skip
         return gradient
 

@@ -1,6 +1,7 @@
-"""What Triton kernels of softmax attention share: tiles at full speed, a softmax that grows key by key, and its parts.
+"""Functions that Triton kernels of softmax attention share: tiles at full speed, a softmax that grows key by key, and
+its parts.
 
-Scores are in base 2, so that a weight is one ``exp2``. As in ``tiles_triton``, a pointer stands at a tile's first row,
+Scores are in base 2, so that a weight is one ``exp2``. As in ``tiles``, a pointer is that of a tile's first row,
 moved there in 64 bits, and tiles are transposed only as they are read.
 """
 
@@ -66,7 +67,7 @@ def combine(
     D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, LISTED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The sum of each row's ``count`` parts, times scale; a program a row, a token's head, PARTS parts at a time.
+    """The sum of each row's ``count`` parts, times scale; one program per row, a token's head, PARTS parts at a time.
 
     ``parts [rows / shared, count, shared, D]``. If LISTED, ``entries [rows / shared, count]`` are negative where there
     is no part. If WEIGHTED, parts count by their share of the softmax, the logarithms of whose sums are ``log_sums``,

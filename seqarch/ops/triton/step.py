@@ -18,7 +18,7 @@ def steps(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DELTA: tl.constexpr, DECAY: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Linear attention, or the delta rule if DELTA; a program a sequence, head and block of V. ``BK >= K``."""
+    """Linear attention, or the delta rule if DELTA; one program per sequence, head and block of V. ``BK >= K``."""
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = tl.cdiv(V, BV)
     block, head, sequence = pid % blocks, pid // blocks % heads, pid // blocks // heads

@@ -1,17 +1,17 @@
-"""What Triton kernels of chunked recurrences share: tiles of memory, products, and decay inside a chunk.
+"""Functions that Triton kernels of chunked recurrences share: tiles of memory, products, and decay inside a chunk.
 
-A tensor of activations is a matrix of rows, one a token of the whole batch, ``stride`` numbers apart. The pointer that
-a function here takes stands at the chunk's first row and the head's first number, moved there in 64 bits; rows ``r``
-count from there, up to the ``count`` tokens of the chunk, in 32 bits. A tile is indexed by rows and columns of two
-dimensions, ``[R, 1]`` and ``[1, D]``, or ``[1, R]`` and ``[D, 1]`` to read it transposed. Tiles are transposed only so,
-as they are read: Triton from 3.4 on gives wrong results on Hopper for products of a product that was transposed in
+A tensor of activations is a matrix of rows, one per token of the whole batch, ``stride`` numbers apart. The pointer
+that a function here takes is that of the chunk's first row and the head's first number, moved there in 64 bits; rows
+``r`` count from there, up to the ``count`` tokens of the chunk, in 32 bits. A tile is indexed by rows and columns of
+two dimensions, ``[R, 1]`` and ``[1, D]``, or ``[1, R]`` and ``[D, 1]`` to read it transposed. Tiles are transposed only
+so, as they are read: Triton from 3.4 on gives wrong results on Hopper for products of a product that was transposed in
 registers, up to 3.7.0 in flash-linear-attention's issue 640, and in its issue 984 still in 3.7.1.
 
 Every exponent of a decay is a sum of log decays, none of which is positive, and never a difference of long sums:
 
-- one decay a head (``SCALAR``): running sums from the chunk's start in float64, each stored as two float32 numbers
+- one decay per head (``SCALAR``): running sums from the chunk's start in float64, each stored as two float32 numbers
   ``(high, low)``, whose differences keep the digits of a weak decay after a strong one;
-- one a key dimension (``VECTOR``): sums from the start of the token's sub-chunk up to and including the token
+- one per key dimension (``VECTOR``): sums from the start of the token's sub-chunk up to and including the token
   (``before``), and of the tokens after it in its sub-chunk (``after``).
 """
 
@@ -64,10 +64,10 @@ def chunk_bounds(starts, ends, chunk):
 
 
 @triton.jit
-def tril_tile(matrix, i, j, count, stride, STRICT: tl.constexpr):
-    """``matrix[i, j]`` where ``i >= j`` (``>`` if STRICT), else 0."""
+def lower_triangle(x, i, j, count, stride, STRICT: tl.constexpr):
+    """``x[i, j]`` where ``i >= j`` (``>`` if STRICT), else 0."""
     visible = (i > j) if STRICT else (i >= j)
-    return tl.load(matrix + i * stride + j, mask=visible & (i < count), other=0.0)
+    return tl.load(x + i * stride + j, mask=visible & (i < count), other=0.0)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def over_chunk(first, second, c, count, stride, width, DECAY: tl.constexpr, ACC:
 
 @triton.jit
 def between(high, low, r, other, count, stride):
-    """``exp(L_r - L_other)`` of one decay a head for ``r >= other``, else 0."""
+    """``exp(L_r - L_other)`` of one decay per head for ``r >= other``, else 0."""
     visible = (r >= other) & (r < count)
     highs = tile(high, r, 0, count, stride, 1) - tile(high, other, 0, count, stride, 1)
     lows = tile(low, r, 0, count, stride, 1) - tile(low, other, 0, count, stride, 1)

@@ -28,8 +28,9 @@ from seqarch.ops.triton import availability
 from seqarch.testing import assert_close
 from tests.ops.attention import test_attention as whole
 from tests.ops.block_sparse_attention import test_block_sparse_attention as listed
-from tests.ops.chunked.test_triton_recurrences import BOUND, DEVICE, EXACT, surrounded
+from tests.ops.chunked.test_triton_recurrences import BOUND, DEVICE, EXACT
 from tests.ops.experts import test_experts as routed
+from tests.support.surrounded import surrounded
 
 QUICK = ("packed_window", "key_start_window", "more_queries_window", "bidirectional", "long_window_of_a_block")
 QUICK_LISTED = ("lists_between", "packed_window", "window_key_start", "more_keys", "step", "key_start_step")

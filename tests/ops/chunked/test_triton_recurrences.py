@@ -22,6 +22,7 @@ from seqarch.ops import OPS
 from seqarch.ops.triton import availability
 from seqarch.testing import assert_close
 from tests.ops.chunked.test_compiled_recurrences import call, gradients, make
+from tests.support.surrounded import surrounded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float32 if DEVICE == "cuda" else torch.float64
@@ -146,15 +147,6 @@ def test_strong_decay_in_float32(op: str, decay: str):
 def test_low_precision(op: str, decay: str, dtype: torch.dtype):
     inputs = make(op, decay, **SMALL | {"T": 34, "K": 16, "V": 16})
     compare(op, "chunk_triton", inputs, dtype)
-
-
-def surrounded(x: Tensor) -> Tensor:
-    """The same numbers, with NaN before and after each token's and around all of them."""
-    batch, length, *rest = x.shape
-    width = torch.Size(rest).numel()
-    room = x.new_full((batch * length + 128, width + 80), torch.nan)
-    room[64 : 64 + batch * length, 40 : 40 + width] = x.reshape(batch * length, width)
-    return room[64 : 64 + batch * length, 40 : 40 + width].view(x.shape)
 
 
 @pytest.mark.parametrize(("op", "decay"), [("linear_attention", "step"), ("delta_rule", "key")])

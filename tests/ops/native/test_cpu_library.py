@@ -100,7 +100,7 @@ def test_a_size_that_nothing_has_is_refused():
     x, empty = torch.ones(1, 1, 1, 1), torch.empty(0)
     for isa in cpu_library.supported_isas():
         for wrong in (-1, -(2**63), 2**60, 2**63 - 1):
-            inputs = attention_cpp._fields(LinearAttentionInputs(x, x, x, None, 1.0, x, None)) | {"keys": wrong}
+            inputs = cpu_library.recurrence_fields(LinearAttentionInputs(x, x, x, None, 1.0, x, None)) | {"keys": wrong}
             with cpu_library.use_isa(isa), pytest.raises(ValueError, match="linear_attention_forward returned 1"):
                 attention_cpp._forward(inputs, {"o": empty, "state_out": empty})
 
@@ -111,16 +111,24 @@ def test_running_out_of_memory_is_an_error():
         with cpu_library.use_isa(isa):
             with pytest.raises(MemoryError, match="linear returned 2: out of memory"):
                 linear._linear(
-                    {"dtype": 0, "x": empty, "weight": empty, "bias": None, "y": empty}
-                    | {"rows": huge, "depth": 1, "width": 0}
+                    {
+                        "dtype": 0,
+                        "x": empty,
+                        "weight": empty,
+                        "bias": None,
+                        "y": empty,
+                        "rows": huge,
+                        "depth": 1,
+                        "width": 0,
+                    }
                 )
             A, row = x[0, 0], x[0]
-            given = KernelInputs(row, row, A, x, x, None, None, None, False, True, x[0], None, keep=False)
+            given = KernelInputs(row, row, A, x, x, None, None, None, False, True, row, None, keep=False)
             inputs = scan_cpp.KERNELS._fields(given)
             with pytest.raises(MemoryError, match="selective_scan_forward returned 2"):
                 scan_cpp._forward(inputs | {"state_width": huge}, {"y": row, "state_out": empty, "starts": None})
             outputs = {"o": empty, "state_out": empty}
-            inputs = attention_cpp._fields(LinearAttentionInputs(x, x, x, None, 1.0, x, None))
+            inputs = cpu_library.recurrence_fields(LinearAttentionInputs(x, x, x, None, 1.0, x, None))
             with pytest.raises(MemoryError, match="linear_attention_forward returned 2"):
                 attention_cpp._forward(inputs | {"keys": huge}, outputs)
             inputs = delta_cpp._fields(DeltaRuleInputs(x, x, x, x[..., 0], None, None, None, 1.0, x, None))

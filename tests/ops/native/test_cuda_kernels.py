@@ -28,6 +28,7 @@ from tests.ops import test_oracles as oracles
 from tests.ops.causal_conv1d import test_causal_conv1d as conv
 from tests.ops.selective_scan import test_selective_scan as scans
 from tests.support.paths import ROOT
+from tests.support.surrounded import surrounded
 
 REAL = cuda_library.unavailable() is None
 DEVICE = "cuda" if REAL else "cpu"
@@ -165,15 +166,6 @@ def test_nan_and_inf_stay_in_their_channel_and_sequence():
         assert torch.equal(y.isfinite().cpu(), expected)
         convolved, _ = conv.convolve("parallel_cuda", placed(conv.make(B=1, T=300, D=6) | {"x": inputs["x"].double()}))
         assert torch.equal(convolved.isfinite().all(2).cpu()[0], (torch.arange(300) - 132.5).abs() > 2)
-
-
-def surrounded(x: Tensor) -> Tensor:
-    """The same numbers, with NaN before and after each token's and around all of them."""
-    batch, length, *rest = x.shape
-    width = torch.Size(rest).numel()
-    room = x.new_full((batch * length + 128, width + 80), torch.nan)
-    room[64 : 64 + batch * length, 40 : 40 + width] = x.reshape(batch * length, width)
-    return room[64 : 64 + batch * length, 40 : 40 + width].view(x.shape)
 
 
 def test_nothing_is_read_beyond_the_tensors():
