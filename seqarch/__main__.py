@@ -1,6 +1,6 @@
 """``python -m seqarch``: versions, devices, and which backend of which operation runs here, or why it does not.
 
-``python -m seqarch tuning`` tells in which configurations the Triton kernels run here, and what these were chosen from.
+``python -m seqarch tuning`` shows in which configurations the Triton kernels run here, and what these were chosen from.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Settings:
         """
         entries = self.get(name, default=default)
         if not entries or len(entries) != (count or len(entries)):
-            expected = f"{count}, one a layer" if count else "at least one"
+            expected = f"{count}, one per layer" if count else "at least one"
             raise ValueError(f"{self.model_type}: {name} has {len(entries)} entries, expected {expected}")
         for entry in entries:
             if entry not in choices:

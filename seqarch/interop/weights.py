@@ -165,7 +165,7 @@ class WeightMap:
         for side in ([name for rule in self.rules for name in names(rule)] for names in (_theirs, _ours)):
             twice = sorted({name for name in side if side.count(name) > 1}) if len(set(side)) < len(side) else []
             if twice:
-                raise ValueError(f"these tensors stand in two rules: {', '.join(twice)}")
+                raise ValueError(f"these tensors are in two rules: {', '.join(twice)}")
 
     def to_seqarch(self, state_dict: Mapping[str, Tensor]) -> Weights:
         """Our state dict from theirs.

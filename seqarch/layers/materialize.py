@@ -22,7 +22,7 @@ VALUES = {
 
 
 class Materialized(NamedTuple):
-    """What one call of an operation did with its values.
+    """One call of an operation, as a map of its values.
 
     Attributes:
         op: the operation.
@@ -44,7 +44,7 @@ def materialize(mixer: Mixer, x: Tensor) -> list[Materialized]:
 
     Attention, the selective scan, linear attention and the delta rule are all linear in their values, with weights that
     depend on the rest of the input (Dao and Gu 2024, "Transformers are SSMs", section 3). One entry for each call of
-    such an operation, in order; short convolutions, norms and gates stand outside. Work and memory grow as ``T^2``
+    such an operation, in order; short convolutions, norms and gates are outside. Work and memory grow as ``T^2``
     times the operation's own: for tests and pictures, at small T.
 
     Raises:

@@ -106,9 +106,9 @@ def _tensors(state: StackState) -> list[Tensor]:
 
 def _write(layers: Sequence[StackLayer], rows: int) -> list[Part]:
     """Neighbouring layers that have instructions with their program, the others with one that stays empty."""
-    refused = {layer: _refusal(layer, rows) is not None for layer in layers}
-    groups = [list(group) for _, group in groupby(layers, key=refused.__getitem__)]
-    return [(_empty(part, rows) if refused[part[0]] else _finished(part, rows), part) for part in groups]
+    unsupported = {layer: _unsupported(layer, rows) is not None for layer in layers}
+    groups = [list(group) for _, group in groupby(layers, key=unsupported.__getitem__)]
+    return [(_empty(part, rows) if unsupported[part[0]] else _finished(part, rows), part) for part in groups]
 
 
 def _finished(layers: Sequence[StackLayer], rows: int) -> Program:
@@ -131,7 +131,7 @@ def _program(layers: Sequence[StackLayer], rows: int) -> Program:
     return program
 
 
-def _refusal(layer: StackLayer, rows: int) -> str | None:
+def _unsupported(layer: StackLayer, rows: int) -> str | None:
     try:
         _program([layer], rows)
     except Unserved as reason:
@@ -141,4 +141,4 @@ def _refusal(layer: StackLayer, rows: int) -> str | None:
 
 def explain(layers: Sequence[StackLayer]) -> list[str]:
     """For each layer, whether one token of it is compiled, or why not."""
-    return [_refusal(layer, 1) or "compiled" for layer in layers]
+    return [_unsupported(layer, 1) or "compiled" for layer in layers]

@@ -1,4 +1,4 @@
-"""Pure functions on tensors, one folder an operation, each with several backends behind one contract.
+"""Pure functions on tensors, one folder per operation, each with several backends behind one contract.
 
 Layout is ``[B, T, H, D]``. Decays are natural logarithms (``log_decay <= 0``). ``cu_seqlens`` packs several sequences
 into a batch of one. Recurrent states are float32 (float64 for float64 inputs); gradients flow into and out of them.
@@ -61,7 +61,7 @@ def use_backends(**choices: str) -> AbstractContextManager[None]:
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
-    """What would run for ``op(*args, **kwargs)``, and why each other backend would not.
+    """The backend that would run ``op(*args, **kwargs)``, and why each other one would not.
 
     Args:
         op: a key of ``OPS``; the rest are the operation's own arguments without ``backend``.

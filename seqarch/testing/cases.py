@@ -1,4 +1,4 @@
-"""What is held to the laws: a layer with its options, on one backend of one operation that it uses."""
+"""The cases that are held to the laws: a layer with its options, on one backend of one operation that it uses."""
 
 from __future__ import annotations
 

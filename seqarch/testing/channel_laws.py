@@ -42,4 +42,4 @@ def channel_flops(case: Case) -> None:
 
 
 CHANNEL_LAWS: tuple[Law, ...] = (tokens_alone, channel_gradients, channel_flops)
-"""What a channel mixer obeys."""
+"""The laws of channel mixers."""

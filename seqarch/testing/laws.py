@@ -197,7 +197,7 @@ def lengths(case: Case) -> None:
 Law = Callable[[Case], None]
 
 LAWS: tuple[Law, ...] = (causality, split, packed, gradients, accounting, lengths)
-"""What a mixer obeys."""
+"""The laws of mixers."""
 
 
 def hold(case: Case, laws: tuple[Law, ...]) -> None:

@@ -164,7 +164,7 @@ def test_settings_of_another_type_are_named(name: str):
 
 def test_lists_of_layers_are_as_long_as_the_model_is_deep():
     config = json.loads(VARIANTS["Qwen3NextForCausalLM"][0]().to_json_string(use_diff=False))
-    with pytest.raises(ValueError, match="qwen3_next: layer_types has 1 entries, expected 3, one a layer"):
+    with pytest.raises(ValueError, match="qwen3_next: layer_types has 1 entries, expected 3, one per layer"):
         lm_config({**config, "layer_types": ["full_attention"]})
     with pytest.raises(
         ValueError, match=r"unknown entry of layer_types 'ful_attention'.*Did you mean 'full_attention'"

@@ -104,7 +104,7 @@ def test_wrong_shapes_are_named(step, message: str):
 
 
 def test_no_tensor_stands_in_two_rules():
-    with pytest.raises(ValueError, match="these tensors stand in two rules: x"):
+    with pytest.raises(ValueError, match="these tensors are in two rules: x"):
         WeightMap([rule("a", "x"), rule("b", "x")])
 
 

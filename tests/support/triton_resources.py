@@ -156,8 +156,8 @@ def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -
 
 
 def softmax(dtype: torch.dtype, width: int) -> None:
-    """Attention over all keys and over a window from where rows begin, and over blocks with one head a list; and of few
-    queries: of one over its keys in one part and in many, of several with heads that share keys."""
+    """Attention over all keys and over a window from where rows begin, and over blocks with one head per list; and of
+    few queries: of one over its keys in one part and in many, of several with heads that share keys."""
     x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     one, several = x[:, :1], torch.zeros(1, 16, 16, width, dtype=dtype)
     for window, key_start in ((0, None), (100, start)):

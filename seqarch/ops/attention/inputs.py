@@ -1,4 +1,4 @@
-"""What every backend of softmax attention takes."""
+"""The inputs of ``attention``."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ have one. Dao 2023, "FlashAttention-2", section 3; no weight is kept, the backwa
 logarithms of their sums.
 
 A few queries, as of a token that is generated, would leave a device idle so: their keys are split among programs, each
-with the queries of all heads that share them, and ``softmax_triton.combine`` adds the parts up (Dao et al. 2023,
+with the queries of all heads that share them, and ``softmax.combine`` adds the parts up (Dao et al. 2023,
 "Flash-Decoding for long-context inference").
 
 Tokens are counted in 32 bits inside a batch row, or inside the one row of packed sequences; pointers are moved in 64.
@@ -75,7 +75,7 @@ def attend(
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``o [B, queries, heads, V]`` and ``log_sum [B, queries, heads]``; a program a tile of BQ queries and head."""
+    """``o [B, queries, heads, V]`` and ``log_sum [B, queries, heads]``; one program per tile of BQ queries and head."""
     sequence, first, head, _, query_end, begin, end = _place(tiles, bounds, key_start, heads, START)
     group, count = head // (heads // groups), query_end - first
     q += sequence * q_batch + first.to(tl.int64) * q_row + head * q_head
@@ -218,7 +218,7 @@ def _of_keys(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What queries get from the BT keys that begin there."""
+    """The share of the queries' gradients of the BT keys that begin there."""
     t, c, column, count = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV), end - there
     k += there.to(tl.int64) * k_row
     v += there.to(tl.int64) * v_row
@@ -240,8 +240,8 @@ def key_gradients(
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dk [B, keys, groups, K]`` and ``dv [B, keys, groups, V]``; a program a tile of BT keys and head of theirs, with
-    the queries of all heads that share it."""
+    """``dk [B, keys, groups, K]`` and ``dv [B, keys, groups, V]``; one program per tile of BT keys and head of theirs,
+    with the queries of all heads that share it."""
     sequence, first, group, query_begin, query_end, begin, end = _place(tiles, bounds, key_start, groups, START)
     count, shared = end - first, heads // groups
     k += sequence * k_batch + first.to(tl.int64) * k_row + group * k_head
@@ -283,7 +283,7 @@ def _of_queries(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What keys and values get from the BQ queries of one head that begin there."""
+    """The share of the keys' and values' gradients of the BQ queries of one head that begin there."""
     r, c, column, count = tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, BV), query_end - there
     far = there.to(tl.int64)
     q += far * q_row

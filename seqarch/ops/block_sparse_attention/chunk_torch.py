@@ -36,7 +36,7 @@ class _Chunks:
         self.size = max(1, CHUNK_ELEMENTS.get(q.device.type, 2**22) // gathered)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Of each chunk the queries, the entries of their lists a token ``[C, I, S b]``, and where the tokens are."""
+        """Of each chunk the queries, the entries of their lists per token ``[C, I, S b]``, and where the tokens are."""
         for start in range(0, len(self.entries), self.size):
             part = slice(start, start + self.size)
             entries = self.entries[part].unsqueeze(-1)

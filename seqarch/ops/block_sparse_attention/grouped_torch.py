@@ -1,7 +1,7 @@
 """Some blocks at a time, each with the queries that list it: a block is read once for many queries, in dense products.
 
 A first pass over the blocks finds the logarithm of each softmax's sum, so that a second can add up outputs without
-keeping one a block (Lu et al. 2025, "MoBA", algorithm 1, keeps them). The backward pass computes the weights again.
+keeping one per block (Lu et al. 2025, "MoBA", algorithm 1, keeps them). The backward pass computes the weights again.
 """
 
 from __future__ import annotations

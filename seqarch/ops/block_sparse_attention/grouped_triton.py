@@ -1,11 +1,11 @@
-"""Triton kernels, a block of keys at a time with the queries that list it: full tiles for any number of heads a list.
+"""Triton kernels, a block of keys at a time with the queries that list it: full tiles for any number of heads per list.
 
 The pairs of a query and a block that it lists are sorted by block, so that a block is read once for many queries (as Lu
-et al. 2025, "MoBA", algorithm 1, which keeps outputs a block as this does); those of one query a row, which has next to
-none to share its blocks with, stay as they are. Each pair has an output of its own, and these are combined by their
-sums. Backward, the pairs of a block are walked through in the same order by the program that adds up the gradients of
-its keys. Memory beyond inputs and outputs is bounded: heads take turns. Nothing waits for the device. Products are as
-in ``attention``.
+et al. 2025, "MoBA", algorithm 1, which keeps outputs per block as this does); those of one query per row, which has
+next to none to share its blocks with, stay as they are. Each pair has an output of its own, and these are combined by
+their sums. Backward, the pairs of a block are walked through in the same order by the program that adds up the
+gradients of its keys. Memory beyond inputs and outputs is bounded: heads take turns. Nothing waits for the device.
+Products are as in ``attention``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every backend of attention over listed blocks takes, and what their kernels take of it."""
+"""The inputs of ``block_sparse_attention``, and those of its kernels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BlockSparseAttentionInputs(Inputs):
 
 @dataclass(frozen=True)
 class ListInputs(Inputs):
-    """What kernels take: as above, with the start of each query's sequence in place of packing and padding.
+    """The kernels' inputs: as above, with the start of each query's sequence in place of packing and padding.
 
     Attributes:
         lists: ``[B, Tq, I, S]``: blocks as in ``block_index``, or entries as of :func:`.lists.plain_lists`.

@@ -3,12 +3,12 @@
 A *pair* is an entry of a query's list: pair ``((b Tq + query) I + list) S + slot``. ``order`` names the pairs sorted by
 the block of keys that they name, whichever list of a head of keys they are of; ``tiles`` holds where each tile begins
 in that order, ``runs`` where each block does, both with one more place for the end, and ``ends`` how many there are.
-Rows of a tile are pairs times the ``shared`` heads of a list, so a tile is as full with one head a list as with many.
-Programs take every so many-th tile: how many there are depends on the data, and nobody waits to be told.
+Rows of a tile are pairs times the ``shared`` heads of a list, so a tile is as full with one head per list as with many.
+Programs take every so many-th tile: how many there are depends on the data, and nobody waits to learn it.
 
-Each pair has outputs and a logarithm of its sum of its own, which ``softmax_triton.combine`` adds up, always in the
-same order. For one query a row, pairs keep their order, and a tile is a pair; what is no block is then a tile that sees
-nothing.
+Each pair has outputs and a logarithm of its sum of its own, which ``softmax.combine`` adds up, always in the
+same order. For one query per row, pairs keep their order, and a tile is a pair; what is no block is then a tile that
+sees nothing.
 """
 
 # Triton gives Python's syntax another meaning than its types say.

@@ -30,7 +30,7 @@ class Order:
 
     @classmethod
     def as_listed(cls, pairs: int, device: torch.device) -> Order:
-        """Each pair a tile, for outputs alone: of one query a row, next to none name the same block."""
+        """Each pair its own tile, for outputs alone: of one query per row, next to none name the same block."""
         places = torch.arange(pairs + 1, device=device)
         return cls(places, places, places[:0], places[-1:])
 

@@ -1,4 +1,4 @@
-"""What the fast backends share: lists in a plain form, memory as rows, and their custom operators.
+"""Parts of the fast backends: lists in a plain form, memory as rows, and their custom operators.
 
 An entry of a plain list is ``2 * block``, or ``2 * block + 1`` for a block of which only the window is seen, or -1 for
 nothing. No block is there twice, and none begins after the query.
@@ -40,7 +40,7 @@ def plain_lists(block_index: Tensor, position: Tensor, block_size: int, window: 
 
 
 def hidden(entries: Tensor, times: Tensor, at: Tensor, window: int) -> Tensor:
-    """Whether a query that stands ``at`` a key does not see those at ``times``, in an entry's block; all broadcast."""
+    """Whether a query at position ``at`` does not see those at ``times``, in an entry's block; all broadcast."""
     unseen = (times > at) | (entries < 0)
     return unseen | ((entries % 2 == 1) & (at - times >= window)) if window else unseen
 

@@ -62,7 +62,7 @@ def causal_conv1d(
         bias: ``[D]``.
         activation: ``"silu"`` or ``None``.
         state: the last W - 1 inputs before ``x``, ``[B, W - 1, D]``, oldest first; ``None`` means zeros.
-        cu_seqlens: ``[sequences + 1]`` offsets of sequences packed into B = 1; ``state`` then has a row a sequence.
+        cu_seqlens: ``[sequences + 1]`` offsets of sequences packed into B = 1; ``state`` then has one row per sequence.
         backend: a name, or ``"auto"``.
 
     Returns:

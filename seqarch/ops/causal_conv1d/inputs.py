@@ -1,4 +1,4 @@
-"""What every backend of the causal convolution takes."""
+"""The inputs of ``causal_conv1d``."""
 
 from __future__ import annotations
 

@@ -95,35 +95,20 @@ def compressed_attention(
         BackendError: the named backend cannot serve the call.
     """
     blocks = Blocks(compressed_length, compressed_stride, block_size, selected_blocks, initial_blocks, local_blocks)
-    return OP(backend, _inputs(q, k, v, blocks, query_start, scale, cu_seqlens, key_start))
-
-
-def _inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Blocks,
-    query_start: int,
-    scale: float | None,
-    cu_seqlens: Tensor | Sequence[int] | None,
-    key_start: Tensor | None,
-) -> CompressedAttentionInputs:
     checks.floating_on_one_device(NAME, q=q, k=k, v=v)
     sizes = checks.match_shapes(NAME, q=(q, "B T H K"), k=(k, "B M G K"), v=(v, "B M G V"), key_start=(key_start, "B"))
     checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["H"], "the heads of q")
-    _check_sizes(blocks, query_start)
-    if cu_seqlens is not None and query_start:
-        raise ValueError(f"{NAME}: cu_seqlens packs sequences from their beginning, got query_start {query_start}")
+    _check_sizes(blocks, query_start, packed=cu_seqlens is not None)
     checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["T"])
     tokens = query_start + sizes["T"]
     _check_count(blocks, sizes["M"], tokens, offsets, at_most=key_start is not None)
     key_start = None if key_start is None else key_start.clamp(0, tokens)
     scale = checks.finite_scale(NAME, scale, sizes["K"])
-    return CompressedAttentionInputs(q, k, v, *blocks, query_start, scale, offsets, key_start)
+    return OP(backend, CompressedAttentionInputs(q, k, v, *blocks, query_start, scale, offsets, key_start))
 
 
-def _check_sizes(blocks: Blocks, query_start: int) -> None:
+def _check_sizes(blocks: Blocks, query_start: int, packed: bool) -> None:
     names = "compressed_length", "compressed_stride", "block_size", "selected_blocks", "initial_blocks", "local_blocks"
     for name, count in (*zip(names, blocks, strict=True), ("query_start", query_start)):
         least = int(name in names[:4])
@@ -135,6 +120,8 @@ def _check_sizes(blocks: Blocks, query_start: int) -> None:
     if blocks.initial + blocks.local > blocks.count:
         forced = f"{blocks.initial} initial and {blocks.local} local"
         raise ValueError(f"{NAME}: selected_blocks ({blocks.count}) must hold the forced ones, {forced}")
+    if packed and query_start:
+        raise ValueError(f"{NAME}: cu_seqlens packs sequences from their beginning, got query_start {query_start}")
 
 
 def _check_count(blocks: Blocks, given: int, tokens: int, offsets: tuple[int, ...] | None, at_most: bool) -> None:

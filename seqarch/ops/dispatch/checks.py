@@ -35,7 +35,7 @@ Kinds = tuple[type, ...]
 
 
 def annotated_kinds(annotated: Any) -> dict[str, Kinds]:
-    """What each parameter of a function, or attribute of a class, may be an instance of, by its annotation."""
+    """The classes of each parameter of a function, or attribute of a class, by its annotation."""
     hints = get_type_hints(annotated)
     hints.pop("return", None)
     parts = {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}

@@ -20,7 +20,7 @@ def is_eager(device: torch.device) -> bool:
 
 
 def active_transform() -> str | None:
-    """What is under way that takes operations apart into torch's own, and custom operators do not go with."""
+    """The transform under way, if any, that custom operators do not support, since it differentiates torch's own."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func (grad, vmap, jvp, ...) is under way"
     if forward_ad._current_level >= 0:

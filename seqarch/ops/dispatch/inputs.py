@@ -60,7 +60,7 @@ class Inputs:
 
 
 class RecurrenceInputs(Protocol):
-    """What the inputs of the matrix-state recurrences, linear attention and the delta rule, have in common."""
+    """The fields that the inputs of the matrix-state recurrences, linear attention and the delta rule, share."""
 
     @property
     def q(self) -> Tensor: ...

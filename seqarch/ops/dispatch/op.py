@@ -89,7 +89,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``backend="auto"`` would run for a call, and why each other backend would not."""
+    """The backend that ``"auto"`` would run for a call, and why each other backend would not."""
 
     op: str
     backend: str | None

@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 
 class _OfThread(threading.local):
-    """What ``torch.compile`` reads, and makes a guard of: it knows no context variables."""
+    """The value for ``torch.compile``, which makes a guard of it: it knows no context variables."""
 
     value: Any = None
 

@@ -1,4 +1,4 @@
-"""What the backends that call vendors' packages share. They are never chosen by ``"auto"``, only by name."""
+"""Parts of the backends that call vendors' packages. They are never chosen by ``"auto"``, only by name."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def unsupported(inputs: ExpertsInputs) -> str | None:
 
 @dataclass(frozen=True)
 class ChunkInputs(ExpertsInputs):
-    """What the operator takes: flat tokens, all but ``expert_weight`` in the dtype of products, that in one of sums.
+    """The operator's inputs: flat tokens, all but ``expert_weight`` in the dtype of products, that in one of sums.
 
     Attributes:
         keep: whether the first products' results are kept for a backward pass.
@@ -180,7 +180,8 @@ def backward(inputs: ChunkInputs, upstream: Upstream) -> list[Tensor]:
 
 
 def _empty_gradients(inputs: ChunkInputs, upstream: Upstream, wide: torch.dtype | None = None) -> list[Tensor]:
-    """What :func:`backward` returns, without elements where nobody asks; those of the experts' weights are ``wide``."""
+    """Tensors like those that :func:`backward` returns, without elements where nobody asks; those of the experts'
+    weights are ``wide``."""
     x, (for_x, for_weights) = inputs.x, _wanted(upstream)
     dw_in, dw_out, dw_gate = (
         x.new_empty(w.shape if for_weights and w is not None else (0,), dtype=wide)

@@ -1,4 +1,4 @@
-"""What every backend of routed experts takes."""
+"""The inputs of ``experts``."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def grouped_matmul(
     rows, weight, out, tiles, stride, weight_expert, weight_row, weight_column, inner, width,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out [rows, width]``; a program a tile of M rows of one expert and N columns. Tiles of the same rows are
+    """``out [rows, width]``; one program per tile of M rows of one expert and N columns. Tiles of the same rows are
     neighbours. ``weight [E, inner, width]``, with any strides."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(width, N)
@@ -43,7 +43,7 @@ def grouped_outer(
     left, right, out, starts, left_stride, right_stride, height, width,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out [E, height, width]``; a program an expert, M rows and N columns of it, which adds up D of its rows at a
+    """``out [E, height, width]``; one program per expert, M rows and N columns of it, which adds up D of its rows at a
     time."""
     pid = tl.program_id(0).to(tl.int64)
     across, blocks = tl.cdiv(width, N), tl.cdiv(height, M) * tl.cdiv(width, N)

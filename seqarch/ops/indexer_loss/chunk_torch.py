@@ -88,7 +88,7 @@ def plain(inputs: IndexerLossInputs) -> Tensor:
 
 
 def _none(inputs: IndexerLossInputs) -> list[Tensor]:
-    """What stands for no gradient: of the attention's queries and keys, of lists and of starts."""
+    """No gradient, as an operator returns it: of the attention's queries and keys, of lists and of starts."""
     return [torch.empty(0) for _ in inputs.tensor_fields()[3:]]
 
 

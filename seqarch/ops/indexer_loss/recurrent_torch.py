@@ -39,7 +39,7 @@ def run(inputs: IndexerLossInputs) -> Tensor:
 
 
 def _seen(inputs: IndexerLossInputs, row: int, i: int, before: int) -> Tensor:
-    """Where the tokens stand in k that query i of a row compares."""
+    """The places in k of the tokens that query i of a row compares: ``[tokens]``, int64."""
     first = 0 if inputs.key_start is None else int(inputs.key_start[row])
     tokens = range(max(0, before + i + 1 - first))
     if inputs.token_index is not None:

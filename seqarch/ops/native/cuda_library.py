@@ -32,8 +32,8 @@ CHUNK = 16
 """``SEQARCH_CUDA_CHUNK`` of the header: steps between states that the selective scan keeps."""
 
 STATES = {torch.float32: 128, torch.float64: 64}
-"""``SEQARCH_CUDA_STATES`` and ``SEQARCH_CUDA_STATES64`` of the header: by the dtype of sums, the most states a channel
-that the selective scan takes."""
+"""``SEQARCH_CUDA_STATES`` and ``SEQARCH_CUDA_STATES64`` of the header: by the dtype of sums, the most states per
+channel that the selective scan takes."""
 
 CAPABILITY = 8, 0
 """The oldest compute capability that the library is built for."""

@@ -1,4 +1,4 @@
-"""Custom operators around a pair of kernels: ``torch.compile`` leaves each whole, and autograd knows both derivatives:
+"""Custom operators around a pair of kernels: ``torch.compile`` keeps each whole, and autograd knows both derivatives:
 the first by the second kernel, higher ones by torch's own functions."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class KernelPair:
     """Two C functions of ``seqarch.h`` or ``seqarch_cuda.h``, and what to know of them.
 
     Attributes:
-        forward, backward: the functions, called in the header's order, but for the number of threads or the stream.
+        forward, backward: the functions, called with the fields of each of the header's structures that they take.
         numbers: the header's number of each dtype.
         offsets: what the functions take for ``cu_seqlens``.
     """
@@ -43,7 +43,7 @@ class KernelPair:
 
 
 class Upstream(NamedTuple):
-    """What a backward pass has beside the inputs of the call.
+    """The arguments of a backward pass beside the inputs of the call.
 
     Attributes:
         kept: the outputs that were kept for it.

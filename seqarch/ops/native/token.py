@@ -74,7 +74,7 @@ def _owner(kind: type, method: str) -> type | None:
 class Program:
     """Instructions for one token of each of ``rows`` sequences, from an input of some width.
 
-    ``modules`` are all those that take part, which are watched.
+    ``modules`` are all those that take part, and :meth:`hold` compares with what they were.
     """
 
     def __init__(self, rows: int, width: int, modules: Iterable[nn.Module]):
@@ -246,14 +246,14 @@ class _Watch:
     def __init__(self, modules: Iterable[nn.Module]):
         self.modules = list(modules)
         self.sizes = [len(vars(module)) for module in self.modules]
-        watched = [
+        entries = [
             (owner, name)
             for module in self.modules
             for owner in (vars(module), module._parameters, module._modules)
             for name, value in list(owner.items())
             if isinstance(value, (Tensor, nn.Module, float, str))
         ]
-        self.owners, self.names = (list(each) for each in zip(*watched, strict=True))
+        self.owners, self.names = (list(each) for each in zip(*entries, strict=True))
         self.values = list(map(getitem, self.owners, self.names))
         self.hooks: list[Any] = [each for m in self.modules for each in (m._forward_hooks, m._forward_pre_hooks)]
         self.counts = list(map(len, self.hooks))

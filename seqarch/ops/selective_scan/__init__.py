@@ -63,7 +63,7 @@ def selective_scan(
         dt_bias: ``[D]``, added to dt.
         dt_softplus: whether the step size is ``softplus(dt + dt_bias)``.
         scale_input: whether x is multiplied by the step size as it enters the state.
-        state: ``[B, D, N]`` before the first token (a row a sequence under ``cu_seqlens``); zeros if ``None``.
+        state: ``[B, D, N]`` before the first token (one row per sequence under ``cu_seqlens``); zeros if ``None``.
         cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T.
         backend: a name, or ``"auto"``.
 

@@ -15,7 +15,7 @@ from seqarch.ops.native.custom_op import first_derivatives_only
 from seqarch.ops.selective_scan.inputs import SelectiveScanInputs
 
 STATES = 256
-"""The most states a channel that the kernel takes."""
+"""The most states per channel that the kernel takes."""
 
 
 def unavailable() -> str | None:

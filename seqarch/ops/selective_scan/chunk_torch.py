@@ -1,4 +1,4 @@
-"""A few tokens at a time: everything that does not wait for the state in one call, one fused step a token for the rest.
+"""A few tokens at a time: all that does not wait for the state in one call, the rest in one fused step per token.
 
 The backward pass recomputes each chunk's states from the one kept at its start, so that memory is
 ``O(T D + T D N / C)``. It is written out because autograd would keep several ``[B, T, D, N]`` tensors. To torch.compile
@@ -23,7 +23,7 @@ CHUNK_ELEMENTS = 2**18
 """Numbers in one chunk's states: with their decays and gradients they should stay in a core's cache."""
 
 LEAST = 8
-"""Tokens of the shortest chunk, however large the states: one state a chunk is kept for the backward pass."""
+"""Tokens of the shortest chunk, however large the states: one state per chunk is kept for the backward pass."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every backend of the selective scan takes."""
+"""The inputs of ``selective_scan``."""
 
 from __future__ import annotations
 

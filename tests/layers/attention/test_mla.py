@@ -79,8 +79,8 @@ def read_width(mixer: MLA, length: int, state) -> tuple[int, object]:
 
 
 def test_the_cheaper_form_is_taken():
-    """Keys are of width 8 + 4 when expanded, 12 + 4 when absorbed: a pair costs 2 * 12 - 8 - 6 = 10 more a head there,
-    an earlier latent 12 * 14 = 168 less."""
+    """Keys are of width 8 + 4 when expanded, 12 + 4 when absorbed: a pair costs 2 * 12 - 8 - 6 = 10 more per head
+    there, an earlier latent 12 * 14 = 168 less."""
     expanded, absorbed = 12, 16
     mixer = build()
     width, state = read_width(mixer, 40, None)
