@@ -55,7 +55,9 @@ def grouped_outer(
     total = tl.zeros([M, N], ACC)
     for start in range(0, (end - first).to(tl.int32), D):
         token = first + start + d
-        turned = tl.load(left + token[None, :] * left_stride + r, mask=(token[None, :] < end) & (r < height), other=0.0)
+        transposed = tl.load(
+            left + token[None, :] * left_stride + r, mask=(token[None, :] < end) & (r < height), other=0.0
+        )
         rows = tl.load(right + token[:, None] * right_stride + c, mask=(token[:, None] < end) & (c < width), other=0.0)
-        total += dot(turned, rows, WORK, PRECISION)
+        total += dot(transposed, rows, WORK, PRECISION)
     put(out + expert * height * width, total, r, c, height, width, width)
