@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -58,7 +59,7 @@ def load(kind: str, file: Path, version: str, expected: int) -> ctypes.CDLL:
     """The library in this file, whose function ``version`` gives the interface that it was built with.
 
     Raises:
-        LibraryError: it is stale or broken.
+        LibraryError: it is stale or broken, or so is the header beside it.
     """
     try:
         library = ctypes.CDLL(str(file))
@@ -69,7 +70,22 @@ def load(kind: str, file: Path, version: str, expected: int) -> ctypes.CDLL:
             f"the {kind} library has interface {found}, expected {expected}: it was built from other sources than this"
             " Python code; install seqarch again"
         )
+    _check_header(kind, file.with_name("seqarch.h"))
     return library
+
+
+def _check_header(kind: str, header: Path) -> None:
+    """Raise unless the header beside a library, which says how arguments are laid out, has the library's interface."""
+    try:
+        found = re.findall(r"^#define SEQARCH_INTERFACE (\d+)$", header.read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, UnicodeError) as error:
+        raise LibraryError(f"the {kind} library lacks its header: {error}; install seqarch again") from error
+    if found != [str(INTERFACE)]:
+        shown = ", ".join(found) or "no interface"
+        raise LibraryError(
+            f"the header {header} beside the {kind} library has interface {shown}, expected {INTERFACE}: they were not"
+            " installed together; install seqarch again"
+        )
 
 
 def open_libraries(folders: Iterable[str]) -> dict[str, ctypes.CDLL]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,24 @@ def test_a_stale_library_is_a_reason(monkeypatch):
     monkeypatch.setattr(cpu_library, "INTERFACE", -1)
     with pytest.raises(cpu_library.LibraryError, match=r"expected -1|not installed"):
         cpu_library.open_libraries(seqarch.__path__)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (None, "lacks its header"),
+        ("", "has interface no interface"),
+        ("#define SEQARCH_INTERFACE 6\n", "has interface 6, expected"),
+    ],
+)
+def test_a_header_that_is_not_the_librarys_is_a_reason(tmp_path, header, message):
+    (folder := tmp_path / "lib").mkdir()
+    if cpu_library.unavailable() is None:
+        shutil.copy(cpu_library.library()._name, folder / "libseqarch_cpu_baseline.so")
+    if header is not None:
+        (folder / "seqarch.h").write_text(header)
+    with pytest.raises(cpu_library.LibraryError, match=f"{message}|not installed: building"):
+        cpu_library.open_libraries([str(tmp_path)])
 
 
 def test_auto_passes_over_a_library_that_is_absent(monkeypatch):
