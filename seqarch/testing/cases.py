@@ -79,8 +79,11 @@ def channel_mixer_cases(
 
 
 def _cases(kind: type[Layer], layer: Any, d_model: int, options: Iterable[Mapping[str, Any]]) -> Iterator[Case]:
-    if not isinstance(layer, type) or not issubclass(layer, kind):
+    if not isinstance(layer, type) or not issubclass(layer, kind) or layer is kind:
         raise ValueError(f"expected a subclass of {kind.__name__}, the class itself, got {layer!r}")
+    options = tuple(options)
+    if not options:
+        raise ValueError("options: expected at least one mapping, as [{}] for the defaults, got none")
     for chosen in options:
         if not isinstance(chosen, Mapping):
             raise ValueError(f"options: expected mappings, one for each setting to try, got {chosen!r}")

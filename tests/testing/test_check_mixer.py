@@ -245,6 +245,9 @@ def test_what_a_mixer_raises_itself_names_law_and_case(outsider: ModuleType):
         (Mlp, [{}], "expected a subclass of Mixer, the class itself, got <class .*Mlp"),
         (None, [{}], "expected a subclass of Mixer, the class itself, got None"),
         ("own", {"decay": 0.5}, "options: expected mappings, one for each setting to try, got 'decay'"),
+        (Mixer, [{}], "expected a subclass of Mixer, the class itself, got <class .*Mixer"),
+        ("own", {}, r"options: expected at least one mapping, as \[\{\}\] for the defaults, got none"),
+        ("own", [], "options: expected at least one mapping"),
         ("own", [{"decoy": 0.5}], "mixer 'Fading' has no option 'decoy': .*Did you mean 'decay'"),
     ],
 )
