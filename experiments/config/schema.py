@@ -306,10 +306,14 @@ def _model_config(model: Mapping[str, Any], task: TaskConfig) -> ModelConfig:
 
 def _import(names: Iterable[str]) -> None:
     for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(f"imports: expected names of modules, as in package.module, got {name!r}")
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise ConfigError(f"imports: cannot import {name!r}: {error}; is its folder in PYTHONPATH?") from error
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"imports: importing {name!r} raises {type(error).__name__}: {error}") from error
 
 
 def task_config(task: Mapping[str, Any]) -> TaskConfig:

@@ -34,6 +34,8 @@ def plain(tmp_path):
         ("train.eval_checkpoint", "bset", ["train", "'bset'", "Did you mean 'best'?"]),
         ("sed", 1, ["sed", "unknown key", "Did you mean 'seed'?"]),
         ("imports", ["no_such_package.parts"], ["imports: cannot import 'no_such_package.parts'", "PYTHONPATH"]),
+        ("imports", [".parts"], ["imports: expected names of modules", "'.parts'"]),
+        ("imports", [""], ["imports: expected names of modules", "''"]),
         ("imports", "parts", ["imports: expected a list, got 'parts'"]),
         ("seed", -1, ["seed must be at least 0 and below 2^63, got -1"]),
         ("seed", 2**64, ["seed must be at least 0 and below 2^63"]),
@@ -257,3 +259,11 @@ def test_every_option_of_a_language_model_but_its_vocabulary_can_be_configured(t
 def test_the_vocabulary_is_the_tasks(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.vocab_size: unknown key"):
         tiny_config(tmp_path, model__vocab_size=17)
+
+
+@pytest.mark.parametrize(("text", "told"), [("1 / 0", "ZeroDivisionError"), ("raise SystemExit(3)", "SystemExit: 3")])
+def test_a_module_of_imports_that_raises_is_named(text, told, tmp_path, monkeypatch):
+    (tmp_path / "parts_that_raise.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"imports: importing 'parts_that_raise' raises {told}"):
+        tiny_config(tmp_path, imports=["parts_that_raise"])
