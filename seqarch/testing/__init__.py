@@ -40,7 +40,7 @@ def check_mixer(
 
     Args:
         mixer: a subclass of :class:`seqarch.layers.Mixer` with its ``Config``; it need not be registered.
-        d_model: the width at which it is built; at 32 the laws take seconds a case.
+        d_model: the width at which it is built; at 32 the laws take seconds per case.
         options: of its ``Config``; it is tried under each of these, by default with its defaults alone.
         laws: some of :data:`LAWS`, or functions of a case like them.
 
@@ -49,7 +49,7 @@ def check_mixer(
 
     Raises:
         LawBroken: a law does not hold; it names the mixer, the law, the part of it, by how much, and the case.
-        ValueError: it is no mixer's class, or has no such option.
+        ValueError: it is no mixer's class, has no such option, or there are no laws.
     """
     cases, laws = mixer_cases(mixer, d_model=d_model, options=options), tuple(laws)
     for case in cases:

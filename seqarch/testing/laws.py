@@ -205,7 +205,10 @@ def hold(case: Case, laws: tuple[Law, ...]) -> None:
 
     Raises:
         LawBroken: one does not hold; it names the layer, the law and the case.
+        ValueError: there are no laws.
     """
+    if not laws:
+        raise ValueError("laws: expected at least one, got none, which every mixer obeys")
     for law in laws:
         try:
             law(case)

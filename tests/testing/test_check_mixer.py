@@ -256,6 +256,11 @@ def test_wrong_arguments_are_named(outsider: ModuleType, mixer: Any, options: An
         check_mixer(outsider.Fading if mixer == "own" else mixer, options=options)
 
 
+def test_a_mixer_is_not_held_to_nothing(outsider: ModuleType):
+    with pytest.raises(ValueError, match="laws: expected at least one, got none"):
+        check_mixer(outsider.Fading, laws=())
+
+
 @pytest.mark.parametrize("name", CHANNEL_MIXERS)
 def test_the_channel_mixers_obey_their_laws_on_every_backend(name: str):
     held = check_channel_mixer(CHANNEL_MIXERS[name])

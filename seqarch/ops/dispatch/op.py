@@ -141,6 +141,8 @@ class Op:
     def inputs(self, *args: Any, **kwargs: Any) -> Any:
         """The inputs of a call of the public function with these arguments, which is not run; errors as there."""
         assert self._function is not None
+        if "backend" in kwargs:
+            raise TypeError(f"{self.name}: its inputs are the same for every backend, but backend was given")
         return self._function(*args, **kwargs, backend=_INPUTS_ONLY)
 
     def __call__(self, backend: str, inputs: Inputs) -> Any:

@@ -58,6 +58,8 @@ def test_use_backends_changes_auto_within_the_block_only():
     assert outside == {"linear_attention": {ops.explain("linear_attention", **arguments()).backend: 1}}
     with pytest.raises(ValueError, match=r"unknown operation 'linear_atention'.*Did you mean 'linear_attention'"):
         ops.explain("linear_atention")
+    with pytest.raises(TypeError, match="linear_attention: its inputs are the same for every backend"):
+        ops.explain("linear_attention", **arguments(), backend="chunk_torch")
     with pytest.raises(ValueError, match="unknown operation 'linear'"), ops.use_backends(linear="chunk_torch"):
         pass
 
