@@ -90,6 +90,7 @@ def test_where_nvcc_is_the_cuda_library_is_built(tmp_path):
     options = ["-DSEQARCH_CUDA_ARCHITECTURES=90", "-DCMAKE_BUILD_TYPE=Release"]
     subprocess.run(["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(tmp_path), "--target", "seqarch_cuda", "-j2"], check=True)
+    shutil.copy(ROOT / "csrc" / "include" / "seqarch.h", tmp_path)  # as it is installed, beside the library
     library = cuda_library.open_library(tmp_path / "libseqarch_cuda.so")
     assert library.seqarch_cuda_error(cuda_library.FAILED + 1) == b"invalid argument"
 
