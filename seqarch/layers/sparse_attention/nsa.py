@@ -61,14 +61,7 @@ class NSAConfig(KVHeadsConfig):
 
     @property
     def blocks(self) -> Blocks:
-        return Blocks(
-            self.compressed_length,
-            self.compressed_stride,
-            self.block_size,
-            self.selected_blocks,
-            self.initial_blocks,
-            self.local_blocks,
-        )
+        return Blocks.of(self)
 
 
 class NSAState(NamedTuple):

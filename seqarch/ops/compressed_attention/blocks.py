@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,18 @@ class Blocks(NamedTuple):
     count: int
     initial: int
     local: int
+
+    @classmethod
+    def of(cls, options: Any) -> Blocks:
+        """Those of an object that names the sizes as the operation's arguments do."""
+        return cls(
+            options.compressed_length,
+            options.compressed_stride,
+            options.block_size,
+            options.selected_blocks,
+            options.initial_blocks,
+            options.local_blocks,
+        )
 
     def complete(self, tokens: int) -> int:
         """Compressed blocks that lie within so many tokens."""

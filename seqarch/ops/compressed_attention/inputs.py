@@ -47,14 +47,7 @@ class CompressedAttentionInputs(Inputs):
 
     @property
     def blocks(self) -> Blocks:
-        return Blocks(
-            self.compressed_length,
-            self.compressed_stride,
-            self.block_size,
-            self.selected_blocks,
-            self.initial_blocks,
-            self.local_blocks,
-        )
+        return Blocks.of(self)
 
     @property
     def tokens(self) -> int:
