@@ -42,6 +42,7 @@ MOST_THREADS = 1024
 
 NOT_NEGATIVE = (
     *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
+    *("least_improvement", "plateau_tokens"),
     *("micro_batch", "save_every", "patience", "threads"),
 )
 
@@ -71,7 +72,12 @@ class TrainConfig:
         optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
         lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
             falls along the schedule to ``final_lr_ratio * lr`` at ``steps``.
-        schedule: ``cosine``, or ``wsd``: stable, then falling in a line over the last ``decay_share`` of the steps.
+        schedule: ``cosine``; ``wsd``: stable, then falling in a line over the last ``decay_share`` of the steps; or
+            ``until_converged``: stable until the validation loss no longer falls, then a decay of ``decay_share`` as
+            many steps more. ``steps`` is then the most that it takes.
+        least_improvement: of ``until_converged``, the share by which the validation loss must fall over the last
+            quarter of the steps so far for the stable phase to go on.
+        plateau_tokens: training tokens over which it must fail to, at least; losses that are flat at first need some.
         grad_clip: bound on the norm of the gradient; 0 for none.
         spike: a gradient norm above this many times its running mean is bad as one that is not finite is; 0 for never.
         bad_step: ``stop`` at one, or ``skip`` its update. Its batch is kept in the run's folder ``bad`` either way.
@@ -101,8 +107,10 @@ class TrainConfig:
     weight_decay: float = 0.1
     warmup: int = 0
     final_lr_ratio: float = 0.1
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd", "until_converged"] = "cosine"
     decay_share: float = 0.2
+    least_improvement: float = 0.01
+    plateau_tokens: int = 0
     grad_clip: float = 1.0
     spike: float = 0.0
     bad_step: Literal["stop", "skip"] = "stop"
@@ -143,15 +151,20 @@ class TrainConfig:
     @property
     def most_warmup(self) -> int:
         """The longest warm-up that the steps and the schedule's decay leave room for."""
-        decay = self.decay_share * self.steps if self.schedule == "wsd" else 0.0
-        return math.floor(self.steps - decay + 1e-6)
+        return math.floor(self.steps - self._decay + 1e-6)
+
+    @property
+    def _decay(self) -> float:
+        """The steps of the decay in the schedules that have one, where training takes all its steps."""
+        share = self.decay_share * self.steps
+        return {"wsd": share, "until_converged": share / (1 + self.decay_share)}.get(self.schedule, 0.0)
 
     def _check_schedule(self) -> None:
         """Refuse rates that would never reach ``lr``, or would jump down from it."""
         if self.warmup > self.steps:
             raise ValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
         if self.warmup > self.most_warmup:
-            decay = f"{self.decay_share * self.steps:g} steps of decay_share ({self.decay_share:g})"
+            decay = f"{self._decay:g} steps of decay_share ({self.decay_share:g})"
             raise ValueError(f"warmup ({self.warmup}) and the {decay} must fit into steps ({self.steps})")
 
 

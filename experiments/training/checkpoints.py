@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ Content = dict[str, dict[str, Tensor]]
 """The tensors that training resumes from, sharded or not: of the model, the optimizer and the rest."""
 
 MANIFEST = "manifest.json"
-NUMBERS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
-NUMBERS |= {f"{kind} | None": (*types, type(None)) for kind, types in NUMBERS.items()}
-"""The types that JSON gives for a counter, by its type in :class:`TrainState`."""
+KINDS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "list[float]": (list,)}
+KINDS |= {f"{kind} | None": (*types, type(None)) for kind, types in KINDS.items()}
+"""The types that JSON gives for an entry of :class:`TrainState`, by its type there."""
 
 
 @dataclass
@@ -55,6 +55,8 @@ class TrainState:
         best, best_step: the best so far, and its step.
         stale: evaluations on the validation split since then.
         evaluations: on the validation split so far. Each left a line of metrics, on the disk before the checkpoint is.
+        losses: the validation loss at each evaluation of the stable phase, where the schedule waits for it to settle.
+        decay_from: the step from which the rate falls, and ``ending`` what ended the stable phase; ``None`` before.
         bad_steps: steps that were skipped, as ``train.bad_step`` says.
         train_seconds, eval_seconds: spent in training steps and on the validation split.
         processor_seconds: of all threads of the main process, in training steps: what a busy machine does not change
@@ -69,6 +71,9 @@ class TrainState:
     best_step: int | None = None
     stale: int = 0
     evaluations: int = 0
+    losses: list[float] = field(default_factory=list)
+    decay_from: int | None = None
+    ending: str | None = None
     bad_steps: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -225,7 +230,7 @@ def state_of(path: Path, manifest: dict[str, Any]) -> TrainState:
     """
     try:
         state = TrainState(**manifest["state"])
-        wrong = [each.name for each in fields(TrainState) if type(getattr(state, each.name)) not in NUMBERS[each.type]]
+        wrong = [each.name for each in fields(TrainState) if type(getattr(state, each.name)) not in KINDS[each.type]]
     except TypeError as error:
         raise RunnerError(f"cannot load checkpoint {path}: another version of the runner wrote it") from error
     if wrong:

@@ -20,7 +20,9 @@ from experiments.training import processes
 from experiments.training.checkpoints import Checkpoints, TrainState
 from experiments.training.cost_meter import CostMeter
 from experiments.training.engine import Engine
+from experiments.training.convergence import Convergence
 from experiments.training.evaluate import evaluate_split, evaluate_tests
+from experiments.training.lr_scheduler import last_step, learning_rate
 from experiments.training.optimizers import Optimizers
 from experiments.training.run_logger import make_logger
 from experiments.training.step_monitor import Diverged, StepMonitor, StepStats
@@ -46,6 +48,7 @@ class Run:
         self.step_monitor = StepMonitor(config.train, self.engine.device)
         self.cost_meter = CostMeter(self.engine.device)
         self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep_last)
+        self.convergence = Convergence(config.train, config.train.batch_size * self.task.length)
         self.state, self.saved_step = TrainState(), None
         self.logger = make_logger(folder, config)
 
@@ -54,7 +57,7 @@ class Run:
         config, state = self.train_config, self.resume()
         # SIGTERM is only noted within the loop: raised in the middle of a step, it would leave half a step behind.
         with self.interrupts.delayed():
-            while state.step < config.steps and not self.is_done():
+            while state.step < self.last_step and not self.is_done():
                 # The loss stays on the device: to ask for it would make the host wait, and the device run dry.
                 loss = self.step()
                 state.step += 1
@@ -62,7 +65,7 @@ class Run:
 
                 # Here alone the host waits for the device. Every step before a checkpoint is checked first,
                 # so none is ever written from a model that has diverged; in between, a bad step is found soon.
-                if state.step % config.eval_every == 0 or state.step == config.steps:
+                if self.is_evaluated(state.step):
                     self.evaluate()
                 elif config.save_every and state.step % config.save_every == 0:
                     self.save()
@@ -74,6 +77,14 @@ class Run:
                     self.preempt()
         # The test splits are read once, when nothing is left to choose.
         return self.test()
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps that training takes, as far as is known."""
+        return last_step(self.train_config, self.state.decay_from)
+
+    def is_evaluated(self, step: int) -> bool:
+        return step % self.train_config.eval_every == 0 or step == self.last_step
 
     def resume(self) -> TrainState:
         """Begin from the latest intact checkpoint, or from nothing where there is none; the counters."""
@@ -93,7 +104,7 @@ class Run:
 
         # Whether the step is bad is decided on the device, and the update obeys it there, so that nobody waits.
         bad = self.step_monitor.flag_bad_step(number + 1, loss, self.engine.clip(self.model))
-        self.optimizers.step(number, bad)
+        self.optimizers.step(learning_rate(self.train_config, number, self.state.decay_from), bad)
 
         # Routers follow the loads of this very step, which the next forward pass would replace.
         self.engine.update_routers(self.model, bad)
@@ -131,7 +142,7 @@ class Run:
         self.state.evaluations += 1
         if not math.isfinite(scores["loss"]):
             raise self.diverged(self.state.step, f"the validation loss is {scores['loss']}")
-        self._note_validation(scores[self.task.metric.name])
+        self._note_validation(scores[self.task.metric.name], scores["loss"])
         plain = {f"validation_{name}": score for name, score in scores.items() if isinstance(score, float)}
 
         # The checkpoint comes last: torn before it, the run resumes from the one before and writes both again.
@@ -140,14 +151,21 @@ class Run:
         )
         self._write_checkpoint()
 
-    def _note_validation(self, value: float) -> None:
-        """Count a validation metric: the best so far, or one evaluation more without a better one."""
+    def _note_validation(self, value: float, loss: float) -> None:
+        """Count a validation metric: the best so far, or one evaluation more without a better one.
+
+        Where the schedule waits for the loss to settle, the decay begins here.
+        """
         state = self.state
         state.validation = value
         if state.best is None or self._is_better(value, state.best):
             state.best, state.best_step, state.stale = value, state.step, 0
         else:
             state.stale += 1
+        if self.train_config.schedule == "until_converged" and state.decay_from is None:
+            state.losses.append(loss)
+            state.ending = "target" if self.is_done() else self.convergence.ending(state.losses)
+            state.decay_from = None if state.ending in (None, "target") else state.step
 
     def _is_better(self, value: float, other: float) -> bool:
         return value > other if self.task.metric.higher_is_better else value < other
@@ -196,13 +214,15 @@ class Run:
             chosen_as["instead_of"] = "; ".join(problems)
             again = f"delete {self.folder.path} to train the run again from the beginning"
             self.logger.info(f"{problems[0]}; {chosen.name} is tested instead, the best that is intact ({again})")
+        if self.state.ending:
+            chosen_as["stable_phase"] = {"ending": self.state.ending, "steps": self.state.decay_from or self.state.step}
         return {"test": results.pop("test"), **chosen_as, **results}
 
     def test_candidates(self) -> list[Path]:
         """The checkpoints that may be tested, the right one first. Those between evaluations have no score."""
         config, sign = self.train_config, 1 if self.task.metric.higher_is_better else -1
         known = [state for state in self.checkpoints.states().values() if state.validation is not None]
-        scored = [state for state in known if state.step % config.eval_every == 0 or state.step == config.steps]
+        scored = [state for state in known if self.is_evaluated(state.step)]
         step = self.state.step
         if config.eval_checkpoint == "best":
             assert self.state.best_step is not None

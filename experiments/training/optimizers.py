@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config.schema import TrainConfig
-from experiments.training.lr_scheduler import learning_rate
 from seqarch.models import LanguageModel, parameter_groups
 
 BETAS = (0.9, 0.95)
@@ -57,14 +56,13 @@ class Optimizers:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._allocate()
 
-    def step(self, number: int, bad: Tensor) -> None:
-        """The update of step ``number``, and no gradients after it.
+    def step(self, lr: float, bad: Tensor) -> None:
+        """One update at a learning rate, and no gradients after it.
 
         Where ``train.bad_step`` is ``skip`` and ``bad``, a scalar on the device, is 1, parameters and state stay as
         they are. AdamW learns that on the device; for Muon the host has to wait for it.
         """
-        skips = self.config.bad_step == "skip"
-        self.lr = learning_rate(self.config, number)
+        skips, self.lr = self.config.bad_step == "skip", lr
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.lr

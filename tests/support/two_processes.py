@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from experiments.runs.folder import RunFolder
 from experiments.training import processes
 from experiments.training.loop import Run
+from experiments.training.lr_scheduler import learning_rate
 from experiments.training.run_record import follow, record_run
 from tests.support.runs import tiny_config
 from tests.support.stacks import COMPARED, COMPILED, STACKS
@@ -42,7 +43,7 @@ def compare(root: Path, changes: dict) -> dict:
         norm = run.engine.clip(run.model)
         grads = [whole(p.grad if p.grad is not None else torch.zeros_like(p)).clone() for p in run.model.parameters()]
         bad = run.step_monitor.flag_bad_step(step + 1, loss, norm)
-        run.optimizers.step(step, bad)
+        run.optimizers.step(learning_rate(run.train_config, step), bad)
         run.engine.update_routers(run.model, bad)
         found["steps"].append((loss.item(), norm.item(), grads))
     found["parameters"] = {name: whole(value).clone() for name, value in run.model.state_dict().items()}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from experiments.config.build import build_model
+from experiments.training.lr_scheduler import learning_rate
 from experiments.training.optimizers import OPTIMIZERS, Optimizers
 from tests.support.runs import tiny_config, train_here
 
@@ -18,7 +19,7 @@ def step(model, optimizers, number=0, bad=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizers.step(number, torch.tensor(bad))
+    optimizers.step(learning_rate(optimizers.config, number), torch.tensor(bad))
 
 
 def snapshot(model, optimizers):
@@ -85,7 +86,7 @@ def test_making_the_state_ahead_changes_nothing(tmp_path):
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             ours.grad = torch.randn(ours.shape, generator=generator)
             theirs.grad = ours.grad.clone()
-        optimizers.step(number, torch.zeros(()))
+        optimizers.step(learning_rate(optimizers.config, number), torch.zeros(()))
         for group in lazy.param_groups:
             group["lr"] = optimizers.lr
         lazy.step()
@@ -97,7 +98,7 @@ def test_what_never_gets_a_gradient_has_its_state_too(tmp_path):
     model, optimizers = made(tmp_path)
     before = optimizers.tensors().keys()
     model.get_parameter("embedding.weight").grad = None
-    optimizers.step(0, torch.zeros(()))
+    optimizers.step(1e-3, torch.zeros(()))
     assert optimizers.tensors().keys() == before
     assert {name.rpartition("/")[0] for name in before} == {name for name, _ in model.named_parameters()}
 
