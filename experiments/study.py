@@ -1,8 +1,9 @@
 """One question, one command: trains what is missing, selects on validation, and writes records, plots and page.
 
-    python -m experiments.study recall_and_state                   # as published: docs/results/recall_and_state.md
-    python -m experiments.study recall_and_state --draw            # the same from the committed records, offline
-    python -m experiments.study --all --version small              # all of them, in minutes: runs/results/small
+    python -m experiments.study initialisation                # as published: docs/results/initialisation.md
+    python -m experiments.study initialisation --plan         # what is fixed before the first run, to be committed
+    python -m experiments.study initialisation --draw         # the page from the committed records, offline
+    python -m experiments.study --all --version small         # all of them, in minutes: runs/results/small
 
 Runs go through the ordinary runner: a process each, found again when they are finished, on record when they fail.
 Exit codes: 0 all is done, 1 a run failed or something is missing, 130 stopped by a signal.
@@ -18,7 +19,7 @@ import sys
 from experiments.config.schema import folder_path
 from experiments.studies import STUDIES
 from experiments.studies.page import RESULTS
-from experiments.studies.publish import draw, train_and_record, write_page
+from experiments.studies.publish import draw, train_and_record, write_page, write_plan
 from experiments.studies.study import VERSIONS
 from experiments.util.errors import RunnerError, choices_hint
 from experiments.util.interrupts import INTERRUPTED
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="*", help=f"{', '.join(STUDIES)}")
     command.add_argument("--all", action="store_true", help="every study")
     command.add_argument("--version", choices=VERSIONS, default="recorded", help="which size (default: recorded)")
+    command.add_argument("--plan", action="store_true", help="train nothing: write the plan with its margins")
     command.add_argument("--draw", action="store_true", help="train nothing: draw the records that are there")
     command.add_argument("--runs", default="runs", help="the folder of the runs (default: runs)")
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one per core)")
@@ -59,6 +61,9 @@ def answer() -> int:
             raise RunnerError(f"unknown study {name!r}, {choices_hint(name, STUDIES)}")
     for study in (STUDIES[name] for name in names):
         print(f"\n{study.title} ({study.name}, {arguments.version})", flush=True)
+        if arguments.plan:
+            print(write_plan(study, arguments.version, root))
+            continue
         code = 0 if arguments.draw else train_and_record(study, arguments.version, root, runs, arguments.jobs)
         if code == INTERRUPTED:
             print("stopped; the same command resumes with what is missing")

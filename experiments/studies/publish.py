@@ -5,30 +5,50 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from experiments.studies import records
+from experiments.studies import plan, records
 from experiments.studies.page import PAGES, RESULTS, blocks, how_to_run, results
-from experiments.studies.study import Study
-from experiments.studies.sweep import configurations, train
+from experiments.studies.study import Study, Version
+from experiments.studies.sweep import train
 from experiments.util import owned
 from experiments.util.blocks import fill
 from experiments.util.errors import RunnerError, choices_hint, writing
 from experiments.util.files import write_atomic
-from experiments.util.interrupts import INTERRUPTED
 from experiments.util.paths import ROOT
 from experiments.util.plot_style import figure
 
 
 def train_and_record(study: Study, version: str, root: Path, runs: Path, jobs: int) -> int:
-    """Train a version's missing runs and write its records below ``root``; the exit code."""
-    if not study.sweeps:
-        return 0
-    if version not in study.sweeps:
-        raise RunnerError(f"{study.name} has no version {version!r}, {choices_hint(version, study.sweeps)}")
+    """Train a version's missing runs and record them below ``root``; the exit code.
+
+    Raises:
+        RunnerError: there is no such version, or its plan was edited after its first run.
+    """
+    folder = write_plan(study, version, root).parent
+    if root == ROOT / RESULTS:
+        plan.check_committed(folder)
+    return train(study, version_of(study, version), folder, runs, jobs)
+
+
+def write_plan(study: Study, version: str, root: Path) -> Path:
+    """Write the plan of a version below ``root``; where.
+
+    Raises:
+        RunnerError: there is no such version, or the plan was edited after its first run.
+    """
     folder = own_folder(study, root)
-    code = train(study.sweeps[version], runs, jobs)
-    if code != INTERRUPTED:
-        records.write(records.collect(configurations(study.sweeps[version], runs), study.history), folder)
-    return code
+    plan.settle(version_of(study, version), folder, recorded=(folder / records.FILE).exists())
+    return folder / plan.FILE
+
+
+def version_of(study: Study, version: str) -> Version:
+    """A study at one size.
+
+    Raises:
+        RunnerError: it has no such version.
+    """
+    if version not in study.versions:
+        raise RunnerError(f"{study.name} has no version {version!r}, {choices_hint(version, study.versions)}")
+    return study.versions[version]
 
 
 def own_folder(study: Study, root: Path) -> Path:

@@ -40,10 +40,13 @@ KEPT = {
 """The entries that a line keeps of each part of a run's record."""
 
 
-def to_line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -> dict[str, Any] | None:
+def to_line(
+    config: RunConfig, folder: RunFolder, study: Mapping[str, str], history: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """A run as a line of records; ``None`` where it is neither finished nor failed.
 
     Args:
+        study: the arm, the stage and the plan that it is a run of.
         history: names, or endings of names, of metrics to keep from every evaluation on validation.
     """
     record = folder.record()
@@ -62,7 +65,7 @@ def to_line(config: RunConfig, folder: RunFolder, history: Sequence[str] = ()) -
         "format": FORMAT,
         "run": folder.path.name,
         "config": shortened(config),
-        "record": {"status": record["status"], **reason, "results": results, **kept},
+        "record": {"status": record["status"], **reason, "study": dict(study), "results": results, **kept},
         **({"metrics": metrics} if history else {}),
     }
 
@@ -89,15 +92,24 @@ def _given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
             if value not in ({}, None) and (name not in defaults or value != defaults[name])}  # fmt: skip
 
 
-def collect(configs: Iterable[RunConfig], history: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The lines of those runs that are over."""
-    found = [to_line(config, RunFolder(config.folder()), history) for config in configs]
-    return [each for each in found if each is not None]
+class Ledger:
+    """The file of a study's records, to which lines are added as runs end; for the one process that trains.
 
+    Raises:
+        RunnerError: a line that is there is no record.
+    """
 
-def write(lines: Iterable[Mapping[str, Any]], folder: Path) -> None:
-    text = "".join(json.dumps(rounded(each), separators=(",", ":")) + "\n" for each in lines)
-    write_atomic(folder / FILE, text)
+    def __init__(self, folder: Path):
+        self._file = folder / FILE
+        self.runs: list[RecordedRun] = read(folder) if self._file.exists() else []
+        self._lines = self._file.read_text(encoding="utf-8").splitlines() if self.runs else []
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Write one more line; the file is whole at every moment."""
+        text = json.dumps(rounded(line), separators=(",", ":"))
+        self.runs.append(_from_line(text, "a new line"))
+        self._lines.append(text)
+        write_atomic(self._file, "".join(f"{each}\n" for each in self._lines))
 
 
 def rounded(value: Any) -> Any:

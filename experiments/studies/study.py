@@ -1,19 +1,18 @@
-"""A study: a question, the runs that answer it, and the figures, tables and findings that follow from them."""
+"""A study: a question, the arms that answer it, and the claims, with their margins, that its runs are to decide."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import ClassVar, Literal
 
 from matplotlib.axes import Axes
 
-from experiments.report.comparison import Comparison, compare
 from experiments.runs.recorded import RecordedRun
-from experiments.studies import records
-from experiments.studies.sweep import Sweep
-from experiments.util.errors import RunnerError
+from experiments.studies.protocol import Arm, Progress, Protocol
 
 VERSIONS = ("small", "recorded", "large")
 """``recorded`` is what the page shows, ``small`` for a few minutes on two cores, ``large`` for a GPU."""
@@ -25,7 +24,7 @@ class Figure:
 
     Attributes:
         name: of its file, without ending.
-        caption: what the axes and marks are, and among which learning rates was chosen.
+        caption: what the axes and marks are.
         draw: onto the axes, ``columns`` in each of ``rows``.
         size: in inches.
     """
@@ -47,48 +46,72 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A statement of the literature, and whether the recorded runs agree.
+class Claim:
+    """A statement on differences between arms, with the margin beyond which a difference matters.
 
     Attributes:
-        name: for the test that holds the page to its records.
+        name: short, for tables and tests.
         said: the statement, with its source.
-        seen: what was measured.
-        holds: whether that agrees.
+        pairs: of arms, ``(left, right)``; of several pairs the mean difference counts.
+        kind: ``more``: the left ones exceed the right ones by more than the margin; ``equal``: they differ by less.
+        margin: in the unit of the metric, or in factors of two of steps.
+        split: the test split that is compared.
+        threshold: where given, the steps to reach this validation metric are compared, and not the test results.
     """
 
     name: str
     said: str
-    seen: str
-    holds: bool
+    pairs: tuple[tuple[str, str], ...]
+    kind: Literal["more", "equal"]
+    margin: float
+    split: str = "test"
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
-class Runs:
-    """The recorded runs that a study draws from: its own and those of the studies that it uses, by study."""
+class Version:
+    """A study at one size.
 
-    by_study: Mapping[str, list[RecordedRun]] = field(default_factory=dict)
+    Attributes:
+        common: what all its runs share, in the grammar of ``experiments.run``.
+        arms: what is compared. Arms may be added later; what is planned of the others stays.
+        protocol: how each of them is tuned and reported.
+        claims: what is to be decided.
+    """
 
-    @property
-    def all(self) -> list[RecordedRun]:
-        return [run for runs in self.by_study.values() for run in runs]
+    common: str
+    arms: tuple[Arm, ...]
+    protocol: Protocol = field(default_factory=Protocol)
+    claims: tuple[Claim, ...] = ()
 
-    def of(self, experiment: str) -> list[RecordedRun]:
-        """The runs of one experiment, which several studies may have."""
-        found = {run.path: run for run in self.all if run.config["experiment"] == experiment}
-        return list(found.values())
+    @cached_property
+    def plan(self) -> str:
+        """A hash over all that is fixed before the first run: the task and its budget, the procedure, the claims."""
+        fixed = [self.common, asdict(self.protocol), [asdict(claim) for claim in self.claims]]
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
 
-    def comparison(self, experiment: str, keep: Callable[[RecordedRun], bool] = lambda run: True) -> Comparison:
-        """The settings of an experiment with their learning rates chosen on validation.
 
-        Raises:
-            RunnerError: its runs are of no task or of several, or none is finished.
-        """
-        found = compare([run for run in self.of(experiment) if keep(run)])
-        if len(found) != 1 or not found[0].shown:
-            there = ", ".join(each.name for each in found) or "nothing"
-            raise RunnerError(f"the records hold {there} where finished runs of {experiment} on one task are wanted")
-        return found[0]
+@dataclass(frozen=True)
+class Results:
+    """The recorded runs of a version of a study."""
+
+    version: Version
+    runs: Sequence[RecordedRun]
+
+    @cached_property
+    def arms(self) -> dict[str, Progress]:
+        """The progress of every arm, by its name."""
+        protocol, by_key = self.version.protocol, {key_of(run): run for run in self.runs}
+        return {
+            arm.name: Progress(protocol, arm, {key: run for key, run in by_key.items() if key[0] == arm.name})
+            for arm in self.version.arms
+        }
+
+
+def key_of(run: RecordedRun) -> tuple[str, str, float, int]:
+    """The arm, the stage, the learning rate and the seed of a recorded run."""
+    study = run.record["study"]
+    return study["arm"], study["stage"], run.config["train"]["lr"], run.config["seed"]
 
 
 class Study:
@@ -97,39 +120,23 @@ class Study:
     Attributes:
         name: its key, and the name of its page and folder in docs/results.
         title: for people.
-        sweeps: its runs, by version; empty where it draws from other studies' runs alone.
-        uses: the studies whose records it draws from besides.
+        question: that the page answers.
+        versions: by size.
         history: metrics to keep of every evaluation on validation, as in :func:`experiments.studies.records.to_line`.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    sweeps: ClassVar[Mapping[str, Sweep]]
-    uses: ClassVar[tuple[str, ...]] = ()
+    question: ClassVar[str]
+    versions: ClassVar[Mapping[str, Version]]
     history: ClassVar[tuple[str, ...]] = ()
 
-    def figures(self, runs: Runs) -> Sequence[Figure]:
+    def answer(self, results: Results) -> str:
+        """The answer in one sentence, with its uncertainty."""
+        raise TypeError(f"{type(self).__name__} defines no answer")
+
+    def figures(self, results: Results) -> Sequence[Figure]:
         raise TypeError(f"{type(self).__name__} defines no figures")
 
-    def tables(self, runs: Runs) -> Sequence[Table]:
+    def tables(self, results: Results) -> Sequence[Table]:
         raise TypeError(f"{type(self).__name__} defines no tables")
-
-    def findings(self, runs: Runs) -> Sequence[Finding]:
-        """The statements that the page is about, each with its verdict."""
-        raise TypeError(f"{type(self).__name__} defines no findings")
-
-    def folders(self, root: Path) -> list[Path]:
-        """The folders of its records, and of those of the studies it uses."""
-        return [root / name for name in ([self.name] if self.sweeps else []) + list(self.uses)]
-
-    def missing(self, root: Path) -> list[str]:
-        """The studies that it needs and of which no runs are recorded below ``root``: its page then says so."""
-        return [folder.name for folder in self.folders(root) if not (folder / records.FILE).exists()]
-
-    def read(self, root: Path) -> Runs:
-        """The recorded runs below ``root``, such as docs/results.
-
-        Raises:
-            RunnerError: some are missing.
-        """
-        return Runs({folder.name: records.read(folder) for folder in self.folders(root)})

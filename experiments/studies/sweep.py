@@ -1,79 +1,124 @@
-"""The runs of a study, trained through the runner: what is finished is not done again."""
+"""The runs of a study, trained through the runner: each is recorded as soon as it is over, and what follows from it is
+started next.
+"""
 
 from __future__ import annotations
 
-import itertools
+import copy
 import shlex
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from experiments.config.overrides import compose, parse_choice
+from experiments.config.overrides import compose
 from experiments.config.schema import RunConfig
+from experiments.runs.folder import RunFolder, flat
+from experiments.studies.protocol import DECAY_SHARE, Arm, Wanted
+from experiments.studies.records import Ledger, rounded, shortened, to_line
+from experiments.studies.study import Results, Study, Version
 from experiments.sweeps.execute import execute, resolve_composed
 from experiments.sweeps.session import SweepSession
+from experiments.util.errors import RunnerError
 from experiments.util.interrupts import INTERRUPTED
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The runs of a study at one size, in the grammar of ``experiments.run``.
+class Composer:
+    """Composes the configurations of a version's runs below the folder ``runs``: each arm once, for it takes long."""
 
-    Attributes:
-        common: what all runs share, ``"experiment=recall_and_state seed=0,1,2"``.
-        grid: what differs between them, in rows; choices within a row multiply.
-    """
+    def __init__(self, version: Version, runs: Path):
+        self._version, self._runs = version, runs
+        self._arms: dict[str, dict[str, Any]] = {}
 
-    common: str
-    grid: tuple[str, ...]
+    def __call__(self, wanted: Wanted) -> dict[str, Any]:
+        """The composed configuration of a run.
 
-    def arguments(self) -> Iterator[list[str]]:
-        """The command line of each run."""
-        for row in self.grid:
-            yield from _expanded(shlex.split(f"{self.common} {row}"))
-
-
-def _expanded(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Every combination of the choices among ``key=a,b`` arguments; the last one of a key counts, as in Hydra."""
-    choices: dict[str, list[str]] = {}
-    for argument in arguments:
-        key, value = parse_choice(argument)
-        choices[key] = [f"{key}={each}" for each in value] if isinstance(value, list) else [argument]
-    yield from (list(each) for each in itertools.product(*choices.values()))
+        Raises:
+            ConfigError: Hydra refuses an argument.
+        """
+        if wanted.arm not in self._arms:
+            arm = next(arm for arm in self._version.arms if arm.name == wanted.arm)
+            arguments = shlex.split(f"{self._version.common} {arm.overrides}")
+            self._arms[wanted.arm] = compose([*arguments, f"runs={self._runs}"])
+        composed = copy.deepcopy(self._arms[wanted.arm])
+        composed["seed"], composed["train"]["lr"] = wanted.seed, wanted.rate
+        if wanted.steps is not None:
+            composed["train"] |= {"schedule": "wsd", "steps": wanted.steps, "decay_share": DECAY_SHARE}
+        return composed
 
 
-def composed(sweep: Sweep, runs: Path) -> list[dict[str, Any]]:
-    """The composed configuration of every run of a sweep, below the folder ``runs``.
+def train(study: Study, version: Version, folder: Path, runs: Path, jobs: int) -> int:
+    """Train what is missing, ``jobs`` runs at a time, and record it in ``folder``.
 
-    Raises:
-        ConfigError: Hydra refuses an argument.
-    """
-    return [compose([*arguments, f"runs={runs}"]) for arguments in sweep.arguments()]
-
-
-def configurations(sweep: Sweep, runs: Path) -> list[RunConfig]:
-    """The same, typed and sure to build their models; each once.
+    Returns:
+        0 when nothing is left to do, 1 where a run was refused or could not be recorded, 130 when stopped. Runs that
+        fail are on record as failed, and no arm waits for them.
 
     Raises:
-        ConfigError: naming the path of what is wrong.
+        RunnerError: the records that are there are of other configurations.
     """
-    found = [resolve_composed(each) for each in composed(sweep, runs)]
-    return list({config.folder(): config for config in found}.values())
-
-
-def train(sweep: Sweep, runs: Path, jobs: int) -> int:
-    """Train what is missing, ``jobs`` runs at a time; 0 when nothing is left to do, 1 where a run failed, 130 when
-    stopped. The runs that fail stay on record as failed.
-    """
+    ledger, composer = Ledger(folder), Composer(version, runs)
+    check_records(ledger, composer, version)
     session = SweepSession()
     session.watch_signals()
-    wanted = composed(sweep, runs)
-    status = session.open(str(runs), len(wanted))
+    status = session.open(str(runs), len(missing(version, ledger)))
+    begun: dict[Future[None], tuple[Wanted, RunConfig]] = {}
+    count, given_up = 0, set()
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda number: execute(wanted[number], status, number), range(len(wanted))))
-    outcome = session.close()
-    if session.stopped.is_set():
-        return INTERRUPTED
-    return int(not outcome.shown or outcome.done < len(wanted))
+        while not session.stopped.is_set():
+            busy = {wanted.key for wanted, _ in begun.values()} | given_up
+            todo = [each for each in missing(version, ledger) if each.key not in busy]
+            session.expect(count + len(todo))
+            for wanted in todo[: jobs - len(begun)]:
+                composed = composer(wanted)
+                begun[pool.submit(execute, composed, status, count)] = wanted, resolve_composed(composed)
+                count += 1
+            if not begun:
+                break
+            for done in wait(begun, return_when=FIRST_COMPLETED).done:
+                wanted, config = begun.pop(done)
+                done.result()
+                if not _record(study, version, ledger, wanted, config):
+                    given_up.add(wanted.key)
+    for wanted, config in begun.values():
+        _record(study, version, ledger, wanted, config)
+    session_stopped = session.stopped.is_set()
+    session.close()
+    return INTERRUPTED if session_stopped else int(bool(given_up))
+
+
+def missing(version: Version, ledger: Ledger) -> list[Wanted]:
+    """The runs that are known to be missing, arm by arm."""
+    return [wanted for progress in Results(version, ledger.runs).arms.values() for wanted in progress.wanted()]
+
+
+def _record(study: Study, version: Version, ledger: Ledger, wanted: Wanted, config: RunConfig) -> bool:
+    """Add the line of a run that has ended; whether it is over."""
+    named = {"arm": wanted.arm, "stage": wanted.stage, "plan": version.plan}
+    line = to_line(config, RunFolder(config.folder()), named, study.history)
+    if line is not None:
+        ledger.add(line)
+    return line is not None
+
+
+def check_records(ledger: Ledger, composer: Callable[[Wanted], Mapping[str, Any]], version: Version) -> None:
+    """Check that the recorded runs of every arm are those that the study would make now.
+
+    Raises:
+        RunnerError: an arm's options were edited after its first run.
+    """
+    arms: dict[str, Arm] = {arm.name: arm for arm in version.arms}
+    for run in {run.record["study"]["arm"]: run for run in ledger.runs}.values():
+        study = run.record["study"]
+        if study["arm"] not in arms:
+            continue
+        steps = run.config["train"]["steps"] if study["stage"] == "doubled" else None
+        wanted = Wanted(study["arm"], study["stage"], run.config["train"]["lr"], run.config["seed"], steps)
+        here, there = flat(rounded(shortened(resolve_composed(composer(wanted))))), flat(run.config)
+        if different := sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key)):
+            key = different[0]
+            raise RunnerError(
+                f"{key} is {there.get(key)!r} in the recorded runs of the arm {study['arm']!r} and {here.get(key)!r} in"
+                " the study: what an arm is trained with stays as it was before its first run. Restore it, or give the"
+                " new arm another name"
+            )

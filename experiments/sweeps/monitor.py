@@ -114,7 +114,7 @@ class Bars:
         }
         shown[WORDS["busy"]] = counts["busy"]
         note = ", ".join(f"{number} {word}" for word, number in shown.items() if number)
-        self._progress.update(self._sweep, completed=ended, count=f"{ended}/{total}", note=note)
+        self._progress.update(self._sweep, completed=ended, total=total, count=f"{ended}/{total}", note=note)
         jobs = {entry["job"] for entry, _ in active}
         for job in [job for job in self._rows if job not in jobs]:
             self._progress.remove_task(self._rows.pop(job))

@@ -92,6 +92,11 @@ class SweepSession:
         self.status, self._monitor = status, Monitor(status, total)
         return status
 
+    def expect(self, total: int) -> None:
+        """Change how many jobs there will be, where that follows from those that are over."""
+        if self._monitor is not None:
+            self._monitor.total = total
+
     def close(self) -> Outcome:
         """Print how the jobs ended and remove the status; of a sweep that never opened, no jobs."""
         if self.status is None or self._monitor is None:

@@ -18,9 +18,9 @@ from experiments.config.schema import RunConfig
 from experiments.runs.folder import RunFolder
 from experiments.training import processes
 from experiments.training.checkpoints import Checkpoints, TrainState
+from experiments.training.convergence import Convergence
 from experiments.training.cost_meter import CostMeter
 from experiments.training.engine import Engine
-from experiments.training.convergence import Convergence
 from experiments.training.evaluate import evaluate_split, evaluate_tests
 from experiments.training.lr_scheduler import last_step, learning_rate
 from experiments.training.optimizers import Optimizers

@@ -29,6 +29,9 @@ VARIABLES = (*THREADS, "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "SEQAR
              "TRITON_INTERPRET")  # fmt: skip
 """Environment variables that change results or speed; no others are recorded, as they may hold secrets."""
 
+CODE = ("--", ".", ":(exclude)docs/results")
+"""All files but the records and pages of studies, which are written while runs train."""
+
 HASHED_BYTES = 2**28
 """The most that is hashed of untracked files together: a folder of data among them would take minutes."""
 
@@ -43,14 +46,14 @@ def code_version() -> tuple[dict[str, Any], str, int]:
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "dirty": None, "library": compiled_library()}, "", PUBLIC
-    changed = _git("status", "--porcelain") or ""
-    diff = (_git("diff", "HEAD") or "") if changed.strip() else ""
+    changed = _git("status", "--porcelain", *CODE) or ""
+    diff = (_git("diff", "HEAD", *CODE) or "") if changed.strip() else ""
     code = {"commit": commit.strip(), "dirty": bool(changed.strip()), "library": compiled_library()}
-    if untracked := _names("ls-files", "--others", "--exclude-standard", "-z"):
+    if untracked := _names("ls-files", "--others", "--exclude-standard", "-z", *CODE):
         code["untracked"] = fingerprints(ROOT, untracked)
     if (shown := masked_text(diff)) != diff:
         code["masked"] = "keys in the diff"
-    return code, shown, least_mode(ROOT / name for name in _names("diff", "HEAD", "--name-only", "-z"))
+    return code, shown, least_mode(ROOT / name for name in _names("diff", "HEAD", "--name-only", "-z", *CODE))
 
 
 def fingerprints(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -25,12 +25,15 @@ class LMConfig(StackConfig):
 
     Attributes:
         vocab_size: number of tokens.
+        embedding_std: standard deviation of the initial embedding; 0.02 is Radford et al.'s (2019) and most releases',
+            1 is ``nn.Embedding``'s.
         tie_embeddings: whether the head uses the embedding's weights.
         embedding_scale: what the embedding is multiplied by before the first layer; ``sqrt(d_model)`` in Gemma.
         logit_cap: bounds the logits softly, ``cap tanh(logits / cap)`` (Gemma Team 2024, "Gemma 2", section 2).
     """
 
     vocab_size: int
+    embedding_std: float = 0.02
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
     logit_cap: float | None = None
@@ -44,7 +47,7 @@ class LMConfig(StackConfig):
 class LanguageModel(nn.Module):
     """``logits, state = model(tokens, state, cu_seqlens)``: tokens ``[B, T]``, logits ``[B, T, vocab_size]``.
 
-    The embedding is normal with 0.02 (Radford et al. 2019), the head has ``nn.Linear``'s initialisation unless tied;
+    The embedding is normal with ``embedding_std``, the head has ``nn.Linear``'s initialisation unless tied;
     everything in the stack initialises itself. There is no position embedding: mixers that need positions have them.
     """
 
@@ -56,7 +59,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"language model: config is {show(config)}, expected an LMConfig")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         self.stack = Stack(config)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)

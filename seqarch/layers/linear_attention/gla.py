@@ -26,6 +26,7 @@ class GlaConfig(LayerConfig):
         expand_k, expand_v: all heads together have ``expand_k D`` key dimensions and ``expand_v D`` values.
         gate_rank: rank of the map from the input to the decays.
         temperature: the decays' root; larger forgets more slowly.
+        decay_bias: initial bias b of the decays' logits, larger forgets more slowly; by default ``nn.Linear``'s.
         conv_width: width of a short convolution with SiLU over queries, keys and values; 0, as in the paper, for none.
         negative_eigenvalues: maps the decays from (0, 1) to (-1, 1) by ``2 a - 1`` (Grazzi et al. 2024, who do it to
             Mamba and name GLA among the models that need it).
@@ -36,6 +37,7 @@ class GlaConfig(LayerConfig):
     expand_v: float = 1.0
     gate_rank: int = 16
     temperature: float = 16.0
+    decay_bias: float | None = None
     conv_width: int = 0
     negative_eigenvalues: bool = False
 
@@ -73,9 +75,10 @@ class Gla(LinearMixer):
         heads, keys, values = config.num_heads, config.key_width, config.value_width
         parts = [(heads, keys), (heads, keys), (heads, values)]
         self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
-        self.decay = nn.Sequential(
-            Linear(config.d_model, config.gate_rank, bias=False), Linear(config.gate_rank, heads * keys)
-        )
+        decays = Linear(config.gate_rank, heads * keys)
+        if config.decay_bias is not None:
+            nn.init.constant_(decays.bias, config.decay_bias)
+        self.decay = nn.Sequential(Linear(config.d_model, config.gate_rank, bias=False), decays)
         self.gate = Linear(config.d_model, heads * values, bias=False)
         self.norm = GatedRMSNorm(values, gate="after")
         self.out_proj = Linear(heads * values, config.d_model, bias=False)

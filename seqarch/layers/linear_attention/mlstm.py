@@ -29,6 +29,8 @@ class MlstmConfig(LayerConfig):
         num_heads: H.
         expand_k: all heads together have ``expand_k D`` key dimensions, and D values; 1 in the paper.
         forget_gate: ``"sigmoid"`` or ``"exponential"``, of the gate's logit.
+        forget_min, forget_max: the initial forget gates are sigmoids of numbers from the one to the other, over the
+            heads; larger forgets more slowly.
         gate_cap: c in ``c tanh(x / c)`` over the gates' logits; 0, as in the paper, for none.
         conv_width: width of a short convolution with SiLU over queries, keys and values; 0 for none.
     """
@@ -38,6 +40,8 @@ class MlstmConfig(LayerConfig):
     num_heads: int = 4
     expand_k: float = 0.5
     forget_gate: str = "sigmoid"
+    forget_min: float = 3.0
+    forget_max: float = 6.0
     gate_cap: float = 15.0
     conv_width: int = 0
 
@@ -73,7 +77,8 @@ class Mlstm(LinearMixer):
     layout of Beck et al. 2025 ("xLSTM 7B"): no projection up and no skip around the cell, narrower keys, capped gates.
     Not GLA: one decay per head, and inputs that may outweigh all before them. The release adds 1e-6 to the scaled
     denominator, so that its h depends on m; here nothing is added. Gates start without weights and with ``b_i`` normal
-    with 0.1, ``b_f`` from 3 to 6 over the heads, as released with the paper (an exponential gate starts at the same f).
+    with 0.1, ``b_f`` by default from 3 to 6 over the heads, as released with the paper (an exponential gate starts at
+    the same f).
     """
 
     Config = MlstmConfig
@@ -86,7 +91,7 @@ class Mlstm(LinearMixer):
         self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
         self.gates = Linear(config.d_model, 2 * heads)
         nn.init.zeros_(self.gates.weight)
-        forget = torch.linspace(3, 6, heads)
+        forget = torch.linspace(config.forget_min, config.forget_max, heads)
         forget = forget if config.forget_gate == "sigmoid" else F.logsigmoid(forget)
         self.gates.bias = nn.Parameter(torch.cat([torch.randn(heads) * 0.1, forget]))
         self.norm_weight = nn.Parameter(torch.ones(config.d_model))

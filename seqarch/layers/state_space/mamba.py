@@ -31,6 +31,7 @@ class MambaConfig(LayerConfig):
         dt_rank: rank of the step size's projection; by default ``ceil(D / 16)``.
         negative_eigenvalues: moves the decays to ``2 exp(dt A) - 1`` in (-1, 1), which lets the model track state
             (Grazzi et al. 2024). Each state then is a channel of its own, so the scan takes N times the memory.
+        A_scale: the initial ``-A`` is ``A_scale (1..N)``.
         dt_min, dt_max, dt_floor: range of the initial step sizes.
     """
 
@@ -39,6 +40,7 @@ class MambaConfig(LayerConfig):
     conv_width: int = 4
     dt_rank: int | None = None
     negative_eigenvalues: bool = False
+    A_scale: float = 1.0
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_floor: float = 1e-4
@@ -68,7 +70,7 @@ class Mamba(RecurrentMixer):
         with torch.no_grad():
             self.dt.weight.uniform_(-(rank**-0.5), rank**-0.5)
             self.dt.bias.copy_(step_size_bias(self.inner, config.dt_min, config.dt_max, config.dt_floor))
-        A = torch.arange(1, config.d_state + 1).float().repeat(self.inner, 1)
+        A = config.A_scale * torch.arange(1, config.d_state + 1).float().repeat(self.inner, 1)
         self.A_log = nn.Parameter(A.log())
         self.D = nn.Parameter(torch.ones(self.inner))
         self.out_proj = Linear(self.inner, config.d_model, bias=False)
