@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--version", choices=VERSIONS, default="recorded", help="which size (default: recorded)")
     command.add_argument("--plan", action="store_true", help="train nothing: write the plan with its margins")
     command.add_argument("--draw", action="store_true", help="train nothing: draw the records that are there")
+    command.add_argument("--results", help="the folder of records and pages (default: docs/results, and of other"
+                                           " versions runs/results/VERSION)")
     command.add_argument("--runs", default="runs", help="the folder of the runs (default: runs)")
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one per core)")
     return command
@@ -52,6 +54,8 @@ def answer() -> int:
     names, worst = list(STUDIES) if arguments.all else arguments.name, 0
     runs = folder_path("--runs", arguments.runs)
     root = ROOT / RESULTS if arguments.version == "recorded" else runs / "results" / arguments.version
+    if arguments.results is not None:
+        root = folder_path("--results", arguments.results)
     if not names:
         raise RunnerError(f"no study is named, {choices_hint('', STUDIES)}, or --all")
     if arguments.jobs < 1:
@@ -69,8 +73,8 @@ def answer() -> int:
             print("stopped; the same command resumes with what is missing")
             return code
         worst = max(worst, code)
-        drawn = draw(study, root)
-        print("\n".join(map(str, [*drawn, write_page(study, root)])), flush=True)
+        drawn = draw(study, arguments.version, root)
+        print("\n".join(map(str, [*drawn, write_page(study, arguments.version, root)])), flush=True)
     return worst
 
 

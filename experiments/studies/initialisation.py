@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from experiments.studies.protocol import Arm, Protocol
-from experiments.studies.study import Claim, Study, Version
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from experiments.report.statistics import mean_interval, steps_to_threshold
+from experiments.runs.recorded import RecordedRun
+from experiments.studies import plots
+from experiments.studies.claims import decide, scores_of, steps_to
+from experiments.studies.protocol import Arm, Progress, Protocol, rate_of
+from experiments.studies.study import Claim, Figure, Results, Study, Table, Version
+from experiments.util.plot_style import INK, QUIET
 
 SLOW = {
     "gla": "model.mixers.gla.decay_bias=4",
@@ -23,6 +32,14 @@ MIXERS = ("attention", "delta_net", *SLOW)
 EMBEDDINGS = {"narrow": "0.02", "wide": "1"}
 LEARNT = 0.9
 """Of validation accuracy: a mixer that has this much has understood the task."""
+STYLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("narrow", "released"): {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    ("wide", "released"): {"color": "#56B4E9", "marker": "s", "linestyle": (0, (5, 1.5))},
+    ("narrow", "slow"): {"color": "#D55E00", "marker": "^", "linestyle": (0, (5, 1.5))},
+    ("wide", "slow"): {"color": "#882255", "marker": "D", "linestyle": "-"},
+}
+"""By embedding and gates; mixers without gates have the styles of released ones."""
+
 MARGIN = 0.05
 """Of recall accuracy: less would change nobody's choice of a mixer."""
 
@@ -100,3 +117,110 @@ class Initialisation(Study):
             Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1)),
         ),
     }
+
+    def answer(self, results: Results) -> str:
+        decisions = {decision.claim.name: decision for decision in decide(results)}
+        recall = [decisions[f"{mixer}: the start decides"].verdict.answer for mixer in SLOW]
+        pace = [decisions[f"{mixer}: the start sets the pace"].verdict.answer for mixer in SLOW]
+        return (
+            f"Trained until they have converged, {recall.count('yes')} of {len(SLOW)} mixers with gates recall more, by"
+            f" {MARGIN:g} or above, from a wide embedding and slow gates than as released ({recall.count('no')} do not,"
+            f" {recall.count('unresolved')} are unresolved); {pace.count('yes')} of them learn in less than half of the"
+            f" steps ({pace.count('no')} do not, {pace.count('unresolved')} are unresolved)."
+        )
+
+    def figures(self, results: Results) -> Sequence[Figure]:
+        return [
+            Figure(
+                "rates",
+                "Recall on validation against the learning rate, at the end of training: means over the tuning seeds,"
+                " bands are their ranges. A panel is a mixer, a line is a start: the embedding's standard deviation"
+                " (narrow 0.02, wide 1) and the gates' initial values (as released, or slow). Chance is dashed.",
+                lambda axes: draw_rates(axes, results),
+                columns=4,
+                rows=2,
+                size=(12.6, 5.8),
+            ),
+            Figure(
+                "steps",
+                f"Training steps until recall on validation reaches {LEARNT:.0%}, at the rate that tuning chose: each"
+                " reporting seed, and the median as a stroke. Arrows are runs that ended before they reached it.",
+                lambda axes: draw_steps(axes[0], results),
+                size=(8.6, 6.4),
+            ),
+        ]
+
+    def tables(self, results: Results) -> Sequence[Table]:
+        header = ["arm", "recall, mean (95 % interval)", f"seeds with {LEARNT:.0%}", f"steps to {LEARNT:.0%}, median"]
+        return [Table("Results on the reporting seeds", [header, *map(result_row, results.arms.values())])]
+
+
+def result_row(progress: Progress) -> list[str]:
+    """Recall, how many seeds learnt, and how soon."""
+    runs = [run for run in progress.reporting if run.finished]
+    if len(runs) < 2:
+        return [progress.arm.name, "", "", ""]
+    found = mean_interval(scores_of(progress, Claim("", "", (), "more", 0.0)))
+    learnt = sum(run.result("test") >= LEARNT for run in runs)
+    steps, reached = zip(*(steps_to(run, LEARNT) for run in runs), strict=True)
+    return [
+        progress.arm.name,
+        f"{found.estimate:.3f} ({max(found.low, 0):.3f} to {min(found.high, 1):.3f})",
+        f"{learnt} of {len(progress.reporting)}",
+        str(steps_to_threshold(steps, reached)),
+    ]
+
+
+def style_of(progress: Progress) -> dict[str, Any]:
+    factors = progress.arm.factors
+    return STYLES[factors["embedding"], "released" if factors["gates"] == "none" else factors["gates"]]
+
+
+def draw_rates(panels: Sequence[Axes], results: Results) -> None:
+    seeds = results.version.protocol.tuning_seeds
+    for axes, mixer in zip(panels, MIXERS, strict=True):
+        shown: list[RecordedRun] = []
+        for progress in of_mixer(results, mixer):
+            runs = {rate: progress.of("tuning", rate_of(rate), seeds) for rate in progress.rates}
+            points = {rate: [run.result("validation") for run in found if run.finished] for rate, found in runs.items()}
+            shown += [run for found in runs.values() for run in found if run.finished]
+            if any(points.values()):
+                whole = [(rate_of(rate), values) for rate, values in points.items() if values]
+                plots.draw_band(axes, whole, style_of(progress), markersize=5)
+        rates = [rate_of(rate) for rate in results.version.protocol.rates]
+        plots.logarithmic(axes, rates, lambda value: f"{value:g}")
+        plots.shares(axes)
+        if shown:
+            plots.mark_chance(axes, shown[0], label=False)
+        axes.set_title(mixer)
+    for axes in panels[-4:]:
+        axes.set_xlabel("Learning rate (logarithmic)")
+    for axes in (panels[0], panels[4]):
+        axes.set_ylabel("Recall on validation")
+    keys = [Line2D([], [], **style, markersize=5) for style in STYLES.values()]
+    names = [f"{embedding} embedding, {gates} gates" for embedding, gates in STYLES]
+    panels[0].legend(keys[:2], ["narrow embedding", "wide embedding"], fontsize=8, frameon=False, loc="lower left")
+    panels[-1].legend(keys, names, fontsize=8, frameon=False, loc="lower left")
+
+
+def of_mixer(results: Results, mixer: str) -> list[Progress]:
+    return [progress for progress in results.arms.values() if progress.arm.factors["mixer"] == mixer]
+
+
+def draw_steps(axes: Axes, results: Results) -> None:
+    rows = [progress for progress in results.arms.values() if len(progress.reporting) > 1]
+    for row, progress in enumerate(reversed(rows)):
+        style, found = style_of(progress), [steps_to(run, LEARNT) for run in progress.reporting if run.finished]
+        for number, (steps, reached) in enumerate(found):
+            height = row + 0.3 * (number / max(len(found) - 1, 1) - 0.5)
+            marker = style["marker"] if reached else ">"
+            face = style["color"] if reached else "white"
+            axes.plot(steps, height, marker=marker, color=style["color"], markerfacecolor=face, markersize=5, alpha=0.8)
+        middle = statistics.median(steps for steps, _ in found)
+        axes.plot([middle, middle], [row - 0.3, row + 0.3], color=style["color"], linewidth=2.2)
+    axes.set_yticks(range(len(rows)), [progress.arm.name for progress in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    plots.logarithmic(axes, [50, 100, 200, 400, 800, 1600, 3200], lambda value: f"{value:,.0f}")
+    axes.set_xlabel(f"Training steps to {LEARNT:.0%} recall (logarithmic)")

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments.studies import plan, records
-from experiments.studies.page import PAGES, RESULTS, blocks, how_to_run, results
+from experiments.studies.page import PAGES, RESULTS, blocks, how_to_run, read, results
 from experiments.studies.study import Study, Version
 from experiments.studies.sweep import train
 from experiments.util import owned
@@ -72,10 +72,14 @@ def _is_study(folder: Path, name: str) -> bool:
     return page or owned.mentions(folder / records.FILE, '"record":')
 
 
-def draw(study: Study, root: Path) -> list[Path]:
-    """Every plot of a study, from the records below ``root``. Each carries the hash of those records."""
-    figures = study.figures(study.read(root))
-    folder, source, drawn = own_folder(study, root), records.digest(study.folders(root)), []
+def draw(study: Study, version: str, root: Path) -> list[Path]:
+    """Draw every plot of a study, from the records below ``root``. Each carries the hash of those records.
+
+    Raises:
+        RunnerError: there are no records, or their plan was edited.
+    """
+    folder = own_folder(study, root)
+    figures, source, drawn = study.figures(read(version_of(study, version), folder)), records.digest(folder), []
     for each in figures:
         path = folder / f"{each.name}.png"
         with figure([path], each.columns, each.rows, each.size, source=source) as (_, axes):
@@ -84,13 +88,13 @@ def draw(study: Study, root: Path) -> list[Path]:
     return drawn
 
 
-def write_page(study: Study, root: Path) -> Path:
+def write_page(study: Study, version: str, root: Path) -> Path:
     """The page of what was drawn: the published one, or below another root one of the generated parts alone."""
     if root == ROOT / RESULTS:
         page = ROOT / PAGES[study.name]
         write_atomic(page, fill(page.read_text(encoding="utf-8"), blocks(study.name)))
         return page
-    runs, page = study.read(root), root / study.name / "index.md"
-    parts = (f"# {study.title}", results(study, runs, folder=""), how_to_run(study, runs))
+    found, page = read(version_of(study, version), root / study.name), root / study.name / "index.md"
+    parts = (f"# {study.title}", results(study, found), how_to_run(study, found))
     write_atomic(page, "\n\n".join(parts) + "\n")
     return page

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,6 @@ def _from_line(text: str, where: str) -> RecordedRun:
     return run
 
 
-def digest(folders: Iterable[Path]) -> str:
-    """A hash over files of records, which a plot made from them carries."""
-    total = hashlib.sha256()
-    for folder in folders:
-        total.update((folder / FILE).read_bytes())
-    return total.hexdigest()
+def digest(folder: Path) -> str:
+    """A hash over a file of records, which a plot made from it carries."""
+    return hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
