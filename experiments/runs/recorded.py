@@ -14,9 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.runs.folder import RunFolder, flat
 from experiments.util.errors import RunnerError, choices_hint
 from experiments.util.files import read_json
+from experiments.util.items import decode_items
 
 NEVER_INSIDE = ("checkpoints", "wandb", "tensorboard", "report", ".sweeps")
 """Folders that hold no runs, and may hold very many files."""
@@ -88,6 +91,20 @@ class RecordedRun:
         """``test`` or ``validation``, of a finished run."""
         return self.record["results"][name]
 
+    def items(self, split: str = "test") -> np.ndarray | None:
+        """``[N]``, the metric of each sequence of a test split; ``None`` where the record has none.
+
+        Records from before they were kept have none, nor do splits of very many sequences.
+
+        Raises:
+            RunnerError: what the record holds there is damaged.
+        """
+        text = self.get(f"results.tests.{split}.items") or (self.get("results.items") if split == "test" else None)
+        try:
+            return None if text is None else decode_items(text)
+        except RunnerError as error:
+            raise RunnerError(f"{self.path}: results of the split {split}: {error}") from error
+
     @property
     def device(self) -> str:
         """The name of the GPU or processor that it was trained on."""
@@ -110,10 +127,16 @@ class RecordedRun:
         return value
 
     def flat(self) -> dict[str, Any]:
-        """All that is known, by dotted path."""
+        """All that is known, by dotted path, but for the scores of single sequences."""
         found = {"experiment": self.config.get("experiment"), "run": self.name, "status": self.status}
         inner = {key: value for key, value in self.record.items() if key not in ("experiment", "name", "status")}
-        return {**found, "problem": self.problem, **flat(self.config, "config"), **flat(inner)}
+        known = {**found, "problem": self.problem, **flat(self.config, "config"), **flat(inner)}
+        return {path: value for path, value in known.items() if not is_items(path)}
+
+
+def is_items(path: str) -> bool:
+    """Whether a path of a record leads to the scores of single sequences, text that no table shows."""
+    return path.startswith("results.") and path.endswith(".items")
 
 
 def is_finite(value: Any) -> bool:

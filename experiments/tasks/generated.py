@@ -130,6 +130,13 @@ class GeneratedTask(Task):
             "loss": float(losses[asked].mean()),
         }
 
+    def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        """The share of right answers of each sequence; NaN of one that asks nothing."""
+        asked = targets != IGNORED
+        answers = asked.sum(axis=1)
+        shares = np.full(len(targets), np.nan)
+        return np.divide((hits & asked).sum(axis=1), answers, out=shares, where=answers > 0)
+
     def chance(self, split: str = "test") -> tuple[float, str]:
         """The score of :meth:`guess` on the whole split."""
         asked, hits, start = [], [], 0

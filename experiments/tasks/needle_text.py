@@ -74,11 +74,19 @@ class NeedleText(Needle):
 
     def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
         answers = self.answers(targets.shape[1])[1:]
-        scores = super().score(np.where(answers, targets, IGNORED), losses, hits)
+        scores = super().score(self.asked(targets), losses, hits)
         if self.config.predict == "answers":
             return scores
         bits = losses[:, ~answers].astype(np.float64).mean() / np.log(2)
         return {**scores, "loss": float(losses.mean()), "bits_per_byte": float(bits)}
+
+    def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        """The share of right digits of each sequence, whatever else is predicted."""
+        return super().item_scores(self.asked(targets), losses, hits)
+
+    def asked(self, targets: np.ndarray) -> np.ndarray:
+        """The targets with all but the answers ignored."""
+        return np.where(self.answers(targets.shape[1])[1:], targets, IGNORED)
 
     def manifest(self) -> dict[str, Any]:
         made, read = super().manifest(), self.library.manifest()

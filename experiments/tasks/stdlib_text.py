@@ -140,6 +140,10 @@ class StdlibText(Task):
             "curve": curve,
         }
 
+    def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        """The bits per byte of each file."""
+        return losses.astype(np.float64).mean(axis=1) / np.log(2)
+
     def chance(self, split: str = "test") -> tuple[float, str]:
         tokens, _, _ = self._train
         counts = np.bincount(tokens[tokens != START], minlength=256) + 1.0

@@ -106,6 +106,14 @@ class Task:
         """
         raise TypeError(f"{type(self).__name__} defines no score")
 
+    def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        """``[N]`` float64, the metric of each sequence by itself; the arguments are those of :meth:`score`.
+
+        Where every sequence has as many targets, their mean is the metric of the split. Differences between models are
+        judged by them: which of two is better on the same sequences.
+        """
+        raise TypeError(f"{type(self).__name__} defines no item_scores")
+
     def chance(self, split: str = "test") -> tuple[float, str]:
         """The score on a test split of a model that learnt nothing of the task's point, and in words who that is."""
         raise TypeError(f"{type(self).__name__} defines no chance")

@@ -9,24 +9,33 @@ import numpy as np
 
 from experiments.tasks import Task
 from experiments.training.engine import Engine
+from experiments.util.items import encode_items
 from seqarch.models import LanguageModel
+
+MOST_ITEMS = 4096
+"""Sequences of a test split up to which the score of each is kept."""
 
 
 def evaluate_split(model: LanguageModel, task: Task, split: str, engine: Engine) -> dict[str, Any]:
-    """The task's metrics on a whole split."""
+    """The task's metrics on a whole split; of a test split also ``items``, each sequence's own by ``encode_items``."""
     model.eval()
     parts = [(batch.targets, *engine.evaluate_batch(model, batch)) for batch in task.evaluation(split)]
     model.train()
-    return task.score(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    outputs = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    scores = task.score(*outputs)
+    if split in task.tests and len(outputs[0]) <= MOST_ITEMS:
+        scores["items"] = encode_items(task.item_scores(*outputs))
+    return scores
 
 
 def evaluate_tests(model: LanguageModel, task: Task, engine: Engine) -> dict[str, Any]:
     """The results on every test split of a task.
 
     Returns:
-        Of the split ``test``: its metric as ``test``, each other number as ``test_NAME``, and its ``curve`` if it has
-        one. Of a task with several test splits also ``tests``, the numbers and the chance level of each with its
-        ``length``, and as ``curve`` the metric along that length.
+        Of the split ``test``: its metric as ``test``, each other number as ``test_NAME``, its ``curve`` if it has one,
+        and its ``items``. Of a task with several test splits also ``tests``, the numbers, the chance level and the
+        ``items`` of each with its ``length``, those of ``test`` there alone, and as ``curve`` the metric along that
+        length.
     """
     scores_of = {split: evaluate_split(model, task, split, engine) for split in task.tests}
     name, scores = task.metric.name, scores_of["test"]
@@ -35,10 +44,12 @@ def evaluate_tests(model: LanguageModel, task: Task, engine: Engine) -> dict[str
     curve = scores.get("curve")
     if len(scores_of) > 1:
         results["tests"] = {
-            split: {"length": task.tests[split], "chance": task.chance(split)[0], **_numbers(each)}
+            split: {"length": task.tests[split], "chance": task.chance(split)[0], **_numbers(each), **_items(each)}
             for split, each in scores_of.items()
         }
         curve = curve or along_length(results["tests"], name, task.length)
+    else:
+        results |= _items(scores)
     return {**results, "curve": curve} if curve else results
 
 
@@ -57,3 +68,7 @@ def along_length(tests: Mapping[str, Mapping[str, float]], metric: str, trained_
 
 def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+
+def _items(scores: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in scores.items() if name == "items"}

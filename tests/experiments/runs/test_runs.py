@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import polars
 import pytest
 
@@ -17,6 +19,7 @@ from experiments.runs.differences import differences
 from experiments.runs.folder import RunFolder
 from experiments.runs.recorded import find_runs, pick_run
 from experiments.util.errors import RunnerError
+from experiments.util.items import encode_items
 from tests.support.paths import ROOT
 from tests.support.recorded import runs_command
 from tests.support.runs import command_line, tiny_config
@@ -123,6 +126,8 @@ def test_show_prints_all_of_one(root, monkeypatch, capsys):
     assert code == 0
     for words in ("config.train.lr: 0.001", "status: finished", "data.hash: ", "environment.python: ", "metrics.jsonl"):
         assert words in shown
+    assert pick_run(root, "seed0").items() is not None
+    assert ".items" not in shown
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_everything_that_a_record_holds_can_differ(root):
     changed["hardware"]["cores"] = 1000
     changed["data"]["hash"] = "other"
     changed["backends"] = {"attention": ["other"]}
-    changed["results"]["test"] = 2.0
+    changed["results"] |= {"test": 2.0, "items": encode_items(np.array([0.5, 0.75]))}
     b.folder.run_file.write_text(json.dumps(changed))
     b.folder.diff_file.write_text("+ a line")
     found = differences(a, pick_run(root, "seed1"))
@@ -165,6 +170,7 @@ def test_everything_that_a_record_holds_can_differ(root):
     assert found["data"]["data.hash"] == (a.get("data.hash"), "other")
     assert "other" in found["backends"]["backends.attention"][1]
     assert found["result"]["results.test"] == (a.get("results.test"), 2.0)
+    assert all(re.fullmatch(r"encoded in \d+ characters \(\w{10}\)", each) for each in found["result"]["results.items"])
     assert found["cost"] == {"cost.flops": (a.get("cost.flops"), 7)}
 
 
@@ -201,6 +207,8 @@ def test_export_is_one_line_a_run(root, tmp_path, monkeypatch, capsys, ending):
     assert [row["status"] for row in rows] == ["finished", "finished", "failed"]
     assert float(rows[0]["results.test"]) == other.record()["results"]["test"]
     assert rows[2]["results.test"] in (None, "")
+    assert "results.test_loss" in rows[0]
+    assert not any(name.endswith(".items") for name in rows[0])
     assert [row["config.model.mixers.attention.window"] for row in rows[:2]] == ["16", "all"]
 
 

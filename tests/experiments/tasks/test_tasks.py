@@ -77,6 +77,19 @@ class TestEveryTask:
         assert all(rows)
         assert sum(map(len, rows)) == len(set.union(*rows))
 
+    def test_the_score_of_a_split_is_the_mean_of_its_sequences(self, tasks, name):
+        """Weighted by their targets, where some have more of them."""
+        task, rng = tasks[name], np.random.default_rng(0)
+        targets = np.concatenate([batch.targets for batch in task.evaluation("test")])
+        losses, hits = rng.random(targets.shape) * 3, rng.random(targets.shape) < 0.7
+        items = task.item_scores(targets, losses, hits)
+        answers = (targets != IGNORED).sum(axis=1)
+        assert (items.shape, items.dtype) == ((len(targets),), np.float64)
+        assert np.average(items, weights=answers) == pytest.approx(task.score(targets, losses, hits)[task.metric.name])
+        for row in (0, len(targets) - 1):
+            alone = task.score(*(array[row : row + 1] for array in (targets, losses, hits)))
+            assert items[row] == pytest.approx(alone[task.metric.name])
+
     def test_held_out_data_is_the_same_every_time(self, tasks, name):
         again = TASKS[name](SMALL[name])
         for split in ("validation", *again.tests):

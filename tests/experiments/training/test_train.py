@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from experiments.runs.folder import RunFolder
+from experiments.runs.recorded import read_run
 from experiments.train import main
 from experiments.training.checkpoints import verified
 from experiments.training.loop import Run
@@ -70,6 +71,30 @@ def test_other_lengths_are_tested_once_and_chosen_by_nothing(tmp_path):
     assert results["curve"]["trained_to"] == 16
     assert not any("32" in name for line in folder.metrics() for name in line)
     assert folder.record()["model"]["state_length"] == 32
+    assert "items" not in results
+    entry = read_run(folder.path)
+    for split, each in results["tests"].items():
+        items = entry.items(split)
+        assert len(items) == run.task.config.test_examples
+        assert items.mean() == pytest.approx(each["accuracy"], rel=1e-12)
+        assert (items == 1).mean() == each["sequence_accuracy"]
+
+
+def test_the_score_of_every_test_sequence_is_kept(tmp_path, monkeypatch):
+    text = {"name": "stdlib_text", "length": 16, "eval_length": 64, "validation_files": 2, "test_files": 5}
+    for name, task, count in (("mqar", {}, 32), ("text", {"task": text}, 5)):
+        _, folder = train_here(tiny_config(tmp_path / name, train__steps=5, **task))
+        run, results = read_run(folder.path), folder.record()["results"]
+        assert len(run.items()) == count
+        assert run.items().mean() == pytest.approx(results["test"], rel=1e-6)
+        assert run.items("test_99") is None
+        assert not any("items" in name for line in folder.metrics() for name in line)
+    folder.update(results={**results, "items": "u1/4:eJx"})
+    with pytest.raises(RunnerError, match=f"{folder.path}: results of the split test: .* holds no item scores"):
+        read_run(folder.path).items()
+    monkeypatch.setattr("experiments.training.evaluate.MOST_ITEMS", 31)
+    _, folder = train_here(tiny_config(tmp_path / "many", train__steps=5))
+    assert read_run(folder.path).items() is None
 
 
 def test_the_same_configuration_gives_the_same_bits(tmp_path):
