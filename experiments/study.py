@@ -36,8 +36,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--version", choices=VERSIONS, default="recorded", help="which size (default: recorded)")
     command.add_argument("--plan", action="store_true", help="train nothing: write the plan with its margins")
     command.add_argument("--draw", action="store_true", help="train nothing: draw the records that are there")
-    command.add_argument("--results", help="the folder of records and pages (default: docs/results, and of other"
-                                           " versions runs/results/VERSION)")
+    command.add_argument(
+        "--results",
+        help="the folder of records and pages (default: docs/results, and of other versions runs/results/VERSION)",
+    )
     command.add_argument("--runs", default="runs", help="the folder of the runs (default: runs)")
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one per core)")
     return command

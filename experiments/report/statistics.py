@@ -211,6 +211,25 @@ def _degrees_of_freedom(arms: Sequence[np.ndarray]) -> float:
     return float(sum(variance for variance, _ in parts) ** 2 / squares) if squares > 0 else math.inf
 
 
+def pooled(differences: Sequence[Interval], confidence: float = 0.95) -> Interval:
+    """The mean of several independent differences, with the interval around it by Welch and Satterthwaite.
+
+    Raises:
+        ValueError: there is none, or one that follows from no standard error.
+    """
+    errors = [each.standard_error for each in differences]
+    freedoms = [each.degrees_of_freedom for each in differences]
+    if not differences or None in errors or None in freedoms:
+        raise ValueError("differences: expected intervals with their standard errors, at least one")
+    _check_confidence(confidence)
+    variances = np.array(errors, dtype=np.float64) ** 2 / len(differences) ** 2
+    terms = np.sum(variances**2 / np.array(freedoms, dtype=np.float64))
+    freedom = float(np.sum(variances) ** 2 / terms) if terms > 0 else math.inf
+    estimate, error = float(np.mean([each.estimate for each in differences])), float(np.sqrt(np.sum(variances)))
+    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error if error > 0 else 0.0
+    return Interval(estimate, estimate - reach, estimate + reach, confidence, error, freedom)
+
+
 def share_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """The share of successes in n trials, such as seeds that learnt a task, with Wilson's interval (1927).
 

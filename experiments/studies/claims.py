@@ -86,7 +86,7 @@ def scores_of(progress: Progress, claim: Claim) -> np.ndarray:
 
 
 def steps_to(run: RecordedRun, threshold: float) -> tuple[int, bool]:
-    """The first evaluation at which the validation metric was so good, and whether there was one; else its last step."""
+    """The first evaluation at which the validation metric was so good and ``True``; else the last step and ``False``."""
     metric = run.record["metric"]
     name, sign = f"validation_{metric['name']}", 1 if metric["higher_is_better"] else -1
     for line in run.metrics:

@@ -15,7 +15,6 @@ from experiments.studies import plots
 from experiments.studies.claims import decide, scores_of, steps_to
 from experiments.studies.protocol import Arm, Progress, Protocol, rate_of
 from experiments.studies.study import Claim, Figure, Results, Study, Table, Version
-from experiments.util.plot_style import INK, QUIET
 
 SLOW = {
     "gla": "model.mixers.gla.decay_bias=4",

@@ -49,7 +49,12 @@ def results(study: Study, found: Results, folder: str = "") -> str:
     Args:
         folder: of the plots, from the page.
     """
-    parts = [f"**Question.** {study.question}", *_unfinished(found), f"**Answer.** {study.answer(found)}", verdicts(found)]
+    parts = [
+        f"**Question.** {study.question}",
+        *_unfinished(found),
+        f"**Answer.** {study.answer(found)}",
+        verdicts(found),
+    ]
     parts += [_figure(figure, folder) for figure in study.figures(found)]
     for each in (*study.tables(found), training(found)):
         header, *rows = each.rows

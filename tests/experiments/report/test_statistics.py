@@ -242,3 +242,25 @@ class TestStepsToThreshold:
         ):
             with pytest.raises(ValueError, match=message):
                 steps_to_threshold(steps, reached)
+
+
+def test_a_pooled_difference_of_normal_means_has_the_interval_of_welch():
+    """Of two arms of one pair, with a column each, pooled as if it were two pairs with an arm that is known exactly."""
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(0.0, 1.0, (8, 1)), generator.normal(1.0, 3.0, (5, 1))
+    intervals = []
+    for scores in (a, -b):
+        error, freedom = float(scores.std(ddof=1) / np.sqrt(len(scores))), len(scores) - 1.0
+        mean = float(scores.mean())
+        intervals.append(statistics.Interval(mean, mean, mean, 0.95, error, freedom))
+    found = statistics.pooled(intervals)
+    welch = stats.ttest_ind(a[:, 0], b[:, 0], equal_var=False).confidence_interval(0.95)
+    assert 2 * found.estimate == pytest.approx(a.mean() - b.mean())
+    assert (2 * found.low, 2 * found.high) == pytest.approx((welch.low, welch.high))
+    with pytest.raises(ValueError, match="at least one"):
+        statistics.pooled([])
+
+
+def test_pooling_what_does_not_vary_gives_no_width():
+    still = statistics.Interval(0.5, 0.5, 0.5, 0.95, 0.0, np.inf)
+    assert statistics.pooled([still, still]).low == 0.5
