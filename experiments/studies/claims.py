@@ -11,6 +11,7 @@ from experiments.report.statistics import Interval, SignFlip, Verdict, differenc
 from experiments.runs.recorded import RecordedRun
 from experiments.studies.protocol import Progress
 from experiments.studies.study import Claim, Results
+from experiments.util.errors import RunnerError
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def lacks(progress: Progress) -> list[str]:
         found.append(f"the rate of {name}, {progress.chosen:g}, lies at an edge of its grid")
     if (there := len(progress.reporting)) < len(protocol.reporting_seeds):
         found.append(f"{name} has {there} of {len(protocol.reporting_seeds)} seeds")
+    elif progress.middle is None:
+        found.append(f"every run of {name} failed")
     elif progress.converged is None:
         found.append(f"{name} was not checked at twice the budget")
     elif not progress.converged:
@@ -76,17 +79,28 @@ def lacks(progress: Progress) -> list[str]:
 def scores_of(progress: Progress, claim: Claim) -> np.ndarray:
     """``[seeds, items]``, more is better: the scores of the test sequences, or minus the steps, of the reporting runs.
 
-    A run that failed has recalled nothing, and counts as one that did not.
+    A run that failed got nothing right; where all did, there are no scores.
     """
     if claim.threshold is not None:
         return np.array([[np.log2(steps_to(run, claim.threshold)[0])] for run in progress.reporting if run.metrics])
-    rows = [run.items(claim.split) if run.finished else None for run in progress.reporting]
-    items = max((len(row) for row in rows if row is not None), default=1)
-    return np.array([np.zeros(items) if row is None else row for row in rows])
+    rows = [_items(run, claim.split) if run.finished else None for run in progress.reporting]
+    finished = [row for row in rows if row is not None]
+    return np.array([np.zeros_like(finished[0]) if row is None else row for row in rows] if finished else [])
+
+
+def _items(run: RecordedRun, split: str) -> np.ndarray:
+    """The scores of a split's sequences, more is better.
+
+    Raises:
+        RunnerError: the record has none.
+    """
+    if (scores := run.items(split)) is None:
+        raise RunnerError(f"the record of {run.name} has no item scores of the split {split!r}: train the run again")
+    return scores if run.record["metric"]["higher_is_better"] else -scores
 
 
 def steps_to(run: RecordedRun, threshold: float) -> tuple[int, bool]:
-    """The first evaluation at which the validation metric was so good and ``True``; else the last step and ``False``."""
+    """The step of the first evaluation with so good a validation metric and ``True``, or the last and ``False``."""
     metric = run.record["metric"]
     name, sign = f"validation_{metric['name']}", 1 if metric["higher_is_better"] else -1
     for line in run.metrics:

@@ -27,7 +27,7 @@ SLOW = {
 }
 """Gates that at first keep what they have for several times the length of a sequence, by mixer."""
 
-MIXERS = ("attention", "delta_net", *SLOW)
+MIXERS = ("attention", "delta_net", "mamba2", "gated_delta_net", "gla", "kda", "mlstm", "mamba")
 EMBEDDINGS = {"narrow": "0.02", "wide": "1"}
 LEARNT = 0.9
 """Of validation accuracy: a mixer that has this much has understood the task."""

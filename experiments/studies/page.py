@@ -92,7 +92,8 @@ def _seen(decision: Decision, p_value: float | None) -> str:
 def _answer(decision: Decision) -> str:
     if decision.verdict.answer != "unresolved":
         return f"**{decision.verdict.answer}**"
-    return f"unresolved: {decision.verdict.reason}"
+    first, *others = decision.verdict.reason.split("; ")
+    return f"unresolved: {first}" + (f"; {len(others)} more" if others else "")
 
 
 def training(found: Results) -> Table:
@@ -150,8 +151,8 @@ def how_to_run(study: Study, found: Results) -> str:
     counted = ", ".join(f"{number} for {stage}" for stage, number in stages.items())
     recorded = (
         f"Recorded, a line per run: [{records.FILE}]({study.name}/{records.FILE}); {len(found.runs)} runs ({counted}),"
-        f" {seconds / 3600:.1f} hours of processor time in training steps. Their margins and grids were committed before"
-        f" them in [{plan.FILE}]({study.name}/{plan.FILE}), whose hash every line has."
+        f" {seconds / 3600:.1f} hours of processor time in training steps. Margins and grids were committed before,"
+        f" in [{plan.FILE}]({study.name}/{plan.FILE}), whose hash every line has."
     )
     return "\n\n".join([commands(study), recorded, "\n".join(_machines(found.runs))])
 

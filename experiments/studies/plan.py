@@ -77,6 +77,4 @@ def check_committed(folder: Path) -> None:
         ["git", "-C", str(ROOT), "status", "--porcelain", "--ignored", "--", str(path)], capture_output=True, text=True
     )
     if status.returncode or status.stdout.strip():
-        raise RunnerError(
-            f"commit {path} before the first run, so that its margins are known to be older: git add {path}"
-        )
+        raise RunnerError(f"{path} has to be committed before the first run, so that its margins are known to be older")

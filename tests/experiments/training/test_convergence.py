@@ -112,5 +112,5 @@ def test_a_target_ends_a_run_without_a_decay(tmp_path):
 
 
 def test_a_share_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="least_improvement must be a finite number and not negative, got -0.1"):
+    with pytest.raises(ConfigError, match=r"least_improvement must be a finite number and not negative, got -0\.1"):
         tiny_config(tmp_path, train__least_improvement=-0.1)
