@@ -10,11 +10,29 @@ a sequence hard for every model cancels. Two corrections are for few seeds. A bo
 small by ``(n - 1) / n``, so deviations are widened by ``sqrt(n / (n - 1))`` on both axes. And the quantile is that of
 Satterthwaite's degrees of freedom (1946), for the part of the variance that each axis has.
 
-Percentiles of the bootstrap (and BCa's, which correct their levels) are not taken: with five seeds they lie within the
-range of the five, which misses the mean of a symmetric distribution in 2 of 32 cases whatever the level. Measured
-coverage of 95 % intervals at 100 items, and the median width as a multiple of this module's:
+Percentiles of the bootstrap (and BCa's, which correct their levels) are not taken: of one arm with five seeds they lie
+within the range of the five, which misses the mean of a symmetric distribution in 2 of 32 cases whatever the level.
+Coverage of intervals of 95 %, measured over 4000 data sets each of 100 items, by percentiles and by the interval here:
 
-COVERAGE
+==================================  ===========  ===========  ===========
+what differs, between what          3 seeds      5 seeds      10 seeds
+==================================  ===========  ===========  ===========
+seeds, normal; two arms             .808  .966   .874  .954   .911  .953
+seeds, exponential; two arms        .809  .967   .864  .974   .904  .965
+seeds, t with 3 degrees; two arms   .804  .974   .873  .966   .909  .959
+seeds, one of two values; two arms  .825  .972   .892  .978   .928  .957
+seeds, normal; one arm              .739  .941   .831  .945   .901  .948
+seeds, exponential; one arm         .689  .877   .779  .876   .863  .903
+seeds, t with 3 degrees; one arm    .742  .950   .840  .962   .883  .957
+seeds, one of two values; one arm   .726  .726   .880  .911   .920  .942
+items, normal; two arms                          .940  .954
+both and the residual; two arms                  .962  .977
+the residual alone; two arms                     .997  .999
+==================================  ===========  ===========  ===========
+
+So differences are covered with three seeds and more; the mean of one arm whose seeds are skewed is not. Where neither
+seeds nor items differ, and only the luck of each run with each item is left, the interval is up to twice as wide as
+need be, since resampling both axes counts that part three times.
 
 Seeds that all agree give an interval without width: no method knows what five seeds never showed. Where runs either
 learn a task or do not, count those that do (:func:`share_interval`) beside it.
