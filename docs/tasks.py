@@ -24,12 +24,18 @@ def chance(task: type[Task]) -> str:
     return f"{value:.3f}{unit}, {words}" if isinstance(made, GeneratedTask) else f"measured by each run, {words}"
 
 
+def groups(task: type[Task]) -> str:
+    """The groups of its batches: ``by`` what its results are told apart."""
+    made = task(task.Config())
+    return ", ".join(f"`{name}`" for name in next(made.evaluation("validation")).groups or {}) or "-"
+
+
 def task_table() -> str:
     rows = []
     for name, task in TASKS.items():
         paper = cell(source(text(name), name)) if issubclass(task, GeneratedTask) else "-"
-        rows.append((f"[`{name}`](#{name})", task.title, paper, chance(task)))
-    return table(("task", "", "source", "chance, with the default options"), rows)
+        rows.append((f"[`{name}`](#{name})", task.title, paper, chance(task), groups(task)))
+    return table(("task", "", "source", "chance, with the default options", "results by"), rows)
 
 
 def task_sections() -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, smallest
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, placed, smallest
 from experiments.tasks.task import IGNORED, Batch
 
 
@@ -62,7 +62,9 @@ class Compression(GeneratedTask):
         asked = smallest(draws.uniforms("order", count), count)
         targets = np.full((draws.size, length), IGNORED, dtype=np.int64)
         targets[:, count:] = np.take_along_axis(read, asked, axis=1)
-        return Batch(np.concatenate([read, self.config.vocab_size + asked], axis=1), targets)
+        places = np.broadcast_to(np.arange(count, length), asked.shape)
+        groups = {"gap": placed(targets, places, places - asked), "position": placed(targets, places, asked + 1)}
+        return Batch(np.concatenate([read, self.config.vocab_size + asked], axis=1), targets, groups=groups)
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return draws.integers("", batch.targets.shape[1], self.config.vocab_size)

@@ -71,7 +71,8 @@ class Copying(GeneratedTask):
         following = np.take_along_axis(string, (twice + 1).clip(0, longest - 1), axis=1)
         targets = np.where((twice >= -1) & (twice < count - 1), following, IGNORED)
         np.put_along_axis(targets, 2 * count + 1, self.end, axis=1)
-        return Batch(tokens, targets, tokens != self.blank)
+        # Letter 1 is asked for at the second mark.
+        return Batch(tokens, targets, tokens != self.blank, {"position": np.maximum(twice + 2, 0)})
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return draws.integers("", batch.targets.shape[1], self.config.letters)

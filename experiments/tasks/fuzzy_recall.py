@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, last_shown
 from experiments.tasks.haystack import distinct
 from experiments.tasks.task import IGNORED, Batch, Metric
 
@@ -76,11 +76,18 @@ class FuzzyRecall(GeneratedTask):
 
         order = draws.integers("order", -(-length // 3), config.keys)
         shown = order[:, :, None] == np.arange(config.keys)
-        again = np.take_along_axis(np.cumsum(shown, axis=1), order[:, :, None], axis=2) > 1
+        newest = last_shown(shown)
+        previous = np.take_along_axis(newest, order[:, :, None], axis=2)
+        again = previous >= 0
         tokens, targets, kept = (
             np.take_along_axis(each, order[:, :, None], axis=1) for each in (entries, answers, there)
         )
-        return Batch(*_joined(kept, length, tokens, np.where(again, targets, IGNORED)))
+        sizes = kept.sum(axis=2)
+        begins = np.cumsum(sizes, axis=1) - sizes
+        gap = begins - np.take_along_axis(begins, previous[:, :, 0].clip(0), axis=1) - 1
+        spread = (np.broadcast_to(each[:, :, None], kept.shape) for each in (gap, (newest >= 0).sum(axis=2)))
+        found = _joined(kept, length, tokens, np.where(again, targets, IGNORED), *spread)
+        return Batch(found[0], found[1], groups={"gap": found[2], "pairs": found[3]})
 
     def _motifs(self, draws: Draws, purpose: str) -> tuple[np.ndarray, np.ndarray]:
         """``[B, K, motif]``: K different motifs, and which of their places are taken."""

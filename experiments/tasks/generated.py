@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from experiments.tasks.task import IGNORED, Batch, Metric, Task, digest_batches, stream, uniforms
+from experiments.tasks.task import IGNORED, UNGROUPED, Batch, Metric, Task, digest_batches, stream, uniforms
 
 EVALUATION_BATCH = 256
 EVALUATION_TOKENS = 16384
@@ -84,6 +84,25 @@ def smallest(scores: np.ndarray, count: int) -> np.ndarray:
     return np.take_along_axis(few, order, axis=1)
 
 
+def placed(targets: np.ndarray, places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """A group ``[B, T]``: the numbers ``[B, n]`` at those places of a row, and none elsewhere."""
+    group = np.full(targets.shape, UNGROUPED, dtype=numbers.dtype)
+    np.put_along_axis(group, places, numbers, axis=1)
+    return group
+
+
+def positions(targets: np.ndarray) -> dict[str, np.ndarray]:
+    """The group ``position``: how many tokens have been read."""
+    return {"position": np.broadcast_to(1 + np.arange(targets.shape[1]), targets.shape)}
+
+
+def last_shown(shown: np.ndarray) -> np.ndarray:
+    """``[B, N, K]``: the step before each of N at which each of K keys was last shown, -1 where it was not."""
+    steps = np.arange(shown.shape[1])[:, None]
+    newest = np.maximum.accumulate(np.where(shown, steps, -1), axis=1)
+    return np.concatenate([np.full_like(newest[:, :1], -1), newest[:, :-1]], axis=1)
+
+
 class GeneratedTask(Task):
     """A task whose examples :meth:`generate` makes from random numbers that (seed, split, index) determine.
 
@@ -136,6 +155,9 @@ class GeneratedTask(Task):
         answers = asked.sum(axis=1)
         shares = np.full(len(targets), np.nan)
         return np.divide((hits & asked).sum(axis=1), answers, out=shares, where=answers > 0)
+
+    def answer_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        return hits
 
     def chance(self, split: str = "test") -> tuple[float, str]:
         """The score of :meth:`guess` on the whole split."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.tasks.generated import Draws
+from experiments.tasks.generated import Draws, placed
 from experiments.tasks.task import IGNORED, Batch
 
 BYTES = 256
@@ -21,10 +21,13 @@ def noise(draws: Draws, length: int) -> np.ndarray:
     return text[(begins + np.arange(length)) % len(text)]
 
 
-def plant(draws: Draws, haystack: np.ndarray, statements: np.ndarray) -> np.ndarray:
+def plant(draws: Draws, haystack: np.ndarray, statements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Statements ``[B, S, n]`` before lines of a haystack ``[B, H]``, in their order: ``[B, H + S n]``.
 
     They fall anywhere and move to the next beginning of a line. The haystack's last byte becomes the end of its line.
+
+    Returns:
+        The text, and where each statement begins, ``[B, S]``.
     """
     size, count, width = statements.shape
     end = haystack.shape[1]
@@ -40,7 +43,12 @@ def plant(draws: Draws, haystack: np.ndarray, statements: np.ndarray) -> np.ndar
     np.put_along_axis(is_free, places, False, axis=1)
     text[is_free] = haystack.ravel()
     np.put_along_axis(text, places, statements.reshape(size, -1), axis=1)
-    return text
+    return text, cuts
+
+
+def depths(begins: np.ndarray, width: int, length: int) -> np.ndarray:
+    """Where statements of so many bytes lie in a text: 0 at its beginning, 1 at its end."""
+    return begins / max(length - width, 1)
 
 
 def distinct(draws: Draws, purpose: str, count: int, below: int) -> np.ndarray:
@@ -73,6 +81,16 @@ def sentence(*parts: bytes | np.ndarray) -> np.ndarray:
     return np.concatenate(pieces, axis=2)
 
 
-def reading(text: np.ndarray, asked: np.ndarray) -> Batch:
-    """A text ``[B, T + 1]`` to be predicted byte by byte, of which the bytes ``asked: [T + 1]`` count."""
-    return Batch(text[:, :-1].astype(np.int64), np.where(asked, text, IGNORED)[:, 1:].astype(np.int64))
+def reading(text: np.ndarray, asked: np.ndarray, groups: dict[str, np.ndarray]) -> Batch:
+    """A text ``[B, T + 1]`` to be predicted byte by byte, of which the bytes ``asked: [T + 1]`` count.
+
+    ``groups`` are numbers ``[B, A]`` of the A answers, all of which have equally many bytes.
+    """
+    targets = np.where(asked, text, IGNORED)[:, 1:].astype(np.int64)
+    places = np.broadcast_to(np.flatnonzero(asked) - 1, (len(text), int(asked.sum())))
+    spread = {name: np.repeat(each, places.shape[1] // each.shape[1], axis=1) for name, each in groups.items()}
+    return Batch(
+        text[:, :-1].astype(np.int64),
+        targets,
+        groups={name: placed(targets, places, each) for name, each in spread.items()},
+    )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, placed
 from experiments.tasks.task import IGNORED, Batch
 
 
@@ -57,7 +57,8 @@ class InductionHeads(GeneratedTask):
         tokens[:, -1] = special
         targets = np.full_like(tokens, IGNORED)
         targets[:, -1:] = np.take_along_axis(tokens, place + 1, axis=1)
-        return Batch(tokens, targets)
+        last = np.full_like(place, length - 1)
+        return Batch(tokens, targets, groups={"gap": placed(targets, last, last - place - 1)})
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return draws.integers("", batch.targets.shape[1], self.vocab_size - 1)

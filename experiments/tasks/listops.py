@@ -84,14 +84,16 @@ class ListOps(GeneratedTask):
 
     def generate(self, draws: Draws, length: int) -> Batch:
         levels, _ = self.grow(self.roots(draws, length), length)
-        tokens, ends = trees.write(levels, length)
+        tokens, ends, sizes = trees.write(levels, length)
         targets = np.full_like(tokens, IGNORED)
-        for level, end, worth in zip(levels, ends, trees.evaluate(levels), strict=True):
+        tokens_of = np.zeros_like(tokens)  # The formula that ends here.
+        for level, end, size, worth in zip(levels, ends, sizes, trees.evaluate(levels), strict=True):
             asked = level.arguments > 0
             targets[level.tree[asked], end[asked]] = worth[asked]
+            tokens_of[level.tree[asked], end[asked]] = size[asked]
             if self.config.asked == "last":
                 break
-        return Batch(tokens, targets, tokens != trees.BLANK)
+        return Batch(tokens, targets, tokens != trees.BLANK, {"size": tokens_of})
 
     def roots(self, draws: Draws, length: int) -> np.ndarray:
         """For each example the key of its first tree that has a length asked for.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, positions
 from experiments.tasks.task import IGNORED, Batch
 
 OPERATORS = "+-*"
@@ -60,7 +60,7 @@ class ModularArithmetic(GeneratedTask):
         tokens[:, ::2], tokens[:, 1::2] = numbers, modulus + chosen
         targets = np.full_like(tokens, IGNORED)
         targets[:, ::2] = values(numbers, np.array(list(operators))[chosen], modulus)
-        return Batch(tokens, targets)
+        return Batch(tokens, targets, groups=positions(targets))
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return np.zeros_like(batch.targets)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, smallest
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, placed, smallest
 from experiments.tasks.task import IGNORED, Batch, Metric
 
 
@@ -87,7 +87,9 @@ class MQAR(GeneratedTask):
         asked = 2 * pairs + 2 * gaps
         np.put_along_axis(tokens, asked, keys, axis=1)
         np.put_along_axis(targets, asked, values, axis=1)
-        return Batch(tokens, targets)
+        number = np.broadcast_to(np.arange(pairs), asked.shape)
+        groups = {"gap": placed(targets, asked, asked - 2 * number - 1), "pair": placed(targets, asked, number + 1)}
+        return Batch(tokens, targets, groups=groups)
 
     def chance(self, split: str = "test") -> tuple[float, str]:
         return 1 / self.config.pairs, f"guessing among the {self.config.pairs} values seen"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
-from experiments.tasks.haystack import BYTES, distinct, noise, plant, reading, sentence, written
+from experiments.tasks.haystack import BYTES, depths, distinct, noise, plant, reading, sentence, written
 from experiments.tasks.task import Batch
 
 LETTERS, DIGITS = b"abcdefghijklmnopqrstuvwxyz", b"0123456789"
@@ -88,11 +88,14 @@ class Needle(GeneratedTask):
         names = written(distinct(draws, "names", config.needles, 26**NAME_LETTERS), NAME_LETTERS, LETTERS)
         numbers = draws.integers("numbers", config.needles, 10**config.digits)
         statements = sentence(BEGINNING, names, MIDDLE, written(numbers, config.digits, DIGITS), END)
-        text = plant(draws, self.haystack(draws, config.hay(length)), statements)
+        text, begins = plant(draws, self.haystack(draws, config.hay(length)), statements)
         chosen = distinct(draws, "questions", config.questions, config.needles)
         questions = np.take_along_axis(statements, chosen[:, :, None], axis=1)
+        shown, end = np.take_along_axis(begins, chosen, axis=1), text.shape[1]
+        gap = end + config.statement * np.arange(config.questions) - shown - 1
+        groups = {"depth": depths(shown, config.statement, end), "gap": gap}
         text = np.concatenate([text, questions.reshape(draws.size, -1)], axis=1)[:, : length + 1]
-        return reading(text, self.answers(length))
+        return reading(text, self.answers(length), groups)
 
     def answers(self, length: int) -> np.ndarray:
         """``[T + 1]``: whether a byte of the text is a digit that is asked for."""

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from experiments.tasks.generated import Draws
-from experiments.tasks.haystack import reading
 from experiments.tasks.needle import Needle, NeedleConfig
 from experiments.tasks.stdlib_text import StdlibText, StdlibTextConfig
 from experiments.tasks.task import IGNORED, Batch
@@ -69,8 +68,8 @@ class NeedleText(Needle):
         batch = super().generate(draws, length)
         if self.config.predict == "answers":
             return batch
-        last = batch.targets[:, -1:]
-        return reading(np.concatenate([batch.tokens, last], axis=1), np.ones(length + 1, dtype=bool))
+        following = np.append(batch.tokens[:, 1:], batch.targets[:, -1:], axis=1)
+        return batch._replace(targets=following)
 
     def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
         answers = self.answers(targets.shape[1])[1:]

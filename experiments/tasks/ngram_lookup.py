@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, placed
 from experiments.tasks.task import IGNORED, Batch
 
 ASKED = ("after", "before")
@@ -83,7 +83,10 @@ class NgramLookup(GeneratedTask):
         tokens = np.concatenate([begin, *asked, answer[:, :-1]], axis=1)
         targets = np.full_like(tokens, IGNORED)
         targets[:, -config.answer :] = answer
-        return Batch(tokens, targets)
+        before = 1 if config.asked == "after" else config.ngram + 2  # Tokens before the string.
+        shown = before + place + config.ngram + np.arange(config.answer)
+        at = np.broadcast_to(np.arange(length - config.answer, length), shown.shape)
+        return Batch(tokens, targets, groups={"gap": placed(targets, at, at - shown)})
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return draws.integers("", batch.targets.shape[1], self.config.letters)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, last_shown
 from experiments.tasks.task import IGNORED, Batch, Metric
 
 
@@ -71,7 +71,9 @@ class NoisyRecall(GeneratedTask):
         values = np.take_along_axis(book, keys, axis=1)
         is_noise = draws.uniforms("noisy", pairs) < self.config.noise
         shown = (keys[:, :, None] == np.arange(half)) & ~is_noise[:, :, None]
-        before = np.take_along_axis(np.cumsum(shown, axis=1) - shown, keys[:, :, None], axis=2)[:, :, 0] > 0
+        newest = last_shown(shown)
+        previous = np.take_along_axis(newest, keys[:, :, None], axis=2)[:, :, 0]
+        before = previous >= 0
 
         tokens = np.stack([keys, values], axis=2)
         if self.config.noise:
@@ -79,7 +81,9 @@ class NoisyRecall(GeneratedTask):
             tokens = np.where(is_noise[:, :, None], noise.reshape(tokens.shape), tokens)
         targets = np.full_like(tokens, IGNORED)
         targets[:, :, 0] = np.where(before & ~is_noise, values, IGNORED)
-        return Batch(tokens.reshape(-1, length), targets.reshape(-1, length))
+        groups = {"gap": 2 * (np.arange(pairs) - previous) - 1, "pairs": (newest >= 0).sum(axis=2)}
+        groups = {name: np.repeat(each, 2, axis=1) for name, each in groups.items()}
+        return Batch(tokens.reshape(-1, length), targets.reshape(-1, length), groups=groups)
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         size, half = self.config.vocab_size, self.config.vocab_size // 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, positions
 from experiments.tasks.task import Batch
 
 
@@ -39,7 +39,8 @@ class Parity(GeneratedTask):
 
     def generate(self, draws: Draws, length: int) -> Batch:
         bits = draws.integers("bits", length, 2)
-        return Batch(bits, np.cumsum(bits, axis=1) % 2)
+        targets = np.cumsum(bits, axis=1) % 2
+        return Batch(bits, targets, groups=positions(targets))
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return draws.integers("", batch.targets.shape[1], 2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least, placed
 from experiments.tasks.task import IGNORED, Batch
 
 BLANK = 0
@@ -67,7 +67,10 @@ class SelectiveCopying(GeneratedTask):
         tokens[:, -copied:] = marker
         targets = np.full_like(tokens, IGNORED)
         targets[:, -copied:] = letters
-        return Batch(tokens, targets)
+        asked = np.arange(length - copied, length)
+        groups = {"gap": asked - places, "position": np.broadcast_to(1 + np.arange(copied), places.shape)}
+        asked = np.broadcast_to(asked, places.shape)
+        return Batch(tokens, targets, groups={name: placed(targets, asked, each) for name, each in groups.items()})
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return 1 + draws.integers("", batch.targets.shape[1], self.vocab_size - 2)

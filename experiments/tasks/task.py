@@ -13,6 +13,9 @@ SPLITS = ("train", "validation", "test")
 IGNORED = -100
 """The target of a position that is not asked about."""
 
+UNGROUPED = -1
+"""The number, in a group, of a position that belongs to none."""
+
 
 class TaskError(Exception):
     """Options whose examples this machine cannot make: its text says what a person can choose instead."""
@@ -26,16 +29,21 @@ class Batch(NamedTuple):
         targets: ``[B, T]`` int64; ``targets[b, t]`` is what position t should predict, or ``IGNORED``.
         token_mask: ``[B, T]`` bool, false where a token is padding after a row's end; ``None`` where none is. A token
             whose target is ignored is read all the same, and no padding; nor is filler that belongs to the task.
+        groups: ``[B, T]`` numbers by name, by which answers are told apart in the results: ``gap``, the tokens from
+            where an answer was shown to where it is asked for; ``depth``, where it was shown, as a share of the text;
+            ``position``, ... Read where a target is not ignored; ``UNGROUPED`` where an answer belongs to none.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     token_mask: np.ndarray | None = None
+    groups: dict[str, np.ndarray] | None = None
 
     def rows(self, index: Any) -> Batch:
         """Some of its rows."""
         mask = None if self.token_mask is None else self.token_mask[index]
-        return Batch(self.tokens[index], self.targets[index], mask)
+        groups = None if self.groups is None else {name: numbers[index] for name, numbers in self.groups.items()}
+        return Batch(self.tokens[index], self.targets[index], mask, groups)
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,13 @@ class Task:
         judged by them: which of two is better on the same sequences.
         """
         raise TypeError(f"{type(self).__name__} defines no item_scores")
+
+    def answer_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        """``[N, T]``: what each answer adds to the metric, which is their mean over what is asked and grouped.
+
+        Whoever gives its batches groups defines it; arguments as in :meth:`score`.
+        """
+        raise TypeError(f"{type(self).__name__} defines no answer_scores")
 
     def chance(self, split: str = "test") -> tuple[float, str]:
         """The score on a test split of a model that learnt nothing of the task's point, and in words who that is."""

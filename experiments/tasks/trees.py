@@ -95,8 +95,8 @@ def evaluate(levels: list[Level]) -> list[np.ndarray]:
     return worth
 
 
-def write(levels: list[Level], length: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Formulas ``[N, length]`` in prefix order, blanks after them, and at which place every node ends."""
+def write(levels: list[Level], length: int) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Formulas ``[N, length]`` in prefix order, blanks after them; where each node ends, and its number of tokens."""
     sizes = [np.where(level.arguments > 0, 2, 1) for level in levels]
     for number in range(len(levels) - 1, 0, -1):
         sizes[number - 1] += np.bincount(levels[number].parent, sizes[number], len(sizes[number - 1])).astype(np.int64)
@@ -110,4 +110,4 @@ def write(levels: list[Level], length: int) -> tuple[np.ndarray, list[np.ndarray
         ends.append(begins + size - 1)
         operator = level.arguments > 0
         text[level.tree[operator], ends[-1][operator]] = CLOSE
-    return text, ends
+    return text, ends, sizes

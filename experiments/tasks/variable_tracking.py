@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, at_least
-from experiments.tasks.haystack import BYTES, distinct, noise, plant, reading, sentence, written
+from experiments.tasks.haystack import BYTES, depths, distinct, noise, plant, reading, sentence, written
 from experiments.tasks.task import Batch
 
 LETTERS, DIGITS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"0123456789"
@@ -92,15 +92,22 @@ class VariableTracking(GeneratedTask):
         # A random order of all statements in which those of a chain keep theirs.
         ranks = np.argsort(draws.uniforms("order", chains * count), axis=1).reshape(-1, chains, count)
         order = np.argsort(np.sort(ranks, axis=2).reshape(-1, chains * count), axis=1)
-        text = plant(
+        text, begins = plant(
             draws,
             noise(draws, self.config.hay(length)),
             np.take_along_axis(statements, order[:, :, None], axis=1),
         )
+        shown = np.take_along_axis(begins, np.sort(ranks[:, 0], axis=1), axis=1)
+        asked = length + 1 - self.config.names * (1 + WIDTH) + (1 + WIDTH) * np.arange(count)
+        groups = {
+            "hops": np.broadcast_to(np.arange(count), shown.shape),
+            "depth": depths(shown, STATEMENT, text.shape[1]),
+            "gap": asked - shown - len(BEGINNING),
+        }
         end = sentence(QUESTION, values[:, :1], ASKED)[:, 0]
         spaces = np.full((draws.size, count, 1), ord(" "))
         answer = np.concatenate([spaces, names[:, 0]], axis=2).reshape(draws.size, -1)
-        return reading(np.concatenate([text, end, answer], axis=1), self.answers(length))
+        return reading(np.concatenate([text, end, answer], axis=1), self.answers(length), groups)
 
     def answers(self, length: int) -> np.ndarray:
         """``[T + 1]``: whether a byte of the text is a letter that is asked for."""

@@ -16,7 +16,7 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask
+from experiments.tasks.generated import Draws, GeneratedConfig, GeneratedTask, positions
 from experiments.tasks.task import Batch
 
 MOST_ELEMENTS = 1000
@@ -60,7 +60,8 @@ class WordProblem(GeneratedTask):
 
     def generate(self, draws: Draws, length: int) -> Batch:
         elements = draws.integers("elements", length, self.vocab_size)
-        return Batch(elements, prefix_products(elements, multiplication(self.config.group)))
+        targets = prefix_products(elements, multiplication(self.config.group))
+        return Batch(elements, targets, groups=positions(targets))
 
     def guess(self, batch: Batch, draws: Draws) -> np.ndarray:
         return draws.integers("", batch.targets.shape[1], self.vocab_size)

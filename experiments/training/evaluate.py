@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.tasks import Task
+from experiments.tasks.groups import by_group, grouped
 from experiments.training.engine import Engine
 from experiments.util.items import encode_items
 from seqarch.models import LanguageModel
@@ -17,25 +18,33 @@ MOST_ITEMS = 4096
 
 
 def evaluate_split(model: LanguageModel, task: Task, split: str, engine: Engine) -> dict[str, Any]:
-    """The task's metrics on a whole split; of a test split also ``items``, each sequence's own by ``encode_items``."""
+    """The task's metrics on a whole split, and as ``by`` its metric by group.
+
+    Of a test split also ``items``, each sequence's own by ``encode_items``.
+    """
     model.eval()
-    parts = [(batch.targets, *engine.evaluate_batch(model, batch)) for batch in task.evaluation(split)]
+    parts, groups = [], []
+    for batch in task.evaluation(split):
+        scored = engine.evaluate_batch(model, batch)
+        parts.append((batch.targets, *scored))
+        groups.append(grouped(task, batch, *scored))
     model.train()
     outputs = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     scores = task.score(*outputs)
     if split in task.tests and len(outputs[0]) <= MOST_ITEMS:
         scores["items"] = encode_items(task.item_scores(*outputs))
-    return scores
+    by = by_group(groups)
+    return {**scores, "by": by} if by else scores
 
 
 def evaluate_tests(model: LanguageModel, task: Task, engine: Engine) -> dict[str, Any]:
     """The results on every test split of a task.
 
     Returns:
-        Of the split ``test``: its metric as ``test``, each other number as ``test_NAME``, its ``curve`` if it has one,
-        and its ``items``. Of a task with several test splits also ``tests``, the numbers, the chance level and the
-        ``items`` of each with its ``length``, those of ``test`` there alone, and as ``curve`` the metric along that
-        length.
+        Of the split ``test``: its metric as ``test``, each other number as ``test_NAME``, its ``curve`` and, as ``by``,
+        its metric by group if it has them, and its ``items``. Of a task with several test splits also ``tests``, the
+        numbers, the chance level, ``by`` and the ``items`` of each with its ``length``, the items of ``test`` there
+        alone, and as ``curve`` the metric along that length.
     """
     scores_of = {split: evaluate_split(model, task, split, engine) for split in task.tests}
     name, scores = task.metric.name, scores_of["test"]
@@ -44,12 +53,18 @@ def evaluate_tests(model: LanguageModel, task: Task, engine: Engine) -> dict[str
     curve = scores.get("curve")
     if len(scores_of) > 1:
         results["tests"] = {
-            split: {"length": task.tests[split], "chance": task.chance(split)[0], **_numbers(each), **_items(each)}
+            split: {
+                "length": task.tests[split],
+                "chance": task.chance(split)[0],
+                **_numbers(each),
+                **_only(each, "items", "by"),
+            }
             for split, each in scores_of.items()
         }
         curve = curve or along_length(results["tests"], name, task.length)
     else:
-        results |= _items(scores)
+        results |= _only(scores, "items")
+    results |= _only(scores, "by")
     return {**results, "curve": curve} if curve else results
 
 
@@ -70,5 +85,5 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
-def _items(scores: Mapping[str, Any]) -> dict[str, str]:
-    return {name: value for name, value in scores.items() if name == "items"}
+def _only(scores: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: scores[name] for name in names if name in scores}

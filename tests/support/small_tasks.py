@@ -59,3 +59,23 @@ CHANCES = {
     "listops": 0.1,  # with up to four arguments; with ten, 0 and 9 are likelier
 }
 """The score of guessing, calculated or from many examples."""
+GROUPS = {
+    "mqar": ["gap", "pair"],
+    "parity": ["position"],
+    "modular_arithmetic": ["position"],
+    "word_problem": ["position"],
+    "selective_copying": ["gap", "position"],
+    "needle": ["depth", "gap"],
+    "needle_text": ["depth", "gap"],
+    "induction_heads": ["gap"],
+    "noisy_recall": ["gap", "pairs"],
+    "fuzzy_recall": ["gap", "pairs"],
+    "compression": ["gap", "position"],
+    "memorisation": [],
+    "copying": ["position"],
+    "ngram_lookup": ["gap"],
+    "variable_tracking": ["depth", "gap", "hops"],
+    "listops": ["size"],
+    "stdlib_text": [],
+}
+"""By what results are told apart."""

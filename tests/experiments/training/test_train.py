@@ -64,6 +64,12 @@ def test_other_lengths_are_tested_once_and_chosen_by_nothing(tmp_path):
     for split, each in results["tests"].items():
         assert each["chance"] == run.task.chance(split)[0]
         assert {"accuracy", "sequence_accuracy", "loss"} < each.keys()
+        assert each["by"]["position"]["edges"][-1] == each["length"] + 1
+    assert results["by"] == results["tests"]["test"]["by"]
+    assert results["by"]["position"]["x"] == list(range(1, 17))
+    counts, values = (results["by"]["position"][name] for name in ("count", "value"))
+    mean = sum(map(math.prod, zip(counts, values, strict=True))) / sum(counts)
+    assert mean == pytest.approx(results["test"], abs=1e-4)
     assert results["test"] == results["tests"]["test"]["accuracy"]
     assert results["curve"]["x"] == [16, 24, 32]
     lengths = ("test", "test_24", "test_32")
