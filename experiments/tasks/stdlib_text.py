@@ -2,8 +2,10 @@
 
 Files are read in place and split by a hash of their path. A file is the start symbol and then its bytes; a model
 predicts each byte from all before it. Training windows of T tokens lie anywhere in a file, some at its beginning.
-Models are evaluated on held-out files from the first byte on, far past T if ``eval_length`` says so: only files of at
-least that many bytes are taken, so that every position is averaged over the same files.
+Validation windows are drawn like those of training, from held-out files, as many at a file's beginning: the two losses
+are of the same quantity. Models are tested on other held-out files from the first byte on, far past T if
+``eval_length`` says so: only files of at least that many bytes are taken, so that every position is averaged over the
+same files.
 
 Left out are tests (half of the bytes, and many distributions strip them), ``encodings`` (a hundred near copies of one
 table, which would leak across any split), ``pydoc_data`` (one generated file) and the machine's own build settings.
@@ -14,12 +16,12 @@ from __future__ import annotations
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,9 +39,11 @@ class StdlibTextConfig:
 
     Attributes:
         length: T, tokens of a training window.
-        eval_length: bytes of each held-out file that models are evaluated on.
-        validation_files, test_files: how many held-out files of at least ``eval_length`` bytes are taken at most.
-        from_start: share of the training windows that begin at a file's first byte.
+        eval_length: bytes of each held-out file that models are tested on.
+        validation_files: the size of validation: its windows have as many tokens as so many files of ``eval_length``
+            bytes, and are drawn from all files that are held out for it.
+        test_files: how many held-out files of at least ``eval_length`` bytes are tested on at most.
+        from_start: share of the windows of training and validation that begin at a file's first byte.
     """
 
     length: int = 512
@@ -54,6 +58,14 @@ class StdlibTextConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.from_start <= 1:
             raise ValueError(f"from_start must lie between 0 and 1, got {self.from_start}")
+
+
+class Joined(NamedTuple):
+    """Files end to end, each with its start symbol; where each begins; its number of bytes."""
+
+    tokens: np.ndarray
+    begins: np.ndarray
+    sizes: np.ndarray
 
 
 class StdlibText(Task):
@@ -85,17 +97,16 @@ class StdlibText(Task):
         return splits
 
     @cached_property
-    def _train(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All training files end to end, each with its start symbol; where each begins; its number of bytes."""
-        contents = [content for content in self.files["train"].values() if content]
-        parts = [np.frombuffer(content, np.uint8).astype(np.int16) for content in contents]
-        tokens = np.concatenate([np.concatenate([np.array([START], np.int16), part]) for part in parts])
-        sizes = np.array([len(content) for content in contents])
-        return tokens, np.concatenate([[0], np.cumsum(sizes + 1)[:-1]]), sizes
+    def _joined(self) -> dict[str, Joined]:
+        return {split: _join(self.files[split].values(), split) for split in ("train", "validation")}
 
     def train_batch(self, seed: int, start: int, size: int) -> Batch:
-        tokens, begins, sizes = self._train
         u_file, u_start, u_offset = uniforms(stream(seed, "train"), start, size, 3).T
+        return self._windows("train", u_file, u_start, u_offset)
+
+    def _windows(self, split: str, u_file: np.ndarray, u_start: np.ndarray, u_offset: np.ndarray) -> Batch:
+        """Windows by three numbers in (0, 1): of which file, whether from its first byte on, and where else."""
+        tokens, begins, sizes = self._joined[split]
         file = np.searchsorted(np.cumsum(sizes) / sizes.sum(), u_file)
         room = np.maximum(sizes[file] - self.length, 0) + 1
         offset = np.where(u_start < self.config.from_start, 0, (u_offset * room).astype(np.int64))
@@ -106,37 +117,47 @@ class StdlibText(Task):
         window[past] = START
         return Batch(window[:, :-1], np.where(past, IGNORED, window)[:, 1:], ~past[:, :-1])
 
-    def held_out(self, split: str) -> np.ndarray:
-        """``[files, eval_length]`` bytes."""
-        wanted = self.config.validation_files if split == "validation" else self.config.test_files
+    def held_out(self) -> np.ndarray:
+        """``[files, eval_length]`` bytes of the test files."""
         length = self.config.eval_length
-        long = [content[:length] for content in self.files[split].values() if len(content) >= length][:wanted]
+        long = [content[:length] for content in self.files["test"].values() if len(content) >= length]
         if not long:
-            raise TaskError(f"task stdlib_text: no {split} file has eval_length = {length} bytes; choose fewer")
-        return np.stack([np.frombuffer(content, np.uint8) for content in long])
+            raise TaskError(f"task stdlib_text: no test file has eval_length = {length} bytes; choose fewer")
+        return np.stack([np.frombuffer(content, np.uint8) for content in long[: self.config.test_files]])
 
     def evaluation(self, split: str) -> Iterator[Batch]:
-        targets = self.held_out(split).astype(np.int64)
-        tokens = np.concatenate([np.full((len(targets), 1), START), targets[:, :-1]], axis=1)
-        rows = max(1, EVALUATION_TOKENS // self.config.eval_length)
-        for start in range(0, len(tokens), rows):
-            yield Batch(tokens[start : start + rows], targets[start : start + rows])
+        whole = self._validation() if split == "validation" else self._test()
+        rows = max(1, EVALUATION_TOKENS // whole.tokens.shape[1])
+        for start in range(0, len(whole.tokens), rows):
+            yield whole.rows(slice(start, start + rows))
+
+    def _validation(self) -> Batch:
+        """Windows like those of training; the share of those from a file's first byte is ``from_start``, not drawn."""
+        count = max(1, self.config.validation_files * self.config.eval_length // self.length)
+        u_file, u_offset = uniforms(stream(0, "validation"), 0, count, 2).T
+        return self._windows("validation", u_file, (np.arange(count) + 0.5) / count, u_offset)
+
+    def _test(self) -> Batch:
+        targets = self.held_out().astype(np.int64)
+        return Batch(np.concatenate([np.full((len(targets), 1), START), targets[:, :-1]], axis=1), targets)
 
     def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
-        bits = losses.astype(np.float64).mean(axis=0) / np.log(2)
-        edges = position_bins(len(bits))
+        """Means over the bytes that are there; the curve is along a file or, of validation, along a window."""
+        asked = targets != IGNORED
+        bits, count = (losses.astype(np.float64) * asked).sum(axis=0) / np.log(2), asked.sum(axis=0)
+        bins = [(left, right) for left, right in pairwise(position_bins(len(bits))) if count[left:right].any()]
         curve = {
-            "x": [float(np.sqrt((left + 1) * right)) for left, right in pairwise(edges)],
-            "y": [float(bits[left:right].mean()) for left, right in pairwise(edges)],
+            "x": [float(np.sqrt((left + 1) * right)) for left, right in bins],
+            "y": [float(bits[left:right].sum() / count[left:right].sum()) for left, right in bins],
             "x_end": len(bits),
             "x_label": "Position in the file",
             "x_unit": "bytes",
             "trained_to": self.length,
         }
         return {
-            "bits_per_byte": float(bits.mean()),
-            "accuracy": float(hits.mean()),
-            "loss": float(losses.mean()),
+            "bits_per_byte": float(bits.sum() / count.sum()),
+            "accuracy": float(hits[asked].mean()),
+            "loss": float(losses[asked].mean()),
             "curve": curve,
         }
 
@@ -145,10 +166,10 @@ class StdlibText(Task):
         return losses.astype(np.float64).mean(axis=1) / np.log(2)
 
     def chance(self, split: str = "test") -> tuple[float, str]:
-        tokens, _, _ = self._train
+        tokens = self._joined["train"].tokens
         counts = np.bincount(tokens[tokens != START], minlength=256) + 1.0
         bits = -np.log2(counts / counts.sum())
-        return float(bits[self.held_out(split)].mean()), "byte frequencies alone"
+        return float(bits[self.held_out()].mean()), "byte frequencies alone"
 
     def manifest(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -160,8 +181,15 @@ class StdlibText(Task):
             for split, contents in self.files.items()
         }
         source = f"standard library of Python {platform.python_version()}"
-        evaluated = f"the first {self.config.eval_length} bytes of {len(self.held_out('test'))} test files"
-        return {"source": source, **described, "evaluated on": evaluated, "hash": digest.hexdigest()}
+        validated = f"{len(self._validation().tokens)} windows of {self.length} tokens"
+        evaluated = f"the first {self.config.eval_length} bytes of {len(self.held_out())} test files"
+        return {
+            "source": source,
+            **described,
+            "validated on": validated,
+            "evaluated on": evaluated,
+            "hash": digest.hexdigest(),
+        }
 
 
 def position_bins(length: int) -> list[int]:
@@ -169,6 +197,21 @@ def position_bins(length: int) -> list[int]:
     steps = int(np.ceil(np.log2(length) * BINS_PER_OCTAVE)) if length > 1 else 0
     edges = {round(2 ** (step / BINS_PER_OCTAVE)) for step in range(steps + 1)}
     return sorted({0, length, *(edge for edge in edges if edge < length)})
+
+
+def _join(contents: Iterable[bytes], split: str) -> Joined:
+    """The files that are not empty.
+
+    Raises:
+        TaskError: there is none.
+    """
+    contents = [content for content in contents if content]
+    if not contents:
+        raise TaskError(f"task stdlib_text: no {split} file has any bytes; it needs a whole standard library")
+    parts = [np.frombuffer(content, np.uint8).astype(np.int16) for content in contents]
+    tokens = np.concatenate([np.concatenate([np.array([START], np.int16), part]) for part in parts])
+    sizes = np.array([len(content) for content in contents])
+    return Joined(tokens, np.concatenate([[0], np.cumsum(sizes + 1)[:-1]]), sizes)
 
 
 def _sources(root: Path) -> Iterator[str]:

@@ -374,6 +374,46 @@ class TestStdlibText:
         assert not any(part in ("test", "tests", "site-packages") for path in paths for part in path.split("/"))
         assert len(files["train"]) > 5 * len(files["validation"]) > 0
 
+    def test_validation_is_windows_of_held_out_files_as_in_training(self):
+        """Of the training length, as many of them from a file's beginning, files weighed by their bytes."""
+        task = StdlibText(StdlibTextConfig(length=64, eval_length=4096, validation_files=16))
+        batches = list(task.evaluation("validation"))
+        assert sum(len(batch.tokens) for batch in batches) == 16 * 4096 // 64
+        assert {batch.tokens.shape[1] for batch in batches} == {64}
+        contents = task.files["validation"].values()
+        whole = b"".join(bytes([10, *content]) for content in contents)
+        tokens, targets = (np.concatenate(arrays) for arrays in zip(*(batch[:2] for batch in batches), strict=True))
+        for window, following in zip(tokens, targets, strict=True):
+            asked = following != IGNORED
+            assert asked.any()
+            assert np.array_equal(window[1:][asked[:-1]], following[:-1][asked[:-1]])
+            assert bytes(following[asked].astype(np.uint8)) in whole
+        at_start = tokens[:, 0] == START
+        longest = max(contents, key=len)
+        share = np.mean([bytes(row[row != IGNORED].astype(np.uint8)) in longest for row in targets[~at_start]])
+        drawn = task.train_batch(0, 0, 4000).tokens[:, 0] == START
+        assert at_start.mean() == pytest.approx(drawn.mean(), abs=0.03)
+        assert share == pytest.approx(len(longest) / sum(map(len, contents)), abs=0.04)
+
+    def test_validation_counts_what_is_in_the_files(self):
+        """Windows longer than a file end in symbols that nobody predicts and that no score counts."""
+        task = StdlibText(StdlibTextConfig(length=20000, eval_length=256, validation_files=1000))
+        batches = list(task.evaluation("validation"))
+        targets, mask = (np.concatenate([batch[part] for batch in batches]) for part in (1, 2))
+        asked = targets != IGNORED
+        assert not asked.all()
+        assert mask[asked].all()
+        perfect = task.score(targets, np.zeros(asked.shape), asked)
+        assert (perfect["accuracy"], perfect["bits_per_byte"], perfect["loss"]) == (1, 0, 0)
+        bits = task.score(targets, np.where(asked, math.log(2), 0), ~asked)
+        assert (bits["accuracy"], bits["bits_per_byte"]) == (0, pytest.approx(1))
+
+    def test_no_validation_file(self, monkeypatch):
+        task = StdlibText(StdlibTextConfig())
+        monkeypatch.setitem(task.files, "validation", {"empty.py": b""})
+        with pytest.raises(TaskError, match="no validation file has any bytes"):
+            next(task.evaluation("validation"))
+
     def test_evaluated_from_the_first_byte_of_held_out_files(self, tasks):
         batch = next(tasks["stdlib_text"].evaluation("test"))
         assert batch.tokens.shape == (5, 256)
