@@ -179,3 +179,30 @@ class GeneratedTask(Task):
             **sizes,
             "hash": digest_batches(self.config, batches),
         }
+
+
+class WholeAnswersTask(GeneratedTask):
+    """A task whose answers are words or numbers of several tokens, each right as a whole or not at all.
+
+    Once its first letters are known, the rest of a word can be copied from any place where it stands, so that the share
+    of right letters would flatter.
+
+    Attributes:
+        answer_tokens: of every answer.
+    """
+
+    answer_tokens: ClassVar[int]
+
+    def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
+        """As of every generated task, ``accuracy`` of whole answers, and ``token_accuracy`` besides."""
+        scores = super().score(targets, losses, hits)
+        return {**scores, "accuracy": float(self._right(targets, hits).mean()), "token_accuracy": scores["accuracy"]}
+
+    def answer_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        scores = np.zeros(targets.shape)
+        scores[targets != IGNORED] = np.repeat(self._right(targets, hits), self.answer_tokens)
+        return scores
+
+    def _right(self, targets: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        """Of each answer, in order, whether all its tokens are right."""
+        return np.all(hits[targets != IGNORED].reshape(-1, self.answer_tokens), axis=1)

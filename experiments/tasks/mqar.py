@@ -75,9 +75,7 @@ class MQAR(GeneratedTask):
         )
         keys = 1 + smallest(u_keys, pairs)
         values = half + smallest(u_values, pairs)
-        # Adding Gumbel noise to log-weights and sorting draws without replacement, one after the other.
-        weights = (self.config.power - 1) * np.log(np.arange(1, slots + 1))
-        gaps = smallest(np.log(-np.log(u_gaps)) - weights, pairs)
+        gaps = power_law(u_gaps, pairs, self.config.power)
 
         tokens = np.zeros((size, length), dtype=np.int64)
         if self.config.filler == "random":
@@ -93,3 +91,14 @@ class MQAR(GeneratedTask):
 
     def chance(self, split: str = "test") -> tuple[float, str]:
         return 1 / self.config.pairs, f"guessing among the {self.config.pairs} values seen"
+
+
+def power_law(uniforms: np.ndarray, count: int, power: float) -> np.ndarray:
+    """``[B, count]`` different slots of 0 .. n - 1, slot g with probability proportional to (g + 1)^(power - 1).
+
+    Args:
+        uniforms: ``[B, n]`` in (0, 1).
+    """
+    # Adding Gumbel noise to log-weights and sorting draws without replacement, one after the other.
+    weights = (power - 1) * np.log(np.arange(1, uniforms.shape[1] + 1))
+    return smallest(np.log(-np.log(uniforms)) - weights, count)

@@ -7,21 +7,27 @@ nothing with the generator. It answers at the positions that are asked about and
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
-from itertools import permutations
+from itertools import pairwise, permutations
 from statistics import median
 
 import numpy as np
 
 from experiments.tasks import Batch
+from experiments.tasks.compositional_mqar import CompositionalMQARConfig
 from experiments.tasks.compression import CompressionConfig
 from experiments.tasks.copying import CopyingConfig
+from experiments.tasks.cwe import CWEConfig
+from experiments.tasks.forgetting_mqar import ForgettingMQARConfig
 from experiments.tasks.fuzzy_recall import FuzzyRecallConfig
+from experiments.tasks.fwe import FWEConfig
 from experiments.tasks.induction_heads import InductionHeadsConfig
 from experiments.tasks.listops import ListOpsConfig
 from experiments.tasks.memorisation import Memorisation, MemorisationConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig
 from experiments.tasks.mqar import MQARConfig
+from experiments.tasks.multi_hop_recall import MultiHopRecallConfig
 from experiments.tasks.needle import NeedleConfig
 from experiments.tasks.ngram_lookup import NgramLookupConfig
 from experiments.tasks.noisy_recall import NoisyRecallConfig
@@ -29,6 +35,7 @@ from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopyingConfig
 from experiments.tasks.task import IGNORED
 from experiments.tasks.trees import CLOSE, OPERATORS
+from experiments.tasks.variable_reassignment import VariableReassignmentConfig
 from experiments.tasks.variable_tracking import VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig
 
@@ -40,6 +47,34 @@ def mqar(tokens: list[int], config: MQARConfig) -> Answers:
     known = 2 * config.pairs
     book = dict(zip(tokens[:known:2], tokens[1:known:2], strict=True))
     return {place: book[token] for place, token in enumerate(tokens[known:], known) if token in book}
+
+
+def forgetting_mqar(tokens: list[int], config: ForgettingMQARConfig) -> Answers:
+    known = 2 * (config.pairs + config.updates)
+    book: dict[int, int] = {}
+    for key, value in zip(tokens[:known:2], tokens[1:known:2], strict=True):
+        book[key] = value
+    return {place: book[token] for place, token in enumerate(tokens[known:], known) if token in book}
+
+
+def compositional_mqar(tokens: list[int], config: CompositionalMQARConfig) -> Answers:
+    known = 3 * config.pairs
+    book = {(tokens[place], tokens[place + 1]): tokens[place + 2] for place in range(0, known, 3)}
+    keys = {place: (tokens[place - 1], tokens[place]) for place in range(known + 1, len(tokens))}
+    return {place: book[key] for place, key in keys.items() if key in book}
+
+
+def multi_hop_recall(tokens: list[int], config: MultiHopRecallConfig) -> Answers:
+    """Follows the links one by one; the pairs end at the first token that asks for a number of hops, or at a blank."""
+    known = next(place for place, token in enumerate(tokens) if token >= config.vocab_size)
+    book = dict(zip(tokens[:known:2], tokens[1:known:2], strict=True))
+    answers = {}
+    for place, (asked, token) in enumerate(pairwise(tokens), 1):
+        if config.vocab_size <= asked < config.vocab_size + config.hops:
+            for _ in range(asked - config.vocab_size + 1):
+                token = book[token]
+            answers[place] = token
+    return answers
 
 
 def parity(tokens: list[int], config: ParityConfig) -> Answers:
@@ -152,6 +187,40 @@ def variable_tracking(tokens: list[int], config: VariableTrackingConfig) -> Answ
     return {asked.end() - 1 + place: ord(letter) for place, letter in enumerate(answer) if letter != " "}
 
 
+def variable_reassignment(tokens: list[int], config: VariableReassignmentConfig) -> Answers:
+    """Carries out one line after the other."""
+    book: dict[str, str] = {}
+    answers = {}
+    for said in re.finditer(
+        r"^VAR ([A-Z]{5}) = (\w{5})$|^Now ([A-Z]{5}) is (\d*)", bytes(tokens).decode(), re.MULTILINE
+    ):
+        if said[1]:
+            book[said[1]] = said[2] if said[2].isdigit() else book[said[2]]
+        else:
+            answers |= {said.start(4) - 1 + place: ord(digit) for place, digit in enumerate(book[said[3]])}
+    return answers
+
+
+def cwe(tokens: list[int], config: CWEConfig) -> Answers:
+    """Counts; a dictionary keeps the order in which words were first put into it."""
+    counted, question = bytes(tokens).decode().split("\n")
+    counts = Counter(re.findall(r"\d+\. ([a-z]{6}) ", counted))
+    common = [word for word, count in counts.items() if count == config.freq_cw]
+    return _written("".join(f" {word}" for word in common), len(counted) + 1 + question.index(":") + 1)
+
+
+def fwe(tokens: list[int], config: FWEConfig) -> Answers:
+    counted, question = bytes(tokens).decode().split("\n")
+    (first, one), (second, two), (third, three), (_, four), *_ = Counter(re.findall("[a-z]{6}", counted)).most_common()
+    assert one > two > three > four
+    return _written(f" {first} {second} {third}", len(counted) + 1 + question.index(":") + 1)
+
+
+def _written(answer: str, begins: int) -> Answers:
+    """The letters of an answer that begins at that place of a text."""
+    return {begins - 1 + place: ord(letter) for place, letter in enumerate(answer) if letter != " "}
+
+
 def listops(tokens: list[int], config: ListOpsConfig) -> Answers:
     """With a stack, as a person reads brackets."""
     by_name = {"MIN": min, "MAX": max, "MED": lambda values: int(median(values)), "SM": lambda values: sum(values) % 10}
@@ -172,6 +241,9 @@ def listops(tokens: list[int], config: ListOpsConfig) -> Answers:
 
 SOLVERS: dict[str, Callable[..., Answers]] = {
     "mqar": mqar,
+    "forgetting_mqar": forgetting_mqar,
+    "compositional_mqar": compositional_mqar,
+    "multi_hop_recall": multi_hop_recall,
     "parity": parity,
     "modular_arithmetic": modular_arithmetic,
     "word_problem": word_problem,
@@ -186,6 +258,9 @@ SOLVERS: dict[str, Callable[..., Answers]] = {
     "copying": copying,
     "ngram_lookup": ngram_lookup,
     "variable_tracking": variable_tracking,
+    "variable_reassignment": variable_reassignment,
+    "cwe": cwe,
+    "fwe": fwe,
     "listops": listops,
 }
 

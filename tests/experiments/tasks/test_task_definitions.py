@@ -6,13 +6,19 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from experiments.tasks.coded_words import coded_words
+from experiments.tasks.compositional_mqar import CompositionalMQAR, CompositionalMQARConfig
 from experiments.tasks.compression import CompressionConfig
 from experiments.tasks.copying import Copying, CopyingConfig
+from experiments.tasks.cwe import CWE, CWEConfig
+from experiments.tasks.forgetting_mqar import ForgettingMQAR, ForgettingMQARConfig
 from experiments.tasks.fuzzy_recall import FuzzyRecall, FuzzyRecallConfig
+from experiments.tasks.fwe import FWE, FWEConfig
 from experiments.tasks.generated import Draws
 from experiments.tasks.haystack import distinct
 from experiments.tasks.induction_heads import InductionHeads, InductionHeadsConfig
@@ -20,6 +26,7 @@ from experiments.tasks.listops import ListOps, ListOpsConfig
 from experiments.tasks.memorisation import Memorisation, MemorisationConfig
 from experiments.tasks.modular_arithmetic import ModularArithmeticConfig, values
 from experiments.tasks.mqar import MQAR, MQARConfig
+from experiments.tasks.multi_hop_recall import MultiHopRecall, MultiHopRecallConfig
 from experiments.tasks.needle import Needle, NeedleConfig
 from experiments.tasks.needle_text import NeedleText, NeedleTextConfig
 from experiments.tasks.ngram_lookup import NgramLookup, NgramLookupConfig
@@ -28,6 +35,7 @@ from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyi
 from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
 from experiments.tasks.task import IGNORED, TaskError
 from experiments.tasks.trees import BLANK, grow, mixed
+from experiments.tasks.variable_reassignment import VariableReassignment, VariableReassignmentConfig
 from experiments.tasks.variable_tracking import VariableTracking, VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig, multiplication, order, prefix_products
 from tests.support.small_tasks import FEW, SMALL
@@ -84,6 +92,66 @@ class TestMQAR:
     def test_impossible_settings_are_refused(self, wrong):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MQARConfig(**{"vocab_size": 64, "length": 32, "pairs": 8, **wrong})
+
+
+class TestForgettingMQAR:
+    def test_some_keys_are_given_new_values(self):
+        config = ForgettingMQARConfig(vocab_size=64, length=64, pairs=8, updates=3)
+        batch = ForgettingMQAR(config).train_batch(0, 0, 2000)
+        keys, values = batch.tokens[:, 0:22:2], batch.tokens[:, 1:22:2]
+        again = keys[:, :8, None] == keys[:, None, 8:]
+        assert (again.sum(axis=(1, 2)) == 3).all()
+        assert again.any(axis=2).mean(axis=0) == pytest.approx([3 / 8] * 8, abs=0.05)
+        assert all(len(set(row)) == 8 for row in keys[:100, :8])
+        assert all(len(set(row)) == 11 for row in values[:100])
+
+    def test_whoever_keeps_the_first_value_is_right_about_the_others(self, tasks):
+        task = tasks["forgetting_mqar"]
+        (batch,) = task.evaluation("test")
+        backwards = batch.tokens.copy()
+        backwards[:, :12] = batch.tokens[:, :12].reshape(-1, 6, 2)[:, ::-1].reshape(-1, 12)
+        kept = solve("forgetting_mqar", batch._replace(tokens=backwards), task.config) == batch.targets
+        assert task.score(batch.targets, np.zeros(kept.shape), kept)["accuracy"] == 2 / 4
+        asked = batch.targets != IGNORED
+        assert np.array_equal(kept[asked], batch.groups["updated"][asked] == 0)
+
+    def test_without_updates_it_is_plain_recall(self):
+        config = ForgettingMQARConfig(vocab_size=64, length=32, pairs=4, updates=0, filler="random")
+        batch = ForgettingMQAR(config).train_batch(0, 0, 100)
+        asked = batch.targets != IGNORED
+        assert np.array_equal(solve("mqar", batch, config)[asked], batch.targets[asked])
+
+
+def test_neither_part_of_a_key_gives_its_value():
+    config = CompositionalMQARConfig(vocab_size=60, length=80, pairs=9, filler="random")
+    batch = CompositionalMQAR(config).train_batch(0, 0, 300)
+    for first, second, value in zip(*(batch.tokens[:, part:27:3] for part in range(3)), strict=True):
+        assert len({*zip(first, second, strict=True)}) == len({*value}) == 9
+        assert len({*first}) == len({*second}) == 3
+    kinds = [batch.tokens[:, part:27:3] for part in range(3)]
+    assert [(kind.min(), kind.max()) for kind in kinds] == [(1, 19), (20, 39), (40, 59)]
+    asked = batch.targets != IGNORED
+    assert (asked.sum(axis=1) == 9).all()
+    assert np.array_equal(solve("compositional_mqar", batch, config)[asked], batch.targets[asked])
+
+
+class TestMultiHopRecall:
+    def test_every_pass_shows_all_links_in_an_order_of_its_own(self):
+        config = MultiHopRecallConfig(length=100, chains=3, hops=3, passes=3, questions=5)
+        task = MultiHopRecall(config)
+        batch = task.train_batch(0, 0, 200)
+        passes = batch.tokens[:, :54].reshape(200, 3, 9, 2)
+        codes = passes[..., 0] * 64 + passes[..., 1]
+        assert (np.sort(codes, axis=2) == np.sort(codes[:, :1], axis=2)).all()
+        assert (codes[:, 0] == codes[:, 1]).mean() == pytest.approx(1 / 9, abs=0.03)
+        asked = batch.targets != IGNORED
+        assert (asked.sum(axis=1) == 5).all()
+        assert np.array_equal(solve("multi_hop_recall", batch, config)[asked], batch.targets[asked])
+
+    def test_every_number_of_hops_is_asked_for(self):
+        batch = MultiHopRecall(MultiHopRecallConfig()).train_batch(0, 0, 2000)
+        hops = batch.groups["hops"][batch.targets != IGNORED]
+        assert np.bincount(hops)[1:] / len(hops) == pytest.approx([1 / 3] * 3, abs=0.02)
 
 
 def test_products_bind_before_sums():
@@ -257,6 +325,89 @@ def test_chains_are_given_in_any_order_that_keeps_each():
     assert [count / 3000 for count in counts.values()] == pytest.approx([1 / 6] * 6, abs=0.03)
 
 
+class TestVariableReassignment:
+    def test_every_variable_is_assigned_as_often(self):
+        config = VariableReassignmentConfig(length=600, variables=3, reassignments=4, copied=0.3)
+        batch = VariableReassignment(config).train_batch(0, 0, 300)
+        copies = []
+        for tokens in batch.tokens:
+            said = re.findall(r"VAR (\w+) = (\w+)\n", bytes(tokens.astype(np.uint8)).decode())
+            assert sorted(Counter(name for name, _ in said).values()) == [5] * 3
+            assigned = [{name for name, _ in said[:place]} for place in range(15)]
+            assert all(right.isdigit() or right in before for (_, right), before in zip(said, assigned, strict=True))
+            numbers = [right for _, right in said if right.isdigit()]
+            assert len(set(numbers)) == len(numbers)
+            copies.append(15 - len(numbers))
+        assert 0.2 < np.mean(copies) / 15 < 0.3
+
+    def test_only_the_newest_assignment_counts(self):
+        """Without copies: that of the last line which names a variable; with them hops are counted."""
+        plain = VariableReassignment(VariableReassignmentConfig(copied=0.0)).train_batch(0, 0, 100)
+        asked = plain.targets != IGNORED
+        assert (plain.groups["hops"][asked] == 0).all()
+        for tokens, targets in zip(plain.tokens, plain.targets, strict=True):
+            text = bytes(tokens.astype(np.uint8)).decode()
+            last = dict(re.findall(r"VAR (\w+) = (\w+)\n", text))
+            answers = bytes(targets[targets != IGNORED].astype(np.uint8)).decode()
+            assert "".join(last[name] for name in re.findall(r"Now (\w+) is", text)) == answers
+        copied = VariableReassignment(VariableReassignmentConfig(copied=1.0)).train_batch(0, 0, 300)
+        assert copied.groups["hops"][copied.targets != IGNORED].max() > 3
+
+
+class TestWords:
+    def test_they_differ_and_are_random(self):
+        words = coded_words(Draws(0, "train", 0, 4), "words", 20000)
+        assert all(len({word.tobytes() for word in row}) == 20000 for row in words)
+        assert np.bincount(words.ravel() - ord("a")) / words.size == pytest.approx([1 / 26] * 26, abs=0.002)
+        assert abs(np.corrcoef(words[0, :-1, 0], words[0, 1:, 0])[0, 1]) < 0.03
+
+    @pytest.mark.parametrize("length", [4096, 131072])
+    def test_rulers_lengths(self, length):
+        cwe, fwe = CWE(CWEConfig(test_lengths=[131072])), FWE(FWEConfig(test_lengths=[131072]))
+        split = {4096: "test", 131072: "test_131072"}[length]
+        for name, task in (("cwe", cwe), ("fwe", fwe)):
+            batch = task.examples(0, split, 0, 2)
+            assert batch.tokens.shape == (2, length)
+            asked = batch.targets != IGNORED
+            assert np.array_equal(solve(name, batch, task.config)[asked], batch.targets[asked])
+        text = bytes(cwe.examples(0, split, 0, 1).tokens[0].astype(np.uint8)).decode()
+        numbers, words = zip(*re.findall(r"(\d+)\. ([a-z]{6}) ", text), strict=True)
+        assert [int(number) for number in numbers] == list(range(1, len(words) + 1))
+        counts = Counter(Counter(words).values())
+        assert counts[30] == 10
+        assert sum(number for count, number in counts.items() if count < 3) <= 1
+        text = bytes(fwe.examples(0, split, 0, 1).tokens[0].astype(np.uint8)).decode().split("\n")[0]
+        most, *rest = (count for _, count in Counter(text.split()).most_common())
+        assert text.count("... ") == most
+        assert rest == [most // rank**2 for rank in range(2, len(rest) + 2)]
+        assert length - len(text.rstrip()) < 150
+
+    def test_a_short_list_asks_for_no_counting(self):
+        """Naming the next new word each time, as the docstring says."""
+        right = {}
+        for length in (4096, 16384):
+            task, found = CWE(CWEConfig(length=length)), []
+            batch = task.train_batch(0, 0, 40)
+            for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+                seen = list(dict.fromkeys(re.findall(rb"\d+\. ([a-z]{6}) ", bytes(tokens.astype(np.uint8)))))
+                answers = re.findall(rb".{6}", bytes(targets[targets != IGNORED].astype(np.uint8)))
+                places = [-1, *(seen.index(answer) for answer in answers)]
+                found += [place == before + 1 for before, place in pairwise(places)]
+            right[length] = np.mean(found)
+        assert right == {4096: pytest.approx(0.75, abs=0.06), 16384: pytest.approx(0.14, abs=0.06)}
+
+    def test_a_word_with_a_wrong_letter_is_wrong(self, tasks):
+        task = tasks["fwe"]
+        batch = task.train_batch(0, 0, 2)
+        hits = batch.targets != IGNORED
+        hits[0, np.flatnonzero(hits[0])[[2, 3]]] = False
+        scores = task.score(batch.targets, np.zeros(hits.shape), hits)
+        assert (scores["accuracy"], scores["sequence_accuracy"]) == (5 / 6, 1 / 2)
+        assert scores["token_accuracy"] == pytest.approx(34 / 36)
+        each = task.answer_scores(batch.targets, np.zeros(hits.shape), hits)
+        assert each[batch.targets != IGNORED].tolist() == [0] * 6 + [1] * 30
+
+
 class TestListOps:
     def test_trees_are_those_of_the_definition(self):
         """Without a bound on the length: how many arguments are operators, and how many there are."""
@@ -337,6 +488,31 @@ class TestListOps:
         (VariableTrackingConfig, {"length": 140}),
         (VariableTrackingConfig, {"chains": 0}),
         (VariableTrackingConfig, {"hops": -1}),
+        (ForgettingMQARConfig, {"length": 38}),
+        (ForgettingMQARConfig, {"updates": 9}),
+        (ForgettingMQARConfig, {"updates": -1}),
+        (ForgettingMQARConfig, {"vocab_size": 22}),
+        (CompositionalMQARConfig, {"length": 23}),
+        (CompositionalMQARConfig, {"pairs": 5}),
+        (CompositionalMQARConfig, {"vocab_size": 8}),
+        (CompositionalMQARConfig, {"power": 0.0}),
+        (CompositionalMQARConfig, {"filler": "zeros"}),
+        (MultiHopRecallConfig, {"length": 39}),
+        (MultiHopRecallConfig, {"vocab_size": 15}),
+        (MultiHopRecallConfig, {"hops": 0}),
+        (MultiHopRecallConfig, {"passes": 0}),
+        (VariableReassignmentConfig, {"length": 324}),
+        (VariableReassignmentConfig, {"variables": 1}),
+        (VariableReassignmentConfig, {"reassignments": -1}),
+        (VariableReassignmentConfig, {"questions": 5}),
+        (VariableReassignmentConfig, {"copied": 1.1}),
+        (CWEConfig, {"length": 3000}),
+        (CWEConfig, {"freq_cw": 3}),
+        (CWEConfig, {"freq_ucw": 0}),
+        (CWEConfig, {"num_cw": 0}),
+        (FWEConfig, {"length": 100}),
+        (FWEConfig, {"length": 20}),
+        (FWEConfig, {"alpha": 1.0}),
         (ListOpsConfig, {"length": 3}),
         (ListOpsConfig, {"length": 200, "depth": 2, "shortest": 0.5}),
         (ListOpsConfig, {"depth": 1}),
