@@ -203,6 +203,9 @@ class WholeAnswersTask(GeneratedTask):
         scores[targets != IGNORED] = np.repeat(self._right(targets, hits), self.answer_tokens)
         return scores
 
+    def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        return super().item_scores(targets, losses, self.answer_scores(targets, losses, hits) > 0)
+
     def _right(self, targets: np.ndarray, hits: np.ndarray) -> np.ndarray:
         """Of each answer, in order, whether all its tokens are right."""
         return np.all(hits[targets != IGNORED].reshape(-1, self.answer_tokens), axis=1)

@@ -162,8 +162,9 @@ class StdlibText(Task):
         }
 
     def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
-        """The bits per byte of each file."""
-        return losses.astype(np.float64).mean(axis=1) / np.log(2)
+        """The bits per byte of each file or window."""
+        asked = targets != IGNORED
+        return (losses.astype(np.float64) * asked).sum(axis=1) / asked.sum(axis=1) / np.log(2)
 
     def chance(self, split: str = "test") -> tuple[float, str]:
         tokens = self._joined["train"].tokens
