@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from experiments.config.matching import matched
 from experiments.config.schema import RunConfig
 from experiments.tasks import TASKS, Task
 from experiments.trackers import missing_package
@@ -18,10 +19,10 @@ def build_task(config: RunConfig) -> Task:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration without the options of unused mixers, sure to build a model.
+    """The configuration without the options of unused mixers, with the widths of its match, sure to build a model.
 
     Raises:
-        ConfigError: no model can be built from it, or its tracker is not installed.
+        ConfigError: no model can be built from it, none with what its match asks for, or its tracker is not installed.
     """
     if package := missing_package(config.tracker.name):
         raise ConfigError(
@@ -38,12 +39,20 @@ def resolve(config: RunConfig) -> RunConfig:
         channels={name: values for name, values in options.channels.items() if name in channels},
     )
     resolved = replace(config, model=replace(config.model, options=used))
+    _check_builds(resolved)
+    if config.match.asks:
+        sized = matched(used, config.match, build_task(config).length)
+        resolved = replace(config, model=replace(config.model, options=sized))
+        _check_builds(resolved)
+    return resolved
+
+
+def _check_builds(config: RunConfig) -> None:
     try:
         with torch.device("meta"):
-            build_model(resolved)
+            build_model(config)
     except RuntimeError as error:  # Torch's, of sizes beyond all machines.
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
-    return resolved
 
 
 def build_model(config: RunConfig) -> LanguageModel:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.config.convert import convert
+from experiments.config.targets import MatchConfig
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from experiments.util.errors import ConfigError, RunnerError, choices_hint
@@ -27,9 +28,12 @@ from experiments.util.errors import ConfigError, RunnerError, choices_hint
 FORMAT = 2
 """The version of what is kept of a run: raised when a key, a metric or a file gets another name or meaning."""
 
-NOT_IDENTITY = ("runs", "imports", "tracker", "machine", "train.keep_last", "train.save_every", "train.dry_run")
+NOT_IDENTITY = (
+    *("runs", "imports", "tracker", "machine", "match"),
+    *("train.keep_last", "train.save_every", "train.dry_run"),
+)
 """Keys that change where a run is kept, on what it runs or which tracker gets its metrics, and never its results
-but for rounding."""
+but for rounding; what ``match`` asks for is in the widths that it was solved to."""
 
 HASH_DIGITS = 10
 """Of the hash of a run's identity, in its folder's name."""
@@ -219,6 +223,7 @@ class RunConfig:
         runs: the root of all run folders.
         imports: modules that register mixers, tasks or trackers of one's own, by their dotted names; each process of
             the run imports them first.
+        match: the parameters and the state that the model's widths were solved for; nothing by default.
     """
 
     experiment: str
@@ -230,6 +235,7 @@ class RunConfig:
     machine: MachineConfig = field(default_factory=MachineConfig)
     runs: str = "runs"
     imports: list[str] = field(default_factory=list)
+    match: MatchConfig = field(default_factory=MatchConfig)
 
     def __post_init__(self):
         folder_path("runs", self.runs)

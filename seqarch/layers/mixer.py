@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -51,6 +51,11 @@ class LayerConfig:
     may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width",)
     """The numbers among the options that 0 turns off; all others are positive."""
 
+    size_options: ClassVar[dict[str, str]] = {}
+    """The whole-number options that a match of parameters or state may change, at most three: each with the attribute
+    of the config that has its value where it is not given, ``{"key_width": "keys"}``. State and parameters are to be
+    polynomials of at most degree 2 in each, over values that the config takes."""
+
     def __post_init__(self):
         check_options(self, self.may_be_zero)
 
@@ -61,7 +66,7 @@ def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
     Raises:
         ValueError: one is not; it is named.
     """
-    kinds = annotated_kinds(type(config))
+    kinds = _kinds(type(config))
     for option in fields(config):
         value, expected = getattr(config, option.name), kinds[option.name]
         if not fits(value, expected):
@@ -73,6 +78,9 @@ def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
                 raise ValueError(f"{option.name} must be {least}, got {value}")
             if isinstance(value, int) and value > MOST:
                 raise ValueError(f"{option.name} must be at most {MOST}, got {value}")
+
+
+_kinds = cache(annotated_kinds)
 
 
 class Layer(nn.Module, ABC):
@@ -347,13 +355,18 @@ def row_count(x: Tensor, cu_seqlens: Boundaries) -> int:
     return x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
 
-def choose_heads(d_model: int, num_heads: int | None) -> int:
+def choose_heads(d_model: int, num_heads: int | None, width: int | None = None) -> int:
     """The number of heads: the one given, or heads of width 64 where that divides ``d_model``, else as many
     as are at least 32 wide, but one at least.
 
+    Args:
+        width: of each head; where it is given, any number of heads may be.
+
     Raises:
-        ValueError: the heads do not divide the width.
+        ValueError: the heads do not divide ``d_model``, and have to.
     """
+    if num_heads is not None and width is not None:
+        return num_heads
     if num_heads is None:
         num_heads = max(1, d_model // (64 if d_model % 64 == 0 else 32))
     if num_heads < 1 or d_model % num_heads:

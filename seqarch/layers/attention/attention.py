@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ class AttentionConfig(CachedAttentionConfig):
     Attributes:
         window: tokens that each token sees, itself included; ``None`` for all before it.
     """
+
+    size_options: ClassVar[dict[str, str]] = {"window": "window", **CachedAttentionConfig.size_options}
 
     window: int | None = None
 

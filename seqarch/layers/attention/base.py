@@ -39,6 +39,8 @@ class KVHeadsConfig(HeadsConfig):
         rotary_fraction: share of each head's channels that turn, the first ones; the others know no position.
     """
 
+    size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "head_dim": "head_width"}
+
     num_kv_heads: int | None = None
     head_dim: int | None = None
     position: str = "rotary"

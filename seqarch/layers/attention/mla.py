@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class MLAConfig(HeadsConfig):
         norm_eps: added to the mean square in the norms of the latents and the low-rank queries.
     """
 
+    size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "qk_nope_head_dim": "keys", "kv_lora_rank": "rank"}
+
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
     qk_rope_head_dim: int | None = None
@@ -53,9 +55,7 @@ class MLAConfig(HeadsConfig):
 
     @property
     def heads(self) -> int:
-        if self.num_heads is not None and self.qk_nope_head_dim is not None:
-            return self.num_heads
-        return choose_heads(self.d_model, self.num_heads)
+        return choose_heads(self.d_model, self.num_heads, self.qk_nope_head_dim)
 
     @property
     def keys(self) -> int:

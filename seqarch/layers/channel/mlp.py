@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class HiddenConfig(LayerConfig):
         expansion: where ``hidden`` is not given, F is ``expansion * D``, rounded up to a multiple of 32.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"squared_relu"``.
     """
+
+    size_options: ClassVar[dict[str, str]] = {"hidden": "hidden_width"}
 
     hidden: int | None = None
     expansion: float = 4.0

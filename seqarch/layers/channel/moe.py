@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class MixtureOfExpertsConfig(RouterConfig):
     """
 
     may_be_zero = ("shared_experts", "load_balance_weight", "router_z_weight")
+
+    size_options: ClassVar[dict[str, str]] = {"hidden": "hidden_width"}
 
     hidden: int | None = None
     shared_experts: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class S4dConfig(LayerConfig):
         init: frequencies of A at first: ``"lin"``, ``"inv"`` or ``"legs"`` (section 4 of the paper).
         dt_min, dt_max: range of the initial step sizes, log-uniform.
     """
+
+    size_options: ClassVar[dict[str, str]] = {"d_state": "d_state"}
 
     d_state: int = 64
     init: str = "lin"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -21,11 +22,17 @@ class DeltaRuleConfig(HeadsConfig):
     """Options that all mixers on the delta rule have.
 
     Attributes:
+        key_width: K; by default ``D / H``.
+        value_width: V; by default K.
         conv_width: width of the short convolutions over queries, keys and values; 0 for none.
         negative_eigenvalues: doubles beta to (0, 2), which lets the model track state (Grazzi et al. 2024).
         norm_eps: added to the mean square in the norm of the output.
     """
 
+    size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys", "value_width": "values"}
+
+    key_width: int | None = None
+    value_width: int | None = None
     conv_width: int = 4
     negative_eigenvalues: bool = False
     norm_eps: float = 1e-5
@@ -37,12 +44,26 @@ class DeltaRuleConfig(HeadsConfig):
     @property
     def key_shape(self) -> tuple[int, int]:
         """Heads and width of the queries and keys, G and K."""
-        return self.heads, self.head_width
+        return self.heads, self.key_width or self.head_width
 
     @property
     def value_shape(self) -> tuple[int, int]:
         """Heads and width of the values, H and V."""
-        return self.key_shape
+        return self.heads, self.value_width or self.keys
+
+    @property
+    def keys(self) -> int:
+        """K."""
+        return self.key_shape[1]
+
+    @property
+    def values(self) -> int:
+        """V."""
+        return self.value_shape[1]
+
+    @property
+    def heads(self) -> int:
+        return choose_heads(self.d_model, self.num_heads, self.key_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +72,11 @@ class GatedDeltaRuleConfig(DeltaRuleConfig):
 
     Attributes:
         num_key_heads: G, the heads of queries and keys, each shared by ``H / G`` heads of values; by default H.
-        key_width: K; by default ``D / H``.
-        expand_v: V is ``expand_v K``.
+        expand_v: V is ``expand_v K`` where ``value_width`` is not given.
         dt_min, dt_max, dt_floor: range of the initial step sizes of the decay.
     """
 
     num_key_heads: int | None = None
-    key_width: int | None = None
     expand_v: float = 1.0
     dt_min: float = 0.001
     dt_max: float = 0.1
@@ -72,16 +91,12 @@ class GatedDeltaRuleConfig(DeltaRuleConfig):
 
     @property
     def value_shape(self) -> tuple[int, int]:
+        if self.value_width is not None:
+            return self.heads, self.value_width
         width = self.expand_v * self.key_shape[1]
         if width != int(width):
             raise ValueError(f"expand_v * key_width must be a whole number, got {width:g}")
         return self.heads, int(width)
-
-    @property
-    def heads(self) -> int:
-        if self.num_heads is not None and self.key_width is not None:
-            return self.num_heads
-        return choose_heads(self.d_model, self.num_heads)
 
 
 class DeltaRuleMixer(RecurrentMixer):

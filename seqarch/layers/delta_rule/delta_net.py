@@ -31,9 +31,9 @@ class DeltaNet(DeltaRuleMixer):
 
     def __init__(self, config: DeltaNetConfig):
         super().__init__(config)
-        self.beta_proj = Linear(config.d_model, config.key_shape[0], bias=False)
-        self.norm = HeadNorm(config.key_shape[1], eps=config.norm_eps)
-        self.out_proj = Linear(config.d_model, config.d_model, bias=False)
+        self.beta_proj = Linear(config.d_model, config.heads, bias=False)
+        self.norm = HeadNorm(config.values, eps=config.norm_eps)
+        self.out_proj = Linear(config.heads * config.values, config.d_model, bias=False)
 
     def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, cu_seqlens: Boundaries

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries
-from seqarch.layers.modules.heads import HeadsConfig
+from seqarch.layers.modules.heads import HeadWidthConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import l2_normalise
 from seqarch.layers.modules.token_shift import DEPTH, TokenShift, low_rank
@@ -23,7 +23,7 @@ SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rwkv7Config(HeadsConfig):
+class Rwkv7Config(HeadWidthConfig):
     """Options of :class:`Rwkv7`.
 
     Attributes:
@@ -61,27 +61,27 @@ class Rwkv7(RecurrentMixer):
 
     def __init__(self, config: Rwkv7Config):
         super().__init__(config)
-        size, heads, width = config.d_model, config.heads, config.head_width
-        channels = torch.arange(size)
-        line = channels / (size - 1)
+        size, inner, heads, width = config.d_model, config.inner, config.heads, config.head_width
+        channels = torch.arange(inner)
+        line = channels / max(1, inner - 1)
         zigzag = 2 * (channels % width) / max(1, width - 1) - 1
         zigzag = zigzag * zigzag.abs()
 
         self.shift = TokenShift(size)
-        shares = [1 - (channels / size) ** (steepness * (1 - DEPTH)) for steepness in SHIFTS.values()]
+        shares = [1 - (torch.arange(size) / size) ** (steepness * (1 - DEPTH)) for steepness in SHIFTS.values()]
         self.shares = nn.Parameter(torch.stack(shares))
-        self.receptance, self.key, self.value = (_uniform(size, bound) for bound in (0.5, 0.05, 0.5))
+        self.receptance, self.key, self.value = (_uniform(size, inner, bound) for bound in (0.5, 0.05, 0.5))
         decay = -5.5 + 6 * line ** (1 + DEPTH**0.3) + 2.5 * zigzag
-        self.decay = low_rank(size, config.rank(config.decay_rank, 2.5), nn.Tanh(), decay)
+        self.decay = low_rank(size, config.rank(config.decay_rank, 2.5), nn.Tanh(), decay, inner)
         rate = -0.19 + 0.3 * zigzag + 0.4 * (line - 0.5)
-        self.rate = low_rank(size, config.rank(config.rate_rank, 2.5), nn.Identity(), rate)
-        self.gate = low_rank(size, config.rank(config.gate_rank, 5.0), nn.Sigmoid())
+        self.rate = low_rank(size, config.rank(config.rate_rank, 2.5), nn.Identity(), rate, inner)
+        self.gate = low_rank(size, config.rank(config.gate_rank, 5.0), nn.Sigmoid(), outputs=inner)
         self.removal = nn.Parameter(0.71 - 0.1 * (line - 0.5))
-        self.replacement = nn.Parameter(torch.full((size,), 1.02))
+        self.replacement = nn.Parameter(torch.full((inner,), 1.02))
         self.bonus = nn.Parameter(torch.full((heads, width), -0.04))
-        self.norm = nn.GroupNorm(heads, size, eps=1e-5 * width)
+        self.norm = nn.GroupNorm(heads, inner, eps=1e-5 * width)
         nn.init.constant_(self.norm.weight, DEPTH**0.7)
-        self.out_proj = Linear(size, size, bias=False)
+        self.out_proj = Linear(inner, size, bias=False)
         self.state_shape = (heads, width, width)
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
@@ -102,7 +102,7 @@ class Rwkv7(RecurrentMixer):
             r, k, v, log_decay=log_decay, read=read, erase=a * z, scale=1.0, state=recurrent, cu_seqlens=cu_seqlens
         )
         # a norm per head; then the bonus of the token itself, and the gate
-        o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view_as(x)
+        o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view(*x.shape[:2], self.config.inner)
         o = o + rearrange((r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v, "b t h v -> b t (h v)")
         return self.out_proj(o * self.gate(xg)), RecurrentState(last, recurrent)
 
@@ -110,7 +110,7 @@ class Rwkv7(RecurrentMixer):
         return recurrence_flops(length, *self.state_shape, batch_size=batch_size, erase_apart=True)
 
 
-def _uniform(size: int, bound: float) -> nn.Linear:
-    linear = Linear(size, size, bias=False)
+def _uniform(size: int, outputs: int, bound: float) -> nn.Linear:
+    linear = Linear(size, outputs, bias=False)
     nn.init.uniform_(linear.weight, -bound * size**-0.5, bound * size**-0.5)
     return linear

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class BasedConfig(HeadsConfig):
         key_width: width of the linear part's queries and keys; its state has ``(K + 1) (K + 2) / 2`` rows per head.
         window: tokens that each token sees exactly, itself included.
     """
+
+    size_options: ClassVar[dict[str, str]] = {"key_width": "key_width", "window": "window"}
 
     key_width: int = 16
     window: int = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class GlaConfig(LayerConfig):
     Attributes:
         num_heads: H.
         expand_k, expand_v: all heads together have ``expand_k D`` key dimensions and ``expand_v D`` values.
+        key_width, value_width: K and V, of one head, in place of ``expand_k`` and ``expand_v``.
         gate_rank: rank of the map from the input to the decays.
         temperature: the decays' root; larger forgets more slowly.
         decay_bias: initial bias b of the decays' logits, larger forgets more slowly; by default ``nn.Linear``'s.
@@ -32,9 +34,13 @@ class GlaConfig(LayerConfig):
             Mamba and name GLA among the models that need it).
     """
 
+    size_options: ClassVar[dict[str, str]] = {"num_heads": "num_heads", "key_width": "keys", "value_width": "values"}
+
     num_heads: int = 4
     expand_k: float = 0.5
     expand_v: float = 1.0
+    key_width: int | None = None
+    value_width: int | None = None
     gate_rank: int = 16
     temperature: float = 16.0
     decay_bias: float | None = None
@@ -43,20 +49,22 @@ class GlaConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for option in ("expand_k", "expand_v"):
-            if getattr(self, option) * self.d_model % self.num_heads:
+        for option, given in (("expand_k", self.key_width), ("expand_v", self.value_width)):
+            if given is None and getattr(self, option) * self.d_model % self.num_heads:
                 raise ValueError(
                     f"num_heads ({self.num_heads}) must divide {option} * d_model"
                     f" ({getattr(self, option) * self.d_model:g})"
                 )
 
     @property
-    def key_width(self) -> int:
-        return int(self.expand_k * self.d_model) // self.num_heads
+    def keys(self) -> int:
+        """K."""
+        return self.key_width or int(self.expand_k * self.d_model) // self.num_heads
 
     @property
-    def value_width(self) -> int:
-        return int(self.expand_v * self.d_model) // self.num_heads
+    def values(self) -> int:
+        """V."""
+        return self.value_width or int(self.expand_v * self.d_model) // self.num_heads
 
 
 class Gla(LinearMixer):
@@ -72,7 +80,7 @@ class Gla(LinearMixer):
 
     def __init__(self, config: GlaConfig):
         super().__init__(config)
-        heads, keys, values = config.num_heads, config.key_width, config.value_width
+        heads, keys, values = config.num_heads, config.keys, config.values
         parts = [(heads, keys), (heads, keys), (heads, values)]
         self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
         decays = Linear(config.gate_rank, heads * keys)

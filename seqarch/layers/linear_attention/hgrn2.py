@@ -24,13 +24,17 @@ class Hgrn2Config(HeadsConfig):
 
     Attributes:
         num_heads: H; by default heads of width 128, as in the paper, where that divides D, else of 64 or 32.
+        key_width: K, of queries and forget gates; by default ``D / H`` as in the paper. Values stay ``D / H`` wide.
         lower_bound: the least value of the forget gate, below 1. The paper learns it and has it grow with depth.
         conv_width: width of a short convolution over queries, forget gates and inputs; 0, as in the paper, for none.
     """
 
     may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "lower_bound")
 
+    size_options: ClassVar[dict[str, str]] = {"key_width": "keys"}
+
     num_heads: int | None = None
+    key_width: int | None = None
     lower_bound: float = 0.0
     conv_width: int = 0
 
@@ -43,6 +47,11 @@ class Hgrn2Config(HeadsConfig):
     def heads(self) -> int:
         wide = self.d_model // 128 if self.d_model % 128 == 0 else None
         return choose_heads(self.d_model, self.num_heads or wide)
+
+    @property
+    def keys(self) -> int:
+        """K."""
+        return self.key_width or self.head_width
 
 
 class Hgrn2(LinearMixer):
@@ -59,11 +68,13 @@ class Hgrn2(LinearMixer):
 
     def __init__(self, config: Hgrn2Config):
         super().__init__(config)
-        heads, width = config.heads, config.head_width
-        self.qkv_proj = HeadProjection(config.d_model, [(heads, width)] * 3, config.conv_width)
+        heads, keys, width = config.heads, config.keys, config.head_width
+        self.qkv_proj = HeadProjection(
+            config.d_model, [(heads, keys), (heads, keys), (heads, width)], config.conv_width
+        )
         self.norm = HeadNorm(config.d_model, eps=1e-5)
         self.out_proj = Linear(config.d_model, config.d_model, bias=False)
-        self.state_shape = (heads, width, width)
+        self.state_shape = (heads, keys, width)
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         conv, recurrent = state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -58,6 +59,8 @@ class LinearAttentionConfig(HeadsConfig):
         conv_width: width of a short convolution over queries, keys and values; 0 for none.
     """
 
+    size_options: ClassVar[dict[str, str]] = {"key_width": "keys"}
+
     key_width: int | None = None
     feature_map: str = "elu"
     normaliser: str = "sum"
@@ -71,6 +74,11 @@ class LinearAttentionConfig(HeadsConfig):
             raise unknown_name("normaliser", self.normaliser, NORMALISERS)
         if self.normaliser == "sum" and self.feature_map == "identity":
             raise ValueError("normaliser 'sum' needs a feature map that is not negative, got feature_map 'identity'")
+
+    @property
+    def keys(self) -> int:
+        """The width of queries and keys before the feature map."""
+        return self.key_width or self.head_width
 
 
 class LinearAttention(LinearMixer):
@@ -87,7 +95,7 @@ class LinearAttention(LinearMixer):
     def __init__(self, config: LinearAttentionConfig):
         super().__init__(config)
         heads, width = config.heads, config.head_width
-        keys = config.key_width or width
+        keys = config.keys
         parts = [(heads, keys), (heads, keys), (heads, width)]
         self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width)
         self.norm = HeadNorm(width) if config.normaliser == "rms" else None

@@ -28,6 +28,7 @@ class MlstmConfig(LayerConfig):
     Attributes:
         num_heads: H.
         expand_k: all heads together have ``expand_k D`` key dimensions, and D values; 1 in the paper.
+        key_width, value_width: K and V, of one head, in place of ``expand_k`` and of D values in all.
         forget_gate: ``"sigmoid"`` or ``"exponential"``, of the gate's logit.
         forget_min, forget_max: the initial forget gates are sigmoids of numbers from the one to the other, over the
             heads; larger forgets more slowly.
@@ -37,8 +38,12 @@ class MlstmConfig(LayerConfig):
 
     may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "gate_cap")
 
+    size_options: ClassVar[dict[str, str]] = {"num_heads": "num_heads", "key_width": "keys", "value_width": "values"}
+
     num_heads: int = 4
     expand_k: float = 0.5
+    key_width: int | None = None
+    value_width: int | None = None
     forget_gate: str = "sigmoid"
     forget_min: float = 3.0
     forget_max: float = 6.0
@@ -49,9 +54,21 @@ class MlstmConfig(LayerConfig):
         super().__post_init__()
         if self.forget_gate not in FORGET_GATES:
             raise unknown_name("forget_gate", self.forget_gate, FORGET_GATES)
-        for name, width in (("d_model", self.d_model), ("expand_k * d_model", self.expand_k * self.d_model)):
-            if width % self.num_heads:
+        widths = {"d_model": (self.d_model, self.value_width)}
+        widths["expand_k * d_model"] = self.expand_k * self.d_model, self.key_width
+        for name, (width, given) in widths.items():
+            if given is None and width % self.num_heads:
                 raise ValueError(f"num_heads ({self.num_heads}) must divide {name} ({width:g})")
+
+    @property
+    def keys(self) -> int:
+        """K."""
+        return self.key_width or int(self.expand_k * self.d_model) // self.num_heads
+
+    @property
+    def values(self) -> int:
+        """V."""
+        return self.value_width or self.d_model // self.num_heads
 
 
 class MlstmState(NamedTuple):
@@ -85,8 +102,7 @@ class Mlstm(LinearMixer):
 
     def __init__(self, config: MlstmConfig):
         super().__init__(config)
-        heads, values = config.num_heads, config.d_model // config.num_heads
-        keys = int(config.expand_k * config.d_model) // heads
+        heads, keys, values = config.num_heads, config.keys, config.values
         parts = [(heads, keys), (heads, keys), (heads, values)]
         self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, "silu" if config.conv_width else None)
         self.gates = Linear(config.d_model, 2 * heads)
@@ -94,9 +110,9 @@ class Mlstm(LinearMixer):
         forget = torch.linspace(config.forget_min, config.forget_max, heads)
         forget = forget if config.forget_gate == "sigmoid" else F.logsigmoid(forget)
         self.gates.bias = nn.Parameter(torch.cat([torch.randn(heads) * 0.1, forget]))
-        self.norm_weight = nn.Parameter(torch.ones(config.d_model))
-        self.gate = Linear(config.d_model, config.d_model, bias=False)
-        self.out_proj = Linear(config.d_model, config.d_model, bias=False)
+        self.norm_weight = nn.Parameter(torch.ones(heads * values))
+        self.gate = Linear(config.d_model, heads * values, bias=False)
+        self.out_proj = Linear(heads * values, config.d_model, bias=False)
         self.state_shape = (heads, keys, values + 1)
 
     def mix(self, x: Tensor, state: MlstmState, cu_seqlens: Boundaries) -> tuple[Tensor, MlstmState]:

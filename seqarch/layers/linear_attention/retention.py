@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Boundaries, Device
+from seqarch.layers.mixer import Boundaries, Device, choose_heads
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import token_positions
@@ -24,19 +24,39 @@ class RetentionConfig(HeadsConfig):
     """Options of :class:`Retention`.
 
     Attributes:
-        expand_v: the value width is ``expand_v K``.
+        key_width: K, an even number; by default ``D / H``.
+        expand_v: V is ``expand_v K`` where ``value_width`` is not given.
+        value_width: V.
         rotary_base: base of the rotation's wavelengths.
         conv_width: width of a short convolution over queries, keys and values; 0, as in the paper, for none.
     """
 
+    size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys", "value_width": "values"}
+
+    key_width: int | None = None
     expand_v: int = 2
+    value_width: int | None = None
     rotary_base: float = 10000.0
     conv_width: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.head_width % 2:
-            raise ValueError(f"rotation needs an even head width, got {self.head_width} (num_heads {self.heads})")
+        if self.keys % 2:
+            raise ValueError(f"rotation needs an even head width, got {self.keys} (num_heads {self.heads})")
+
+    @property
+    def heads(self) -> int:
+        return choose_heads(self.d_model, self.num_heads, self.key_width)
+
+    @property
+    def keys(self) -> int:
+        """K."""
+        return self.key_width or self.head_width
+
+    @property
+    def values(self) -> int:
+        """V."""
+        return self.value_width or self.expand_v * self.keys
 
 
 class RetentionState(NamedTuple):
@@ -66,8 +86,7 @@ class Retention(LinearMixer):
 
     def __init__(self, config: RetentionConfig):
         super().__init__(config)
-        num_heads, width = config.heads, config.head_width
-        values = config.expand_v * width
+        num_heads, width, values = config.heads, config.keys, config.values
         parts = [(num_heads, width), (num_heads, width), (num_heads, values)]
         self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width)
         self.gate = Linear(config.d_model, num_heads * values, bias=False)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, row_count
-from seqarch.layers.modules.heads import HeadsConfig
+from seqarch.layers.modules.heads import HeadWidthConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import tokens_before
 from seqarch.layers.modules.token_shift import DEPTH, TokenShift, low_rank
@@ -20,7 +20,7 @@ from seqarch.ops.chunked.packing import over_sequences
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rwkv6Config(HeadsConfig):
+class Rwkv6Config(HeadWidthConfig):
     """Options of :class:`Rwkv6`.
 
     Attributes:
@@ -48,24 +48,23 @@ class Rwkv6(LinearMixer):
 
     def __init__(self, config: Rwkv6Config):
         super().__init__(config)
-        size, heads, width = config.d_model, config.heads, config.head_width
+        size, inner, heads, width = config.d_model, config.inner, config.heads, config.head_width
         self.shift = TokenShift(size)
-        channels = torch.arange(size)
-        rising, line = (channels / size) ** (1 - DEPTH), channels / (size - 1)
+        channels = torch.arange(inner)
+        rising, line = (torch.arange(size) / size) ** (1 - DEPTH), channels / max(1, inner - 1)
         softly = 1 - rising.sqrt()
         self.share = nn.Parameter(1 - rising)
         shares = (softly, 1 - rising, 1 - rising, 1 - rising - 0.3 * DEPTH, softly)
         self.shares = nn.ModuleList(low_rank(size, config.mix_rank, nn.Tanh(), share) for share in shares)
         speed = -6 + 5 * line ** (0.7 + 1.3 * DEPTH)
-        self.decay = low_rank(size, config.decay_rank, nn.Tanh(), speed)
+        self.decay = low_rank(size, config.decay_rank, nn.Tanh(), speed, inner)
         for maps in (*self.shares, self.decay):
             nn.init.uniform_(maps.get_parameter("2.weight"), -0.01, 0.01)
-        self.receptance, self.key, self.value, self.gate, self.out_proj = (
-            Linear(size, size, bias=False) for _ in range(5)
-        )
+        self.receptance, self.key, self.value, self.gate = (Linear(size, inner, bias=False) for _ in range(4))
+        self.out_proj = Linear(inner, size, bias=False)
         bonus = DEPTH * (1 - line) + 0.1 * ((channels + 1) % 3 - 1)
         self.bonus = nn.Parameter(bonus.view(heads, -1))
-        self.norm = nn.GroupNorm(heads, size, eps=64e-5)
+        self.norm = nn.GroupNorm(heads, inner, eps=64e-5)
         self.state_shape = (heads, width, width)
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
@@ -82,7 +81,7 @@ class Rwkv6(LinearMixer):
         o, recurrent = self._read_before_writing(r, k, v, log_decay, recurrent, cu_seqlens)
         o = o + (r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v
         # norm per head, gate
-        o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view_as(x)
+        o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view(*x.shape[:2], self.config.inner)
         return self.out_proj(o * F.silu(self.gate(xg))), RecurrentState(last, recurrent)
 
     def _read_before_writing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ class HeadsConfig(LayerConfig):
         num_heads: H; by default heads of width 64 (32 where 64 does not divide D).
     """
 
+    size_options: ClassVar[dict[str, str]] = {"num_heads": "heads"}
+
     num_heads: int | None = None
 
     def __post_init__(self):
@@ -34,6 +37,32 @@ class HeadsConfig(LayerConfig):
     @property
     def head_width(self) -> int:
         return self.d_model // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadWidthConfig(HeadsConfig):
+    """Options of mixers whose heads may have a width that does not follow from that of the residual stream.
+
+    Attributes:
+        head_dim: K = V, so that all heads together have ``H K`` channels; by default ``D / H``.
+    """
+
+    size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "head_dim": "head_width"}
+
+    head_dim: int | None = None
+
+    @property
+    def heads(self) -> int:
+        return choose_heads(self.d_model, self.num_heads, self.head_dim)
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.heads
+
+    @property
+    def inner(self) -> int:
+        """Channels of all heads together."""
+        return self.heads * self.head_width
 
 
 class HeadProjection(nn.Module):

@@ -29,10 +29,16 @@ class TokenShift(ShortConvolution):
         return ops.causal_conv1d(x, weight, state=state, cu_seqlens=cu_seqlens)
 
 
-def low_rank(size: int, rank: int, between: nn.Module, bias: Tensor | None = None) -> nn.Sequential:
-    """A map of D channels to D by way of ``rank``; orthogonal at first on its way out, as in the release."""
-    outer = Linear(rank, size, bias=bias is not None)
-    nn.init.orthogonal_(outer.weight, gain=0.1 * max(1.0, rank / size) ** 0.5)
+def low_rank(
+    size: int, rank: int, between: nn.Module, bias: Tensor | None = None, outputs: int | None = None
+) -> nn.Sequential:
+    """A map of ``size`` channels to ``outputs``, by default as many, by way of ``rank``.
+
+    Orthogonal at first on its way out, as in the release.
+    """
+    outputs = outputs or size
+    outer = Linear(rank, outputs, bias=bias is not None)
+    nn.init.orthogonal_(outer.weight, gain=0.1 * max(1.0, rank / outputs) ** 0.5)
     if bias is not None:
         outer.bias = nn.Parameter(bias.clone())  # several maps may start alike, and are trained apart
     return nn.Sequential(Linear(size, rank, bias=False), between, outer)

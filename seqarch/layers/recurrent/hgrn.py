@@ -22,12 +22,16 @@ class HgrnConfig(LayerConfig):
 
     Attributes:
         lower_bound: the least value of the forget gate, below 1. The paper learns it and has it grow with depth.
+        d_inner: E, the channels of the recurrence, each complex; by default D.
         complex_state: whether the state is complex and turns, as in the paper, or real and twice as wide.
     """
 
     may_be_zero: ClassVar[tuple[str, ...]] = ("lower_bound",)
 
+    size_options: ClassVar[dict[str, str]] = {"d_inner": "inner_width"}
+
     lower_bound: float = 0.0
+    d_inner: int | None = None
     complex_state: bool = True
 
     def __post_init__(self):
@@ -35,17 +39,21 @@ class HgrnConfig(LayerConfig):
         if self.lower_bound >= 1:
             raise ValueError(f"lower_bound must be below 1, got {self.lower_bound}")
 
+    @property
+    def inner_width(self) -> int:
+        return self.d_model if self.d_inner is None else self.d_inner
+
 
 class Hgrn(ElementwiseMixer):
     """``h_t = f_t exp(i theta) h_{t-1} + (1 - f_t) c_t``, ``f_t = l + (1 - l) sigmoid(W_f x)``, ``c_t = silu(W_c x)``.
 
-    D complex channels with one gate and one learnt angle theta each; the output is ``W_o (norm(h) silu(W_g x))`` over
-    their 2 D real and imaginary parts. Qin et al. 2023, "Hierarchically Gated Recurrent Neural Network for Sequence
+    E complex channels with one gate and one learnt angle theta each; the output is ``W_o (norm(h) silu(W_g x))`` over
+    their 2 E real and imaginary parts. Qin et al. 2023, "Hierarchically Gated Recurrent Neural Network for Sequence
     Modeling", section 3. Not HGRN2, whose state is a matrix. The bound l is an option of each layer, since a mixer
     does not know its depth; the paper's is a cumulative softmax over the layers, 0 in the first. Norm and output gate
-    are those of the release. ``theta_j = 10000^(-2 j / D)`` at first; projections have ``nn.Linear``'s initialisation.
+    are those of the release. ``theta_j = 10000^(-2 j / E)`` at first; projections have ``nn.Linear``'s initialisation.
 
-    The state is ``[B, 2 D, 1]``. It is carried in the fixed frame, and each call turns with its own positions:
+    The state is ``[B, 2 E, 1]``. It is carried in the fixed frame, and each call turns with its own positions:
     ``exp(-i theta t) h_t`` is an elementwise recurrence with the real decay f.
     """
 
@@ -53,20 +61,20 @@ class Hgrn(ElementwiseMixer):
 
     def __init__(self, config: HgrnConfig):
         super().__init__(config)
-        width = config.d_model
+        width, inner = config.d_model, config.inner_width
         gates = 1 if config.complex_state else 2
-        self.in_proj = Linear(width, 2 * width)
-        self.forget = Linear(width, gates * width)
-        self.gate = Linear(width, 2 * width)
+        self.in_proj = Linear(width, 2 * inner)
+        self.forget = Linear(width, gates * inner)
+        self.gate = Linear(width, 2 * inner)
         if config.complex_state:
-            self.theta = nn.Parameter(10000.0 ** (-2 / width * torch.arange(width)))
-        self.norm = nn.LayerNorm(2 * width)
-        self.out_proj = Linear(2 * width, width)
-        self.state_shape = (2 * width, 1)
+            self.theta = nn.Parameter(10000.0 ** (-2 / inner * torch.arange(inner)))
+        self.norm = nn.LayerNorm(2 * inner)
+        self.out_proj = Linear(2 * inner, width)
+        self.state_shape = (2 * inner, 1)
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         recurrent = state.recurrent
-        f = self.forget(x).to(self.state_dtype)  # logits, [B, T, D] or [B, T, 2 D]
+        f = self.forget(x).to(self.state_dtype)  # logits, [B, T, E] or [B, T, 2 E]
         # 1 - f and log f without the cancellation of computing f: at a bound of 0 the latter is the log-sigmoid
         write = (1 - self.config.lower_bound) * torch.sigmoid(-f)
         log_decay = torch.log1p(-write) if self.config.lower_bound else F.logsigmoid(f)
@@ -95,7 +103,7 @@ class Hgrn(ElementwiseMixer):
 
 
 def turn(x: Tensor, angle: Tensor) -> Tensor:
-    """``x [..., 2 D]``, D real parts and then D imaginary ones, times ``exp(i angle)``."""
+    """``x [..., 2 E]``, E real parts and then E imaginary ones, times ``exp(i angle)``."""
     real, imaginary = x.chunk(2, dim=-1)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqarch.layers.mixer import Boundaries, Device, LayerConfig, choose_heads
+from seqarch.layers.mixer import Boundaries, Device, LayerConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import token_positions
 from seqarch.layers.modules.short_conv import ShortConvolution
@@ -28,13 +28,16 @@ class RgLruConfig(LayerConfig):
 
     Attributes:
         lru_width: E, the width of the recurrence; by default D (the paper's models have about 4 D / 3).
-        num_heads: blocks of the gates' block-diagonal matrices; by default of width 64 (32 where 64 does not divide E).
+        num_heads: blocks of the gates' block-diagonal matrices; by default of width 64 where that divides E, else
+            as many as divide it and are at least 32 wide.
         conv_width: width of the short convolution.
         scale_first: whether the first token of a sequence is scaled by ``sqrt(1 - a^2)`` like all others, as in the
             paper; in the release, and here by default, it is not.
         negative_eigenvalues: moves the decay to ``2 a - 1`` in (-1, 1), which lets the model track state
             (Grazzi et al. 2024).
     """
+
+    size_options: ClassVar[dict[str, str]] = {"lru_width": "width"}
 
     lru_width: int | None = None
     num_heads: int | None = None
@@ -53,7 +56,9 @@ class RgLruConfig(LayerConfig):
 
     @property
     def heads(self) -> int:
-        return self.num_heads or choose_heads(self.width, None)
+        if self.num_heads is not None or self.width % 64 == 0:
+            return self.num_heads or self.width // 64
+        return next(heads for heads in range(max(1, self.width // 32), 0, -1) if self.width % heads == 0)
 
 
 class RgLruState(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class LongformerConfig(BlockSparseConfig):
     """
 
     block_size: int = 16
+    size_options: ClassVar[dict[str, str]] = {"window": "window", **BlockSparseConfig.size_options}
+
     window: int = 512
     global_tokens: int = 16
 

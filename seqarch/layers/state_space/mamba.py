@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class MambaConfig(LayerConfig):
     Attributes:
         d_state: N, states per channel.
         expand: the inner width is ``expand D``.
+        d_inner: the inner width itself, in place of ``expand``.
         conv_width: width of the short convolution.
         dt_rank: rank of the step size's projection; by default ``ceil(D / 16)``.
         negative_eigenvalues: moves the decays to ``2 exp(dt A) - 1`` in (-1, 1), which lets the model track state
@@ -35,8 +37,11 @@ class MambaConfig(LayerConfig):
         dt_min, dt_max, dt_floor: range of the initial step sizes.
     """
 
+    size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "d_inner": "inner_width"}
+
     d_state: int = 16
     expand: int = 2
+    d_inner: int | None = None
     conv_width: int = 4
     dt_rank: int | None = None
     negative_eigenvalues: bool = False
@@ -44,6 +49,10 @@ class MambaConfig(LayerConfig):
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_floor: float = 1e-4
+
+    @property
+    def inner_width(self) -> int:
+        return self.expand * self.d_model if self.d_inner is None else self.d_inner
 
 
 class Mamba(RecurrentMixer):
@@ -60,7 +69,7 @@ class Mamba(RecurrentMixer):
 
     def __init__(self, config: MambaConfig):
         super().__init__(config)
-        self.inner = config.expand * config.d_model
+        self.inner = config.inner_width
         rank = config.dt_rank or math.ceil(config.d_model / 16)
         self.sizes = [rank, config.d_state, config.d_state]
         self.in_proj = Linear(config.d_model, 2 * self.inner, bias=False)

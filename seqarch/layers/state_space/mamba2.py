@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -46,6 +46,8 @@ class Mamba2Config(LayerConfig):
         A_min, A_max: range of the initial ``-A``, uniform.
         dt_min, dt_max, dt_floor: range of the initial step sizes.
     """
+
+    size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "d_inner": "inner_width"}
 
     d_state: int = 128
     head_dim: int = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -31,6 +31,7 @@ class Mamba3Config(LayerConfig):
         d_state: N, the state's width (the key width of the dual form).
         head_dim: P, channels per head.
         expand: the inner width is ``expand D``.
+        num_heads: H, in place of ``expand``: the inner width is ``H P``.
         n_groups: G, groups of heads that share B and C.
         mimo_rank: R, inputs and outputs per head and step (MIMO); 1 for the plain model.
         rotary_fraction: share of the state that rotates.
@@ -39,9 +40,12 @@ class Mamba3Config(LayerConfig):
         dt_min, dt_max, dt_floor: range of the initial step sizes.
     """
 
+    size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "num_heads": "heads", "head_dim": "head_dim"}
+
     d_state: int = 128
     head_dim: int = 64
     expand: int = 2
+    num_heads: int | None = None
     n_groups: int = 1
     mimo_rank: int = 1
     rotary_fraction: float = 0.5
@@ -54,7 +58,7 @@ class Mamba3Config(LayerConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.inner % self.head_dim:
-            raise ValueError(f"head_dim ({self.head_dim}) must divide expand * d_model ({self.inner})")
+            raise ValueError(f"head_dim ({self.head_dim}) must divide the inner width ({self.inner})")
         if self.heads % self.n_groups:
             raise ValueError(f"n_groups ({self.n_groups}) must divide the number of heads ({self.heads})")
         if self.d_state % 2 or self.rotary_fraction > 1 or not self.angles:
@@ -65,7 +69,7 @@ class Mamba3Config(LayerConfig):
 
     @property
     def inner(self) -> int:
-        return self.expand * self.d_model
+        return self.expand * self.d_model if self.num_heads is None else self.num_heads * self.head_dim
 
     @property
     def heads(self) -> int:

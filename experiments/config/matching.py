@@ -1,0 +1,281 @@
+"""Widths that give a run's model the parameters and the state that its ``match`` asks for.
+
+The size options of the mixers and channel mixers in the pattern are solved for (``size_options`` of their configs); the
+width of the stack, its depth and all else stay. Of all that come within the tolerance the one nearest to the given
+configuration is taken: the least sum of the way in octaves (the root of the sum of squares over all options), one for
+each option of a mixer that is changed, and the errors as shares of the tolerance. With several mixers of a bounded
+state each is brought to the same multiple of its given state; what grows, as attention's cache, stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.config.part_sizes import LONG, Part, evaluated, root
+from experiments.config.targets import MatchConfig
+from experiments.util.errors import ConfigError
+from seqarch.models import LanguageModel, LMConfig
+from seqarch.models.pattern import tile_pattern
+
+DENSE, RATIO, MOST_STEPS = 64, 1.03, 2**13
+"""Values of an option that are tried: all multiples of its step up to ``DENSE`` of them, then at this ratio."""
+
+KEPT = 64
+"""Candidates of each mixer that are combined, where there are several mixers."""
+
+TRIED = 32
+"""Combinations that are built and measured before none is found."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Sizes of one mixer, a row each.
+
+    Attributes:
+        values: ``[N, options]``.
+        state, parameters: of one layer, ``[N]``.
+    """
+
+    part: Part
+    values: np.ndarray
+    state: np.ndarray
+    parameters: np.ndarray
+
+    @property
+    def octaves(self) -> np.ndarray:
+        """The sum over the options of the squared way from the given value, in octaves."""
+        return (np.log2(self.values / _given(self.part)) ** 2).sum(1)
+
+    @property
+    def changed(self) -> np.ndarray:
+        """How many options are not as given."""
+        return (self.values != _given(self.part)).sum(1)
+
+    def sizes(self, row: int) -> dict[str, int]:
+        return {name: int(value) for name, value in zip(self.part.sizes, self.values[row], strict=True)}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted, as far as it is: by name, ``state`` (bytes) and ``parameters``."""
+
+    wanted: Mapping[str, int]
+    tolerance: float
+
+    def errors(self, totals: Mapping[str, Any]) -> list[Any]:
+        """How far totals are from what is wanted, in tolerances and by logarithms; numbers or arrays ``[N]``."""
+        allowed = math.log1p(self.tolerance) * (1 + 1e-9)
+        return [np.abs(np.log(np.maximum(totals[name], 1) / number)) / allowed for name, number in self.wanted.items()]
+
+
+def matched(options: LMConfig, match: MatchConfig, length: int) -> LMConfig:
+    """The options of the language model with the sizes that ``match`` asks for.
+
+    Args:
+        length: the task's training length, at which the state is measured where ``match`` says nothing else.
+
+    Raises:
+        ConfigError: none are found within the tolerance, or the state grows with the sequence.
+    """
+    asked = {"state": match.wanted_state, "parameters": match.wanted_parameters}
+    wanted = {name: number for name, number in asked.items() if number is not None}
+    if not wanted:
+        return options
+    return _Search(options, match, Goal(wanted, match.share), match.state_length or length).result()
+
+
+class _Search:
+    """One search: the mixers and channel mixers that are free, and what all the rest has."""
+
+    def __init__(self, options: LMConfig, match: MatchConfig, goal: Goal, length: int):
+        self.options, self.match, self.goal, self.length = options, match, goal, length
+        mixers, channels = _parts(options)
+        self.channels = [part for part in channels if part.sizes and "parameters" in goal.wanted]
+        # a mixer is sized by its state; by its parameters only where nothing else can bring them
+        self.by = "state" if "state" in goal.wanted else "parameters"
+        self.mixers = [part for part in mixers if part.sizes and (self.by == "state" or not self.channels)]
+        if self.by == "state":
+            self.mixers = [part for part in self.mixers if not part.grows]
+            if not self.mixers:
+                raise _no_bounded_state(mixers)
+        self.fixed = self._given()
+        for part in (*self.mixers, *self.channels):
+            for name, number in zip(("state", "parameters"), part.measured(part.given, length), strict=True):
+                self.fixed[name] -= part.count * number
+
+    def _given(self) -> dict[str, int]:
+        with torch.device("meta"):
+            model = LanguageModel(self.options)
+        counted = model if self.match.count == "all" else model.stack
+        parameters = sum(parameter.numel() for parameter in counted.parameters())
+        return {"state": model.state_bytes(self.length), "parameters": parameters}
+
+    def result(self) -> LMConfig:
+        closest: tuple[float, dict[str, int], list[str]] | None = None
+        for sizes in self._combinations():
+            try:
+                totals, chosen = self._measured(sizes)
+            except ValueError:
+                continue
+            error = float(max(self.goal.errors(totals)))
+            if error <= 1:
+                return _with(self.options, chosen)
+            if closest is None or error < closest[0]:
+                closest = error, totals, [f"{part.name} with {_shown(own)}" for part, own in chosen]
+        raise self._nothing_close(closest)
+
+    def _combinations(self) -> Iterator[list[dict[str, int]]]:
+        """Sizes of the free mixers: first what is within the tolerance, nearest first; then what is closest to it."""
+        found = [self._candidates(part) for part in self.mixers]
+        index = [each.ravel() for each in np.indices([len(each.state) for each in found])] if found else []
+        rows = len(index[0]) if found else 1
+        totals = {name: np.full(rows, float(number)) for name, number in self.fixed.items()}
+        octaves, changed = np.zeros(rows), np.zeros(rows)
+        for each, own in zip(found, index, strict=True):
+            totals["state"] += each.part.count * each.state[own]
+            totals["parameters"] += each.part.count * each.parameters[own]
+            octaves += each.octaves[own]
+            changed += each.changed[own]
+        for part, hidden in self._channel_sizes(totals["parameters"]):
+            ratio = hidden / _given(part)
+            totals["parameters"] = totals["parameters"] + part.count * evaluated(part.polynomials[1], [ratio])
+            octaves += np.log2(ratio) ** 2
+        errors = self.goal.errors(totals)
+        cost = np.sqrt(octaves) + changed + np.sum(errors, axis=0)
+        for row in np.lexsort((cost, np.maximum(np.max(errors, axis=0), 1)))[:TRIED]:
+            yield [each.sizes(own[row]) for each, own in zip(found, index, strict=True)]
+
+    def _candidates(self, part: Part) -> Candidates:
+        """The given sizes, and for each option the values that serve the target best beside any of the others."""
+        place = ("state", "parameters").index(self.by)
+        # every mixer to the same multiple of what it has
+        whole = sum(each.count * each.measured(each.given, LONG)[place] for each in self.mixers)
+        target = (self.goal.wanted[self.by] - self.fixed[self.by]) * part.measured(part.given, LONG)[place] / whole
+        values, given = [_given(part)[None]], _given(part)
+        for last in range(len(given)):
+            values += _solutions(part, last, part.polynomials[place], target)
+        candidates = np.concatenate(values)
+        served = evaluated(part.polynomials[place], list((candidates / given).T))
+        distance = np.abs(np.log(np.maximum(served, 1) / max(target, 1)))
+        within = distance <= 2 * math.log1p(self.goal.tolerance)
+        within[np.argsort(distance, kind="stable")[:KEPT]] = True
+        candidates = np.unique(candidates[within], axis=0)
+        state, parameters = (evaluated(each, list((candidates / given).T)) for each in part.polynomials)
+        found = Candidates(part, candidates, state, parameters)
+        if len(self.mixers) == 1:
+            return found
+        served = (state, parameters)[place]
+        distance = np.abs(np.log(np.maximum(served, 1) / max(target, 1))) / math.log1p(self.goal.tolerance)
+        best = np.argsort(np.sqrt(found.octaves) + found.changed + distance, kind="stable")[:KEPT]
+        return Candidates(part, candidates[best], state[best], parameters[best])
+
+    def _channel_sizes(self, parameters: Any) -> list[tuple[Part, Any]]:
+        """Each free channel mixer and its size beside so many other parameters: all to one multiple of the given."""
+        if not self.channels:
+            return []
+        joined = np.sum([part.count * part.polynomials[1] for part in self.channels], axis=0)
+        ratio = root(np.atleast_2d(joined), self.goal.wanted["parameters"] - parameters)
+        return [(part, np.maximum(1, np.rint(ratio * _given(part)))) for part in self.channels]
+
+    def _measured(self, sizes: Sequence[dict[str, int]]) -> tuple[dict[str, int], list[tuple[Part, dict[str, int]]]]:
+        """State and parameters of a model whose free mixers have these sizes, and the sizes of all that is free.
+
+        Raises:
+            ValueError: a layer does not take them.
+        """
+        totals, chosen = dict(self.fixed), list(zip(self.mixers, sizes, strict=True))
+        self._add(totals, chosen)
+        hidden = self._channel_sizes(np.array([float(totals["parameters"])]))
+        channels = [(part, {name: int(values[0]) for name in part.sizes}) for part, values in hidden]
+        self._add(totals, channels)
+        return totals, [*chosen, *channels]
+
+    def _add(self, totals: dict[str, int], chosen: Sequence[tuple[Part, dict[str, int]]]) -> None:
+        for part, sizes in chosen:
+            state, parameters = part.measured(part.options(sizes), self.length)
+            totals["state"] += part.count * state
+            totals["parameters"] += part.count * parameters
+
+    def _nothing_close(self, closest: tuple[float, dict[str, int], list[str]] | None) -> ConfigError:
+        names = {"parameters": lambda n: f"{n:,} parameters{' in the layers' * (self.match.count == 'layers')}",
+                 "state": lambda n: f"{n / 1024:.4g} KiB of state after {self.length} tokens"}  # fmt: skip
+        asked = " and ".join(names[name](number) for name, number in self.goal.wanted.items())
+        free = ", ".join(dict.fromkeys(part.name for part in (*self.mixers, *self.channels))) or "this model"
+        found = "none could be built"
+        if closest is not None:
+            reached = " and ".join(names[name](closest[1][name]) for name in self.goal.wanted)
+            found = f"the closest is {'; '.join(closest[2]) or 'as given'}: {reached}"
+        return ConfigError(
+            f"match: no sizes of {free} come within {100 * self.match.share:g}% of {asked}; {found}. Ask for other"
+            " numbers, a larger match.tolerance or another model.d_model, or set one of them to null"
+        )
+
+
+def _parts(options: LMConfig) -> tuple[list[Part], list[Part]]:
+    """The mixers and the channel mixers of a stack, each with how many layers have it."""
+    layers = tile_pattern(options.pattern, options.depth)
+    mixers = Counter(name for layer in layers for name in layer.mixers)
+    channels = Counter(layer.channel or options.channel for layer in layers)
+    del channels["none"]
+    return (
+        [Part("mixers", name, options.d_model, n, options.mixers.get(name, {})) for name, n in mixers.items()],
+        [Part("channels", name, options.d_model, n, options.channels.get(name, {})) for name, n in channels.items()],
+    )
+
+
+def _given(part: Part) -> np.ndarray:
+    return np.array(list(part.sizes.values()), dtype=float)
+
+
+def _solutions(part: Part, last: int, polynomial: np.ndarray, target: float) -> list[np.ndarray]:
+    """Sizes ``[N, options]`` in which one option brings the target beside a grid of the others, rounded both ways."""
+    given, steps = _given(part), part.steps
+    others = [axis for axis in range(len(given)) if axis != last]
+    mesh = np.meshgrid(*(_grid(steps[axis], given[axis]) for axis in others), indexing="ij")
+    columns = {axis: values.ravel() for axis, values in zip(others, mesh, strict=True)}
+    left = evaluated(polynomial.transpose(*others, last), [columns[axis] / given[axis] for axis in others])
+    exact = root(left, target) * given[last] / steps[last]
+    found = []
+    for rounded in (np.floor(exact), np.ceil(exact)):
+        columns[last] = np.maximum(rounded, 1) * steps[last]
+        found.append(np.stack([columns[axis] for axis in range(len(given))], axis=1))
+    return found
+
+
+def _grid(step: int, given: float) -> np.ndarray:
+    """Multiples of a step, the given value among them."""
+    sparse = DENSE * RATIO ** np.arange(1, math.log(MOST_STEPS / DENSE, RATIO))
+    return np.unique([*np.arange(1, DENSE + 1), *np.rint(sparse), round(given / step)]) * step
+
+
+def _with(options: LMConfig, chosen: Sequence[tuple[Part, dict[str, int]]]) -> LMConfig:
+    given = {"mixers": dict(options.mixers), "channels": dict(options.channels)}
+    for part, sizes in chosen:
+        if own := part.options(sizes):
+            given[part.registry][part.name] = own
+    return replace(options, **given)
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sizes.items())
+
+
+def _no_bounded_state(mixers: Sequence[Part]) -> ConfigError:
+    growing = [part.name for part in mixers if part.grows]
+    if not growing:
+        names = " and ".join(part.name for part in mixers)
+        return ConfigError(
+            f"match.state_bytes: the state of {names} has no size_options in its config; set match.state_bytes=null"
+        )
+    return ConfigError(
+        f"match.state_bytes: the state of {' and '.join(growing)} grows with the sequence, so no size of it holds at"
+        " every length. Set match.state_bytes=null for this model, or give it a state that is bounded: a window"
+        " (sliding_window) or layers of a recurrent mixer. num_kv_heads and mla make smaller what it keeps of a token"
+    )
