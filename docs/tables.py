@@ -1,7 +1,7 @@
 """The generated parts of the documentation: ``python -m docs.tables`` writes them, a test fails where they are stale.
 
-README.md, docs/architecture.md, docs/bench.md, docs/mixers.md, docs/tasks.md and the pages of docs/results hold blocks
-between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the pages of docs/ops/ and the pictures of the rooms are
+README.md, docs/architecture.md, docs/bench.md, docs/matching.md, docs/mixers.md, docs/tasks.md and the pages of
+docs/results hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the pages of docs/ops/ and the pictures of the rooms are
 generated whole. All of it comes from the registries, the docstrings, the imports and the measurements kept in
 docs/results, so it is the same on every machine, whatever backends run there.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from docs.docstrings import (
     source,
     split_sections,
 )
+from docs.matching import PARAMETERS, matching_table
 from docs.rooms import picture, room_table
 from docs.tasks import task_sections, task_table
 from experiments.studies.page import PAGES, blocks
@@ -148,6 +149,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
     Path("docs/architecture.md"): {"rooms": room_table},
     Path("docs/bench.md"): {"targets": target_table, "bench": bench_tables, "gpu bench": gpu_tables},
+    Path("docs/matching.md"): {f"matching {width}": partial(matching_table, width) for width in PARAMETERS},
     Path("docs/tasks.md"): {"overview": task_table, "tasks": task_sections},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},
     **{page: blocks(name) for name, page in PAGES.items()},

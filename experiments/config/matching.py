@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.config.part_sizes import LONG, Part, evaluated, root
+from experiments.config.part_sizes import LONG, Part, evaluated, powers, root
 from experiments.config.targets import MatchConfig
 from experiments.util.errors import ConfigError
 from seqarch.models import LanguageModel, LMConfig
@@ -29,6 +29,9 @@ DENSE, RATIO, MOST_STEPS = 64, 1.03, 2**13
 
 KEPT = 64
 """Candidates of each mixer that are combined, where there are several mixers."""
+
+CLOSE = 0.1
+"""Of the tolerance: channel mixers whose given sizes bring the parameters so near stay as they are."""
 
 TRIED = 32
 """Combinations that are built and measured before none is found."""
@@ -75,6 +78,24 @@ class Goal:
         return [np.abs(np.log(np.maximum(totals[name], 1) / number)) / allowed for name, number in self.wanted.items()]
 
 
+class NothingClose(ConfigError):
+    """No sizes bring what is wanted; ``totals`` has what the closest bring, ``None`` where none could be tried."""
+
+    def __init__(self, message: str, totals: Mapping[str, int] | None = None):
+        super().__init__(message)
+        self.totals = totals
+
+
+def sizes(options: LMConfig) -> dict[str, dict[str, int]]:
+    """The size options of each mixer and channel mixer of a language model, and what they come to."""
+    return {part.name: part.sizes for parts in _parts(options) for part in parts if part.sizes}
+
+
+def shown(sizes: Mapping[str, int]) -> str:
+    """``d_state=12, d_inner=64``."""
+    return ", ".join(f"{name}={value}" for name, value in sizes.items())
+
+
 def matched(options: LMConfig, match: MatchConfig, length: int) -> LMConfig:
     """The options of the language model with the sizes that ``match`` asks for.
 
@@ -82,7 +103,7 @@ def matched(options: LMConfig, match: MatchConfig, length: int) -> LMConfig:
         length: the task's training length, at which the state is measured where ``match`` says nothing else.
 
     Raises:
-        ConfigError: none are found within the tolerance, or the state grows with the sequence.
+        NothingClose: none are found within the tolerance, or the state grows with the sequence.
     """
     asked = {"state": match.wanted_state, "parameters": match.wanted_parameters}
     wanted = {name: number for name, number in asked.items() if number is not None}
@@ -128,7 +149,7 @@ class _Search:
             if error <= 1:
                 return _with(self.options, chosen)
             if closest is None or error < closest[0]:
-                closest = error, totals, [f"{part.name} with {_shown(own)}" for part, own in chosen]
+                closest = error, totals, [f"{part.name} with {shown(own)}" for part, own in chosen]
         raise self._nothing_close(closest)
 
     def _combinations(self) -> Iterator[list[dict[str, int]]]:
@@ -158,30 +179,38 @@ class _Search:
         # every mixer to the same multiple of what it has
         whole = sum(each.count * each.measured(each.given, LONG)[place] for each in self.mixers)
         target = (self.goal.wanted[self.by] - self.fixed[self.by]) * part.measured(part.given, LONG)[place] / whole
-        values, given = [_given(part)[None]], _given(part)
+        given, own = _given(part), part.polynomials[place]
+        found = [(given[None], evaluated(own, list(np.ones((len(given), 1)))))]
         for last in range(len(given)):
-            values += _solutions(part, last, part.polynomials[place], target)
-        candidates = np.concatenate(values)
-        served = evaluated(part.polynomials[place], list((candidates / given).T))
-        distance = np.abs(np.log(np.maximum(served, 1) / max(target, 1)))
-        within = distance <= 2 * math.log1p(self.goal.tolerance)
-        within[np.argsort(distance, kind="stable")[:KEPT]] = True
-        candidates = np.unique(candidates[within], axis=0)
+            found += _solutions(part, last, own, target)
+        values, served = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        distance = self._distance(served, target)
+        near = distance <= 2
+        near[np.argpartition(distance, min(KEPT, len(distance) - 1))[:KEPT]] = True
+        candidates = np.unique(values[near], axis=0)
         state, parameters = (evaluated(each, list((candidates / given).T)) for each in part.polynomials)
-        found = Candidates(part, candidates, state, parameters)
+        every = Candidates(part, candidates, state, parameters)
         if len(self.mixers) == 1:
-            return found
-        served = (state, parameters)[place]
-        distance = np.abs(np.log(np.maximum(served, 1) / max(target, 1))) / math.log1p(self.goal.tolerance)
-        best = np.argsort(np.sqrt(found.octaves) + found.changed + distance, kind="stable")[:KEPT]
+            return every
+        cost = np.sqrt(every.octaves) + every.changed + self._distance((state, parameters)[place], target)
+        best = np.argsort(cost, kind="stable")[:KEPT]
         return Candidates(part, candidates[best], state[best], parameters[best])
 
+    def _distance(self, served: np.ndarray, target: float) -> np.ndarray:
+        return Goal({self.by: max(round(target), 1)}, self.goal.tolerance).errors({self.by: served})[0]
+
     def _channel_sizes(self, parameters: Any) -> list[tuple[Part, Any]]:
-        """Each free channel mixer and its size beside so many other parameters: all to one multiple of the given."""
+        """Each free channel mixer and its size beside so many other parameters ``[N]``.
+
+        All come to one multiple of the given sizes, which stay where they bring almost what is wanted.
+        """
         if not self.channels:
             return []
-        joined = np.sum([part.count * part.polynomials[1] for part in self.channels], axis=0)
-        ratio = root(np.atleast_2d(joined), self.goal.wanted["parameters"] - parameters)
+        joined = np.atleast_2d(np.sum([part.count * part.polynomials[1] for part in self.channels], axis=0))
+        wanted = self.goal.wanted["parameters"]
+        ratio = root(joined, wanted - parameters)
+        error = Goal({"parameters": wanted}, self.goal.tolerance).errors({"parameters": parameters + joined.sum()})[0]
+        ratio = np.where(error <= CLOSE, 1.0, ratio)
         return [(part, np.maximum(1, np.rint(ratio * _given(part)))) for part in self.channels]
 
     def _measured(self, sizes: Sequence[dict[str, int]]) -> tuple[dict[str, int], list[tuple[Part, dict[str, int]]]]:
@@ -203,19 +232,25 @@ class _Search:
             totals["state"] += part.count * state
             totals["parameters"] += part.count * parameters
 
-    def _nothing_close(self, closest: tuple[float, dict[str, int], list[str]] | None) -> ConfigError:
-        names = {"parameters": lambda n: f"{n:,} parameters{' in the layers' * (self.match.count == 'layers')}",
-                 "state": lambda n: f"{n / 1024:.4g} KiB of state after {self.length} tokens"}  # fmt: skip
-        asked = " and ".join(names[name](number) for name, number in self.goal.wanted.items())
+    def _nothing_close(self, closest: tuple[float, dict[str, int], list[str]] | None) -> NothingClose:
         free = ", ".join(dict.fromkeys(part.name for part in (*self.mixers, *self.channels))) or "this model"
-        found = "none could be built"
+        asked, found = self._told(self.goal.wanted), "none could be built"
         if closest is not None:
-            reached = " and ".join(names[name](closest[1][name]) for name in self.goal.wanted)
-            found = f"the closest is {'; '.join(closest[2]) or 'as given'}: {reached}"
-        return ConfigError(
+            found = f"the closest is {'; '.join(closest[2]) or 'as given'}: {self._told(closest[1])}"
+        return NothingClose(
             f"match: no sizes of {free} come within {100 * self.match.share:g}% of {asked}; {found}. Ask for other"
-            " numbers, a larger match.tolerance or another model.d_model, or set one of them to null"
+            " numbers, a larger match.tolerance or another model.d_model, or set one of them to null",
+            closest[1] if closest else None,
         )
+
+    def _told(self, totals: Mapping[str, int]) -> str:
+        """What totals have of that which is wanted, in words."""
+        parameters = f"{totals.get('parameters', 0):,} parameters" + " in the layers" * (self.match.count == "layers")
+        state, unit = totals.get("state", 0), "bytes"
+        if state >= 1024:
+            state, unit = state / 1024, "KiB"
+        words = {"state": f"{state:.4g} {unit} of state after {self.length} tokens", "parameters": parameters}
+        return " and ".join(words[name] for name in self.goal.wanted)
 
 
 def _parts(options: LMConfig) -> tuple[list[Part], list[Part]]:
@@ -234,18 +269,26 @@ def _given(part: Part) -> np.ndarray:
     return np.array(list(part.sizes.values()), dtype=float)
 
 
-def _solutions(part: Part, last: int, polynomial: np.ndarray, target: float) -> list[np.ndarray]:
-    """Sizes ``[N, options]`` in which one option brings the target beside a grid of the others, rounded both ways."""
+def _solutions(part: Part, last: int, polynomial: np.ndarray, target: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Sizes ``[N, options]`` in which one option brings the target beside a grid of the others, and what they have.
+
+    The option is rounded down and up.
+    """
     given, steps = _given(part), part.steps
     others = [axis for axis in range(len(given)) if axis != last]
-    mesh = np.meshgrid(*(_grid(steps[axis], given[axis]) for axis in others), indexing="ij")
+    grids = [_grid(steps[axis], given[axis]) for axis in others]
+    left = polynomial.transpose(*others, last)
+    for place, (axis, grid) in enumerate(zip(others, grids, strict=True)):
+        left = np.moveaxis(np.tensordot(powers(grid / given[axis]), left, (1, place)), 0, place)
+    left = left.reshape(-1, left.shape[-1])
+    mesh = np.meshgrid(*grids, indexing="ij")
     columns = {axis: values.ravel() for axis, values in zip(others, mesh, strict=True)}
-    left = evaluated(polynomial.transpose(*others, last), [columns[axis] / given[axis] for axis in others])
     exact = root(left, target) * given[last] / steps[last]
     found = []
     for rounded in (np.floor(exact), np.ceil(exact)):
         columns[last] = np.maximum(rounded, 1) * steps[last]
-        found.append(np.stack([columns[axis] for axis in range(len(given))], axis=1))
+        served = (left * powers(columns[last] / given[last])).sum(1)
+        found.append((np.stack([columns[axis] for axis in range(len(given))], axis=1), served))
     return found
 
 
@@ -263,18 +306,14 @@ def _with(options: LMConfig, chosen: Sequence[tuple[Part, dict[str, int]]]) -> L
     return replace(options, **given)
 
 
-def _shown(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sizes.items())
-
-
-def _no_bounded_state(mixers: Sequence[Part]) -> ConfigError:
+def _no_bounded_state(mixers: Sequence[Part]) -> NothingClose:
     growing = [part.name for part in mixers if part.grows]
     if not growing:
         names = " and ".join(part.name for part in mixers)
-        return ConfigError(
+        return NothingClose(
             f"match.state_bytes: the state of {names} has no size_options in its config; set match.state_bytes=null"
         )
-    return ConfigError(
+    return NothingClose(
         f"match.state_bytes: the state of {' and '.join(growing)} grows with the sequence, so no size of it holds at"
         " every length. Set match.state_bytes=null for this model, or give it a state that is bounded: a window"
         " (sliding_window) or layers of a recurrent mixer. num_kv_heads and mla make smaller what it keeps of a token"

@@ -138,16 +138,16 @@ def _measured(registry: str, name: str, options: str, length: int) -> tuple[int,
     return state, sum(parameter.numel() for parameter in layer.parameters())
 
 
-def evaluated(polynomial: np.ndarray, points: Sequence[np.ndarray]) -> np.ndarray:
-    """A polynomial at points, a column of values for each of its variables; the last variables may be left out.
+def powers(values: np.ndarray) -> np.ndarray:
+    """``[N, 3]``: 1, x and x^2."""
+    return np.stack([values**power for power in range(len(NODES))], axis=1)
 
-    Returns:
-        ``[N]``, or ``[N, 3, ...]``: the coefficients in what was left out.
-    """
-    result = np.broadcast_to(polynomial, (len(points[0]) if points else 1, *polynomial.shape))
+
+def evaluated(polynomial: np.ndarray, points: Sequence[np.ndarray]) -> np.ndarray:
+    """A polynomial at points ``[N]``, a column of values for each of its variables."""
+    result = np.broadcast_to(polynomial, (len(points[0]), *polynomial.shape))
     for values in points:
-        powers = np.stack([values**power for power in range(len(NODES))], axis=1)
-        result = np.einsum("np,np...->n...", powers, result)
+        result = np.einsum("np,np...->n...", powers(values), result)
     return result
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from experiments.config.build import build_model, build_task
+from experiments.config.matching import shown, sizes
 from experiments.config.schema import RunConfig
 from experiments.training.engine import autocast, choose_device
 from experiments.training.optimizers import Optimizers
@@ -33,6 +34,7 @@ class Plan:
         state_bytes: of the recurrent state of one sequence in generation, after ``state_length`` tokens.
         tokens, flops: of a step, forward and backward, counted as in the record.
         steps: optimizer steps.
+        sizes: of each mixer and channel mixer, the options that a match solves for.
     """
 
     parameters: int
@@ -47,11 +49,13 @@ class Plan:
     tokens: int
     flops: int
     steps: int
+    sizes: dict[str, dict[str, int]]
 
     def __str__(self) -> str:
         model = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
         rows = {
             "parameters": f"{self.parameters:,}, {self.layers:,} of them in the layers",
+            "sizes": "; ".join(f"{name} {shown(own)}" for name, own in self.sizes.items()),
             "model": f"{in_bytes(model)}: parameters {in_bytes(self.parameter_bytes)}, gradients"
             f" {in_bytes(self.gradient_bytes)}, optimizer {in_bytes(self.optimizer_bytes)}",
             "activations": f"{in_bytes(self.activation_bytes)} for the backward pass of {self.micro_batch} sequences",
@@ -85,6 +89,7 @@ def plan(config: RunConfig) -> Plan:
             tokens=train.batch_size * task.length,
             flops=3 * model.flops(task.length, train.batch_size),
             steps=train.steps,
+            sizes=sizes(config.model.options),
         )
 
 
