@@ -51,7 +51,12 @@ def _cells(name: str, width: int) -> list[str]:
             cells.append(f"no: at least {error.totals['parameters'] / 1000:.0f} k parameters")
             continue
         asked = MatchConfig(state_bytes=state).wanted_state
-        assert asked is not None and wanted is not None
+        assert asked is not None
+        assert wanted is not None
         own = ", ".join(f"`{shown(each)}`" for each in sizes(options).values())
-        cells.append(f"{own}: {100 * (held / asked - 1):+.1f} %, {100 * (parameters / wanted - 1):+.1f} %")
+        cells.append(f"{own}: {_error(held / asked)}, {_error(parameters / wanted)}")
     return cells
+
+
+def _error(ratio: float) -> str:
+    return f"{round(100 * (ratio - 1), 1) + 0.0:+.1f} %"

@@ -24,7 +24,7 @@ from experiments.util.errors import ConfigError
 from seqarch.models import LanguageModel, LMConfig
 from seqarch.models.pattern import tile_pattern
 
-DENSE, RATIO, MOST_STEPS = 64, 1.03, 2**13
+DENSE, RATIO, MOST_STEPS = 48, 1.05, 2**13
 """Values of an option that are tried: all multiples of its step up to ``DENSE`` of them, then at this ratio."""
 
 KEPT = 64
@@ -169,8 +169,9 @@ class _Search:
             totals["parameters"] = totals["parameters"] + part.count * evaluated(part.polynomials[1], [ratio])
             octaves += np.log2(ratio) ** 2
         errors = self.goal.errors(totals)
-        cost = np.sqrt(octaves) + changed + np.sum(errors, axis=0)
-        for row in np.lexsort((cost, np.maximum(np.max(errors, axis=0), 1)))[:TRIED]:
+        # rounded, so that equals are equal on every machine: the smaller sizes come first
+        cost = np.round(np.sqrt(octaves) + changed + np.sum(errors, axis=0), 6)
+        for row in np.lexsort((cost, np.maximum(np.round(np.max(errors, axis=0), 6), 1)))[:TRIED]:
             yield [each.sizes(own[row]) for each, own in zip(found, index, strict=True)]
 
     def _candidates(self, part: Part) -> Candidates:
