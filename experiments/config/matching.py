@@ -296,7 +296,8 @@ def _solutions(part: Part, last: int, polynomial: np.ndarray, target: float) -> 
 def _grid(step: int, given: float) -> np.ndarray:
     """Multiples of a step, the given value among them."""
     sparse = DENSE * RATIO ** np.arange(1, math.log(MOST_STEPS / DENSE, RATIO))
-    return np.unique([*np.arange(1, DENSE + 1), *np.rint(sparse), round(given / step)]) * step
+    multiples = np.concatenate([np.arange(1, DENSE + 1), np.rint(sparse), [round(given / step)]])
+    return np.unique(multiples) * step
 
 
 def _with(options: LMConfig, chosen: Sequence[tuple[Part, dict[str, int]]]) -> LMConfig:

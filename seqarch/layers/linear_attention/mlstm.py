@@ -54,9 +54,9 @@ class MlstmConfig(LayerConfig):
         super().__post_init__()
         if self.forget_gate not in FORGET_GATES:
             raise unknown_name("forget_gate", self.forget_gate, FORGET_GATES)
-        widths = {"d_model": (self.d_model, self.value_width)}
-        widths["expand_k * d_model"] = self.expand_k * self.d_model, self.key_width
-        for name, (width, given) in widths.items():
+        shared = self.expand_k * self.d_model
+        widths = ("d_model", self.d_model, self.value_width), ("expand_k * d_model", shared, self.key_width)
+        for name, width, given in widths:
             if given is None and width % self.num_heads:
                 raise ValueError(f"num_heads ({self.num_heads}) must divide {name} ({width:g})")
 
