@@ -12,15 +12,16 @@ import importlib
 import json
 import math
 import re
-import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments.config.convert import convert
 from experiments.config.targets import MatchConfig
+from experiments.config.tasks import TaskConfig, task_config
+from experiments.config.training import TrainConfig
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from experiments.util.errors import ConfigError, RunnerError, choices_hint
@@ -30,25 +31,14 @@ FORMAT = 2
 
 NOT_IDENTITY = (
     *("runs", "imports", "tracker", "machine", "match"),
-    *("train.keep_last", "train.save_every", "train.dry_run"),
+    *("train.keep_last", "train.save_every", "train.dry_run", "train.start_from"),
 )
 """Keys that change where a run is kept, on what it runs or which tracker gets its metrics, and never its results
-but for rounding; what ``match`` asks for is in the widths that it was solved to."""
+but for rounding; what ``match`` asks for is in the widths that it was solved to, and what a run starts from counts by
+its content (``train.start_sha256``) and not by its place."""
 
 HASH_DIGITS = 10
 """Of the hash of a run's identity, in its folder's name."""
-
-MOST = 2**31 - 1
-"""Sequences per step and the numbers that make a task: beyond it nothing can be counted, held or waited for."""
-
-MOST_THREADS = 1024
-"""More CPU threads than this are a slip of the hand, and torch crashes on them."""
-
-NOT_NEGATIVE = (
-    *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
-    *("least_improvement", "plateau_tokens"),
-    *("micro_batch", "save_every", "patience", "threads"),
-)
 
 
 @dataclass(frozen=True)
@@ -63,113 +53,6 @@ class ModelConfig:
 
     name: str
     options: Any
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The options of training.
-
-    Attributes:
-        steps: optimizer steps at most.
-        batch_size: sequences per step, each of the task's training length, in all processes together.
-        micro_batch: sequences that one process takes at a time, their gradients summed; 0 for its whole share.
-        optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
-        lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
-            falls along the schedule to ``final_lr_ratio * lr`` at ``steps``.
-        schedule: ``cosine``; ``wsd``: stable, then falling in a line over the last ``decay_share`` of the steps; or
-            ``until_converged``: stable until the validation loss no longer falls, then a decay of ``decay_share`` as
-            many steps more. ``steps`` is then the most that it takes.
-        least_improvement: of ``until_converged``, the share by which the validation loss must fall over the last
-            quarter of the steps so far for the stable phase to go on.
-        plateau_tokens: training tokens over which it must fail to, at least; losses that are flat at first need some.
-        grad_clip: bound on the norm of the gradient; 0 for none.
-        spike: a gradient norm above this many times its running mean is bad as one that is not finite is; 0 for never.
-        bad_step: ``stop`` at one, or ``skip`` its update. Its batch is kept in the run's folder ``bad`` either way.
-        precision: ``float32``, or ``bfloat16`` by autocast; parameters and optimizer are float32 throughout.
-        param_dtype: FSDP2's, with several processes: the type that parameters are gathered and used in, while those
-            that are kept and updated stay float32. ``bfloat16`` halves the traffic and rounds every parameter, those of
-            norms, decays and routers too.
-        activation_checkpointing: keep only the layers' inputs for the backward pass, and run each layer's forward pass
-            again there.
-        compile: run each layer through ``torch.compile``.
-        eval_every: steps between two evaluations on the validation split, each with a checkpoint.
-        save_every: steps between checkpoints besides; 0 for none.
-        keep_last: how many of the latest checkpoints stay; the best so far of each of these stays too.
-        target: stop once the validation metric is this good.
-        patience: stop after so many evaluations without a better validation metric; 0 for never.
-        eval_checkpoint: the checkpoint that is tested at the end, the ``best`` on validation or the ``last``.
-        threads: CPU threads; 0 leaves it to torch.
-        device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is one).
-        dry_run: print what the run would take, and train nothing.
-    """
-
-    steps: int
-    batch_size: int
-    lr: float
-    micro_batch: int = 0
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.1
-    warmup: int = 0
-    final_lr_ratio: float = 0.1
-    schedule: Literal["cosine", "wsd", "until_converged"] = "cosine"
-    decay_share: float = 0.2
-    least_improvement: float = 0.01
-    plateau_tokens: int = 0
-    grad_clip: float = 1.0
-    spike: float = 0.0
-    bad_step: Literal["stop", "skip"] = "stop"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = False
-    compile: bool = False
-    eval_every: int = 100
-    save_every: int = 0
-    keep_last: int = 2
-    target: float | None = None
-    patience: int = 0
-    eval_checkpoint: Literal["best", "last"] = "best"
-    threads: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dry_run: bool = False
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "eval_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size > MOST:
-            raise ValueError(f"batch_size must be at most {MOST}, got {self.batch_size}")
-        for name in NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number and not negative, got {getattr(self, name)}")
-        for name in ("decay_share", "final_lr_ratio"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
-        self._check_schedule()
-        if 0 < self.spike <= 1:
-            raise ValueError(f"spike must be above 1, or 0 for never, got {self.spike}")
-        if self.target is not None and not math.isfinite(self.target):
-            raise ValueError(f"target must be a finite number or null, got {self.target}")
-        if self.threads > MOST_THREADS:
-            raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
-
-    @property
-    def most_warmup(self) -> int:
-        """The longest warm-up that the steps and the schedule's decay leave room for."""
-        return math.floor(self.steps - self._decay + 1e-6)
-
-    @property
-    def _decay(self) -> float:
-        """The steps of the decay in the schedules that have one, where training takes all its steps."""
-        share = self.decay_share * self.steps
-        return {"wsd": share, "until_converged": share / (1 + self.decay_share)}.get(self.schedule, 0.0)
-
-    def _check_schedule(self) -> None:
-        """Refuse rates that would never reach ``lr``, or would jump down from it."""
-        if self.warmup > self.steps:
-            raise ValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
-        if self.warmup > self.most_warmup:
-            decay = f"{self._decay:g} steps of decay_share ({self.decay_share:g})"
-            raise ValueError(f"warmup ({self.warmup}) and the {decay} must fit into steps ({self.steps})")
 
 
 @dataclass(frozen=True)
@@ -207,14 +90,6 @@ class MachineConfig:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    """A task's name and the options of that task, an instance of ``TASKS[name].Config``."""
-
-    name: str
-    options: Any
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """One run: the content of ``config.json``.
 
@@ -249,6 +124,19 @@ class RunConfig:
         if self.train.batch_size % max(self.machine.processes, 1):
             shares = f"train.batch_size is {self.train.batch_size}, machine.processes {self.machine.processes}"
             raise ValueError(f"{shares}: every process has to get the same number of sequences")
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Refuse a curriculum whose stages could not end, and options of stages without one."""
+        if self.task.order == "curriculum":
+            if self.train.schedule != "until_converged":
+                raise ValueError(
+                    f"task.order: a curriculum ends each stage when it has converged: it needs train.schedule:"
+                    f" until_converged, got {self.train.schedule!r}"
+                )
+        elif self.train.stage_target is not None or self.train.stage_warmup:
+            name = "stage_warmup" if self.train.stage_target is None else "stage_target"
+            raise ValueError(f"train.{name} is of the stages of a curriculum, and task.order is {self.task.order!r}")
 
     def identity(self) -> dict[str, Any]:
         """All that distinguishes this run from others: the resolved configuration without :data:`NOT_IDENTITY`.
@@ -335,20 +223,6 @@ def _import(names: Iterable[str]) -> None:
             raise ConfigError(f"imports: importing {name!r} raises {type(error).__name__}: {error}") from error
 
 
-def task_config(task: Mapping[str, Any]) -> TaskConfig:
-    """The typed form of a task's name and options; errors as in :func:`run_config`."""
-    options = dict(task)
-    name = options.pop("name", None)
-    if not isinstance(name, str) or name not in TASKS:
-        raise ConfigError(f"task.name: unknown task {name!r}, {choices_hint(name, TASKS)}")
-    whole = [field.name for field in fields(TASKS[name].Config) if "int" in str(field.type)]
-    for key in (key for key in whole if key in options):
-        for number in options[key] if isinstance(options[key], list) else [options[key]]:
-            if isinstance(number, int) and abs(number) > MOST:
-                raise ConfigError(f"task.{key} must be at most {MOST}, got {reprlib.repr(number)}")
-    return TaskConfig(name, convert(TASKS[name].Config, options, "task"))
-
-
 def _tracker_config(tracker: Mapping[str, Any]) -> TrackerConfig:
     name = tracker.get("name", TrackerConfig.name)
     if not isinstance(name, str) or name not in TRACKERS:
@@ -371,7 +245,12 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     plain = asdict(config)
     task, model = plain["task"], plain["model"]
     options = {name: value for name, value in model["options"].items() if name != "vocab_size"}  # The task gives it.
-    return {**plain, "model": {"name": model["name"], **options}, "task": {"name": task["name"], **task["options"]}}
+    return {
+        **plain,
+        "model": {"name": model["name"], **options},
+        "task": {"name": task["name"], **task["options"], **config.task.plain()},
+        "train": config.train.plain(),
+    }
 
 
 def check_format(stored: Mapping[str, Any], where: object) -> None:

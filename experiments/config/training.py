@@ -1,0 +1,157 @@
+"""The options of training, ``train`` in a run's configuration, and which of them go together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from experiments.config.tasks import MOST
+
+MOST_THREADS = 1024
+"""More CPU threads than this are a slip of the hand, and torch crashes on them."""
+
+NOT_NEGATIVE = (
+    *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
+    *("least_improvement", "plateau_tokens"),
+    *("micro_batch", "bptt", "save_every", "patience", "threads", "stage_warmup"),
+)
+
+WHERE_SET = ("stage_target", "stage_warmup", "start_from", "start_sha256", "bptt")
+"""Options of training that are written only where they are set, so that runs which have none are as if there were none
+of them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of training.
+
+    Attributes:
+        steps: optimizer steps at most.
+        batch_size: sequences per step, each of the task's training length, in all processes together.
+        micro_batch: sequences of that length that one process takes at a time, their gradients summed; 0 for its whole
+            share. Of longer ones of ``task.train_on`` it takes fewer, and more of shorter ones.
+        bptt: tokens after which the gradient is cut (truncated backpropagation through time): a sequence is processed
+            in segments of so many, each from the state after the one before, and no gradient passes from a segment
+            into those before it. One update at the end. 0 for whole sequences.
+        start_from: the folder of a finished run, or of a checkpoint in a run's folder, whose weights training begins
+            with; its optimizer, counters and random streams are not taken.
+        start_sha256: the hash of that checkpoint's manifest, which is found where it is not given.
+        optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
+        lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
+            falls along the schedule to ``final_lr_ratio * lr`` at ``steps``.
+        schedule: ``cosine``; ``wsd``: stable, then falling in a line over the last ``decay_share`` of the steps; or
+            ``until_converged``: stable until the validation loss no longer falls, then a decay of ``decay_share`` as
+            many steps more. ``steps`` is then the most that it takes.
+        least_improvement: of ``until_converged``, the share by which the validation loss must fall over the last
+            quarter of the steps so far for the stable phase to go on.
+        plateau_tokens: training tokens over which it must fail to, at least; losses that are flat at first need some.
+        stage_target: of a curriculum (``task.order``), the validation metric at which a stage other than the last is
+            over; without one, or before it, a stage is over when its validation loss no longer falls.
+        stage_warmup: steps of the climb to ``lr`` at the beginning of each further stage.
+        grad_clip: bound on the norm of the gradient; 0 for none.
+        spike: a gradient norm above this many times its running mean is bad as one that is not finite is; 0 for never.
+        bad_step: ``stop`` at one, or ``skip`` its update. Its batch is kept in the run's folder ``bad`` either way.
+        precision: ``float32``, or ``bfloat16`` by autocast; parameters and optimizer are float32 throughout.
+        param_dtype: FSDP2's, with several processes: the type that parameters are gathered and used in, while those
+            that are kept and updated stay float32. ``bfloat16`` halves the traffic and rounds every parameter, those of
+            norms, decays and routers too.
+        activation_checkpointing: keep only the layers' inputs for the backward pass, and run each layer's forward pass
+            again there.
+        compile: run each layer through ``torch.compile``.
+        eval_every: steps between two evaluations on the validation split, each with a checkpoint.
+        save_every: steps between checkpoints besides; 0 for none.
+        keep_last: how many of the latest checkpoints stay; the best so far of each of these stays too.
+        target: stop once the validation metric is this good.
+        patience: stop after so many evaluations without a better validation metric; 0 for never.
+        eval_checkpoint: the checkpoint that is tested at the end, the ``best`` on validation or the ``last``.
+        threads: CPU threads; 0 leaves it to torch.
+        device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is one).
+        dry_run: print what the run would take, and train nothing.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    micro_batch: int = 0
+    bptt: int = 0
+    start_from: str | None = None
+    start_sha256: str | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.1
+    warmup: int = 0
+    final_lr_ratio: float = 0.1
+    schedule: Literal["cosine", "wsd", "until_converged"] = "cosine"
+    decay_share: float = 0.2
+    least_improvement: float = 0.01
+    plateau_tokens: int = 0
+    stage_target: float | None = None
+    stage_warmup: int = 0
+    grad_clip: float = 1.0
+    spike: float = 0.0
+    bad_step: Literal["stop", "skip"] = "stop"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    eval_every: int = 100
+    save_every: int = 0
+    keep_last: int = 2
+    target: float | None = None
+    patience: int = 0
+    eval_checkpoint: Literal["best", "last"] = "best"
+    threads: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "eval_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size > MOST:
+            raise ValueError(f"batch_size must be at most {MOST}, got {self.batch_size}")
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number and not negative, got {getattr(self, name)}")
+        for name in ("decay_share", "final_lr_ratio"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        self._check_schedule()
+        if 0 < self.spike <= 1:
+            raise ValueError(f"spike must be above 1, or 0 for never, got {self.spike}")
+        for name in ("target", "stage_target"):
+            if (target := getattr(self, name)) is not None and not math.isfinite(target):
+                raise ValueError(f"{name} must be a finite number or null, got {target}")
+        if self.start_from is None and self.start_sha256 is not None:
+            raise ValueError("start_sha256 is of what start_from names, and that is not given")
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
+
+    @property
+    def most_warmup(self) -> int:
+        """The longest warm-up that the steps and the schedule's decay leave room for."""
+        return math.floor(self.steps - self._decay + 1e-6)
+
+    @property
+    def _decay(self) -> float:
+        """The steps of the decay in the schedules that have one, where training takes all its steps."""
+        share = self.decay_share * self.steps
+        return {"wsd": share, "until_converged": share / (1 + self.decay_share)}.get(self.schedule, 0.0)
+
+    def _check_schedule(self) -> None:
+        """Refuse rates that would never reach ``lr``, or would jump down from it."""
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
+        if self.warmup > self.most_warmup:
+            decay = f"{self._decay:g} steps of decay_share ({self.decay_share:g})"
+            raise ValueError(f"warmup ({self.warmup}) and the {decay} must fit into steps ({self.steps})")
+        if self.stage_warmup > self.eval_every:
+            raise ValueError(
+                f"stage_warmup must be at most eval_every ({self.eval_every}), after which a stage can be over; got"
+                f" {self.stage_warmup}"
+            )
+
+    def plain(self) -> dict[str, Any]:
+        """The options by name, those of :data:`WHERE_SET` where they are set."""
+        unset = {name for name in WHERE_SET if getattr(self, name) == getattr(TrainConfig, name)}
+        return {name: value for name, value in vars(self).items() if name not in unset}
