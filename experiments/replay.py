@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.config.data import Data
 from experiments.config.schema import TrackerConfig
 from experiments.runs.folder import RunFolder
-from experiments.tasks import Task, TaskError
+from experiments.tasks import TaskError
 from experiments.tasks.task import IGNORED, Batch
 from experiments.training.loop import CHECK_EVERY, Run
 from experiments.training.run_logger import NullLogger
@@ -73,14 +74,15 @@ def replay(path: Path) -> Replay:
     if not 1 <= recorded.step <= config.train.steps:
         raise RunnerError(f"{path} is of step {recorded.step}, and the run has the steps 1 to {config.train.steps}")
     run = Run(replace(config, tracker=TrackerConfig()), folder)
-    if odd := _odd(batch, run.task, config.train.batch_size):
+    if odd := _odd(batch, run.data):
         raise RunnerError(f"{path} is not the batch of a bad step of this run: {odd}")
     run.logger = NullLogger()
     began = _go_back(run, recorded.step - 1)
     layers: list[int] = []
     for number, layer in enumerate(run.model.stack.layers, 1):
         layer.register_forward_hook(lambda _, __, output, number=number: _note(layers, number, output))
-    loss = run.engine.gradients(run.model, batch)
+    source = run.data.source(recorded.step - 1, run.state.stage)
+    loss = run.engine.gradients(run.model, batch, source.micro_batch)
     norms = {name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None}
     order = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
     return Replay(
@@ -111,29 +113,38 @@ def _read(path: Path) -> tuple[StepStats, Batch]:
     return stats, batch
 
 
-def _odd(batch: Batch, task: Task, most: int) -> str | None:
-    """A property of a batch that no batch of up to ``most`` rows of a task has; ``None`` where there is none."""
-    if (length := batch.tokens.shape[1]) != task.length or not 1 <= len(batch.tokens) <= most:
-        return f"it has {len(batch.tokens)} rows of {length} tokens, and the run up to {most} of {task.length}"
+def _odd(batch: Batch, data: Data) -> str | None:
+    """A property of a batch that no batch of a run's data has; ``None`` where there is none."""
+    rows, length = batch.tokens.shape
+    known = {source.task.length: source.batch_size for source in data.sources}
+    if not 1 <= rows <= known.get(length, 0):
+        given = " or ".join(f"up to {most} of {each}" for each, most in known.items())
+        return f"it has {rows} rows of {length} tokens, and the run {given}"
     for name, part in batch._asdict().items():
         if part is not None and part.shape != batch.tokens.shape:
             return f"its {name} are {part.shape}, and its tokens {batch.tokens.shape}"
     asked = batch.targets[batch.targets != IGNORED]
     for name, part in (("tokens", batch.tokens), ("targets", asked)):
-        if part.size and not 0 <= part.min() <= part.max() < task.vocab_size:
-            return f"its {name} are {part.min()} to {part.max()}, and the task's 0 to {task.vocab_size - 1}"
+        if part.size and not 0 <= part.min() <= part.max() < data.task.vocab_size:
+            return f"its {name} are {part.min()} to {part.max()}, and the task's 0 to {data.task.vocab_size - 1}"
     return None
 
 
 def _go_back(run: Run, step: int) -> int:
-    """Put a run into the state that it had after a step; the step that this began from."""
-    run.state = run.checkpoints.resume(run.content(), step) or run.state
+    """Put a run into the state that it had after a step; the step that this began from.
+
+    What an evaluation on the way ended, a stage or the stable phase, is taken from the metrics.
+    """
+    endings = {line["step"]: line["ending"] for line in run.folder.metrics() if "ending" in line}
+    run.state = run.checkpoints.resume(run.content(), step) or run.start()
     began = run.state.step
     while run.state.step < step:
         run.step()
-        run.state.step += 1
+        run.count_step()
         if run.state.step % CHECK_EVERY == 0:
             run.step_monitor.read()
+        if run.state.step in endings:
+            run.end_phase(endings[run.state.step])
     return began
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import torch
 
+from experiments.config.data import build_data
 from experiments.config.matching import matched
 from experiments.config.schema import RunConfig
+from experiments.config.start import with_start
 from experiments.tasks import TASKS, Task
 from experiments.trackers import missing_package
 from experiments.util.errors import ConfigError
@@ -19,10 +21,12 @@ def build_task(config: RunConfig) -> Task:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration without the options of unused mixers, with the widths of its match, sure to build a model.
+    """The configuration without the options of unused mixers, with the widths of its match, sure to build a model that
+    fits what it starts from.
 
     Raises:
-        ConfigError: no model can be built from it, none with what its match asks for, or its tracker is not installed.
+        ConfigError: no model can be built from it, none with what its match asks for, the processes cannot share its
+            batches evenly, what it starts from is not there or does not fit, or its tracker is not installed.
     """
     if package := missing_package(config.tracker.name):
         raise ConfigError(
@@ -44,7 +48,8 @@ def resolve(config: RunConfig) -> RunConfig:
         sized = matched(used, config.match, build_task(config).length)
         resolved = replace(config, model=replace(config.model, options=sized))
         _check_builds(resolved)
-    return resolved
+    _check_shares(resolved)
+    return with_start(resolved)
 
 
 def _check_builds(config: RunConfig) -> None:
@@ -53,6 +58,17 @@ def _check_builds(config: RunConfig) -> None:
             build_model(config)
     except RuntimeError as error:  # Torch's, of sizes beyond all machines.
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
+
+
+def _check_shares(config: RunConfig) -> None:
+    """Refuse entries of ``task.train_on`` whose batches cannot be shared out evenly."""
+    count = max(config.machine.processes, 1)
+    for source in build_data(config).sources:
+        if source.batch_size % count:
+            raise ConfigError(
+                f"task.train_on[{source.stream}]: its batch_size is {source.batch_size}, machine.processes {count}: every"
+                " process has to get the same number of sequences"
+            )
 
 
 def build_model(config: RunConfig) -> LanguageModel:

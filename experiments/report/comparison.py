@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from experiments.config import options
-from experiments.config.schema import NOT_IDENTITY, task_config, without
+from experiments.config.schema import NOT_IDENTITY, without
+from experiments.config.tasks import task_config
 from experiments.runs.folder import flat
 from experiments.runs.recorded import RecordedRun
 from experiments.util.errors import ConfigError
@@ -150,7 +151,7 @@ def _task(run: RecordedRun) -> dict[str, Any]:
         typed = task_config(given)
     except ConfigError:
         return flat(given)
-    return {"name": typed.name, **flat(asdict(typed.options))}
+    return {"name": typed.name, **flat(asdict(typed.options)), "test_on": typed.test_on}
 
 
 def _distinguished(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -215,8 +216,12 @@ def _settings(runs: list[RecordedRun], colour_of: dict[str, str]) -> tuple[list[
 
 
 def _options(run: RecordedRun) -> dict[str, Any]:
-    """All that makes a setting, by path: not the seed, nor what changes no result; equal options are written alike."""
-    config = without(run.config, ("seed", "task", *NOT_IDENTITY))
+    """All that makes a setting, by path: not the seed, nor what changes no result; equal options are written alike.
+
+    Nor the task that it is tested on, but what of it the run was trained on in its place.
+    """
+    trained = {key: run.config["task"][key] for key in ("train_on", "order") if key in run.config["task"]}
+    config = {**without(run.config, ("seed", "task", *NOT_IDENTITY)), "task": trained}
     whole = flat({**config, "model": options.canonical(config["model"])})
     return {name: value for name, value in whole.items() if value != {}}
 

@@ -112,6 +112,7 @@ class GeneratedTask(Task):
 
     config: GeneratedConfig
     metric = Metric("accuracy", "Accuracy", "", higher_is_better=True)
+    test_options = ("test_lengths",)
     guesses: ClassVar[str]
 
     def __init__(self, config: GeneratedConfig, vocab_size: int):

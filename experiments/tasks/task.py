@@ -70,6 +70,7 @@ class Task:
         name: its key in ``TASKS``.
         title, reading: its name for people, and how to read its results, for reports.
         metric: the number by which models are compared on it.
+        test_options: the options that only list further tests of the task.
         vocab_size: number of tokens.
         length: tokens of a training sequence.
         longest: tokens of the longest sequence it is evaluated on.
@@ -82,6 +83,7 @@ class Task:
     title: ClassVar[str]
     reading: ClassVar[str]
     metric: ClassVar[Metric]
+    test_options: ClassVar[tuple[str, ...]] = ()
     config: Any
     vocab_size: int
     length: int

@@ -8,9 +8,7 @@ forgery, so nothing in these files is run as they are read.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import math
 import os
 import random
@@ -30,17 +28,19 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from experiments.config.schema import TrainConfig
 from experiments.training import processes
 from experiments.training.tensor_reader import TensorReader
 from experiments.util.errors import MALFORMED, RunnerError, StorageError, writing
-from experiments.util.files import make_folder, read_json, sync, write_json
+from experiments.util.files import make_folder, sync, write_json
+from experiments.util.manifests import MANIFEST, damage, file_digest, manifest_digest, read_manifest
 from experiments.util.owned import remove_half_checkpoint, remove_half_checkpoints
 
 Content = dict[str, dict[str, Tensor]]
 """The tensors that training resumes from, sharded or not: of the model, the optimizer and the rest."""
 
-MANIFEST = "manifest.json"
-KINDS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "list[float]": (list,)}
+KINDS: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+KINDS |= dict.fromkeys(("list[int]", "list[float]", "list[str]"), (list,))
 KINDS |= {f"{kind} | None": (*types, type(None)) for kind, types in KINDS.items()}
 """The types that JSON gives for an entry of :class:`TrainState`, by its type there."""
 
@@ -57,6 +57,11 @@ class TrainState:
         evaluations: on the validation split so far. Each left a line of metrics, on the disk before the checkpoint is.
         losses: the validation loss at each evaluation of the stable phase, where the schedule waits for it to settle.
         decay_from: the step from which the rate falls, and ``ending`` what ended the stable phase; ``None`` before.
+        stage, stage_began: of a curriculum the number of its stage and the step at which that began, from which
+            ``best``, ``stale`` and ``losses`` count; ``stage_endings`` is what ended those before.
+        taken: the steps on each source of the data, where there are several.
+        recent, recent_losses: of a mixture, the sound steps on each source since the last evaluation, and the sum of
+            their losses.
         bad_steps: steps that were skipped, as ``train.bad_step`` says.
         train_seconds, eval_seconds: spent in training steps and on the validation split.
         processor_seconds: of all threads of the main process, in training steps: what a busy machine does not change
@@ -74,6 +79,12 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     decay_from: int | None = None
     ending: str | None = None
+    stage: int = 0
+    stage_began: int = 0
+    stage_endings: list[str] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
+    recent: list[int] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
     bad_steps: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -132,7 +143,7 @@ class Checkpoints:
         manifest = {"state": asdict(state), "processes": processes.count(), "torch": torch.__version__}
         manifest["files"] = _digests(aside, sorted(file.name for file in aside.iterdir()), synced=True)
         if processes.is_main():
-            write_json(aside / MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
+            write_json(aside / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
             with writing(path):
                 _remove(path)  # Where it is there, it was found damaged.
                 os.replace(aside, path)
@@ -207,19 +218,36 @@ class Checkpoints:
         found = {}
         for path in self.newest_first():
             with suppress(RunnerError):  # Of another version, which nothing here resumes from.
-                if manifest := _manifest(path):
+                if manifest := read_manifest(path):
                     found[path] = state_of(path, manifest)
         return found
 
     def _prune(self) -> None:
         """Remove what is neither among the latest nor the best that one of these knows; and what was left half done."""
-        states = [manifest["state"] for path in self.newest_first() if (manifest := _manifest(path))]
+        states = [manifest["state"] for path in self.newest_first() if (manifest := read_manifest(path))]
         steps = [state.get(key) for state in states[: self.keep_last] for key in ("step", "best_step")]
         kept = {self.path(step) for step in steps if type(step) is int}
         for path in self.newest_first():
             if path not in kept:
                 _remove(path)
         remove_half_checkpoints(self.folder)
+
+
+def load_start(config: TrainConfig, content: Content) -> None:
+    """Load the tensors of the checkpoint that a run starts from into ``content``.
+
+    Raises:
+        Damaged, RunnerError: as in :meth:`Checkpoints.load_tensors`, or it is not the one that was found when the run
+            was made.
+    """
+    path = Path(config.start_from or "")
+    manifest = verified(path)
+    if manifest_digest(manifest) != config.start_sha256:
+        raise RunnerError(
+            f"train.start_from: {path} has the hash {manifest_digest(manifest)}, and this run began with"
+            f" {config.start_sha256}"
+        )
+    Checkpoints(path.parent, 1).load_tensors(path, content)
 
 
 def state_of(path: Path, manifest: dict[str, Any]) -> TrainState:
@@ -246,17 +274,12 @@ def verified(path: Path) -> dict[str, Any]:
     Raises:
         Damaged: naming the first file that is not.
     """
-    manifest = _manifest(path)
-    if manifest is None:
-        raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} is missing or not what was written")
-    there = {file.name for file in path.iterdir()}
-    found = _digests(path, sorted(name for name in manifest["files"] if name in there))
-    for name, written in manifest["files"].items():
-        if name not in found:
-            raise Damaged(f"checkpoint {path} is damaged: {name} is missing")
-        if found[name] != written:
-            sizes = f"{found[name]['bytes']} bytes of {written['bytes']}"
-            raise Damaged(f"checkpoint {path} is damaged: {name} is not what was written ({sizes})")
+    manifest = read_manifest(path)
+    there = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    found = _digests(path, sorted(name for name in manifest["files"] if name in there)) if manifest else {}
+    if problem := damage(manifest, found):
+        raise Damaged(f"checkpoint {path} is damaged: {problem}")
+    assert manifest is not None
     return manifest
 
 
@@ -282,35 +305,10 @@ def _streams_file(path: Path) -> Path:
     return path / f"random-{processes.rank()}.pt"
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """The content of the manifest; ``None`` where it is not what was written."""
-    try:
-        manifest = read_json(path / MANIFEST) or {}
-    except RunnerError:
-        return None
-    if manifest.pop("sha256", None) != _digest_of(manifest) or not isinstance(manifest.get("state"), dict):
-        return None
-    files = manifest.get("files")
-    listed = isinstance(files, dict) and all(isinstance(each, dict) and "bytes" in each for each in files.values())
-    return manifest if listed else None
-
-
-def _digest_of(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def _digests(folder: Path, names: list[str], synced: bool = False) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of files by name, with ``synced`` once they are on the disk; each process reads some."""
-    own = {name: _digest(folder / name, synced) for name in names[processes.rank() :: processes.count()]}
+    own = {name: file_digest(folder / name, synced) for name in names[processes.rank() :: processes.count()]}
     return {name: entry for part in processes.gather(own) for name, entry in part.items()}
-
-
-def _digest(path: Path, synced: bool) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if synced:
-            os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _distributed(action: Callable[[], Any]) -> None:

@@ -3,7 +3,8 @@
 The rule of ``train.schedule: until_converged``. At each evaluation the best validation loss of the last quarter of the
 steps so far is compared with the best before; where it is less than ``train.least_improvement`` better, relative to
 that, the stable phase is over and the rate falls over ``train.decay_share`` as many steps more. Losses can be flat for
-long before a model learns, so the quarter has to hold ``train.plateau_tokens`` at least.
+long before a model learns, so the quarter has to hold ``train.plateau_tokens`` at least. In a curriculum the rule holds
+for each stage by itself, whose steps are then counted from its beginning.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ Ending = Literal["target", "plateau", "budget"]
 
 @dataclass(frozen=True)
 class Convergence:
-    """The rule for one run.
+    """The rule for one run, or for one stage of a curriculum.
 
     Attributes:
         tokens: of a training step.
+        began: the step at which the losses begin to count.
     """
 
     config: TrainConfig
-    tokens: int
+    tokens: float
+    began: int = 0
 
     def ending(self, losses: Sequence[float]) -> Ending | None:
         """What ends the stable phase at this evaluation; ``None`` where it goes on.
@@ -41,8 +44,12 @@ class Convergence:
         """
         if self.has_converged(losses):
             return "plateau"
-        following = (len(losses) + 1) * self.config.eval_every
-        return "budget" if following + math.ceil(self.config.decay_share * following) > self.config.steps else None
+        return "budget" if self.is_spent(losses) else None
+
+    def is_spent(self, losses: Sequence[float]) -> bool:
+        """Whether the steps leave no room for another evaluation and a decay after it."""
+        following = self.began + (len(losses) + 1) * self.config.eval_every
+        return following + math.ceil(self.config.decay_share * following) > self.config.steps
 
     def has_converged(self, losses: Sequence[float]) -> bool:
         """Whether the loss no longer improves over the window."""

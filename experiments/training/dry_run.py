@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from experiments.config.build import build_model, build_task
+from experiments.config.build import build_model
+from experiments.config.data import Data, Source, build_data
 from experiments.config.matching import shown, sizes
 from experiments.config.schema import RunConfig
 from experiments.training.engine import autocast, choose_device
@@ -30,11 +32,12 @@ class Plan:
         parameter_bytes, gradient_bytes, optimizer_bytes: of all processes together, which share them.
         activation_bytes: kept for the backward pass of one micro-batch, on one process; beside it, the passes need
             room to work in.
-        micro_batch: sequences in it.
+        micro_batch, length: sequences in it, and their tokens: of the source of the data that takes most.
         state_bytes: of the recurrent state of one sequence in generation, after ``state_length`` tokens.
-        tokens, flops: of a step, forward and backward, counted as in the record.
+        tokens, flops: of a step, forward and backward, counted as in the record, on the source that takes most.
         steps: optimizer steps.
         sizes: of each mixer and channel mixer, the options that a match solves for.
+        all_tokens, all_flops: of all steps; of a mixture the expectation, of a curriculum the most.
     """
 
     parameters: int
@@ -44,12 +47,15 @@ class Plan:
     optimizer_bytes: int
     activation_bytes: int
     micro_batch: int
+    length: int
     state_bytes: int
     state_length: int
     tokens: int
     flops: int
     steps: int
     sizes: dict[str, dict[str, int]]
+    all_tokens: int
+    all_flops: int
 
     def __str__(self) -> str:
         model = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
@@ -58,24 +64,26 @@ class Plan:
             "sizes": "; ".join(f"{name} {shown(own)}" for name, own in self.sizes.items()),
             "model": f"{in_bytes(model)}: parameters {in_bytes(self.parameter_bytes)}, gradients"
             f" {in_bytes(self.gradient_bytes)}, optimizer {in_bytes(self.optimizer_bytes)}",
-            "activations": f"{in_bytes(self.activation_bytes)} for the backward pass of {self.micro_batch} sequences",
+            "activations": f"{in_bytes(self.activation_bytes)} for the backward pass of {self.micro_batch} sequences"
+            f" of {self.length:,} tokens",
             "state": f"{in_bytes(self.state_bytes)} per sequence of {self.state_length:,} tokens",
             "per step": f"{self.tokens:,} tokens, {in_flops(self.flops)}",
-            "in all": f"{self.tokens * self.steps:,} tokens, {in_flops(self.flops * self.steps)}",
+            "in all": f"{self.all_tokens:,} tokens, {in_flops(self.all_flops)}",
         }
         return "\n".join(f"    {name:<12}{text}" for name, text in rows.items())
 
 
 def plan(config: RunConfig) -> Plan:
     """The plan of a configuration's run on this machine. Nothing of the model's size is allocated."""
-    train, task = config.train, build_task(config)
-    share = math.ceil(train.batch_size / max(config.machine.processes, 1))
-    rows = min(train.micro_batch or share, share)
+    train, data = config.train, build_data(config)
+    sizes = list(dict.fromkeys(_at_a_time(source, config) for source in data.sources))
     with warnings.catch_warnings(), FakeTensorMode(), torch.device(choose_device(train.device)):
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         model = build_model(config)
         optimizers = Optimizers(model, train)
-        activations = _activation_bytes(model, config, rows, task.length)
+        activations, rows, length = max((_activation_bytes(model, config, *size), *size) for size in sizes)
+        work = [3 * model.flops(source.task.length, source.batch_size) for source in data.sources]
+        largest = max(range(len(work)), key=work.__getitem__)
         return Plan(
             parameters=model.num_parameters(),
             layers=sum(parameter.numel() for parameter in model.stack.parameters()),
@@ -84,13 +92,32 @@ def plan(config: RunConfig) -> Plan:
             optimizer_bytes=_bytes(optimizers.tensors().values()),
             activation_bytes=activations,
             micro_batch=rows,
-            state_bytes=model.state_bytes(task.longest),
-            state_length=task.longest,
-            tokens=train.batch_size * task.length,
-            flops=3 * model.flops(task.length, train.batch_size),
+            length=length,
+            state_bytes=model.state_bytes(data.longest),
+            state_length=data.longest,
+            tokens=data.sources[largest].tokens,
+            flops=work[largest],
             steps=train.steps,
             sizes=sizes(config.model.options),
+            **_in_all(data, work, train.steps),
         )
+
+
+def _at_a_time(source: Source, config: RunConfig) -> tuple[int, int]:
+    """The sequences of a source that one process takes at a time, and their tokens."""
+    share = math.ceil(source.batch_size / max(config.machine.processes, 1))
+    return min(source.micro_batch or share, share), source.task.length
+
+
+def _in_all(data: Data, work: Sequence[int], steps: int) -> dict[str, int]:
+    """The tokens and FLOPs of all steps, from the FLOPs of a step on each source."""
+    tokens = [source.tokens for source in data.sources]
+    if data.is_curriculum:
+        return {"all_tokens": steps * max(tokens), "all_flops": steps * max(work)}
+    whole = sum(source.share for source in data.sources)
+    shares = [source.share / whole for source in data.sources]
+    means = (sum(share * each for share, each in zip(shares, values, strict=True)) for values in (tokens, work))
+    return dict(zip(("all_tokens", "all_flops"), (round(steps * mean) for mean in means), strict=True))
 
 
 class SavedBytes:
@@ -122,14 +149,20 @@ class SavedBytes:
 def _activation_bytes(model: LanguageModel, config: RunConfig, rows: int, length: int) -> int:
     """The bytes that autograd keeps of a micro-batch; checkpointed, the layers' inputs and the largest one's own."""
     saved = SavedBytes(model)
-    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    tokens, state = torch.zeros(rows, length, dtype=torch.int64), None
+    if segment := min(config.train.bptt, length):  # The last whole one has the longest state before it.
+        before = (length // segment - 1) * segment
+        if before:
+            with torch.no_grad(), autocast(tokens.device, config.train.precision):
+                state = model(tokens[:, :before])[1]
+        tokens = tokens[:, :segment]
     counting = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
     with counting, autocast(tokens.device, config.train.precision):
-        model.loss(tokens, tokens, reduction="sum")
+        model.loss(tokens, tokens, state, reduction="sum")
         model.auxiliary_loss()
     if not config.train.activation_checkpointing:
         return saved.total
-    stream = rows * length * config.model.options.d_model * 4
+    stream = rows * tokens.shape[1] * config.model.options.d_model * 4
     return saved.total - sum(saved.layers) + len(saved.layers) * stream + max(saved.layers)
 
 

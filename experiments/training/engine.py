@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from experiments.training import processes
 from experiments.util import environment
 from experiments.util.devices import require_device
 from experiments.util.errors import RunnerError
+from seqarch.layers import detach_state
 from seqarch.layers.channel.router import Router
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import accumulation_dtype
@@ -79,10 +81,17 @@ class Engine:
         for layer in model.stack.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        register_fsdp_forward_method(model, "loss")
+        for method in ("loss", "loss_and_state"):
+            register_fsdp_forward_method(model, method)
 
-    def gradients(self, model: LanguageModel, batch: Batch) -> Tensor:
+    def gradients(self, model: LanguageModel, batch: Batch, micro_batch: int | None = None) -> Tensor:
         """Set the gradients of the whole batch's loss, of which ``batch`` is this process's share.
+
+        With ``train.bptt`` each micro-batch is processed in segments: the mixers' states go on from one to the next,
+        and no gradient goes back.
+
+        Args:
+            micro_batch: sequences at a time, 0 for all; by default ``train.micro_batch``.
 
         Returns:
             The mean loss of the whole batch's targets: a scalar, still on the device.
@@ -91,23 +100,36 @@ class Engine:
         asked = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
         read = max(processes.total(_count_read(batch)), 1)
         loss = torch.zeros((), device=self.device)
-        for rows, is_last in self._micro_batches(len(tokens)):
+        state = None
+        for part, is_end, is_last in self._parts(*tokens.shape, micro_batch):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
+            mask = None if token_mask is None else token_mask[part]
+            options: dict[str, Any] = {"token_mask": mask, "ignore_index": IGNORED, "reduction": "sum"}
             with autocast(self.device, self.config.precision):
-                mask = None if token_mask is None else token_mask[rows]
-                total = model.loss(tokens[rows], targets[rows], token_mask=mask, ignore_index=IGNORED, reduction="sum")
-                part = total / asked
-            extra = model.auxiliary_loss() * (_count_read(batch.rows(rows)) / read)
+                if is_end:
+                    total, state = model.loss(tokens[part], targets[part], state, **options), None
+                else:
+                    total, state = model.loss_and_state(tokens[part], targets[part], state, **options)
+                    state = detach_state(state)
+                mean = total / asked
+            extra = model.auxiliary_loss() * (_count_read(batch, part) / read)
             # FSDP takes the mean over processes, and the sum is wanted.
-            ((part + extra) * processes.count()).backward()
-            loss += part.detach()
+            ((mean + extra) * processes.count()).backward()
+            loss += mean.detach()
         return processes.add(loss)
 
-    def _micro_batches(self, rows: int) -> Iterator[tuple[slice, bool]]:
-        size = self.config.micro_batch or rows
+    def _parts(
+        self, rows: int, length: int, micro_batch: int | None
+    ) -> Iterator[tuple[tuple[slice, slice], bool, bool]]:
+        """The rows and tokens of a batch that are processed at a time; whether a row ends there, and all rows do."""
+        size = (self.config.micro_batch if micro_batch is None else micro_batch) or rows
+        segment = self.config.bptt or length
         for start in range(0, rows, size):
-            yield slice(start, start + size), start + size >= rows
+            for begin in range(0, length, segment):
+                is_end = begin + segment >= length
+                part = slice(start, start + size), slice(begin, begin + segment)
+                yield part, is_end, is_end and start + size >= rows
 
     def clip(self, model: LanguageModel) -> Tensor:
         """Bound the norm of all processes' gradients together; the norm before, a scalar on the device."""
@@ -140,9 +162,9 @@ class Engine:
         return loss, hits
 
 
-def _count_read(batch: Batch) -> int:
-    """The number of tokens of a batch that are no padding."""
-    return batch.tokens.size if batch.token_mask is None else int(batch.token_mask.sum())
+def _count_read(batch: Batch, part: Any = ...) -> int:
+    """The number of tokens of a batch, or of a part of it, that are no padding."""
+    return batch.tokens[part].size if batch.token_mask is None else int(batch.token_mask[part].sum())
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

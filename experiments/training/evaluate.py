@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.config.data import HeldOut
 from experiments.tasks import Task
 from experiments.tasks.groups import by_group, grouped
 from experiments.training.engine import Engine
@@ -37,31 +38,35 @@ def evaluate_split(model: LanguageModel, task: Task, split: str, engine: Engine)
     return {**scores, "by": by} if by else scores
 
 
-def evaluate_tests(model: LanguageModel, task: Task, engine: Engine) -> dict[str, Any]:
-    """The results on every test split of a task.
+def evaluate_tests(
+    model: LanguageModel, tests: Mapping[str, HeldOut], engine: Engine, trained_to: int
+) -> dict[str, Any]:
+    """The results on every test split of a run.
+
+    Args:
+        tests: by name; ``test`` is the one that results are headed by.
+        trained_to: tokens of the longest training sequence.
 
     Returns:
         Of the split ``test``: its metric as ``test``, each other number as ``test_NAME``, its ``curve`` and, as ``by``,
-        its metric by group if it has them, and its ``items``. Of a task with several test splits also ``tests``, the
-        numbers, the chance level, ``by`` and the ``items`` of each with its ``length``, the items of ``test`` there
-        alone, and as ``curve`` the metric along that length.
+        its metric by group if it has them, and its ``items``. Of a run with several test splits also ``tests``: the
+        numbers, the chance level, ``by`` and the ``items`` of each, those of ``test`` there alone, with its ``length``
+        and the ``options`` in which it differs from the run's task (where it does in others than the lengths of the
+        task's own tests); and as ``curve`` the metric along the length of those splits that differ in nothing else.
     """
-    scores_of = {split: evaluate_split(model, task, split, engine) for split in task.tests}
-    name, scores = task.metric.name, scores_of["test"]
+    scores_of = {name: evaluate_split(model, each.task, each.split, engine) for name, each in tests.items()}
+    name, scores = tests["test"].task.metric.name, scores_of["test"]
     results = {"test": scores[name]}
     results |= {f"test_{key}": value for key, value in _numbers(scores).items() if key != name}
     curve = scores.get("curve")
     if len(scores_of) > 1:
         results["tests"] = {
-            split: {
-                "length": task.tests[split],
-                "chance": task.chance(split)[0],
-                **_numbers(each),
-                **_only(each, "items", "by"),
-            }
+            split: {**_described(tests[split]), **_numbers(each), **_only(each, "items", "by")}
             for split, each in scores_of.items()
         }
-        curve = curve or along_length(results["tests"], name, task.length)
+        along = {split: results["tests"][split] for split, each in tests.items() if not {*each.overrides} - {"length"}}
+        if len(along) > 1:
+            curve = curve or along_length(along, name, trained_to)
     else:
         results |= _only(scores, "items")
     results |= _only(scores, "by")
@@ -79,6 +84,11 @@ def along_length(tests: Mapping[str, Mapping[str, float]], metric: str, trained_
         "x_unit": "tokens",
         "trained_to": trained_to,
     }
+
+
+def _described(held_out: HeldOut) -> dict[str, Any]:
+    options = {"options": dict(held_out.overrides)} if held_out.overrides else {}
+    return {"length": held_out.length, **options, "chance": held_out.task.chance(held_out.split)[0]}
 
 
 def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:

@@ -31,14 +31,17 @@ SCHEDULES: dict[str, Callable[[TrainConfig, int, int | None], float]] = {
 """By ``train.schedule``: the height, from 1 to 0, at a step after the warm-up."""
 
 
-def learning_rate(config: TrainConfig, step: int, decay_from: int | None = None) -> float:
+def learning_rate(config: TrainConfig, step: int, decay_from: int | None = None, stage_began: int = 0) -> float:
     """The rate of a step, counted from 0: a linear climb to ``lr``, then the schedule to ``final_lr_ratio * lr``.
 
     Args:
         decay_from: of ``until_converged``, the step from which the rate falls; ``None`` in the stable phase.
+        stage_began: the first step of a curriculum's stage, which begins with a climb of ``stage_warmup`` steps.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
+    if stage_began and step - stage_began < config.stage_warmup:
+        return config.lr * (step - stage_began + 1) / config.stage_warmup
     height = SCHEDULES[config.schedule](config, step, decay_from)
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * height)
 

@@ -9,9 +9,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from experiments.config.schema import FORMAT, RunConfig
+from experiments.config.schema import FORMAT, RunConfig, TrainConfig
 from experiments.runs.folder import RunFolder
 from experiments.tasks import TaskError
 from experiments.trackers import Guarded
@@ -127,23 +128,34 @@ def _describe(run: Run) -> dict[str, Any]:
     value, words = run.task.chance()
     return {
         "hardware": environment.hardware(run.engine.device),
-        "data": {"task": run.task.name, **run.task.manifest()},
+        "data": {"task": run.task.name, **run.data.manifest()},
         "task": {"title": run.task.title, "reading": run.task.reading},
         "metric": {**asdict(run.task.metric), "chance": value, "chance_label": words},
         "model": {
             "parameters": run.model.num_parameters(),
-            "state_bytes": run.model.state_bytes(run.task.longest),
-            "state_length": run.task.longest,
+            "state_bytes": run.model.state_bytes(run.data.longest),
+            "state_length": run.data.longest,
         },
+        **_started_from(run.config.train),
     }
+
+
+def _started_from(train: TrainConfig) -> dict[str, Any]:
+    """The checkpoint whose weights the run began with: of which run, at which step, and the hash of its manifest."""
+    if train.start_from is None:
+        return {}
+    path = Path(train.start_from)
+    step = int(path.name.removeprefix("step-"))
+    return {"started_from": {"run": path.parent.parent.name, "step": step, "sha256": train.start_sha256}}
 
 
 def _cost(run: Run) -> dict[str, Any]:
     config, state, device = run.config.train, run.state, run.engine.device
-    flops = 3 * run.model.flops(run.task.length, config.batch_size) * state.step
+    taken = list(zip(run.data.sources, run.steps_by_source(), strict=True))
+    flops = sum(3 * run.model.flops(each.task.length, each.batch_size) * steps for each, steps in taken)
     given = run.config.machine.peak_flops
     peak = (given or measured_peak(device, config.precision)) * processes.count()
-    tokens = state.step * config.batch_size * run.task.length
+    tokens = run.data.tokens(run.steps_by_source())
     memory, gpu_memory = peak_memory(device)
     cost = {
         "steps": state.step,
@@ -163,6 +175,11 @@ def _cost(run: Run) -> dict[str, Any]:
         "peak_memory_bytes": max(state.peak_memory_bytes, memory),
         **price(state.train_seconds + state.eval_seconds, run.config.machine.price_per_hour),
     }
+    if len(taken) > 1:
+        cost["sources"] = {
+            f"{number}": {"options": dict(each.overrides), "steps": steps, "tokens": steps * each.tokens}
+            for number, (each, steps) in enumerate(taken)
+        }
     if device.type == "cuda":
         cost["peak_gpu_memory_bytes"] = max(state.peak_gpu_memory_bytes, gpu_memory)
     return cost

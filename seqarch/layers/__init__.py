@@ -29,6 +29,7 @@ from seqarch.layers.mixer import (
     Mixer,
     build_layer,
     clone_state,
+    detach_state,
     measured_state_bytes,
 )
 from seqarch.layers.recurrent.hgrn import Hgrn
@@ -124,6 +125,7 @@ __all__ = [
     "build_channel_mixer",
     "build_mixer",
     "clone_state",
+    "detach_state",
     "materialize",
     "measured_state_bytes",
     "state_rows",

@@ -392,6 +392,11 @@ def clone_state(state: State) -> State:
     return pytree.tree_map_only(Tensor, Tensor.clone, state)
 
 
+def detach_state(state: State) -> State:
+    """The same state without its graph: no gradient goes back beyond it, as in truncated backpropagation."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, state)
+
+
 def measured_state_bytes(state: State) -> int:
     """Bytes of the tensors that a state holds."""
     return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))

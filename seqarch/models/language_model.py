@@ -149,11 +149,42 @@ class LanguageModel(nn.Module):
             ValueError: tokens or targets are not integers ``[B, T]``, or (on a CPU) one is not in the vocabulary; or
                 there is no such reduction.
         """
+        return self._loss_and_state(tokens, targets, state, cu_seqlens, token_mask, ignore_index, reduction)[0]
+
+    def loss_and_state(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: StackState | None = None,
+        cu_seqlens: CuSeqlens = None,
+        *,
+        token_mask: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> tuple[Tensor, StackState]:
+        """:meth:`loss` and the state after the tokens, from which the next segment of a sequence goes on.
+
+        ``detach_state`` of it cuts the gradient there: truncated backpropagation through time (Williams and Peng 1990,
+        "An Efficient Gradient-Based Algorithm for On-Line Training of Recurrent Network Trajectories").
+        """
+        return self._loss_and_state(tokens, targets, state, cu_seqlens, token_mask, ignore_index, reduction)
+
+    def _loss_and_state(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: StackState | None,
+        cu_seqlens: CuSeqlens,
+        token_mask: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+    ) -> tuple[Tensor, StackState]:
         if reduction not in ("mean", "sum"):
             raise unknown_name("reduction", reduction, ("mean", "sum"))
         if not fits(ignore_index, (int,)):
             raise ValueError(f"language model: ignore_index is {show(ignore_index)}, expected an int")
-        features = self.features(tokens, state, cu_seqlens, token_mask)[0].flatten(0, 1)
+        features, after = self.features(tokens, state, cu_seqlens, token_mask)
+        features = features.flatten(0, 1)
         if not isinstance(targets, Tensor) or targets.shape != tokens.shape or targets.dtype != torch.int64:
             given = f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(
@@ -169,7 +200,7 @@ class LanguageModel(nn.Module):
             logits = self.logits(features)
             logits = logits.to(accumulation_dtype(logits))
             total = F.cross_entropy(logits, expected, ignore_index=ignore_index, reduction="sum")
-        return total if reduction == "sum" else total / counted.sum()
+        return total if reduction == "sum" else total / counted.sum(), after
 
     def _head_is_plain(self) -> bool:
         """Whether the logits are the product of features and the head's weights, and nobody changed or watches it."""

@@ -1,0 +1,57 @@
+"""The manifest of a checkpoint: ``manifest.json``, which lists the other files of its folder with their checksums.
+
+It holds the size and SHA-256 of each file and, as ``sha256``, the hash of itself, by which a checkpoint is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.util.errors import RunnerError
+from experiments.util.files import read_json
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's manifest without its own hash; ``None`` where it is not what was written."""
+    try:
+        manifest = read_json(folder / MANIFEST) or {}
+    except RunnerError:
+        return None
+    if manifest.pop("sha256", None) != manifest_digest(manifest) or not isinstance(manifest.get("state"), dict):
+        return None
+    files = manifest.get("files")
+    listed = isinstance(files, dict) and all(isinstance(each, dict) and "bytes" in each for each in files.values())
+    return manifest if listed else None
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """The hash of a manifest's content."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path, synced: bool = False) -> dict[str, Any]:
+    """The size and SHA-256 of a file, with ``synced`` once it is on the disk."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if synced:
+            os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def damage(manifest: Mapping[str, Any] | None, found: Mapping[str, Any]) -> str | None:
+    """What is wrong with a checkpoint whose files have these digests by name; ``None`` where nothing is."""
+    if manifest is None:
+        return f"{MANIFEST} is missing or not what was written"
+    for name, written in manifest["files"].items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != written:
+            return f"{name} is not what was written ({found[name]['bytes']} bytes of {written['bytes']})"
+    return None
