@@ -116,7 +116,9 @@ def _read(path: Path) -> tuple[StepStats, Batch]:
 def _odd(batch: Batch, data: Data) -> str | None:
     """A property of a batch that no batch of a run's data has; ``None`` where there is none."""
     rows, length = batch.tokens.shape
-    known = {source.task.length: source.batch_size for source in data.sources}
+    known: dict[int, int] = {}
+    for source in data.sources:
+        known[source.task.length] = max(source.batch_size, known.get(source.task.length, 0))
     if not 1 <= rows <= known.get(length, 0):
         given = " or ".join(f"up to {most} of {each}" for each, most in known.items())
         return f"it has {rows} rows of {length} tokens, and the run {given}"

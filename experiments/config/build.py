@@ -66,8 +66,8 @@ def _check_shares(config: RunConfig) -> None:
     for source in build_data(config).sources:
         if source.batch_size % count:
             raise ConfigError(
-                f"task.train_on[{source.stream}]: its batch_size is {source.batch_size}, machine.processes {count}: every"
-                " process has to get the same number of sequences"
+                f"task.train_on[{source.stream}]: its batch_size is {source.batch_size}, machine.processes {count}:"
+                " every process has to get the same number of sequences"
             )
 
 

@@ -25,6 +25,7 @@ COMPARED = {
     "tied": {"dtype": torch.float64, "model__tie_embeddings": True},
     "recomputed": {"dtype": torch.float64, "train__activation_checkpointing": True, **STACKS["recurrent"]},
     "accumulated": {"dtype": torch.float64, "train__micro_batch": 1, **STACKS["recurrent"]},
+    "truncated": {"dtype": torch.float64, "train__bptt": 6, "train__micro_batch": 2, **STACKS["recurrent"]},
     "muon": {"dtype": torch.float32, "train__optimizer": "muon", **STACKS["recurrent"]},
     "gathered": {"dtype": torch.float32, "train__param_dtype": "bfloat16", "train__precision": "bfloat16"},
     "spikes": {"dtype": torch.float32, "train__spike": 2.0, "train__bad_step": "skip", **STACKS["moe"]},

@@ -14,6 +14,7 @@ from experiments.util import environment
 from experiments.util.errors import RunnerError
 from seqarch.layers.channel.router import Router
 from tests.support.runs import last, tensors, tiny_config, train_here
+from tests.support.stacks import STACKS
 
 RECURRENT, MOE = {"model__pattern": "mamba2"}, {"model__channel": "moe"}
 
@@ -42,6 +43,46 @@ def test_micro_batches_give_the_gradients_of_the_batch(tmp_path, double, size):
     assert other == pytest.approx(loss, rel=1e-12)
     for one, two in zip(plain, parts, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", ["mamba2 attention", "moba nsa"])
+def test_segments_of_whole_sequences_change_no_bit(tmp_path, pattern):
+    """And shorter ones the gradients, not the loss; recomputed or not, in whatever micro-batches."""
+    changes = {"model__pattern": pattern, "model__depth": 2, "model__mixers": STACKS["sparse"]["model__mixers"]}
+    loss, plain = gradients(prepared(tmp_path, **changes))
+    for length in (16, 100):
+        other, same = gradients(prepared(tmp_path, train__bptt=length, **changes))
+        assert other == loss
+        assert all(torch.equal(one, two) for one, two in zip(plain, same, strict=True))
+    cut = {"train__bptt": 6, **changes}
+    other, shorter = gradients(prepared(tmp_path, **cut))
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert not all(torch.allclose(one, two, rtol=1e-3) for one, two in zip(plain, shorter, strict=True))
+    for how in ({"train__activation_checkpointing": True}, {"train__micro_batch": 3}):
+        _, again = gradients(prepared(tmp_path, **how, **cut))
+        for one, two in zip(shorter, again, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)
+
+
+def test_segments_hold_the_memory_of_one(tmp_path):
+    task = {"name": "parity", "length": 256, "validation_examples": 8, "test_examples": 8}
+    whole = saved_at_once(prepared(tmp_path, task=task, **RECURRENT))
+    assert saved_at_once(prepared(tmp_path, task=task, train__bptt=32, **RECURRENT)) < 0.25 * whole
+
+
+def saved_at_once(run: Run) -> int:
+    """The most bytes that autograd holds for a backward pass at a time; each ends with the next forward pass."""
+    held, most = {}, [0]
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        most[0] = max(most[0], sum(held.values()))
+        return tensor
+
+    run.model.embedding.register_forward_pre_hook(lambda *_: held.clear())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gradients(run)
+    return most[0]
 
 
 def test_micro_batches_are_as_large_as_asked_for(tmp_path, monkeypatch):
