@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from experiments.config.data import build_data
+from experiments.config.overrides import compose
 from experiments.config.schema import run_config, to_dict
 from experiments.runs.folder import RunFolder
+from experiments.sweeps.execute import resolve_composed
 from experiments.tasks import TASKS
 from experiments.tasks.parity import Parity, ParityConfig
 from experiments.util.errors import ConfigError
@@ -93,6 +95,13 @@ def test_entries_are_written_as_they_were_given_and_equal_ones_are_one_run(tmp_p
         assert tiny_config(tmp_path, **{name: value for name, value in given.items() if name != key}) != config
     RunFolder(config.folder()).create(config)
     assert RunFolder(config.folder()).config() == config
+
+
+def test_they_can_be_given_on_the_command_line():
+    given = ["task.train_on=[{length:32,share:2},{}]", "task.test_on=[{length:128,pairs:8}]", "train.bptt=16"]
+    config = resolve_composed(compose(given))
+    assert [entry.plain() for entry in config.task.train_on] == [{"length": 32, "share": 2.0}, {}]
+    assert (config.task.test_on, config.train.bptt) == ([{"length": 128, "pairs": 8}], 16)
 
 
 def test_runs_without_any_of_it_are_what_they_were(tmp_path):

@@ -307,6 +307,19 @@ def test_settings_of_a_model_are_kept_apart_by_what_differs(tmp_path):
     assert [setting.label for setting in comparison.settings] == ["attention (depth=4)", "attention (depth=2)"]
 
 
+def test_what_a_run_was_trained_on_is_its_setting_and_what_it_is_tested_on_its_task(tmp_path):
+    mixture = {"train_on": [{"pairs": 1}, {"pairs": 2}], "order": "mixture"}
+    for number, given in enumerate(({}, mixture, {"test_on": [{"pairs": 8}]})):
+        record_run(tmp_path, "attention", 0, number / 10, **given)
+    one, other = compare(comparable_runs(tmp_path)[0])
+    assert [setting.label for setting in one.settings] == [
+        "attention (order=mixture, train_on=[{'pairs': 1}, {'pairs': 2}])",
+        "attention (order=None, train_on=None)",
+    ]
+    assert [setting.label for setting in other.settings] == ["attention"]
+    assert other.distinction == "test_on=[{'pairs': 8}]"
+
+
 def test_less_is_better_where_the_metric_says_so(recorded):
     recall, text = compare(comparable_runs(recorded)[0])
     assert [setting.label for setting in recall.settings] == ["attention", "hybrid", "linear_attention"]

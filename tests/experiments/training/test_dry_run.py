@@ -11,6 +11,7 @@ from experiments.sweeps.execute import execute
 from experiments.sweeps.status import SweepStatus
 from experiments.training.dry_run import SavedBytes, in_bytes, in_flops, plan
 from experiments.training.loop import Run
+from seqarch.layers import detach_state
 from tests.support.runs import call, tiny_config
 from tests.support.stacks import STACKS
 
@@ -31,6 +32,36 @@ def test_the_plan_is_what_a_run_takes(tmp_path, changes):
         run.engine.gradients(run.model, run.task.train_batch(0, 0, rows))
     # The step itself scales the loss of the batch, which saves a few numbers more.
     assert planned.activation_bytes == pytest.approx(saved.total, rel=0.01)
+
+
+def test_the_plan_of_several_lengths_is_that_of_the_largest(tmp_path):
+    entries = [{"length": 8, "pairs": 1, "share": 3}, {"length": 32, "pairs": 4, "batch_size": 6}]
+    planned = plan(tiny_config(tmp_path, task__train_on=entries))
+    one = {"task__length": 32, "task__pairs": 4, "train__batch_size": 6}
+    alone = plan(tiny_config(tmp_path, **one))
+    assert (planned.micro_batch, planned.length, planned.state_length) == (6, 32, 32)
+    assert (planned.activation_bytes, planned.tokens, planned.flops) == (
+        alone.activation_bytes,
+        alone.tokens,
+        alone.flops,
+    )
+    assert planned.all_tokens == 10 * (3 * 8 * 16 + 6 * 32) / 4
+    staged = {"task__train_on": [{}, {}], "task__order": "curriculum", "train__schedule": "until_converged"}
+    assert plan(tiny_config(tmp_path, **staged)).all_tokens == 10 * 8 * 16
+    assert "for the backward pass of 6 sequences of 32 tokens" in str(planned)
+
+
+@pytest.mark.parametrize("pattern", ["mamba2", "attention"])
+def test_the_plan_of_a_segment_is_what_its_backward_pass_keeps(tmp_path, pattern):
+    config = tiny_config(tmp_path, train__bptt=4, model__pattern=pattern)
+    planned, run = plan(config), Run(config, RunFolder(config.folder()))
+    tokens = torch.zeros(8, 16, dtype=torch.int64)
+    state = detach_state(run.model(tokens[:, :12])[1])
+    saved = SavedBytes(run.model)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        run.model.loss(tokens[:, 12:], tokens[:, 12:], state, reduction="sum")
+    assert planned.activation_bytes == pytest.approx(saved.total, rel=0.01)
+    assert planned.activation_bytes < plan(tiny_config(tmp_path, model__pattern=pattern)).activation_bytes
 
 
 def test_recomputing_leaves_the_inputs_and_one_layer(tmp_path):
