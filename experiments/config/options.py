@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from functools import cache
 from typing import Any
 
 from experiments.config.convert import convert
@@ -66,11 +65,8 @@ def _without_defaults(key: str, layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def typed(key: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a layer with each number as its field has it: 10000 is 10000.0 where the field is a float."""
-    kinds = _kinds(REGISTRIES[key][name].Config)
+    kinds = annotated_kinds(REGISTRIES[key][name].Config)
     return {option: _as(kinds.get(option, ()), value) for option, value in options.items()}
-
-
-_kinds = cache(annotated_kinds)
 
 
 def default(path: str) -> Any:

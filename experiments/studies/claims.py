@@ -65,6 +65,9 @@ def lacks(progress: Progress) -> list[str]:
     found = []
     if progress.at_edge:
         found.append(f"the rate of {name}, {progress.chosen:g}, lies at an edge of its grid")
+    failed = [run for run in progress.reporting if not run.finished]
+    if failed and not progress.is_share:
+        found.append(f"{len(failed)} runs of {name} failed, and have no score")
     if (there := len(progress.reporting)) < len(protocol.reporting_seeds):
         found.append(f"{name} has {there} of {len(protocol.reporting_seeds)} seeds")
     elif progress.middle is None:
@@ -79,12 +82,14 @@ def lacks(progress: Progress) -> list[str]:
 def scores_of(progress: Progress, claim: Claim) -> np.ndarray:
     """``[seeds, items]``, more is better: the scores of the test sequences, or minus the steps, of the reporting runs.
 
-    A run that failed got nothing right; where all did, there are no scores.
+    A run that failed got nothing right where the scores are shares, and else has none.
     """
     if claim.threshold is not None:
         return np.array([[np.log2(steps_to(run, claim.threshold)[0])] for run in progress.reporting if run.metrics])
     rows = [_items(run, claim.split) if run.finished else None for run in progress.reporting]
     finished = [row for row in rows if row is not None]
+    if not progress.is_share:
+        return np.array(finished)
     return np.array([np.zeros_like(finished[0]) if row is None else row for row in rows] if finished else [])
 
 

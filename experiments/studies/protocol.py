@@ -134,7 +134,7 @@ class Progress:
         """The difference below which scores are tied: of shares absolute, of others relative."""
         if not math.isfinite(score):
             return 0.0
-        return self.protocol.tie * (1.0 if self._is_share else abs(score))
+        return self.protocol.tie * (1.0 if self.is_share else abs(score))
 
     def score(self, rate: int) -> float | None:
         """The mean validation metric of the tuning seeds, larger is better, failed runs the worst; ``None`` before all
@@ -156,7 +156,8 @@ class Progress:
         return 1 if self._metric.get("higher_is_better", True) else -1
 
     @property
-    def _is_share(self) -> bool:
+    def is_share(self) -> bool:
+        """Whether the metric is a share between 0 and 1, as accuracy is."""
         return self._metric.get("unit", "") == ""
 
     @property
@@ -204,11 +205,11 @@ class Progress:
         if doubled is None or not doubled.finished:
             return None
         difference = self._sign * (doubled.result("test") - middle.result("test"))
-        return difference if self._is_share else difference / abs(middle.result("test"))
+        return difference if self.is_share else difference / abs(middle.result("test"))
 
     def _cannot_gain(self, run: RecordedRun) -> bool:
         """Whether a share is so near to one that nothing could gain more than is allowed."""
-        return self._is_share and self._sign > 0 and run.result("test") >= 1 - self.protocol.gain
+        return self.is_share and self._sign > 0 and run.result("test") >= 1 - self.protocol.gain
 
     @property
     def converged(self) -> bool | None:

@@ -76,12 +76,12 @@ class Plan:
 def plan(config: RunConfig) -> Plan:
     """The plan of a configuration's run on this machine. Nothing of the model's size is allocated."""
     train, data = config.train, build_data(config)
-    sizes = list(dict.fromkeys(_at_a_time(source, config) for source in data.sources))
+    shapes = list(dict.fromkeys(_at_a_time(source, config) for source in data.sources))
     with warnings.catch_warnings(), FakeTensorMode(), torch.device(choose_device(train.device)):
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         model = build_model(config)
         optimizers = Optimizers(model, train)
-        activations, rows, length = max((_activation_bytes(model, config, *size), *size) for size in sizes)
+        activations, rows, length = max((_activation_bytes(model, config, *shape), *shape) for shape in shapes)
         work = [3 * model.flops(source.task.length, source.batch_size) for source in data.sources]
         largest = max(range(len(work)), key=work.__getitem__)
         return Plan(

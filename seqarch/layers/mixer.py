@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -66,7 +66,7 @@ def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
     Raises:
         ValueError: one is not; it is named.
     """
-    kinds = _kinds(type(config))
+    kinds = annotated_kinds(type(config))
     for option in fields(config):
         value, expected = getattr(config, option.name), kinds[option.name]
         if not fits(value, expected):
@@ -78,9 +78,6 @@ def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
                 raise ValueError(f"{option.name} must be {least}, got {value}")
             if isinstance(value, int) and value > MOST:
                 raise ValueError(f"{option.name} must be at most {MOST}, got {value}")
-
-
-_kinds = cache(annotated_kinds)
 
 
 class Layer(nn.Module, ABC):

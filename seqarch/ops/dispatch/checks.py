@@ -34,6 +34,7 @@ def unknown_name(kind: str, given: str, choices: Iterable[str]) -> ValueError:
 Kinds = tuple[type, ...]
 
 
+@functools.cache
 def annotated_kinds(annotated: Any) -> dict[str, Kinds]:
     """The classes of each parameter of a function, or attribute of a class, by its annotation."""
     hints = get_type_hints(annotated)
