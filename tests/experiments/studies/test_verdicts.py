@@ -1,0 +1,104 @@
+"""Every verdict of the committed records, and of made-up ones, computed a second time by code of its own."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.studies import STUDIES, plan, records
+from experiments.studies.claims import decide
+from experiments.studies.page import RESULTS, read
+from experiments.studies.protocol import Arm, Protocol
+from experiments.studies.study import Claim, Version
+from experiments.util.items import encode_items
+from tests.support.paths import ROOT
+from tests.support.verdicts import recompute
+
+HOME = ROOT / RESULTS
+RECORDED = [name for name in STUDIES if (HOME / name / records.FILE).exists()]
+NEAR = 0.15
+"""An end of an interval that lies so near to the margin, as a share of its width, may fall on either side: the project
+draws bootstraps, the other code has a formula."""
+
+
+def compare(version: Version, folder) -> dict[str, str]:
+    """The answers, each of which the other code gives too."""
+    ours, theirs = {each.claim.name: each for each in decide(read(version, folder))}, recompute(folder)
+    assert ours.keys() == theirs.keys()
+    for name, decision in ours.items():
+        again = theirs[name]
+        if again.near > NEAR:
+            assert decision.verdict.answer == again.answer, f"{name}: {decision.verdict} and {again}"
+        if decision.interval is not None and again.answer != "unresolved":
+            width = again.high - again.low
+            ends = decision.interval.low, decision.interval.high
+            assert ends == pytest.approx((again.low, again.high), abs=max(0.15 * width, 1e-6)), name
+    return {name: decision.verdict.answer for name, decision in ours.items()}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_verdicts_of_committed_records(name):
+    compare(STUDIES[name].versions["recorded"], HOME / name)
+
+
+LEVELS = {"good": (0.9, 0.9), "same": (0.905, 0.905), "poor": (0.6, 0.6), "late": (0.7, 0.8), "noisy": (0.68, 0.68)}
+"""The accuracy of made-up arms in reporting, and at twice the budget."""
+VERSION = Version(
+    "experiment=mqar",
+    tuple(Arm(name, "model=attention") for name in (*LEVELS, "edge", "unfinished")),
+    Protocol(rates=(-5, -4, -3), most_rates=3, tuning_seeds=(100, 101), reporting_seeds=(0, 1, 2, 3, 4), gain=0.05),
+    (
+        Claim("far", "", (("good", "poor"),), "more", 0.05),
+        Claim("not far", "", (("same", "good"),), "more", 0.05),
+        Claim("alike", "", (("same", "good"),), "equal", 0.05),
+        Claim("not alike", "", (("good", "poor"),), "equal", 0.05),
+        Claim("who knows", "", (("noisy", "poor"),), "more", 0.05),
+        Claim("of two", "", (("good", "poor"), ("same", "poor")), "more", 0.05),
+        Claim("not converged", "", (("good", "late"),), "more", 0.05),
+        Claim("at the edge", "", (("good", "edge"),), "more", 0.05),
+        Claim("not there yet", "", (("good", "unfinished"),), "more", 0.05),
+        Claim("sooner", "", (("poor", "good"),), "more", 1.0, threshold=0.5),
+        Claim("no sooner", "", (("same", "good"),), "more", 1.0, threshold=0.5),
+        Claim("never there", "", (("good", "poor"),), "more", 1.0, threshold=0.8),
+    ),
+)
+ANSWERS = ["yes", "no", "yes", "no", "unresolved", "yes", *["unresolved"] * 3, "yes", "no", "unresolved"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Records of arms whose accuracies are known, 200 test sequences of 8 answers each."""
+    draws, lines = np.random.default_rng(0), []
+
+    def add(arm: str, stage: str, rate: float, seed: int, level: float, spread: float = 0.01) -> None:
+        level = float(np.clip(level + spread * draws.standard_normal(), 0, 1))
+        items = draws.binomial(8, level, 200) / 8
+        pace = 400 if arm == "poor" else 100
+        metrics = [{"step": step, "validation_accuracy": level if step >= pace else 0.1} for step in range(50, 501, 50)]
+        config = {"experiment": "x", "seed": seed, "model": {"pattern": "attention"}, "train": {"lr": rate}}
+        results = {"test": float(items.mean()), "validation": level, "items": encode_items(items)}
+        metric = {"name": "accuracy", "unit": "", "higher_is_better": True}
+        record = {"status": "finished", "study": {"arm": arm, "stage": stage}, "results": results, "metric": metric}
+        line = {"format": 2, "run": "run", "config": config, "record": {**record, "cost": {"steps": 500}}}
+        lines.append(json.dumps({**line, "metrics": metrics}))
+
+    for arm in VERSION.arms:
+        level, doubled = LEVELS.get(arm.name, (0.7, 0.7))
+        best = 0.03 if arm.name == "edge" else 0.01
+        for rate in (0.003, 0.01, 0.03):
+            for seed in (100, 101):
+                add(arm.name, "tuning", rate, seed, level - (rate != best) * 0.3, 0.001)
+        for seed in range(2 if arm.name == "unfinished" else 5):
+            add(arm.name, "reporting", best, seed, level, 0.12 if arm.name == "noisy" else 0.01)
+        add(arm.name, "doubled", best, 0, doubled)
+        for seed in range(1, 5):  # Which seed is in the middle is drawn, too.
+            add(arm.name, "doubled", best, seed, doubled)
+    (tmp_path / records.FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plan.settle(VERSION, tmp_path, recorded=False)
+    return tmp_path
+
+
+def test_the_verdicts_of_made_up_records(folder):
+    assert list(compare(VERSION, folder).values()) == ANSWERS
