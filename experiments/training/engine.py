@@ -101,7 +101,7 @@ class Engine:
         read = max(processes.total(_count_read(batch)), 1)
         loss = torch.zeros((), device=self.device)
         state = None
-        for part, is_end, is_last in self._parts(*tokens.shape, micro_batch):
+        for part, is_end, is_last in self._parts(tokens.shape[0], tokens.shape[1], micro_batch):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
             mask = None if token_mask is None else token_mask[part]

@@ -14,7 +14,8 @@ from tests.support.variants import VARIANTS
 LENGTH, SEGMENT = 40, 16
 
 
-def segmented(model: LanguageModel, tokens: torch.Tensor, targets: torch.Tensor, cut: bool) -> list[torch.Tensor]:
+def segmented(model: LanguageModel, tokens: torch.Tensor, targets: torch.Tensor, cut: bool) -> torch.Tensor:
+    """The loss over segments, summed; with a cut, each goes back by itself."""
     losses, state = [], None
     for begin in range(0, LENGTH, SEGMENT):
         part = slice(begin, begin + SEGMENT)
@@ -23,7 +24,7 @@ def segmented(model: LanguageModel, tokens: torch.Tensor, targets: torch.Tensor,
             loss.backward()
             state = detach_state(state)
         losses.append(loss.detach() if cut else loss)
-    return losses
+    return torch.stack(losses).sum()
 
 
 @pytest.mark.parametrize(
@@ -38,13 +39,13 @@ def test_every_mixer_carries_its_state_over_segments(name: str, options: dict[st
     whole = model.loss(tokens, targets, reduction="sum")
     expected = torch.autograd.grad(whole, [*model.parameters()], materialize_grads=True)
     parts = segmented(model, tokens, targets, cut=False)
-    torch.testing.assert_close(sum(parts), whole)
-    found = torch.autograd.grad(sum(parts), [*model.parameters()], materialize_grads=True)
+    torch.testing.assert_close(parts, whole)
+    found = torch.autograd.grad(parts, [*model.parameters()], materialize_grads=True)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
 
     cut = segmented(model, tokens, targets, cut=True)
-    torch.testing.assert_close(sum(cut), whole.detach())
+    torch.testing.assert_close(cut, whole.detach())
     truncated = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     assert any(not torch.allclose(one, other, rtol=1e-4) for one, other in zip(expected, truncated, strict=True))
     model.zero_grad()

@@ -148,8 +148,8 @@ def test_a_stage_that_uses_up_the_steps_ends_with_the_decay(tmp_path):
     assert results["stable_phase"] == {"ending": "budget", "steps": 8}
 
 
-def test_a_stage_begins_with_a_climb():
-    config = tiny_config("runs", **CURRICULUM, train__warmup=4, train__lr=1.0).train
+def test_a_stage_begins_with_a_climb(tmp_path):
+    config = tiny_config(tmp_path, **CURRICULUM, train__warmup=4, train__lr=1.0).train
     assert [learning_rate(config, step) for step in (0, 3, 4, 20)] == [0.25, 1, 1, 1]
     assert [learning_rate(config, step, None, 20) for step in (20, 21, 22)] == [0.5, 1, 1]
 
