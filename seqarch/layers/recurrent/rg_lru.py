@@ -29,7 +29,7 @@ class RgLruConfig(LayerConfig):
     Attributes:
         lru_width: E, the width of the recurrence; by default D (the paper's models have about 4 D / 3).
         num_heads: blocks of the gates' block-diagonal matrices; by default of width 64 where that divides E, else
-            as many as divide it and are at least 32 wide.
+            of the least width from 32 to 128 that does.
         conv_width: width of the short convolution.
         scale_first: whether the first token of a sequence is scaled by ``sqrt(1 - a^2)`` like all others, as in the
             paper; in the release, and here by default, it is not.
@@ -56,9 +56,15 @@ class RgLruConfig(LayerConfig):
 
     @property
     def heads(self) -> int:
-        if self.num_heads is not None or self.width % 64 == 0:
-            return self.num_heads or self.width // 64
-        return next(heads for heads in range(max(1, self.width // 32), 0, -1) if self.width % heads == 0)
+        if self.num_heads is not None:
+            return self.num_heads
+        blocks = (64, *range(min(32, self.width), 129))
+        block = next((block for block in blocks if self.width % block == 0), None)
+        if block is None:
+            raise ValueError(
+                f"lru_width ({self.width}) has no divisor from 32 to 128: give num_heads, which divides it"
+            )
+        return self.width // block
 
 
 class RgLruState(NamedTuple):

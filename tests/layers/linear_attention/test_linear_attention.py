@@ -65,7 +65,7 @@ def test_gla_is_its_equation(negative: bool):
 
 def test_gla_has_the_papers_size():
     mixer = build_mixer("gla", d_model=256)
-    assert (mixer.config.key_width, mixer.config.value_width) == (32, 64)
+    assert (mixer.config.keys, mixer.config.values) == (32, 64)
     count = sum(parameter.numel() for parameter in mixer.parameters())
     assert count == 4 * 256**2 + 16 * (256 + 128) + 128 + 64, "four times D^2, the low-rank gate and the norm"
 
