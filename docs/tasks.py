@@ -6,6 +6,7 @@ from pathlib import Path
 
 from docs.docstrings import cell, markdown, module_docstring, option_rows, source
 from experiments.tasks import TASKS, Task
+from experiments.tasks.byte_text import WHO_GUESSES, ByteText
 from experiments.tasks.generated import GeneratedTask
 from experiments.util.blocks import table
 
@@ -18,14 +19,18 @@ def text(name: str) -> str:
 
 def chance(task: type[Task]) -> str:
     """The measured level, where it is the same on every machine, and who reaches it."""
+    if issubclass(task, ByteText):
+        return f"measured by each run, {WHO_GUESSES}"
     made = task(task.Config())
     value, words = made.chance()
     unit = f" {made.metric.unit}" if made.metric.unit else ""
-    return f"{value:.3f}{unit}, {words}" if isinstance(made, GeneratedTask) else f"measured by each run, {words}"
+    return f"{value:.3f}{unit}, {words}"
 
 
 def groups(task: type[Task]) -> str:
     """The groups of its batches: ``by`` what its results are told apart."""
+    if issubclass(task, ByteText):
+        return "-"
     made = task(task.Config())
     return ", ".join(f"`{name}`" for name in next(made.evaluation("validation")).groups or {}) or "-"
 

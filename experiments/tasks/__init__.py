@@ -3,6 +3,7 @@
 from experiments.tasks.compositional_mqar import CompositionalMQAR
 from experiments.tasks.compression import Compression
 from experiments.tasks.copying import Copying
+from experiments.tasks.corpus_text import CorpusText
 from experiments.tasks.cwe import CWE
 from experiments.tasks.forgetting_mqar import ForgettingMQAR
 from experiments.tasks.fuzzy_recall import FuzzyRecall
@@ -49,6 +50,7 @@ TASKS: dict[str, type[Task]] = {
     "fwe": FWE,
     "listops": ListOps,
     "stdlib_text": StdlibText,
+    "corpus_text": CorpusText,
 }
 
 __all__ = ["TASKS", "Batch", "Metric", "Task", "TaskError"]

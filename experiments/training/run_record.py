@@ -81,10 +81,11 @@ def _open(folder: RunFolder, config: RunConfig) -> None:
         folder.diff_file.unlink(missing_ok=True)
     if diff:
         write_atomic(folder.diff_file, diff, mode=mode)
+    former = folder.record()
     record = {
         "format": FORMAT,
         "status": "running",
-        "attempt": folder.record().get("attempt", 0) + 1,
+        "attempt": former.get("attempt", 0) + 1,
         "name": folder.path.name,
         "experiment": config.experiment,
         "started": now(),
@@ -92,6 +93,7 @@ def _open(folder: RunFolder, config: RunConfig) -> None:
         "seeds": {"initialisation": config.seed, "training data": config.seed, "held-out data": 0},
         "code": {**code, "diff": folder.diff_file.name if diff else None},
         "environment": environment.software(),
+        **({"data": former["data"]} if "data" in former else {}),
     }
     write_json(folder.run_file, record)
 
@@ -104,7 +106,9 @@ def _train(folder: RunFolder, make: Callable[[], Run]) -> tuple[str, dict[str, A
         try:
             with INTERRUPTS.at_once():
                 run = make()
-                folder.update(**masked(_describe(run)))
+                described = _describe(run)
+                _check_data(folder, described["data"])
+                folder.update(**masked(described))
                 results = run.train()
             status, ending = "finished", {"results": results}
         except KeyboardInterrupt as stop:
@@ -122,6 +126,23 @@ def _train(folder: RunFolder, make: Callable[[], Run]) -> tuple[str, dict[str, A
         if isinstance(tracker, Guarded) and tracker.error:
             ending["tracker_error"] = tracker.error
     return status, ending
+
+
+def _check_data(folder: RunFolder, found: dict[str, Any]) -> None:
+    """Refuse to go on with a run, or to try it again, on other data than an earlier attempt recorded.
+
+    Raises:
+        RunnerError: the data has another hash.
+    """
+    known = folder.record().get("data") or {}
+    if known.get("hash") in (None, found["hash"]):
+        return
+    changed = [key for key in found if key != "hash" and known.get(key) != found[key]]
+    parts = [f"{key} was {known.get(key)!r} and is {found[key]!r}" for key in changed]
+    raise RunnerError(
+        f"the data of {folder.path.name} changed since an earlier attempt at it: {', '.join(parts) or 'other content'};"
+        f" bring the former data back, or move {folder.path} away to train anew"
+    )
 
 
 def _describe(run: Run) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tests.support.runs import TINY, command_line
 
 COMMANDS = [
     "bench.__main__",
+    "corpora",
     "replay",
     "report.__main__",
     "runs.__main__",
@@ -45,11 +46,12 @@ def test_help_is_printed_and_unknown_arguments_are_refused(name, argument, code,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["study", "runs.__main__", "bench.__main__"])
+@pytest.mark.parametrize("name", ["study", "runs.__main__", "bench.__main__", "corpora"])
 def test_no_option_is_guessed_from_its_beginning(name, monkeypatch, capsys):
     """``--del`` must not delete."""
-    wanted = {"study": ["--al"], "runs.__main__": ["gc", "--del"], "bench.__main__": ["--qui"]}[name]
-    monkeypatch.setattr("sys.argv", [name, *wanted])
+    wanted = {"study": ["--al"], "runs.__main__": ["gc", "--del"], "bench.__main__": ["--qui"]}
+    wanted["corpora"] = ["fetch", "--ag", "perl-doc"]
+    monkeypatch.setattr("sys.argv", [name, *wanted[name]])
     with pytest.raises(SystemExit) as ending:
         importlib.import_module(f"experiments.{name}").main()
     assert ending.value.code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from experiments.tasks.compositional_mqar import CompositionalMQARConfig
 from experiments.tasks.compression import CompressionConfig
 from experiments.tasks.copying import CopyingConfig
+from experiments.tasks.corpus_text import CorpusTextConfig
 from experiments.tasks.cwe import CWEConfig
 from experiments.tasks.forgetting_mqar import ForgettingMQARConfig
 from experiments.tasks.fuzzy_recall import FuzzyRecallConfig
@@ -25,6 +26,7 @@ from experiments.tasks.stdlib_text import StdlibTextConfig
 from experiments.tasks.variable_reassignment import VariableReassignmentConfig
 from experiments.tasks.variable_tracking import VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig
+from tests.support.paths import ROOT
 
 FEW = {"validation_examples": 300, "test_examples": 40}
 SMALL = {
@@ -51,6 +53,9 @@ SMALL = {
     "fwe": FWEConfig(length=600, test_lengths=[900], **FEW),
     "listops": ListOpsConfig(length=48, depth=5, arguments=4, asked="all", test_lengths=[90], **FEW),
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
+    "corpus_text": CorpusTextConfig(
+        folder=str(ROOT / "seqarch"), glob="*.py", length=64, eval_length=256, validation_files=3, test_files=5
+    ),
 }
 CHANCES = {
     "mqar": 1 / 4,

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from experiments.tasks.byte_text import START, position_bins
 from experiments.tasks.coded_words import coded_words
 from experiments.tasks.compositional_mqar import CompositionalMQAR, CompositionalMQARConfig
 from experiments.tasks.compression import CompressionConfig
@@ -32,7 +33,7 @@ from experiments.tasks.needle_text import NeedleText, NeedleTextConfig
 from experiments.tasks.ngram_lookup import NgramLookup, NgramLookupConfig
 from experiments.tasks.noisy_recall import NoisyRecall, NoisyRecallConfig
 from experiments.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
-from experiments.tasks.stdlib_text import START, StdlibText, StdlibTextConfig, position_bins
+from experiments.tasks.stdlib_text import StdlibText, StdlibTextConfig
 from experiments.tasks.task import IGNORED, TaskError
 from experiments.tasks.trees import BLANK, grow, mixed
 from experiments.tasks.variable_reassignment import VariableReassignment, VariableReassignmentConfig

@@ -52,7 +52,7 @@ class TestEveryTask:
     def test_padding_is_distinct_from_filler(self, tasks, name):
         """Padding follows the end of a formula, a copy or a file; blanks between a task's tokens belong to it."""
         batch = tasks[name].train_batch(0, 0, 100)
-        assert (batch.token_mask is not None) == (name in ("listops", "copying", "stdlib_text"))
+        assert (batch.token_mask is not None) == (name in ("listops", "copying", "stdlib_text", "corpus_text"))
         if name in ("listops", "copying"):
             assert not batch.token_mask.all()
             assert batch.token_mask[batch.targets != IGNORED].all()

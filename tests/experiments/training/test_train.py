@@ -299,6 +299,32 @@ def test_a_task_that_cannot_be_made_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"failed: {reason}\n"
 
 
+def test_data_that_changed_since_an_earlier_attempt_is_refused(tmp_path, capsys):
+    """Until it is as before; the record of what it was is not lost by the attempts between."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(40):
+        (texts / f"{i}.txt").write_text(f"{i} words " * 20)
+    task = {"name": "corpus_text", "folder": str(texts), "length": 16, "eval_length": 64, "most_copied": 1.0}
+    config = tiny_config(tmp_path / "runs", task=task, train__steps=2)
+    code, folder = train_here(config)
+    data, attempt = folder.record()["data"], 1
+    assert code == 0
+    folder.update(status="preempted")
+    for added in ("new.txt", "another.txt"):
+        (texts / added).write_text("something else " * 20)
+        assert train_here(config)[0] == 1
+        attempt += 1
+        reason = folder.record()["reason"]
+        assert reason.startswith(f"the data of {folder.path.name} changed since an earlier attempt at it: sha256 was ")
+        assert reason.endswith(f"bring the former data back, or move {folder.path} away to train anew")
+        assert (folder.record()["data"], folder.record()["attempt"]) == (data, attempt)
+    assert "Traceback" not in capsys.readouterr().out
+    for added in ("new.txt", "another.txt"):
+        (texts / added).unlink()
+    assert train_here(config)[0] == 0
+
+
 def test_a_damaged_line_of_metrics_is_named(tmp_path, capsys):
     config = tiny_config(tmp_path)
     folder = train_here(config)[1]
