@@ -102,9 +102,9 @@ def _read(path: Path) -> tuple[StepStats, Batch]:
             batch = Batch(kept["tokens"], kept["targets"], kept.get("token_mask"))
         if any(type(value) is not kind for value, kind in zip(stats, (int, float, float, bool), strict=True)):
             raise ValueError(f"it holds {stats}")
-        kinds = zip(batch, (np.int64, np.int64, np.bool_), strict=True)
+        kinds = list(zip(batch.read().values(), (np.int64, np.int64, np.bool_), strict=True))
         if any(each.dtype != kind or each.ndim != 2 for each, kind in kinds if each is not None):
-            held = (f"{each.dtype} {each.shape}" for each in batch if each is not None)
+            held = (f"{each.dtype} {each.shape}" for each, _ in kinds if each is not None)
             raise ValueError(f"it holds {' and '.join(held)}")
     except (*MALFORMED, OSError) as error:
         there = sorted(str(each) for each in path.parent.glob("step-*.npz"))
@@ -122,7 +122,7 @@ def _odd(batch: Batch, data: Data) -> str | None:
     if not 1 <= rows <= known.get(length, 0):
         given = " or ".join(f"up to {most} of {each}" for each, most in known.items())
         return f"it has {rows} rows of {length} tokens, and the run {given}"
-    for name, part in batch._asdict().items():
+    for name, part in batch.read().items():
         if part is not None and part.shape != batch.tokens.shape:
             return f"its {name} are {part.shape}, and its tokens {batch.tokens.shape}"
     asked = batch.targets[batch.targets != IGNORED]

@@ -39,6 +39,10 @@ class Batch(NamedTuple):
     token_mask: np.ndarray | None = None
     groups: dict[str, np.ndarray] | None = None
 
+    def read(self) -> dict[str, np.ndarray | None]:
+        """What a model is trained on: ``tokens``, ``targets`` and ``token_mask``."""
+        return {"tokens": self.tokens, "targets": self.targets, "token_mask": self.token_mask}
+
     def rows(self, index: Any) -> Batch:
         """Some of its rows."""
         mask = None if self.token_mask is None else self.token_mask[index]

@@ -80,7 +80,7 @@ class RunLogger(NullLogger):
         path = self._folder.bad / f"step-{stats.step:06d}.npz"
         make_folder(path.parent)
         content = io.BytesIO()
-        arrays = {name: part for name, part in batch._asdict().items() if part is not None}
+        arrays = {name: part for name, part in batch.read().items() if part is not None}
         np.savez_compressed(content, **arrays, **stats._asdict())
         write_atomic(path, content.getvalue())
         return path
