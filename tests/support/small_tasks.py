@@ -106,5 +106,6 @@ GROUPS = {
     "fwe": ["gap", "position"],
     "listops": ["size"],
     "stdlib_text": [],
+    "corpus_text": [],
 }
 """By what results are told apart."""

@@ -119,11 +119,10 @@ def test_every_baseline_reads_the_test_bytes(library):
 
 
 def test_xz_after_the_text_knows_what_was_in_it(library, monkeypatch):
-    """A test file that is in the training text costs next to nothing, and other text helps less."""
-    tests = [
-        np.frombuffer(content[:2048], np.uint8) for content in library.files["train"].values() if len(content) > 4096
-    ]
-    monkeypatch.setattr(library, "held_out", lambda split: np.stack(tests[:2]))
+    """A test file that is in the training text costs next to nothing."""
+    long = [content for content in library.files["train"].values() if len(content) > 2048]
+    tests = np.stack([np.frombuffer(content[:2048], np.uint8) for content in long[:2]])
+    monkeypatch.setattr(library, "held_out", lambda: tests)
     found = {baseline.name: baseline for baseline in text_baselines(library, order=2)}
     assert found["xz_after_text"].bits.mean() < 0.2 < 1 < found["xz"].bits.mean()
 
