@@ -77,11 +77,15 @@ def sdpa(
     if not scale > 0:  # with which torch's fused kernel for CPUs multiplies masked scores, too
         q, scale = q * scale, 1.0
     common = promoted_dtype(q, k, v)
-    heads_first = (tensor.to(common).transpose(1, 2) for tensor in (q, k, v))
     shared = q.shape[2] != k.shape[2]
+    if folded := shared and q.shape[1] == 1:  # heads that share keys are so many queries: torch would repeat the keys
+        q = q.unflatten(2, (k.shape[2], -1)).squeeze(1).transpose(1, 2)
+    heads_first = (tensor.to(common).transpose(1, 2) for tensor in (q, k, v))
     o = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared
+        *heads_first, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=shared and not folded
     )
+    if folded:
+        o = o.flatten(1, 2).unsqueeze(2)
     if not torch.compiler.is_compiling() and "ScaledDotProduct" in str(o.grad_fn):  # else torch took it apart
         first_derivatives_only("attention: torch's fused kernel", OTHERS, o)
     return o.transpose(1, 2).to(v.dtype)

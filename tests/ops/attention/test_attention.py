@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
@@ -251,6 +252,30 @@ def test_bad_offsets_are_named(offsets):
     (q, k, v), _ = make((1, 6, 6, 2, 2, 8, 8))
     with pytest.raises(ValueError, match="cu_seqlens must"):
         ops.attention(q, k, v, cu_seqlens=offsets)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that an operation makes anew."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(each, Tensor) and not each._is_view():
+                self.elements = max(self.elements, each.numel())
+        return made
+
+
+def test_one_query_with_shared_heads_repeats_no_keys():
+    """A token that is decoded reads the keys once, not once per head: latents, whose values are narrower than keys."""
+    q, keys = torch.randn(2, 1, 8, 40), torch.randn(2, 100, 1, 40)
+    start = torch.tensor([0, 7])
+    with Largest() as seen:
+        o = ops.attention(q, keys, keys[..., :32], key_start=start, backend="parallel_sdpa")
+    assert seen.elements <= keys.numel()
+    expected = ops.attention(q, keys, keys[..., :32], key_start=start, backend="recurrent_torch")
+    torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
