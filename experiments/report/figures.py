@@ -272,5 +272,5 @@ def bytes_text(value: float) -> str:
     """``65536`` as ``64 KiB``."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= size:
-            return f"{value / size:.3g} {unit}"
+            return f"{value / size:.{4 if value >= 1000 * size else 3}g} {unit}"
     return f"{value:.0f} B"

@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from matplotlib.axes import Axes
 
@@ -140,3 +141,37 @@ class Study:
 
     def tables(self, results: Results) -> Sequence[Table]:
         raise TypeError(f"{type(self).__name__} defines no tables")
+
+
+class MeasuredStudy(Study):
+    """A study that trains nothing: it measures, and has versions, records and verdicts of its own.
+
+    What :meth:`read` returns takes the place of :class:`Results`. A version has what :mod:`experiments.studies.plan`
+    writes: ``plan``, ``common``, ``protocol`` and ``claims``.
+    """
+
+    versions: ClassVar[Mapping[str, Any]]
+
+    def measure(self, version: Any, folder: Path) -> int:
+        """Measure what is missing, record it in ``folder``, and return the exit code as of training."""
+        raise TypeError(f"{type(self).__name__} does not say how it is measured")
+
+    def read(self, version: Any, folder: Path) -> Any:
+        """What is on record.
+
+        Raises:
+            RunnerError: nothing is, or it is no record.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how its records are read")
+
+    def unfinished(self, results: Any) -> Sequence[str]:
+        """A sentence where something is missing."""
+        return []
+
+    def verdicts(self, results: Any) -> Table:
+        """A row for every claim."""
+        raise TypeError(f"{type(self).__name__} has no verdicts")
+
+    def provenance(self, results: Any) -> str:
+        """Where and by which code the records were made."""
+        raise TypeError(f"{type(self).__name__} does not say where its records are from")
