@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from experiments.studies.decoding import Decoding
 from experiments.studies.initialisation import Initialisation
 from experiments.studies.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (Initialisation(),)}
+STUDIES: dict[str, Study] = {study.name: study for study in (Initialisation(), Decoding())}
 """The studies by name."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from experiments.report.comparison import listed
 from experiments.report.figures import bytes_text
@@ -14,7 +15,7 @@ from experiments.runs.recorded import RecordedRun
 from experiments.studies import STUDIES, plan, records
 from experiments.studies.claims import Decision, adjusted, decide
 from experiments.studies.protocol import Progress, rate_of
-from experiments.studies.study import Claim, Figure, Results, Study, Table, Version
+from experiments.studies.study import Claim, Figure, MeasuredStudy, Results, Study, Table, Version
 from experiments.util.blocks import table
 from experiments.util.paths import ROOT
 
@@ -28,8 +29,21 @@ def blocks(name: str) -> dict[str, Callable[[], str]]:
     version = study.versions["recorded"]
     if not (root / name / records.FILE).exists():
         return {"results": lambda: "**Not run yet**: no runs are recorded.", "runs": lambda: commands(study)}
-    found = cache(lambda: read(version, root / name))
+    found = cache(lambda: recorded(study, version, root / name))
     return {"results": lambda: results(study, found(), name), "runs": lambda: how_to_run(study, found())}
+
+
+def recorded(study: Study, version: Version, folder: Path) -> Any:
+    """What a study has on record: the runs of a version, or what it has measured.
+
+    Raises:
+        RunnerError: there is nothing, or its plan was edited after its first line.
+    """
+    if not isinstance(study, MeasuredStudy):
+        return read(version, folder)
+    found = study.read(version, folder)
+    plan.check(version, folder)
+    return found
 
 
 def read(version: Version, folder: Path) -> Results:
@@ -43,23 +57,28 @@ def read(version: Version, folder: Path) -> Results:
     return found
 
 
-def results(study: Study, found: Results, folder: str = "") -> str:
+def results(study: Study, found: Any, folder: str = "") -> str:
     """Question, answer, verdicts, plots and tables.
 
     Args:
         folder: of the plots, from the page.
     """
+    measured = isinstance(study, MeasuredStudy)
     parts = [
         f"**Question.** {study.question}",
-        *_unfinished(found),
+        *(study.unfinished(found) if measured else _unfinished(found)),
         f"**Answer.** {study.answer(found)}",
-        verdicts(found),
+        table(*_split(study.verdicts(found))) if measured else verdicts(found),
     ]
     parts += [_figure(figure, folder) for figure in study.figures(found)]
-    for each in (*study.tables(found), training(found)):
-        header, *rows = each.rows
-        parts.append(f"**{each.title}**\n\n{table(header, rows, align='---:')}")
-    return "\n\n".join([*parts, *_failures(found.runs)])
+    for each in (*study.tables(found), *([] if measured else [training(found)])):
+        parts.append(f"**{each.title}**\n\n{table(*_split(each), align='---:')}")
+    return "\n\n".join([*parts, *([] if measured else _failures(found.runs))])
+
+
+def _split(rows: Table) -> tuple[list[str], list[list[str]]]:
+    header, *body = rows.rows
+    return header, body
 
 
 def verdicts(found: Results) -> str:
@@ -144,8 +163,14 @@ def _failures(runs: Sequence[RecordedRun]) -> list[str]:
     return [f"**Failed runs: {len(failed)} of {len(runs)}**\n\n" + "\n".join(lines)]
 
 
-def how_to_run(study: Study, found: Results) -> str:
+def how_to_run(study: Study, found: Any) -> str:
     """The commands, the plan, and where and by which code the recorded runs were made."""
+    if isinstance(study, MeasuredStudy):
+        lines = (
+            f"Recorded, a line per round: [{records.FILE}]({study.name}/{records.FILE}); its margins were committed"
+            f" before in [{plan.FILE}]({study.name}/{plan.FILE}), whose hash every line has."
+        )
+        return "\n\n".join([commands(study), lines, study.provenance(found)])
     seconds = sum(run.record["cost"]["processor_seconds"] for run in found.runs if "cost" in run.record)
     stages = Counter(run.record["study"]["stage"] for run in found.runs)
     counted = ", ".join(f"{number} for {stage}" for stage, number in stages.items())
@@ -160,8 +185,9 @@ def how_to_run(study: Study, found: Results) -> str:
 def commands(study: Study) -> str:
     """The commands that train, draw and write the page, in its sizes."""
     own = f"python -m experiments.study {study.name}"
+    does = "measures" if isinstance(study, MeasuredStudy) else "trains"
     parts = [
-        f"This trains what is not on record yet, then draws and writes this page; to begin from nothing, in another"
+        f"This {does} what is not on record yet, then draws and writes this page; to begin from nothing, in another"
         f" folder: `--results FOLDER`.\n\n```sh\n{own}\n```",
         f"From the committed records alone, offline: `{own} --draw`. Small, in minutes: `{own} --version small`.",
     ]

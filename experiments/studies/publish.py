@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from experiments.studies import plan, records
-from experiments.studies.page import PAGES, RESULTS, blocks, how_to_run, read, results
-from experiments.studies.study import Study, Version
+from experiments.studies.page import PAGES, RESULTS, blocks, how_to_run, recorded, results
+from experiments.studies.study import MeasuredStudy, Study, Version
 from experiments.studies.sweep import train
 from experiments.util import owned
 from experiments.util.blocks import fill
@@ -26,6 +26,8 @@ def train_and_record(study: Study, version: str, root: Path, runs: Path, jobs: i
     folder = write_plan(study, version, root).parent
     if root == ROOT / RESULTS:
         plan.check_committed(folder)
+    if isinstance(study, MeasuredStudy):
+        return study.measure(version_of(study, version), folder)
     return train(study, version_of(study, version), folder, runs, jobs)
 
 
@@ -79,7 +81,8 @@ def draw(study: Study, version: str, root: Path) -> list[Path]:
         RunnerError: there are no records, or their plan was edited.
     """
     folder = own_folder(study, root)
-    figures, source, drawn = study.figures(read(version_of(study, version), folder)), records.digest(folder), []
+    found = recorded(study, version_of(study, version), folder)
+    figures, source, drawn = study.figures(found), records.digest(folder), []
     for each in figures:
         path = folder / f"{each.name}.png"
         with figure([path], each.columns, each.rows, each.size, source=source) as (_, axes):
@@ -94,7 +97,7 @@ def write_page(study: Study, version: str, root: Path) -> Path:
         page = ROOT / PAGES[study.name]
         write_atomic(page, fill(page.read_text(encoding="utf-8"), blocks(study.name)))
         return page
-    found, page = read(version_of(study, version), root / study.name), root / study.name / "index.md"
+    found, page = recorded(study, version_of(study, version), root / study.name), root / study.name / "index.md"
     parts = (f"# {study.title}", results(study, found), how_to_run(study, found))
     write_atomic(page, "\n\n".join(parts) + "\n")
     return page

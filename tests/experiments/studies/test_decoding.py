@@ -237,6 +237,7 @@ def test_ratios_of_a_round_decide_whatever_the_machine_drifts(kind, factor, answ
     measured = made({"a": {32: 0.3, 64: 0.3}, "b": {32: 0.1, 64: 0.1}})
     decision = decide(measured, claim(kind, factor))
     assert decision.verdict.answer == answer
+    assert decision.interval is not None
     assert math.exp(decision.interval.estimate) == pytest.approx(3, rel=0.02)
 
 
