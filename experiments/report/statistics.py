@@ -230,7 +230,9 @@ def _degrees_of_freedom(arms: Sequence[np.ndarray]) -> float:
 
 
 def pooled(differences: Sequence[Interval], confidence: float = 0.95) -> Interval:
-    """The mean of several independent differences, with the interval around it by Welch and Satterthwaite.
+    """The mean of several differences, with the interval around it by Welch and Satterthwaite.
+
+    They are taken as independent: test sequences that all of them share are not accounted for.
 
     Raises:
         ValueError: there is none, or one that follows from no standard error.
@@ -364,7 +366,8 @@ def steps_to_threshold(
 
     Args:
         steps: ``[runs]``, the first evaluation at which a run was there, or its last step if it never was: that one is
-            censored, since it would have taken more.
+            censored, since it would have taken more. Why it ended must have nothing to do with how soon it would have
+            been there; of a run that was given up, give the whole budget.
         reached: ``[runs]``, whether it was there.
 
     Returns:

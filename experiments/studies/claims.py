@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,25 +29,60 @@ class Decision:
     flips: SignFlip | None = None
 
 
-def decide(results: Results) -> list[Decision]:
+def decide(results: Results, confidence: float = 0.95) -> list[Decision]:
     """The decisions on all claims of a study."""
-    return [decide_one(results, claim) for claim in results.version.claims]
+    return [decide_one(results, claim, confidence) for claim in results.version.claims]
 
 
-def decide_one(results: Results, claim: Claim) -> Decision:
+def decide_one(results: Results, claim: Claim, confidence: float = 0.95) -> Decision:
     """The decision on one claim."""
     names = list(dict.fromkeys(name for pair in claim.pairs for name in pair))
     lacking = [reason for name in names for reason in lacks(results.arms[name])]
     scores = {name: scores_of(results.arms[name], claim) for name in names}
     if any(len(each) < 2 for each in scores.values()):
         return Decision(claim, verdict(None, claim.margin, claim.kind, lacking), None)
-    lacking += _censored(results, claim)
-    found = [difference(scores[left], scores[right]) for left, right in claim.pairs]
-    interval = found[0] if len(found) == 1 else pooled(found)
+    interval = _interval(claim, scores, scores, confidence)
+    decided = verdict(interval, claim.margin, claim.kind, lacking)
+    if claim.threshold is not None and decided.answer != "unresolved":
+        decided = _of_steps(results, claim, decided, confidence)
     flips = None
-    if len(found) > 1:
+    if len(claim.pairs) > 1:
         flips = sign_flip(np.concatenate([_paired(scores[left], scores[right]) for left, right in claim.pairs]))
-    return Decision(claim, verdict(interval, claim.margin, claim.kind, lacking), interval, flips)
+    return Decision(claim, decided, interval, flips)
+
+
+def _interval(
+    claim: Claim, left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray], confidence: float
+) -> Interval:
+    found = [difference(left[a], right[b], confidence=confidence) for a, b in claim.pairs]
+    return found[0] if len(found) == 1 else pooled(found, confidence)
+
+
+def _of_steps(results: Results, claim: Claim, decided: Verdict, confidence: float) -> Verdict:
+    """A verdict on steps, unresolved where runs that never got there or the time between evaluations leave it open.
+
+    A run that never got there has taken more steps than it is counted with: on the left that speaks for the claim, so
+    it leaves a "yes" alone, on the right against it.
+    """
+    right = dict.fromkeys(name for _, name in claim.pairs)
+    left = dict.fromkeys(name for name, _ in claim.pairs)
+    late = _never(results, claim, right)
+    late += _never(results, claim, left) if decided.answer == "no" or claim.kind == "equal" else []
+    if late:
+        return Verdict("unresolved", "; ".join(late))
+    seen, before = ({name: scores_of(results.arms[name], claim, early) for name in {**left, **right}}
+                    for early in (False, True))  # fmt: skip
+    ends = [_interval(claim, before, seen, confidence), _interval(claim, seen, before, confidence)]
+    if {verdict(end, claim.margin, claim.kind).answer for end in ends} != {decided.answer}:
+        return Verdict("unresolved", "evaluations are too far apart to tell")
+    return decided
+
+
+def bonferroni(results: Results) -> list[str]:
+    """The claims whose verdicts would be others at 95 % over all claims together."""
+    confidence = 1 - 0.05 / max(len(results.version.claims), 1)
+    pairs = zip(decide(results), decide(results, confidence), strict=True)
+    return [one.claim.name for one, strict in pairs if one.verdict.answer != strict.verdict.answer]
 
 
 def adjusted(decisions: Sequence[Decision]) -> list[float | None]:
@@ -58,7 +93,7 @@ def adjusted(decisions: Sequence[Decision]) -> list[float | None]:
 
 
 def lacks(progress: Progress) -> list[str]:
-    """Why nothing can be said of an arm yet, or no more."""
+    """Why no verdict on an arm is possible."""
     name, protocol = progress.arm.name, progress.protocol
     if progress.chosen is None:
         return [f"{name} is being tuned"]
@@ -70,22 +105,29 @@ def lacks(progress: Progress) -> list[str]:
         found.append(f"{len(failed)} runs of {name} failed, and have no score")
     if (there := len(progress.reporting)) < len(protocol.reporting_seeds):
         found.append(f"{name} has {there} of {len(protocol.reporting_seeds)} seeds")
-    elif progress.middle is None:
+    elif progress.worst is None:
         found.append(f"every run of {name} failed")
     elif progress.converged is None:
-        found.append(f"{name} was not checked at twice the budget")
+        checked = "failed" if progress.doubled else "is missing"
+        found.append(f"the run of {name} at twice the budget {checked}")
     elif not progress.converged:
         found.append(f"{name} has not converged: twice the budget gains {progress.gained():.3f}")
     return found
 
 
-def scores_of(progress: Progress, claim: Claim) -> np.ndarray:
-    """``[seeds, items]``, more is better: the scores of the test sequences, or minus the steps, of the reporting runs.
+def scores_of(progress: Progress, claim: Claim, early: bool = False) -> np.ndarray:
+    """``[seeds, items]`` of the reporting runs: the scores of the test sequences, of which more is better; or, for a
+    claim on steps, log2 of the steps, of which more is slower.
 
     A run that failed got nothing right where the scores are shares, and else has none.
+
+    Args:
+        early: count the evaluation before the one at which the threshold was seen, which is as late as it was not.
     """
     if claim.threshold is not None:
-        return np.array([[np.log2(steps_to(run, claim.threshold)[0])] for run in progress.reporting if run.metrics])
+        steps = [steps_to(run, claim.threshold) for run in progress.reporting if run.metrics]
+        back = progress.reporting[0].metrics[0]["step"] if early and steps else 0
+        return np.array([[np.log2(max(count - back * reached, 1))] for count, reached in steps])
     rows = [_items(run, claim.split) if run.finished else None for run in progress.reporting]
     finished = [row for row in rows if row is not None]
     if not progress.is_share:
@@ -111,18 +153,13 @@ def steps_to(run: RecordedRun, threshold: float) -> tuple[int, bool]:
     for line in run.metrics:
         if sign * line[name] >= sign * threshold:
             return line["step"], True
-    return run.metrics[-1]["step"], False
+    return (run.metrics[-1]["step"] if run.metrics else 0), False
 
 
-def _censored(results: Results, claim: Claim) -> list[str]:
-    """Of a claim on steps, the arms on the right, said to be faster, of which a run never got there.
-
-    One on the left that never did has taken more steps than it is counted with, which speaks for the claim.
-    """
-    if claim.threshold is None:
-        return []
-    right = dict.fromkeys(name for _, name in claim.pairs)
-    late = {name: sum(not steps_to(run, claim.threshold)[1] for run in results.arms[name].reporting) for name in right}
+def _never(results: Results, claim: Claim, names: Iterable[str]) -> list[str]:
+    """Of a claim on steps, the arms of which a run never got there."""
+    assert claim.threshold is not None
+    late = {name: sum(not steps_to(run, claim.threshold)[1] for run in results.arms[name].reporting) for name in names}
     return [f"{number} runs of {name} never reached {claim.threshold:g}" for name, number in late.items() if number]
 
 
@@ -130,8 +167,3 @@ def _paired(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The differences of the seeds' means, as far as both have seeds."""
     both = min(len(left), len(right))
     return left[:both].mean(axis=1) - right[:both].mean(axis=1)
-
-
-def said_of(decisions: Iterable[Decision], answer: str) -> list[str]:
-    """The names of the claims with that answer."""
-    return [decision.claim.name for decision in decisions if decision.verdict.answer == answer]

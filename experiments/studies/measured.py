@@ -6,7 +6,6 @@ decoding. A claim compares times from the same rounds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,11 @@ import numpy as np
 
 from experiments.bench.decoding import FILLED, Condition
 from experiments.bench.decoding_rounds import MODELS, PREFILL, ROUND, counts, missing
+from experiments.config.schema import without
 from experiments.report.figures import bytes_text
 from experiments.report.statistics import Interval, Verdict, mean_interval, verdict
 from experiments.studies.records import FILE
+from experiments.studies.study import digest
 from experiments.util.errors import RunnerError
 from experiments.util.files import write_atomic
 
@@ -75,10 +76,15 @@ class MeasuredVersion:
     claims: tuple[TimeClaim, ...]
 
     @cached_property
+    def fixed(self) -> dict[str, Any]:
+        """All that is fixed before the first round."""
+        claims = {claim.name: without(asdict(claim), ("name",)) for claim in self.claims}
+        return {"common": self.common, "protocol": asdict(self.protocol), "claims": claims}
+
+    @cached_property
     def plan(self) -> str:
-        """A hash over all that is fixed before the first round."""
-        fixed = [self.common, asdict(self.protocol), [asdict(claim) for claim in self.claims]]
-        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
+        """The hash of :attr:`fixed`, which every record has."""
+        return digest(self.fixed)
 
 
 @dataclass(frozen=True)

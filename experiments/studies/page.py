@@ -13,7 +13,7 @@ from experiments.report.comparison import listed
 from experiments.report.figures import bytes_text
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import STUDIES, plan, records
-from experiments.studies.claims import Decision, adjusted, decide
+from experiments.studies.claims import Decision, adjusted, bonferroni, decide
 from experiments.studies.protocol import Progress, rate_of
 from experiments.studies.study import Claim, Figure, MeasuredStudy, Results, Study, Table, Version
 from experiments.util.blocks import table
@@ -54,6 +54,7 @@ def read(version: Version, folder: Path) -> Results:
     """
     found = Results(version, records.read(folder))
     plan.check(version, folder)
+    plan.check_records(version, found.runs, folder / records.FILE)
     return found
 
 
@@ -83,12 +84,17 @@ def _split(rows: Table) -> tuple[list[str], list[list[str]]]:
 
 def verdicts(found: Results) -> str:
     """A row for every claim: what is said, by how much it is so here, and the verdict."""
-    decisions = decide(found)
+    decisions, changed = decide(found), bonferroni(found)
     rows = [
         (decision.claim.said, _margin(decision.claim), _seen(decision, p_value), _answer(decision))
         for decision, p_value in zip(decisions, adjusted(decisions), strict=True)
     ]
-    return table(("said", "margin", "difference seen (95 % interval)", "verdict"), rows)
+    said = f"Each interval is of 95 %, and there are {len(rows)} claims."
+    if any(decision.verdict.answer != "unresolved" for decision in decisions):
+        said += (
+            " With Bonferroni's correction these verdicts would be unresolved: " + (", ".join(changed) or "none") + "."
+        )
+    return table(("claim", "margin", "difference seen (95 % interval)", "verdict"), rows) + f"\n\n*{said}*"
 
 
 def _margin(claim: Claim) -> str:
@@ -104,7 +110,7 @@ def _seen(decision: Decision, p_value: float | None) -> str:
         middle, low, high = (f"{2**end:.2g}" for end in ends)
         return f"{middle} times the steps ({low} to {high})"
     middle, low, high = (f"{end:+.3f}" for end in ends)
-    tested = "" if p_value is None else f"; sign flips p = {p_value:.2g} (Holm)"
+    tested = "" if p_value is None else f"; sign flips against no difference p = {p_value:.2g} (Holm)"
     return f"{middle} ({low} to {high}){tested}"
 
 

@@ -1,19 +1,20 @@
 """The plan of a study, committed before its runs: what is fixed, in a file that people read and git dates.
 
-``docs/results/NAME/plan.json`` holds the task and its budget, the procedure of tuning and reporting, and every claim
-with its margin. The records name the plan by its hash; where the study's code and the file differ once there are
-records, nothing is trained and nothing drawn.
+``docs/results/NAME/plan.json`` holds the task and the options of training that all arms have but where an arm sets its
+own, the procedure of tuning and reporting, and every claim with its margin. The records name the plan by its hash;
+where the study's code and the file differ once there are records, nothing is trained and nothing drawn.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from experiments.runs.folder import flat
+from experiments.runs.recorded import RecordedRun
 from experiments.studies.study import Version
 from experiments.util.errors import RunnerError
 from experiments.util.files import read_json, write_atomic
@@ -24,11 +25,7 @@ FILE = "plan.json"
 
 def content(version: Version) -> dict[str, Any]:
     """What is written of a version."""
-    claims = {
-        claim.name: {key: value for key, value in asdict(claim).items() if key != "name"} for claim in version.claims
-    }
-    plain = {"plan": version.plan, "common": version.common, "protocol": asdict(version.protocol), "claims": claims}
-    return json.loads(json.dumps(plain))
+    return json.loads(json.dumps({"plan": version.plan, **version.fixed}))
 
 
 def settle(version: Version, folder: Path, recorded: bool) -> None:
@@ -64,6 +61,16 @@ def check(version: Version, folder: Path) -> None:
             f"{key} is {there.get(key)!r} in {folder / FILE} and {here.get(key)!r} in the study: a plan stays as it was"
             " before the first run. Restore it, or make another study"
         )
+
+
+def check_records(version: Version, runs: Iterable[RecordedRun], where: Path) -> None:
+    """Check that records are of this plan.
+
+    Raises:
+        RunnerError: one names another.
+    """
+    if others := {run.record["study"]["plan"] for run in runs} - {version.plan}:
+        raise RunnerError(f"{where} has runs of the plan {min(others)}, and the study's plan is {version.plan}")
 
 
 def check_committed(folder: Path) -> None:

@@ -5,8 +5,8 @@ what is missing:
 
 1. *Tuning*: every rate of the grid on the tuning seeds. Where the best is at an edge, the grid is extended there.
 2. *Reporting*: the best rate on the reporting seeds, from which all results are.
-3. *Doubled*: the reporting seed in the middle once more, at twice the steps that it took. Where that gains more than
-   ``gain``, the arm has not converged and is not ranked.
+3. *Doubled*: the worst of the reporting seeds on validation once more, at twice the steps that it took, unless nothing
+   is left to gain. Where that gains more than ``gain``, the arm has not converged and is not ranked.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from experiments.runs.recorded import RecordedRun
 
 Stage = Literal["tuning", "reporting", "doubled"]
 
-DECAY_SHARE = 1 / 6
-"""Of a doubled run: a decay of 20 % more steps than the stable phase took, as in the run that it doubles."""
+PACE = 1.1
+"""Numbers of steps within this factor count as equal."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Protocol:
         rates: the first grid in half decades: k stands for the learning rate ``10^(k / 2)``, to one digit.
         most_rates: how many rates are tried at most as the grid is extended.
         tuning_seeds, reporting_seeds: of which none is in both.
-        tie: a rate whose score is this near to the best is as good; of these the one in the middle is chosen.
+        tie: a rate whose score is this near to the best is as good, and of these the one that took the fewest steps is
+            chosen; where several took about as few (within ``PACE``), the one in the middle of these.
         gain: what an arm that has converged may gain at most from twice the budget.
     """
 
@@ -127,8 +128,15 @@ class Progress:
             return None
         best = max(score for score in scores.values() if score is not None)
         tied = [each for each, score in scores.items() if score is not None and score >= best - self._scaled(best)]
-        middle = (tied[0] + tied[-1]) / 2
-        return min(tied, key=lambda each: (abs(each - middle), each))
+        steps = {each: self._steps(each) for each in tied}
+        soon = [each for each in tied if steps[each] <= PACE * min(steps.values())]
+        middle = (soon[0] + soon[-1]) / 2
+        return min(soon, key=lambda each: (abs(each - middle), each))
+
+    def _steps(self, rate: int) -> float:
+        """The mean number of steps that the tuning runs of a rate took; 0 where all failed."""
+        runs = self.of("tuning", rate_of(rate), self.protocol.tuning_seeds)
+        return statistics.fmean([run.record["cost"]["steps"] for run in runs if run.finished] or [0])
 
     def _scaled(self, score: float) -> float:
         """The difference below which scores are tied: of shares absolute, of others relative."""
@@ -182,34 +190,34 @@ class Progress:
     @property
     def doubled(self) -> RecordedRun | None:
         """The run at twice the budget; ``None`` while it is missing, or where there was nothing left to gain."""
-        if self.chosen is None or (middle := self.middle) is None:
+        if self.chosen is None or (worst := self.worst) is None:
             return None
-        found = self.of("doubled", self.chosen, [middle.config["seed"]])
+        found = self.of("doubled", self.chosen, [worst.config["seed"]])
         return found[0] if found else None
 
     @property
-    def middle(self) -> RecordedRun | None:
-        """The finished reporting run in the middle by its result on test; ``None`` before all are over."""
+    def worst(self) -> RecordedRun | None:
+        """The finished reporting run with the worst result on validation; ``None`` before all are over."""
         finished = [run for run in self.reporting if run.finished]
         if len(self.reporting) < len(self.protocol.reporting_seeds) or not finished:
             return None
-        return sorted(finished, key=lambda run: (run.result("test"), run.config["seed"]))[len(finished) // 2]
+        return min(finished, key=lambda run: (self._sign * run.result("validation"), run.config["seed"]))
 
     def gained(self) -> float | None:
         """What twice the budget gained: of shares absolute, of others relative; ``None`` while that is unknown."""
-        if (middle := self.middle) is None:
+        if (worst := self.worst) is None:
             return None
-        if self._cannot_gain(middle):
+        if self._cannot_gain(worst):
             return 0.0
         doubled = self.doubled
         if doubled is None or not doubled.finished:
             return None
-        difference = self._sign * (doubled.result("test") - middle.result("test"))
-        return difference if self.is_share else difference / abs(middle.result("test"))
+        difference = self._sign * (doubled.result("validation") - worst.result("validation"))
+        return difference if self.is_share else difference / abs(worst.result("validation"))
 
     def _cannot_gain(self, run: RecordedRun) -> bool:
         """Whether a share is so near to one that nothing could gain more than is allowed."""
-        return self.is_share and self._sign > 0 and run.result("test") >= 1 - self.protocol.gain
+        return self.is_share and self._sign > 0 and run.result("validation") >= 1 - self.protocol.gain
 
     @property
     def converged(self) -> bool | None:
@@ -227,7 +235,7 @@ class Progress:
             return missing
         reporting = [Wanted(name, "reporting", self.chosen, seed) for seed in protocol.reporting_seeds]
         missing = [each for each in reporting if each.key not in self.runs]
-        if missing or (middle := self.middle) is None or self._cannot_gain(middle) or self.doubled:
+        if missing or (worst := self.worst) is None or self._cannot_gain(worst) or self.doubled:
             return missing
-        steps = 2 * middle.record["cost"]["steps"]
-        return [Wanted(name, "doubled", self.chosen, middle.config["seed"], steps)]
+        steps = 2 * worst.record["cost"]["steps"]
+        return [Wanted(name, "doubled", self.chosen, worst.config["seed"], steps)]

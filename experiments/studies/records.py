@@ -16,14 +16,12 @@ from typing import Any
 from experiments.config.schema import FORMAT, RunConfig, TrainConfig, check_format
 from experiments.runs.folder import RunFolder
 from experiments.runs.recorded import RecordedRun
+from experiments.training.step_monitor import DIVERGED
 from experiments.util.errors import RunnerError
 from experiments.util.files import write_atomic
 from seqarch.models import LMConfig
 
 FILE = "records.jsonl"
-OVER = ("finished", "failed")
-"""Statuses that have a line; a run that was stopped will be resumed."""
-
 NOT_KEPT = ("device", "threads", "keep_last", "save_every", "dry_run")
 """Options of training that change no result but for rounding; threads are in the record of the hardware."""
 
@@ -43,14 +41,17 @@ KEPT = {
 def to_line(
     config: RunConfig, folder: RunFolder, study: Mapping[str, str], history: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """A run as a line of records; ``None`` where it is neither finished nor failed.
+    """A run as a line of records; ``None`` where it has neither finished nor diverged.
+
+    A run that failed for another reason, such as a full disk or memory, says nothing of its arm and is tried again.
 
     Args:
         study: the arm, the stage and the plan that it is a run of.
         history: names, or endings of names, of metrics to keep from every evaluation on validation.
     """
     record = folder.record()
-    if record.get("status") not in OVER:
+    status, reason = record.get("status"), str(record.get("reason", ""))
+    if status != "finished" and not (status == "failed" and reason.startswith(DIVERGED)):
         return None
     kept = {part: {name: record[part][name] for name in names if name in record[part]}
             for part, names in KEPT.items() if part in record}  # fmt: skip
@@ -58,14 +59,14 @@ def to_line(
         kept["environment"]["torch"] = record["environment"]["packages"]["torch"]
     results = {name: value for name, value in record.get("results", {}).items() if name != "checkpoint"}
     # What follows names paths of the machine.
-    reason = {"reason": record["reason"].partition(";")[0]} if "reason" in record else {}
+    told = {"reason": reason.partition(";")[0]} if reason else {}
     metrics = [{name: value for name, value in line.items() if name == "step" or name.endswith(tuple(history))}
                for line in folder.metrics()] if history else []  # fmt: skip
     return {
         "format": FORMAT,
         "run": folder.path.name,
         "config": shortened(config),
-        "record": {"status": record["status"], **reason, "study": dict(study), "results": results, **kept},
+        "record": {"status": status, **told, "study": dict(study), "results": results, **kept},
         **({"metrics": metrics} if history else {}),
     }
 
@@ -105,7 +106,16 @@ class Ledger:
         self._lines = self._file.read_text(encoding="utf-8").splitlines() if self.runs else []
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write one more line; the file is whole at every moment."""
+        """Write one more line; the file is whole at every moment.
+
+        Raises:
+            RunnerError: somebody else has changed the file since.
+        """
+        there = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+        if there != self._lines:
+            raise RunnerError(
+                f"{self._file} was changed while the study ran: the same command goes on from what it holds"
+            )
         text = json.dumps(rounded(line), separators=(",", ":"))
         self.runs.append(_from_line(text, "a new line"))
         self._lines.append(text)
@@ -144,7 +154,7 @@ def _from_line(text: str, where: str) -> RecordedRun:
         run = RecordedRun(RunFolder(whole["run"]), config, record, kept_metrics=metrics)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunnerError(
-            f"{where} is no record of a run ({type(error).__name__}: {error}); restore the file, or run the study again"
+            f"{where} is no record of a run ({type(error).__name__}: {error}); without that line its run is made again"
         ) from error
     check_format(whole, where)
     return run

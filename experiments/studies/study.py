@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -12,8 +13,11 @@ from typing import Any, ClassVar, Literal
 
 from matplotlib.axes import Axes
 
+from experiments.config.overrides import compose
+from experiments.config.schema import run_config, without
 from experiments.runs.recorded import RecordedRun
 from experiments.studies.protocol import Arm, Progress, Protocol
+from experiments.studies.records import shortened
 
 VERSIONS = ("small", "recorded", "large")
 """``recorded`` is what the page shows, ``small`` for a few minutes on two cores, ``large`` for a GPU."""
@@ -69,6 +73,11 @@ class Claim:
     threshold: float | None = None
 
 
+def digest(fixed: Mapping[str, Any]) -> str:
+    """The hash of what is fixed before a study's first run."""
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Version:
     """A study at one size.
@@ -86,10 +95,22 @@ class Version:
     claims: tuple[Claim, ...] = ()
 
     @cached_property
+    def fixed(self) -> dict[str, Any]:
+        """All that is fixed before the first run: the task and its budget, the procedure, the claims."""
+        composed = without(compose(shlex.split(self.common)), ("retry", "train.lr"))
+        config = shortened(run_config({**composed, "train": {**composed["train"], "lr": 1.0}}))
+        configuration = {"task": config["task"], "train": without(config["train"], ("lr",))}
+        return {
+            "common": self.common,
+            "configuration": configuration,
+            "protocol": asdict(self.protocol),
+            "claims": {claim.name: without(asdict(claim), ("name",)) for claim in self.claims},
+        }
+
+    @cached_property
     def plan(self) -> str:
-        """A hash over all that is fixed before the first run: the task and its budget, the procedure, the claims."""
-        fixed = [self.common, asdict(self.protocol), [asdict(claim) for claim in self.claims]]
-        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
+        """The hash of :attr:`fixed`, which every record has."""
+        return digest(self.fixed)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,19 @@ started next.
 from __future__ import annotations
 
 import copy
+import fcntl
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from experiments.config.overrides import compose
-from experiments.config.schema import RunConfig
+from experiments.config.schema import RunConfig, TrainConfig
 from experiments.runs.folder import RunFolder, flat
-from experiments.studies.protocol import DECAY_SHARE, Arm, Wanted
+from experiments.studies import plan
+from experiments.studies.protocol import Arm, Wanted
 from experiments.studies.records import Ledger, rounded, shortened, to_line
 from experiments.studies.study import Results, Study, Version
 from experiments.sweeps.execute import execute, resolve_composed
@@ -43,7 +46,9 @@ class Composer:
         composed = copy.deepcopy(self._arms[wanted.arm])
         composed["seed"], composed["train"]["lr"] = wanted.seed, wanted.rate
         if wanted.steps is not None:
-            composed["train"] |= {"schedule": "wsd", "steps": wanted.steps, "decay_share": DECAY_SHARE}
+            # The decay is as long, relative to the stable phase, as in the run that is doubled.
+            share = composed["train"].get("decay_share", TrainConfig.decay_share)
+            composed["train"] |= {"schedule": "wsd", "steps": wanted.steps, "decay_share": share / (1 + share)}
         return composed
 
 
@@ -57,8 +62,29 @@ def train(study: Study, version: Version, folder: Path, runs: Path, jobs: int) -
     Raises:
         RunnerError: the records that are there are of other configurations.
     """
-    ledger, composer = Ledger(folder), Composer(version, runs)
-    check_records(ledger, composer, version)
+    with alone(folder):
+        ledger, composer = Ledger(folder), Composer(version, runs)
+        plan.check_records(version, ledger.runs, folder)
+        check_records(ledger, composer, version)
+        return _train(study, version, ledger, composer, runs, jobs)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the records of a study against other processes of this machine.
+
+    Raises:
+        RunnerError: another process trains it.
+    """
+    with open(folder / plan.FILE) as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunnerError(f"another process trains the study in {folder}; wait for it, or end it") from None
+        yield
+
+
+def _train(study: Study, version: Version, ledger: Ledger, composer: Composer, runs: Path, jobs: int) -> int:
     session = SweepSession()
     session.watch_signals()
     status = session.open(str(runs), len(missing(version, ledger)))
@@ -102,13 +128,14 @@ def _record(study: Study, version: Version, ledger: Ledger, wanted: Wanted, conf
 
 
 def check_records(ledger: Ledger, composer: Callable[[Wanted], Mapping[str, Any]], version: Version) -> None:
-    """Check that the recorded runs of every arm are those that the study would make now.
+    """Check that the last recorded run of every stage of every arm is as the study would make it now.
 
     Raises:
         RunnerError: an arm's options were edited after its first run.
     """
     arms: dict[str, Arm] = {arm.name: arm for arm in version.arms}
-    for run in {run.record["study"]["arm"]: run for run in ledger.runs}.values():
+    last = {(run.record["study"]["arm"], run.record["study"]["stage"]): run for run in ledger.runs}
+    for run in last.values():
         study = run.record["study"]
         if study["arm"] not in arms:
             continue

@@ -27,7 +27,7 @@ from experiments.training.evaluate import evaluate_split, evaluate_tests
 from experiments.training.lr_scheduler import last_step, learning_rate
 from experiments.training.optimizers import Optimizers
 from experiments.training.run_logger import make_logger
-from experiments.training.step_monitor import Diverged, StepMonitor, StepStats
+from experiments.training.step_monitor import DIVERGED, Diverged, StepMonitor, StepStats
 from experiments.util.errors import RunnerError
 from experiments.util.interrupts import Interrupts, Preempted
 
@@ -337,7 +337,7 @@ class Run:
         kept = "no checkpoint had been written yet"
         if self.saved_step is not None:
             kept = f"the last good checkpoint is {self.checkpoints.path(self.saved_step)}"
-        return Diverged(f"training diverged at step {step}: {what}; {kept}")
+        return Diverged(f"{DIVERGED} at step {step}: {what}; {kept}")
 
     def tokens_per_second(self) -> float:
         tokens = self.data.tokens(self.steps_by_source())

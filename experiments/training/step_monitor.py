@@ -18,6 +18,10 @@ MEMORY = 100
 """Sound steps over which the running mean of the gradient's norm is taken."""
 
 
+DIVERGED = "training diverged"
+"""How the reason of such a run begins."""
+
+
 class Diverged(RunnerError):
     """The loss is not finite any more."""
 

@@ -47,11 +47,12 @@ def _decide(claim: dict[str, Any], protocol: dict[str, Any], lines: list[dict[st
     arms = {name: _reporting(name, protocol, lines) for name in names}
     if any(runs is None for runs in arms.values()):
         return Again("unresolved")
-    sums, variances, freedoms = 0.0, [], []
+    sums, variances, freedoms, stuck = 0.0, [], [], False
     for left, right in claim["pairs"]:
         a, b = (_scores(arms[name], claim) for name in (left, right))
         if a is None or b is None or (claim["threshold"] is not None and not _all_reach(arms[right], claim)):
             return Again("unresolved")
+        stuck |= claim["threshold"] is not None and not _all_reach(arms[left], claim)
         mean, variance, freedom = _difference(a, b)
         sums += mean
         variances.append(variance)
@@ -68,6 +69,13 @@ def _decide(claim: dict[str, Any], protocol: dict[str, Any], lines: list[dict[st
         inside, outside = -margin < low and high < margin, low >= margin or high <= -margin
         answer = "yes" if inside else "no" if outside else "unresolved"
         gaps = [abs(end - side * margin) for end in (low, high) for side in (-1, 1)]
+    if stuck and answer == "no":
+        answer = "unresolved"
+    if claim["threshold"] is not None:
+        # Between two evaluations nobody looked: a difference of log2 is off by so much on either side.
+        blur = max(_blur(arms[name], claim) for name in names)
+        if answer != "unresolved" and min(gaps) < blur:
+            answer = "unresolved"
     return Again(answer, low, high, min(gaps) / max(high - low, 1e-12))
 
 
@@ -91,9 +99,12 @@ def _reporting(arm: str, protocol: dict[str, Any], lines: list[dict[str, Any]]) 
         return [line for line in own if line["record"]["study"]["stage"] == name]
 
     by_rate: dict[float, list[float]] = {}
+    steps: dict[float, list[int]] = {}
     for line in stage("tuning"):
         value = line["record"].get("results", {}).get("validation")
         by_rate.setdefault(line["config"]["train"]["lr"], []).append(-math.inf if value is None else sign * value)
+        if value is not None:
+            steps.setdefault(line["config"]["train"]["lr"], []).append(line["record"]["cost"]["steps"])
     scores = {rate: float(np.mean(values)) for rate, values in sorted(by_rate.items())}
     if len(scores) < len(protocol["rates"]) or min(map(len, by_rate.values())) < len(protocol["tuning_seeds"]):
         return None
@@ -101,8 +112,9 @@ def _reporting(arm: str, protocol: dict[str, Any], lines: list[dict[str, Any]]) 
     rates = list(scores)
     tied = [n for n, rate in enumerate(rates)
             if scores[rate] >= best - protocol["tie"] * (1 if share or math.isinf(best) else abs(best))]  # fmt: skip
-    middle = (tied[0] + tied[-1]) / 2
-    chosen = min(tied, key=lambda n: (abs(n - middle), n))
+    pace = [float(np.mean(steps.get(rates[n]) or [0])) for n in tied]
+    soon = [n for n, count in zip(tied, pace, strict=True) if count <= 1.1 * min(pace)]
+    chosen = min(soon, key=lambda n: (abs(n - (soon[0] + soon[-1]) / 2), n))
     reporting = [line for line in stage("reporting") if line["config"]["train"]["lr"] == rates[chosen]]
     finished = [line for line in reporting if line["record"]["status"] == "finished"]
     at_edge = chosen in (0, len(rates) - 1)
@@ -110,13 +122,15 @@ def _reporting(arm: str, protocol: dict[str, Any], lines: list[dict[str, Any]]) 
         return None
     if not share and len(finished) < len(reporting):
         return None
-    ordered = sorted(finished, key=lambda line: (line["record"]["results"]["test"], line["config"]["seed"]))
-    median = ordered[len(ordered) // 2]
-    before = median["record"]["results"]["test"]
+    ordered = sorted(
+        finished, key=lambda line: (sign * line["record"]["results"]["validation"], line["config"]["seed"])
+    )
+    worst = ordered[0]
+    before = worst["record"]["results"]["validation"]
     if not (share and sign > 0 and before >= 1 - protocol["gain"]):
-        key = rates[chosen], median["config"]["seed"]
+        key = rates[chosen], worst["config"]["seed"]
         doubled = [line for line in stage("doubled") if (line["config"]["train"]["lr"], line["config"]["seed"]) == key]
-        after = [line["record"]["results"]["test"] for line in doubled if line["record"]["status"] == "finished"]
+        after = [line["record"]["results"]["validation"] for line in doubled if line["record"]["status"] == "finished"]
         if not after:
             return None
         gained = sign * (after[0] - before) / (1 if share else abs(before))
@@ -148,6 +162,17 @@ def _steps(run: dict[str, Any], threshold: float) -> tuple[int, bool]:
     sign = 1 if metric["higher_is_better"] else -1
     there = [each["step"] for each in run["metrics"] if sign * each[f"validation_{metric['name']}"] >= sign * threshold]
     return (there[0], True) if there else (run["metrics"][-1]["step"], False)
+
+
+def _blur(runs: list[dict[str, Any]] | None, claim: dict[str, Any]) -> float:
+    """By how much log2 of the steps would be less at the evaluation before, in the mean of an arm."""
+    assert runs is not None
+    found = []
+    for run in runs:
+        steps, there = _steps(run, claim["threshold"])
+        before = max(steps - run["metrics"][0]["step"], 1) if there else steps
+        found.append(math.log2(steps) - math.log2(before))
+    return float(np.mean(found))
 
 
 def _all_reach(runs: list[dict[str, Any]] | None, claim: dict[str, Any]) -> bool:

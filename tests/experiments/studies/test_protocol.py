@@ -26,12 +26,12 @@ def run(wanted: Wanted, score: float | None, metric=SHARE, steps=100) -> Recorde
     return RecordedRun(RunFolder("run"), config, record)
 
 
-def finish(score, protocol=SHORT, metric=SHARE) -> tuple[Progress, list[Wanted]]:
+def finish(score, protocol=SHORT, metric=SHARE, steps=lambda wanted: 100) -> tuple[Progress, list[Wanted]]:
     """An arm trained to its end, with the score of a function of what is wanted; and all runs in their order."""
     runs, order = {}, []
     while wanted := Progress(protocol, ARM, runs).wanted():
         order.append(wanted[0])
-        runs[wanted[0].key] = run(wanted[0], score(wanted[0]), metric)
+        runs[wanted[0].key] = run(wanted[0], score(wanted[0]), metric, steps(wanted[0]))
     return Progress(protocol, ARM, runs), order
 
 
@@ -51,7 +51,7 @@ def test_the_best_rate_inside_is_reported_and_checked_at_twice_its_steps():
     assert progress.chosen == 1e-2
     assert [(wanted.stage, wanted.seed) for wanted in order[6:]] == [
         *[("reporting", seed) for seed in (0, 1, 2)],
-        ("doubled", 1),
+        ("doubled", 0),
     ]
     assert {wanted.rate for wanted in order[6:]} == {1e-2}
     assert order[-1].steps == 200
@@ -80,6 +80,22 @@ def test_of_equal_rates_the_middle_one_is_chosen_also_where_nothing_learns():
     progress, _ = finish(lambda wanted: 0.1 + 0.009 * (wanted.rate == 3e-2))
     assert progress.chosen == 1e-2
     assert not progress.at_edge
+
+
+def test_of_rates_that_do_equally_well_the_one_that_took_the_fewest_steps_is_chosen():
+    """And where that is at an edge, the grid is extended there."""
+    progress, _ = finish(lambda wanted: 1.0, steps=lambda wanted: {1e-2: 300, 3e-2: 200}.get(wanted.rate, 400))
+    assert progress.chosen == 3e-2
+    assert progress.rates == [-5, -4, -3, -2]
+
+
+def test_the_worst_seed_is_checked_at_twice_its_steps():
+    """One that is stuck, where the others have nothing left to gain."""
+    stuck = {("reporting", 1e-2, 2): 0.1, ("doubled", 1e-2, 2): 0.8}
+    progress, order = finish(lambda wanted: stuck.get(wanted.key[1:], 0.99 - 0.1 * (wanted.rate != 1e-2)))
+    assert order[-1].key[1:] == ("doubled", 1e-2, 2)
+    assert progress.gained() == pytest.approx(0.7)
+    assert progress.converged is False
 
 
 def test_a_rate_at_which_a_seed_diverges_is_not_chosen():
@@ -126,7 +142,7 @@ def test_what_is_missing_is_said():
     assert [of(count) for count in (3, 7, 9)] == [
         ["a is being tuned"],
         ["a has 1 of 3 seeds"],
-        ["a was not checked at twice the budget"],
+        ["the run of a at twice the budget is missing"],
     ]
 
 

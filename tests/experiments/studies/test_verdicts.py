@@ -43,7 +43,15 @@ def test_the_verdicts_of_committed_records(name):
     compare(STUDIES[name].versions["recorded"], HOME / name)
 
 
-LEVELS = {"good": (0.9, 0.9), "same": (0.905, 0.905), "poor": (0.6, 0.6), "late": (0.7, 0.8), "noisy": (0.68, 0.68)}
+LEVELS = {
+    "stuck": (0.9, 0.9),
+    "soon": (0.9, 0.9),
+    "good": (0.9, 0.9),
+    "same": (0.905, 0.905),
+    "poor": (0.6, 0.6),
+    "late": (0.7, 0.8),
+    "noisy": (0.68, 0.68),
+}
 """The accuracy of made-up arms in reporting, and at twice the budget."""
 VERSION = Version(
     "experiment=mqar",
@@ -62,9 +70,26 @@ VERSION = Version(
         Claim("sooner", "", (("poor", "good"),), "more", 1.0, threshold=0.5),
         Claim("no sooner", "", (("same", "good"),), "more", 1.0, threshold=0.5),
         Claim("never there", "", (("good", "poor"),), "more", 1.0, threshold=0.8),
+        Claim("given up early", "", (("stuck", "good"),), "more", 9.0, threshold=0.5),
+        Claim("and late", "", (("stuck", "good"),), "more", 1.0, threshold=0.5),
+        Claim("between two evaluations", "", (("soon", "good"),), "more", 0.5, threshold=0.5),
     ),
 )
-ANSWERS = ["yes", "no", "yes", "no", "unresolved", "yes", *["unresolved"] * 3, "yes", "no", "unresolved"]
+ANSWERS = [
+    "yes",
+    "no",
+    "yes",
+    "no",
+    "unresolved",
+    "yes",
+    *["unresolved"] * 3,
+    "yes",
+    "no",
+    "unresolved",
+    "unresolved",
+    "yes",
+    "unresolved",
+]
 
 
 @pytest.fixture
@@ -75,7 +100,7 @@ def folder(tmp_path):
     def add(arm: str, stage: str, rate: float, seed: int, level: float, spread: float = 0.01) -> None:
         level = float(np.clip(level + spread * draws.standard_normal(), 0, 1))
         items = draws.binomial(8, level, 200) / 8
-        pace = 400 if arm == "poor" else 100
+        pace = {"poor": 400, "stuck": 2000, "soon": 150}.get(arm, 100)
         metrics = [{"step": step, "validation_accuracy": level if step >= pace else 0.1} for step in range(50, 501, 50)]
         config = {"experiment": "x", "seed": seed, "model": {"pattern": "attention"}, "train": {"lr": rate}}
         results = {"test": float(items.mean()), "validation": level, "items": encode_items(items)}
