@@ -119,8 +119,8 @@ def claims() -> tuple[Claim, ...]:
         Claim("and from the other start", "and does so from a wide embedding and slow gates",
               (("delta_net, wide", f"mamba2, {slow}"),), "more", MARGIN),
         Claim("the gated delta rule is no worse",
-              "The gated delta rule recalls no less than the delta rule, both from a wide embedding and the gated one from"
-              " slow gates (Yang et al. 2024)",
+              "The gated delta rule recalls no less than the delta rule, both from a wide embedding and the gated one"
+              " from slow gates (Yang et al. 2024)",
               ((f"gated_delta_net, {slow}", "delta_net, wide"),), "more", -MARGIN),
     )  # fmt: skip
 

@@ -71,10 +71,10 @@ def _decide(claim: dict[str, Any], protocol: dict[str, Any], lines: list[dict[st
         gaps = [abs(end - side * margin) for end in (low, high) for side in (-1, 1)]
     if stuck and answer == "no":
         answer = "unresolved"
-    if claim["threshold"] is not None:
-        # Between two evaluations nobody looked: a difference of log2 is off by so much on either side.
-        blur = max(_blur(arms[name], claim) for name in names)
-        if answer != "unresolved" and min(gaps) < blur:
+    if claim["threshold"] is not None and answer != "unresolved":
+        # Between two evaluations nobody looked: each side may have been there up to one evaluation before.
+        sooner = [float(np.mean([_blur(arms[pair[side]], claim) for pair in claim["pairs"]])) for side in (0, 1)]
+        if any((end > margin) != (answer == "yes") for end in (low - sooner[0], high + sooner[1])):
             answer = "unresolved"
     return Again(answer, low, high, min(gaps) / max(high - low, 1e-12))
 
@@ -122,10 +122,8 @@ def _reporting(arm: str, protocol: dict[str, Any], lines: list[dict[str, Any]]) 
         return None
     if not share and len(finished) < len(reporting):
         return None
-    ordered = sorted(
-        finished, key=lambda line: (sign * line["record"]["results"]["validation"], line["config"]["seed"])
-    )
-    worst = ordered[0]
+    scored = [(sign * line["record"]["results"]["validation"], line["config"]["seed"], line) for line in finished]
+    *_, worst = min(scored, key=lambda each: each[:2])
     before = worst["record"]["results"]["validation"]
     if not (share and sign > 0 and before >= 1 - protocol["gain"]):
         key = rates[chosen], worst["config"]["seed"]

@@ -100,12 +100,15 @@ def folder(tmp_path):
     def add(arm: str, stage: str, rate: float, seed: int, level: float, spread: float = 0.01) -> None:
         level = float(np.clip(level + spread * draws.standard_normal(), 0, 1))
         items = draws.binomial(8, level, 200) / 8
-        pace = {"poor": 400, "stuck": 2000, "soon": 150}.get(arm, 100)
-        metrics = [{"step": step, "validation_accuracy": level if step >= pace else 0.1} for step in range(50, 501, 50)]
+        pace = {"poor": 1200, "stuck": 9999, "soon": 300}.get(arm, 200)
+        metrics = [
+            {"step": step, "validation_accuracy": level if step >= pace else 0.1} for step in range(50, 1501, 50)
+        ]
         config = {"experiment": "x", "seed": seed, "model": {"pattern": "attention"}, "train": {"lr": rate}}
         results = {"test": float(items.mean()), "validation": level, "items": encode_items(items)}
         metric = {"name": "accuracy", "unit": "", "higher_is_better": True}
-        record = {"status": "finished", "study": {"arm": arm, "stage": stage}, "results": results, "metric": metric}
+        study = {"arm": arm, "stage": stage, "plan": VERSION.plan}
+        record = {"status": "finished", "study": study, "results": results, "metric": metric}
         line = {"format": 2, "run": "run", "config": config, "record": {**record, "cost": {"steps": 500}}}
         lines.append(json.dumps({**line, "metrics": metrics}))
 
