@@ -1,6 +1,7 @@
-"""The demo, ``make demo``: two sweeps through Hydra and the report on them.
+"""The demo, ``make demo``: recall along the length and a needle map of small models, by two sweeps and a report.
 
-Runs the commands that a person could type, and prints them. Finished runs are not done again.
+Every model is trained until it has learnt the task or no longer improves. Runs the commands that a person could type,
+and prints them. Finished runs are not done again.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Sequence
 
 from experiments.util.interrupts import INTERRUPTED
 
-MODELS = "attention,linear_attention,mamba2,delta_net,hybrid"
+MODELS = "attention,sliding_window,linear_attention,mamba2,gated_delta_net,hybrid"
 COMMANDS = (
     f"-m experiments.run --multirun experiment=demo_recall model={MODELS} seed=0,1,2 launcher=joblib",
-    f"-m experiments.run --multirun experiment=demo_text model={MODELS} seed=0,1 launcher=joblib",
+    f"-m experiments.run --multirun experiment=demo_needle model={MODELS} seed=0,1 launcher=joblib",
     "-m experiments.report runs/demo",
 )
 

@@ -37,7 +37,12 @@ EDGES = {
     "optuna": {"experiments/sweeps/search.py"},
     "wandb": {"experiments/trackers/wandb.py"},
     "torch.utils.tensorboard": {"experiments/trackers/tensorboard.py"},
-    "matplotlib": {"experiments/util/plot_style.py", "experiments/report/figures.py", "experiments/studies/"},
+    "matplotlib": {
+        "experiments/util/plot_style.py",
+        "experiments/report/figures.py",
+        "experiments/report/maps.py",
+        "experiments/studies/",
+    },
     "ctypes": {f"seqarch/ops/native/{name}.py" for name in ("arguments", "cpu_library", "cuda_library", "huge_pages")},
 }
 """Packages that stand at the edge, and the files, or folders, that may import them."""

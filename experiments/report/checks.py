@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.config.schema import check_format
 from experiments.runs.recorded import RecordedRun, find_runs, is_finite
+from experiments.tasks.groups import DEPTH
 from experiments.util.errors import RunnerError
 
 NUMBER = (int, float)
@@ -61,6 +62,10 @@ def _check(run: RecordedRun) -> None:
     _require(run.record, OF_RECORD if is_over else {part: dict for part in PARTS if part in run.record}, damaged)
     if is_over and "curve" in run.record["results"]:
         _check_curve(run.record["results"]["curve"], f"{damaged}, results.curve is no curve")
+    if is_over:
+        _require(run.record, {"results.tests": dict} if "tests" in run.record["results"] else {}, damaged)
+        for name, test in run.record["results"].get("tests", {}).items():
+            _check_depths(test, f"{damaged}, results.tests.{name} is no test")
 
 
 def _require(value: dict[str, Any], kinds: Mapping[str, Any], otherwise: str) -> None:
@@ -81,3 +86,19 @@ def _check_curve(curve: Any, otherwise: str) -> None:
     numbers = all(isinstance(each, NUMBER) for each in curve["y"]) and all(is_finite(each) for each in curve["x"])
     if not numbers or not curve["x"] or len(curve["x"]) != len(curve["y"]):
         raise RunnerError(f"{otherwise}: x and y are not numbers, as many of the one as of the other")
+
+
+def _check_depths(test: Any, otherwise: str) -> None:
+    """Of a test with the metric by depth, its length and the bins that a map is drawn of."""
+    _require({"test": test}, {"test": dict}, otherwise)
+    _require(test, {"by": dict} if "by" in test else {}, otherwise)
+    if DEPTH not in test.get("by", {}):
+        return
+    parts = ("edges", "value", "count")
+    _require(test, {"length": NUMBER, **{f"by.{DEPTH}.{part}": list for part in parts}}, otherwise)
+    edges, values, counts = (test["by"][DEPTH][part] for part in parts)
+    given = [*edges, *counts, *(each for each in values if each is not None)]
+    if not all(isinstance(each, NUMBER) for each in given) or not values or len(values) != len(counts):
+        raise RunnerError(f"{otherwise}: by.{DEPTH} needs edges, and a value and a count for each bin between them")
+    if len(edges) != len(values) + 1:
+        raise RunnerError(f"{otherwise}: by.{DEPTH} has {len(edges)} edges for {len(values)} bins")

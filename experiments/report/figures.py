@@ -50,7 +50,7 @@ def metric_label(comparison: Comparison) -> str:
     return metric["label"] + (f" ({metric['unit']})" if metric["unit"] and metric["unit"] != "bits/byte" else "")
 
 
-def _is_share(comparison: Comparison) -> bool:
+def is_share(comparison: Comparison) -> bool:
     return comparison.sample["metric"]["unit"] == ""
 
 
@@ -66,7 +66,7 @@ def draw_ranking(axes: Axes, comparison: Comparison) -> None:
                   markeredgewidth=0.8)  # fmt: skip
         middle = statistics.median(values)
         axes.plot([middle, middle], [row - 0.3, row + 0.3], color=setting.colour, linewidth=2.4)
-        text = f"{middle:.3f}" if _is_share(comparison) else f"{middle:.2f}"
+        text = f"{middle:.3f}" if is_share(comparison) else f"{middle:.2f}"
         axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(shown)), [setting.label for setting in reversed(shown)])
     axes.set_ylim(-0.6, len(shown) - 0.1)
@@ -74,7 +74,7 @@ def draw_ranking(axes: Axes, comparison: Comparison) -> None:
     axes.tick_params(axis="y", length=0)
     axes.annotate("median", (1.01, 1.0), xycoords="axes fraction", va="top", fontsize=8, color=QUIET)
     axes.set_xlabel(f"{metric_label(comparison)} on test")
-    if _is_share(comparison):
+    if is_share(comparison):
         axes.set_xlim(-0.02, 1.03)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _mark_chance(axes, comparison, vertical=True)
@@ -115,7 +115,7 @@ def draw_training(panels: Sequence[Axes], comparison: Comparison) -> None:
         axes.set_title(setting.label, color=setting.colour, fontsize=10)
         axes.set_xlabel("Training step")
         axes.set_xlim(left=0)
-        if _is_share(comparison):
+        if is_share(comparison):
             axes.set_ylim(-0.03, 1.05)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             _mark_chance(axes, comparison, vertical=False, label=False)
@@ -162,6 +162,9 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
     _powers_of_two(axes, lambda value: f"{value:,.0f}")
     axes.set_xlabel(f"{first['x_label']} ({first['x_unit']}, logarithmic)")
     axes.set_ylabel(metric_label(comparison))
+    if is_share(comparison):
+        axes.set_ylim(-0.02, 1.04)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _mark_chance(axes, comparison, vertical=False)
     label_ends(axes, ends)
     trained_to = first.get("trained_to")
@@ -205,7 +208,8 @@ def label_ends(
     low, high = axes.get_ylim()
     gap = _line_height(axes, points)
     for (label, colour, end), y in zip(ends, spread([end[1] for *_, end in ends], gap, low, high), strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": shrink}
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": shrink,
+                  "relpos": (0, 0.5)}  # fmt: skip
         axes.annotate(label, end, xytext=(x, y), textcoords=("axes fraction", "data"), color=colour,
                       fontsize=fontsize, va="center", annotation_clip=False, arrowprops=leader)  # fmt: skip
 
@@ -230,7 +234,7 @@ def draw_cost(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlabel(f"State after {length:,} tokens (bytes, logarithmic)")
     axes.set_ylabel(f"{metric_label(comparison)} on test")
     axes.margins(y=0.15)
-    if _is_share(comparison):
+    if is_share(comparison):
         axes.set_ylim(-0.08, 1.1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _mark_chance(axes, comparison, vertical=False)

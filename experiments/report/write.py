@@ -6,7 +6,7 @@ import csv
 import io
 from pathlib import Path
 
-from experiments.report import figures
+from experiments.report import figures, maps
 from experiments.report.checks import comparable_runs
 from experiments.report.comparison import Comparison, compare
 from experiments.report.page import write_page
@@ -20,6 +20,9 @@ PLOT_FORMATS = ("png", "svg")
 
 OVERVIEW_ACROSS = 4
 """Comparisons in a row of the overview."""
+
+MAPS_ACROSS = 5
+"""Models in a row of maps."""
 
 
 def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
@@ -68,6 +71,8 @@ def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
         with figure(paths("position", "the metric along the position"), size=(7.2, 4.2)) as (_, (axes,)):
             figures.draw_curve(axes, comparison)
             axes.set_title(title)
+    if mapped := maps.maps(comparison):
+        _draw_maps(paths("depth", "the metric by depth in the text and by its length"), comparison, len(mapped))
     ranking = paths("ranking", "each model's seeds, median and range")
     with figure(ranking, size=(7.2, 1.6 + 0.42 * rows)) as (_, (axes,)):
         figures.draw_ranking(axes, comparison)
@@ -85,6 +90,18 @@ def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
         figures.draw_cost(axes, comparison)
         axes.set_title(title)
     return drawn
+
+
+def _draw_maps(paths: list[Path], comparison: Comparison, count: int) -> None:
+    """A row of maps, or several."""
+    down = -(-count // MAPS_ACROSS)
+    across = -(-count // down)
+    size = (2.0 * across + 1.6, 1.9 * down + 0.9)
+    with figure(paths, across, down, size, sharex=True, sharey=True) as (drawing, panels):
+        for panel in panels[count:]:
+            panel.remove()
+        maps.draw_maps(drawing, panels[:count], comparison)
+        drawing.suptitle(comparison.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
 def draw_overview(comparisons: list[Comparison], target: Path) -> None:

@@ -1,0 +1,151 @@
+"""Maps of the metric over the depth and the length of a text: a panel per model, the needle test's usual picture.
+
+Kamradt 2023, "Needle In A Haystack - Pressure Testing LLMs". They are drawn for runs of a task whose answers have a
+depth, tested at several lengths.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from experiments.report.comparison import Comparison, Setting
+from experiments.report.figures import is_share, metric_label
+from experiments.runs.recorded import RecordedRun
+from experiments.tasks.groups import DEPTH
+from experiments.util.plot_style import INK
+
+COLOUR_MAP = "viridis"
+"""Even in lightness, so that it can be read without colours and by the colour-blind."""
+
+EMPTY = "#DDDDDD"
+"""Of a cell in which nothing was asked."""
+
+NAMED_LENGTHS = 4
+"""Lengths that a panel's axis names, at most; each has its tick."""
+
+
+@dataclass
+class Map:
+    """The metric of one setting.
+
+    Attributes:
+        lengths: of the texts, increasing: the L columns.
+        edges: of the D bins of depth: 0 is the beginning of a text, 1 its end.
+        values: ``[D, L]``, the mean over all answers of all finished seeds; NaN where nothing was asked.
+    """
+
+    setting: Setting
+    lengths: list[int]
+    edges: list[float]
+    values: np.ndarray
+
+
+def maps(comparison: Comparison) -> list[Map]:
+    """The maps of the settings that were tested at the lengths, and in the bins, of the first that has a map."""
+    found = [_map(setting) for setting in comparison.shown]
+    there = [each for each in found if each is not None]
+    return [each for each in there if (each.lengths, each.edges) == (there[0].lengths, there[0].edges)]
+
+
+def _map(setting: Setting) -> Map | None:
+    """The map of a setting, from its seeds that have one over the same cells; ``None`` where none has."""
+    seeds = [columns for columns in map(_columns, setting.finished) if len(columns) > 1]
+    if not seeds:
+        return None
+    lengths, edges = sorted(seeds[0]), next(iter(seeds[0].values()))["edges"]
+    seeds = [columns for columns in seeds if sorted(columns) == lengths]
+    if any(column["edges"] != edges for columns in seeds for column in columns.values()):
+        return None
+    total = np.zeros((len(edges) - 1, len(lengths)))
+    count = np.zeros_like(total)
+    for columns in seeds:
+        for place, length in enumerate(lengths):
+            answers = np.array(columns[length]["count"], dtype=float)
+            values = np.array(columns[length]["value"], dtype=float)  # ``None`` becomes NaN.
+            total[:, place] += np.where(answers > 0, values * answers, 0.0)
+            count[:, place] += answers
+    return Map(setting, lengths, edges, np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))
+
+
+def _columns(run: RecordedRun) -> dict[int, dict[str, Any]]:
+    """The metric by depth at each length, over the test splits that differ from the run's task in length alone."""
+    tests = run.record["results"].get("tests", {}).values()
+    alike = [test for test in tests if not {*test.get("options", {})} - {"length"}]
+    return {test["length"]: test["by"][DEPTH] for test in alike if DEPTH in test.get("by", {})}
+
+
+def draw_maps(drawing: Figure, panels: Sequence[Axes], comparison: Comparison) -> None:
+    """A panel per setting, best first, and the colour bar that they share, on which chance is marked.
+
+    A text begins at the top of a panel. Columns are the tested lengths, each as wide as its ratio to its neighbours on
+    a logarithmic axis; those right of the dashed line are longer than any training sequence.
+    """
+    drawn = maps(comparison)
+    low, high = (0.0, 1.0) if is_share(comparison) else _range(drawn)
+    trained_to = (comparison.sample["results"].get("curve") or {}).get("trained_to", 0)
+    meshes = []
+    for axes, each in zip(panels, drawn, strict=True):
+        sides = column_edges(each.lengths)
+        axes.set_facecolor(EMPTY)
+        meshes.append(axes.pcolormesh(sides, each.edges, each.values, cmap=COLOUR_MAP, vmin=low, vmax=high))
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(sides[0], sides[-1])
+        axes.set_ylim(each.edges[-1], each.edges[0])
+        axes.set_xticks([], minor=True)
+        axes.set_xticks(each.lengths, _tick_labels(each.lengths))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(visible=False)
+        axes.set_title(each.setting.label, color=each.setting.colour, fontsize=10)
+        if each.lengths[0] <= trained_to < each.lengths[-1]:
+            place = sides[bisect.bisect_right(each.lengths, trained_to)]
+            axes.axvline(place, color="white", linewidth=2.0)
+            axes.axvline(place, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
+    drawing.supylabel("Depth in the text", fontsize=10)
+    drawing.supxlabel("Length of the text (tokens, logarithmic); right of the dashed line, longer than in training",
+                      fontsize=10)  # fmt: skip
+    _draw_colour_bar(drawing, panels, meshes[0], comparison)
+
+
+def _draw_colour_bar(drawing: Figure, panels: Sequence[Axes], mesh: QuadMesh, comparison: Comparison) -> None:
+    bar = drawing.colorbar(mesh, ax=list(panels), pad=0.015, fraction=0.04, aspect=24)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    label, chance = metric_label(comparison), comparison.sample["metric"]["chance"]
+    if mesh.norm.vmin < chance < mesh.norm.vmax:
+        bar.ax.axhline(chance, color="white", linewidth=1.6)
+        label += " (stroke: chance)"
+    bar.set_label(label)
+    if is_share(comparison):
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def column_edges(lengths: Sequence[float]) -> list[float]:
+    """The sides of columns around increasing lengths, in the middle between neighbours on a logarithmic axis."""
+    between = [math.sqrt(one * other) for one, other in itertools.pairwise(lengths)]
+    return [lengths[0] ** 2 / between[0], *between, lengths[-1] ** 2 / between[-1]]
+
+
+def _range(drawn: Sequence[Map]) -> tuple[float, float]:
+    values = np.concatenate([each.values[np.isfinite(each.values)] for each in drawn])
+    return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+
+
+def _tick_labels(lengths: Sequence[int]) -> list[str]:
+    """The longest is named, and of the others every second, third, ..., so that names have room."""
+    every = math.ceil(len(lengths) / NAMED_LENGTHS)
+    last = len(lengths) - 1
+    return [_short(length) if (last - place) % every == 0 else "" for place, length in enumerate(lengths)]
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else f"{length:,}"
