@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from experiments.util.interrupts import INTERRUPTED
 
-MODELS = "attention,sliding_window,linear_attention,mamba2,gated_delta_net,hybrid"
+MODELS = "attention,hybrid,sliding_window,linear_attention,mamba2,gated_delta_net"
 COMMANDS = (
     f"-m experiments.run --multirun experiment=demo_recall model={MODELS} seed=0,1,2 launcher=joblib",
     f"-m experiments.run --multirun experiment=demo_needle model={MODELS} seed=0,1 launcher=joblib",

@@ -20,6 +20,9 @@ from seqarch.layers import FAMILIES
 LABEL_WIDTH = 0.22
 """Names closer than this share of the axis may cover one another."""
 
+FEW_POINTS = 12
+"""Up to so many points of a curve have a dot each: what was measured, between which the line is drawn."""
+
 
 def strokes(comparison: Comparison) -> dict[str, int]:
     """A number by label, distinct among the settings of a colour: of its dash and, beyond those, its marker.
@@ -94,8 +97,11 @@ def _mark_chance(axes: Axes, comparison: Comparison, vertical: bool, label: bool
                       xytext=(4 if on_left else -4, 0), textcoords="offset points", va="top",
                       ha="left" if on_left else "right")  # fmt: skip
     else:
+        # On the side on which no model should be, where there is room for it.
+        is_below = metric["higher_is_better"] and metric["chance"] - axes.get_ylim()[0] > _line_height(axes)
         axes.annotate(text, (0.99, metric["chance"]), xycoords=("axes fraction", "data"), fontsize=8, color=QUIET,
-                      xytext=(0, 3), textcoords="offset points", ha="right", va="bottom",
+                      xytext=(0, -3 if is_below else 3), textcoords="offset points", ha="right",
+                      va="top" if is_below else "bottom",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
 
 
@@ -156,6 +162,8 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
             for curve in own:
                 axes.plot(x, curve["y"], color=setting.colour, alpha=0.35, linewidth=0.8)
         axes.plot(x, middle, color=setting.colour, **line_style(numbers[setting.label]))
+        if len(x) <= FEW_POINTS:
+            axes.plot(x, middle, "o", color=setting.colour, markersize=3.5, clip_on=False)
         ends.append((setting.label, setting.colour, (x[-1], float(middle[-1]))))
     axes.set_xscale("log", base=2)
     axes.set_xlim(first["x"][0], first["x_end"])
@@ -169,7 +177,8 @@ def draw_curve(axes: Axes, comparison: Comparison) -> None:
     label_ends(axes, ends)
     trained_to = first.get("trained_to")
     if trained_to and trained_to < first["x"][-1]:
-        mark_length(axes, trained_to, side="left" if trained_to > first["x"][0] else "right")
+        share = math.log(trained_to / first["x"][0]) / math.log(first["x_end"] / first["x"][0])
+        mark_length(axes, trained_to, side="left" if share > LABEL_WIDTH else "right")
 
 
 def mark_length(axes: Axes, length: float, side: str = "left") -> None:

@@ -52,14 +52,19 @@ class Map:
 
 
 def maps(comparison: Comparison) -> list[Map]:
-    """The maps of the settings that were tested at the lengths, and in the bins, of the first that has a map."""
+    """The maps of the settings that were tested at the lengths, and in the bins, of the first that has a map.
+
+    Ordered by the mean over all cells, the best first.
+    """
     found = [_map(setting) for setting in comparison.shown]
     there = [each for each in found if each is not None]
-    return [each for each in there if (each.lengths, each.edges) == (there[0].lengths, there[0].edges)]
+    alike = [each for each in there if (each.lengths, each.edges) == (there[0].lengths, there[0].edges)]
+    sign = -1 if comparison.sample["metric"]["higher_is_better"] else 1
+    return sorted(alike, key=lambda each: sign * float(np.nanmean(each.values)))
 
 
 def _map(setting: Setting) -> Map | None:
-    """The map of a setting, from its seeds that have one over the same cells; ``None`` where none has."""
+    """The map of a setting, from its seeds that have one over the same cells; ``None`` where none has answers."""
     seeds = [columns for columns in map(_columns, setting.finished) if len(columns) > 1]
     if not seeds:
         return None
@@ -75,6 +80,8 @@ def _map(setting: Setting) -> Map | None:
             values = np.array(columns[length]["value"], dtype=float)  # ``None`` becomes NaN.
             total[:, place] += np.where(answers > 0, values * answers, 0.0)
             count[:, place] += answers
+    if not count.any():
+        return None
     return Map(setting, lengths, edges, np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))
 
 
@@ -86,10 +93,11 @@ def _columns(run: RecordedRun) -> dict[int, dict[str, Any]]:
 
 
 def draw_maps(drawing: Figure, panels: Sequence[Axes], comparison: Comparison) -> None:
-    """A panel per setting, best first, and the colour bar that they share, on which chance is marked.
+    """A panel per setting and the colour bar that they share, on which chance is marked.
 
     A text begins at the top of a panel. Columns are the tested lengths, each as wide as its ratio to its neighbours on
-    a logarithmic axis; those right of the dashed line are longer than any training sequence.
+    a logarithmic axis; those right of the dashed line are longer than any training sequence. A cell in which nothing
+    was asked is grey.
     """
     drawn = maps(comparison)
     low, high = (0.0, 1.0) if is_share(comparison) else _range(drawn)
@@ -123,7 +131,7 @@ def _draw_colour_bar(drawing: Figure, panels: Sequence[Axes], mesh: QuadMesh, co
     label, chance = metric_label(comparison), comparison.sample["metric"]["chance"]
     if mesh.norm.vmin < chance < mesh.norm.vmax:
         bar.ax.axhline(chance, color="white", linewidth=1.6)
-        label += " (stroke: chance)"
+        label += " (white line: chance)"
     bar.set_label(label)
     if is_share(comparison):
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

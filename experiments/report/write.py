@@ -72,7 +72,11 @@ def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
             figures.draw_curve(axes, comparison)
             axes.set_title(title)
     if mapped := maps.maps(comparison):
-        _draw_maps(paths("depth", "the metric by depth in the text and by its length"), comparison, len(mapped))
+        _draw_maps(
+            paths("depth", "the metric by depth in the text and by its length, grey where nothing was asked"),
+            comparison,
+            len(mapped),
+        )
     ranking = paths("ranking", "each model's seeds, median and range")
     with figure(ranking, size=(7.2, 1.6 + 0.42 * rows)) as (_, (axes,)):
         figures.draw_ranking(axes, comparison)
@@ -109,7 +113,7 @@ def draw_overview(comparisons: list[Comparison], target: Path) -> None:
     paths = [target / f"overview.{ending}" for ending in PLOT_FORMATS]
     across = min(len(comparisons), OVERVIEW_ACROSS)
     down = -(-len(comparisons) // across)
-    with figure(paths, across, down, size=(6.0 * across, 3.9 * down)) as (_, panels):
+    with figure(paths, across, down, size=(5.4 * across, 3.9 * down)) as (_, panels):
         for panel in panels[len(comparisons) :]:
             panel.remove()
         for axes, comparison in zip(panels, comparisons, strict=False):

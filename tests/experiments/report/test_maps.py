@@ -77,6 +77,15 @@ def test_maps_are_drawn_with_one_scale_and_the_training_length(tmp_path, trained
     plt.close(drawing)
 
 
+def test_the_best_map_comes_first(tmp_path):
+    """By the mean over its cells, whatever the result on the first test."""
+    for model, level in (("mamba2", 0.3), ("attention", 0.9), ("gla", 0.5)):
+        tests = {f"test_{n}": depth_test(n, [level] * 3 + [None], [1, 1, 1, 0]) for n in (64, 128)}
+        record_tests(tmp_path, model, 0, tests)
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
+    assert [each.setting.label for each in maps(comparison)] == ["attention", "gla", "mamba2"]
+
+
 def test_columns_meet_in_the_middle_on_a_logarithmic_axis():
     np.testing.assert_allclose(column_edges([64, 256, 4096]), [32, 128, 1024, 16384])
 
