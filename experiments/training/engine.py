@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from experiments.config.schema import TrainConfig
@@ -33,7 +32,6 @@ from experiments.util.errors import RunnerError
 from seqarch.layers import detach_state
 from seqarch.layers.channel.router import Router
 from seqarch.models import LanguageModel
-from seqarch.ops.dispatch.checks import accumulation_dtype
 
 
 class Engine:
@@ -81,7 +79,7 @@ class Engine:
         for layer in model.stack.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        for method in ("loss", "loss_and_state"):
+        for method in ("loss", "loss_and_state", "score_targets"):
             register_fsdp_forward_method(model, method)
 
     def gradients(self, model: LanguageModel, batch: Batch, micro_batch: int | None = None) -> Tensor:
@@ -145,7 +143,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate_batch(self, model: LanguageModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """The loss of each target of a batch and whether it was the likeliest token, both ``[B, T]``.
+        """The loss of each target of a batch and whether it was the likeliest token, both ``[B, T]``; 0 where none is.
 
         Each process does some of the rows; where they do not come out even, some rows are done twice.
         """
@@ -153,10 +151,8 @@ class Engine:
         rows = np.arange(processes.rank(), -(-total // parts) * parts, parts) % total
         tokens, targets, token_mask = to_device(batch.rows(rows), self.device)
         with autocast(self.device, self.config.precision):
-            logits = model(tokens, token_mask=token_mask)[0]
-        logits = logits.to(accumulation_dtype(logits))
-        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        own = losses.cpu().numpy(), (logits.argmax(-1) == targets).cpu().numpy()
+            losses, hits = model.score_targets(tokens, targets, token_mask=token_mask, ignore_index=IGNORED)
+        own = losses.cpu().numpy(), hits.cpu().numpy()
         dealt = [np.stack(arrays, axis=1) for arrays in zip(*processes.gather(own), strict=True)]
         loss, hits = (array.reshape(-1, array.shape[-1])[:total] for array in dealt)
         return loss, hits
@@ -174,8 +170,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    tokens, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch[:2])
-    return tokens, targets, None if batch.token_mask is None else torch.from_numpy(batch.token_mask).to(device)
+    """Tokens and mask on the device; the targets stay, as the model brings over those that count."""
+    tokens, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in batch[:2])
+    mask = None if batch.token_mask is None else torch.from_numpy(batch.token_mask).to(device)
+    return tokens.to(device), targets, mask
 
 
 def choose_device(name: str) -> torch.device:

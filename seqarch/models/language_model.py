@@ -16,7 +16,10 @@ from seqarch.models.generation import generate
 from seqarch.models.loss import head_cross_entropy, serves
 from seqarch.models.stack import Stack, StackConfig, StackState
 from seqarch.ops.dispatch.checks import accumulation_dtype, entries_within, fits, show, unknown_name
-from seqarch.ops.dispatch.eager import is_plain
+from seqarch.ops.dispatch.eager import is_plain, knows_values
+
+LARGEST_SHARE = 0.75
+"""Of the targets: where more of them count, bringing theirs together is not worth its copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +97,19 @@ class LanguageModel(nn.Module):
         state: StackState | None = None,
         cu_seqlens: CuSeqlens = None,
         token_mask: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
         """The normalised outputs of the stack, ``[B, T, D]``, which the head reads, and the state.
 
         Args:
             token_mask: bool ``[B, T]``, false where a token is padding, as :class:`seqarch.models.Stack` takes it.
+            places: int64 ``[M]``, the tokens whose outputs are wanted, by their places among all ``B T``: the outputs
+                are then ``[1, M, D]``, as :class:`seqarch.models.Stack` gives them.
 
         Raises:
             ValueError: the tokens are not int32 or int64 ``[B, T]``, or (on a CPU) one is not in the vocabulary.
         """
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            tensor = isinstance(tokens, Tensor)
-            given = f"{tokens.dtype} of shape {list(tokens.shape)}" if tensor else type(tokens).__name__
-            raise ValueError(f"tokens must be int32 or int64 [B, T], got {given}")
+        self._check_tokens(tokens)
         try:
             embedded = self.embedding(tokens)
         except IndexError:  # a check of every token in advance would cost one-token decoding 3 %
@@ -114,8 +117,16 @@ class LanguageModel(nn.Module):
             raise
         if self.config.embedding_scale != 1:
             embedded = embedded * self.config.embedding_scale
-        x, after = self.stack(embedded, state, cu_seqlens, token_mask)
+        asked = {} if places is None else {"places": places}
+        x, after = self.stack(embedded, state, cu_seqlens, token_mask, **asked)
         return self.norm(x), after
+
+    @staticmethod
+    def _check_tokens(tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+            tensor = isinstance(tokens, Tensor)
+            given = f"{tokens.dtype} of shape {list(tokens.shape)}" if tensor else type(tokens).__name__
+            raise ValueError(f"tokens must be int32 or int64 [B, T], got {given}")
 
     def logits(self, features: Tensor) -> Tensor:
         """The head on what :meth:`features` returns, or on some of its tokens: ``[..., vocab_size]``."""
@@ -139,7 +150,12 @@ class LanguageModel(nn.Module):
         logits are held once and not four times, and one backward pass can be made, for first derivatives. Everywhere
         else, and under autocast, a compiler, ``torch.func``, a ``logit_cap``, hooks or another head, torch computes it.
 
+        Where at most three of four targets count, head and last channel mixer do no work for the others. That needs to
+        know which count: for targets on a CPU. A GPU would have to be waited for, so that targets there are all gone
+        through; targets that are still on the host may be given as they are, and those that count are brought over.
+
         Args:
+            targets: int64 ``[B, T]``, on the device of the tokens or on a CPU.
             token_mask: bool ``[B, T]``, false where a token is padding, which routers then do not count. Not the same
                 as an ignored target: a question's tokens are read, and routed, though nobody asks what comes next.
             ignore_index: the target of a token that does not count in this loss.
@@ -183,8 +199,52 @@ class LanguageModel(nn.Module):
             raise unknown_name("reduction", reduction, ("mean", "sum"))
         if not fits(ignore_index, (int,)):
             raise ValueError(f"language model: ignore_index is {show(ignore_index)}, expected an int")
-        features, after = self.features(tokens, state, cu_seqlens, token_mask)
+        self._check_tokens(tokens)
+        expected, places = self._expected(tokens, targets, ignore_index)
+        features, after = self.features(tokens, state, cu_seqlens, token_mask, places)
         features = features.flatten(0, 1)
+        expected = expected.to(features.device, non_blocking=True)
+        counted = expected != ignore_index
+        if self._head_is_plain() and serves(features, self.head.weight):
+            total = head_cross_entropy(features, self.head.weight, expected.where(counted, 0), counted)
+        else:
+            logits = self.logits(features)
+            logits = logits.to(accumulation_dtype(logits))
+            total = F.cross_entropy(logits, expected, ignore_index=ignore_index, reduction="sum")
+        return total if reduction == "sum" else total / counted.sum(), after
+
+    @torch.no_grad()
+    def score_targets(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: StackState | None = None,
+        cu_seqlens: CuSeqlens = None,
+        *,
+        token_mask: Tensor | None = None,
+        ignore_index: int = -100,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each target, in float32 at least, and whether it was the likeliest token; both ``[B, T]``.
+
+        They are 0 and false where a target does not count, for which head and last channel mixer do no work where
+        :meth:`loss` does none. No gradients are recorded. Arguments and errors are those of :meth:`loss`.
+        """
+        self._check_tokens(tokens)
+        expected, places = self._expected(tokens, targets, ignore_index)
+        logits = self.logits(self.features(tokens, state, cu_seqlens, token_mask, places)[0].flatten(0, 1))
+        logits, expected = logits.to(accumulation_dtype(logits)), expected.to(logits.device, non_blocking=True)
+        losses = F.cross_entropy(logits, expected, ignore_index=ignore_index, reduction="none")
+        hits = logits.argmax(-1) == expected
+        if places is None:
+            return losses.view(tokens.shape), hits.view(tokens.shape)
+        all_losses, all_hits = losses.new_zeros(tokens.numel()), hits.new_zeros(tokens.numel())
+        return (
+            all_losses.index_copy(0, places, losses).view(tokens.shape),
+            all_hits.index_copy(0, places, hits).view(tokens.shape),
+        )
+
+    def _expected(self, tokens: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+        """All targets ``[B T]`` and ``None``, or those that count ``[M]`` and their places, on the tokens' device."""
         if not isinstance(targets, Tensor) or targets.shape != tokens.shape or targets.dtype != torch.int64:
             given = f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(
@@ -192,15 +252,13 @@ class LanguageModel(nn.Module):
             )
         expected = targets.flatten()
         counted = expected != ignore_index
-        words = expected.where(counted, 0)
-        entries_within("language model", "targets", words, 0, self.config.vocab_size - 1)
-        if self._head_is_plain() and serves(features, self.head.weight):
-            total = head_cross_entropy(features, self.head.weight, words, counted)
-        else:
-            logits = self.logits(features)
-            logits = logits.to(accumulation_dtype(logits))
-            total = F.cross_entropy(logits, expected, ignore_index=ignore_index, reduction="sum")
-        return total if reduction == "sum" else total / counted.sum(), after
+        entries_within("language model", "targets", expected.where(counted, 0), 0, self.config.vocab_size - 1)
+        if not knows_values(expected):
+            return expected, None
+        places = counted.nonzero()[:, 0]
+        if not 0 < len(places) <= LARGEST_SHARE * len(expected):
+            return expected, None
+        return expected[places], places.to(tokens.device, non_blocking=True)
 
     def _head_is_plain(self) -> bool:
         """Whether the logits are the product of features and the head's weights, and nobody changed or watches it."""

@@ -15,6 +15,7 @@ from seqarch.layers.modules.norms import RMSNorm
 from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import LayerPattern, tile_pattern
 from seqarch.ops.dispatch.checks import show, unknown_name
+from seqarch.ops.dispatch.eager import is_plain
 from seqarch.ops.native.token import Program, Unserved, Value
 
 StackState = tuple[tuple[State, ...], ...]
@@ -94,8 +95,18 @@ class StackLayer(nn.Module):
             self.channel = build_channel_mixer(channel, d_model=width, **config.channels.get(channel, {}))
 
     def forward(
-        self, x: Tensor, states: Sequence[State], cu_seqlens: CuSeqlens, token_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        states: Sequence[State],
+        cu_seqlens: CuSeqlens,
+        token_mask: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, tuple[State, ...]]:
+        """The outputs ``[B, T, D]``, or ``[1, M, D]`` of the tokens at ``places``, and the mixers' states after them.
+
+        Args:
+            places: int64 ``[M]``, tokens by their places among all ``B T``, where :meth:`narrows` says so.
+        """
         normed = self.norm(x)
         results = [mixer(normed, state, cu_seqlens) for mixer, state in zip(self.mixers, states, strict=True)]
         if self.branch_weights is None:
@@ -103,9 +114,19 @@ class StackLayer(nn.Module):
         else:
             for (y, _), weight in zip(results, self.branch_weights.unbind(0), strict=True):
                 x = x + weight.to(y.dtype) * self.branch_norm(y)
+        if places is not None:
+            x, token_mask = _at(places, x), None
         if self.channel is not None and self.channel_norm is not None:
             x = x + self.channel(self.channel_norm(x), token_mask)
         return x, tuple(state for _, state in results)
+
+    def narrows(self) -> bool:
+        """Whether the channel mixer need not see tokens that nobody asks for, and nobody watches what it sees.
+
+        One that counts tokens, as a router does, needs to see all.
+        """
+        after = [each for part in (self.channel_norm, self.channel) if part is not None for each in part.modules()]
+        return not getattr(self.channel, "takes_mask", False) and all(is_plain(module) for module in (self, *after))
 
     def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
         if self.branch_weights is not None:
@@ -124,14 +145,24 @@ def in_turn(
     state: StackState | None,
     cu_seqlens: CuSeqlens,
     token_mask: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, StackState]:
-    """The outputs ``[B, T, D]`` of layers one after another, and the state after them."""
+    """The outputs ``[B, T, D]`` of layers one after another, or ``[1, M, D]`` at some places; the state after them."""
     after = []
+    narrow = places is not None and bool(layers) and layers[-1].narrows()
     for i, layer in enumerate(layers):
         before = (None,) * len(layer.mixers) if state is None else state[i]
-        x, carried = layer(x, before, cu_seqlens, token_mask)
+        if narrow and i == len(layers) - 1:
+            x, carried = layer(x, before, cu_seqlens, token_mask, places)
+        else:
+            x, carried = layer(x, before, cu_seqlens, token_mask)
         after.append(carried)
-    return x, tuple(after)
+    return x if places is None or narrow else _at(places, x), tuple(after)
+
+
+def _at(places: Tensor, x: Tensor) -> Tensor:
+    """``[1, M, ...]``: what ``x [B, T, ...]`` holds at these of its ``B T`` places."""
+    return x.flatten(0, 1).index_select(0, places).unsqueeze(0)
 
 
 def _check_state(state: StackState, layers: Sequence[StackLayer]) -> None:
@@ -159,6 +190,9 @@ class Stack(nn.Module):
     ``token_mask [B, T]`` is false where a token is padding, which routers then do not count. It hides no token from
     mixers: padding belongs after the tokens of its row, and the state after it has read it. Packed rows need neither.
 
+    Where only some tokens' outputs are wanted, ``places``, int64 ``[M]``, names them by their places among all ``B T``:
+    the output is ``[1, M, D]``, the same numbers, and the last channel mixer does no work for the others.
+
     Each mixer and channel mixer initialises itself; the stack overwrites nothing. The output is not normalised.
     """
 
@@ -177,6 +211,7 @@ class Stack(nn.Module):
         state: StackState | None = None,
         cu_seqlens: CuSeqlens = None,
         token_mask: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
         check_features("stack", x, self.config.d_model)
         layers = self._layers()
@@ -185,10 +220,13 @@ class Stack(nn.Module):
         if token_mask is not None:
             check_mask("stack", token_mask, x)
         # a decoded token takes fewer calls in a compiled program; any other schedule sees every call
-        plain = self.schedule is in_turn and cu_seqlens is None and token_mask is None
+        plain = self.schedule is in_turn and cu_seqlens is None and token_mask is None and places is None
         if plain and self.token_programs.serves(x):
             return self.token_programs(layers, x, state)
-        return self.schedule(layers, x, state, cu_seqlens, token_mask)
+        if self.schedule is in_turn:
+            return in_turn(layers, x, state, cu_seqlens, token_mask, places)
+        x, after = self.schedule(layers, x, state, cu_seqlens, token_mask)
+        return x if places is None else _at(places, x), after
 
     def _layers(self) -> list[StackLayer]:
         return [layer for layer in self.layers if isinstance(layer, StackLayer)]

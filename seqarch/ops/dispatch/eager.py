@@ -52,6 +52,17 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(proxy) is not None  # type: ignore[attr-defined]
 
 
+def knows_values(x: Tensor) -> bool:
+    """Whether shapes may depend on the values of ``x``: on a CPU, where nothing is written down or transformed."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not is_traced()
+        and active_transform() is None
+        and not is_batched(x)
+    )
+
+
 def has_dispatch_mode() -> bool:
     """Whether a mode sees each of torch's calls, such as a FLOP counter."""
     return bool(torch._C._len_torch_dispatch_stack())  # type: ignore[attr-defined]

@@ -100,10 +100,15 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         a, b = ctx.saved_tensors
         of_a, of_b = ctx.needs_input_grad
-        return (
-            product(gradient, b.t()) if of_a else None,
-            product(gradient.t(), a.t()) if of_b else None,
-        )
+        return product(gradient, b.t()) if of_a else None, _of_weight(gradient, a) if of_b else None
+
+
+def _of_weight(gradient: Tensor, a: Tensor) -> Tensor:
+    """``gradient^T a``: oneDNN copies the left factor of a product where it is transposed, so the narrower is on the
+    left."""
+    if gradient.shape[1] > a.shape[1]:
+        return product(a.t(), gradient.t()).t().contiguous()
+    return product(gradient.t(), a.t())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
