@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 7
+#define SEQARCH_INTERFACE 8
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -74,6 +74,80 @@ typedef struct {
 
 SEQARCH_API int32_t seqarch_linear(const seqarch_linear_arguments* arguments, int32_t num_threads);
 
+/* RMS norm of rows of W = width numbers, with a gate or without, in SEQARCH_FLOAT32 or SEQARCH_FLOAT64:
+ *
+ *   y = factor norm(x f(z)) weight   if gate_first, else   y = factor norm(x) weight f(z),
+ *   norm(u) = u scale,   scale = 1 / sqrt(mean(u^2) + eps).
+ *
+ *   x, z             [batch, length, heads, W]; z may be NULL: no gate
+ *   activation       f: SEQARCH_SILU or SEQARCH_SIGMOID, SEQARCH_IDENTITY without a gate
+ *   weight           [weights, W], of head h that of h % weights; may be NULL: 1
+ *   y, scale         [batch, length, heads, W] and [batch, length, heads], contiguous
+ */
+typedef struct {
+    int32_t dtype, activation, gate_first;
+    seqarch_heads x, z;
+    const void* weight;
+    double eps, factor;
+    int64_t batch, length, heads, width, weights;
+} seqarch_rms_norm_inputs;
+
+typedef struct {
+    void *y, *scale;
+} seqarch_rms_norm_outputs;
+
+SEQARCH_API int32_t seqarch_rms_norm_forward(const seqarch_rms_norm_inputs* inputs,
+                                             const seqarch_rms_norm_outputs* outputs, int32_t num_threads);
+
+/* Its gradients, from scale and dy (like y, with strides of its own), contiguous: dx and dz like x, dweight [weights, W].
+ * dz and dweight are NULL where z and weight are. */
+typedef struct {
+    seqarch_heads dy;
+    const void* scale;
+    void *dx, *dz, *dweight;
+} seqarch_rms_norm_gradients;
+
+SEQARCH_API int32_t seqarch_rms_norm_backward(const seqarch_rms_norm_inputs* inputs,
+                                              const seqarch_rms_norm_gradients* gradients, int32_t num_threads);
+
+/* The product of a gated linear unit, y = a sigmoid(a) b, of rows of which a is the first half and b the second: x
+ * [rows, 2 width], y [rows, width], in SEQARCH_FLOAT32 or SEQARCH_FLOAT64. */
+typedef struct {
+    int32_t dtype;
+    const void* x;
+    void* y;
+    int64_t rows, width;
+} seqarch_swiglu_arguments;
+
+SEQARCH_API int32_t seqarch_swiglu_forward(const seqarch_swiglu_arguments* arguments, int32_t num_threads);
+
+/* Its gradient dx, from dy. */
+typedef struct {
+    int32_t dtype;
+    const void *x, *dy;
+    void* dx;
+    int64_t rows, width;
+} seqarch_swiglu_gradients;
+
+SEQARCH_API int32_t seqarch_swiglu_backward(const seqarch_swiglu_gradients* gradients, int32_t num_threads);
+
+/* Rotary positions, in SEQARCH_FLOAT32 or SEQARCH_FLOAT64: of each row of W = width numbers the pairs (i, half + i) turn
+ * by an angle of the token and of i < half <= W / 2, and numbers from 2 half on stay. `back` turns by the opposite
+ * angles, which is the gradient's way.
+ *
+ *   x, y             [batch, length, heads, W], y contiguous
+ *   cosine, sine     [length, half] with table_stride 0, or [batch, length, half] with table_stride `length`
+ */
+typedef struct {
+    int32_t dtype, back;
+    seqarch_heads x;
+    const void *cosine, *sine;
+    void* y;
+    int64_t table_stride, batch, length, heads, width, half;
+} seqarch_rotary_arguments;
+
+SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, int32_t num_threads);
+
 /* One token of each of `rows` sequences through a list of instructions, in their order and in one call: for models whose
  * token costs as many calls as it has operations, each of which is short. Everything is float32.
  *
@@ -91,7 +165,7 @@ SEQARCH_API int32_t seqarch_linear(const seqarch_linear_arguments* arguments, in
  * f is `activation`, which CONVOLVE applies too. States are [rows, ...] without gaps, and replaced; B, C and D are of
  * one group. Values that one instruction reads and writes must not overlap, but for z in LINEAR, which may be y. */
 enum { SEQARCH_NORM = 0, SEQARCH_LINEAR = 1, SEQARCH_CONVOLVE = 2, SEQARCH_POINTWISE = 3, SEQARCH_SCAN = 4 };
-enum { SEQARCH_IDENTITY = 0, SEQARCH_SILU = 1, SEQARCH_EXP = 2 };
+enum { SEQARCH_IDENTITY = 0, SEQARCH_SILU = 1, SEQARCH_EXP = 2, SEQARCH_SIGMOID = 3 };
 
 typedef struct {
     float* data;

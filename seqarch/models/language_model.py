@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from seqarch.layers import Layer
 from seqarch.layers.mixer import MOST_COUNTED, CuSeqlens, first_tensor, linear_flops
 from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
+from seqarch.layers.modules.norms import RMSNorm
 from seqarch.models.generation import generate
 from seqarch.models.loss import head_cross_entropy, serves
 from seqarch.models.stack import Stack, StackConfig, StackState
@@ -64,7 +65,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         self.stack = Stack(config)
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         _tie(self)
         self.register_load_state_dict_post_hook(_tie)

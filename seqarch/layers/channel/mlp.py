@@ -12,6 +12,7 @@ from seqarch.layers.mixer import ChannelMixer, LayerConfig, linear_flops
 from seqarch.layers.modules.linear import Linear
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.experts.activations import ACTIVATIONS
+from seqarch.ops.native import fused
 from seqarch.ops.native.token import Program, Value
 
 
@@ -104,7 +105,10 @@ class SwiGlu(ChannelMixer):
         self.out_proj = Linear(config.hidden_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.in_proj(x).chunk(2, dim=-1)
+        both = self.in_proj(x)
+        if self.config.activation == "silu" and fused.serves(both):
+            return self.out_proj(fused.swiglu(both))
+        gate, value = both.chunk(2, dim=-1)
         return self.out_proj(ACTIVATIONS[self.config.activation](gate) * value)
 
     def one_token(self, program: Program, x: Value, add_to: Value) -> Value:

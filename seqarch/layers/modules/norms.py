@@ -9,15 +9,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.native import fused
 from seqarch.ops.native.token import Program, Value
 
 
 class RMSNorm(nn.RMSNorm):
-    """``nn.RMSNorm`` over the last axis, with instructions for one token."""
+    """``nn.RMSNorm`` over the last axis, on a CPU by a compiled kernel, with instructions for one token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fused.serves(x, self.weight):
+            return fused.rms_norm(x, self.weight, fused.Norm(_eps(self, x)))
+        return super().forward(x)
 
     def one_token(self, program: Program, x: Value) -> Value:
         eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
         return program.norm(x, self.weight, eps)
+
+
+def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
 
 
 class GatedRMSNorm(nn.Module):
@@ -43,10 +53,13 @@ class GatedRMSNorm(nn.Module):
         if width % groups:
             raise ValueError(f"a norm of width {width} cannot be cut into {groups} groups")
         self.gate, self.groups, self.eps = gate, groups, eps
+        self.norm = fused.Norm(eps, activation, gate == "before", groups)
         self.activation = F.silu if activation == "silu" else torch.sigmoid
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        if fused.serves(x, z, self.weight):
+            return fused.rms_norm(x, self.weight, self.norm, z)
         if self.gate == "before":
             x = x * self.activation(z)
         parts = x.unflatten(-1, (self.groups, -1))
@@ -58,6 +71,8 @@ class HeadNorm(nn.RMSNorm):
     """An RMS norm whose weights take the dtype of the input, so that it keeps the projections' dtype under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.serves(x, self.weight):
+            return fused.rms_norm(x, self.weight, fused.Norm(_eps(self, x)))
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -66,5 +81,7 @@ def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
 
     In float32 at least: a norm rounded to bfloat16 may exceed 1 by 0.4%, and with beta near 2 the state then grows.
     """
+    if fused.serves(x):
+        return fused.rms_norm(x, None, fused.Norm(eps / x.shape[-1], factor=x.shape[-1] ** -0.5))
     wide = x.to(accumulation_dtype(x))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.native import fused
 
 
 def rotary_tables(positions: Tensor, width: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -40,10 +41,10 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     Tables of a smaller width turn that many of the first channels.
     """
     wide = accumulation_dtype(x)
-    cos, sin = (table.to(wide) for table in tables)
-    half = cos.shape[-1]
-    first, second, rest = x.to(wide).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+    cos, sin = (table.to(wide).squeeze(-2) for table in tables)
+    if cos.ndim == 3 and fused.serves(x, cos, sin):
+        return fused.rotate(x, cos, sin)
+    return fused.rotate_by_torch(x.to(wide), cos, sin).to(x.dtype)
 
 
 def apply_rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:

@@ -152,7 +152,7 @@ class Operator(Generic[I]):
             return (None,) * len(inputs)
         with without_autocast(device):  # of whoever calls backward within its own
             if torch.is_grad_enabled() or active_transform() is not None:
-                return _by_torch(lambda *values: self.plain(self.kind(*values)), inputs, needed, upstream)
+                return by_torch(lambda *values: self.plain(self.kind(*values)), inputs, needed, upstream)
             missing = any(each is None for each in upstream)
             given = _filled(upstream, ctx.results) if missing else list(upstream)
             found = self.gradient(*inputs, *kept, *given, needed)
@@ -200,10 +200,17 @@ def _filled(upstream: Sequence[Tensor | None], results: Sequence[tuple[Any, ...]
     ]
 
 
-def _by_torch(
+def by_torch(
     plain: Callable[..., Any], values: Sequence[Any], needed: Sequence[bool], upstream: Sequence[Tensor | None]
 ) -> Gradients:
-    """The gradients as functions of inputs and ``upstream`` that autograd and transforms can follow."""
+    """The gradients as functions of inputs and ``upstream`` that autograd and transforms can follow.
+
+    Args:
+        plain: the results by torch's own functions.
+        values: its arguments.
+        needed: for each of them whether its gradient is wanted.
+        upstream: the gradients of the results.
+    """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # views: gradients stop at them, and their own derivatives go on to the inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -16,9 +17,9 @@ if _ADVICE is not None:
     _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def like(tensor: Tensor) -> Tensor:
-    """An unwritten contiguous tensor of this shape and dtype."""
-    return in_huge_pages(tensor.new_empty(tensor.shape))
+def like(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """An unwritten contiguous tensor of this dtype, and of this shape where none is given."""
+    return in_huge_pages(tensor.new_empty(tensor.shape if shape is None else shape))
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
