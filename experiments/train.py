@@ -21,6 +21,7 @@ from experiments.training.loop import Run
 from experiments.training.progress import Heartbeat
 from experiments.training.run_record import EXIT_CODES, follow, record_run
 from experiments.util.errors import RunnerError
+from seqarch.ops.native.huge_pages import keep_freed_memory
 
 
 def main() -> int:
@@ -54,4 +55,5 @@ def attempt(folder: RunFolder, parent: int | None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     processes.end(main())

@@ -1,4 +1,4 @@
-"""Large results in huge pages, where Linux has them for the asking."""
+"""Large results in huge pages, where Linux has them for the asking, and memory that is kept from call to call."""
 
 from __future__ import annotations
 
@@ -33,3 +33,23 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
         end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         _madvise(first, end - first, _ADVICE)
     return tensor
+
+
+KEPT_BYTES = 2**30
+"""Of memory that is free at the end of the heap, what a process keeps for its next allocation."""
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of the GNU C library
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep freed memory for its next allocations; whether its C library can be told to.
+
+    As it is set up, the GNU C library gives the memory of large tensors back to the system when they are freed, and each
+    step of a training run then maps the same pages anew, at a fault each (docs/log.md). A process that keeps them holds
+    at most :data:`KEPT_BYTES` more than it uses. For programs, which own their process; the library does not do it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = {_M_MMAP_THRESHOLD: KEPT_BYTES, _M_TRIM_THRESHOLD: KEPT_BYTES, _M_TOP_PAD: 2**26}
+    return all(mallopt(name, value) == 1 for name, value in settings.items())
