@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqarch.ops.dispatch.autocast import without_autocast
 from seqarch.ops.dispatch.checks import BackendError
-from seqarch.ops.dispatch.eager import active_transform
+from seqarch.ops.dispatch.eager import active_transform, has_dispatch_mode, is_eager
 from seqarch.ops.dispatch.inputs import Inputs
 from seqarch.ops.native.huge_pages import like
 
@@ -117,13 +117,16 @@ class Operator(Generic[I]):
 
             return run
 
+        def run(*values: Any) -> Any:
+            return forward(kind.make(zip(names, values, strict=True)))
+
+        self.forward, self.backward = run, with_upstream(backward)
         self.operator = custom_op(
-            f"seqarch::{name}", lambda *values: forward(kind.make(zip(names, values, strict=True))),
-            mutates_args=(), device_types=devices,
+            f"seqarch::{name}", run, mutates_args=(), device_types=devices,
             schema=f"({arguments}) -> {_tensors(count)}",
         )  # fmt: skip
         self.gradient = custom_op(
-            f"seqarch::{name}_backward", with_upstream(backward), mutates_args=(), device_types=devices,
+            f"seqarch::{name}_backward", self.backward, mutates_args=(), device_types=devices,
             schema=f"({', '.join([arguments, *above])}, bool[] needed) -> {_tensors(len(self.places))}",
         )  # fmt: skip
         self.gradient.register_fake(with_upstream(gradients))
@@ -131,7 +134,8 @@ class Operator(Generic[I]):
         self.operator.register_autograd(self._derive, setup_context=self._save)
 
     def __call__(self, inputs: I) -> Any:
-        return self.operator(*inputs.values())
+        values = inputs.values()
+        return _Unregistered.apply(self, *values) if _is_unwatched(values) else self.operator(*values)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         output = (output,) if isinstance(output, Tensor) else output
@@ -146,7 +150,7 @@ class Operator(Generic[I]):
     def _derive(self, ctx: Any, *upstream: Tensor | None) -> Gradients:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if each is _SAVED else each for each in ctx.inputs]
-        kept, needed, upstream = list(saved), list(ctx.needs_input_grad), upstream[: self.results]
+        kept, needed, upstream = list(saved), list(ctx.needs_input_grad)[-len(inputs) :], upstream[: self.results]
         device = next((each.device for each in upstream if each is not None), None)
         if device is None:
             return (None,) * len(inputs)
@@ -155,13 +159,43 @@ class Operator(Generic[I]):
                 return by_torch(lambda *values: self.plain(self.kind(*values)), inputs, needed, upstream)
             missing = any(each is None for each in upstream)
             given = _filled(upstream, ctx.results) if missing else list(upstream)
-            found = self.gradient(*inputs, *kept, *given, needed)
+            arguments = (*inputs, *kept, *given, needed)
+            found = self.backward(*arguments) if _is_unwatched(arguments) else self.gradient(*arguments)
         gradients: list[Tensor | None] = [None] * len(inputs)
         for place, gradient in zip(self.places, found, strict=True):
             gradients[place] = gradient if needed[place] else None
         return tuple(gradients)
 
 
+class _Unregistered(torch.autograd.Function):
+    """The operator without its registration, whose dispatch takes longer than a short sequence's kernel.
+
+    A compiler, dispatch modes and tensors of other types need to be told of a call; nobody else does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator[Any], *values: Any) -> Any:
+        output = operator.forward(*values)
+        ctx.operator = operator
+        operator._save(ctx, values, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:  # type: ignore[override]
+        return None, *ctx.operator._derive(ctx, *upstream)
+
+
+def _is_unwatched(values: Sequence[Any]) -> bool:
+    """Whether these are a CPU's plain tensors, and calls on them are run just as they are made."""
+    tensors = [each for each in values if isinstance(each, Tensor)]
+    return (
+        is_eager(tensors[0].device)
+        and all(type(each) in _PLAIN and each.is_cpu for each in tensors)
+        and not has_dispatch_mode()
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 _SAVED = object()
 """Stands for an input that is saved as a tensor."""
 
