@@ -165,7 +165,8 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
  * f is `activation`, which CONVOLVE applies too. States are [rows, ...] without gaps, and replaced; B, C and D are of
  * one group. Values that one instruction reads and writes must not overlap, but for z in LINEAR, which may be y. */
 enum { SEQARCH_NORM = 0, SEQARCH_LINEAR = 1, SEQARCH_CONVOLVE = 2, SEQARCH_POINTWISE = 3, SEQARCH_SCAN = 4 };
-enum { SEQARCH_IDENTITY = 0, SEQARCH_SILU = 1, SEQARCH_EXP = 2, SEQARCH_SIGMOID = 3 };
+enum { SEQARCH_IDENTITY = 0, SEQARCH_SILU = 1, SEQARCH_EXP = 2 };
+enum { SEQARCH_SIGMOID = 3 }; /* an activation of seqarch_rms_norm_forward alone */
 
 typedef struct {
     float* data;

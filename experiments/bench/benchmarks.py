@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.bench import baselines, inputs, models
+from experiments.bench import baselines, inputs, models, training_steps
 from experiments.bench.benchmark import Benchmark, Implementation, Work, of_operation
 from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, INDEX_HEADS, INDEX_WIDTH, STATES, TAPS, TOP_K, Sizes
 from seqarch.ops.causal_conv1d import flops as conv_flops
@@ -136,7 +136,7 @@ OPERATIONS: dict[str, Benchmark] = {
         output="x",
     ),
 }
-BENCHMARKS = {**OPERATIONS, **models.BENCHMARKS}
+BENCHMARKS = {**OPERATIONS, **models.BENCHMARKS, **training_steps.BENCHMARKS}
 
 
 def names_on(kind: str) -> list[str]:

@@ -1,14 +1,20 @@
 """The loss of a language model, which holds its logits once, is torch's cross entropy of them."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import seqarch.models.loss
 from seqarch.models import LanguageModel, LMConfig
+from seqarch.models.loss import head_cross_entropy
+from seqarch.models.stack import in_turn
 from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.native import onednn
 
@@ -45,13 +51,120 @@ def blocks(request, monkeypatch):
     monkeypatch.setattr(seqarch.models.loss, "BLOCK", request.param)
 
 
+COUNTED = {"none": 0, "one": 1, "few": 9, "three of four": 24, "most": 28, "all": 33}
+
+
+def counting(count: int) -> tuple[Tensor, Tensor]:
+    """A batch of 33 tokens of which so many targets count."""
+    tokens, targets = batch()[0], torch.randint(VOCABULARY, (33,))
+    targets[torch.randperm(33)[count:]] = -100
+    return tokens, targets.view(3, 11)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_it_is_torchs_with_its_gradients(blocks, tied: bool, reduction: str):
-    lm, (tokens, targets) = model(tie_embeddings=tied), batch()
+@pytest.mark.parametrize("count", [count for count in COUNTED.values() if count])
+def test_it_is_torchs_with_its_gradients(blocks, count: int, tied: bool, reduction: str):
+    lm, (tokens, targets) = model(tie_embeddings=tied), counting(count)
     own, expected = lm.loss(tokens, targets, reduction=reduction), by_torch(lm, tokens, targets, reduction)
     torch.testing.assert_close(own, expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(gradients(lm, 3 * own), gradients(lm, 3 * expected), rtol=1e-11, atol=1e-13)
+
+
+class Seen:
+    """The shapes that a module's input and the head's logits had."""
+
+    def __init__(self, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+        self.counted: list[int] = []
+        monkeypatch.setattr(
+            "seqarch.models.language_model.head_cross_entropy",
+            lambda features, *rest: (self.counted.append(len(features)), head_cross_entropy(features, *rest))[1],
+        )
+        channel = lm.stack.layers[-1].channel
+        self.channel: list[int] = []
+        inner = type(channel).forward
+        monkeypatch.setattr(
+            type(channel),
+            "forward",
+            lambda own, x, *r: (self.channel.append(x.shape[:2].numel()), inner(own, x, *r))[1],
+        )
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (9, 9), (24, 24), (25, 33), (33, 33), (0, 33)])
+def test_head_and_last_channel_mixer_see_targets_that_count(count: int, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Up to three of four; from there on, all."""
+    lm, (tokens, targets) = model(), counting(count)
+    seen = Seen(lm, monkeypatch)
+    lm.loss(tokens, targets)
+    assert (seen.counted, seen.channel) == ([rows], [rows])
+
+
+WATCHED = {
+    "a hook on the channel mixer": lambda lm: lm.stack.layers[-1].channel.register_forward_hook(lambda *_: None),
+    "a hook inside of it": lambda lm: lm.stack.layers[-1].channel.in_proj.register_forward_hook(lambda *_: None),
+    "a forward of the layer": lambda lm: setattr(
+        lm.stack.layers[-1], "forward", partial(checkpoint, lm.stack.layers[-1].forward, use_reentrant=False)
+    ),
+    "another schedule": lambda lm: setattr(lm.stack, "schedule", lambda *given: in_turn(*given)),
+}
+
+
+@pytest.mark.parametrize("watch", WATCHED)
+def test_who_watches_a_layer_sees_all_tokens(watch: str, monkeypatch: pytest.MonkeyPatch):
+    lm, (tokens, targets) = model(), counting(9)
+    expected = gradients(lm, by_torch(lm, tokens, targets))
+    seen = Seen(lm, monkeypatch)
+    WATCHED[watch](lm)
+    loss = lm.loss(tokens, targets)
+    assert (seen.counted, seen.channel) == ([9], [33])
+    torch.testing.assert_close(gradients(lm, loss), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_a_router_sees_all_tokens():
+    options = {"channel": "moe", "channels": {"moe": {"num_experts": 4, "top_k": 2, "hidden": 32}}}
+    lm, (tokens, targets) = model(**options), counting(9)
+    whole = gradients(lm, by_torch(lm, tokens, targets) + lm.auxiliary_loss())
+    metrics = lm.router_metrics()
+    loss = lm.loss(tokens, targets)
+    torch.testing.assert_close(gradients(lm, loss + lm.auxiliary_loss()), whole, rtol=1e-11, atol=1e-13)
+    assert lm.router_metrics() == metrics
+
+
+@pytest.mark.parametrize("channel", ["swiglu", "none"])
+@pytest.mark.parametrize("count", COUNTED.values(), ids=COUNTED)
+def test_each_targets_loss_and_whether_it_is_the_likeliest(count: int, channel: str):
+    lm, (tokens, targets) = model(channel=channel, logit_cap=3.0), counting(count)
+    logits = lm(tokens)[0]
+    losses, hits = lm.score_targets(tokens, targets)
+    torch.testing.assert_close(losses, F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+    assert torch.equal(hits, (logits.argmax(-1) == targets))
+    assert not losses.requires_grad
+    assert not losses[targets == -100].any()
+    lm.bfloat16()
+    assert lm.score_targets(tokens, targets)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}], ids=["plain", "capped"])
+def test_few_targets_under_autocast(options: dict[str, float]):
+    lm, (tokens, targets) = model(**options).float(), counting(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(lm.loss(tokens, targets), by_torch(lm, tokens, targets))
+
+
+def test_transforms_see_every_target():
+    """Whose values, and so their number, cannot be asked for there."""
+    lm, (tokens, targets) = model(), counting(9)
+    expected = by_torch(lm, tokens, targets)
+    parameters = {name: each.detach() for name, each in lm.named_parameters()}
+
+    def loss(given: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return functional_call(lm, given, (tokens, targets))
+
+    lm.forward = lm.loss
+    torch.testing.assert_close(vmap(loss, (None, 0))(parameters, targets[None])[0], expected)
+    found = grad(loss)(parameters, targets)
+    for name, value in gradients(lm, expected).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-13)
 
 
 class Doubled(LanguageModel):
@@ -165,8 +278,9 @@ def test_a_carried_state_and_packed_sequences():
         torch.testing.assert_close(packed, lm.loss(tokens, targets))
 
 
-def test_one_backward_pass_and_first_derivatives():
-    lm, (tokens, targets) = model(), batch()
+@pytest.mark.parametrize("count", [9, 33])
+def test_one_backward_pass_and_first_derivatives(count: int):
+    lm, (tokens, targets) = model(), counting(count)
     loss = lm.loss(tokens, targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="serves one backward pass"):

@@ -11,7 +11,10 @@ int main(int count, char** arguments) {
         delta_rule(random);
         linear(random);
         linear_attention(random);
+        rms_norm(random);
+        rotary(random);
         selective_scan(random);
+        swiglu(random);
         token(random);
     }
     std::printf("%d rounds: no error\n", rounds);

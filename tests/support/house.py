@@ -74,7 +74,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room("experiments.training"),
         _room("experiments.sweeps"),
         _room("experiments.report"),
-        _room("experiments.bench"),
+        _room("experiments.bench", "training"),
     ),
     "findings": (_room("experiments.studies"),),
     "commands": (Room("commands", ("experiments", "experiments.report.__main__", "experiments.runs.__main__")),),

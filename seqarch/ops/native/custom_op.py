@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqarch.ops.dispatch.autocast import without_autocast
 from seqarch.ops.dispatch.checks import BackendError
-from seqarch.ops.dispatch.eager import active_transform, has_dispatch_mode, is_eager
+from seqarch.ops.dispatch.eager import active_transform, has_dispatch_mode, is_batched, is_eager
 from seqarch.ops.dispatch.inputs import Inputs
 from seqarch.ops.native.huge_pages import like
 
@@ -190,7 +190,7 @@ def _is_unwatched(values: Sequence[Any]) -> bool:
     tensors = [each for each in values if isinstance(each, Tensor)]
     return (
         is_eager(tensors[0].device)
-        and all(type(each) in _PLAIN and each.is_cpu for each in tensors)
+        and all(type(each) in _PLAIN and each.is_cpu and not is_batched(each) for each in tensors)
         and not has_dispatch_mode()
     )
 

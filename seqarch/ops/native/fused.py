@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqarch.ops.dispatch.eager import active_transform, has_dispatch_mode, is_eager
+from seqarch.ops.dispatch.eager import active_transform, has_dispatch_mode, is_batched, is_eager
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.custom_op import by_torch
 from seqarch.ops.native.huge_pages import like
@@ -45,6 +45,11 @@ def serves(x: Tensor, *others: Tensor | None) -> bool:
 
 def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
+
+
+def _needs_torch(dy: Tensor) -> bool:
+    """Whether a backward pass is differentiated again, transformed or batched: torch's functions go through that."""
+    return torch.is_grad_enabled() or active_transform() is not None or is_batched(dy)
 
 
 class Norm(NamedTuple):
@@ -127,14 +132,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x, z, weight, scale), norm = ctx.saved_tensors, ctx.norm
-        if torch.is_grad_enabled() or active_transform() is not None:
+        if _needs_torch(dy):
             return by_torch(_norm_by_torch, (x, z, weight, norm), ctx.needs_input_grad, (dy,))
         dx, dz = like(x), None if z is None else like(z)
         dweight = None if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
         written = {"dx": dx, "dz": dz, "dweight": dweight}
-        _norm_backward(
-            _norm_fields(x, z, weight, norm), {"dy": _by_head(dy, norm.groups), "scale": scale, **written}
-        )
+        _norm_backward(_norm_fields(x, z, weight, norm), {"dy": _by_head(dy, norm.groups), "scale": scale, **written})
         return dx, dz, dweight, None
 
 
@@ -159,7 +162,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor | None:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or active_transform() is not None:
+        if _needs_torch(dy):
             return by_torch(_swiglu_by_torch, (x,), ctx.needs_input_grad, (dy,))[0]
         dx = like(x)
         _swiglu_backward({**_swiglu_fields(x), "dy": dy.contiguous(), "dx": dx})
@@ -214,7 +217,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         cosine, sine = ctx.saved_tensors
-        if torch.is_grad_enabled() or active_transform() is not None:
+        if _needs_torch(dy):
             return rotate_by_torch(dy, cosine, -sine), None, None
         return _turned(dy, cosine, sine, back=True), None, None
 

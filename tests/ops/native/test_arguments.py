@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from seqarch.ops.native import cpu_library, token
+from seqarch.ops.native import cpu_library, fused, token
 from seqarch.ops.native.arguments import Heads, Packer, Pointer, Rows, fields_of, read_structures
 from tests import emulation
 from tests.support.paths import ROOT
@@ -81,6 +81,8 @@ def test_the_numbers_of_the_header_are_those_of_python():
         *(", ".join(f"SEQARCH_{name} = {number}" for name, number in each) for each in (kinds, activations)),
     ):
         assert f"enum {{ {line} }};" in HEADER
+    assert f"enum {{ SEQARCH_SIGMOID = {fused._ACTIVATIONS['sigmoid']} }};" in HEADER
+    assert fused._ACTIVATIONS["silu"] == token._ACTIVATIONS["silu"]
     assert list(range(5)) == [token._NORM, token._LINEAR, token._CONVOLVE, token._POINTWISE, token._SCAN]
 
 
