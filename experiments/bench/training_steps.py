@@ -1,8 +1,8 @@
 """Benchmarks of a small model's training step, by the runner's own engine, optimizers and task.
 
-Two layers of width 64 learn multi-query associative recall. Of so small a model, what lies around the kernels is most of
-a step: calls, norms, the logits of positions that nobody asks about. The baseline is the same step with the logits of
-every position and torch's cross entropy of them. Run on one thread, as the runner's workers are:
+Two layers of width 64 learn multi-query associative recall. In so small a model, what lies around the kernels is most
+of a step: calls, norms, the logits of positions that nobody asks about. The baseline is the same step with the logits
+of every position and torch's cross entropy of them. On one thread, as the runner's workers are:
 
     OMP_NUM_THREADS=1 python -m experiments.bench --benchmarks training_step_mamba2 --lengths 64 512 2048
 """
@@ -77,11 +77,9 @@ class Step:
 def with_all_logits(model: LanguageModel) -> None:
     """Give a model the loss that one would write without :meth:`LanguageModel.loss`."""
 
-    def loss(
-        tokens: Tensor, targets: Tensor, *, token_mask: Tensor | None, ignore_index: int, reduction: str
-    ) -> Tensor:
+    def loss(tokens: Tensor, targets: Tensor, *, token_mask: Tensor | None, **how: Any) -> Tensor:
         logits = model(tokens, token_mask=token_mask)[0]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **how)
 
     model.loss = loss  # type: ignore[method-assign]
 

@@ -80,13 +80,11 @@ class Seen:
             "seqarch.models.language_model.head_cross_entropy",
             lambda features, *rest: (self.counted.append(len(features)), head_cross_entropy(features, *rest))[1],
         )
-        channel = lm.stack.layers[-1].channel
+        kind = type(lm.stack.layers[-1].channel)
         self.channel: list[int] = []
-        inner = type(channel).forward
+        inner = kind.forward
         monkeypatch.setattr(
-            type(channel),
-            "forward",
-            lambda own, x, *r: (self.channel.append(x.shape[:2].numel()), inner(own, x, *r))[1],
+            kind, "forward", lambda own, x: (self.channel.append(x.shape[:2].numel()), inner(own, x))[1]
         )
 
 

@@ -44,9 +44,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of the
 def keep_freed_memory() -> bool:
     """Have this process keep freed memory for its next allocations; whether its C library can be told to.
 
-    As it is set up, the GNU C library gives the memory of large tensors back to the system when they are freed, and each
-    step of a training run then maps the same pages anew, at a fault each (docs/log.md). A process that keeps them holds
-    at most :data:`KEPT_BYTES` more than it uses. For programs, which own their process; the library does not do it.
+    As it is set up, the GNU C library gives the memory of large tensors back to the system when they are freed, and
+    each step of a training run then maps the same pages anew, at a fault each (docs/log.md). A process that keeps them
+    holds up to :data:`KEPT_BYTES` that it does not use. For programs, which own their process: the library does not
+    call this.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -16,7 +16,7 @@ import transformers
 from docs import benchmarks
 from docs.benchmarks import kept_targets
 from experiments.bench import __main__ as command
-from experiments.bench import baselines, devices, measure, models, peak_memory, targets
+from experiments.bench import baselines, devices, measure, models, peak_memory, targets, training_steps
 from experiments.bench.benchmark import AUTO, MODES, PASSES, Absent, Benchmark, Cost, Implementation, Workload
 from experiments.bench.benchmarks import BENCHMARKS, OPERATIONS, names_on
 from experiments.bench.devices import Ceilings, Cpu
@@ -114,6 +114,16 @@ def test_flex_attention_does_the_same_work(name):
     inputs = inputs_of(name, 512)
     found = outcome(BENCHMARKS[name], "FlexAttention", inputs)
     torch.testing.assert_close(found, outcome(BENCHMARKS[name], AUTO, inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", training_steps.VOCABULARIES)
+def test_training_steps_with_all_logits_and_without_are_the_same(vocabulary):
+    config = training_steps._config("delta_net", vocabulary, length=64, rows=4)
+    losses = [
+        [step().item() for _ in range(3)]
+        for step in (training_steps.Step(config), training_steps.Step(config, training_steps.with_all_logits))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", models.MODELS)

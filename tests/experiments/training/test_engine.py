@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments.runs.folder import RunFolder
+from experiments.tasks import TASKS
 from experiments.tasks.task import IGNORED, Batch
 from experiments.training.engine import Engine, choose_device
 from experiments.training.loop import Run
@@ -14,6 +15,7 @@ from experiments.util import environment
 from experiments.util.errors import RunnerError
 from seqarch.layers.channel.router import Router
 from tests.support.runs import last, tensors, tiny_config, train_here
+from tests.support.small_tasks import SMALL
 from tests.support.stacks import STACKS
 
 RECURRENT, MOE = {"model__pattern": "mamba2"}, {"model__channel": "moe"}
@@ -112,6 +114,33 @@ def test_padding_counts_in_no_router_and_an_ignored_target_does(tmp_path):
         found.append([*(parameter.grad for parameter in run.model.parameters()), *map(torch.from_numpy, scored)])
     for one, two in zip(found[0][1:], found[1][1:], strict=True):  # The embedding has a row for what fills.
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_score_is_of_what_is_asked_alone(name):
+    """So that an evaluation need not compute the rest, which is 0 and false."""
+    task = TASKS[name](SMALL[name])
+    batch = next(iter(task.evaluation("validation")))
+    asked, found, drawn = batch.targets != IGNORED, [], np.random.default_rng(0)
+    losses, hits = drawn.random(asked.shape), drawn.random(asked.shape) > 0.5
+    for elsewhere in (0, 1):
+        found.append(
+            task.score(batch.targets, np.where(asked, losses, elsewhere), np.where(asked, hits, elsewhere > 0))
+        )
+    assert found[0] == found[1]
+
+
+def test_an_evaluation_computes_the_logits_of_what_is_asked(tmp_path):
+    run, seen = prepared(tmp_path, model__channel="swiglu"), []
+    batch = run.task.train_batch(0, 0, 8)
+    logits = run.model(torch.from_numpy(batch.tokens))[0]
+    run.model.head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    losses, hits = run.engine.evaluate_batch(run.model, batch)
+    asked, targets = batch.targets != IGNORED, torch.from_numpy(batch.targets)
+    assert seen == [(asked.sum(), 16)]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    np.testing.assert_allclose(losses, expected.detach(), rtol=1e-5)
+    assert (hits == (logits.argmax(-1) == targets).numpy()).all()
 
 
 @pytest.mark.parametrize("size", [1, 3])
