@@ -67,8 +67,9 @@ def draw(comparison: Comparison, target: Path) -> list[tuple[str, str]]:
         return [target / f"{comparison.stem}-{kind}.{ending}" for ending in PLOT_FORMATS]
 
     title = comparison.title
-    if figures.curves(comparison):
-        with figure(paths("position", "the metric along the position"), size=(7.2, 4.2)) as (_, (axes,)):
+    if curves := figures.curves(comparison):
+        along = curves[0][1][0]["x_label"].lower()
+        with figure(paths("position", f"the metric along the {along}"), size=(7.2, 4.2)) as (_, (axes,)):
             figures.draw_curve(axes, comparison)
             axes.set_title(title)
     if mapped := maps.maps(comparison):

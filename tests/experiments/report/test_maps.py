@@ -69,10 +69,10 @@ def test_maps_are_drawn_with_one_scale_and_the_training_length(tmp_path, trained
         np.testing.assert_allclose(drawn, np.repeat([[0], [1], [np.nan], [0.5]], 3, axis=1))
         assert axes.get_ylim() == (1, 0), "a text begins at the top"
         assert axes.get_title(loc="center") + axes.get_title(loc="left") == setting.label
-        places = sorted({float(each.get_xdata()[0]) for each in axes.lines})
+        places = sorted({np.asarray(each.get_xdata())[0].item() for each in axes.lines})
         assert places == ([pytest.approx(line)] if line else [])
     bar = drawing.axes[-1]
-    assert {float(each.get_ydata()[0]) for each in bar.lines} == {0.125}
+    assert {np.asarray(each.get_ydata())[0].item() for each in bar.lines} == {0.125}
     assert "chance" in bar.get_ylabel()
     plt.close(drawing)
 
