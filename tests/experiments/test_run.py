@@ -144,7 +144,7 @@ def test_a_status_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatc
         (["train.lrr=1"], "error: train.lrr: unknown key, expected one of"),
         (["task=mqra"], "error: In 'config': Could not find 'task/mqra'"),
         (["launcher=job"], "error: In 'config': Could not find 'launcher/job'"),
-        (["model=attention", "task=null"], "error: task=null: expected one of compression, "),
+        (["model=attention", "task=null"], "error: task=null: expected one of compositional_mqar, compression, "),
         (["runs=occupied"], "error: cannot write occupied/.sweeps"),
         (["--multirun", "train.lr=interval(0, 1)"], "experiments.search searches intervals"),
         (["--multirun", "launcher=submitit", "hydra.launcher.partition=none"], "error: launcher=submitit needs Slurm"),
