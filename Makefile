@@ -14,7 +14,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 help:
 	@echo "make demo       train six small models on recall and needles, test them to 16,384 tokens: runs/demo/report (8 minutes on two cores)"
-	@echo "make results-small  the small version of every page of docs/results: runs/results/small (7 minutes on two cores)"
+	@echo "make results-small  the small version of every page of docs/results: runs/results/small"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that build the package or take long"
 	@echo "make sanitize   the compiled kernels under the address and undefined behaviour sanitizers (a minute)"
