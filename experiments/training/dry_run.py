@@ -30,9 +30,8 @@ class Plan:
     Attributes:
         parameters: their number, shared ones counted once; ``layers``: those of them inside the layers.
         parameter_bytes, gradient_bytes, optimizer_bytes: of all processes together, which share them.
-        activation_bytes: kept for the backward pass of one micro-batch, on one process, at most: by torch's norms,
-            gated units and rotary positions, where compiled kernels keep up to a fifth less, and where every target
-            counts; in recall few do. Beside it, the passes need room to work in.
+        activation_bytes: kept for the backward pass of one micro-batch, on one process, where every target
+            counts; less where few do, as in recall. Beside it, the passes need room to work in.
         micro_batch, length: sequences in it, and their tokens: of the source of the data that takes most.
         state_bytes: of the recurrent state of one sequence in generation, after ``state_length`` tokens.
         tokens, flops: of a step, forward and backward, counted as in the record, on the source that takes most.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 
@@ -66,6 +67,14 @@ def knows_values(x: Tensor) -> bool:
 def has_dispatch_mode() -> bool:
     """Whether a mode sees each of torch's calls, such as a FLOP counter."""
     return bool(torch._C._len_torch_dispatch_stack())  # type: ignore[attr-defined]
+
+
+def are_fake(*tensors: Tensor | None) -> bool:
+    """Whether these have shapes and no memory, and nobody but their own mode sees torch's calls: a dry run."""
+    if torch._C._len_torch_dispatch_stack() != 1:  # type: ignore[attr-defined]
+        return False
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)  # type: ignore[attr-defined]
+    return mode is not None and all(each is None or isinstance(each, FakeTensor) for each in tensors)
 
 
 def is_untouched(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqarch.ops.dispatch.eager import active_transform, has_dispatch_mode, is_batched, is_eager
+from seqarch.ops.dispatch.eager import active_transform, are_fake, has_dispatch_mode, is_batched, is_eager
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.custom_op import by_torch
 from seqarch.ops.native.huge_pages import like
@@ -32,19 +32,29 @@ _rotary = cpu_library.Kernel("rotary", "rotary_arguments")
 
 
 def serves(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel takes these tensors: many numbers, all float32 or float64, on a CPU, nobody looking on."""
+    """Whether a kernel takes these tensors: many numbers, all float32 or float64, on a CPU, nobody looking on.
+
+    Tensors without memory count as those they stand for: a dry run keeps for the backward pass what a run keeps.
+    """
     return (
         is_eager(x.device)
         and x.numel() >= LEAST_NUMBERS
         and x.dtype in (torch.float32, torch.float64)
         and all(each is None or _is_plain(each, x.dtype) for each in (x, *others))
-        and not has_dispatch_mode()
+        and (not has_dispatch_mode() or are_fake(x, *others))
         and cpu_library.unavailable() is None
     )
 
 
 def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
+    known = type(x) in (Tensor, nn.Parameter) or are_fake(x)
+    return known and x.dtype is dtype and x.is_cpu and x.layout is torch.strided
+
+
+def _run(kernel: cpu_library.Kernel, *arguments: dict[str, Any]) -> None:
+    """Call a kernel, unless its tensors have no memory: then their shapes are all there is to know."""
+    if not any(are_fake(each) for each in arguments[0].values() if isinstance(each, Tensor)):
+        kernel(*arguments)
 
 
 def _needs_torch(dy: Tensor) -> bool:
@@ -124,7 +134,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor | None, norm: Norm) -> Tensor:
         fields = _norm_fields(x, z, weight, norm)
         y, scale = like(x), x.new_empty(fields["x"].shape[:3])
-        _norm(fields, {"y": y, "scale": scale})
+        _run(_norm, fields, {"y": y, "scale": scale})
         ctx.save_for_backward(x, z, weight, scale)
         ctx.norm = norm
         return y
@@ -137,7 +147,8 @@ class _RmsNorm(torch.autograd.Function):
         dx, dz = like(x), None if z is None else like(z)
         dweight = None if weight is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
         written = {"dx": dx, "dz": dz, "dweight": dweight}
-        _norm_backward(_norm_fields(x, z, weight, norm), {"dy": _by_head(dy, norm.groups), "scale": scale, **written})
+        given = {"dy": _by_head(dy, norm.groups), "scale": scale}
+        _run(_norm_backward, _norm_fields(x, z, weight, norm), {**given, **written})
         return dx, dz, dweight, None
 
 
@@ -156,7 +167,7 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         y = like(x, (*x.shape[:-1], x.shape[-1] // 2))
-        _swiglu({**_swiglu_fields(x), "y": y})
+        _run(_swiglu, {**_swiglu_fields(x), "y": y})
         return y
 
     @staticmethod
@@ -165,7 +176,7 @@ class _SwiGlu(torch.autograd.Function):
         if _needs_torch(dy):
             return by_torch(_swiglu_by_torch, (x,), ctx.needs_input_grad, (dy,))[0]
         dx = like(x)
-        _swiglu_backward({**_swiglu_fields(x), "dy": dy.contiguous(), "dx": dx})
+        _run(_swiglu_backward, {**_swiglu_fields(x), "dy": dy.contiguous(), "dx": dx})
         return dx
 
 
@@ -204,7 +215,7 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
         "width": width,
         "half": cosine.shape[-1],
     }
-    _rotary(arguments)
+    _run(_rotary, arguments)
     return y
 
 
