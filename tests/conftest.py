@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch.utils import deterministic
 
 from seqarch.ops.triton import availability
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic, and torch refuses
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     with (

@@ -2,14 +2,20 @@
 
 Every backend that runs there, on inputs of each dtype, against the reference in float64 on the CPU: values, the
 gradients of all inputs, sequences packed and apart, and a sequence that is cut, its state handed on. Then the test
-suites of the kernels, which run on the device where there is one.
+suites of the kernels, which run on the device where there is one. Checks share out processes, as many as there are
+cores; a kernel that fails can take the device from its process, so what fails is checked again in a process of its own.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.bench import mixer_checks
+from experiments.bench.check import Check, failed, guarded
+from experiments.bench.mixer_checks import CheckedMixer
 from experiments.util.errors import RunnerError
 from experiments.util.paths import ROOT
 from seqarch import ops
@@ -31,20 +40,13 @@ LENGTH, WIDTH, HEADS, CUT = OFFSETS[-1], 64, 4, 77
 RECURRENT = ("causal_conv1d", "delta_rule", "linear_attention", "selective_scan")
 """Operations that hand on a state."""
 
+PROCESSES = 12
+"""At most; each holds a context of the device."""
+
+PLUGINS = {"xdist": "xdist", "pytest_timeout": "pytest_timeout"}
+"""Of pytest, by module: those that the tests use where they are, and no others that the machine may have."""
+
 SUITES = ("test_triton_*.py", "test_*_cuda*.py", "test_vendor*.py", "test_oracles.py")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: its name, its error and the bound on it."""
-
-    name: str
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound  # NaN never passes
 
 
 def inputs_of(op: str) -> dict[str, Any]:
@@ -115,43 +117,85 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt().cpu())
 
 
-def served(op: str, inputs: dict[str, Any], **options: Any) -> list[str]:
-    """The backends that serve a call, but for the one that defines what is right."""
-    prepared = OPS[op].inputs(**inputs, **options)
-    names = [name for name in OPS[op].backends if name != OPS[op].reference]
-    return [name for name in names if OPS[op].backends[name].unsupported(prepared) is None]
+@dataclass(frozen=True)
+class Checked:
+    """A backend of an operation on inputs of one dtype, on a device."""
+
+    op: str
+    backend: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.backend}, {str(self.dtype)[6:]}"
+
+    def serves(self, inputs: dict[str, Any]) -> bool:
+        return OPS[self.op].backends[self.backend].unsupported(OPS[self.op].inputs(**inputs)) is None
+
+    def checks(self) -> Iterator[Check]:
+        """Values and gradients, apart and packed, and a sequence that is cut; nothing where it does not serve them."""
+        given, bound = rounded(inputs_of(self.op), self.dtype), BOUNDS[self.dtype]
+        wide = {name: x.double() if _is_float(x) else x for name, x in given.items()}
+        there = {name: x.to(self.device) if torch.is_tensor(x) else x for name, x in given.items()}
+        packs: list[dict[str, Any]] = [{}] if self.op == "experts" else [{}, {"cu_seqlens": OFFSETS}]
+        for packed in packs:
+            if self.serves(there | packed):
+                label = f"{self.name}{', packed' if packed else ''}"
+                expected = gradients(self.op, OPS[self.op].reference, wide, **packed)
+                for name, x in gradients(self.op, self.backend, there, **packed).items():
+                    yield Check(f"{label}: {name}", error(x, expected[name]), bound)
+        if self.op in RECURRENT and self.serves(there):
+            yield from self.cut(there, bound)
+
+    def cut(self, inputs: dict[str, Any], bound: float) -> Iterator[Check]:
+        """Cut anywhere, with the state carried over the cut, a sequence has the same outputs and last state."""
+        timed = [name for name, x in inputs.items() if torch.is_tensor(x) and x.shape[:2] == (1, LENGTH)]
+        first = inputs | {name: inputs[name][:, :CUT] for name in timed}
+        rest = inputs | {name: inputs[name][:, CUT:] for name in timed}
+        run = getattr(ops, self.op)
+        whole, last = run(**inputs, backend=self.backend)
+        start, state = run(**first, backend=self.backend)
+        end, final = run(**rest, state=state, backend=self.backend)
+        yield Check(f"{self.name}, cut: output", error(torch.cat([start, end], 1), whole), bound)
+        yield Check(f"{self.name}, cut: last state", error(final, last), bound)
+
+    def run(self) -> list[Check]:
+        return guarded(self.name, self.checks)
+
+
+def checked(device: torch.device) -> list[Checked]:
+    """Every backend that is here, but for those that define what is right, on inputs of every dtype."""
+    return [
+        Checked(op, name, dtype, device)
+        for op in OPS
+        for name, backend in OPS[op].backends.items()
+        if name != OPS[op].reference and backend.unavailable() is None
+        for dtype in BOUNDS
+    ]
 
 
 def compare(device: torch.device) -> Iterator[Check]:
-    """Every operation on every backend that serves it on the device."""
-    for op in OPS:
-        exact = inputs_of(op)
-        packs: list[dict[str, Any]] = [{}] if op == "experts" else [{}, {"cu_seqlens": OFFSETS}]
-        for dtype, bound in BOUNDS.items():
-            given = rounded(exact, dtype)
-            wide = {name: x.double() if _is_float(x) else x for name, x in given.items()}
-            there = {name: x.to(device) if torch.is_tensor(x) else x for name, x in given.items()}
-            for options in packs:
-                expected = gradients(op, OPS[op].reference, wide, **options)
-                for backend in served(op, there, **options):
-                    label = f"{op}, {backend}, {str(dtype)[6:]}{', packed' if options else ''}"
-                    for name, x in gradients(op, backend, there, **options).items():
-                        yield Check(f"{label}: {name}", error(x, expected[name]), bound)
-            if op in RECURRENT:
-                yield from cut(op, there, bound, str(dtype)[6:])
+    """Every operation on every backend that serves it on the device, and on a GPU every mixer."""
+    everything: list[Checked | CheckedMixer] = [*checked(device)]
+    if device.type == "cpu":
+        for one in everything:
+            yield from one.run()
+        return
+    everything += mixer_checks.checked(device)
+    for one, found in zip(everything, in_processes(everything, min(PROCESSES, os.cpu_count() or 1)), strict=True):
+        again = any(check.raised for check in found)
+        yield from next(in_processes([one], 1)) if again else found
 
 
-def cut(op: str, inputs: dict[str, Any], bound: float, label: str) -> Iterator[Check]:
-    """Cut anywhere, with the state carried over the cut, a sequence has the same outputs and the same last state."""
-    timed = [name for name, x in inputs.items() if torch.is_tensor(x) and x.shape[:2] == (1, LENGTH)]
-    first = inputs | {name: inputs[name][:, :CUT] for name in timed}
-    rest = inputs | {name: inputs[name][:, CUT:] for name in timed}
-    for backend in served(op, inputs):
-        whole, last = getattr(ops, op)(**inputs, backend=backend)
-        start, state = getattr(ops, op)(**first, backend=backend)
-        end, final = getattr(ops, op)(**rest, state=state, backend=backend)
-        yield Check(f"{op}, {backend}, {label}, cut: output", error(torch.cat([start, end], 1), whole), bound)
-        yield Check(f"{op}, {backend}, {label}, cut: last state", error(final, last), bound)
+def in_processes(everything: Sequence[Checked | CheckedMixer], processes: int) -> Iterator[list[Check]]:
+    """The checks of each, in so many processes. One that loses its device, or its life, fails what comes after it."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for one, waiting in [(one, pool.submit(one.run)) for one in everything]:
+            try:
+                yield waiting.result()
+            except BrokenProcessPool as error:
+                yield [failed(one.name, f"the process died: {error}")]
 
 
 def suites(root: Path = ROOT) -> list[str]:
@@ -161,8 +205,13 @@ def suites(root: Path = ROOT) -> list[str]:
 
 def run_suites() -> str | None:
     """The failure of the tests, ``None`` if they pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-p", "no:cacheprovider", *suites()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    plugins = [name for name in PLUGINS if importlib.util.find_spec(name)]
+    apart = ["-n", str(min(PROCESSES, os.cpu_count() or 1))] if "xdist" in plugins else []
+    named = [text for name in plugins for text in ("-p", PLUGINS[name])]
+    options = ["-q", "-m", "slow or not slow", "-p", "no:cacheprovider", *named, *apart]
+    command = [sys.executable, "-m", "pytest", *options, *suites()]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     return None if done.returncode == 0 else done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -173,9 +222,9 @@ def check(device: torch.device) -> dict[str, Any]:
         RunnerError: some fail; it names them.
     """
     found = list(compare(device))
-    failed = [f"{one.name}: off by {one.error:.2g}, at most {one.bound:g} is right" for one in found if not one.passed]
-    if failed:
-        raise RunnerError("\n".join([*failed, f"{len(failed)} of {len(found)} checks failed: nothing was timed"]))
+    wrong = [str(one) for one in found if not one.passed]
+    if wrong:
+        raise RunnerError("\n".join([*wrong, f"{len(wrong)} of {len(found)} checks failed: nothing was timed"]))
     print(f"{len(found)} checks against the references passed", flush=True)
     if (failures := run_suites()) is not None:
         raise RunnerError(f"{failures}\nthe tests of the kernels failed on the device: nothing was timed")

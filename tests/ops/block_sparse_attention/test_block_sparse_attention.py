@@ -96,7 +96,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None = 
 def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
     o = function(*leaves, *inputs[3:])
-    cotangent = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o.dtype)
+    cotangent = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o)
     return [o.detach(), *torch.autograd.grad((o * cotangent).sum(), leaves)]
 
 

@@ -53,7 +53,8 @@ def gradients(op: str, backend: str, inputs: dict[str, Any], **options) -> dict[
     leaves = {name: m.clone().requires_grad_() if isinstance(m, Tensor) else m for name, m in inputs.items()}
     o, state = call(op, backend, **leaves, **options)
     torch.manual_seed(1)
-    ((o * torch.randn(o.shape)).sum() + (state * torch.randn(state.shape)).sum()).backward()
+    weights = [torch.randn(x.shape).to(x.device) for x in (o, state)]
+    ((o * weights[0]).sum() + (state * weights[1]).sum()).backward()
     found: dict[str, Any] = {f"gradient of {name}": m.grad for name, m in leaves.items() if isinstance(m, Tensor)}
     return found | {"output": o.detach(), "last state": state.detach()}
 

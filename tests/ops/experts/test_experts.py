@@ -49,7 +49,7 @@ def each_token(x, w_in, w_out, expert_index, expert_weight, w_gate=None, activat
 def with_gradients(function, given: dict[str, Tensor]) -> dict[str, Tensor]:
     given = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in given.items()}
     y = function(**given)
-    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).to(y.device).view_as(y)).sum().backward()
     return {"y": y.detach(), **{name: x.grad for name, x in given.items() if x.requires_grad and x.grad is not None}}
 
 
