@@ -46,7 +46,7 @@ PROCESSES = 12
 PLUGINS = {"xdist": "xdist", "pytest_timeout": "pytest_timeout"}
 """Of pytest, by module: those that the tests use where they are, and no others that the machine may have."""
 
-SUITES = ("test_triton_*.py", "test_*_cuda*.py", "test_vendor*.py", "test_oracles.py")
+SUITES = ("test_triton_*.py", "test_cuda_*.py", "test_vendor*.py", "test_oracles.py")
 
 
 def inputs_of(op: str) -> dict[str, Any]:
@@ -189,8 +189,12 @@ def compare(device: torch.device) -> Iterator[Check]:
 
 
 def in_processes(everything: Sequence[Checked | CheckedMixer], processes: int) -> Iterator[list[Check]]:
-    """The checks of each, in so many processes. One that loses its device, or its life, fails what comes after it."""
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """The checks of each, in so many processes. One that loses its device, or its life, fails what comes after it.
+
+    The references take one thread each: as many as there are cores in every process wait for one another.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for one, waiting in [(one, pool.submit(one.run)) for one in everything]:
             try:
                 yield waiting.result()

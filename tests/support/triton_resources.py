@@ -88,7 +88,8 @@ class Launch:
     def compile(self, capability: int) -> Any:
         source = ASTSource(self.kernel, self.signature, self.constants, self.divisible)
         options = self.options | {"enable_fp_fusion": True}
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        with launch.multiplying(self.constants):
+            return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def kind(argument: Any) -> str:
@@ -104,20 +105,64 @@ def resources(compiled: Any) -> dict[str, int]:
 
     Raises:
         RuntimeError: the kernel does what Triton from 3.4 on gets wrong on Hopper: it transposes in registers, or
-            hands numbers to the tensor cores in the layout that this leads to.
+            hands numbers to the tensor cores in the layout that this leads to; or its machine code addresses operands
+            of the tensor cores by numbers that are no addresses.
     """
     code = compiled.asm["ttgir"]
     if re.search(r"tt\.trans .*order = array<i32: 1, 0>", code):
         raise RuntimeError(f"{compiled.metadata.name} transposes in registers: read the tile transposed instead")
     if re.search(r"warp_group_dot .*#linear", code):
         raise RuntimeError(f"{compiled.metadata.name} multiplies a matrix that was reshaped in registers")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    if wrong := stray_descriptors(disassembled(compiled.asm["cubin"], "nvdisasm", "-c")):
+        raise RuntimeError(f"{compiled.metadata.name} takes for the address of a matrix: {'; '.join(wrong)}")
+    text = disassembled(compiled.asm["cubin"], "cuobjdump", "-res-usage")
     found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared}
+
+
+def disassembled(cubin: bytes, tool: str, *options: str) -> str:
+    """What a tool that comes with Triton says of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+MOVES = r"(U?MOV|R2UR|U?LEA|U?IADD3?|VIADD|IMAD|U?SHF|U?SGXT|U?LOP3|U?SEL)\b"
+"""Operations of machine code that make one address of another."""
+
+SOURCES = r"(S2U?R|U?LDC|LDL|CS2R)\b"
+"""Those where one may begin: a special register, a constant, or the stack, where it was put by."""
+
+
+def stray_descriptors(code: str) -> list[str]:
+    """The instructions whose result a product of a group of warps takes for the address of its second operand, though
+    it is a number read from memory, one of an operation on floats, or the stack's own address.
+
+    Definitions are followed backwards, in the order of the code and by their first operand.
+    """
+    lines = [found[1].strip() for found in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code)]
+    instructions = [re.sub(r"^@!?U?P\w+\s+", "", line).partition(" ") for line in lines]
+    wrong: dict[str, None] = {}
+    for place, line in enumerate(lines):
+        if not (found := re.match(r"HGMMA\S*\s+\S+ \S+ gdesc\[UR(\d+)\]", line)):
+            continue
+        register = f"UR{int(found[1]) + 2}"
+        for at in range(place - 1, -1, -1):
+            name, _, operands = instructions[at]
+            target, _, read = operands.partition(",")
+            if target.strip() != register:
+                continue
+            if re.match(SOURCES, name):
+                break
+            first = re.search(r"\bU?R\d+\b", read)
+            if not re.match(MOVES, name) or (first and first[0] == "R1"):
+                wrong[lines[at]] = None
+            if not re.match(MOVES, name) or not first or first[0] == "R1":
+                break
+            register = first[0]
+    return list(wrong)
 
 
 @functools.cache

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,10 +88,34 @@ def milliseconds(kernel: Any, programs: int, arguments: tuple[Any, ...], constan
         return None
 
 
+WARPGROUP_SWITCH = "DISABLE_MMA_V3"
+"""Triton's environment variable, read as it compiles and part of its cache's key."""
+
+
+@contextmanager
+def multiplying(constants: dict[str, Any]) -> Iterator[None]:
+    """Within it, kernels with these constants are compiled: products of float32 matrices without Hopper's instructions
+    for groups of warps.
+
+    ptxas 12.8, which Triton 3.6 and with it torch 2.11 bring, addresses the operands of many such products in one
+    kernel by registers that hold something else, which ended the delta rule's backward pass in float32 with an illegal
+    access to memory on an H200 (docs/log.md). Products of 16-bit matrices need a third as many or fewer.
+    """
+    exact = constants.get("PRECISION") == "tf32x3" or constants.get("WORK") is tl.float32
+    if not exact or WARPGROUP_SWITCH in os.environ:
+        yield
+        return
+    os.environ[WARPGROUP_SWITCH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[WARPGROUP_SWITCH]
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """Run a kernel, or a :class:`Tuned` one; nothing for no programs, which CUDA takes for an error."""
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device_of(tensor):
+    with torch.cuda.device_of(tensor), multiplying(constants):
         if programs and isinstance(kernel, Tuned):
             constants |= options(kernel.configuration(programs, arguments, constants))
             kernel = kernel.kernel

@@ -72,6 +72,59 @@ def test_the_record_is_what_the_kernels_need(tmp_path: Path):
             assert needs[capability]["shared"] <= most, (name, capability)
 
 
+FAULTY = """
+        /*48b0*/                   MOV R143, UR8 ;
+        /*4920*/                   R2UR UR8, R143 ;
+        /*49d0*/                   UMOV UR6, UR8 ;
+        /*4a90*/                   IADD3 R12, P1, R1, 0x2, RZ ;
+        /*4ab0*/                   HGMMA.64x8x8.F32.TF32 R40, R36, gdesc[UR4], RZ, !UPT ;
+        /*4af0*/                   R2UR UR6, R12 ;
+        /*4b40*/                   HGMMA.64x8x8.F32.TF32 R40, R32, gdesc[UR4], R40 ;
+        /*4b50*/              @!P0 LDG.E R19, desc[UR4][R4.64+0x33c0] ;
+        /*4b60*/                   IADD3 R14, P4, R19, 0x4, RZ ;
+        /*4b70*/                   R2UR UR10, R14 ;
+        /*4b80*/                   HGMMA.64x8x8.F32.TF32 R40, R32, gdesc[UR8], R40 ;
+"""
+"""Of machine code that read illegal memory on an H200: the first product's address is right."""
+
+
+def test_addresses_of_operands_are_followed_to_where_they_come_from():
+    code = """
+from tests.support.triton_resources import stray_descriptors
+import sys
+print(*stray_descriptors(sys.stdin.read()), sep="; ")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=FAULTY, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "IADD3 R12, P1, R1, 0x2, RZ; @!P0 LDG.E R19, desc[UR4][R4.64+0x33c0]"
+
+
+PRODUCTS = """
+import triton.language as tl
+from seqarch.ops.delta_rule import kernels
+from seqarch.ops.triton import launch
+from tests.support.triton_resources import Launch
+import torch
+
+x, starts = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64)
+for work in (torch.float32, torch.bfloat16):
+    tiles = {"D": 16, "BLOCK": 16, "DECAY": 0, "WORK": launch.TYPES[work], "ACC": tl.float32, "num_warps": 4}
+    arguments = (x, x.to(work), x.to(work), x, x, x.to(work), starts, starts, 16, 16, 2, 2)
+    one = Launch.of(kernels.solve, arguments, {**tiles, "PRECISION": launch.precision(exact=work == torch.float32)})
+    code = one.compile(90).asm["ptx"]
+    print(code.count("wgmma.mma_async") > 0, code.count("mma.sync") > 0)
+"""
+
+
+def test_float32_products_go_without_instructions_for_groups_of_warps(tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", PRODUCTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "False"]
+
+
 GROWING = """
 import torch
 from seqarch.ops.attention.inputs import AttentionInputs
