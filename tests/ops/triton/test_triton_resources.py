@@ -27,10 +27,10 @@ KERNELS = [
 
 SPILLING = {
     "bf16": {"invert"},
-    "fp16": {"corrected_states", "invert"},
+    "fp16": {"invert"},
     "fp32": {
-        *("corrected_gradients", "corrected_states", "invert", "value_gradients"),
-        *("key_gradients", "query_gradients"),
+        *("corrected_gradients", "corrected_states", "invert", "scores", "value_gradients"),
+        *("attend", "key_gradients", "query_gradients"),
     },
 }
 """By dtype of the activations, the kernels in which some thread runs out of registers: what is left to mend."""
