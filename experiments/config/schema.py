@@ -25,9 +25,7 @@ from experiments.config.training import TrainConfig
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from experiments.util.errors import ConfigError, RunnerError, choices_hint
-
-FORMAT = 2
-"""The version of what is kept of a run: raised when a key, a metric or a file gets another name or meaning."""
+from seqarch.checkpoints.manifest import FORMAT as FORMAT
 
 NOT_IDENTITY = (
     *("runs", "imports", "tracker", "machine", "match"),

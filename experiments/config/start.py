@@ -15,7 +15,7 @@ import torch
 from experiments.config.schema import RunConfig, check_format, folder_path, run_config
 from experiments.util.errors import ConfigError, RunnerError
 from experiments.util.files import read_json
-from experiments.util.manifests import MANIFEST, damage, file_digest, manifest_digest, read_manifest
+from seqarch.checkpoints.manifest import MANIFEST, damage, file_digest, manifest_digest, read_manifest
 from seqarch.models import LanguageModel, LMConfig
 
 KEY = "train.start_from"

@@ -74,6 +74,7 @@ class ByteText(Task):
         " whoever stays low there carries its state further than it was taught to."
     )
     metric = Metric("bits_per_byte", "Bits per byte", "bits/byte", higher_is_better=False)
+    tokens = "bytes"
     config: Any
 
     def __init__(self, config: Any):

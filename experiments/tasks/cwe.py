@@ -82,6 +82,7 @@ class CWEConfig(GeneratedConfig):
 class CWE(WholeAnswersTask):
     Config = CWEConfig
     name = "cwe"
+    tokens = "bytes"
     title = "Common words extraction"
     reading = (
         "A long list repeats some words more often than others, and the common ones are asked for; accuracy is the"

@@ -84,6 +84,7 @@ class FWEConfig(GeneratedConfig):
 class FWE(WholeAnswersTask):
     Config = FWEConfig
     name = "fwe"
+    tokens = "bytes"
     title = "Frequent words extraction"
     reading = (
         "A long text of coded words has few frequent and many rare ones, and the three most frequent are asked for;"

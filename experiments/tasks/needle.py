@@ -68,6 +68,7 @@ class NeedleConfig(GeneratedConfig):
 class Needle(GeneratedTask):
     Config = NeedleConfig
     name = "needle"
+    tokens = "bytes"
     title = "Needles in a haystack"
     reading = (
         "Numbers are stated somewhere in a long text and asked for at its end; accuracy is the share of digits that are"

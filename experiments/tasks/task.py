@@ -75,6 +75,8 @@ class Task:
         title, reading: its name for people, and how to read its results, for reports.
         metric: the number by which models are compared on it.
         test_options: the options that only list further tests of the task.
+        tokens: ``"bytes"`` where each token below 256 is that byte of a text, and at most 256 is none, the start of
+            one: what the record says of it, and by which ``seqarch.load`` gives the model a tokenizer.
         vocab_size: number of tokens.
         length: tokens of a training sequence.
         longest: tokens of the longest sequence it is evaluated on.
@@ -88,6 +90,7 @@ class Task:
     reading: ClassVar[str]
     metric: ClassVar[Metric]
     test_options: ClassVar[tuple[str, ...]] = ()
+    tokens: ClassVar[str | None] = None
     config: Any
     vocab_size: int
     length: int

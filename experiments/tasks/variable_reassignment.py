@@ -74,6 +74,7 @@ class VariableReassignmentConfig(GeneratedConfig):
 class VariableReassignment(WholeAnswersTask):
     Config = VariableReassignmentConfig
     name = "variable_reassignment"
+    tokens = "bytes"
     title = "Variables that are reassigned"
     reading = (
         "Variables are assigned numbers, and each other's values, again and again in a long text; accuracy is the share"

@@ -71,6 +71,7 @@ class VariableTrackingConfig(GeneratedConfig):
 class VariableTracking(GeneratedTask):
     Config = VariableTrackingConfig
     name = "variable_tracking"
+    tokens = "bytes"
     title = "Variable tracking"
     reading = (
         "Values are handed on from name to name, somewhere in a long text, and all names of one value are asked for;"

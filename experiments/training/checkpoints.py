@@ -30,11 +30,20 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from experiments.config.schema import TrainConfig
 from experiments.training import processes
-from experiments.training.tensor_reader import TensorReader
 from experiments.util.errors import MALFORMED, RunnerError, StorageError, writing
 from experiments.util.files import make_folder, sync, write_json
-from experiments.util.manifests import MANIFEST, damage, file_digest, manifest_digest, read_manifest
 from experiments.util.owned import remove_half_checkpoint, remove_half_checkpoints
+from seqarch.checkpoints.errors import CheckpointError
+from seqarch.checkpoints.manifest import (
+    MANIFEST,
+    checkpoint_name,
+    checkpoints_by_step,
+    damage,
+    file_digest,
+    manifest_digest,
+    read_manifest,
+)
+from seqarch.checkpoints.tensor_reader import TensorReader
 
 Content = dict[str, dict[str, Tensor]]
 """The tensors that training resumes from, sharded or not: of the model, the optimizer and the rest."""
@@ -113,13 +122,11 @@ class Checkpoints:
         self.folder, self.keep_last = folder, keep_last
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}"
+        return self.folder / checkpoint_name(step)
 
     def newest_first(self, last: float = math.inf) -> list[Path]:
         """The checkpoints of steps up to ``last``; what else lies in the folder is none."""
-        names = ((path, path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
-        steps = {int(digits): path for path, digits in names if digits.isdecimal()}
-        return [steps[step] for step in sorted(steps, reverse=True) if step <= last]
+        return [path for step, path in checkpoints_by_step(self.folder).items() if step <= last]
 
     def save(self, content: Content, state: TrainState) -> None:
         """Write the checkpoint of ``state.step``, then remove those that are not to stay.
@@ -208,7 +215,10 @@ class Checkpoints:
             RunnerError: it is of another model, of another version of the runner, or was not written by it at all.
         """
         state = state_of(path, verified(path))
-        reader = TensorReader(path)
+        try:
+            reader = TensorReader(path)
+        except CheckpointError as error:
+            raise RunnerError(str(error)) from error
         with _loading(path):
             _distributed(lambda: load(content, storage_reader=reader, no_dist=_alone()))
         return state
@@ -263,7 +273,7 @@ def state_of(path: Path, manifest: dict[str, Any]) -> TrainState:
         raise RunnerError(f"cannot load checkpoint {path}: another version of the runner wrote it") from error
     if wrong:
         raise RunnerError(f"cannot load checkpoint {path}: its {wrong[0]} is {getattr(state, wrong[0])!r}")
-    if path.name != f"step-{state.step:06d}":
+    if path.name != checkpoint_name(state.step):
         raise RunnerError(f"cannot load checkpoint {path}: it is of step {state.step}")
     return state
 

@@ -150,7 +150,7 @@ def _describe(run: Run) -> dict[str, Any]:
     return {
         "hardware": environment.hardware(run.engine.device),
         "data": {"task": run.task.name, **run.data.manifest()},
-        "task": {"title": run.task.title, "reading": run.task.reading},
+        "task": {"title": run.task.title, "reading": run.task.reading, "tokens": run.task.tokens},
         "metric": {**asdict(run.task.metric), "chance": value, "chance_label": words},
         "model": {
             "parameters": run.model.num_parameters(),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import pickle
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from seqarch.checkpoints.errors import MALFORMED as MALFORMED
 
 
 class RunnerError(Exception):
@@ -21,13 +20,6 @@ class ConfigError(RunnerError):
 
 class StorageError(RunnerError):
     """A file or folder that cannot be written."""
-
-
-MALFORMED = (
-    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, EOFError),
-    *(MemoryError, pickle.PickleError, zipfile.BadZipFile, zlib.error),
-)
-"""The errors that torch, NumPy and pickle raise for a file of the wrong content."""
 
 
 def choices_hint(given: object, choices: Iterable[str]) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 
 from experiments.util.errors import RunnerError, writing
 from experiments.util.process_identity import is_of_the_dead, mark
+from seqarch.checkpoints import manifest
+from seqarch.checkpoints.errors import CheckpointError
 
 OLD_SECONDS = 3600.0
 """The age from which a file written aside is a leftover, where nobody can know whether its process runs."""
@@ -108,11 +110,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
         RunnerError: the file is there and holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunnerError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise RunnerError(f"cannot read {path}: expected a JSON object, got {type(value).__name__}")
-    return value
+        return manifest.read_json(path)
+    except CheckpointError as error:
+        raise RunnerError(str(error)) from error

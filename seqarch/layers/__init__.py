@@ -2,49 +2,49 @@
 
 from typing import Any
 
-from seqarch.layers.attention.attention import Attention, SlidingWindow
-from seqarch.layers.attention.mla import MLA
-from seqarch.layers.channel.mlp import Mlp, SwiGlu
-from seqarch.layers.channel.moe import MixtureOfExperts
-from seqarch.layers.convolution.hyena import Hyena
-from seqarch.layers.convolution.s4d import S4d
-from seqarch.layers.delta_rule.delta_net import DeltaNet
-from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet
-from seqarch.layers.delta_rule.gated_delta_net_2 import GatedDeltaNet2
-from seqarch.layers.delta_rule.gated_delta_product import GatedDeltaProduct
-from seqarch.layers.delta_rule.kda import KDA
-from seqarch.layers.delta_rule.rwkv7 import Rwkv7
-from seqarch.layers.linear_attention.based import Based
-from seqarch.layers.linear_attention.gla import Gla
-from seqarch.layers.linear_attention.hgrn2 import Hgrn2
-from seqarch.layers.linear_attention.linear_attention import LinearAttention
-from seqarch.layers.linear_attention.mlstm import Mlstm
-from seqarch.layers.linear_attention.retention import Retention
-from seqarch.layers.linear_attention.rwkv6 import Rwkv6
+from seqarch.layers.attention.attention import Attention, AttentionConfig, SlidingWindow, SlidingWindowConfig
+from seqarch.layers.attention.mla import MLA, MLAConfig
+from seqarch.layers.channel.mlp import Mlp, MlpConfig, SwiGlu, SwiGluConfig
+from seqarch.layers.channel.moe import MixtureOfExperts, MixtureOfExpertsConfig
+from seqarch.layers.convolution.hyena import Hyena, HyenaConfig
+from seqarch.layers.convolution.s4d import S4d, S4dConfig
+from seqarch.layers.delta_rule.delta_net import DeltaNet, DeltaNetConfig
+from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+from seqarch.layers.delta_rule.gated_delta_net_2 import GatedDeltaNet2, GatedDeltaNet2Config
+from seqarch.layers.delta_rule.gated_delta_product import GatedDeltaProduct, GatedDeltaProductConfig
+from seqarch.layers.delta_rule.kda import KDA, KDAConfig
+from seqarch.layers.delta_rule.rwkv7 import Rwkv7, Rwkv7Config
+from seqarch.layers.linear_attention.based import Based, BasedConfig
+from seqarch.layers.linear_attention.gla import Gla, GlaConfig
+from seqarch.layers.linear_attention.hgrn2 import Hgrn2, Hgrn2Config
+from seqarch.layers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from seqarch.layers.linear_attention.mlstm import Mlstm, MlstmConfig
+from seqarch.layers.linear_attention.retention import Retention, RetentionConfig
+from seqarch.layers.linear_attention.rwkv6 import Rwkv6, Rwkv6Config
 from seqarch.layers.materialize import materialize
 from seqarch.layers.mixer import (
     ChannelMixer,
     Layer,
     LayerConfig,
     Mixer,
-    build_layer,
     clone_state,
     detach_state,
     measured_state_bytes,
 )
-from seqarch.layers.recurrent.hgrn import Hgrn
-from seqarch.layers.recurrent.min_gru import MinGru
-from seqarch.layers.recurrent.rg_lru import RgLru
+from seqarch.layers.modules.configured import build_layer
+from seqarch.layers.recurrent.hgrn import Hgrn, HgrnConfig
+from seqarch.layers.recurrent.min_gru import MinGru, MinGruConfig
+from seqarch.layers.recurrent.rg_lru import RgLru, RgLruConfig
+from seqarch.layers.registry import RESERVED, find, register
 from seqarch.layers.rows import state_rows
-from seqarch.layers.sparse_attention.big_bird import BigBird
-from seqarch.layers.sparse_attention.dsa import DSA
-from seqarch.layers.sparse_attention.longformer import Longformer
-from seqarch.layers.sparse_attention.moba import MoBA
-from seqarch.layers.sparse_attention.nsa import NSA
-from seqarch.layers.state_space.mamba import Mamba
-from seqarch.layers.state_space.mamba2 import Mamba2
-from seqarch.layers.state_space.mamba3 import Mamba3
-from seqarch.ops.dispatch.checks import unknown_name
+from seqarch.layers.sparse_attention.big_bird import BigBird, BigBirdConfig
+from seqarch.layers.sparse_attention.dsa import DSA, DSAConfig
+from seqarch.layers.sparse_attention.longformer import Longformer, LongformerConfig
+from seqarch.layers.sparse_attention.moba import MoBA, MoBAConfig
+from seqarch.layers.sparse_attention.nsa import NSA, NSAConfig
+from seqarch.layers.state_space.mamba import Mamba, MambaConfig
+from seqarch.layers.state_space.mamba2 import Mamba2, Mamba2Config
+from seqarch.layers.state_space.mamba3 import Mamba3, Mamba3Config
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
@@ -96,37 +96,130 @@ CHANNEL_MIXERS: dict[str, type[ChannelMixer]] = {
 }
 
 
+def mixer_class(name: str) -> type[Mixer]:
+    """The mixer of that name, or at that import path: ``"mamba2"``, ``"my_package.mixers:Leaky"``.
+
+    Raises:
+        ValueError: no mixer has that name, or none is there.
+    """
+    return find("mixer", MIXERS, Mixer, name)
+
+
+def channel_mixer_class(name: str) -> type[ChannelMixer]:
+    """The channel mixer of that name or import path; errors as in :func:`mixer_class`."""
+    return find("channel mixer", CHANNEL_MIXERS, ChannelMixer, name, also=RESERVED)
+
+
+def register_mixer(name: str, mixer: type[Mixer]) -> None:
+    """Make a mixer of one's own one that patterns and configurations can name; once more is no error.
+
+    Raises:
+        ValueError: the class is no mixer with a ``Config``, the name is not made of letters, digits and ``_``, or it is
+            another class's.
+    """
+    register("mixer", MIXERS, Mixer, name, mixer)
+
+
+def register_channel_mixer(name: str, channel_mixer: type[ChannelMixer]) -> None:
+    """The same for a channel mixer."""
+    register("channel mixer", CHANNEL_MIXERS, ChannelMixer, name, channel_mixer)
+
+
 def build_mixer(name: str, *, d_model: int, **options: Any) -> Mixer:
-    """The mixer of that name at width ``d_model``, with the options of its config.
+    """The mixer of that name or import path at width ``d_model``, with the options of its config.
 
     Raises:
         ValueError: no mixer has that name, it has no such option, or an option's value is out of range.
     """
-    if not isinstance(name, str) or name not in MIXERS:
-        raise unknown_name("mixer", name, MIXERS)
-    return build_layer("mixer", name, MIXERS[name], {"d_model": d_model, **options})
+    return build_layer("mixer", name, mixer_class(name), {"d_model": d_model, **options})
 
 
 def build_channel_mixer(name: str, *, d_model: int, **options: Any) -> ChannelMixer:
-    """The channel mixer of that name; errors as in :func:`build_mixer`."""
-    if not isinstance(name, str) or name not in CHANNEL_MIXERS:
-        raise unknown_name("channel mixer", name, CHANNEL_MIXERS)
-    return build_layer("channel mixer", name, CHANNEL_MIXERS[name], {"d_model": d_model, **options})
+    """The channel mixer of that name or import path; errors as in :func:`build_mixer`."""
+    return build_layer("channel mixer", name, channel_mixer_class(name), {"d_model": d_model, **options})
 
 
 __all__ = [
     "CHANNEL_MIXERS",
+    "DSA",
     "FAMILIES",
+    "KDA",
     "MIXERS",
+    "MLA",
+    "NSA",
+    "Attention",
+    "AttentionConfig",
+    "Based",
+    "BasedConfig",
+    "BigBird",
+    "BigBirdConfig",
     "ChannelMixer",
+    "DSAConfig",
+    "DeltaNet",
+    "DeltaNetConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNet2",
+    "GatedDeltaNet2Config",
+    "GatedDeltaNetConfig",
+    "GatedDeltaProduct",
+    "GatedDeltaProductConfig",
+    "Gla",
+    "GlaConfig",
+    "Hgrn",
+    "Hgrn2",
+    "Hgrn2Config",
+    "HgrnConfig",
+    "Hyena",
+    "HyenaConfig",
+    "KDAConfig",
     "Layer",
     "LayerConfig",
+    "LinearAttention",
+    "LinearAttentionConfig",
+    "Longformer",
+    "LongformerConfig",
+    "MLAConfig",
+    "Mamba",
+    "Mamba2",
+    "Mamba2Config",
+    "Mamba3",
+    "Mamba3Config",
+    "MambaConfig",
+    "MinGru",
+    "MinGruConfig",
     "Mixer",
+    "MixtureOfExperts",
+    "MixtureOfExpertsConfig",
+    "Mlp",
+    "MlpConfig",
+    "Mlstm",
+    "MlstmConfig",
+    "MoBA",
+    "MoBAConfig",
+    "NSAConfig",
+    "Retention",
+    "RetentionConfig",
+    "RgLru",
+    "RgLruConfig",
+    "Rwkv6",
+    "Rwkv6Config",
+    "Rwkv7",
+    "Rwkv7Config",
+    "S4d",
+    "S4dConfig",
+    "SlidingWindow",
+    "SlidingWindowConfig",
+    "SwiGlu",
+    "SwiGluConfig",
     "build_channel_mixer",
     "build_mixer",
+    "channel_mixer_class",
     "clone_state",
     "detach_state",
     "materialize",
     "measured_state_bytes",
+    "mixer_class",
+    "register_channel_mixer",
+    "register_mixer",
     "state_rows",
 ]

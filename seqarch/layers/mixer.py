@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from seqarch.layers.modules.configured import Configured, build_config, build_layer, from_options  # noqa: F401
 from seqarch.layers.modules.short_conv import ShortConvolution
 from seqarch.ops.dispatch.checks import annotated_kinds, fits, sequence_offsets, show, show_kinds
 
@@ -80,16 +78,24 @@ def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
                 raise ValueError(f"{option.name} must be at most {MOST}, got {value}")
 
 
-class Layer(nn.Module, ABC):
-    """The base of mixers and channel mixers: a config, a cost, and what training adds to the loss."""
+class Layer(Configured, ABC):
+    """The base of mixers and channel mixers: a config, a cost, and what training adds to the loss.
+
+    Made of its config or, as any subclass, of its options: ``Mamba2(d_model=256, d_state=64)``.
+    """
 
     Config: ClassVar[type[LayerConfig]]
     config: Any
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
 
+    @from_options
     def __init__(self, config: Any):
         super().__init__()
+        expected = getattr(type(self), "Config", LayerConfig)
+        if not isinstance(config, expected):
+            own = f"expected a {expected.__name__}, or options as keywords"
+            raise ValueError(f"{type(self).__name__}: config is {show(config)}, {own}")
         self.config = config
 
     @abstractmethod
@@ -249,40 +255,6 @@ class ChannelMixer(Layer):
     def update_router(self) -> None:
         """Make the router's updates that need no gradient, once per optimizer step, after it."""
         return
-
-
-def build_config(kind: str, name: str, config_class: type[LayerConfig], options: dict[str, Any]) -> Any:
-    """``config_class(**options)``, where a wrong option is an error that lists the right ones.
-
-    Raises:
-        ValueError: there is no such option, or a value is of the wrong type or out of range; it names the layer.
-    """
-    right = [field.name for field in fields(config_class)]
-    for option in options:
-        if option not in right:
-            near = difflib.get_close_matches(option, right, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{kind} {name!r} has no option {option!r}: it has {', '.join(right)}.{hint}")
-    with _naming(kind, name, options):
-        return config_class(**options)
-
-
-def build_layer(kind: str, name: str, layer: Any, options: dict[str, Any]) -> Any:
-    """The layer with these options of its config; errors as in :func:`build_config`."""
-    config = build_config(kind, name, layer.Config, options)
-    with _naming(kind, name, options):
-        return layer(config)
-
-
-@contextmanager
-def _naming(kind: str, name: str, options: dict[str, Any]) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        given = ", ".join(f"{option}={reprlib.repr(value)}" for option, value in options.items())
-        raise ValueError(f"{kind} {name!r}: {str(error).splitlines()[0]} (given {given})") from error
 
 
 class StateForm:

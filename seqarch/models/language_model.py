@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from seqarch.layers import Layer
 from seqarch.layers.mixer import MOST_COUNTED, CuSeqlens, first_tensor, linear_flops
+from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
 from seqarch.layers.modules.norms import RMSNorm
 from seqarch.models.generation import generate
@@ -48,15 +49,22 @@ class LMConfig(StackConfig):
             raise ValueError(f"vocab_size must be at most {MOST_COUNTED}, got {self.vocab_size}")
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Configured):
     """``logits, state = model(tokens, state, cu_seqlens)``: tokens ``[B, T]``, logits ``[B, T, vocab_size]``.
 
     The embedding is normal with ``embedding_std``, the head has ``nn.Linear``'s initialisation unless tied;
     everything in the stack initialises itself. There is no position embedding: mixers that need positions have them.
+
+    Attributes:
+        config: the :class:`LMConfig` that it was made of.
+        tokenizer: with ``encode(text)`` and ``decode(tokens)``, of a model of text that ``seqarch.load`` loaded.
     """
 
+    Config = LMConfig
+    tokenizer: Any = None
     generate = generate
 
+    @from_options
     def __init__(self, config: LMConfig):
         super().__init__()
         if not isinstance(config, LMConfig):

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, build_channel_mixer, build_mixer
+from seqarch.layers import ChannelMixer, build_channel_mixer, build_mixer, channel_mixer_class, mixer_class
 from seqarch.layers.mixer import CuSeqlens, State, check_features, check_mask, check_options
+from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.layers.modules.norms import RMSNorm
 from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import LayerPattern, tile_pattern
-from seqarch.ops.dispatch.checks import show, unknown_name
+from seqarch.ops.dispatch.checks import show
 from seqarch.ops.dispatch.eager import is_plain
 from seqarch.ops.native.token import Program, Unserved, Value
 
@@ -52,11 +53,10 @@ class StackConfig:
             raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
         layers = tile_pattern(self.pattern, self.depth)
         for name in (*self.mixers, *(name for layer in layers for name in layer.mixers)):
-            if name not in MIXERS:
-                raise unknown_name("mixer", name, MIXERS)
+            mixer_class(name)
         for name in (*self.channels, *(layer.channel or self.channel for layer in layers)):
-            if name not in CHANNEL_MIXERS and name != "none":
-                raise unknown_name("channel mixer", name, [*CHANNEL_MIXERS, "none"])
+            if name != "none":
+                channel_mixer_class(name)
         for kind, given in (("mixer", self.mixers), ("channel mixer", self.channels)):
             for name, options in given.items():
                 if not isinstance(options, dict):
@@ -184,7 +184,7 @@ Schedule = Callable[..., tuple[Tensor, StackState]]
 """Runs the layers of a stack, as :func:`in_turn` does; :mod:`seqarch.parallel` has another."""
 
 
-class Stack(nn.Module):
+class Stack(Configured):
     """Layers on a residual stream: ``y, state = stack(x, state, cu_seqlens)`` with ``x, y: [B, T, D]``.
 
     ``token_mask [B, T]`` is false where a token is padding, which routers then do not count. It hides no token from
@@ -196,6 +196,9 @@ class Stack(nn.Module):
     Each mixer and channel mixer initialises itself; the stack overwrites nothing. The output is not normalised.
     """
 
+    Config = StackConfig
+
+    @from_options
     def __init__(self, config: StackConfig):
         super().__init__()
         if not isinstance(config, StackConfig):

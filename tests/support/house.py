@@ -65,6 +65,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room("seqarch.interop"),
         _room("seqarch.testing"),
         _room("seqarch.parallel"),
+        _room("seqarch.checkpoints"),
         Room("python -m seqarch", ("seqarch.__main__",)),
     ),
     "ground": (_room("experiments.util"), _room("experiments.tasks"), _room("experiments.trackers")),

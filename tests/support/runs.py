@@ -21,7 +21,7 @@ from experiments.runs.folder import RunFolder
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.loop import Run
 from experiments.training.run_record import record_run
-from experiments.training.tensor_reader import TensorReader
+from seqarch.checkpoints.tensor_reader import TensorReader
 from tests.support.paths import ROOT
 
 TINY = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seqarch.layers.mixer import Boundaries, Device, Mixer, choose_heads, first_tensor, measured_state_bytes, row_count
 from seqarch.layers.modules import kv_cache
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV
 from seqarch.layers.modules.linear import Linear
@@ -240,6 +241,7 @@ class CacheMixer(Mixer):
 class CachedAttention(CacheMixer):
     """Projections and positions of an attention by heads; a subclass decides in :meth:`attend` which keys are seen."""
 
+    @from_options
     def __init__(self, config: CachedAttentionConfig):
         super().__init__(config)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width

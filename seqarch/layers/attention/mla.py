@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.attention.base import POSITIONS, CacheMixer, Place
 from seqarch.layers.mixer import choose_heads
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.modules.linear import Linear, is_plain_linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -93,6 +94,7 @@ class MLA(CacheMixer):
 
     Config = MLAConfig
 
+    @from_options
     def __init__(self, config: MLAConfig):
         super().__init__(config)
         heads, keys, values, d_model = config.heads, config.keys, config.values, config.d_model

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from seqarch.layers.mixer import ChannelMixer, LayerConfig, linear_flops
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.experts.activations import ACTIVATIONS
@@ -61,6 +62,7 @@ class Mlp(ChannelMixer):
 
     Config = MlpConfig
 
+    @from_options
     def __init__(self, config: MlpConfig):
         super().__init__(config)
         self.in_proj = Linear(config.d_model, config.hidden_width, bias=False)
@@ -99,6 +101,7 @@ class SwiGlu(ChannelMixer):
 
     Config = SwiGluConfig
 
+    @from_options
     def __init__(self, config: SwiGluConfig):
         super().__init__(config)
         self.in_proj = Linear(config.d_model, 2 * config.hidden_width, bias=config.bias)

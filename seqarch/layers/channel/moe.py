@@ -19,6 +19,7 @@ from seqarch.layers.channel.router import (
     routing_metrics,
 )
 from seqarch.layers.mixer import ChannelMixer, linear_flops
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
 from seqarch.ops.experts import flops as experts_flops
 
@@ -70,6 +71,7 @@ class MixtureOfExperts(ChannelMixer):
     Config = MixtureOfExpertsConfig
     takes_mask = True
 
+    @from_options
     def __init__(self, config: MixtureOfExpertsConfig):
         super().__init__(config)
         width, hidden, count = config.d_model, config.hidden_width, config.num_experts

@@ -24,6 +24,7 @@ from seqarch.layers.mixer import (
     measured_state_bytes,
 )
 from seqarch.layers.modules import long_conv
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear, is_plain_linear, widened
 from seqarch.layers.modules.short_conv import ShortConvolution
 from seqarch.layers.rows import select
@@ -93,6 +94,7 @@ class Hyena(Mixer):
 
     Config = HyenaConfig
 
+    @from_options
     def __init__(self, config: HyenaConfig):
         super().__init__(config)
         width = config.d_model

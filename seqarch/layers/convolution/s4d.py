@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch.layers.mixer import Boundaries, LayerConfig, row_count
 from seqarch.layers.modules import long_conv
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
 from seqarch.ops.chunked.packing import over_sequences
@@ -82,6 +83,7 @@ class S4d(RecurrentMixer):
     Config = S4dConfig
     no_weight_decay = ("log_A_real", "A_imag")
 
+    @from_options
     def __init__(self, config: S4dConfig):
         super().__init__(config)
         width, states = config.d_model, config.d_state // 2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.mixer import Boundaries, choose_heads
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.norms import l2_normalise
 from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
@@ -116,6 +117,7 @@ class DeltaRuleMixer(RecurrentMixer):
     A_log: nn.Parameter
     dt_bias: nn.Parameter
 
+    @from_options
     def __init__(self, config: DeltaRuleConfig, steps: int = 1):
         super().__init__(config)
         (groups, keys), (heads, values) = config.key_shape, config.value_shape

@@ -9,6 +9,7 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.layers.delta_rule.base import DeltaRuleConfig, DeltaRuleMixer
 from seqarch.layers.mixer import Boundaries
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
 
@@ -29,6 +30,7 @@ class DeltaNet(DeltaRuleMixer):
 
     Config = DeltaNetConfig
 
+    @from_options
     def __init__(self, config: DeltaNetConfig):
         super().__init__(config)
         self.beta_proj = Linear(config.d_model, config.heads, bias=False)

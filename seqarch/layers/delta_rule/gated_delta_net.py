@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.delta_rule.base import DeltaRuleMixer, GatedDeltaRuleConfig
 from seqarch.layers.mixer import Boundaries
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import GatedRMSNorm
@@ -42,6 +43,7 @@ class GatedDeltaNet(DeltaRuleMixer):
 
     Config = GatedDeltaNetConfig
 
+    @from_options
     def __init__(self, config: GatedDeltaNetConfig, steps: int = 1):
         super().__init__(config, steps)
         heads, values = config.value_shape

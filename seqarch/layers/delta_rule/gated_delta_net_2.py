@@ -10,6 +10,7 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.layers.delta_rule.kda import KDA, KDAConfig
 from seqarch.layers.mixer import Boundaries
+from seqarch.layers.modules.configured import from_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class GatedDeltaNet2(KDA):
 
     Config = GatedDeltaNet2Config
 
+    @from_options
     def __init__(self, config: GatedDeltaNet2Config):
         super().__init__(config, betas=math.prod(config.key_shape) + math.prod(config.value_shape))
 

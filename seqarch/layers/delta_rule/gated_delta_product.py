@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from seqarch.layers.mixer import Boundaries
+from seqarch.layers.modules.configured import from_options
 from seqarch.ops.delta_rule import flops as recurrence_flops
 
 
@@ -38,6 +39,7 @@ class GatedDeltaProduct(GatedDeltaNet):
     Config = GatedDeltaProductConfig
     config: GatedDeltaProductConfig
 
+    @from_options
     def __init__(self, config: GatedDeltaProductConfig):
         super().__init__(config, config.steps)
 

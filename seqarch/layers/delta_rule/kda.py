@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.delta_rule.base import DeltaRuleMixer, GatedDeltaRuleConfig
 from seqarch.layers.mixer import Boundaries
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import GatedRMSNorm
@@ -39,6 +40,7 @@ class KDA(DeltaRuleMixer):
 
     Config = KDAConfig
 
+    @from_options
     def __init__(self, config: KDAConfig, betas: int | None = None):
         super().__init__(config)
         d_model, (heads, values), keys = config.d_model, config.value_shape, config.key_shape[1]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadWidthConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import l2_normalise
@@ -59,6 +60,7 @@ class Rwkv7(RecurrentMixer):
     Config = Rwkv7Config
     no_weight_decay = ("shares", "bonus")
 
+    @from_options
     def __init__(self, config: Rwkv7Config):
         super().__init__(config)
         size, inner, heads, width = config.d_model, config.inner, config.heads, config.head_width

@@ -12,6 +12,7 @@ from seqarch.layers.attention.attention import SlidingWindow, SlidingWindowConfi
 from seqarch.layers.attention.base import AttentionState
 from seqarch.layers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
 from seqarch.layers.mixer import Boundaries, Device, Mixer
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.recurrent_mixer import RecurrentState
 
@@ -57,6 +58,7 @@ class Based(Mixer):
 
     Config = BasedConfig
 
+    @from_options
     def __init__(self, config: BasedConfig):
         super().__init__(config)
         width, heads = config.d_model, config.num_heads

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, LayerConfig
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
@@ -78,6 +79,7 @@ class Gla(LinearMixer):
 
     Config = GlaConfig
 
+    @from_options
     def __init__(self, config: GlaConfig):
         super().__init__(config)
         heads, keys, values = config.num_heads, config.keys, config.values

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, choose_heads
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -66,6 +67,7 @@ class Hgrn2(LinearMixer):
 
     Config = Hgrn2Config
 
+    @from_options
     def __init__(self, config: Hgrn2Config):
         super().__init__(config)
         heads, keys, width = config.heads, config.keys, config.head_width

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -92,6 +93,7 @@ class LinearAttention(LinearMixer):
 
     Config = LinearAttentionConfig
 
+    @from_options
     def __init__(self, config: LinearAttentionConfig):
         super().__init__(config)
         heads, width = config.heads, config.head_width

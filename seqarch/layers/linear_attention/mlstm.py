@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, Device, LayerConfig
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.recurrent_mixer import LinearMixer
@@ -100,6 +101,7 @@ class Mlstm(LinearMixer):
 
     Config = MlstmConfig
 
+    @from_options
     def __init__(self, config: MlstmConfig):
         super().__init__(config)
         heads, keys, values = config.num_heads, config.keys, config.values

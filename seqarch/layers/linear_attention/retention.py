@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, Device, choose_heads
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import token_positions
@@ -84,6 +85,7 @@ class Retention(LinearMixer):
 
     Config = RetentionConfig
 
+    @from_options
     def __init__(self, config: RetentionConfig):
         super().__init__(config)
         num_heads, width, values = config.heads, config.keys, config.values

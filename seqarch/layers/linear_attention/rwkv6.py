@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, row_count
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadWidthConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import tokens_before
@@ -46,6 +47,7 @@ class Rwkv6(LinearMixer):
     Config = Rwkv6Config
     no_weight_decay = ("bonus",)
 
+    @from_options
     def __init__(self, config: Rwkv6Config):
         super().__init__(config)
         size, inner, heads, width = config.d_model, config.inner, config.heads, config.head_width

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.mixer import Boundaries, LayerConfig, row_count
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear, widened
 from seqarch.layers.modules.positions import token_positions
 from seqarch.layers.recurrent.base import ElementwiseMixer, elementwise_scan
@@ -59,6 +60,7 @@ class Hgrn(ElementwiseMixer):
 
     Config = HgrnConfig
 
+    @from_options
     def __init__(self, config: HgrnConfig):
         super().__init__(config)
         width, inner = config.d_model, config.inner_width

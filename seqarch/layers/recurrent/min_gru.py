@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.mixer import Boundaries, LayerConfig
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.recurrent.base import ElementwiseMixer, elementwise_scan
 from seqarch.layers.recurrent_mixer import RecurrentState
@@ -60,6 +61,7 @@ class MinGru(ElementwiseMixer):
 
     Config = MinGruConfig
 
+    @from_options
     def __init__(self, config: MinGruConfig):
         super().__init__(config)
         inner = config.inner_width

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers.mixer import Boundaries, Device, LayerConfig
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import token_positions
 from seqarch.layers.modules.short_conv import ShortConvolution
@@ -94,6 +95,7 @@ class RgLru(ElementwiseMixer):
 
     Config = RgLruConfig
 
+    @from_options
     def __init__(self, config: RgLruConfig):
         super().__init__(config)
         width = config.width

@@ -13,6 +13,7 @@ from seqarch import ops
 from seqarch.layers.attention.base import KVHeadsConfig
 from seqarch.layers.mixer import Boundaries, first_tensor
 from seqarch.layers.modules import kv_cache
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.kv_cache import KVCache
 from seqarch.layers.modules.linear import Linear, widened
@@ -90,6 +91,7 @@ class DSA(RowAttention):
     Config = DSAConfig
     State = DSAState
 
+    @from_options
     def __init__(self, config: DSAConfig):
         super().__init__(config)
         heads, width = config.heads, config.head_width

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.attention.base import KVHeadsConfig
 from seqarch.layers.modules import kv_cache
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.kv_cache import KVCache
 from seqarch.layers.modules.linear import Linear
@@ -108,6 +109,7 @@ class NSA(RowAttention):
     Config = NSAConfig
     State = NSAState
 
+    @from_options
     def __init__(self, config: NSAConfig):
         super().__init__(config)
         heads, width = config.heads, config.head_width

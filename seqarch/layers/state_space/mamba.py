@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, LayerConfig
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.short_conv import ShortConvolution
@@ -67,6 +68,7 @@ class Mamba(RecurrentMixer):
     Config = MambaConfig
     no_weight_decay = ("A_log",)
 
+    @from_options
     def __init__(self, config: MambaConfig):
         super().__init__(config)
         self.inner = config.inner_width

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, LayerConfig
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
@@ -92,6 +93,7 @@ class Mamba2(LinearMixer):
 
     Config = Mamba2Config
 
+    @from_options
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
         self.inner = config.inner_width

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, Device, LayerConfig, first_tensor
+from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import GatedRMSNorm, HeadNorm
@@ -115,6 +116,7 @@ class Mamba3(RecurrentMixer):
 
     Config = Mamba3Config
 
+    @from_options
     def __init__(self, config: Mamba3Config):
         super().__init__(config)
         heads, rank, size = config.heads, config.mimo_rank, config.d_state

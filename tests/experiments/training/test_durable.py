@@ -25,9 +25,10 @@ from experiments.runs.folder import RunFolder
 from experiments.sweeps.execute import execute
 from experiments.sweeps.status import SweepStatus
 from experiments.training.checkpoints import Checkpoints, Damaged, TrainState, random_streams, verified
-from experiments.training.tensor_reader import TensorReader
 from experiments.util.errors import RunnerError
 from experiments.util.process_identity import mark, start_of
+from seqarch.checkpoints.errors import CheckpointError
+from seqarch.checkpoints.tensor_reader import TensorReader
 from tests.support.power_cut import PowerCut
 from tests.support.runs import last, tiny_config, train_here
 
@@ -221,7 +222,7 @@ def test_what_an_index_may_name_has_no_way_out(tmp_path):
     ]
     for attempt in attempts:
         (tmp_path / ".metadata").write_bytes(attempt)
-        with pytest.raises(RunnerError, match="it is no index of tensors"):
+        with pytest.raises(CheckpointError, match="it is no index of tensors"):
             TensorReader(tmp_path)
     assert not hasattr(Metadata, "spoilt")
 

@@ -1,6 +1,7 @@
-"""The manifest of a checkpoint: ``manifest.json``, which lists the other files of its folder with their checksums.
+"""The form of a run's checkpoints: a folder each, ``checkpoints/step-000100``, with a manifest of its files.
 
-It holds the size and SHA-256 of each file and, as ``sha256``, the hash of itself, by which a checkpoint is known.
+``manifest.json`` holds the size and SHA-256 of each other file and, as ``sha256``, the hash of itself, by which a
+checkpoint is known.
 """
 
 from __future__ import annotations
@@ -12,17 +13,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.util.errors import RunnerError
-from experiments.util.files import read_json
+from seqarch.checkpoints.errors import CheckpointError
+
+FORMAT = 2
+"""The version of what is kept of a run: raised when a key, a metric or a file gets another name or meaning."""
 
 MANIFEST = "manifest.json"
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of that step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder, the newest first; what else lies there is none."""
+    names = ((path, path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    steps = {int(digits): path for path, digits in names if digits.isdecimal()}
+    return {step: steps[step] for step in sorted(steps, reverse=True)}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file, or ``None`` where there is no such file.
+
+    Raises:
+        CheckpointError: the file is there and holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"cannot read {path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The content of a folder's manifest without its own hash; ``None`` where it is not what was written."""
     try:
         manifest = read_json(folder / MANIFEST) or {}
-    except RunnerError:
+    except CheckpointError:
         return None
     if manifest.pop("sha256", None) != manifest_digest(manifest) or not isinstance(manifest.get("state"), dict):
         return None

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from experiments.util.errors import MALFORMED, RunnerError
+from seqarch.checkpoints.errors import MALFORMED, CheckpointError
 
 INDEX = "torch.distributed.checkpoint.metadata"
 ADMITTED = {
@@ -55,7 +55,7 @@ class TensorReader(FileSystemReader):
     """torch's reader of a checkpoint in a folder, for tensors alone.
 
     Raises:
-        RunnerError: the index is not one of tensors that lie in this folder; it names the first thing that is not.
+        CheckpointError: the index is not one of tensors that lie in this folder; it names the first thing that is not.
     """
 
     def __init__(self, folder: Path):
@@ -65,10 +65,15 @@ class TensorReader(FileSystemReader):
             with open(path, "rb") as file:
                 self._known = _index(_Unpickler(file).load(), load_id=self.load_id)
         except (*MALFORMED, OSError) as error:
-            raise RunnerError(f"cannot read {path}: it is no index of tensors ({error})") from error
+            raise CheckpointError(f"cannot read {path}: it is no index of tensors ({error})") from error
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._known
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Size and dtype of each tensor by its name, ``model.embedding.weight``."""
+        entries = self._known.state_dict_metadata.items()
+        return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,0 +1,157 @@
+"""The trained model of a run's folder, by what the runner wrote there: configuration, record and checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+from seqarch.checkpoints.errors import MALFORMED, CheckpointError
+from seqarch.checkpoints.manifest import (
+    FORMAT,
+    checkpoint_name,
+    checkpoints_by_step,
+    damage,
+    file_digest,
+    read_json,
+    read_manifest,
+)
+from seqarch.checkpoints.tensor_reader import TensorReader
+from seqarch.checkpoints.tokenizers import tokenizer_of
+from seqarch.layers import CHANNEL_MIXERS, MIXERS
+from seqarch.models import LanguageModel, LMConfig, parse_pattern
+
+PART = "model."
+"""What the names of the model's tensors begin with, beside those of the optimizer and others."""
+
+EMBEDDING = "embedding.weight"
+"""Whose rows are the vocabulary, which the configuration leaves to the task."""
+
+
+def load(
+    folder: str | PathLike[str], *, step: int | None = None, device: torch.device | str | None = None
+) -> LanguageModel:
+    """The trained model of a run's folder, in eval mode, with its ``config`` and, of text, its ``tokenizer``.
+
+    Of a finished run it is the model that was tested, the best on validation or the last (``train.eval_checkpoint``);
+    of one that was stopped, or goes on, that of the latest checkpoint. Modules that the run's ``imports`` name are
+    imported where the model has layers that are not registered yet. No other code that the folder's files name is run.
+
+    Args:
+        folder: of the run, with its ``config.json``.
+        step: of another checkpoint.
+        device: to load to; by default torch's own.
+
+    Raises:
+        CheckpointError: the folder is no run's or of another format, there is no such checkpoint, it is damaged, or its
+            tensors are not those of the model that the configuration describes.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if config is None:
+        there = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} is no run's folder: {there}")
+    if (found := config.get("format", 1)) != FORMAT:
+        raise CheckpointError(f"{folder / 'config.json'} is of format {found!r}, and this version reads {FORMAT}")
+    record = read_json(folder / "run.json") or {}
+    path = choose_checkpoint(folder, record, step)
+    tensors = read_tensors(path, PART)
+    if EMBEDDING not in tensors or tensors[EMBEDDING].ndim != 2:
+        raise CheckpointError(f"{path} holds no language model: it has no matrix {PART}{EMBEDDING}")
+    model = _build(folder, config, len(tensors[EMBEDDING]))
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise CheckpointError(f"{path} does not fit the model of {folder / 'config.json'}: {lines}") from error
+    model.tokenizer = tokenizer_of(folder, record, model.config.vocab_size)
+    return model.to(torch.get_default_device() if device is None else device).eval()
+
+
+def choose_checkpoint(folder: Path, record: Mapping[str, Any], step: int | None) -> Path:
+    """The folder of the checkpoint of a step, or of the one that a run's results are of, or of the latest.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    there = checkpoints_by_step(folder / "checkpoints")
+    if not there:
+        raise CheckpointError(f"{folder} has no checkpoint yet: nothing lies in {folder / 'checkpoints'}")
+    results = record.get("results")
+    tested = results.get("checkpoint") if isinstance(results, Mapping) else None
+    if step is None and (record.get("status") != "finished" or tested is None):
+        return next(iter(there.values()))
+    name = str(tested) if step is None else checkpoint_name(step)
+    path = next((path for path in there.values() if path.name == name), None)
+    if path is None:
+        what = "the checkpoint that its results are of" if step is None else "one of that step"
+        others = ", ".join(str(each) for each in sorted(there))
+        raise CheckpointError(f"{folder} has no {name}, {what}: expected step to be one of {others}")
+    return path
+
+
+def read_tensors(path: Path, part: str = "") -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with ``part``, by what follows it, as they were stored.
+
+    Raises:
+        CheckpointError: a file of it is missing or not what was written.
+    """
+    manifest = read_manifest(path)
+    listed = manifest["files"] if manifest else {}
+    found = {name: file_digest(path / name) for name in listed if (path / name).is_file()}
+    if problem := damage(manifest, found):
+        raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
+    reader = TensorReader(path)
+    wanted = {name: entry for name, entry in reader.tensors().items() if name.startswith(part)}
+    try:
+        content: dict[str, Any] = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu") for name, entry in wanted.items()
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            load_tensors(content, storage_reader=reader, no_dist=True)
+    except MALFORMED as error:
+        first = str(error).partition("\n")[0]
+        raise CheckpointError(f"cannot load checkpoint {path}: {type(error).__name__}, {first}") from error
+    return {name.removeprefix(part): tensor for name, tensor in content.items()}
+
+
+def _build(folder: Path, config: Mapping[str, Any], vocab_size: int) -> LanguageModel:
+    """The model that a configuration describes, whatever its weights; the caller's random streams stay as they are."""
+    problems: list[str] = []
+    try:
+        options = {name: value for name, value in dict(config["model"]).items() if name != "name"}
+        problems = _import(config.get("imports", []), _unregistered(options))
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            return LanguageModel(LMConfig(vocab_size=vocab_size, **options))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError("; ".join([f"cannot build the model of {folder}: {error}", *problems])) from error
+
+
+def _unregistered(options: Mapping[str, Any]) -> set[str]:
+    layers = parse_pattern(options.get("pattern", ""))
+    names = {name for layer in layers for name in (*layer.mixers, layer.channel or options.get("channel", "none"))}
+    return names - MIXERS.keys() - CHANNEL_MIXERS.keys() - {"none"}
+
+
+def _import(modules: list[str], wanted: set[str]) -> list[str]:
+    """Import the modules that register a run's own layers, where any are wanted; why those failed that did."""
+    problems = []
+    for name in modules if wanted else ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            problems.append(
+                f"cannot import {name}, which the run's imports name: {error}; is its folder in PYTHONPATH?"
+            )
+    return problems
+
+
+__all__ = ["load"]
