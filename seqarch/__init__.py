@@ -12,6 +12,11 @@ tensors. Whatever is asked for first is imported then: ``import seqarch`` loads 
 Nothing here imports Hydra, a tracker, a plotting library, Triton or a compiled extension.
 """
 
+__version__ = "0.1.0"
+
+_EXPORTERS = ("layers/__init__.py", "models/__init__.py", "checkpoints/loading.py")
+"""The files whose ``__all__`` are names of ``seqarch`` too."""
+
 TYPE_CHECKING = False  # Type checkers know the name; to import it from typing would take longer than all the rest.
 if TYPE_CHECKING:
     from seqarch import checkpoints as checkpoints
@@ -25,50 +30,43 @@ if TYPE_CHECKING:
     from seqarch.layers import *  # noqa: F403
     from seqarch.models import *  # noqa: F403
 
-__version__ = "0.1.0"
+else:
 
-_EXPORTERS = ("layers/__init__.py", "models/__init__.py", "checkpoints/loading.py")
-"""The files whose ``__all__`` are names of ``seqarch`` too."""
+    def _exports() -> dict[str, str]:
+        """By each of these names the module that it is in; read from the source, so that nothing is imported."""
+        import ast
+        import pkgutil
 
+        found = {}
+        for file in _EXPORTERS:
+            module = f"{__name__}.{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+            tree = ast.parse(pkgutil.get_data(__name__, file) or b"")
+            for node in (node for node in tree.body if isinstance(node, ast.Assign)):
+                if ast.unparse(node.targets[0]) == "__all__":
+                    found |= dict.fromkeys(ast.literal_eval(node.value), module)
+        return found
 
-def _exports() -> dict[str, str]:
-    """By each of these names the module that it is in; they are read from the source, so that nothing is imported."""
-    import ast
-    import pkgutil
+    def _modules() -> list[str]:
+        import pkgutil
 
-    found = {}
-    for file in _EXPORTERS:
-        module = f"{__name__}.{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
-        tree = ast.parse(pkgutil.get_data(__name__, file) or b"")
-        for node in (node for node in tree.body if isinstance(node, ast.Assign)):
-            if ast.unparse(node.targets[0]) == "__all__":
-                found |= dict.fromkeys(ast.literal_eval(node.value), module)
-    return found
+        folders = globals()["__path__"]
+        return [module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_")]
 
+    def __getattr__(name: str) -> object:
+        import importlib
 
-def _modules() -> list[str]:
-    import pkgutil
+        if name == "__all__":
+            return sorted([*_exports(), *_modules()])
+        if not name.startswith("_"):
+            try:
+                return importlib.import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+            if module := _exports().get(name):
+                value = globals()[name] = getattr(importlib.import_module(module), name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=__import__(__name__))
 
-    folders = globals()["__path__"]
-    return [module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_")]
-
-
-def __getattr__(name: str) -> object:
-    import importlib
-
-    if name == "__all__":
-        return sorted([*_exports(), *_modules()])
-    if not name.startswith("_"):
-        try:
-            return importlib.import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":
-                raise
-        if module := _exports().get(name):
-            value = globals()[name] = getattr(importlib.import_module(module), name)
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=__import__(__name__))
-
-
-def __dir__() -> list[str]:
-    return sorted({*(name for name in globals() if name.startswith("__")), *_exports(), *_modules()})
+    def __dir__() -> list[str]:
+        return sorted({*(name for name in globals() if name.startswith("__")), *_exports(), *_modules()})

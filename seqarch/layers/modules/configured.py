@@ -105,7 +105,7 @@ class Configured(nn.Module):
     It is made of that config, or of the config's options as keywords, as its subclasses are, wherever they are written.
     """
 
-    Config: ClassVar[type[Any]]
+    Config: ClassVar[type[object]]
     __signature__: ClassVar[Any] = _Signature()
 
     def __init_subclass__(cls, **given: Any):
