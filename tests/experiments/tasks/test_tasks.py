@@ -49,6 +49,16 @@ class TestEveryTask:
         assert {split: held_out[split].tokens.shape[1] for split in task.tests} == task.tests
         assert max(task.tests.values()) == task.longest
 
+    def test_what_is_said_to_be_bytes_is_a_text(self, tasks, name):
+        task = tasks[name]
+        if task.tokens is None:
+            return
+        assert task.tokens == "bytes"
+        assert task.vocab_size in (256, 257)
+        for row in task.train_batch(0, 0, 20).tokens:
+            read = bytes(row[row < 256].tolist()).decode("utf-8", errors="ignore")
+            assert len(read.encode()) > 0.9 * len(row[row < 256])
+
     def test_padding_is_distinct_from_filler(self, tasks, name):
         """Padding follows the end of a formula, a copy or a file; blanks between a task's tokens belong to it."""
         batch = tasks[name].train_batch(0, 0, 100)
