@@ -33,18 +33,25 @@ if TYPE_CHECKING:
 else:
 
     def _exports() -> dict[str, str]:
-        """By each of these names the module that it is in; read from the source, so that nothing is imported."""
+        """By each of these names the module that it is in."""
+        paths = {file: file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in _EXPORTERS}
+        modules = {file: f"{__name__}.{path}" for file, path in paths.items()}
+        return {name: module for file, module in modules.items() for name in _listed(file, module)}
+
+    def _listed(file: str, module: str) -> list[str]:
+        """A module's ``__all__``, from its source, so that nothing is imported; where there is none, from itself."""
         import ast
+        import importlib
         import pkgutil
 
-        found = {}
-        for file in _EXPORTERS:
-            module = f"{__name__}.{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
-            tree = ast.parse(pkgutil.get_data(__name__, file) or b"")
-            for node in (node for node in tree.body if isinstance(node, ast.Assign)):
-                if ast.unparse(node.targets[0]) == "__all__":
-                    found |= dict.fromkeys(ast.literal_eval(node.value), module)
-        return found
+        try:
+            source = pkgutil.get_data(__name__, file)
+        except OSError:
+            source = None
+        for node in ast.parse(source or b"").body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                return ast.literal_eval(node.value)
+        return importlib.import_module(module).__all__
 
     def _modules() -> list[str]:
         import pkgutil

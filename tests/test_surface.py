@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import is_dataclass
+from unittest.mock import Mock
 
 import pytest
 
@@ -53,6 +54,13 @@ def test_the_names_are_those_that_its_parts_export():
     starred: dict[str, object] = {}
     exec("from seqarch import *", starred)
     assert starred.keys() >= set(seqarch.__all__)
+
+
+def test_the_names_are_there_without_the_source(monkeypatch):
+    """As in an application that was packed with compiled files alone."""
+    names = seqarch.__all__
+    monkeypatch.setattr("pkgutil.get_data", Mock(side_effect=FileNotFoundError))
+    assert seqarch.__all__ == names
 
 
 @pytest.mark.parametrize("layer", [*MIXERS.values(), *CHANNEL_MIXERS.values()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from experiments.tasks.needle import Needle, NeedleConfig
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.checkpoints.tokenizers import ByteTokenizer
 from seqarch.layers import MIXERS, Retention
-from tests.support.paths import ROOT
 from tests.support.runs import tensors, tiny_config, train_here
 
 OWN = """
