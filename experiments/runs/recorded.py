@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from experiments.runs.folder import RunFolder, flat
+from experiments.runs.former import FORMER
 from experiments.util.errors import RunnerError, choices_hint
 from experiments.util.files import read_json
 from experiments.util.items import decode_items
 
-NEVER_INSIDE = ("checkpoints", "wandb", "tensorboard", "report", ".sweeps")
-"""Folders that hold no runs, and may hold very many files."""
+NEVER_INSIDE = ("checkpoints", "wandb", "tensorboard", "report", ".sweeps", FORMER)
+"""Folders that hold no runs, or those that others took the places of, and may hold very many files."""
 
 STATUSES = ("finished", "failed", "running", "killed", "interrupted", "preempted", "damaged", "not started")
 """Statuses that a run can have, by what its folder holds."""

@@ -6,7 +6,8 @@
     attention+mamba2               both side by side in one layer
     mamba2/moe attention/swiglu    the layer's channel mixer after a slash ("none" for none)
 
-A pattern is tiled over the depth. Commas read as spaces.
+A pattern is tiled over the depth. Commas read as spaces. A name may be the path of a class, ``package.module:Class``,
+where it is registered under that path, as the experiment runner does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 
 from seqarch.ops.dispatch.checks import fits, show
 
-_TOKEN = re.compile(r"\s*(?:([0-9]+)\s*\*|([A-Za-z_]\w*)|([()+/]))")
+_NAME = re.compile(r"[A-Za-z_]\w*(?:(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)?")
+_TOKEN = re.compile(rf"\s*(?:([0-9]+)\s*\*|({_NAME.pattern})|([()+/]))")
 
 MOST = 10_000
 """Layers that a pattern or a stack may have: far beyond any that is built, and few enough to write out."""
@@ -139,7 +141,7 @@ class _Parser:
         return LayerPattern(tuple(mixers), self.name("a channel mixer after '/'"))
 
     def name(self, expected: str) -> str:
-        if not self.peek().isidentifier():
+        if not _NAME.fullmatch(self.peek()):
             raise self.error(expected)
         self.at += 1
         return self.tokens[self.at - 1][0]
