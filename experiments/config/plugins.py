@@ -85,7 +85,10 @@ def register_path(key: str, name: object) -> None:
     if not isinstance(name, str) or not (match := PATH.fullmatch(name)):
         return
     base, registry = _kind(key)
-    found = getattr(_import(match[1], f"{key}: {name}"), match[2], None)
+    module = _import(match[1], f"{key}: {name}")
+    if not hasattr(module, match[2]):
+        raise ConfigError(f"{key}: {name}: {match[1]} has no class {match[2]}")
+    found = getattr(module, match[2])
     if not (isinstance(found, type) and issubclass(found, base) and found is not base):
         raise ConfigError(f"{key}: {name} has to be a subclass of {base.__module__}.{base.__name__}, and is {found!r}")
     try:
