@@ -1,8 +1,8 @@
 """The mixer in a model, without the runner."""
 
+import own_mixer
 import torch
 
-import own_mixer
 from seqarch.models import LanguageModel, LMConfig
 
 config = LMConfig(vocab_size=32, d_model=64, pattern="learnt_retention attention", depth=2)

@@ -108,9 +108,11 @@ def _kind(key: str) -> tuple[type, dict[str, Any]]:
         return Task, TASKS
     if key == "tracker.name":
         return Tracker, TRACKERS
-    from seqarch.layers import CHANNEL_MIXERS, MIXERS, ChannelMixer, Mixer  # Torch, for which a wrong key need not wait.
+    from seqarch import layers  # Imports torch, which a wrong key need not wait for.
 
-    return (Mixer, MIXERS) if key == "model.mixers" else (ChannelMixer, CHANNEL_MIXERS)
+    if key == "model.mixers":
+        return layers.Mixer, layers.MIXERS
+    return layers.ChannelMixer, layers.CHANNEL_MIXERS
 
 
 def register_model_paths(model: Mapping[str, Any]) -> None:

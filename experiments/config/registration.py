@@ -15,15 +15,12 @@ from experiments.trackers import TRACKERS, Tracker
 NAME = re.compile(r"[A-Za-z]\w*")
 METHODS = {
     Task: ("__init__", "train_batch", "evaluation", "score", "item_scores", "chance", "manifest"),
-    GeneratedTask: ("generate", "guess"),
+    GeneratedTask: ("generate",),
     ByteText: ("read", "source"),
 }
 """The methods that whoever derives from one of these owes."""
-ATTRIBUTES: dict[type, dict[str, type]] = {
-    Task: {"title": str, "reading": str, "metric": Metric, "test_options": tuple},
-    GeneratedTask: {"guesses": str},
-}
-"""The class attributes that it owes, and their types."""
+ATTRIBUTES = {"name": str, "title": str, "reading": str, "metric": Metric, "test_options": tuple}
+"""The class attributes of every task, and their types."""
 
 
 def register_task(name: str, task: type[Task]) -> None:
@@ -57,20 +54,23 @@ def register_tracker(name: str, tracker: type[Tracker]) -> None:
 
 def check_task(name: str, task: type[Task]) -> None:
     """Raise ``ValueError`` unless a task has what its base classes ask for."""
-    lacking = [
-        method
-        for base, methods in METHODS.items()
-        for method in methods
-        if issubclass(task, base) and getattr(task, method) is getattr(base, method)
-    ]
-    wanted = {"name": str}
-    for base, attributes in ATTRIBUTES.items():
-        wanted |= attributes if issubclass(task, base) else {}
-    lacking += [key for key, kind in wanted.items() if not isinstance(getattr(task, key, None), kind)]
     _check_config("task", name, task)
-    lacking += sorted(set(task.test_options) - {each.name for each in fields(task.Config)}) if not lacking else []
-    if lacking:
+    if lacking := [*_lacking_methods(task), *_lacking_attributes(task)]:
         raise ValueError(f"task {name!r}: {_path(task)} has to define {', '.join(lacking)}")
+    if unknown := sorted(set(task.test_options) - {each.name for each in fields(task.Config)}):
+        raise ValueError(f"task {name!r}: its test_options name {unknown[0]!r}, which is no option of its Config")
+
+
+def _lacking_methods(task: type[Task]) -> list[str]:
+    owed = [(base, method) for base, methods in METHODS.items() if issubclass(task, base) for method in methods]
+    if issubclass(task, GeneratedTask) and task.chance is GeneratedTask.chance:
+        owed.append((GeneratedTask, "guess"))
+    return [method for base, method in owed if getattr(task, method) is getattr(base, method)]
+
+
+def _lacking_attributes(task: type[Task]) -> list[str]:
+    wanted = ATTRIBUTES | ({"guesses": str} if "guess" in vars(task) else {})
+    return [key for key, kind in wanted.items() if not isinstance(getattr(task, key, None), kind)]
 
 
 def check_tracker(name: str, tracker: type[Tracker]) -> None:

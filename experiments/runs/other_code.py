@@ -100,7 +100,7 @@ def _change(file: str, then: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def own_difference(record: Mapping[str, Any]) -> str | None:
-    """What differs between the sources of seqarch and the runner here and those of a recorded run; ``None`` as above."""
+    """What of seqarch and the runner differs from what a recorded run was trained with; ``None`` as above."""
     code = record.get("code") or {}
     if not isinstance(then := code.get("sources"), Mapping):
         return None

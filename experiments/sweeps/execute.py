@@ -32,9 +32,10 @@ OF_SWEEP = ("retry", "other_code")
 """Keys of a composed configuration that say what a sweep does, and are none of a run."""
 
 OtherCode = Literal["refuse", "keep", "rerun", "rerun_any"]
-"""What is done with a run that was trained, to its end or to a checkpoint, with other code. ``refuse``, where sources of
-plug-ins differ: it is left as it is, and the sweep says what differs and fails; ``keep``: it counts and resumes all the
-same; ``rerun``: it is moved aside and trained anew; ``rerun_any``: so it is where seqarch's or the runner's differ."""
+"""What is done with a run that was trained, to its end or to a checkpoint, with other code. ``refuse``, where sources
+of plug-ins differ: it is left as it is, and the sweep says what differs and fails; ``keep``: it counts and resumes all
+the same; ``rerun``: it is moved aside and trained anew;
+``rerun_any``: so it is where those of seqarch or the runner do."""
 
 ShouldPrune = Callable[[RunFolder], str | None]
 """Asked while a run trains: why it should end, ``None`` while it should not."""

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -78,10 +79,8 @@ def _hash(path: Path, parsed: bool, _version: tuple[int, int]) -> str:
     """16 hexadecimal digits, once for each version of a file, known by its time of change and its size."""
     content = path.read_bytes()
     if parsed:
-        try:
+        with suppress(SyntaxError, ValueError, RecursionError):  # A file of another Python, or one that nobody imports.
             content = repr(_plain(ast.parse(content))).encode(errors="surrogatepass")
-        except (SyntaxError, ValueError, RecursionError):
-            pass  # A file of another Python, or one that nobody imports.
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -150,8 +150,13 @@ def test_a_mixer_and_a_task_of_ones_own_are_in_the_runner(own):
     status = {name: record["status"] for name, record in records.items()}
     assert status == {"learnt_retention": "finished", "mamba2": "finished"}
     assert records["learnt_retention"]["backends"].keys() == {"linear_attention"}
-    command = "python -m experiments.search --config-dir conf experiment=majority model=learnt_retention"
-    more = ("search.trials=1", "train.steps=1", "tracker=printed", *less)
-    assert "best: " in follow(own, f"{command} train.lr=1e-3,3e-3", *more, paths=[ROOT])
-    assert any("step 1: " in log.read_text() for log in own.glob("runs/majority/*/train.log"))
     follow(own, "python -m experiments.report runs/majority", paths=[ROOT])
+
+
+@pytest.mark.slow
+def test_a_search_finds_what_is_of_ones_own_and_so_does_its_tracker(own):
+    command = "python -m experiments.search --config-dir conf experiment=majority model=learnt_retention"
+    small = ("train.steps=2", "train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
+    more = ("search.trials=1", "tracker=printed", *small)
+    assert "best: " in follow(own, f"{command} train.lr=1e-3,3e-3", *more, paths=[ROOT])
+    assert any("step 2: " in log.read_text() for log in own.glob("runs/majority/*/train.log"))
