@@ -121,8 +121,8 @@ def register_model_paths(model: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: as there.
     """
-    pattern = model.get("pattern")
-    for match in PATH.finditer(pattern) if isinstance(pattern, str) else ():
+    pattern = given if isinstance(given := model.get("pattern"), str) else ""
+    for match in PATH.finditer(pattern):
         after_slash = pattern[: match.start()].rstrip().endswith("/")
         register_path("model.channels" if after_slash else "model.mixers", match[0])
     register_path("model.channels", model.get("channel"))

@@ -40,16 +40,20 @@ ENOUGH = {"name": "own", "title": "t", "reading": "r"}
         (experiments.register_task, "own", Task, ["expected a subclass"]),
         (experiments.register_task, "o n", Parity, ["'o n'", "letters, digits and _"]),
         (experiments.register_task, "own", Parity, ["parity.Parity has the name 'parity'"]),
-        (experiments.register_task, "own", derived(Task, Config=make_dataclass("C", [])), ["my_package.Own has to define",
-         "__init__, train_batch, evaluation, score, item_scores, chance, manifest, name, title, reading, metric"]),
+        (experiments.register_task, "own", derived(Task, Config=make_dataclass("C", [])),
+         ["my_package.Own has to define __init__, train_batch, evaluation, score, item_scores, chance, manifest, name",
+          ", title, reading, metric"]),
         (experiments.register_task, "own", derived(Parity, Config=3), ["my_package.Own.Config has to be a dataclass"]),
-        (experiments.register_task, "own", derived(Parity, **ENOUGH, test_options=("lengths",)), ["test_options name 'lengths'"]),
-        (experiments.register_task, "own", derived(GeneratedTask, **ENOUGH, Config=GeneratedConfig), ["define generate, guess"]),
+        (experiments.register_task, "own", derived(Parity, **ENOUGH, test_options=("lengths",)),
+         ["test_options name 'lengths'"]),
+        (experiments.register_task, "own", derived(GeneratedTask, **ENOUGH, Config=GeneratedConfig),
+         ["has to define generate, guess"]),
         (experiments.register_task, "parity", derived(Parity), ["'parity'", "tasks.parity.Parity", "my_package.Own"]),
         (experiments.register_tracker, "own", Parity, ["expected a subclass of experiments.trackers.tracker.Tracker"]),
         (experiments.register_tracker, "9", derived(Tracker), ["'9'", "which a letter begins"]),
         (experiments.register_tracker, "own", derived(Tracker, Config=dict), ["Own.Config has to be a dataclass"]),
-        (experiments.register_tracker, "own", derived(Tracker, __init__=lambda self: None), ["(options, folder, config)"]),
+        (experiments.register_tracker, "own", derived(Tracker, __init__=lambda self: None),
+         ["(options, folder, config)"]),
         (experiments.register_tracker, "wandb", derived(Tracker), ["trackers.wandb.WandbTracker", "my_package.Own"]),
         (seqarch.register_mixer, "attention", derived(Attention), ["attention.Attention", "my_package.Own"]),
         (seqarch.register_channel_mixer, "mlp", derived(Mlp), ["channel.mlp.Mlp", "my_package.Own"]),
@@ -72,7 +76,7 @@ def test_every_task_and_tracker_of_the_house_passes_the_checks():
     for name, tracker in TRACKERS.items():
         if tracker is not Tracker:
             experiments.register_tracker(name, tracker)
-    assert (TASKS, TRACKERS) == before
+    assert before == (TASKS, TRACKERS)
 
 
 PARTS = """
@@ -140,7 +144,7 @@ def test_a_name_registered_twice_names_the_plugin_and_both_classes(tmp_path, plu
     (plugin_folder / "my_parts.py").write_text(PARTS + "class Mine2(Mine): pass\n" + REGISTER
                                                + "seqarch.register_mixer('mine', Mine2)\n")  # fmt: skip
     with pytest.raises(
-        ConfigError, match="plugins: importing 'my_parts' raises ValueError.*'mine'.*Mine already.*Mine2"
+        ConfigError, match=r"plugins: importing 'my_parts' raises ValueError.*'mine'.*Mine already.*Mine2"
     ):
         tiny_config(tmp_path, plugins=["my_parts"])
 

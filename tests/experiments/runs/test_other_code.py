@@ -135,7 +135,7 @@ def test_steps_of_other_code_are_not_continued_unless_that_is_asked_for(tmp_path
     before = files(folder)
     edit(package)
     assert "it has checkpoints; my_mixers/mixers.py changed" in outcome(tmp_path, config)["message"]
-    with pytest.raises(RunnerError, match="was trained with other code: my_mixers/mixers.py changed"):
+    with pytest.raises(RunnerError, match=r"was trained with other code: my_mixers/mixers\.py changed"):
         attempt(folder, None)
     assert files(folder) == before
     assert train_here(config)[0] == 0
