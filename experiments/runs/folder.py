@@ -8,7 +8,7 @@
 ``bad/``            the batches of steps whose loss or gradient was no number or a spike
 ``train.log``       what the training process printed
 ``code.diff``       how the code differed from the commit, if it did; of files that git does not track, none
-``code-NAME.diff``  the same of the repository of the plug-in NAME
+``code-of-plugin-NAME.diff``  the same of the repository of a plug-in
 ``claim.json``      the lock: who is at work here; gone when nobody is
 """
 
@@ -31,10 +31,10 @@ KINDS |= dict.fromkeys(("results", "metric", "cost", "metrics_lost"), dict)
 """The types of the entries of ``run.json`` on which the runner relies, where they are there."""
 
 DIFF = "code.diff"
-PLUGIN_DIFF = re.compile(r"code-\w+\.diff")
+PLUGIN_DIFF = re.compile(r"code-of-plugin-\w+\.diff")
 
 ASIDE = re.compile(
-    r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code(-\w+)?\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
+    r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code(-of-plugin-\w+)?\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
 )
 """The names of files written aside there, and in ``bad``, before they are renamed."""
 
@@ -68,13 +68,14 @@ class RunFolder:
             raise ConfigError(f"{self.config_file} is damaged or of another version: {error}") from error
 
     def diff_files(self) -> list[Path]:
-        """Those of the code and of plug-ins that are there."""
-        found = [path for path in self.path.glob("code-*.diff") if PLUGIN_DIFF.fullmatch(path.name)]
-        return [*([self.diff_file] if self.diff_file.exists() else []), *sorted(found)]
+        """Those of the code and, by the record, of plug-ins."""
+        plugins = self.record().get("plugins") or {}
+        names = [str(entry["diff"]) for entry in plugins.values() if isinstance(entry, Mapping) and entry.get("diff")]
+        return [self.diff_file, *(self.path / name for name in names if PLUGIN_DIFF.fullmatch(name))]
 
     def plugin_diff_file(self, name: str) -> Path:
         """The file for the diff of a plug-in."""
-        return self.path / f"code-{name}.diff"
+        return self.path / f"code-of-plugin-{name}.diff"
 
     def check_links(self) -> None:
         """Raise if something that is written here, and not replaced as a whole, would be written elsewhere.

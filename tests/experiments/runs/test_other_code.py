@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from experiments.config.schema import to_dict
+from experiments.report.checks import comparable_runs
 from experiments.runs import other_code
 from experiments.runs.folder import RunFolder
 from experiments.runs.former import FORMER
@@ -90,6 +91,11 @@ def test_a_run_records_its_plugins_as_it_does_the_runner(tmp_path, package):
     assert folder.record()["code"]["sources"].keys() == {"seqarch", "experiments"}
     assert all(IN_RUN.fullmatch(path.name) for path in folder.path.iterdir() if path.is_file())
     assert f"my_mixers {head[:10]} with local changes (sources " in read_run(folder.path).commit
+    (folder.path / "code-of-review.diff").write_text("somebody's")
+    (package / "mixers.py").write_text(MIXER)
+    train_here(config_of(tmp_path))
+    entry = folder.record()["plugins"]["my_mixers"]
+    assert (entry["diff"], [path.name for path in folder.path.glob("code-*")]) == (None, ["code-of-review.diff"])
 
 
 def test_a_finished_run_of_an_edited_mixer_is_named_and_left_as_it_is(tmp_path, package):
@@ -183,6 +189,18 @@ def test_a_plugin_that_registers_nothing_counts_for_every_run(tmp_path, plugin_f
     config = config_of(tmp_path, model__pattern="attention", plugins=["patches"])
     assert other_code.used_packages(config) == ["patches"]
     assert other_code.used_packages(config_of(tmp_path, model__pattern="attention", plugins=[])) == ["patches"]
+
+
+def test_a_report_shows_runs_without_their_plugins_and_says_so(tmp_path, package, capsys):
+    train_here(config_of(tmp_path))
+    comparable_runs(tmp_path)
+    assert capsys.readouterr().err == ""
+    for name in ("my_mixers.mixers", "my_mixers"):
+        del sys.modules[name]
+    package.rename(package.with_name("moved"))
+    (run,), problems = comparable_runs(tmp_path)
+    assert (run.finished, problems) == (True, [])
+    assert "note: plugins: cannot import 'my_mixers'" in capsys.readouterr().err
 
 
 def test_an_option_that_is_none_is_refused(tmp_path):
