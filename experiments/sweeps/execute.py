@@ -105,8 +105,8 @@ def _finish(
 
         if (settled := settle(folder, config, other_code)) is not None:
             status, found = settled
-            summary = _summary(folder) if folder.status() == "finished" else "it has checkpoints"
-            return status, "; ".join([summary, *([found] if found else [])])
+            summary = [_summary(folder)] if folder.status() == "finished" else []
+            return status, "; ".join([*summary, *([found] if found else [])])
     if config.machine.processes:
         require_device(config.train.device)
     folder.create(config)

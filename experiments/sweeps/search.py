@@ -135,7 +135,8 @@ class Search:
     @property
     def file(self) -> Path:
         """Where the results are written; different searches have different names."""
-        identity = [repr(self.space), self.fixed, self.seeds, {**asdict(self.options), "trials": 0}]
+        fixed = [argument for argument in self.fixed if not argument.startswith("other_code=")]
+        identity = [repr(self.space), fixed, self.seeds, {**asdict(self.options), "trials": 0}]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
         return Path(self.config.runs) / self.config.experiment / f"search-{digest}.json"
 

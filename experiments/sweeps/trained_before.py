@@ -17,7 +17,7 @@ def settle(folder: RunFolder, config: RunConfig, other_code: str) -> tuple[str, 
         RunnerError: its record cannot be read, it is in training, or it cannot be moved.
     """
     if other_code == "refuse" and (reason := refusal(folder, config)):
-        return "other_code", reason
+        return "other_code" if folder.status() == "finished" else "begun_with_other_code", reason
     if _is_to_be_rerun(folder, config, other_code):
         folder.lock.acquire()
         if _is_to_be_rerun(folder, config, other_code):  # Still, now that nobody else can do it.
