@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from experiments.runs.folder import RunFolder
+from experiments.runs.other_code import refusal
 from experiments.training import processes
 from experiments.training.loop import Run
 from experiments.training.progress import Heartbeat
@@ -30,10 +31,16 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parent", type=int, help="stop when the process with this number is gone")
+    parser.add_argument(
+        "--other-code",
+        choices=("refuse", "keep"),
+        default="refuse",
+        help="what is done with checkpoints of plug-ins with other sources than now (default: refuse)",
+    )
     arguments = parser.parse_args()
     INTERRUPTS.obey()
     try:
-        return attempt(RunFolder(arguments.folder), arguments.parent)
+        return attempt(RunFolder(arguments.folder), arguments.parent, arguments.other_code == "keep")
     except RunnerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CODES["preempted" if INTERRUPTS.requested else "failed"]
@@ -41,10 +48,16 @@ def main() -> int:
         INTERRUPTS.ignore()
 
 
-def attempt(folder: RunFolder, parent: int | None) -> int:
-    """Train as the only process at work in a folder, or beside the one that is; returns the exit code."""
+def attempt(folder: RunFolder, parent: int | None, keep_other_code: bool = False) -> int:
+    """Train as the only process at work in a folder, or beside the one that is; returns the exit code.
+
+    Raises:
+        RunnerError: the run cannot be trained here, or was begun with other sources of its plug-ins.
+    """
     config = folder.config()
     folder.check_links()
+    if not keep_other_code and (reason := refusal(folder, config)):
+        raise RunnerError(f"{folder.path} was trained with other code: {reason}")
     if not processes.is_main():
         return follow(lambda: Run(config, folder, INTERRUPTS))
     folder.lock.acquire(hurry=lambda: INTERRUPTS.requested)

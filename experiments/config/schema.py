@@ -8,17 +8,17 @@ same folder.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.config.convert import convert
+from experiments.config.plugins import KEYS, import_plugins, register_model_paths, register_path
 from experiments.config.targets import MatchConfig
 from experiments.config.tasks import TaskConfig, task_config
 from experiments.config.training import TrainConfig
@@ -28,7 +28,7 @@ from experiments.util.errors import ConfigError, RunnerError, choices_hint
 from seqarch.checkpoints.manifest import FORMAT as FORMAT
 
 NOT_IDENTITY = (
-    *("runs", "imports", "tracker", "machine", "match"),
+    *("runs", "plugins", "tracker", "machine", "match"),
     *("train.keep_last", "train.save_every", "train.dry_run", "train.start_from"),
 )
 """Keys that change where a run is kept, on what it runs or which tracker gets its metrics, and never its results
@@ -94,7 +94,7 @@ class RunConfig:
     Attributes:
         experiment: the folder below ``runs``, such as ``mqar`` or ``demo/recall``.
         runs: the root of all run folders.
-        imports: modules that register mixers, tasks or trackers of one's own, by their dotted names; each process of
+        plugins: modules that register mixers, tasks or trackers of one's own, by their dotted names; each process of
             the run imports them first.
         match: the parameters and the state that the model's widths were solved for; nothing by default.
     """
@@ -107,7 +107,7 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     runs: str = "runs"
-    imports: list[str] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=list)
     match: MatchConfig = field(default_factory=MatchConfig)
 
     def __post_init__(self):
@@ -190,7 +190,7 @@ def run_config(composed: Mapping[str, Any]) -> RunConfig:
         ConfigError: naming the full path of a wrong key, type or value and the nearest right one.
     """
     typed = dict(composed)
-    _import(convert(list[str], composed.get("imports", []), "imports"))
+    typed["plugins"] = _plugins(typed)
     for name, make in _PARTS.items():
         if isinstance(typed.get(name), Mapping):
             typed[name] = make(typed[name])
@@ -205,24 +205,24 @@ def _model_config(model: Mapping[str, Any], task: TaskConfig) -> ModelConfig:
 
     name = {key: value for key, value in model.items() if key == "name"}
     given = {key: value for key, value in model.items() if key != "name"}
+    register_model_paths(given)
     options = language_model(given, TASKS[task.name](task.options).vocab_size)
     return convert(ModelConfig, {**name, "options": options}, "model")
 
 
-def _import(names: Iterable[str]) -> None:
-    for name in names:
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise ConfigError(f"imports: expected names of modules, as in package.module, got {name!r}")
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ConfigError(f"imports: cannot import {name!r}: {error}; is its folder in PYTHONPATH?") from error
-        except (Exception, SystemExit) as error:
-            raise ConfigError(f"imports: importing {name!r} raises {type(error).__name__}: {error}") from error
+def _plugins(composed: dict[str, Any]) -> list[str]:
+    """The plug-ins of a configuration, which are imported; of those under the former name of the key, too."""
+    names: list[str] = []
+    for key in KEYS:
+        given = convert(list[str], composed.pop(key, []), key)
+        import_plugins(given, key)
+        names += [name for name in given if name not in names]
+    return names
 
 
 def _tracker_config(tracker: Mapping[str, Any]) -> TrackerConfig:
     name = tracker.get("name", TrackerConfig.name)
+    register_path("tracker.name", name)
     if not isinstance(name, str) or name not in TRACKERS:
         raise ConfigError(f"tracker.name: unknown tracker {name!r}, {choices_hint(name, TRACKERS)}")
     options = convert(TRACKERS[name].Config, tracker.get("options", {}), "tracker.options")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from experiments.config.convert import convert
+from experiments.config.plugins import register_path
 from experiments.tasks import TASKS, Task
 from experiments.util.errors import ConfigError, choices_hint
 
@@ -108,6 +109,7 @@ def task_config(task: Mapping[str, Any]) -> TaskConfig:
     """
     options = dict(task)
     name = options.pop("name", None)
+    register_path("task.name", name)
     if not isinstance(name, str) or name not in TASKS:
         raise ConfigError(f"task.name: unknown task {name!r}, {choices_hint(name, TASKS)}")
     lists = {key: options.pop(key) for key in ("train_on", "test_on") if key in options}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.config.plugins import KEYS, import_plugins
 from experiments.config.schema import check_format
 from experiments.runs.recorded import RecordedRun, find_runs, is_finite
 from experiments.tasks.groups import DEPTH
-from experiments.util.errors import RunnerError
+from experiments.util.errors import ConfigError, RunnerError
 
 NUMBER = (int, float)
 OF_CONFIG = {
@@ -40,14 +42,28 @@ def comparable_runs(root: Path) -> tuple[list[RecordedRun], list[str]]:
     Raises:
         RunnerError: there is no such folder.
     """
-    runs, problems = [], []
-    for run in find_runs(root):
+    runs, problems, found = [], [], find_runs(root)
+    _import_plugins(found)
+    for run in found:
         try:
             _check(run)
             runs.append(run)
         except RunnerError as error:
             problems.append(str(error))
     return runs, problems
+
+
+def _import_plugins(runs: list[RecordedRun]) -> None:
+    """Import the plug-ins of the runs, so that equal options of their mixers are known to be equal; say which are not
+    here. Runs are shown without them, too.
+    """
+    lists = (run.config.get(key) for run in runs for key in KEYS)
+    names = [str(name) for each in lists if isinstance(each, list) for name in each]
+    for name in ["", *dict.fromkeys(names)]:
+        try:
+            import_plugins([name] if name else [])
+        except ConfigError as error:
+            print(f"note: {error}; its runs are shown without it", file=sys.stderr)
 
 
 def _check(run: RecordedRun) -> None:

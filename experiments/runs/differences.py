@@ -12,7 +12,7 @@ from experiments.util.errors import RunnerError
 
 SECTIONS = {
     "config": ("config",),
-    "code": ("code",),
+    "code": ("code", "plugins"),
     "environment": ("environment", "hardware"),
     "data": ("data",),
     "backends": ("backends",),

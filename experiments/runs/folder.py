@@ -8,6 +8,7 @@
 ``bad/``            the batches of steps whose loss or gradient was no number or a spike
 ``train.log``       what the training process printed
 ``code.diff``       how the code differed from the commit, if it did; of files that git does not track, none
+``code-of-plugin-NAME.diff``  the same of the repository of a plug-in
 ``claim.json``      the lock: who is at work here; gone when nobody is
 """
 
@@ -29,8 +30,11 @@ KINDS: dict[str, type] = {"status": str, "attempt": int, "reason": str}
 KINDS |= dict.fromkeys(("results", "metric", "cost", "metrics_lost"), dict)
 """The types of the entries of ``run.json`` on which the runner relies, where they are there."""
 
+DIFF = "code.diff"
+PLUGIN_DIFF = re.compile(r"code-of-plugin-\w+\.diff")
+
 ASIDE = re.compile(
-    r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
+    r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code(-of-plugin-\w+)?\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
 )
 """The names of files written aside there, and in ``bad``, before they are renamed."""
 
@@ -45,7 +49,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.progress_file = self.path / "progress.json"
         self.log_file = self.path / "train.log"
-        self.diff_file = self.path / "code.diff"
+        self.diff_file = self.path / DIFF
         self.checkpoints = self.path / "checkpoints"
         self.bad = self.path / "bad"
         self.lock = RunLock(self.path / "claim.json")
@@ -62,6 +66,16 @@ class RunFolder:
             return run_config({name: value for name, value in stored.items() if name != "format"})
         except ConfigError as error:
             raise ConfigError(f"{self.config_file} is damaged or of another version: {error}") from error
+
+    def diff_files(self) -> list[Path]:
+        """Those of the code and, by the record, of plug-ins."""
+        plugins = self.record().get("plugins") or {}
+        names = [str(entry["diff"]) for entry in plugins.values() if isinstance(entry, Mapping) and entry.get("diff")]
+        return [self.diff_file, *(self.path / name for name in names if PLUGIN_DIFF.fullmatch(name))]
+
+    def plugin_diff_file(self, name: str) -> Path:
+        """The file for the diff of a plug-in."""
+        return self.path / f"code-of-plugin-{name}.diff"
 
     def check_links(self) -> None:
         """Raise if something that is written here, and not replaced as a whole, would be written elsewhere.

@@ -6,6 +6,7 @@ second (docs/log.md).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from experiments.runs.folder import RunFolder, flat
+from experiments.runs.former import FORMER
 from experiments.util.errors import RunnerError, choices_hint
 from experiments.util.files import read_json
 from experiments.util.items import decode_items
 
-NEVER_INSIDE = ("checkpoints", "wandb", "tensorboard", "report", ".sweeps")
-"""Folders that hold no runs, and may hold very many files."""
+NEVER_INSIDE = ("checkpoints", "wandb", "tensorboard", "report", ".sweeps", FORMER)
+"""Folders that hold no runs, or those that others took the places of, and may hold very many files."""
 
 STATUSES = ("finished", "failed", "running", "killed", "interrupted", "preempted", "damaged", "not started")
 """Statuses that a run can have, by what its folder holds."""
@@ -113,9 +115,12 @@ class RecordedRun:
 
     @property
     def commit(self) -> str:
-        """The commit that it was trained with, and whether files differed from it."""
-        code = self.record["code"]
-        return (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
+        """The commit that it was trained with, and whether files differed from it; the same of the plug-ins that its
+        results depend on, each with a hash of its sources.
+        """
+        plugins = {name: entry for name, entry in self.record.get("plugins", {}).items() if "sources" in entry}
+        own = [f"{name} {_commit(entry)} (sources {_digest(entry['sources'])})" for name, entry in plugins.items()]
+        return ", ".join([_commit(self.record["code"]), *own])
 
     def get(self, path: str) -> Any:
         """The value at a dotted path such as ``config.train.lr`` or ``results.test``; ``None`` where there is none."""
@@ -132,6 +137,15 @@ class RecordedRun:
         inner = {key: value for key, value in self.record.items() if key not in ("experiment", "name", "status")}
         known = {**found, "problem": self.problem, **flat(self.config, "config"), **flat(inner)}
         return {path: value for path, value in known.items() if not is_items(path)}
+
+
+def _commit(code: Mapping[str, Any]) -> str:
+    known = code.get("commit") or code.get("version") or "unknown"
+    return known[:10] + (" with local changes" if code["dirty"] else "")
+
+
+def _digest(sources: Mapping[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()[:10]
 
 
 def is_items(path: str) -> bool:

@@ -11,8 +11,10 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
+from experiments.config.convert import convert
+from experiments.config.plugins import plugin_folders
 from experiments.config.schema import RunConfig, run_config
 from experiments.runs.folder import RunFolder
 from experiments.sweeps.status import SweepStatus
@@ -25,6 +27,15 @@ POLL_SECONDS = 0.2
 STOP_SECONDS = 15.0
 """The time that an interrupted run may take to write its record before it is killed."""
 TAIL_LINES = 12
+
+OF_SWEEP = ("retry", "other_code")
+"""Keys of a composed configuration that say what a sweep does, and are none of a run."""
+
+OtherCode = Literal["refuse", "keep", "rerun", "rerun_any"]
+"""What is done with a run that was trained, to its end or to a checkpoint, with other code. ``refuse``, where sources
+of plug-ins differ: it is left as it is, and the sweep says what differs and fails; ``keep``: it counts and resumes all
+the same; ``rerun``: it is moved aside and trained anew;
+``rerun_any``: so it is where those of seqarch or the runner do."""
 
 ShouldPrune = Callable[[RunFolder], str | None]
 """Asked while a run trains: why it should end, ``None`` while it should not."""
@@ -46,7 +57,9 @@ def execute(
     process of one that was stopped resumes from its last checkpoint (``experiments/training/loop.py``, ``Run.resume``).
 
     Args:
-        composed: the configuration and, beside it, ``retry``: how often a run that fails is tried again.
+        composed: the configuration and, beside it, ``retry``: how often a run that fails is tried again, and
+            ``other_code``: what is done with a run that was trained with other code
+            (``experiments/runs/other_code.py``).
         dry_run: called in place of training where the configuration has ``train.dry_run``.
     """
     if sweep.should_stop():
@@ -54,6 +67,7 @@ def execute(
         return
     try:
         retry, config = _retries(composed), resolve_composed(composed)
+        other_code = convert(OtherCode, composed.get("other_code", "refuse"), "other_code")
         folder = RunFolder(config.folder())
         if config.train.dry_run:
             sweep.update(job, status="planned", name=folder.path.name, message=_plan(config, dry_run))
@@ -61,14 +75,20 @@ def execute(
         folder.check(config)
         run = {"name": folder.path.name, "folder": str(folder.path)}
         sweep.update(job, status="running", **run)
-        status, message = _finish(folder, config, sweep, job, retry, should_prune)
+        status, message = _finish(folder, config, sweep, job, retry, other_code, should_prune)
         sweep.update(job, status=status, message=message, **run)
     except RunnerError as error:
         sweep.update(job, status="refused", name=_name(composed), message=str(error))
 
 
 def _finish(
-    folder: RunFolder, config: RunConfig, sweep: SweepStatus, job: int, retry: int, should_prune: ShouldPrune | None
+    folder: RunFolder,
+    config: RunConfig,
+    sweep: SweepStatus,
+    job: int,
+    retry: int,
+    other_code: str,
+    should_prune: ShouldPrune | None,
 ) -> tuple[str, str]:
     """The status in which the run ends, and a sentence on it.
 
@@ -78,18 +98,21 @@ def _finish(
     first = min([job, *(entry["job"] for entry in sweep.entries() if entry.get("folder") == str(folder.path))])
     if first < job:
         return "repeated", f"as run {first + 1}"
-    if folder.status() == "finished":
-        return "kept", _summary(folder)
-    if folder.lock.stays_held(sweep.should_stop):
+    if folder.status() != "finished" and folder.lock.stays_held(sweep.should_stop):
         return _taken(folder, sweep, job, "another sweep is training it")
-    if folder.status() == "finished":  # Meanwhile, by whoever held it.
-        return "kept", _summary(folder)
+    if folder.config_file.exists():  # Trained before, or meanwhile by whoever held it.
+        from experiments.sweeps.trained_before import settle  # Imports torch, which is not needed for a new run here.
+
+        if (settled := settle(folder, config, other_code)) is not None:
+            status, found = settled
+            summary = [_summary(folder)] if folder.status() == "finished" else []
+            return status, "; ".join([*summary, *([found] if found else [])])
     if config.machine.processes:
         require_device(config.train.device)
     folder.create(config)
     if config.machine.processes == 0:
         return "made", f"torchrun ... -m experiments.train {folder.path}"
-    status, message = _train(folder, config, sweep, should_prune)
+    status, message = _train(folder, config, sweep, should_prune)  # What was begun with other code is to be resumed.
     tried = 1
     while status == "failed" and tried <= retry and not sweep.should_stop():
         status, message = _train(folder, config, sweep, should_prune)
@@ -120,7 +143,7 @@ def resolve_composed(composed: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: naming the path of what is wrong in it.
     """
-    config = run_config({key: value for key, value in composed.items() if key != "retry"})
+    config = run_config({key: value for key, value in composed.items() if key not in OF_SWEEP})
     from experiments.config.build import resolve  # Imports torch, which a wrong key need not wait for.
 
     return resolve(config)
@@ -137,7 +160,7 @@ def _train(
 ) -> tuple[str, str]:
     """Run the training process to its end; its status and a sentence on it."""
     earlier = folder.record().get("attempt")
-    training = ["-m", "experiments.train", str(folder.path), "--parent", str(os.getpid())]
+    training = ["-m", "experiments.train", str(folder.path), "--parent", str(os.getpid()), "--other-code=keep"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.machine.processes)]
     process = subprocess.Popen(
         [sys.executable, "-u", *(torchrun if config.machine.processes > 1 else []), *training],
@@ -164,7 +187,7 @@ def _train(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]), *plugin_folders()]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if threads:
         environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))

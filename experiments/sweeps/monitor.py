@@ -22,9 +22,11 @@ POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
 BAR_FROM_WIDTH = 96
 """Below this many columns a bar would leave no room for the numbers."""
-FAILED = ("failed", "refused")
+FAILED = ("failed", "refused", "other_code", "begun_with_other_code")
 WORDS = {
     "kept": "finished before",
+    "other_code": "finished with other code",
+    "begun_with_other_code": "begun with other code",
     "waiting": "not started",
     "busy": "being trained elsewhere",
     "repeated": "twice in the sweep",

@@ -24,7 +24,8 @@ from experiments.config.convert import convert
 from experiments.config.overrides import Interval, compose, parse_choice
 from experiments.config.schema import NOT_IDENTITY, RunConfig
 from experiments.runs.folder import RunFolder
-from experiments.sweeps.execute import execute, resolve_composed
+from experiments.runs.other_code import refusal
+from experiments.sweeps.execute import OF_SWEEP, execute, resolve_composed
 from experiments.sweeps.status import SweepStatus
 from experiments.tasks.task import Metric
 from experiments.util.errors import ConfigError, RunnerError, choices_hint
@@ -33,7 +34,7 @@ from experiments.util.secrecy import masked
 
 SAMPLERS = ("tpe", "random")
 CONFIG_DIR = "--config-dir"
-NOT_SEARCHED = ("experiment", "task", "launcher", "retry", "hydra", *NOT_IDENTITY)
+NOT_SEARCHED = ("experiment", "task", "launcher", "hydra", "imports", *OF_SWEEP, *NOT_IDENTITY)
 """Trials that differed in these could not be compared, or would be the same."""
 
 
@@ -134,7 +135,8 @@ class Search:
     @property
     def file(self) -> Path:
         """Where the results are written; different searches have different names."""
-        identity = [repr(self.space), self.fixed, self.seeds, {**asdict(self.options), "trials": 0}]
+        fixed = [argument for argument in self.fixed if not argument.startswith("other_code=")]
+        identity = [repr(self.space), fixed, self.seeds, {**asdict(self.options), "trials": 0}]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]
         return Path(self.config.runs) / self.config.experiment / f"search-{digest}.json"
 
@@ -176,8 +178,11 @@ class Search:
             job = trial.number * len(composed) + i
             pruner = Pruner(trial, self.metric) if self.options.prune and i == 0 else None
             try:
-                folder = RunFolder(resolve_composed(each).folder())
+                config = resolve_composed(each)
+                folder = RunFolder(config.folder())
                 _train(folder, each, sweep, job, pruner)
+                if each.get("other_code", "refuse") == "refuse" and refusal(folder, config):
+                    return TrialState.FAIL, None  # Its result is that of other code.
                 if folder.status() != "finished":
                     return TrialState.PRUNED if pruner and pruner.reason else TrialState.FAIL, None
                 values.append(folder.record()["results"]["validation"])

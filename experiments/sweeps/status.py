@@ -21,7 +21,8 @@ from experiments.util.process_identity import is_alive
 DONE = ("finished", "kept", "repeated", "planned", "made")
 """Statuses that leave nothing to do. ``kept`` was finished by an earlier sweep, ``repeated`` is the same run as another
 of this sweep, ``planned`` was a dry run, and of ``made`` only the folder was wanted. The others are ``running``,
-``failed``, ``refused`` (the configuration is wrong), ``busy`` (another sweep trains it), ``interrupted``, ``preempted``
+``failed``, ``refused`` (the configuration is wrong), ``other_code`` and ``begun_with_other_code`` (finished, or trained
+to a checkpoint, with other sources of plug-ins), ``busy`` (another sweep trains it), ``interrupted``, ``preempted``
 (with a checkpoint of the very step), ``pruned`` (ended by a search) and ``waiting`` (not started before the sweep was
 stopped)."""
 

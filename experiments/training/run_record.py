@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments.config.schema import FORMAT, RunConfig, TrainConfig
 from experiments.runs.folder import RunFolder
+from experiments.runs.other_code import difference, has_begun, own_sources, plugin_records
 from experiments.tasks import TaskError
 from experiments.trackers import Guarded
 from experiments.training import processes
@@ -77,11 +78,14 @@ def _status_of(stop: KeyboardInterrupt) -> str:
 
 def _open(folder: RunFolder, config: RunConfig) -> None:
     code, diff, mode = environment.code_version()
-    with writing(folder.diff_file):  # That of an earlier attempt may be open to more readers than this one.
-        folder.diff_file.unlink(missing_ok=True)
+    for path in folder.diff_files():  # Those of an earlier attempt may be open to more readers than these.
+        with writing(path):
+            path.unlink(missing_ok=True)
     if diff:
         write_atomic(folder.diff_file, diff, mode=mode)
+    plugins = dict(_open_plugins(folder, config))
     former = folder.record()
+    mixed = [*former.get("resumed_with_other_code", []), *_other_code(folder, config, former)]
     record = {
         "format": FORMAT,
         "status": "running",
@@ -91,11 +95,28 @@ def _open(folder: RunFolder, config: RunConfig) -> None:
         "started": now(),
         "command": masked_command(os.environ.get("SEQARCH_COMMAND", shlex.join(sys.argv))),
         "seeds": {"initialisation": config.seed, "training data": config.seed, "held-out data": 0},
-        "code": {**code, "diff": folder.diff_file.name if diff else None},
+        "code": {**code, "diff": folder.diff_file.name if diff else None, "sources": own_sources()},
+        "plugins": plugins,
+        **({"resumed_with_other_code": mixed} if mixed else {}),
         "environment": environment.software(),
         **({"data": former["data"]} if "data" in former else {}),
     }
     write_json(folder.run_file, record)
+
+
+def _open_plugins(folder: RunFolder, config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entry of each plug-in, with its diff written beside the record."""
+    for name, entry, diff, mode in plugin_records(config):
+        path = folder.plugin_diff_file(name)
+        if diff:
+            write_atomic(path, diff, mode=mode)
+        yield name, {**entry, "diff": path.name if diff else None}
+
+
+def _other_code(folder: RunFolder, config: RunConfig, former: Mapping[str, Any]) -> list[str]:
+    """What differs from the code that an earlier attempt got to its checkpoint with, where this one resumes from it."""
+    found = difference(config, former) if has_begun(folder) else None
+    return [] if found is None else [found]
 
 
 def _train(folder: RunFolder, make: Callable[[], Run]) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,17 +43,33 @@ def code_version() -> tuple[dict[str, Any], str, int]:
     Files that git neither tracks nor ignores are part of the code: ``untracked`` has their sizes and hashes by name.
     Their content, which may be large or secret, is nowhere in it.
     """
-    commit = _git("rev-parse", "HEAD")
+    code, diff, mode = repository_version(ROOT, CODE)
+    return {"commit": code.pop("commit"), "dirty": code.pop("dirty"), "library": compiled_library(), **code}, diff, mode
+
+
+def repository_version(
+    root: Path, tracked: Sequence[str], others: Sequence[str] = ()
+) -> tuple[dict[str, Any], str, int]:
+    """Commit, changes and diff of a checkout, as :func:`code_version` says.
+
+    Args:
+        root: its folder.
+        tracked: which of its tracked files count, as ``git diff`` takes them.
+        others: which of those that git does not track, by default the same.
+    """
+    commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
-        return {"commit": None, "dirty": None, "library": compiled_library()}, "", PUBLIC
-    changed = _git("status", "--porcelain", *CODE) or ""
-    diff = (_git("diff", "HEAD", *CODE) or "") if changed.strip() else ""
-    code = {"commit": commit.strip(), "dirty": bool(changed.strip()), "library": compiled_library()}
-    if untracked := _names("ls-files", "--others", "--exclude-standard", "-z", *CODE):
-        code["untracked"] = fingerprints(ROOT, untracked)
+        return {"commit": None, "dirty": None}, "", PUBLIC
+    untracked = _names(root, "ls-files", "--others", "--exclude-standard", "-z", *(others or tracked))
+    changed = (_git(root, "status", "--porcelain", "--untracked-files=no", *tracked) or "").strip()
+    diff = (_git(root, "diff", "HEAD", *tracked) or "") if changed else ""
+    code: dict[str, Any] = {"commit": commit.strip(), "dirty": bool(changed or untracked)}
+    if untracked:
+        code["untracked"] = fingerprints(root, untracked)
     if (shown := masked_text(diff)) != diff:
         code["masked"] = "keys in the diff"
-    return code, shown, least_mode(ROOT / name for name in _names("diff", "HEAD", "--name-only", "-z", *CODE))
+    names = _names(root, "diff", "HEAD", "--name-only", "-z", *tracked) if changed else []
+    return code, shown, least_mode(root / name for name in names)
 
 
 def fingerprints(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -83,8 +99,14 @@ def least_mode(paths: Iterable[Path]) -> int:
 @cache
 def sources_digest() -> str:
     """A hash of the Python sources of seqarch, which a compiler's cache outlives."""
+    return files_digest(Path(seqarch.__file__).parent, (".",))
+
+
+@cache
+def files_digest(root: Path, folders: tuple[str, ...]) -> str:
+    """A hash of the Python sources in some folders below a root."""
     digest = hashlib.sha256()
-    for path in sorted(Path(seqarch.__file__).parent.rglob("*.py")):
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -138,14 +160,23 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _names(*arguments: str) -> list[str]:
-    return [name for name in (_git(*arguments) or "").split("\0") if name]
+def repository_root(path: Path) -> Path | None:
+    """The checkout that a file or folder is a part of; ``None`` where it is in none, or ignored by it."""
+    folder = path if path.is_dir() else path.parent
+    root = _git(folder, "rev-parse", "--show-toplevel")
+    if root is None or _git(folder, "check-ignore", "--quiet", str(path)) is not None:
+        return None
+    return Path(root.rstrip("\n"))
 
 
-def _git(*arguments: str) -> str | None:
+def _names(root: Path, *arguments: str) -> list[str]:
+    return [name for name in (_git(root, *arguments) or "").split("\0") if name]
+
+
+def _git(root: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, errors="replace", timeout=30
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -81,9 +81,10 @@ def copy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
-    """A repository of one's own, as the page's last part has it."""
+    """A repository of one's own, as the page's last part has it, which is the template word for word."""
     root = tmp_path_factory.mktemp("own")
     for path, content in [*blocks("python", inside=False), *blocks("yaml", inside=False)]:
+        assert content == (ROOT / "examples" / "own_mixer" / path).read_text(encoding="utf-8"), path
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(content)
     return root
@@ -132,12 +133,12 @@ def test_the_new_backend_obeys_the_laws(copy):
 
 
 def test_a_mixer_of_ones_own_is_in_a_model(own):
-    assert follow(own, "python use.py").startswith("torch.Size([2, 50, 32]) ")
+    assert follow(own, "python use.py").startswith("own_mixer torch.Size([2, 50, 32]) ")
 
 
 def test_a_mixer_of_ones_own_is_held_to_the_laws(own):
-    said = follow(own, "python -m pytest tests/test_my_mixers.py", "-p", "no:cacheprovider")
-    assert f"{1 + len(LAWS) * len(available('linear_attention'))} passed" in said
+    said = follow(own, "python -m pytest tests/test_own_mixer.py", "-p", "no:cacheprovider")
+    assert f"{2 + len(LAWS) * len(available('linear_attention'))} passed" in said
 
 
 def test_a_mixer_and_a_task_of_ones_own_are_in_the_runner(own):
@@ -150,3 +151,12 @@ def test_a_mixer_and_a_task_of_ones_own_are_in_the_runner(own):
     assert status == {"learnt_retention": "finished", "mamba2": "finished"}
     assert records["learnt_retention"]["backends"].keys() == {"linear_attention"}
     follow(own, "python -m experiments.report runs/majority", paths=[ROOT])
+
+
+@pytest.mark.slow
+def test_a_search_finds_what_is_of_ones_own_and_so_does_its_tracker(own):
+    command = "python -m experiments.search --config-dir conf experiment=majority model=learnt_retention"
+    small = ("train.steps=2", "train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
+    more = ("search.trials=1", "tracker=printed", *small)
+    assert "best: " in follow(own, f"{command} train.lr=1e-3,3e-3", *more, paths=[ROOT])
+    assert any("step 2: " in log.read_text() for log in own.glob("runs/majority/*/train.log"))

@@ -19,8 +19,10 @@ from seqarch.layers import MIXERS, build_mixer
 from seqarch.ops import OPS
 from tests.support.paths import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+OF_OWN = ("docs/extending.md", "examples/own_mixer/README.md")
+"""The pages with choices of a user's own."""
 GENERATED = [*tables.BLOCKS, *tables.PICTURES, *(Path("docs/ops") / f"{name}.md" for name in OPS)]
 generated = cache(tables.pages)
 
@@ -62,7 +64,7 @@ def test_make_targets_exist(page):
 def test_choices_of_configurations_exist(page):
     groups = "|".join(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
     for group, names in re.findall(rf"(?<![\w.-])({groups})=([\w,]+)", TEXTS[page]):
-        example = {"simple_gla", "learnt_retention", "majority"} if page == "docs/extending.md" else set()
+        example = {"simple_gla", "learnt_retention", "majority", "printed"} if page in OF_OWN else set()
         for name in set(names.split(",")) - example:
             assert (ROOT / "configs" / group / f"{name}.yaml").exists(), f"{group}={name}"
 

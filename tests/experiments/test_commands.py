@@ -30,6 +30,7 @@ COMMANDS = [
     "study",
     "train",
 ]
+EXPERIMENT = "# @package _global_\ndefaults:\n  - override /model: mine\nexperiment: mine\n"
 MODEL = "name: mine\npattern: attention\nd_model: 64\ndepth: 1\n"
 
 
@@ -63,6 +64,14 @@ def test_configurations_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "model" / "mine.yaml").write_text(MODEL)
     assert compose([f"--config-dir={tmp_path}", "model=mine"])["model"]["d_model"] == 64
     assert hydra_arguments(["--config-dir", str(tmp_path), "model=mine", "seed=1"])[2:] == ["model=mine", "++seed=1"]
+    (tmp_path / "size").mkdir()
+    (tmp_path / "size" / "wide.yaml").write_text("# @package _global_\nmodel:\n  d_model: 96\n")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(EXPERIMENT)
+    monkeypatch.chdir(tmp_path.parent)
+    given = [f"--config-dir={tmp_path.name}", "experiment=mine"]
+    assert compose(given)["model"]["name"] == "mine"
+    assert compose([*given, "+size=wide"])["model"]["d_model"] == 96
     search = Search([f"--config-dir={tmp_path}", "model=mine", "train.lr=1e-3,1e-2"])
     assert search.config.model.name == "mine"
 

@@ -89,7 +89,7 @@ def test_modules_to_import_are_imported_first_and_tell_no_runs_apart(tmp_path, m
     monkeypatch.syspath_prepend(tmp_path)
     config = run_config({**plain(tmp_path), "imports": ["own_parts"], "task": {"name": "parity_again", "length": 8}})
     assert config.task.options.length == 8
-    assert replace(config, imports=[]).folder() == config.folder()
+    assert replace(config, plugins=[]).folder() == config.folder()
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,15 @@ def test_the_best_on_validation_is_chosen_and_never_the_best_on_test(tmp_path, t
     assert len(written["trials"]) == 12
 
 
+def test_results_of_other_code_are_no_trials_unless_they_are_taken_as_they_are(tmp_path, monkeypatch, trainer):
+    first, _ = done(tmp_path, "search.trials=2")
+    monkeypatch.setattr(search_module, "refusal", lambda folder, _: "my_mixers/mixers.py changed")
+    again, ending = done(tmp_path, "search.trials=2")
+    assert (ending, again.best(), len(trainer.trained)) == ("failed", None, 2)
+    kept, ending = done(tmp_path, "search.trials=2", "other_code=keep")
+    assert (ending, kept.best(), kept.file) == ("complete", first.best(), first.file)
+
+
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_the_same_command_resumes_where_it_was_stopped(tmp_path, monkeypatch, trainer, jobs):
     search, _ = done(tmp_path / "whole", "search.trials=14", f"search.jobs={jobs}")

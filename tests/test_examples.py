@@ -1,0 +1,110 @@
+"""The template of a repository of one's own, used from a copy as somebody outside of this checkout would."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from seqarch.testing import LAWS
+from tests.support.backends import available
+from tests.support.paths import ROOT
+
+EXAMPLE = ROOT / "examples" / "own_mixer"
+SMALL = ("train.steps=2", "train.batch_size=4", "task.validation_examples=4", "task.test_examples=4", "train.threads=1")
+MINE = ("--config-dir", "conf", "experiment=majority", "model=learnt_retention")
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    return Path(shutil.copytree(EXAMPLE, tmp_path / "mine", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def call(*arguments: str, cwd: Path, paths: tuple[Path, ...] = (), code: int = 0) -> str:
+    """Run Python's modules in a folder, with the checkout in its path; all that is printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def records(root: Path) -> Iterator[dict]:
+    for path in sorted(root.glob("runs/*/*/run.json")):
+        yield json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_its_own_tests_pass(copy):
+    said = call("pytest", "-q", "-p", "no:cacheprovider", cwd=copy)
+    assert f"{2 + len(LAWS) * len(available('linear_attention'))} passed" in said
+
+
+def test_an_edit_of_the_mixer_is_named_and_nothing_is_lost(copy):
+    sweep = ("experiments.run", *MINE, *SMALL, "tracker=printed")
+    call(*sweep, cwd=copy)
+    (record,) = records(copy)
+    assert record["status"] == "finished"
+    assert record["plugins"]["own_mixer"]["sources"].keys() == {
+        f"own_mixer/{name}.py" for name in ("__init__", "mixers", "tasks", "trackers")
+    }
+    assert "step 2: " in next(copy.glob("runs/*/*/train.log")).read_text()
+    mixer = copy / "own_mixer" / "mixers.py"
+    mixer.write_text(mixer.read_text().replace("forget: float = 0.1", "forget: float = 0.2"))
+    said = call(*sweep, cwd=copy, code=1)
+    assert "finished with other code" in said
+    assert "own_mixer/mixers.py changed" in said
+    assert list(records(copy)) == [record]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_every_worker_knows_it(copy, launcher):
+    """From a folder elsewhere, with what is the user's own named by its path."""
+    elsewhere = copy.parent / "elsewhere"
+    elsewhere.mkdir()
+    own = ("--config-dir", str(copy / "conf"), "experiment=majority", "model=learnt_retention,mamba2")
+    said = call("experiments.run", "--multirun", *own, *SMALL, f"launcher={launcher}", cwd=elsewhere, paths=(copy,))
+    assert "2 runs: 2 finished" in said
+    assert {record["status"] for record in records(elsewhere)} == {"finished"}
+    assert {bool(record["plugins"]["own_mixer"]["sources"]) for record in records(elsewhere)} == {True}
+
+
+@pytest.mark.slow
+def test_every_rank_of_torchrun_knows_it(copy):
+    said = call("experiments.run", *MINE, *SMALL, "machine.processes=2", cwd=copy)
+    (record,) = records(copy)
+    assert (record["status"], record["cost"]["processes"]) == ("finished", 2), said
+
+
+@pytest.mark.slow
+def test_installed_it_needs_no_naming(copy):
+    """By its entry point: neither a plug-in is named nor its folder in the path."""
+    site = copy.parent / "site"
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(site))
+    call("pip", "install", *options, str(copy), cwd=copy.parent)
+    for folder in ("own_mixer", "build"):
+        shutil.rmtree(copy / folder, ignore_errors=True)
+    call("experiments.run", *MINE, *SMALL, "plugins=[]", cwd=copy, paths=(site,))
+    (record,) = records(copy)
+    assert record["plugins"]["own_mixer"]["version"] == "0.1.0"
+    assert record["plugins"]["own_mixer"]["path"] == str(site / "own_mixer")
+
+
+def test_what_is_missing_or_raises_is_one_error(copy):
+    for text, told in ((None, "cannot import 'own_mixer'"), ("1 / 0", "raises ZeroDivisionError: division by zero")):
+        shutil.rmtree(copy / "own_mixer", ignore_errors=True)
+        if text is not None:
+            (copy / "own_mixer").mkdir()
+            (copy / "own_mixer" / "__init__.py").write_text(text)
+        said = call("experiments.run", "--multirun", *MINE, *SMALL, "seed=0,1", cwd=copy, code=1)
+        assert said.count("error: ") == 1
+        assert told in said
+        assert not list(copy.glob("runs/*/*"))
