@@ -21,6 +21,7 @@ from experiments.training.loop import Run
 from experiments.training.progress import Heartbeat
 from experiments.training.run_record import EXIT_CODES, follow, record_run
 from experiments.util.errors import RunnerError
+from experiments.util.paths import add_working_directory
 from seqarch.ops.native.huge_pages import keep_freed_memory
 
 
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parent", type=int, help="stop when the process with this number is gone")
     arguments = parser.parse_args()
+    add_working_directory()
     INTERRUPTS.obey()
     try:
         return attempt(RunFolder(arguments.folder), arguments.parent)

@@ -113,8 +113,10 @@ class RecordedRun:
 
     @property
     def commit(self) -> str:
-        """The commit that it was trained with, and whether files differed from it."""
+        """The commit that it was trained with, and whether files differed from it; else the installed version."""
         code = self.record["code"]
+        if code["commit"] is None and "version" in code:
+            return f"version {code['version']}"
         return (code["commit"] or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
 
     def get(self, path: str) -> Any:
