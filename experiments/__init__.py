@@ -1,1 +1,1 @@
-"""The experiment runner: tasks, training, records and reports, built on seqarch; the command `seqarch`, from a wheel or a checkout."""
+"""The experiment runner on seqarch: tasks, training, records and reports, and the command ``seqarch``."""

@@ -100,6 +100,11 @@ def test_asking_what_would_be_installed_compiles_nothing(tmp_path):
     assert not called.exists()
 
 
+COMPILES = pytest.mark.timeout(1800)
+"""Two minutes of processor time go into the kernels for three instruction sets."""
+
+
+@COMPILES
 @pytest.mark.slow
 def test_with_a_compiler_one_wheel_serves_every_python(compiled):
     """An nvcc that fails costs the CUDA kernels alone."""
@@ -118,6 +123,7 @@ def test_with_a_compiler_one_wheel_serves_every_python(compiled):
     assert re.search(r"selective_scan +chunk_cuda +the CUDA library is not installed: .*nvcc", shown)
 
 
+@COMPILES
 @pytest.mark.slow
 def test_a_wheel_holds_the_library_the_runner_and_its_configurations(compiled):
     """And no tests, pages or sources of kernels."""
@@ -145,6 +151,7 @@ def installed(compiled, tmp_path) -> Path:
     return environment / "bin"
 
 
+@COMPILES
 @pytest.mark.slow
 def test_the_installed_command_trains_and_reports_in_an_empty_folder(installed, tmp_path):
     """Whatever lies in it: a package of the runner's name does not take its place, and modules there are found."""
