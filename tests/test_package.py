@@ -183,7 +183,7 @@ def test_the_installed_command_trains_and_reports_in_an_empty_folder(installed, 
     listed = command("runs", "list")
     assert (listed.returncode, "2 runs: 2 finished" in listed.stdout) == (0, True)
     refused = command("run", "train.stepz=2")
-    assert (refused.returncode, "train.steps" in refused.stdout + refused.stderr) == (1, True)
+    assert (refused.returncode, "Did you mean 'steps'?" in refused.stdout + refused.stderr) == (1, True)
     assert command("report", "nowhere").returncode == 1
     no_checkout = command("study", "initialisation")
     assert (no_checkout.returncode, "of a checkout of seqarch" in no_checkout.stderr) == (1, True)
