@@ -27,17 +27,17 @@ help:
 	@echo "PYTHON=python3.12 names the Python, 3.11 to 3.13, that the virtual environment is made with"
 
 # Editable, so that the experiments run from the checkout; built again when the sources of the compiled library change.
-# pip reads the constraints for the build's own requirements from the environment only. Without a GPU the CUDA kernels are
-# compiled by cuda-check alone.
-CUDA_TARGETS := $(if $(wildcard /dev/nvidia0),,--config-settings=cmake.define.SEQARCH_CUDA_ARCHITECTURES=)
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+# pip reads the constraints for the build's own requirements from the environment only. The CUDA kernels are built on
+# request; without a GPU they are compiled by cuda-check alone.
+CUDA_TARGETS := $(if $(wildcard /dev/nvidia0),--config-settings=cmake.define.SEQARCH_CUDA=ON)
+$(INSTALLED): pyproject.toml build_backend.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "seqarch needs Python 3.11 to 3.13, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
 	       "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is no virtual environment: move it away" >&2; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  $(CUDA_TARGETS) --editable '.[experiments,baselines,dev]'
+	  $(CUDA_TARGETS) --editable '.[experiments,export,baselines,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -9,7 +9,8 @@ import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-SECTIONS = ("Args", "Attributes", "Returns", "Raises")
+from experiments.util.docstrings import options_text
+
 _SOURCE = re.compile(r'[A-Z][A-Za-z-]+(?: et al\.| and [A-Z][a-z]+)? \d{4}(?:, "[^"]+")?')
 _MATH = re.compile(r"^\.\. math::\n((?:[ \t]+\S.*\n?|\n)+)", re.MULTILINE)
 
@@ -25,37 +26,9 @@ def cell(text: str) -> str:
     return " ".join(markdown(text).split()).replace("|", r"\|")
 
 
-def split_sections(docstring: str) -> tuple[str, dict[str, str]]:
-    """The prose of a docstring, and the text of each of its sections, dedented."""
-    header = re.compile(rf"^({'|'.join(SECTIONS)}):\n", re.MULTILINE)
-    prose, *rest = header.split(inspect.cleandoc(docstring))
-    bodies = {}
-    for name, body in zip(rest[::2], rest[1::2], strict=True):
-        bodies[name] = textwrap.dedent(body).strip()
-    return prose.strip(), bodies
-
-
-def entries(section: str) -> dict[str, str]:
-    """``name: text`` entries of a section; a head such as ``q, k`` stays one entry."""
-    found: dict[str, str] = {}
-    head = ""
-    for line in section.splitlines():
-        if line.startswith(" ") or not line.strip():
-            found[head] += " " + line.strip()
-        else:
-            head, _, text = line.partition(": ")
-            found[head] = text
-    return found
-
-
 def option_rows(config: type, but: str = "") -> list[tuple[str, str, str]]:
     """Name, default and meaning of a dataclass's options, as its docstring and those it inherits from say."""
-    told: dict[str, str] = {}
-    for kind in reversed(config.__mro__[:-1]):
-        _, sections = split_sections(kind.__doc__ or "")
-        for head, text in entries(sections.get("Attributes", "")).items():
-            told.update(dict.fromkeys(head.split(", "), text))
-    rows = []
+    told, rows = options_text(config), []
     for field in fields(config):
         if field.name != but:
             default = field.default if field.default_factory is MISSING else field.default_factory()

@@ -22,19 +22,18 @@ from docs.benchmarks import bench_tables, gpu_tables, target_table
 from docs.costs import costs
 from docs.docstrings import (
     cell,
-    entries,
     first_sentence,
     markdown,
     module_docstring,
     option_rows,
     source,
-    split_sections,
 )
 from docs.matching import PARAMETERS, matching_table
 from docs.rooms import picture, room_table
 from docs.tasks import task_sections, task_table
 from experiments.studies.page import PAGES, blocks
 from experiments.util.blocks import fill, table
+from experiments.util.docstrings import entries, split_sections
 from seqarch import ops
 from seqarch.layers import CHANNEL_MIXERS, FAMILIES, MIXERS, ChannelMixer, Mixer, build_channel_mixer, build_mixer
 from seqarch.ops import OPS, Op

@@ -1,4 +1,4 @@
-"""The experiment runner: tasks, training, records and reports, built on seqarch and run from a checkout."""
+"""The experiment runner on seqarch: tasks, training, records and reports, and the command ``seqarch``."""
 
 from __future__ import annotations
 

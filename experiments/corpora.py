@@ -1,10 +1,10 @@
 """Corpora for text: lists them, fetches them from Debian packages without installing any, and measures baselines.
 
-    python -m experiments.corpora list
-    python -m experiments.corpora fetch linux-doc-6.1 ustilago-dna
-    python -m experiments.corpora show linux-doc-6.1
-    python -m experiments.corpora baselines linux-doc-6.1 --length 65536
-    python -m experiments.corpora path
+    seqarch corpora list
+    seqarch corpora fetch linux-doc-6.1 ustilago-dna
+    seqarch corpora show linux-doc-6.1
+    seqarch corpora baselines linux-doc-6.1 --length 65536
+    seqarch corpora path
 
 They are kept in SEQARCH_CORPORA, or seqarch/corpora in the user's cache; --cache names another folder. Exit codes: 0
 all is done, 1 something could not be had, and is named.
@@ -46,6 +46,7 @@ from experiments.util.errors import RunnerError, StorageError, choices_hint, wri
 from experiments.util.files import make_folder, write_atomic, write_json
 from experiments.util.output import console, exit_code
 from experiments.util.process_identity import is_of_the_dead, mark
+from experiments.util.program import program
 
 CORPUS, WORKSHOP = "corpus", "workshop of a corpus"
 """The purposes of a fetched corpus's folder, and of the one in which it is made."""
@@ -233,7 +234,7 @@ def show_baselines(screen: Console, arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
-        "python -m experiments.corpora", description="List, fetch and measure corpora of text.", allow_abbrev=False
+        program("corpora"), description="List, fetch and measure corpora of text.", allow_abbrev=False
     )
     commands = command.add_subparsers(required=True)
 

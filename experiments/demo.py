@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 
 from experiments.util.interrupts import INTERRUPTED
+from experiments.util.paths import python_environment
+from experiments.util.program import program
 
 MODELS = "attention,hybrid,sliding_window,linear_attention,mamba2,gated_delta_net"
 COMMANDS = (
@@ -24,12 +26,13 @@ COMMANDS = (
 )
 
 
-def main(arguments: Sequence[str] = ()) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the commands in order; the code of the first that was stopped, else the worst."""
-    argparse.ArgumentParser("python -m experiments.demo", description=__doc__).parse_args(arguments)
+    argparse.ArgumentParser(program("demo"), description=__doc__).parse_args(arguments)
     started, worst = time.monotonic(), 0
     for command in COMMANDS:
-        print(f"\n$ python {command}", flush=True)
+        _, module, *given = shlex.split(command)
+        print(f"\n$ {program(module.removeprefix('experiments.'))} {' '.join(given)}", flush=True)
         code = run_to_the_end([sys.executable, *shlex.split(command)])
         if code == INTERRUPTED:
             print("stopped; the same command resumes with what is missing")
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 def run_to_the_end(command: list[str]) -> int:
     """Like ``subprocess.call``, but a signal is passed on and waited for: the sweep ends its runs in order."""
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=python_environment())
 
     def pass_on(number: int, _: object) -> None:
         process.send_signal(number)
@@ -56,4 +59,4 @@ def run_to_the_end(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

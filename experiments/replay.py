@@ -1,4 +1,4 @@
-"""Repeats a bad step: ``python -m experiments.replay runs/mqar/mamba2-seed0-.../bad/step-000123.npz``
+"""Repeats a bad step: ``seqarch replay runs/mqar/mamba2-seed0-.../bad/step-000123.npz``
 
 The weights are those that the batch met: the steps since the last checkpoint before it that is still there, or since
 the beginning, are taken once more. One process repeats a run of one process to the bit, one of several up to
@@ -25,6 +25,7 @@ from experiments.training.loop import CHECK_EVERY, Run
 from experiments.training.run_logger import NullLogger
 from experiments.training.step_monitor import StepStats
 from experiments.util.errors import MALFORMED, RunnerError
+from experiments.util.program import program
 
 SHOWN = 8
 """Parameters, those of the largest gradients first."""
@@ -158,7 +159,7 @@ def _note(layers: list[int], number: int, output: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m experiments.replay", description="Repeat a bad step of a run.")
+    parser = argparse.ArgumentParser(program("replay"), description="Repeat a bad step of a run.")
     parser.add_argument("batch", type=Path, help="a file of the folder bad in a run's folder")
     try:
         print(replay(parser.parse_args().batch))

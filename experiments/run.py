@@ -1,10 +1,10 @@
 """Composes configurations with Hydra and trains the run of each one to its end.
 
-    python -m experiments.run experiment=mqar model=attention seed=0
-    python -m experiments.run --multirun experiment=mqar model=attention,mamba2,hybrid seed=0,1,2 launcher=joblib
+    seqarch run experiment=mqar model=attention seed=0
+    seqarch run --multirun experiment=mqar model=attention,mamba2,hybrid seed=0,1,2 launcher=joblib
 
-Running the same command again does only what is missing. Exit codes: 0 every run is finished, 1 one is not,
-130 stopped by a signal.
+From a checkout, ``python -m experiments.run`` is the same. Running the same command again does only what is missing.
+Exit codes: 0 every run is finished, 1 one is not, 130 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -30,14 +29,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config.overrides import hydra_arguments
 from experiments.config.schema import RunConfig, folder_path
+from experiments.run_help import ASKED, run_help
 from experiments.sweeps import workers
 from experiments.sweeps.execute import execute
 from experiments.sweeps.session import Outcome, SweepSession
 from experiments.sweeps.status import SweepStatus
 from experiments.util.errors import ConfigError, RunnerError
 from experiments.util.interrupts import INTERRUPTED
-from experiments.util.output import flush_output, print_error
+from experiments.util.output import exit_code, flush_output, print_error
 from experiments.util.paths import CONFIGS
+from experiments.util.program import record_command
 
 SESSION = SweepSession()
 """The sweep that this process started: Hydra calls the callback and the jobs with nothing but a configuration."""
@@ -146,7 +147,9 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def main() -> int:
-    os.environ["SEQARCH_COMMAND"] = shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])
+    if any(argument in ASKED for argument in sys.argv[1:]):
+        return exit_code(lambda: print(run_help(sys.argv[1:])) or 0)
+    record_command("run")
     os.environ.pop(workers.SWEEP, None)
     try:
         sys.argv[1:] = hydra_arguments(sys.argv[1:])

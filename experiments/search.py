@@ -1,6 +1,6 @@
 """Searches for the setting that is best on validation data, with Optuna.
 
-    python -m experiments.search experiment=mqar model=mamba2 seed=0,1 \\
+    seqarch search experiment=mqar model=mamba2 seed=0,1 \\
         'train.lr=tag(log, interval(1e-4, 1e-2))' train.weight_decay=0,0.1 search.trials=20 search.jobs=2
 
 Choices and intervals in Hydra's grammar are searched; the seeds are those that every trial is trained with, and its
@@ -11,16 +11,18 @@ missing.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 
 from experiments.config.overrides import config_folder
-from experiments.sweeps.search import CONFIG_DIR, Search
+from experiments.config.reference import keys
+from experiments.run_help import described
+from experiments.sweeps.search import CONFIG_DIR, Search, SearchOptions
 from experiments.sweeps.session import SweepSession
 from experiments.util.errors import RunnerError
 from experiments.util.interrupts import INTERRUPTED
 from experiments.util.output import exit_code, print_error
+from experiments.util.program import program, record_command
 
 EXIT_CODES = {"complete": 0, "failed": 1, "stopped": INTERRUPTED}
 
@@ -29,20 +31,22 @@ def parser() -> argparse.ArgumentParser:
     description, _, example = (__doc__ or "").partition("\n\n")
     form = argparse.RawDescriptionHelpFormatter
     command = argparse.ArgumentParser(
-        "python -m experiments.search",
+        program("search"),
         description=description,
-        epilog=example,
+        epilog="\n".join([example, "options of the search:", *described(keys(SearchOptions, "search."))]),
         formatter_class=form,
         allow_abbrev=False,
     )
-    command.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="as of experiments.run, and search.*")
+    command.add_argument(
+        "arguments", nargs="*", metavar="KEY=VALUE", help="as of `seqarch run`, and those of the search below"
+    )
     command.add_argument("--config-dir", "-cd", metavar="FOLDER", help="of configurations besides the runner's own")
     return command
 
 
 def main() -> int:
     given = parser().parse_intermixed_args()
-    os.environ["SEQARCH_COMMAND"] = shlex.join(["python", "-m", "experiments.search", *sys.argv[1:]])
+    record_command("search")
     session, search = SweepSession(), None
     session.watch_signals()
     try:

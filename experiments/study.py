@@ -1,9 +1,9 @@
 """One question, one command: trains what is missing, selects on validation, and writes records, plots and page.
 
-    python -m experiments.study initialisation                # as published: docs/results/initialisation.md
-    python -m experiments.study initialisation --plan         # what is fixed before the first run, to be committed
-    python -m experiments.study initialisation --draw         # the page from the committed records, offline
-    python -m experiments.study --all --version small         # all of them, in minutes: runs/results/small
+    seqarch study initialisation                # as published: docs/results/initialisation.md
+    seqarch study initialisation --plan         # what is fixed before the first run, to be committed
+    seqarch study initialisation --draw         # the page from the committed records, offline
+    seqarch study --all --version small         # all of them, in minutes: runs/results/small
 
 Runs go through the ordinary runner: a process each, found again when they are finished, on record when they fail.
 Exit codes: 0 all is done, 1 a run failed or something is missing, 130 stopped by a signal.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 
 from experiments.config.schema import folder_path
@@ -24,12 +23,13 @@ from experiments.studies.study import VERSIONS
 from experiments.util.errors import RunnerError, choices_hint
 from experiments.util.interrupts import INTERRUPTED
 from experiments.util.output import exit_code
-from experiments.util.paths import ROOT
+from experiments.util.paths import INSTALLED, ROOT
+from experiments.util.program import program, record_command
 
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
-        "python -m experiments.study", description="Answer a question by runs, and write its page.", allow_abbrev=False
+        program("study"), description="Answer a question by runs, and write its page.", allow_abbrev=False
     )
     command.add_argument("name", nargs="*", help=f"{', '.join(STUDIES)}")
     command.add_argument("--all", action="store_true", help="every study")
@@ -52,7 +52,7 @@ def main() -> int:
 def answer() -> int:
     """Train, draw and write the studies that the command line names; the exit code."""
     arguments = parser().parse_args()
-    os.environ["SEQARCH_COMMAND"] = shlex.join(["python", "-m", "experiments.study", *sys.argv[1:]])
+    record_command("study")
     names, worst = list(STUDIES) if arguments.all else arguments.name, 0
     runs = folder_path("--runs", arguments.runs)
     root = ROOT / RESULTS if arguments.version == "recorded" else runs / "results" / arguments.version
@@ -60,6 +60,11 @@ def answer() -> int:
         root = folder_path("--results", arguments.results)
     if not names:
         raise RunnerError(f"no study is named, {choices_hint('', STUDIES)}, or --all")
+    if INSTALLED and arguments.version == "recorded" and arguments.results is None:
+        raise RunnerError(
+            f"the records and pages of the recorded version are in docs/results of a checkout of seqarch, and this is"
+            f" installed in {ROOT}: give --version small, or --results FOLDER, or run it from a checkout"
+        )
     if arguments.jobs < 1:
         raise RunnerError(f"--jobs is {arguments.jobs}, expected at least 1")
     for name in names:

@@ -22,6 +22,7 @@ from experiments.training.loop import Run
 from experiments.training.progress import Heartbeat
 from experiments.training.run_record import EXIT_CODES, follow, record_run
 from experiments.util.errors import RunnerError
+from experiments.util.paths import add_working_directory
 from seqarch.ops.native.huge_pages import keep_freed_memory
 
 
@@ -38,6 +39,7 @@ def main() -> int:
         help="what is done with checkpoints of plug-ins with other sources than now (default: refuse)",
     )
     arguments = parser.parse_args()
+    add_working_directory()
     INTERRUPTS.obey()
     try:
         return attempt(RunFolder(arguments.folder), arguments.parent, arguments.other_code == "keep")

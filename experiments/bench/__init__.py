@@ -1,1 +1,1 @@
-"""The bench: ``python -m experiments.bench`` times this machine's backends against what one would use without them."""
+"""The bench: ``seqarch bench`` times this machine's backends against what one would use without them."""

@@ -1,4 +1,4 @@
-"""Time the backends of this machine against what one would use without them: ``python -m experiments.bench``.
+"""Time the backends of this machine against what one would use without them: ``seqarch bench``.
 
 Each benchmark is run at several sizes, its implementations in turn, and written to a folder as ``BENCHMARK.json`` and
 ``.csv``, on a CPU with its plot too: medians with quartiles, the ratio to the first baseline, the share of the device's
@@ -25,15 +25,18 @@ from experiments.bench.measure import Measurement, plan
 from experiments.bench.record import Record, file_name, lines, prepare_folder
 from experiments.bench.sizes import SETUPS, Setup
 from experiments.util.errors import RunnerError, choices_hint
+from experiments.util.paths import INSTALLED
+from experiments.util.program import program
 
 QUICK = (512, 2048, 8192)
 QUICK_BUDGET = 0.5
 NO_DEVICE = "this bench times a CUDA device, and torch sees none: run it where there is one, with torch's CUDA build"
+NO_TESTS = "this bench first runs the kernels' tests on a GPU, and only a checkout of seqarch has them: run it from one"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.bench", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+        prog=program("bench"), description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument(
@@ -128,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(NO_DEVICE)
+    if options.device == "cuda" and INSTALLED:
+        raise SystemExit(NO_TESTS)
     try:
         if options.command == "targets":
             targets.run(options.only, options.folder, options.budget)

@@ -93,6 +93,7 @@ class RunConfig:
 
     Attributes:
         experiment: the folder below ``runs``, such as ``mqar`` or ``demo/recall``.
+        seed: of the initialisation and of the training data; held-out data are the same for every seed.
         runs: the root of all run folders.
         plugins: modules that register mixers, tasks or trackers of one's own, by their dotted names; each process of
             the run imports them first.

@@ -40,9 +40,12 @@ class TrainConfig:
         optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
         lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
             falls along the schedule to ``final_lr_ratio * lr`` at ``steps``.
+        weight_decay: of the weights that decay; norms, biases and decay rates do not.
         schedule: ``cosine``; ``wsd``: stable, then falling in a line over the last ``decay_share`` of the steps; or
             ``until_converged``: stable until the validation loss no longer falls, then a decay of ``decay_share`` as
             many steps more. ``steps`` is then the most that it takes.
+        decay_share: of ``wsd``, the share of the steps in which the rate falls; of ``until_converged``, the steps of
+            the decay for each one of the stable phase.
         least_improvement: of ``until_converged``, the share by which the validation loss must fall over the last
             quarter of the steps so far for the stable phase to go on.
         plateau_tokens: training tokens over which it must fail to, at least; losses that are flat at first need some.

@@ -1,4 +1,4 @@
-"""Writes and prints the report on recorded runs: ``python -m experiments.report runs/demo``
+"""Writes and prints the report on recorded runs: ``seqarch report runs/demo``
 
 Reads run folders alone, offline, and writes ``report/`` beside them: ``index.md``, ``results.csv`` and the plots.
 """
@@ -16,6 +16,7 @@ from experiments.report.comparison import Comparison
 from experiments.report.page import table_rows, tuned_paths
 from experiments.report.write import report
 from experiments.util.output import console, exit_code
+from experiments.util.program import program
 
 WIDE = 110
 """Columns where the output is no terminal."""
@@ -50,7 +51,7 @@ def print_tables(comparisons: list[Comparison], problems: list[str], target: Pat
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        "python -m experiments.report",
+        program("report"),
         description="Draws and tabulates recorded runs. Exit codes: 0 all is shown, 1 something could not be read.",
     )
     parser.add_argument("root", type=Path, help="a folder that holds runs at any depth, such as runs/mqar")

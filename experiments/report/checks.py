@@ -28,7 +28,8 @@ OF_RECORD = {
     "metric.chance": NUMBER, "metric.chance_label": str,
     "task.title": str, "task.reading": str, "data.hash": str, "command": str,
     "hardware.cpu": str, "hardware.cores": NUMBER, "hardware.threads": NUMBER,
-    "environment.python": str, "environment.packages.torch": str, "code.commit": (str, type(None)), "code.dirty": bool,
+    "environment.python": str, "environment.packages.torch": str,
+    "code.commit": (str, type(None)), "code.dirty": (bool, type(None)),
 }  # fmt: skip
 """The types of what the record of every finished run holds, by path."""
 

@@ -1,10 +1,10 @@
 """Lists, shows, compares, cleans and exports recorded runs, offline and from their folders alone.
 
-    python -m experiments.runs list runs/mqar --status failed
-    python -m experiments.runs show attention-seed0
-    python -m experiments.runs diff attention-seed0 attention-seed1
-    python -m experiments.runs gc --checkpoints --delete
-    python -m experiments.runs export runs.csv
+    seqarch runs list runs/mqar --status failed
+    seqarch runs show attention-seed0
+    seqarch runs diff attention-seed0 attention-seed1
+    seqarch runs gc --checkpoints --delete
+    seqarch runs export runs.csv
 
 A run is named by its folder, or by a part of its name that no other run has. Exit codes: 0 all was shown or done, 1 a
 run or a folder could not be read, and is named.
@@ -32,6 +32,7 @@ from experiments.sweeps.cleaning import leftovers, remove
 from experiments.util.errors import RunnerError, choices_hint, writing
 from experiments.util.files import write_atomic
 from experiments.util.output import console, exit_code
+from experiments.util.program import program
 
 TABLE_FORMATS = (".csv", ".parquet")
 WIDE = 200
@@ -125,8 +126,12 @@ def export(screen: Console, arguments: argparse.Namespace) -> int:
 
 
 def _write_parquet(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    import polars  # Takes as long to import as everything else here.
-
+    try:
+        import polars  # Takes as long to import as everything else here.
+    except ModuleNotFoundError as error:
+        raise RunnerError(
+            f"{path}: Parquet needs {error.name}, which is not installed: pip install 'seqarch[export]', or name a .csv"
+        ) from error
     # A column of several types, such as a width that some runs leave to the mixer, becomes text.
     for key in columns:
         if len({_kind(row[key]) for row in rows if row.get(key) is not None}) > 1:
@@ -153,7 +158,7 @@ def _text(value: Any) -> str:
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
-        prog="python -m experiments.runs",
+        prog=program("runs"),
         description="List, show, compare, clean and export runs.",
         allow_abbrev=False,
     )

@@ -140,8 +140,9 @@ class RecordedRun:
 
 
 def _commit(code: Mapping[str, Any]) -> str:
-    known = code.get("commit") or code.get("version") or "unknown"
-    return known[:10] + (" with local changes" if code["dirty"] else "")
+    if code.get("commit") is None and "version" in code:
+        return f"version {code['version']}"
+    return (code.get("commit") or "unknown")[:10] + (" with local changes" if code["dirty"] else "")
 
 
 def _digest(sources: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The questions of docs/results: a file each, and what they share. ``python -m experiments.study NAME`` answers one."""
+"""The questions of docs/results: a file each, and what they share. ``seqarch study NAME`` answers one."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from experiments.runs.folder import RunFolder
 from experiments.sweeps.status import SweepStatus
 from experiments.util.devices import require_device
 from experiments.util.errors import ConfigError, RunnerError
-from experiments.util.paths import ROOT
+from experiments.util.paths import python_environment
 from experiments.util.secrecy import masked_text
 
 POLL_SECONDS = 0.2
@@ -187,8 +187,9 @@ def _train(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]), *plugin_folders()]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = python_environment()
+    if own := plugin_folders():
+        environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [environment.get("PYTHONPATH")]), *own])
     if threads:
         environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     return environment

@@ -17,8 +17,10 @@ from experiments.trackers.tracker import Tracker
 class WandbOptions:
     """
     Attributes:
+        project: the name of the project there.
         mode: ``offline`` or ``online``.
         entity: the user or team whose project it is; ``None`` for the default of the account.
+        tags: of the run, to find it by.
     """
 
     project: str = "seqarch"

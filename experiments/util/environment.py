@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import socket
 import subprocess
 from collections.abc import Iterable, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import seqarch
-from experiments.util.paths import ROOT
+from experiments.util.paths import INSTALLED, ROOT
 from experiments.util.secrecy import masked_text
 from seqarch.ops.native import cpu_library, cuda_library
 
@@ -41,8 +42,11 @@ def code_version() -> tuple[dict[str, Any], str, int]:
     mode that a file with this diff may have.
 
     Files that git neither tracks nor ignores are part of the code: ``untracked`` has their sizes and hashes by name.
-    Their content, which may be large or secret, is nowhere in it.
+    Their content, which may be large or secret, is nowhere in it. Of a package that is installed from a wheel there is
+    its version, the hash of its sources and, if pip took it from a repository, the commit.
     """
+    if INSTALLED:  # Whatever repository site-packages lies in is somebody else's.
+        return {**installed_version(), "library": compiled_library()}, "", PUBLIC
     code, diff, mode = repository_version(ROOT, CODE)
     return {"commit": code.pop("commit"), "dirty": code.pop("dirty"), "library": compiled_library(), **code}, diff, mode
 
@@ -70,6 +74,19 @@ def repository_version(
         code["masked"] = "keys in the diff"
     names = _names(root, "diff", "HEAD", "--name-only", "-z", *tracked) if changed else []
     return code, shown, least_mode(root / name for name in names)
+
+
+def installed_version() -> dict[str, Any]:
+    """What is known of the code of a package that pip installed; whether its files were changed since is not."""
+    try:
+        package = distribution("seqarch")
+        origin = json.loads(package.read_text("direct_url.json") or "{}")  # PEP 610
+        number: str | None = package.version
+    except (PackageNotFoundError, ValueError):
+        number, origin = seqarch.__version__, {}
+    commit = origin.get("vcs_info", {}).get("commit_id")
+    sources = files_digest(ROOT, ("experiments", "seqarch"))
+    return {"commit": commit, "dirty": None, "version": number, "sources_sha256": sources}
 
 
 def fingerprints(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

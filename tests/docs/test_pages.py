@@ -14,7 +14,8 @@ import torch
 
 from docs import tables
 from docs.costs import state_formula
-from docs.docstrings import entries, markdown, source, split_sections
+from docs.docstrings import markdown, source
+from experiments.util.docstrings import entries, split_sections
 from seqarch.layers import MIXERS, build_mixer
 from seqarch.ops import OPS
 from tests.support.paths import ROOT

@@ -48,10 +48,10 @@ def test_the_demo_continues_after_a_failure_and_ends_when_stopped(monkeypatch):
         return next(codes)
 
     monkeypatch.setattr(demo, "run_to_the_end", run)
-    assert demo.main() == 1
+    assert demo.main([]) == 1
     assert len(called) == len(demo.COMMANDS) == 3
     codes = iter([130])
-    assert demo.main() == 130
+    assert demo.main([]) == 130
     assert len(called) == 4
 
 

@@ -1,9 +1,9 @@
 """The compiled library of CUDA kernels (``csrc/cuda``), loaded and called through ctypes. Only backends that call it
 import this module, and what reports on it.
 
-It is built where ``nvcc`` is when seqarch is installed; its interface is ``csrc/include/seqarch_cuda.h``. That it is
-missing or stale is a reason which :func:`unavailable` gives, never an error on import. Tests load the same sources,
-built for the processor, in its place, by :func:`emulated`.
+It is built on request where ``nvcc`` is, when seqarch is installed; its interface is ``csrc/include/seqarch_cuda.h``.
+That it is missing or stale is a reason which :func:`unavailable` gives, never an error on import. Tests load the same
+sources, built for the processor, in its place, by :func:`emulated`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ FAILED = 1000
 """``SEQARCH_CUDA_ERROR`` of the header: return codes from here on are those of the CUDA runtime."""
 
 MISSING = (
-    "the CUDA library is not installed: there was no nvcc when seqarch was installed, or building it failed; install"
-    " the CUDA toolkit, then seqarch again"
+    "the CUDA library is not installed: it is built on request, by installing seqarch with"
+    " --config-settings=cmake.define.SEQARCH_CUDA=ON, where nvcc is; nobody asked for it, or nvcc is missing or failed"
 )
 
 
