@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from experiments.config import options
-from experiments.config.schema import NOT_IDENTITY, without
+from experiments.config.schema import NOT_IDENTITY, flat, without
 from experiments.config.tasks import task_config
-from experiments.runs.folder import flat
 from experiments.runs.recorded import RecordedRun
 from experiments.util.errors import ConfigError
 from experiments.util.plot_style import colours, family, pattern_channels, pattern_mixers

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runs.folder import RunFolder, flat
+from experiments.config.schema import flat
+from experiments.runs.folder import RunFolder
 from experiments.util.errors import RunnerError, choices_hint
 from experiments.util.files import read_json
 from experiments.util.items import decode_items

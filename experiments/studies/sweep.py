@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.overrides import compose
-from experiments.config.schema import RunConfig, TrainConfig
-from experiments.runs.folder import RunFolder, flat
+from experiments.config.schema import RunConfig, TrainConfig, flat
+from experiments.runs.folder import RunFolder
 from experiments.studies import plan
 from experiments.studies.protocol import Arm, Wanted
 from experiments.studies.records import Ledger, rounded, shortened, to_line
