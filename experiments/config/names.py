@@ -122,7 +122,7 @@ def _part(path: str, value: Any, shared: bool) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
-        return str(value).lower()
+        return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float):
         return _number(value)
     if isinstance(value, Mapping):

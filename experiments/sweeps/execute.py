@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -62,9 +63,10 @@ def execute(
             return
         folder.check(config)
         run = {"name": folder.path.name, "folder": str(folder.path)}
-        sweep.update(job, status="running", **run)
+        began = time.time()
+        sweep.update(job, status="running", since=began, **run)
         status, message = _finish(folder, config, sweep, job, retry, should_prune)
-        sweep.update(job, status=status, message=message, **run)
+        sweep.update(job, status=status, message=message, seconds=time.time() - began, **run)
     except RunnerError as error:
         sweep.update(job, status="refused", name=_name(composed), message=str(error))
 
@@ -77,7 +79,10 @@ def keep(folder: RunFolder, sweep: SweepStatus, job: int, first: int) -> None:
     """
     kept = first == job
     status, message = ("kept", summary(folder)) if kept else ("repeated", f"as run {first + 1}")
-    sweep.update(job, status=status, message=message, name=folder.path.name, folder=str(folder.path))
+    cost = folder.record().get("cost", {})
+    seconds = cost.get("train_seconds", 0.0) + cost.get("eval_seconds", 0.0)
+    run = {"name": folder.path.name, "folder": str(folder.path)}
+    sweep.update(job, status=status, message=message, seconds=seconds, **run)
 
 
 def _finish(

@@ -121,7 +121,10 @@ class SweepSession:
         places = ((job, jobs[job]) for job in missing)
         launched = [{"job": job, "place": composed and {key: composed[key] for key in PLACE if key in composed}}
                     for job, composed in places]  # fmt: skip
-        self.status.write_plan(total=len(jobs), launched=launched, models=list(map(_model, jobs)))
+        models = list(map(_model, jobs))
+        if self._monitor is not None:
+            self._monitor.models = models
+        self.status.write_plan(total=len(jobs), launched=launched, models=models)
         return missing
 
     def close(self) -> Outcome:
