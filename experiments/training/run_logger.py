@@ -73,8 +73,7 @@ class RunLogger(NullLogger):
     def log_steps(self, lines: Sequence[Mapping[str, Any]]) -> None:
         if lines:
             self._folder.append_steps(lines)
-        for values in lines:
-            self.tracker.log(values["step"], _numbers(values))
+            self.tracker.log_steps({values["step"]: _numbers(values) for values in lines})
 
     def log_metrics(self, values: Mapping[str, Any]) -> None:
         self._folder.append_metrics(**values)
