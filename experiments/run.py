@@ -87,22 +87,28 @@ class SweepCallback(Callback):
         _or_refuse(lambda: _start_sweep(config))
 
 
-def _sweep_over_the_missing() -> None:
-    """Have Hydra's sweeper launch the runs that are not finished alone, and compose none that it does not launch."""
+def sweeper() -> type[Any]:
+    """Hydra's sweeper over choices."""
     Plugins.instance()  # Which executes the modules of all plugins again: the class is that from then on.
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    all_jobs = BasicSweeper.split_arguments
+    return BasicSweeper
+
+
+def _sweep_over_the_missing() -> None:
+    """Have Hydra's sweeper launch the runs that are not finished alone, and compose none that it does not launch."""
+    of_hydra = sweeper()
+    all_jobs = of_hydra.split_arguments
 
     def missing_jobs(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         (jobs,) = all_jobs(overrides, None)
         swept = {each.key_or_group for each in overrides if each.is_sweep_override()}
         missing = SESSION.pass_over_finished(_composed(jobs, swept))
-        chunks = BasicSweeper.split_overrides_to_chunks([jobs[job] for job in missing], max_batch_size)
+        chunks = of_hydra.split_overrides_to_chunks([jobs[job] for job in missing], max_batch_size)
         return [list(chunk) for chunk in chunks] if missing else []
 
-    BasicSweeper.split_arguments = staticmethod(missing_jobs)
-    BasicSweeper.validate_batch_is_legal = lambda *_: None  # All of them have been composed by then.
+    of_hydra.split_arguments = staticmethod(missing_jobs)
+    of_hydra.validate_batch_is_legal = lambda *_: None  # All of them have been composed by then.
 
 
 def _composed(jobs: Sequence[Sequence[str]], swept: Container[str] = ()) -> list[dict[str, Any] | None]:
