@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,12 +22,15 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import CompactHydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config.overrides import hydra_arguments
+from experiments.config.names import placed
+from experiments.config.overrides import Composer, config_folder, hydra_arguments, load, to_plain
 from experiments.config.schema import RunConfig, folder_path
 from experiments.run_help import ASKED, run_help
 from experiments.sweeps import workers
@@ -53,13 +56,20 @@ def job(composed: DictConfig) -> None:
     this = HydraConfig.get()
     number = 0 if OmegaConf.is_missing(this.job, "num") else this.job.num
     sweep = SESSION.status or workers.join_sweep()
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
+    launched, plain = sweep.launched(number), to_plain(composed)
     with workers.at_work:
         try:
-            execute({str(key): value for key, value in plain.items()}, sweep, number, dry_run=_dry_run)
+            execute(_placed(plain, launched["place"]), sweep, launched["job"], dry_run=_dry_run)
         except RunnerError as error:  # The status itself cannot be written, so only here can it be reported.
             print_error(str(error))
+
+
+def _placed(plain: dict[str, Any], place: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A job's configuration with the place that the sweep found for its run."""
+    if place is not None:
+        return {key: value for key, value in plain.items() if key != "name"} | place
+    task = plain.get("task")
+    return placed(plain, task.get("name") if isinstance(task, dict) else None)
 
 
 def _dry_run(config: RunConfig) -> object:
@@ -78,6 +88,48 @@ class SweepCallback(Callback):
         _or_refuse(lambda: _start_sweep(config))
 
 
+def sweeper() -> type[Any]:
+    """Hydra's sweeper over choices."""
+    Plugins.instance()  # Which executes the modules of all plugins again: the class is that from then on.
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    return BasicSweeper
+
+
+def _sweep_over_the_missing() -> None:
+    """Have Hydra's sweeper launch the runs that are not finished alone, and compose none that it does not launch."""
+    of_hydra = sweeper()
+    all_jobs = of_hydra.split_arguments
+
+    def missing_jobs(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
+        (jobs,) = all_jobs(overrides, None)
+        swept = {each.key_or_group for each in overrides if each.is_sweep_override()}
+        missing = SESSION.pass_over_finished(_composed(jobs, swept))
+        chunks = of_hydra.split_overrides_to_chunks([jobs[job] for job in missing], max_batch_size)
+        return [list(chunk) for chunk in chunks] if missing else []
+
+    of_hydra.split_arguments = staticmethod(missing_jobs)
+    of_hydra.validate_batch_is_legal = lambda *_: None  # All of them have been composed by then.
+
+
+def _composed(jobs: Sequence[Sequence[str]], swept: Container[str] = ()) -> list[dict[str, Any] | None]:
+    """The configuration of every job; ``None`` of one that has interpolations which only its own process can resolve.
+
+    Raises:
+        CompactHydraException, MissingConfigException: Hydra refuses the overrides of one.
+        ConfigError: the name that one gives its experiment cannot be one.
+    """
+    folder = config_folder(sys.argv[1:])
+    composer = Composer(load, (CONFIGS, *([folder] if folder else [])))
+    found: list[dict[str, Any] | None] = []
+    for overrides in jobs:
+        try:
+            found.append(composer(overrides, swept))
+        except OmegaConfBaseException:
+            found.append(None)
+    return found
+
+
 def _or_refuse(action: Callable[[], None]) -> None:
     """Hydra would turn what a callback raises into a warning, and continue."""
     try:
@@ -89,6 +141,7 @@ def _or_refuse(action: Callable[[], None]) -> None:
 def _start_run(config: DictConfig) -> None:
     folder_path("hydra.run.dir", config.hydra.run.dir)
     _start(config, 1)
+    SESSION.pass_over_finished(_composed([list(config.hydra.overrides.task)]))
 
 
 def _start_sweep(config: DictConfig) -> None:
@@ -193,6 +246,7 @@ def _compose_and_run() -> None:
     """
     wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _sweep_over_the_missing()
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
     except BrokenProcessPool:

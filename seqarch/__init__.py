@@ -12,11 +12,6 @@ tensors. Whatever is asked for first is imported then: ``import seqarch`` loads 
 Nothing here imports Hydra, a tracker, a plotting library, Triton or a compiled extension.
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from seqarch.layers.registration import register_channel_mixer, register_mixer
-
 __version__ = "0.1.0"
 
 _EXPORTERS = ("layers/__init__.py", "models/__init__.py", "checkpoints/loading.py")

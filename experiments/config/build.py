@@ -33,6 +33,33 @@ def resolve(config: RunConfig) -> RunConfig:
             f"tracker.name: {config.tracker.name!r} needs the package {package}, which is not installed: pip install"
             f" {package}, or choose tracker=none"
         )
+    resolved = _used(config)
+    _check_builds(resolved)
+    if config.match.asks:
+        resolved = _sized(resolved)
+        _check_builds(resolved)
+    _check_shares(resolved)
+    return with_start(resolved)
+
+
+def identified(config: RunConfig) -> RunConfig:
+    """The configuration as :func:`resolve` returns it, fast: whether it builds a model is left to that.
+
+    Raises:
+        ConfigError: there is no model with what its match asks for, or what it starts from is not there.
+    """
+    used = _used(config)
+    return with_start(_sized(used) if config.match.asks else used)
+
+
+def _sized(config: RunConfig) -> RunConfig:
+    """The configuration with the widths of its match."""
+    sized = matched(config.model.options, config.match, build_task(config).length)
+    return replace(config, model=replace(config.model, options=sized))
+
+
+def _used(config: RunConfig) -> RunConfig:
+    """The configuration without the options of mixers and channel mixers that its pattern does not have."""
     options = config.model.options
     layers = parse_pattern(options.pattern)
     mixers = {name for layer in layers for name in layer.mixers}
@@ -42,14 +69,7 @@ def resolve(config: RunConfig) -> RunConfig:
         mixers={name: values for name, values in options.mixers.items() if name in mixers},
         channels={name: values for name, values in options.channels.items() if name in channels},
     )
-    resolved = replace(config, model=replace(config.model, options=used))
-    _check_builds(resolved)
-    if config.match.asks:
-        sized = matched(used, config.match, build_task(config).length)
-        resolved = replace(config, model=replace(config.model, options=sized))
-        _check_builds(resolved)
-    _check_shares(resolved)
-    return with_start(resolved)
+    return replace(config, model=replace(config.model, options=used))
 
 
 def _check_builds(config: RunConfig) -> None:

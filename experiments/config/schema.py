@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.config import names
 from experiments.config.convert import convert
 from experiments.config.plugins import KEYS, import_plugins, register_model_paths, register_path
 from experiments.config.targets import MatchConfig
@@ -25,18 +26,16 @@ from experiments.config.training import TrainConfig
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from experiments.util.errors import ConfigError, RunnerError, choices_hint
+from experiments.util.files import read_json
 from seqarch.checkpoints.manifest import FORMAT as FORMAT
 
 NOT_IDENTITY = (
     *("runs", "plugins", "tracker", "machine", "match"),
-    *("train.keep_last", "train.save_every", "train.dry_run", "train.start_from"),
+    *("train.keep_last", "train.save_every", "train.log_every", "train.dry_run", "train.start_from"),
 )
 """Keys that change where a run is kept, on what it runs or which tracker gets its metrics, and never its results
 but for rounding; what ``match`` asks for is in the widths that it was solved to, and what a run starts from counts by
 its content (``train.start_sha256``) and not by its place."""
-
-HASH_DIGITS = 10
-"""Of the hash of a run's identity, in its folder's name."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ModelConfig:
     """A model's name and the options of the library's language model, which stand beside the name in ``model``.
 
     Attributes:
-        name: its name in tables and plots; also part of the folder's name.
+        name: its name in tables and plots; the folder's name begins with it.
         options: an instance of :class:`seqarch.models.LMConfig`, with the vocabulary of the task. Options of mixers and
             channel mixers that the pattern does not use are checked and left out.
     """
@@ -92,12 +91,14 @@ class RunConfig:
     """One run: the content of ``config.json``.
 
     Attributes:
-        experiment: the folder below ``runs``, such as ``mqar`` or ``demo/recall``.
+        experiment: the folder below ``runs``, such as ``mqar`` or ``demo/recall``; ``name`` on the command line.
         seed: of the initialisation and of the training data; held-out data are the same for every seed.
         runs: the root of all run folders.
         plugins: modules that register mixers, tasks or trackers of one's own, by their dotted names; each process of
             the run imports them first.
         match: the parameters and the state that the model's widths were solved for; nothing by default.
+        shown: options in which the run differs from its experiment, by path, for the name of a new folder; no part of
+            what is kept, nor of what is compared.
     """
 
     experiment: str
@@ -110,16 +111,15 @@ class RunConfig:
     runs: str = "runs"
     plugins: list[str] = field(default_factory=list)
     match: MatchConfig = field(default_factory=MatchConfig)
+    shown: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         folder_path("runs", self.runs)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
-        for name, text in (("experiment", self.experiment), ("model.name", self.model.name)):
-            if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*" if name == "experiment" else r"[\w.+-]+", text):
-                raise ValueError(f"{name} must be usable as a folder's name, got {text!r}")
-            if ".." in text.split("/"):
-                raise ValueError(f"{name} must not lead out of the runs folder, got {text!r}")
+        names.check_experiment("experiment", self.experiment)
+        if "/" in names.check_experiment("model.name", self.model.name):
+            raise ValueError(f"model.name must be usable as a folder's name, got {self.model.name!r}")
         if self.train.batch_size % max(self.machine.processes, 1):
             shares = f"train.batch_size is {self.train.batch_size}, machine.processes {self.machine.processes}"
             raise ValueError(f"{shares}: every process has to get the same number of sequences")
@@ -148,18 +148,57 @@ class RunConfig:
         given = without(to_dict(self), NOT_IDENTITY)
         return {**given, "model": canonical(given["model"])}
 
+    def digest(self) -> str:
+        """The hash of the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
     def folder(self) -> Path:
-        """The folder of the run, named by the hash of its identity."""
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-        return Path(self.runs) / self.experiment / f"{self._prefix}{digest[:HASH_DIGITS]}"
+        """The folder of the run: the one of its identity, whatever its name shows, or where there is none, a new one.
+
+        A folder whose configuration cannot be read is taken for it by the digits of its name alone.
+        """
+        digest = self.digest()
+        return self._there(digest) or self._parent / names.folder_name(
+            self.model.name, self.seed, digest, self._shown_of_its_layers
+        )
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a folder of the run's identity."""
+        return self._there(self.digest()) is not None
+
+    def _there(self, digest: str) -> Path | None:
+        try:
+            found = os.listdir(self._parent)
+        except OSError:
+            return None
+        paths = [self._parent / name for name in names.with_digest(found, self.model.name, self.seed, digest)]
+        return next((path for path in paths if _digest_of(path) in (digest, None)), None)
+
+    @property
+    def _parent(self) -> Path:
+        return Path(self.runs) / self.experiment
+
+    @property
+    def _shown_of_its_layers(self) -> dict[str, Any]:
+        """What is shown, without the options of layers that the model does not have."""
+        layers = ("model.mixers.", "model.channels.")
+        has = [f"{layer}{name}." for layer in layers for name in getattr(self.model.options, layer.split(".")[1])]
+        return {path: value for path, value in self.shown.items()
+                if not path.startswith(layers) or path.startswith(tuple(has))}  # fmt: skip
 
     def may_name(self, name: str) -> bool:
         """Whether the folder of this run can have that name; versions differ in what they hash."""
-        return re.fullmatch(rf"{re.escape(self._prefix)}[0-9a-f]{{{HASH_DIGITS}}}", name) is not None
+        return names.can_be(name, self.model.name, self.seed)
 
-    @property
-    def _prefix(self) -> str:
-        return f"{self.model.name}-seed{self.seed}-"
+
+def _digest_of(folder: Path) -> str | None:
+    """The hash of the identity of the run in a folder; ``None`` where its configuration cannot be read."""
+    try:
+        stored = read_json(folder / "config.json") or {}
+        return run_config({key: value for key, value in stored.items() if key != "format"}).digest()
+    except RunnerError:
+        return None
 
 
 def folder_path(name: str, given: object) -> Path:
@@ -182,6 +221,13 @@ def without(values: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "")
         key: without(value, paths, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in kept.items()
     }
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one: ``{"train": {"lr": 1}}`` is ``{"train.lr": 1}``."""
+    if isinstance(value, Mapping) and value:
+        return {name: item for key, inner in value.items() for name, item in flat(inner, f"{path}.{key}").items()}
+    return {path.lstrip("."): value}
 
 
 def run_config(composed: Mapping[str, Any]) -> RunConfig:
@@ -241,7 +287,7 @@ _PARTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The inverse of :func:`run_config`, ready for JSON."""
-    plain = asdict(config)
+    plain = {key: value for key, value in asdict(config).items() if key != "shown"}
     task, model = plain["task"], plain["model"]
     options = {name: value for name, value in model["options"].items() if name != "vocab_size"}  # The task gives it.
     return {

@@ -14,7 +14,7 @@ MOST_THREADS = 1024
 NOT_NEGATIVE = (
     *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
     *("least_improvement", "plateau_tokens"),
-    *("micro_batch", "bptt", "save_every", "patience", "threads", "stage_warmup"),
+    *("micro_batch", "bptt", "save_every", "log_every", "patience", "threads", "stage_warmup"),
 )
 
 WHERE_SET = ("stage_target", "stage_warmup", "start_from", "start_sha256", "bptt")
@@ -64,6 +64,8 @@ class TrainConfig:
         compile: run each layer through ``torch.compile``.
         eval_every: steps between two evaluations on the validation split, each with a checkpoint.
         save_every: steps between checkpoints besides; 0 for none.
+        log_every: steps between two lines of training loss, gradient norm, learning rate and tokens per second, besides
+            those of evaluations; 0 for none.
         keep_last: how many of the latest checkpoints stay; the best so far of each of these stays too.
         target: stop once the validation metric is this good.
         patience: stop after so many evaluations without a better validation metric; 0 for never.
@@ -99,6 +101,7 @@ class TrainConfig:
     compile: bool = False
     eval_every: int = 100
     save_every: int = 0
+    log_every: int = 10
     keep_last: int = 2
     target: float | None = None
     patience: int = 0

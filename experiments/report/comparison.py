@@ -6,13 +6,12 @@ import itertools
 import re
 import statistics
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any
 
 from experiments.config import options
-from experiments.config.schema import NOT_IDENTITY, without
+from experiments.config.schema import NOT_IDENTITY, TrainConfig, flat, without
 from experiments.config.tasks import task_config
-from experiments.runs.folder import flat
 from experiments.runs.recorded import RecordedRun
 from experiments.util.errors import ConfigError
 from experiments.util.plot_style import colours, family, pattern_channels, pattern_mixers
@@ -223,7 +222,13 @@ def _options(run: RecordedRun) -> dict[str, Any]:
     trained = {key: run.config["task"][key] for key in ("train_on", "order") if key in run.config["task"]}
     config = {**without(run.config, ("seed", "task", *NOT_IDENTITY)), "task": trained}
     whole = flat({**config, "model": options.canonical(config["model"])})
-    return {name: value for name, value in whole.items() if value != {}}
+    return {name: value for name, value in whole.items() if value != {} and value != _training_default(name)}
+
+
+def _training_default(name: str) -> Any:
+    """The default of an option of training, which runs from before there was this option do not name."""
+    part, _, own = name.partition(".")
+    return getattr(TrainConfig, own, MISSING) if part == "train" and name not in TUNED else MISSING
 
 
 def _label(own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
@@ -239,6 +244,9 @@ def _value(own: Mapping[str, Any], name: str) -> Any:
     """An option, or the default of one that is left out of a mixer or channel mixer which the model has."""
     has = {own.get("model.channel"), *pattern_mixers(own["model.pattern"]), *pattern_channels(own["model.pattern"])}
     left_out = name not in own and any(f".{layer}." in name for layer in has)
+    of_training = _training_default(name)
+    if name not in own and of_training is not MISSING:
+        return of_training
     return options.default(name) if left_out else own.get(name)
 
 

@@ -29,6 +29,7 @@ from rich.table import Table
 from experiments.runs.differences import differences
 from experiments.runs.recorded import STATUSES, RecordedRun, find_runs, pick_run
 from experiments.sweeps.cleaning import leftovers, remove
+from experiments.sweeps.remaining import sweeps_below
 from experiments.util.errors import RunnerError, choices_hint, writing
 from experiments.util.files import write_atomic
 from experiments.util.output import console, exit_code
@@ -55,6 +56,8 @@ def list_runs(screen: Console, arguments: argparse.Namespace) -> int:
     counts = Counter(run.status for run in runs)
     summary = ", ".join(f"{number} {status}" for status, number in counts.most_common())
     screen.print(f"{len(runs)} runs" + (f": {summary}" if summary else ""))
+    for name, sweep in sweeps_below(arguments.root).items():
+        screen.print(f"sweep {name}: {sweep}", soft_wrap=True)
     return _print_problems(screen, found)
 
 

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.runs.folder import RunFolder, flat
+from experiments.config.schema import flat
+from experiments.runs.folder import RunFolder
 from experiments.runs.recorded import RecordedRun, is_items
 from experiments.util.errors import RunnerError
 

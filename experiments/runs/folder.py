@@ -14,13 +14,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from experiments.config.schema import FORMAT, RunConfig, check_format, run_config, to_dict
+from experiments.config.schema import FORMAT, RunConfig, check_format, flat, run_config, to_dict
 from experiments.runs.lock import RunLock
 from experiments.util.errors import ConfigError, RunnerError, writing
 from experiments.util.files import append_line, half_written, make_folder, read_json, write_atomic, write_json
@@ -154,6 +157,10 @@ class RunFolder:
         """Add a line, which is on the disk on return: a checkpoint that is written next counts on it."""
         append_line(self.metrics_file, json.dumps(values))
 
+    def append_steps(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines of steps of training; they are on the disk once the next line of an evaluation is."""
+        append_line(self.metrics_file, "\n".join(map(json.dumps, lines)), durable=False)
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last line cut short by a crash is passed over.
 
@@ -172,17 +179,41 @@ class RunFolder:
             raise RunnerError(f"line {damaged[0]} of {self.metrics_file} is damaged; delete that line")
         return [values for values in parsed if values is not None]
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of evaluations on the validation split; the others are those of ``train.log_every``."""
+        return [line for line in self.metrics() if is_evaluation(line)]
+
     def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
-        """Drop the other lines; how many stay."""
+        """Drop the other lines; how many of those that stay are of evaluations."""
         kept = [line for line in self.metrics() if wanted(line)]
         write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
-        return len(kept)
+        return sum(map(is_evaluation, kept))
 
     def leave(self) -> None:
         """The training process ends: nobody is at work here any more, unless another process took over."""
         if self.lock.is_own():
             self.progress_file.unlink(missing_ok=True)
             self.lock.release()
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics is of an evaluation on the validation split."""
+    return any(name.startswith("validation_") for name in line)
+
+
+@contextmanager
+def alone_in(parent: Path) -> Iterator[None]:
+    """Hold the folder of runs against other processes of this machine that are making a run's folder in it.
+
+    Where the file system has no such lock, or there can be no such folder, nobody is held.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, RunnerError):
+            make_folder(parent)
+            held = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, held)
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def _damage(record: Mapping[str, Any]) -> str | None:
@@ -210,10 +241,3 @@ def _is_half_made(entry: Path) -> bool:
     if entry.name == "checkpoints":
         return entry.is_dir() and not any(entry.iterdir())
     return entry.match(".config.json.*.tmp")
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as one: ``{"train": {"lr": 1}}`` is ``{"train.lr": 1}``."""
-    if isinstance(value, Mapping) and value:
-        return {name: item for key, inner in value.items() for name, item in flat(inner, f"{path}.{key}").items()}
-    return {path.lstrip("."): value}

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runs.folder import RunFolder, flat
+from experiments.config.schema import flat
+from experiments.runs.folder import RunFolder
 from experiments.runs.former import FORMER
 from experiments.util.errors import RunnerError, choices_hint
 from experiments.util.files import read_json

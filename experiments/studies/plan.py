@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.runs.folder import flat
+from experiments.config.schema import flat
 from experiments.runs.recorded import RecordedRun
 from experiments.studies.study import Version
 from experiments.util.errors import RunnerError

@@ -22,7 +22,7 @@ from experiments.util.files import write_atomic
 from seqarch.models import LMConfig
 
 FILE = "records.jsonl"
-NOT_KEPT = ("device", "threads", "keep_last", "save_every", "dry_run")
+NOT_KEPT = ("device", "threads", "keep_last", "save_every", "log_every", "dry_run")
 """Options of training that change no result but for rounding; threads are in the record of the hardware."""
 
 KEPT = {
@@ -61,7 +61,7 @@ def to_line(
     # What follows names paths of the machine.
     told = {"reason": reason.partition(";")[0]} if reason else {}
     metrics = [{name: value for name, value in line.items() if name == "step" or name.endswith(tuple(history))}
-               for line in folder.metrics()] if history else []  # fmt: skip
+               for line in folder.evaluations()] if history else []  # fmt: skip
     return {
         "format": FORMAT,
         "run": folder.path.name,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.overrides import compose
-from experiments.config.schema import RunConfig, TrainConfig
-from experiments.runs.folder import RunFolder, flat
+from experiments.config.schema import RunConfig, TrainConfig, flat
+from experiments.runs.folder import RunFolder
 from experiments.studies import plan
 from experiments.studies.protocol import Arm, Wanted
 from experiments.studies.records import Ledger, rounded, shortened, to_line
@@ -45,6 +45,7 @@ class Composer:
             self._arms[wanted.arm] = compose([*arguments, f"runs={self._runs}"])
         composed = copy.deepcopy(self._arms[wanted.arm])
         composed["seed"], composed["train"]["lr"] = wanted.seed, wanted.rate
+        composed["shown"] = {"train.lr": wanted.rate, **composed.get("shown", {})}
         if wanted.steps is not None:
             # The decay is as long, relative to the stable phase, as in the run that is doubled.
             share = composed["train"].get("decay_share", TrainConfig.decay_share)

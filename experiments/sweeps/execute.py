@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from experiments.config.convert import convert
 from experiments.config.plugins import plugin_folders
 from experiments.config.schema import RunConfig, run_config
-from experiments.runs.folder import RunFolder
+from experiments.runs.folder import RunFolder, alone_in
 from experiments.sweeps.status import SweepStatus
 from experiments.util.devices import require_device
 from experiments.util.errors import ConfigError, RunnerError
@@ -28,7 +30,7 @@ STOP_SECONDS = 15.0
 """The time that an interrupted run may take to write its record before it is killed."""
 TAIL_LINES = 12
 
-OF_SWEEP = ("retry", "other_code")
+OF_SWEEP = ("retry", "other_code", "earlier")
 """Keys of a composed configuration that say what a sweep does, and are none of a run."""
 
 OtherCode = Literal["refuse", "keep", "rerun", "rerun_any"]
@@ -59,7 +61,8 @@ def execute(
     Args:
         composed: the configuration and, beside it, ``retry``: how often a run that fails is tried again, and
             ``other_code``: what is done with a run that was trained with other code
-            (``experiments/runs/other_code.py``).
+            (``experiments/runs/other_code.py``); and where the place of the runs of these options has changed,
+            ``earlier``: the experiment that they belonged to.
         dry_run: called in place of training where the configuration has ``train.dry_run``.
     """
     if sweep.should_stop():
@@ -74,11 +77,26 @@ def execute(
             return
         folder.check(config)
         run = {"name": folder.path.name, "folder": str(folder.path)}
-        sweep.update(job, status="running", **run)
+        began = time.time()
+        sweep.update(job, status="running", since=began, **run)
         status, message = _finish(folder, config, sweep, job, retry, other_code, should_prune)
-        sweep.update(job, status=status, message=message, **run)
+        sweep.update(job, status=status, message=message, seconds=time.time() - began, **run)
     except RunnerError as error:
         sweep.update(job, status="refused", name=_name(composed), message=str(error))
+
+
+def keep(folder: RunFolder, sweep: SweepStatus, job: int, first: int) -> None:
+    """Update the status of a job whose run was finished before; ``first`` is the first job of the sweep with this run.
+
+    Raises:
+        RunnerError: its record cannot be read, or the status not be written.
+    """
+    kept = first == job
+    status, message = ("kept", summary(folder)) if kept else ("repeated", f"as run {first + 1}")
+    cost = folder.record().get("cost", {})
+    seconds = cost.get("train_seconds", 0.0) + cost.get("eval_seconds", 0.0)
+    run = {"name": folder.path.name, "folder": str(folder.path)}
+    sweep.update(job, status=status, message=message, seconds=seconds, **run)
 
 
 def _finish(
@@ -105,11 +123,16 @@ def _finish(
 
         if (settled := settle(folder, config, other_code)) is not None:
             status, found = settled
-            summary = [_summary(folder)] if folder.status() == "finished" else []
-            return status, "; ".join([*summary, *([found] if found else [])])
+            ended = [summary(folder)] if folder.status() == "finished" else []
+            return status, "; ".join([*ended, *([found] if found else [])])
     if config.machine.processes:
         require_device(config.train.device)
-    folder.create(config)
+    with alone_in(folder.path.parent):
+        there = config.folder()  # Perhaps another sweep has just made one, under a name that shows other options.
+        if there == folder.path:
+            folder.create(config)
+    if there != folder.path:
+        return _taken(RunFolder(there), sweep, job, "another sweep is training it")
     if config.machine.processes == 0:
         return "made", f"torchrun ... -m experiments.train {folder.path}"
     status, message = _train(folder, config, sweep, should_prune)  # What was begun with other code is to be resumed.
@@ -143,10 +166,43 @@ def resolve_composed(composed: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: naming the path of what is wrong in it.
     """
-    config = run_config({key: value for key, value in composed.items() if key not in OF_SWEEP})
     from experiments.config.build import resolve  # Imports torch, which a wrong key need not wait for.
 
-    return resolve(config)
+    return _where_it_is(resolve(_typed(composed)), composed)
+
+
+def _typed(composed: Mapping[str, Any]) -> RunConfig:
+    return run_config({key: value for key, value in composed.items() if key not in OF_SWEEP})
+
+
+def _where_it_is(config: RunConfig, composed: Mapping[str, Any]) -> RunConfig:
+    """The configuration in the experiment that has a folder of the run: its own, or the one that it belonged to."""
+    earlier = composed.get("earlier")
+    if earlier is None or config.is_there:
+        return config
+    there = replace(config, experiment=earlier)
+    return there if there.is_there else config
+
+
+def finished_before(composed: Mapping[str, Any]) -> RunFolder | None:
+    """The folder of a run that is finished; ``None`` where it is not, or has to be looked at closely.
+
+    Whether the configuration builds a model is not asked: it did.
+    """
+    from experiments.config.build import identified
+
+    try:
+        _retries(composed)
+        config = _where_it_is(identified(_typed(composed)), composed)
+        folder = RunFolder(config.folder())
+        if config.train.dry_run or folder.status() != "finished":
+            return None
+        if composed.get("other_code") not in (None, "refuse", "keep") or folder.record().get("plugins"):
+            return None
+        folder.check(config)
+    except RunnerError:
+        return None
+    return folder
 
 
 def _plan(config: RunConfig, dry_run: DryRun | None) -> str:
@@ -239,7 +295,7 @@ def _outcome(
     record = folder.record()
     status = record.get("status")
     if status == "finished":  # Whatever the exit code: by another sweep perhaps, while this process waited for it.
-        return "finished", _summary(folder)
+        return "finished", summary(folder)
     if folder.lock.is_held():
         return "busy", "another sweep took it"
     last = tail[-1] if tail else "it printed nothing"
@@ -262,7 +318,7 @@ def _ending(code: int) -> str:
     return f"the training process was ended by {name}{guess}"
 
 
-def _summary(folder: RunFolder) -> str:
+def summary(folder: RunFolder) -> str:
     record = folder.record()
     results, metric, cost = record.get("results", {}), record.get("metric", {}), record.get("cost", {})
     name = str(metric.get("label", "metric")).lower()

@@ -6,23 +6,21 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from experiments.runs.folder import RunFolder
-from experiments.sweeps.status import DONE, SweepStatus
-from experiments.util.errors import RunnerError
-from experiments.util.files import read_json
+from experiments.sweeps.remaining import FAILED, Remaining, format_duration, read_progress, remaining
+from experiments.sweeps.status import SweepStatus
 from experiments.util.output import Outlet, drop_output, print_error
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
 BAR_FROM_WIDTH = 96
 """Below this many columns a bar would leave no room for the numbers."""
-FAILED = ("failed", "refused", "other_code", "begun_with_other_code")
 WORDS = {
     "kept": "finished before",
     "other_code": "finished with other code",
@@ -38,10 +36,14 @@ class Monitor:
 
     Args:
         total: how many jobs there will be.
+
+    Attributes:
+        models: the name of every job's model, as far as it is known.
     """
 
     def __init__(self, sweep: SweepStatus, total: int, console: Console | None = None):
         self._sweep, self.total = sweep, total
+        self.models: Sequence[str | None] = ()
         self._outlet = Outlet(sys.stdout)
         stream = cast(IO[str], self._outlet)
         self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
@@ -64,7 +66,8 @@ class Monitor:
                 if entry["status"] not in ("running", "waiting", "refused"):
                     self._console.print(format_entry(entry), markup=False)
         active = [(entry, read_progress(entry)) for entry in entries if entry["status"] == "running"]
-        self._display.update(active, Counter(entry["status"] for entry in entries), self.total)
+        counts = Counter(entry["status"] for entry in entries)
+        self._display.update(active, counts, remaining(entries, self.total, self.models))
 
     def close(self) -> list[dict[str, Any]]:
         """Stop watching, print how many runs ended in each status, and return the last entries."""
@@ -108,14 +111,15 @@ class Bars:
         self._sweep = self._progress.add_task("runs", total=total, count=f"0/{total}", note="")
         self._progress.start()
 
-    def update(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
-        ended = sum(counts[status] for status in (*DONE, *FAILED))
+    def update(self, active: list[tuple[dict, dict]], counts: Counter[str], sweep: Remaining) -> None:
+        ended, total = sweep.ended, sweep.total
         shown = {
             "failed": sum(counts[status] for status in FAILED),
             "interrupted": counts["interrupted"] + counts["preempted"],
         }
         shown[WORDS["busy"]] = counts["busy"]
-        note = ", ".join(f"{number} {word}" for word, number in shown.items() if number)
+        left = [] if sweep.seconds is None else [f"about {format_duration(sweep.seconds)} left"]
+        note = ", ".join([*left, *(f"{number} {word}" for word, number in shown.items() if number)])
         self._progress.update(self._sweep, completed=ended, total=total, count=f"{ended}/{total}", note=note)
         jobs = {entry["job"] for entry, _ in active}
         for job in [job for job in self._rows if job not in jobs]:
@@ -134,20 +138,22 @@ class Bars:
 
 
 class Lines:
-    """One line per active run every ten seconds."""
+    """One line per active run every ten seconds, and one on the sweep."""
 
     def __init__(self, console: Console):
         self._console = console
         self._last = time.monotonic()
 
-    def update(self, active: list[tuple[dict, dict]], counts: Counter[str], total: int) -> None:
+    def update(self, active: list[tuple[dict, dict]], counts: Counter[str], sweep: Remaining) -> None:
         if time.monotonic() - self._last < LINE_SECONDS:
             return
         self._last = time.monotonic()
         for entry, progress in active:
             if progress:
                 where = f"step {progress['step']} of {progress['steps']}, {format_progress(progress)} at most"
-                self._console.print(f"run {entry['job'] + 1} of {total}, {entry['name']}: {where}", markup=False)
+                self._console.print(f"run {entry['job'] + 1} of {sweep.total}, {entry['name']}: {where}", markup=False)
+        if sweep.total > 1 and active:
+            self._console.print(str(sweep), markup=False)
 
     def close(self) -> None: ...
 
@@ -157,20 +163,7 @@ def format_progress(progress: dict[str, Any]) -> str:
     return f"loss {progress['loss']:.3f}, {speed}, {format_duration(progress['seconds_left'])} left"
 
 
-def format_duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def format_entry(entry: dict[str, Any]) -> str:
     status = WORDS.get(entry["status"], entry["status"])
     message = entry.get("message", "")
     return f"{entry['name']}: {status}" + (f", {message}" if message else "")
-
-
-def read_progress(entry: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return read_json(RunFolder(entry["folder"]).progress_file) or {}
-    except RunnerError:
-        return {}

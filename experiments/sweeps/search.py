@@ -34,7 +34,7 @@ from experiments.util.secrecy import masked
 
 SAMPLERS = ("tpe", "random")
 CONFIG_DIR = "--config-dir"
-NOT_SEARCHED = ("experiment", "task", "launcher", "hydra", "imports", *OF_SWEEP, *NOT_IDENTITY)
+NOT_SEARCHED = ("experiment", "name", "task", "launcher", "hydra", "imports", *OF_SWEEP, *NOT_IDENTITY)
 """Trials that differed in these could not be compared, or would be the same."""
 
 

@@ -7,10 +7,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from experiments.config.names import PLACE
 from experiments.config.schema import folder_path
+from experiments.sweeps.execute import finished_before, keep
 from experiments.sweeps.monitor import Monitor
 from experiments.sweeps.status import DONE, SWEEPS, SweepStatus, sweep_name
 from experiments.util.errors import RunnerError
@@ -89,13 +93,39 @@ class SweepSession:
         """
         status = SweepStatus(folder_path("runs", runs) / SWEEPS / sweep_name())
         status.create()
+        status.write_plan(total=total)
         self.status, self._monitor = status, Monitor(status, total)
         return status
 
     def expect(self, total: int) -> None:
         """Change how many jobs there will be, where that follows from those that are over."""
-        if self._monitor is not None:
+        if self._monitor is not None and self.status is not None and total != self._monitor.total:
             self._monitor.total = total
+            self.status.write_plan(total=total)
+
+    def pass_over_finished(self, jobs: Sequence[Mapping[str, Any] | None]) -> list[int]:
+        """Update the status of every job whose run is finished, and plan the others; the places of those in ``jobs``.
+
+        Args:
+            jobs: the composed configuration of each; ``None`` of one that only its own process can compose.
+        """
+        assert self.status is not None
+        first: dict[Path, int] = {}
+        missing = []
+        for job, composed in enumerate(jobs):
+            folder = None if composed is None or self.stopped.is_set() else finished_before(composed)
+            if folder is None:
+                missing.append(job)
+            else:
+                keep(folder, self.status, job, first.setdefault(folder.path, job))
+        places = ((job, jobs[job]) for job in missing)
+        launched = [{"job": job, "place": composed and {key: composed[key] for key in PLACE if key in composed}}
+                    for job, composed in places]  # fmt: skip
+        models = list(map(_model, jobs))
+        if self._monitor is not None:
+            self._monitor.models = models
+        self.status.write_plan(total=len(jobs), launched=launched, models=models)
+        return missing
 
     def close(self) -> Outcome:
         """Print how the jobs ended and remove the status; of a sweep that never opened, no jobs."""
@@ -109,3 +139,9 @@ class SweepSession:
         outcome = Outcome(self._monitor.total, entries, shown=self._monitor.problem is None)
         self.status = self._monitor = None
         return outcome
+
+
+def _model(composed: Mapping[str, Any] | None) -> str | None:
+    """The name of a job's model: jobs of one take about as long."""
+    model = composed.get("model") if composed else None
+    return str(model.get("name")) if isinstance(model, Mapping) else None

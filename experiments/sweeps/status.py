@@ -30,8 +30,9 @@ SWEEPS = ".sweeps"
 """The folder of the statuses of all sweeps, below that of the runs."""
 PURPOSE = "board of a sweep"
 """In the marker of such a folder, by which those of earlier versions are known as well."""
-FILES = re.compile(r"owner\.json|going|job-\d+\.json|\.(owner|job-\d+)\.json\..+\.tmp|multirun\.yaml")
+FILES = re.compile(r"owner\.json|going|(plan|job-\d+)\.json|\.(owner|plan|job-\d+)\.json\..+\.tmp|multirun\.yaml")
 """The files of a sweep's status, with the one that Hydra writes for a sweep where it is given no other place."""
+PLAN = "plan.json"
 NAME = re.compile(r"\d{8}-\d{6}-\d+")
 
 
@@ -69,7 +70,29 @@ class SweepStatus:
         Raises:
             StorageError: it cannot be written.
         """
-        write_json(self.path / f"job-{job}.json", {"job": job, **values})
+        write_json(self.path / f"job-{job}.json", {"job": job, **values}, durable=False)
+
+    def write_plan(self, **plan: Any) -> None:
+        """Replace what all jobs are to know: their number, ``total``, and what :meth:`plan` is asked for besides.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        write_json(self.path / PLAN, plan, durable=False)
+
+    def plan(self) -> dict[str, Any]:
+        """What was written last by :meth:`write_plan`; nothing before that, or where it cannot be read."""
+        try:
+            return read_json(self.path / PLAN) or {}
+        except RunnerError:
+            return {}
+
+    def launched(self, number: int) -> dict[str, Any]:
+        """Of the job that a launcher counts as ``number``: its place in the sweep, ``job``, and that of its run,
+        ``place``; ``None`` for a run's whose place was not known when the sweep began.
+        """
+        launched = self.plan().get("launched", [])
+        return launched[number] if number < len(launched) else {"job": number, "place": None}
 
     def entries(self) -> list[dict[str, Any]]:
         """The last entry of every job that has begun, in the order of the jobs."""

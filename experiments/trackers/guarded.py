@@ -14,7 +14,7 @@ from typing import Any
 from experiments.trackers.tracker import Tracker
 
 PATIENCE_SECONDS = 60.0
-"""The time that a tracker may take to begin, to log a step, or to end."""
+"""The time that a tracker may take to begin, to log some steps, or to end."""
 
 
 class Guarded(Tracker):
@@ -35,14 +35,19 @@ class Guarded(Tracker):
         self._started = children() - before
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        if inner := self._inner:
-            self._try(lambda: inner.log(step, values))
+        self.log_steps({step: values})
+
+    def log_steps(self, values: Mapping[int, Mapping[str, float]]) -> None:
+        """As one action, so that a step of training waits for one thread; for none where the tracker keeps nothing."""
+        inner = self._inner
+        if inner is not None and type(inner).log is not Tracker.log:
+            self._try(lambda: inner.log_steps(values))
 
     def finish(self, status: str, results: Mapping[str, Any]) -> None:
         if inner := self._inner:
             self._try(lambda: inner.finish(status, results))
 
-    def _try(self, action: Callable[[], None]) -> None:
+    def _try(self, action: Callable[[], object]) -> None:
         errors: list[str] = []
 
         def work() -> None:

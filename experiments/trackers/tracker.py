@@ -30,4 +30,9 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
+    def log_steps(self, values: Mapping[int, Mapping[str, float]]) -> None:
+        """Log the values of several steps, in order."""
+        for step, each in values.items():
+            self.log(step, each)
+
     def finish(self, status: str, results: Mapping[str, Any]) -> None: ...

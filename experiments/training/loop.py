@@ -8,6 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ class Run:
             Diverged: one was bad, and ``train.bad_step`` is ``stop``.
         """
         checked = self.step_monitor.read()
+        self._log_steps(checked)
         self.cost_meter.add_training(self.state)
         for stats in (stats for stats in checked if stats.bad):
             # Batches are not held back for this: the stream gives the same one again. No stage begins in between.
@@ -169,6 +171,24 @@ class Run:
             self.state.recent[number] += 1
             self.state.recent_losses[number] += stats.loss
         return checked
+
+    def _log_steps(self, checked: Sequence[StepStats]) -> None:
+        """Log those of every ``train.log_every`` steps, which the host has read for the check; it waits for no others.
+
+        The line of a step with an evaluation is written there. The speed is that since the last check or evaluation.
+        """
+        config, state, every = self.train_config, self.state, self.train_config.log_every
+        logged = [stats for stats in checked if every and stats.step % every == 0
+                  and not (stats.step == state.step and self.is_evaluated(stats.step))]  # fmt: skip
+        if not logged:
+            return
+        seconds, stage = max(self.cost_meter.seconds(), 1e-9), state.stage
+        tokens = sum(self.data.source(stats.step - 1, stage).tokens for stats in checked)
+        rates = (learning_rate(config, stats.step - 1, state.decay_from, state.stage_began) for stats in logged)
+        self.logger.log_steps(
+            [{"step": stats.step, **stats.values(), "lr": rate, "tokens_per_second": tokens / seconds}
+             for stats, rate in zip(logged, rates, strict=True)]
+        )  # fmt: skip
 
     def evaluate(self) -> None:
         """Evaluate on the validation split, log it and write a checkpoint."""

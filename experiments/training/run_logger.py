@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class NullLogger:
 
     def progress(self, step: int, loss: Tensor, tokens_per_second: float) -> None:
         """Where training is, for whoever watches."""
+
+    def log_steps(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """The metrics of steps of training, ``step`` among them, in order; not said to people."""
 
     def log_metrics(self, values: Mapping[str, Any]) -> None:
         """The metrics of an evaluation on the validation split, ``step`` among them."""
@@ -67,9 +70,14 @@ class RunLogger(NullLogger):
     def progress(self, step: int, loss: Tensor, tokens_per_second: float) -> None:
         self._progress.update(step, loss, tokens_per_second)
 
+    def log_steps(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        if lines:
+            self._folder.append_steps(lines)
+            self.tracker.log_steps({values["step"]: _numbers(values) for values in lines})
+
     def log_metrics(self, values: Mapping[str, Any]) -> None:
         self._folder.append_metrics(**values)
-        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        numbers = _numbers(values)
         self.tracker.log(values["step"], numbers)
         self.info(" ".join(f"{name} {value:.5g}" for name, value in numbers.items()))
 
@@ -84,6 +92,10 @@ class RunLogger(NullLogger):
         np.savez_compressed(content, **arrays, **stats._asdict())
         write_atomic(path, content.getvalue())
         return path
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def make_logger(folder: RunFolder, config: RunConfig) -> NullLogger:

@@ -53,18 +53,24 @@ def _write(path: Path, data: bytes, durable: bool, mode: int, like: Path) -> Non
             os.fsync(file.fileno())
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Mapping[str, Any], durable: bool = True) -> None:
+    write_atomic(path, json.dumps(value, indent=2) + "\n", durable)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file; it is on the disk on return, and so is a file that was not there."""
+def append_line(path: Path, line: str, durable: bool = True) -> None:
+    """Add a line to a file, or some that it holds.
+
+    Args:
+        durable: whether it is on the disk on return, and so a file that was not there; otherwise that is left to the
+            system, or to the next line that is durable.
+    """
     with writing(path):
         new = not path.exists()
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         if new:
             sync(path.parent)
 

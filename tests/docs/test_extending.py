@@ -119,7 +119,7 @@ def test_what_is_added_passes_the_linter(copy):
 def test_the_new_mixer_trains_through_its_yaml(copy):
     command = "python -m experiments.run experiment=mqar model=simple_gla train.steps=1"
     follow(copy, command, "train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
-    (record,) = copy.glob("runs/mqar/simple_gla-seed0-*/run.json")
+    (record,) = copy.glob("runs/mqar/simple_gla-*seed0-*/run.json")
     run = json.loads(record.read_text())
     assert run["status"] == "finished"
     assert run["backends"].keys() == {"linear_attention"}

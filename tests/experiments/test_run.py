@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import run
+from experiments.config.overrides import compose, load
 from experiments.runs.folder import RunFolder
 from experiments.sweeps import workers
+from experiments.sweeps.execute import resolve_composed
 from experiments.sweeps.status import SweepStatus
 from experiments.util.errors import RunnerError, StorageError
 from tests.support.paths import ROOT
@@ -22,8 +25,8 @@ from tests.support.runs import TINY, call, command_line, until
 
 def folders(runs: Path) -> dict[str, RunFolder]:
     """Run folders by ``model-seed``."""
-    found = [RunFolder(path.parent) for path in runs.glob("*/*/config.json")]
-    return {folder.path.name.rpartition("-")[0]: folder for folder in found}
+    found = {RunFolder(path.parent): json.loads(path.read_text()) for path in runs.glob("*/*/config.json")}
+    return {f"{config['model']['name']}-seed{config['seed']}": folder for folder, config in found.items()}
 
 
 def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
@@ -48,6 +51,41 @@ def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
     assert second.returncode == 0
     assert "finished before" in second.stdout
     assert {path: (path / "run.json").read_bytes() for path in records} == records
+
+
+def test_only_what_is_missing_is_launched_and_folders_of_earlier_names_are_known(tmp_path, monkeypatch, capfd):
+    """A job keeps its place in the sweep, whatever is launched; and each combination of groups is composed once."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TINY, "task.length=16", "name=mine"]
+    for seed in (0, 2):
+        config = resolve_composed(compose([*arguments, f"seed={seed}"]))
+        folder = RunFolder(config.folder().parent / f"attention-seed{seed}-{config.digest()[:10]}")
+        folder.create(config)
+        folder.update(status="finished", attempt=1, results={"test": 0.5}, metric={}, cost={"steps": 10})
+    trained, composed = [], []
+    monkeypatch.setattr(run, "load", lambda overrides: composed.append(overrides) or load(overrides))
+
+    def trains(folder, config, sweep, job, retry, should_prune):
+        trained.append((job, folder.path.name))
+        return "finished", ""
+
+    monkeypatch.setattr("experiments.sweeps.execute._finish", trains)
+    for name in ("SEQARCH_COMMAND", workers.SWEEP, "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "")
+    with monkeypatch.context() as patch:
+        for method in ("split_arguments", "validate_batch_is_legal"):
+            patch.setattr(run.sweeper(), method, inspect.getattr_static(run.sweeper(), method))
+        patch.setattr("sys.argv", ["run", "--multirun", *arguments, "train.lr=0.003,1e-4", "seed=0,1,2"])
+        assert run.main() == 0
+    names = ["", *["lr1e-4-"] * 3]
+    assert [job for job, _ in trained] == [1, 3, 4, 5]
+    for (_, name), lr in zip(trained, names, strict=True):
+        assert name.startswith(f"attention-{lr}d_model32-depth1-vocab_size16-")
+    assert composed == [[]]
+    shown = capfd.readouterr().out
+    assert "attention-seed0-" in shown
+    assert "6 runs: 2 finished before, 4 finished" in shown
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mine"]
 
 
 def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.config.build import resolve
 from experiments.config.convert import convert
+from experiments.config.names import placed
 from experiments.config.overrides import compose
 from experiments.config.schema import FORMAT, TrainConfig, run_config, to_dict
 from experiments.runs.folder import RunFolder
@@ -240,6 +241,56 @@ def test_the_folder_names_what_changes_results_and_nothing_else(tmp_path):
     assert tiny_config(tmp_path / "other").folder().name == folder.name
     changed = [{"seed": 1}, {"train__lr": 2e-3}, {"task__power": 0.1}, {"model__depth": 2}, {"train__threads": 2}]
     assert len({tiny_config(tmp_path, **change).folder() for change in changed} | {folder}) == len(changed) + 1
+
+
+def earlier_name(config) -> str:
+    """As versions before names showed options made them."""
+    return f"{config.model.name}-seed{config.seed}-{config.digest()[:10]}"
+
+
+def test_a_run_is_found_by_its_identity_whatever_its_folder_shows(tmp_path):
+    config, other = tiny_config(tmp_path), tiny_config(tmp_path, train__lr=2e-3)
+    assert not config.is_there
+    for name in (earlier_name(config), f"attention-depth9-seed0-{config.digest()[:6]}"):
+        made = RunFolder(tmp_path / "tiny" / name)
+        made.create(config)
+        assert config.is_there
+        assert config.folder() == replace(config, shown={"train.lr": 0.5}).folder() == made.path
+        assert RunFolder(config.folder()).config() == config
+        made.path.rename(tmp_path / "away")
+        (tmp_path / "away" / "config.json").unlink()
+        (tmp_path / "away" / "checkpoints").rmdir()
+        (tmp_path / "away").rmdir()
+    # A folder of another run, whose hash begins with the same digits, is none of it.
+    RunFolder(tmp_path / "tiny" / f"attention-lr2e-3-seed0-{config.digest()[:6]}").create(other)
+    assert not config.is_there
+    assert config.folder().name == f"attention-seed0-{config.digest()[:6]}"
+    # Where nobody can read what is there, nothing is trained beside it in silence.
+    damaged = tmp_path / "tiny" / earlier_name(config)
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+    assert config.folder() == damaged
+
+
+def test_what_a_name_shows_is_no_part_of_a_run(tmp_path):
+    config = tiny_config(tmp_path)
+    shown = replace(config, shown={"train.lr": 1e-3, "model.mixers.mamba2.d_state": 8, "task.pairs": 2})
+    assert shown == config
+    assert shown.digest() == config.digest()
+    assert to_dict(shown) == to_dict(config)
+    assert shown.folder().name == f"attention-lr1e-3-pairs2-seed0-{config.digest()[:6]}"
+    long = replace(config, shown={f"train.option{number}": "x" * 99 for number in range(9)})
+    assert len(long.folder().name) <= 60
+    assert not config.may_name("attention-seed0")
+    assert not config.may_name(f"attention-seed1-{config.digest()[:6]}")
+    assert not config.may_name(f"attention2-seed0-{config.digest()[:6]}")
+    assert config.may_name(earlier_name(config))
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/../b", "a b", "/a", 3, ["a"]])
+def test_a_name_that_is_no_folders_is_refused(name):
+    with pytest.raises(ConfigError, match="name must"):
+        placed({"name": name, "experiment": "mqar"}, "mqar")
 
 
 def test_resolving_twice_is_resolving_once(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.config.schema import FORMAT, MachineConfig, to_dict
 from experiments.runs.folder import RunFolder
-from experiments.sweeps.execute import execute
+from experiments.sweeps.execute import execute, finished_before
 from experiments.sweeps.status import SweepStatus
 from tests.support.runs import tiny_config
 
@@ -40,6 +40,34 @@ def test_a_folder_of_another_configuration_is_refused_untouched(tmp_path):
     assert "train.lr is 0.5 there, 0.001 wanted" in entry["message"]
     assert [path.name for path in config.folder().iterdir()] == ["config.json"]
     assert (config.folder() / "config.json").read_text() == other
+
+
+def test_a_run_that_is_finished_elsewhere_is_not_trained_again(tmp_path):
+    """Where ``task=`` alone had put it: into the folder of the experiment whose task it is not."""
+    there, here = tiny_config(tmp_path, experiment="mqar"), tiny_config(tmp_path, experiment="needle")
+    folder = RunFolder(there.folder())
+    folder.create(there)
+    folder.update(status="finished", attempt=1, results={"test": 0.5}, metric={}, cost={"steps": 10})
+    composed = {**to_dict(here), "earlier": "mqar", "shown": {"train.lr": 1e-3}}
+    assert finished_before(composed).path == folder.path
+    sweep = new_sweep(tmp_path)
+    execute(composed, sweep, 0)
+    assert [(entry["status"], entry["folder"]) for entry in sweep.entries()] == [("kept", str(folder.path))]
+    assert not here.folder().parent.exists()
+    assert finished_before({**composed, "earlier": None}) is None
+    assert finished_before({**composed, "train": {**composed["train"], "lr": "much"}}) is None
+    folder.update(status="failed")
+    assert finished_before(composed) is None
+
+
+def test_a_folder_that_another_sweep_makes_under_another_name_is_its_own(tmp_path, monkeypatch):
+    """It comes into being between the look and the making."""
+    config = tiny_config(tmp_path)
+    other = RunFolder(config.folder().parent / f"attention-depth1-seed0-{config.digest()[:6]}")
+    monkeypatch.setattr("experiments.sweeps.execute.require_device", lambda _: other.create(config))
+    entry = outcome(tmp_path, config)
+    assert (entry["status"], entry["message"]) == ("busy", "another sweep is training it")
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == [other.path.name]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -87,7 +87,7 @@ def test_a_run_that_converges_says_so_and_resumes_to_the_bit(tmp_path, monkeypat
     _, whole = train_here(tiny_config(tmp_path / "whole", **changes))
     results = whole.record()["results"]
     assert results["stable_phase"] == {"ending": "plateau", "steps": 12}
-    assert [line["step"] for line in whole.metrics()] == [4, 8, 12, 15]
+    assert [line["step"] for line in whole.evaluations()] == [4, 8, 12, 15]
     assert whole.record()["cost"]["steps"] == 15
 
     step = Run.step

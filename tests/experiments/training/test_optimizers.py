@@ -107,5 +107,5 @@ def test_what_never_gets_a_gradient_has_its_state_too(tmp_path):
 def test_a_run_trains_with_it(tmp_path, changes):
     code, folder = train_here(tiny_config(tmp_path, train__steps=60, train__eval_every=30, **changes))
     assert code == 0
-    first, second = folder.metrics()
+    first, second = folder.evaluations()
     assert second["validation_loss"] < first["validation_loss"]

@@ -97,7 +97,7 @@ def test_the_mean_loss_of_each_source_is_that_of_its_steps(tmp_path, monkeypatch
 
     monkeypatch.setattr(Run, "step", watched)
     _, folder = train_here(tiny_config(tmp_path, train__steps=40, train__eval_every=40, **MIXTURE))
-    (line,) = folder.metrics()
+    (line,) = folder.evaluations()
     for number, name in enumerate(("loss_8_pairs_1", "loss_32_pairs_4")):
         assert line[name] == pytest.approx(np.mean([loss for source, loss in seen if source == number]), rel=1e-6)
 

@@ -18,7 +18,9 @@ from experiments.runs.recorded import read_run
 from experiments.train import main
 from experiments.training.checkpoints import verified
 from experiments.training.loop import Run
+from experiments.training.lr_scheduler import learning_rate
 from experiments.training.progress import Heartbeat, ProgressFile
+from experiments.training.step_monitor import StepMonitor
 from experiments.util.errors import RunnerError
 from experiments.util.files import read_json
 from experiments.util.interrupts import Interrupts, Preempted
@@ -130,6 +132,41 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(tmp_path, monkeyp
     assert same(tensors(last(whole)), tensors(last(torn)))
     for ours, theirs in zip(whole.metrics(), torn.metrics(), strict=True):
         assert ours | {"tokens_per_second": 0} == theirs | {"tokens_per_second": 0}
+
+
+def test_steps_are_logged_at_no_reading_of_the_device_more(tmp_path, monkeypatch):
+    """Each once, those of evaluations among them, to the bit where the run was stopped; and the run is the same one."""
+    read, readings = StepMonitor.read, []
+    monkeypatch.setattr(StepMonitor, "read", lambda monitor: readings.append(1) or read(monitor))
+    options = {"train__steps": 40, "train__eval_every": 20}
+    silent = train_here(tiny_config(tmp_path / "silent", train__log_every=0, **options))[1]
+    assert [line["step"] for line in silent.metrics()] == [20, 40]
+    without, config = len(readings), tiny_config(tmp_path / "logged", train__log_every=3, **options)
+    logged = train_here(config)[1]
+    assert len(readings) == 2 * without
+    assert [line["step"] for line in logged.metrics()] == sorted({*range(3, 40, 3), 20, 40})
+    assert [line["step"] for line in logged.evaluations()] == [20, 40]
+    first = logged.metrics()[0]
+    assert list(first) == ["step", "loss", "grad_norm", "lr", "tokens_per_second"]
+    assert first["lr"] == learning_rate(config.train, 2)
+    assert min(line["tokens_per_second"] for line in logged.metrics()) > 0
+    assert same(tensors(last(silent)), tensors(last(logged)))
+    assert logged.path.name == silent.path.name == tiny_config(tmp_path / "logged", **options).folder().name
+
+    step = Run.step
+
+    def preempted_at_31(run):
+        run.interrupts.requested = run.state.step == 30
+        return step(run)
+
+    monkeypatch.setattr(Run, "step", preempted_at_31)
+    torn = train_here(tiny_config(tmp_path / "torn", train__log_every=3, **options))[1]
+    assert (torn.status(), torn.metrics()[-1]["step"]) == ("preempted", 30)
+    monkeypatch.setattr(Run, "step", step)
+    assert train_here(torn.config())[0] == 0
+    for ours, theirs in zip(logged.metrics(), torn.metrics(), strict=True):
+        assert ours | {"tokens_per_second": 0} == theirs | {"tokens_per_second": 0}
+    assert "metrics_lost" not in torn.record()
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "step-000010"])
