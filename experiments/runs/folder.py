@@ -8,6 +8,8 @@
 ``bad/``            the batches of steps whose loss or gradient was no number or a spike
 ``train.log``       what the training process printed
 ``code.diff``       how the code differed from the commit, if it did; of files that git does not track, none
+``tokenizer.json``  the tokenizer of text that has one
+``data_files.txt``  the files of text: SHA-256, bytes and path of each
 ``claim.json``      the lock: who is at work here; gone when nobody is
 """
 
@@ -30,7 +32,7 @@ KINDS |= dict.fromkeys(("results", "metric", "cost", "metrics_lost"), dict)
 """The types of the entries of ``run.json`` on which the runner relies, where they are there."""
 
 ASIDE = re.compile(
-    r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
+    r"\.((config|run|progress|tokenizer)\.json|metrics\.jsonl|code\.diff|data_files\.txt|claim|step-\d+\.npz)\..+\.(tmp|dead)"
 )
 """The names of files written aside there, and in ``bad``, before they are renamed."""
 

@@ -28,6 +28,7 @@ COMMANDS = [
     "runs.__main__",
     "search",
     "study",
+    "tokenizer",
     "train",
 ]
 MODEL = "name: mine\npattern: attention\nd_model: 64\ndepth: 1\n"
