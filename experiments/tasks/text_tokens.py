@@ -50,7 +50,10 @@ class ByteTokens(Tokens):
     """Tokens 0 to 255 are bytes, 256 is the separator."""
 
     vocab_size, separator, dtype = 257, 256, np.dtype("u1")
-    stored_separator = STORED_SEPARATOR
+
+    @property
+    def stored_separator(self) -> int:
+        return STORED_SEPARATOR
 
     def encode(self, contents: Sequence[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(content, np.uint8) for content in contents]

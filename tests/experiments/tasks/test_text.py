@@ -316,6 +316,7 @@ class TestTokenizers:
         ({"validation_tokens": 0}, "validation_tokens must be at least 1"),
         ({"held_out": 0.5}, "held_out must be above 0 and below 0.5"),
         ({"cut": 3}, "cut must be 0 for never, or from 64 to 262144 bytes"),
+        ({"path": "~/notes"}, "'~/notes' begins with a ~ that the shell did not replace"),
         ({"extensions": ["txt"]}, "extensions begin with a dot"),
         ({"tokenizer": "nowhere.json"}, "tokenizer nowhere.json: No such file"),
     ],
