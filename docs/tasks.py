@@ -8,6 +8,7 @@ from docs.docstrings import cell, markdown, module_docstring, option_rows, sourc
 from experiments.tasks import TASKS, Task
 from experiments.tasks.byte_text import WHO_GUESSES, ByteText
 from experiments.tasks.generated import GeneratedTask
+from experiments.tasks.text import Text
 from experiments.util.blocks import table
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "tasks"
@@ -21,6 +22,8 @@ def chance(task: type[Task]) -> str:
     """The measured level, where it is the same on every machine, and who reaches it."""
     if issubclass(task, ByteText):
         return f"measured by each run, {WHO_GUESSES}"
+    if issubclass(task, Text):
+        return "measured by each run, token frequencies alone"
     made = task(task.Config())
     value, words = made.chance()
     unit = f" {made.metric.unit}" if made.metric.unit else ""
@@ -29,7 +32,7 @@ def chance(task: type[Task]) -> str:
 
 def groups(task: type[Task]) -> str:
     """The groups of its batches: ``by`` what its results are told apart."""
-    if issubclass(task, ByteText):
+    if issubclass(task, ByteText | Text):
         return "-"
     made = task(task.Config())
     return ", ".join(f"`{name}`" for name in next(made.evaluation("validation")).groups or {}) or "-"

@@ -4,6 +4,7 @@
     seqarch corpora fetch linux-doc-6.1 ustilago-dna
     seqarch corpora show linux-doc-6.1
     seqarch corpora baselines linux-doc-6.1 --length 65536
+    seqarch corpora baselines my/folder --length 1024
     seqarch corpora path
 
 They are kept in SEQARCH_CORPORA, or seqarch/corpora in the user's cache; --cache names another folder. Exit codes: 0
@@ -39,6 +40,7 @@ from experiments.tasks.corpora import (
     read_corpus,
 )
 from experiments.tasks.corpus_text import CorpusText, CorpusTextConfig
+from experiments.tasks.text import Text, TextConfig
 from experiments.tasks.text_baselines import HIGHEST_ORDER, text_baselines
 from experiments.util import owned
 from experiments.util.debian_package import download, fields, files
@@ -219,7 +221,7 @@ def show_path(screen: Console, arguments: argparse.Namespace) -> int:
 def show_baselines(screen: Console, arguments: argparse.Namespace) -> int:
     (name,) = arguments.names
     os.environ["SEQARCH_CORPORA"] = str(arguments.cache)
-    task = CorpusText(CorpusTextConfig(corpus=name, eval_length=arguments.length, test_files=arguments.files))
+    task = _measured(name, arguments)
     found = text_baselines(task, arguments.order, arguments.train_bytes)
     edges = [edge for edge in (16, 256, *LENGTHS) if edge < arguments.length] + [arguments.length]
     table = Table("Baseline", "Bits per byte", *(f"to {edge:,}" for edge in edges), "Seconds", box=SIMPLE_HEAD)
@@ -230,6 +232,18 @@ def show_baselines(screen: Console, arguments: argparse.Namespace) -> int:
     screen.print(table)
     screen.print(f"{name}: the first {arguments.length:,} bytes of {len(task.held_out())} test files")
     return 0
+
+
+def _measured(name: str, arguments: argparse.Namespace) -> CorpusText | Text:
+    """The task on a corpus, or on text of one's own."""
+    if name in CORPORA:
+        return CorpusText(CorpusTextConfig(corpus=name, eval_length=arguments.length, test_files=arguments.files))
+    tested = {"test_from": "documents", "test_tokens": arguments.files * arguments.length, "cut": arguments.cut}
+    return Text(TextConfig(path=name, length=arguments.length, **tested))
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).exists() or re.search(r"[*/]", name) is not None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -250,7 +264,8 @@ def parser() -> argparse.ArgumentParser:
     fetching = add("fetch", fetch_corpora, "download corpora and unpack them", "+")
     fetching.add_argument("--again", action="store_true", help="in place of those that are there")
     add("show", show_corpus, "what a fetched corpus is", 1)
-    measuring = add("baselines", show_baselines, "what compressors and n-grams reach on a corpus's test files", 1)
+    measuring = add("baselines", show_baselines, "what compressors and n-grams reach on test files of a corpus", 1)
+    measuring.add_argument("--cut", type=int, default=0, help="as task.cut, where NAME is a path of text of your own")
     measuring.add_argument("--length", type=int, default=65536, help="bytes of each test file (default: 65536)")
     measuring.add_argument("--files", type=int, default=32, help="test files at most (default: 32)")
     measuring.add_argument(
@@ -265,7 +280,8 @@ def main() -> int:
     arguments = parser().parse_args()
 
     def act() -> int:
-        if unknown := [name for name in arguments.names if name not in CORPORA]:
+        unknown = [name for name in arguments.names if name not in CORPORA]
+        if unknown and not (arguments.action is show_baselines and _is_path(unknown[0])):
             raise RunnerError(f"unknown corpus {unknown[0]!r}, {choices_hint(unknown[0], CORPORA)}")
         try:
             return arguments.action(console(WIDE), arguments)

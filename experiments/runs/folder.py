@@ -9,6 +9,8 @@
 ``train.log``       what the training process printed
 ``code.diff``       how the code differed from the commit, if it did; of files that git does not track, none
 ``code-of-plugin-NAME.diff``  the same of the repository of a plug-in
+``tokenizer.json``  the tokenizer of text that has one
+``data_files.txt``  the files of text: SHA-256, bytes and path of each
 ``claim.json``      the lock: who is at work here; gone when nobody is
 """
 
@@ -37,7 +39,8 @@ DIFF = "code.diff"
 PLUGIN_DIFF = re.compile(r"code-of-plugin-\w+\.diff")
 
 ASIDE = re.compile(
-    r"\.(config\.json|run\.json|progress\.json|metrics\.jsonl|code(-of-plugin-\w+)?\.diff|claim|step-\d+\.npz)\..+\.(tmp|dead)"
+    r"\.((config|run|progress|tokenizer)\.json|metrics\.jsonl|code(-of-plugin-\w+)?\.diff|data_files\.txt|claim|step-\d+\.npz)"
+    r"\..+\.(tmp|dead)"
 )
 """The names of files written aside there, and in ``bad``, before they are renamed."""
 

@@ -22,6 +22,7 @@ from experiments.tasks.parity import Parity
 from experiments.tasks.selective_copying import SelectiveCopying
 from experiments.tasks.stdlib_text import StdlibText
 from experiments.tasks.task import Batch, Metric, Task, TaskError
+from experiments.tasks.text import Text
 from experiments.tasks.variable_reassignment import VariableReassignment
 from experiments.tasks.variable_tracking import VariableTracking
 from experiments.tasks.word_problem import WordProblem
@@ -51,6 +52,7 @@ TASKS: dict[str, type[Task]] = {
     "listops": ListOps,
     "stdlib_text": StdlibText,
     "corpus_text": CorpusText,
+    "text": Text,
 }
 
 __all__ = ["TASKS", "Batch", "Metric", "Task", "TaskError"]

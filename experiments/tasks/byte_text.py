@@ -134,6 +134,10 @@ class ByteText(Task):
             raise TaskError(f"task {self.name}: no test file has eval_length = {length} bytes; choose fewer")
         return np.stack([np.frombuffer(content, np.uint8) for content in long[: self.config.test_files]])
 
+    def training_texts(self) -> Iterable[bytes]:
+        """The training files in the order of their hashes."""
+        return self.files["train"].values()
+
     def evaluation(self, split: str) -> Iterator[Batch]:
         whole = self._validation() if split == "validation" else self._test()
         rows = max(1, EVALUATION_TOKENS // whole.tokens.shape[1])
@@ -241,7 +245,12 @@ def split_of(path: str, validation: float = 0.1, test: float = 0.1) -> str:
     Args:
         validation, test: shares of the paths in these splits.
     """
-    return SPLITS[np.searchsorted([1 - test - validation, 1 - test], path_hash(path), side="right")]
+    return split_at(path_hash(path), validation, test)
+
+
+def split_at(number: float, validation: float, test: float) -> str:
+    """The split of what has this number in [0, 1); shares as of :func:`split_of`."""
+    return SPLITS[np.searchsorted([1 - test - validation, 1 - test], number, side="right")]
 
 
 def join(contents: Iterable[bytes]) -> Joined:

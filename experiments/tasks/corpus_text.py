@@ -10,11 +10,8 @@ Windows of training and validation and the first bytes of test files are drawn a
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +20,7 @@ from experiments.tasks.byte_text import ByteText, ByteTextConfig, in_order_of_ha
 from experiments.tasks.corpora import CORPORA, cache_folder, documents_hash, read_corpus
 from experiments.tasks.near_duplicates import copied_shares
 from experiments.tasks.task import SPLITS, TaskError
+from experiments.tasks.text_files import paths_below, why_unusable
 
 RECORDED = ("package", "version", "architecture", "licence", "sha256")
 """What a run records of a corpus's manifest."""
@@ -151,12 +149,12 @@ def read_folder(folder: Path, glob: str, unusable: str) -> tuple[dict[str, bytes
         raise TaskError(f"task corpus_text: folder {folder}: there is no such folder")
     documents: dict[str, bytes] = {}
     skipped = 0
-    for path in _paths(folder, glob):
+    for path in paths_below(folder, glob, "task corpus_text"):
         try:
             content = (folder / path).read_bytes()
         except OSError as error:
             raise TaskError(f"task corpus_text: cannot read {folder / path}: {error.strerror}") from error
-        wrong = "is empty" if not content else "is no text: it holds a zero byte" if b"\0" in content else ""
+        wrong = why_unusable(content)
         if wrong and unusable == "stop":
             raise TaskError(
                 f"task corpus_text: {folder / path} {wrong}; leave it out by task.glob, or all such by"
@@ -170,31 +168,3 @@ def read_folder(folder: Path, glob: str, unusable: str) -> tuple[dict[str, bytes
         of = f", of which {skipped} are empty or no text" if skipped else ""
         raise TaskError(f"task corpus_text: no file of {folder} that can be read matches glob = {glob!r}{of}")
     return documents, skipped
-
-
-def _paths(folder: Path, glob: str) -> Iterator[str]:
-    """The paths of regular files below a folder that a pattern matches, sorted; folders that are links are not entered.
-
-    ``**`` in a pattern is any number of folders.
-    """
-    parts = glob.strip("/").split("/")
-    wanted = ["**", *parts] if len(parts) == 1 else parts
-
-    def refuse(error: OSError) -> None:
-        raise TaskError(f"task corpus_text: cannot look into {error.filename}: {error.strerror}") from error
-
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = Path(place).relative_to(folder)
-        for name in sorted(names):
-            path = below / name
-            if not name.startswith(".") and _matches(path.parts, wanted) and (folder / path).is_file():
-                yield path.as_posix()
-
-
-def _matches(parts: tuple[str, ...], pattern: list[str]) -> bool:
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

@@ -82,11 +82,11 @@ class _Text(HTMLParser):
         return "".join(f"{line}\n" for line in lines if line)
 
 
-def pieces(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
-    """A giant file in pieces of about :data:`LONGEST` bytes, each to the end of a line."""
+def pieces(name: str, content: bytes, longest: int = LONGEST) -> Iterator[tuple[str, bytes]]:
+    """A giant file in pieces of about ``longest`` bytes, each to the end of a line."""
     begin, number = 0, 0
     while begin < len(content):
-        end = content.find(b"\n", begin + LONGEST - 1) + 1 or len(content)
+        end = content.find(b"\n", begin + longest - 1) + 1 or len(content)
         yield f"{name}/{number:04}", content[begin:end]
         begin, number = end, number + 1
 

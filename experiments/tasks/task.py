@@ -146,6 +146,12 @@ class Task:
         """A description of the data, with a ``hash`` over all that runs are evaluated on."""
         raise TypeError(f"{type(self).__name__} defines no manifest")
 
+    def kept_files(self) -> dict[str, bytes]:
+        """Files by name that a run's folder keeps of the data: ``tokenizer.json``, without which nobody could use the
+        model, and ``data_files.txt``, by which a change of the data is told; none of data that is drawn.
+        """
+        return {}
+
 
 def stream(seed: int, split: str, purpose: str = "") -> np.random.Philox:
     """A counter-based generator of its own for each (seed, split, purpose).

@@ -15,16 +15,16 @@ import lzma
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from experiments.tasks import xz_after_text
 from experiments.tasks.byte_ngrams import HIGHEST_ORDER, ByteNgrams
-from experiments.tasks.byte_text import ByteText, position_curve
+from experiments.tasks.byte_text import position_curve
 from experiments.tasks.task import TaskError
 
 SHORTEST = 16
@@ -50,11 +50,19 @@ class Baseline:
     seconds: float
 
     def curve(self) -> dict[str, Any]:
-        """The mean over the files along the position, in the bins of :meth:`ByteText.score`."""
+        """The mean over the files along the position, in the bins of ``ByteText.score``."""
         return position_curve(self.bits.sum(axis=0), np.full(self.bits.shape[1], len(self.bits)))
 
 
-def text_baselines(task: ByteText, order: int = 6, train_bytes: int | None = None) -> list[Baseline]:
+class Texts(Protocol):
+    """A task on bytes: its test files as ``[files, eval_length]`` bytes, and its training files."""
+
+    def held_out(self) -> np.ndarray: ...
+
+    def training_texts(self) -> Iterable[bytes]: ...
+
+
+def text_baselines(task: Texts, order: int = 6, train_bytes: int | None = None) -> list[Baseline]:
     """Every baseline on the test files of a task.
 
     Args:
@@ -81,20 +89,21 @@ def text_baselines(task: ByteText, order: int = 6, train_bytes: int | None = Non
     return found
 
 
-def training_text(task: ByteText, most: int | None) -> list[bytes]:
-    """The training files in the order of their hashes, up to ``most`` bytes of them; the last may be cut.
+def training_text(task: Texts, most: int | None) -> list[bytes]:
+    """The training files in the task's order, up to ``most`` bytes of them; the last may be cut.
 
     Raises:
         ValueError: ``most`` is below 1.
     """
     if most is not None and most < 1:
         raise ValueError(f"the bytes of training text must be at least 1, got {most}")
-    texts = []
-    left = most if most is not None else sum(map(len, task.files["train"].values()))
-    for content in task.files["train"].values():
-        if left > 0:
-            texts.append(content[:left])
-            left -= len(texts[-1])
+    texts: list[bytes] = []
+    left = most if most is not None else sys.maxsize
+    for content in task.training_texts():
+        texts.append(content[:left])
+        left -= len(texts[-1])
+        if left <= 0:
+            break
     return texts
 
 

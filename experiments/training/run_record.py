@@ -22,6 +22,7 @@ from experiments.training.cost_meter import measured_peak, peak_memory, price, u
 from experiments.training.loop import Run
 from experiments.util import environment
 from experiments.util.errors import RunnerError, writing
+from experiments.util.file_lists import listed_changes
 from experiments.util.files import write_atomic, write_json
 from experiments.util.interrupts import INTERRUPTED, INTERRUPTS, Preempted
 from experiments.util.secrecy import masked, masked_command
@@ -34,6 +35,8 @@ FLOPS_FORMULA = (
     "3 x the forward FLOPs of the model's matrix products, convolutions and recurrences (two per multiply-add; the "
     "backward counts as two forwards) x training tokens; elementwise work and evaluation are not counted"
 )
+
+DATA_FILES = "data_files.txt"
 
 EXPECTED = (RunnerError, TaskError)
 """Errors that a person can put right: recorded and shown as one line."""
@@ -128,7 +131,9 @@ def _train(folder: RunFolder, make: Callable[[], Run]) -> tuple[str, dict[str, A
             with INTERRUPTS.at_once():
                 run = make()
                 described = _describe(run)
-                _check_data(folder, described["data"])
+                kept = run.task.kept_files()
+                _check_data(folder, described["data"], kept)
+                _keep(folder, kept)
                 folder.update(**masked(described))
                 results = run.train()
             status, ending = "finished", {"results": results}
@@ -149,21 +154,36 @@ def _train(folder: RunFolder, make: Callable[[], Run]) -> tuple[str, dict[str, A
     return status, ending
 
 
-def _check_data(folder: RunFolder, found: dict[str, Any]) -> None:
+def _check_data(folder: RunFolder, found: dict[str, Any], kept: dict[str, bytes]) -> None:
     """Refuse to go on with a run, or to try it again, on other data than an earlier attempt recorded.
 
+    Args:
+        kept: of the data as it is now, what the run's folder keeps of it.
+
     Raises:
-        RunnerError: the data has another hash.
+        RunnerError: the data has another hash; named are the files that changed, where the folder has a list of them.
     """
     known = folder.record().get("data") or {}
     if known.get("hash") in (None, found["hash"]):
         return
     changed = [key for key in found if key != "hash" and known.get(key) != found[key]]
     parts = [f"{key} was {known.get(key)!r} and is {found[key]!r}" for key in changed]
+    if DATA_FILES in kept and (folder.path / DATA_FILES).is_file():
+        lists = ((folder.path / DATA_FILES).read_bytes(), kept[DATA_FILES])
+        files = listed_changes(*(each.decode(errors="surrogateescape") for each in lists))
+        parts = files[:3] + ([f"and {len(files) - 3} files more"] if len(files) > 3 else [])
     raise RunnerError(
         f"the data of {folder.path.name} changed since an earlier attempt at it: {', '.join(parts) or 'other content'};"
         f" bring the former data back, or move {folder.path} away to train anew"
     )
+
+
+def _keep(folder: RunFolder, kept: dict[str, bytes]) -> None:
+    """Write what the folder keeps of the data, where it is not there yet."""
+    for name, content in kept.items():
+        path = folder.path / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomic(path, content)
 
 
 def _describe(run: Run) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,14 @@ import pytest
 from experiments.tasks import TASKS, Task
 from tests.support.runs import handlers_as_before, tiny_config, train_here
 from tests.support.small_tasks import SMALL
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory) -> Iterator[Path]:
+    """A folder of its own for the token files of text, not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEQARCH_TOKENS", str(tmp_path_factory.mktemp("tokens")))
+        yield Path(os.environ["SEQARCH_TOKENS"])
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ COMMANDS = [
     "runs.__main__",
     "search",
     "study",
+    "tokenizer",
     "train",
 ]
 EXPERIMENT = "# @package _global_\ndefaults:\n  - override /model: mine\nexperiment: mine\n"

@@ -68,7 +68,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room("seqarch.checkpoints"),
         Room("python -m seqarch", ("seqarch.__main__",)),
     ),
-    "ground": (_room("experiments.util"), _room("experiments.tasks"), _room("experiments.trackers")),
+    "ground": (_room("experiments.util"), _room("experiments.tasks", "util"), _room("experiments.trackers")),
     "a run's settings": (_room("experiments.config"),),
     "a run's folder": (_room("experiments.runs"),),
     "work on runs": (

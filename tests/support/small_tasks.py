@@ -23,6 +23,7 @@ from experiments.tasks.noisy_recall import NoisyRecallConfig
 from experiments.tasks.parity import ParityConfig
 from experiments.tasks.selective_copying import SelectiveCopyingConfig
 from experiments.tasks.stdlib_text import StdlibTextConfig
+from experiments.tasks.text import TextConfig
 from experiments.tasks.variable_reassignment import VariableReassignmentConfig
 from experiments.tasks.variable_tracking import VariableTrackingConfig
 from experiments.tasks.word_problem import WordProblemConfig
@@ -55,6 +56,13 @@ SMALL = {
     "stdlib_text": StdlibTextConfig(length=64, eval_length=256, validation_files=3, test_files=5),
     "corpus_text": CorpusTextConfig(
         folder=str(ROOT / "seqarch"), glob="*.py", length=64, eval_length=256, validation_files=3, test_files=5
+    ),
+    "text": TextConfig(
+        path=str(ROOT / "seqarch" / "**" / "*.py"),
+        length=64,
+        test_lengths=[100],
+        validation_tokens=1024,
+        test_tokens=2048,
     ),
 }
 CHANCES = {
@@ -107,5 +115,6 @@ GROUPS = {
     "listops": ["size"],
     "stdlib_text": [],
     "corpus_text": [],
+    "text": [],
 }
 """By what results are told apart."""
