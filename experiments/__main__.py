@@ -54,6 +54,11 @@ COMMANDS = {
         "list, fetch and measure corpora of text",
         "list fetch show baselines path --cache --again --length --files --order --train-bytes",
     ),
+    "tokenizer": Command(
+        "tokenizer",
+        "train a tokenizer of byte pairs on text of your own",
+        "--vocab-size --out --field",
+    ),
     "bench": Command(
         "bench.__main__",
         "time this machine's kernels against what one would use without them",

@@ -25,6 +25,7 @@ from experiments.tasks.text_tokens import train_tokenizer
 from experiments.util.errors import RunnerError
 from experiments.util.files import make_folder, write_atomic
 from experiments.util.output import exit_code
+from experiments.util.program import program
 
 SMALLEST = 257
 """Every byte, and the separator."""
@@ -32,7 +33,7 @@ SMALLEST = 257
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
-        "python -m experiments.tokenizer",
+        program("tokenizer"),
         description="Train a byte-level BPE tokenizer on text of your own.",
         allow_abbrev=False,
     )

@@ -33,7 +33,7 @@ ENGINES = {
 EDGES = {
     "hydra": {"experiments/run.py", "experiments/config/overrides.py"},
     "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
-    "tokenizers": {"seqarch/checkpoints/tokenizers.py"},
+    "tokenizers": {"seqarch/checkpoints/tokenizers.py", "experiments/tasks/text_tokens.py"},
     "joblib": {"experiments/sweeps/workers.py"},
     "optuna": {"experiments/sweeps/search.py"},
     "wandb": {"experiments/trackers/wandb.py"},
