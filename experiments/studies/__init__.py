@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from experiments.studies.decoding import Decoding
 from experiments.studies.initialisation import Initialisation
+from experiments.studies.state_tracking import StateTracking
 from experiments.studies.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (Initialisation(), Decoding())}
+STUDIES: dict[str, Study] = {study.name: study for study in (Initialisation(), StateTracking(), Decoding())}
 """The studies by name."""
