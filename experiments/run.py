@@ -67,7 +67,7 @@ def job(composed: DictConfig) -> None:
 def _placed(plain: dict[str, Any], place: Mapping[str, Any] | None) -> dict[str, Any]:
     """A job's configuration with the place that the sweep found for its run."""
     if place is not None:
-        return {key: value for key, value in plain.items() if key != "name"} | place
+        return {**{key: value for key, value in plain.items() if key != "name"}, **place}
     task = plain.get("task")
     return placed(plain, task.get("name") if isinstance(task, dict) else None)
 
@@ -141,7 +141,8 @@ def _or_refuse(action: Callable[[], None]) -> None:
 def _start_run(config: DictConfig) -> None:
     folder_path("hydra.run.dir", config.hydra.run.dir)
     _start(config, 1)
-    SESSION.pass_over_finished(_composed([list(config.hydra.overrides.task)]))
+    if not SESSION.pass_over_finished(_composed([list(config.hydra.overrides.task)])):
+        raise SystemExit(0)  # Before Hydra composes the job.
 
 
 def _start_sweep(config: DictConfig) -> None:

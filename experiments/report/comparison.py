@@ -232,8 +232,9 @@ def _training_default(name: str) -> Any:
 
 
 def _label(own: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
-    """The model's name, and the options in which it differs from others of that name."""
-    names = sorted(_differing(own, rivals) - TUNED.keys())
+    """The model's name, and the options in which it differs from others of that name; none that it does not have."""
+    differing = _differing(own, rivals) - TUNED.keys()
+    names = sorted(name for name in differing if name in own or _value(own, name) is not None)
     last = [name.rpartition(".")[2] for name in names]
     differences = [f"{short if last.count(short) < 2 else name}={_value(own, name)}"
             for name, short in zip(names, last, strict=True)]  # fmt: skip

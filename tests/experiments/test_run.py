@@ -88,6 +88,23 @@ def test_only_what_is_missing_is_launched_and_folders_of_earlier_names_are_known
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mine"]
 
 
+def test_one_run_is_found_where_its_task_has_its_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["task=parity", "task.length=16", "train.lr=1e-3"]
+    folder = RunFolder((config := resolve_composed(compose(arguments))).folder())
+    assert folder.path.parent == Path("runs/parity")
+    monkeypatch.setattr("experiments.sweeps.execute._finish", lambda folder, *_: ("finished", str(folder.path)))
+    for name in ("SEQARCH_COMMAND", workers.SWEEP, "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr("sys.argv", ["run", *arguments])
+    assert run.main() == 0
+    assert f"{folder.path.name}: finished, {folder.path}" in capfd.readouterr().out
+    folder.create(config)
+    folder.update(status="finished", attempt=1, results={"test": 0.5}, metric={}, cost={"steps": 10})
+    assert run.main() == 0
+    assert f"{folder.path.name}: finished before" in capfd.readouterr().out
+
+
 def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path):
     arguments = [*TINY, "train.steps=200", "seed=0,1,2", "launcher=joblib", "model=attention", "train.eval_every=50"]
     command = ["experiments.run", "--multirun", *arguments]

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments.config.schema import FORMAT
+from experiments.config.schema import FORMAT, TrainConfig
 from experiments.report import write as report_module
 from experiments.report.__main__ import main
 from experiments.report.checks import comparable_runs
@@ -300,6 +300,23 @@ def test_results_that_are_no_numbers_count_as_failures(tmp_path):
     report_module.draw(comparison, tmp_path)
 
 
+def test_an_option_of_training_at_its_default_is_as_one_that_is_left_out(tmp_path):
+    """As in runs from before there was the option, which their configuration does not name."""
+    folders = [record_run(tmp_path, "attention", seed, 0.9) for seed in (0, 1)]
+    folders.append(record_run(tmp_path, "attention", 0, 0.5, depth=4))
+    file = folders[1] / "config.json"
+    config = json.loads(file.read_text())
+    given = {"bptt": TrainConfig.bptt, "schedule": TrainConfig.schedule, "log_every": 3}
+    file.write_text(json.dumps({**config, "train": {**config["train"], **given}}))
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
+    runs = {setting.label: len(setting.runs) for setting in comparison.settings}
+    assert runs == {"attention (depth=2)": 2, "attention (depth=4)": 1}
+    file.write_text(json.dumps({**config, "train": {**config["train"], "schedule": "wsd"}}))
+    (comparison,) = compare(comparable_runs(tmp_path)[0])
+    labels = {each.label for each in comparison.settings}
+    assert {"attention (depth=2, schedule=cosine)", "attention (depth=2, schedule=wsd)"} < labels
+
+
 def test_settings_of_a_model_are_kept_apart_by_what_differs(tmp_path):
     for depth in (2, 4):
         record_run(tmp_path, "attention", 0, depth / 10, depth=depth)
@@ -314,7 +331,7 @@ def test_what_a_run_was_trained_on_is_its_setting_and_what_it_is_tested_on_its_t
     one, other = compare(comparable_runs(tmp_path)[0])
     assert [setting.label for setting in one.settings] == [
         "attention (order=mixture, train_on=[{'pairs': 1}, {'pairs': 2}])",
-        "attention (order=None, train_on=None)",
+        "attention",
     ]
     assert [setting.label for setting in other.settings] == ["attention"]
     assert other.distinction == "test_on=[{'pairs': 8}]"
