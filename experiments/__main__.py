@@ -52,12 +52,12 @@ COMMANDS = {
     "corpora": Command(
         "corpora",
         "list, fetch and measure corpora of text",
-        "list fetch show baselines path --cache --again --length --files --order --train-bytes",
+        "list fetch show baselines path --cache --again --length --files --order --train-bytes --cut",
     ),
     "tokenizer": Command(
         "tokenizer",
         "train a tokenizer of byte pairs on text of your own",
-        "--vocab-size --out --field",
+        "--vocab-size --out --again --bytes --field --extensions --cut --held-out --unusable --data-cache",
     ),
     "bench": Command(
         "bench.__main__",
