@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.config.schema import MachineConfig, ModelConfig, RunConfig, TrackerConfig
+from experiments.config.schema import MachineConfig, ModelConfig, OtherCode, RunConfig, TrackerConfig
 from experiments.config.targets import MatchConfig
 from experiments.config.tasks import TaskConfig, TrainOn
 from experiments.config.training import TrainConfig
@@ -56,11 +56,17 @@ def sections() -> dict[str, list[Key]]:
     """Every key of every run by section; the options of tasks, trackers and layers come by :func:`task_keys`,
     :func:`tracker_keys` and :func:`layer_keys`."""
     retry = Key("retry", "int", (), "0", "how often a run that fails is tried again; no part of the run's identity.")
+    text = (
+        "what is done with a run that was trained with other code: keep counts it, rerun moves it aside and trains it"
+        " anew where sources of plug-ins differ, rerun_any where any do; no part of the run's identity."
+    )
+    other = Key("other_code", "text", typing.get_args(OtherCode), "refuse", text)
+    name = Key("name", "text", (), None, "the experiment's name, and so its folder below runs; default: its own.")
     task = Key("task.name", "text", tuple(TASKS), None, "which task; task=NAME chooses its default options, too.")
     model = Key("model.name", "text", (), None, options_text(ModelConfig)["name"])
     tracker = Key("tracker.name", "text", tuple(TRACKERS), TrackerConfig.name, "which tracker, as tracker=NAME.")
     return {
-        "the run": [*keys(RunConfig), retry],
+        "the run": [name, *(key for key in keys(RunConfig) if key.name != "shown"), retry, other],
         "the model": [model, *_language_model()],
         "any task": [task, *keys(TaskConfig, "task."), *keys(TrainOn, "task.train_on[].")],
         "training": keys(TrainConfig, "train."),

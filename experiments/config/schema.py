@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.config import names
 from experiments.config.convert import convert
@@ -37,6 +37,13 @@ NOT_IDENTITY = (
 """Keys that change where a run is kept, on what it runs or which tracker gets its metrics, and never its results
 but for rounding; what ``match`` asks for is in the widths that it was solved to, and what a run starts from counts by
 its content (``train.start_sha256``) and not by its place, as does a tokenizer (``task.tokenizer_sha256``)."""
+
+
+OtherCode = Literal["refuse", "keep", "rerun", "rerun_any"]
+"""What is done with a run that was trained, to its end or to a checkpoint, with other code. ``refuse``, where sources
+of plug-ins differ: it is left as it is, and the sweep says what differs and fails; ``keep``: it counts and resumes all
+the same; ``rerun``: it is moved aside and trained anew; ``rerun_any``: so it is where those of seqarch or the runner
+do."""
 
 
 @dataclass(frozen=True)

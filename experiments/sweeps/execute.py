@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from experiments.config.convert import convert
 from experiments.config.plugins import plugin_folders
-from experiments.config.schema import RunConfig, run_config
+from experiments.config.schema import OtherCode, RunConfig, run_config
 from experiments.runs.folder import RunFolder, alone_in
 from experiments.sweeps.status import SweepStatus
 from experiments.util.devices import require_device
@@ -32,12 +32,6 @@ TAIL_LINES = 12
 
 OF_SWEEP = ("retry", "other_code", "earlier")
 """Keys of a composed configuration that say what a sweep does, and are none of a run."""
-
-OtherCode = Literal["refuse", "keep", "rerun", "rerun_any"]
-"""What is done with a run that was trained, to its end or to a checkpoint, with other code. ``refuse``, where sources
-of plug-ins differ: it is left as it is, and the sweep says what differs and fails; ``keep``: it counts and resumes all
-the same; ``rerun``: it is moved aside and trained anew;
-``rerun_any``: so it is where those of seqarch or the runner do."""
 
 ShouldPrune = Callable[[RunFolder], str | None]
 """Asked while a run trains: why it should end, ``None`` while it should not."""
