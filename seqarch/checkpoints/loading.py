@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def load(
     """The trained model of a run's folder, in eval mode, with its ``config`` and, of text, its ``tokenizer``.
 
     Of a finished run it is the model that was tested, the best on validation or the last (``train.eval_checkpoint``);
-    of one that was stopped, or goes on, that of the latest checkpoint. Modules that the run's ``imports`` name are
-    imported where the model has layers that are not registered yet. No other code that the folder's files name is run.
+    of one that was stopped, or goes on, that of the latest checkpoint. Where the model has layers that are not
+    registered yet, the plug-ins are imported that installed packages offer as entry points of ``seqarch.plugins``, and
+    the modules that the run's ``plugins`` name. No other code that the folder's files name is run.
 
     Args:
         folder: of the run, with its ``config.json``.
@@ -128,7 +130,7 @@ def _build(folder: Path, config: Mapping[str, Any], vocab_size: int) -> Language
     problems: list[str] = []
     try:
         options = {name: value for name, value in dict(config["model"]).items() if name != "name"}
-        problems = _import(config.get("imports", []), _unregistered(options))
+        problems = _import_plugins(config, options)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return LanguageModel(LMConfig(vocab_size=vocab_size, **options))
     except (ValueError, TypeError, KeyError) as error:
@@ -141,16 +143,17 @@ def _unregistered(options: Mapping[str, Any]) -> set[str]:
     return names - MIXERS.keys() - CHANNEL_MIXERS.keys() - {"none"}
 
 
-def _import(modules: list[str], wanted: set[str]) -> list[str]:
-    """Import the modules that register a run's own layers, where any are wanted; why those failed that did."""
+def _import_plugins(config: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Import what registers a run's own layers, while any are missing; why those failed that did."""
     problems = []
-    for name in modules if wanted else ():
+    offered = [point.module for point in entry_points(group="seqarch.plugins")] if _unregistered(options) else []
+    for name in [*offered, *config.get("plugins", []), *config.get("imports", [])]:  # imports: the former name.
+        if not _unregistered(options):
+            break
         try:
             importlib.import_module(name)
         except ImportError as error:
-            problems.append(
-                f"cannot import {name}, which the run's imports name: {error}; is its folder in PYTHONPATH?"
-            )
+            problems.append(f"cannot import the plug-in {name}: {error}; is its folder in PYTHONPATH?")
     return problems
 
 

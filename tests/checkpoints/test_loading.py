@@ -122,22 +122,24 @@ def test_a_step_that_is_not_there(run):
         seqarch.load(run.path, step=7)
 
 
-def test_mixers_of_ones_own_come_by_the_runs_imports_or_by_their_paths(tmp_path, monkeypatch):
+def test_mixers_of_ones_own_come_by_the_runs_plugins_or_by_their_paths(tmp_path, monkeypatch):
     """A module that cannot be imported matters only where what it registers is missing."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_mixers.py").write_text(OWN.format(name="Leaky", key="leaky_here"))
     pattern = "leaky_here own_mixers:Leaky"
-    changes = {"model__pattern": pattern, "model__depth": 2, "imports": ["own_mixers"], "train__steps": 1}
+    changes = {"model__pattern": pattern, "model__depth": 2, "plugins": ["own_mixers"], "train__steps": 1}
     code, folder = train_here(tiny_config(tmp_path / "runs", **changes))
     assert code == 0
-    edit(folder.config_file, lambda config: config["imports"].append("not_there"))
+    edit(folder.config_file, lambda config: config["plugins"].append("not_there"))
     model = seqarch.load(folder.path)  # registered by this process, which trained it
     assert type(model.stack.layers[1].mixers[0]).__name__ == "Leaky"
     del MIXERS["leaky_here"], sys.modules["own_mixers"]
     assert issubclass(type(seqarch.load(folder.path).stack.layers[0].mixers[0]), Retention)
     del MIXERS["leaky_here"], sys.modules["own_mixers"]
     (tmp_path / "own_mixers.py").unlink()
-    with pytest.raises(CheckpointError, match=r"unknown mixer 'leaky_here'.*cannot import own_mixers.*No module named"):
+    with pytest.raises(
+        CheckpointError, match=r"unknown mixer 'leaky_here'.*cannot import the plug-in own_mixers: No module named"
+    ):
         seqarch.load(folder.path)
 
 

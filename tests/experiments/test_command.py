@@ -197,7 +197,7 @@ def test_an_installed_runner_records_its_version_and_no_strangers_commit(monkeyp
 
 def test_a_run_without_a_commit_is_named_by_its_version(root):
     run = find_runs(root)[0]
-    run.record["code"] = {"commit": None, "dirty": None, "version": "1.2"}
+    run.record.update(code={"commit": None, "dirty": None, "version": "1.2"}, plugins={})
     assert run.commit == "version 1.2"
 
 

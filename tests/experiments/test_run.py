@@ -65,7 +65,7 @@ def test_only_what_is_missing_is_launched_and_folders_of_earlier_names_are_known
     trained, composed = [], []
     monkeypatch.setattr(run, "load", lambda overrides: composed.append(overrides) or load(overrides))
 
-    def trains(folder, config, sweep, job, retry, should_prune):
+    def trains(folder, config, sweep, job, retry, other_code, should_prune):
         trained.append((job, folder.path.name))
         return "finished", ""
 
