@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -41,3 +42,24 @@ def determinism() -> Iterator[None]:
     deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+REGISTRIES = (
+    ("seqarch.layers", "MIXERS"),
+    ("seqarch.layers", "CHANNEL_MIXERS"),
+    ("experiments.tasks", "TASKS"),
+    ("experiments.trackers", "TRACKERS"),
+    ("experiments.config.plugins", "_packages"),
+)
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers is gone after it: other tests go through whatever is there."""
+    there = [vars(sys.modules[module])[name] for module, name in REGISTRIES if module in sys.modules]
+    before = [dict(registry) for registry in there]
+    yield
+    for registry, content in zip(there, before, strict=True):
+        if registry != content:
+            registry.clear()
+            registry.update(content)

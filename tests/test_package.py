@@ -171,7 +171,7 @@ def test_the_installed_command_trains_and_reports_in_an_empty_folder(installed, 
     trained = command(*sweep)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "2 runs: 2 finished" in trained.stdout
-    (first, _) = sorted(place.glob("runs/mqar/attention-seed*/run.json"))
+    (first, _) = sorted(place.glob("runs/mqar/attention-*-seed*/run.json"))
     record = json.loads(first.read_text())
     assert record["command"].startswith("seqarch run -m ")
     code = record["code"]

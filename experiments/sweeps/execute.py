@@ -22,7 +22,7 @@ from experiments.runs.folder import RunFolder, alone_in
 from experiments.sweeps.status import SweepStatus
 from experiments.util.devices import require_device
 from experiments.util.errors import ConfigError, RunnerError
-from experiments.util.paths import python_environment
+from experiments.util.paths import PLUGIN_PATH, python_environment
 from experiments.util.secrecy import masked_text
 
 POLL_SECONDS = 0.2
@@ -237,9 +237,7 @@ def _train(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    environment = python_environment()
-    if own := plugin_folders():
-        environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [environment.get("PYTHONPATH")]), *own])
+    environment = python_environment() | {PLUGIN_PATH: os.pathsep.join(plugin_folders())}
     if threads:
         environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     return environment

@@ -27,7 +27,15 @@ def python_environment() -> dict[str, str]:
     return environment
 
 
+PLUGIN_PATH = "SEQARCH_PLUGIN_PATH"
+"""The environment variable in which a training process is told the folders of plug-ins."""
+
+
 def add_working_directory() -> None:
-    """Let modules in the working directory be imported, as ``python -m`` does, but after all others: none is hidden."""
+    """Let modules in the working directory be imported, as ``python -m`` does, and those in the folders of plug-ins of
+    whoever started this process; but after all others: none is hidden.
+    """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
+    others = filter(None, os.environ.get(PLUGIN_PATH, "").split(os.pathsep))
+    sys.path.extend(folder for folder in others if folder not in sys.path)
