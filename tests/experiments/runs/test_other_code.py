@@ -83,7 +83,7 @@ def test_a_run_records_its_plugins_as_it_does_the_runner(tmp_path, package):
     assert code == 0
     entry = folder.record()["plugins"]["my_mixers"]
     assert (entry["path"], entry["commit"], entry["dirty"]) == (str(package), head.strip(), True)
-    assert entry["untracked"].keys() == {"my_mixers/notes.txt"}
+    assert {name for name in entry["untracked"] if "__pycache__" not in name} == {"my_mixers/notes.txt"}
     assert entry["sources"] == package_sources("my_mixers")
     assert entry["sources"].keys() == {"my_mixers/__init__.py", "my_mixers/mixers.py"}
     diff = (folder.path / entry["diff"]).read_text()
