@@ -10,11 +10,12 @@ Exit codes: 0 every run is finished, 1 one is not, 130 stopped by a signal.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,10 +97,15 @@ def sweeper() -> type[Any]:
     return BasicSweeper
 
 
-def _sweep_over_the_missing() -> None:
-    """Have Hydra's sweeper launch the runs that are not finished alone, and compose none that it does not launch."""
+@contextlib.contextmanager
+def _sweeping_over_the_missing() -> Iterator[None]:
+    """Within it, Hydra's sweeper launches the runs that are not finished alone, and composes none that it does not
+    launch. Afterwards the sweeper is as it was, for the next sweep of this process.
+    """
     of_hydra = sweeper()
     all_jobs = of_hydra.split_arguments
+    names = "split_arguments", "validate_batch_is_legal"
+    replaced = {name: inspect.getattr_static(of_hydra, name) for name in names}
 
     def missing_jobs(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         (jobs,) = all_jobs(overrides, None)
@@ -110,6 +116,11 @@ def _sweep_over_the_missing() -> None:
 
     of_hydra.split_arguments = staticmethod(missing_jobs)
     of_hydra.validate_batch_is_legal = lambda *_: None  # All of them have been composed by then.
+    try:
+        yield
+    finally:
+        for name, original in replaced.items():
+            setattr(of_hydra, name, original)
 
 
 def _composed(jobs: Sequence[Sequence[str]], swept: Container[str] = ()) -> list[dict[str, Any] | None]:
@@ -247,9 +258,9 @@ def _compose_and_run() -> None:
     """
     wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _sweep_over_the_missing()
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
+        with _sweeping_over_the_missing():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
     except BrokenProcessPool:
         raise
     except Exception as error:

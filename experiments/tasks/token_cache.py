@@ -32,6 +32,7 @@ from experiments.util import owned
 from experiments.util.errors import RunnerError, StorageError, writing
 from experiments.util.files import make_folder, read_json, sync, write_json
 from experiments.util.process_identity import mark
+from seqarch.checkpoints.manifest import file_digest
 
 FORMAT = 1
 ABOUT = "tokens.json"
@@ -102,7 +103,7 @@ def _make(folder: Path, tokens: Tokens, pieces: Iterable[Piece], what: str) -> N
         files = {}
         with writing(new):
             for path in sorted(path for path in new.iterdir() if path.name != owned.MARKER):
-                files[path.name] = {**_digest(path, synced=True), "stamp": _stamp(path)}
+                files[path.name] = {**file_digest(path, synced=True), "stamp": _stamp(path)}
         write_json(
             new / ABOUT, {"format": FORMAT, "splits": writer.counts, "left_out": writer.left_out, "files": files}
         )
@@ -177,20 +178,11 @@ def _whole(folder: Path) -> TokenFiles | None:
         for name, written in about["files"].items():
             path = folder / name
             known = {key: written[key] for key in ("bytes", "sha256")}
-            if _stamp(path) != written["stamp"] and _digest(path) != known:
+            if _stamp(path) != written["stamp"] and file_digest(path) != known:
                 return None
         return TokenFiles(folder, about)
     except (RunnerError, OSError, LookupError, TypeError, AttributeError):
         return None
-
-
-def _digest(path: Path, synced: bool = False) -> dict[str, Any]:
-    """The size and SHA-256 of a file, with ``synced`` once it is on the disk."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if synced:
-            os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _stamp(path: Path) -> list[int]:
