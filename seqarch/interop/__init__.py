@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from seqarch.interop import falcon_h1, kimi_linear, mamba, mamba2, mixtral, qwen3_next, recurrent_gemma
-from seqarch.interop.settings import Settings
 from seqarch.interop.weights import WeightMap
 from seqarch.models import LanguageModel, LMConfig
-from seqarch.ops.dispatch.checks import unknown_name
+from seqarch.ops.dispatch.checks import show, unknown_name
 
 FAMILIES: dict[str, ModuleType] = {
     "falcon_h1": falcon_h1,
@@ -23,7 +22,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_next": qwen3_next,
     "recurrent_gemma": recurrent_gemma,
 }
-"""By their ``model_type``; each module has ``lm_config(settings)`` and ``weights(settings)``."""
+"""By their ``model_type``; each module has its ``Settings``, ``lm_config(settings)`` and ``weights(settings)``."""
 
 
 def lm_config(config: Any) -> LMConfig:
@@ -33,16 +32,16 @@ def lm_config(config: Any) -> LMConfig:
         config: an object with the attributes of their configuration, or the dictionary in ``config.json``.
 
     Raises:
-        ValueError: the family is unknown, a setting is missing, or one has no counterpart here; it is named.
+        ValueError: the family is unknown, or a setting is wrong or has no counterpart here; it is named.
     """
-    settings = Settings(config)
-    return _family(settings).lm_config(settings)
+    family = _family(config)
+    return family.lm_config(family.Settings.read(config))
 
 
 def weight_map(config: Any) -> WeightMap:
     """The rules between their state dict and ours; arguments and errors as in :func:`lm_config`."""
-    settings = Settings(config)
-    return _family(settings).weights(settings)
+    family = _family(config)
+    return family.weights(family.Settings.read(config))
 
 
 def from_transformers(config: Any, state_dict: Mapping[str, Tensor]) -> LanguageModel:
@@ -75,10 +74,14 @@ def to_transformers(config: Any, model: LanguageModel) -> dict[str, Tensor]:
     return weight_map(config).to_transformers(model.state_dict())
 
 
-def _family(settings: Settings) -> ModuleType:
-    if settings.model_type not in FAMILIES:
-        raise unknown_name("model_type", settings.model_type, FAMILIES)
-    return FAMILIES[settings.model_type]
+def _family(config: Any) -> ModuleType:
+    name = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    if not isinstance(name, str):
+        given = "no setting model_type" if name is None else f"model_type {show(name)}, expected a family's name"
+        raise ValueError(f"the configuration has {given}")
+    if name not in FAMILIES:
+        raise unknown_name("model_type", name, FAMILIES)
+    return FAMILIES[name]
 
 
 __all__ = ["FAMILIES", "WeightMap", "from_transformers", "lm_config", "to_transformers", "weight_map"]

@@ -1,97 +1,120 @@
-"""Falcon-H1: ``FalconH1ForCausalLM``, attention and Mamba-2 side by side.
-
-Its maximal-update multipliers are folded into the weights that they multiply, but for that of the embedding, which may
-be tied to the head.
-"""
+"""Falcon-H1: ``FalconH1ForCausalLM``, attention and Mamba-2 side by side, with maximal-update multipliers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 from seqarch.interop import mamba2, parts
-from seqarch.interop.parts import head_sizes, model, norm
-from seqarch.interop.settings import Settings
-from seqarch.interop.weights import Rule, WeightMap, concatenate, constant, rule, scale, split, under
+from seqarch.interop.parts import attention, gated_mlp, model, norm
+from seqarch.interop.settings import RotarySettings
+from seqarch.interop.weights import WeightMap, under
 from seqarch.models import LMConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(RotarySettings):
+    """Fields of ``FalconH1Config``."""
+
+    model_type = "falcon_h1"
+    only: ClassVar = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "projectors_bias": False,
+        "mamba_proj_bias": False,
+        "mamba_conv_bias": True,
+        "time_step_limit": [0.0, inf],
+    }
+
+    vocab_size: int = 128000
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    intermediate_size: int = 14336
+    mamba_d_ssm: int | None = 1024
+    mamba_expand: int = 2
+    mamba_n_heads: int = 128
+    mamba_d_head: int | str = "auto"
+    mamba_n_groups: int = 1
+    mamba_d_state: int = 256
+    mamba_d_conv: int = 4
+    mamba_norm_before_gate: bool | None = True
+    mamba_rms_norm: bool | None = False
+    rms_norm_eps: float = 1e-5
+    embedding_multiplier: float = 1.0
+    attention_in_multiplier: float = 1.0
+    key_multiplier: float = 1.0
+    attention_out_multiplier: float = 1.0
+    ssm_in_multiplier: float = 1.0
+    ssm_multipliers: list[float] | None = None
+    ssm_out_multiplier: float = 1.0
+    mlp_multipliers: list[float] | None = None
+    lm_head_multiplier: float = 1.0
+
+
 def lm_config(settings: Settings) -> LMConfig:
-    settings.only(hidden_act="silu", time_step_limit=(0.0, inf), mamba_conv_bias=True)
-    settings.only(attention_bias=False, mlp_bias=False, projectors_bias=False, mamba_proj_bias=False)
-    width, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
-    inner = settings.get("mamba_d_ssm", default=settings.get("mamba_expand") * width)
-    gated = "gate_last" if settings.get("mamba_norm_before_gate", default=True) else "gate_first"
-    attention = {
-        "num_heads": heads,
-        "num_kv_heads": settings.get("num_key_value_heads", default=heads),
-        "head_dim": settings.get("head_dim", default=width // heads),
-        **settings.rotary(),
-    }
-    ssm = {
-        "d_state": settings.get("mamba_d_state"),
-        "head_dim": inner // settings.get("mamba_n_heads"),
-        "d_inner": inner,
-        "n_groups": settings.get("mamba_n_groups"),
-        "conv_width": settings.get("mamba_d_conv"),
-        "output_norm": gated if settings.get("mamba_rms_norm", default=False) else "none",
-        "norm_eps": settings.get("rms_norm_eps"),
-    }
+    gate, down = settings.factors("mlp_multipliers", 2)
     return parts.lm_config(
         settings,
-        ["attention+mamba2/swiglu"] * settings.get("num_hidden_layers"),
-        {"attention": attention, "mamba2": ssm},
-        {"swiglu": {"hidden": settings.get("intermediate_size")}},
-        embedding_scale=settings.get("embedding_multiplier", default=1.0),
+        ["attention+mamba2/swiglu"] * settings.num_hidden_layers,
+        {"attention": _attention(settings), "mamba2": _ssm(settings)},
+        {"swiglu": {"hidden": settings.intermediate_size, "gate_factor": gate}},
+        norm_eps=settings.rms_norm_eps,
+        branch_weights=False,
+        input_factors={"attention": settings.attention_in_multiplier, "mamba2": settings.ssm_in_multiplier},
+        output_factors={
+            "attention": settings.attention_out_multiplier,
+            "mamba2": settings.ssm_out_multiplier,
+            "swiglu": down,
+        },
+        embedding_scale=settings.embedding_multiplier,
+        logit_scale=settings.lm_head_multiplier,
     )
 
 
-def _attention(settings: Settings, options: dict[str, Any]) -> list[Rule]:
-    outer, key = (settings.get(f"{name}_multiplier", default=1.0) for name in ("attention_in", "key"))
-    return [
-        rule(
-            [f"{part}_proj.weight" for part in "qkv"],
-            "qkv_proj.linear.weight",
-            *(scale(outer, outer * key, outer), concatenate(*head_sizes(options))),
-        ),
-        rule("o_proj.weight", "out_proj.weight", scale(settings.get("attention_out_multiplier", default=1.0))),
-    ]
+def _attention(settings: Settings) -> dict[str, Any]:
+    heads = settings.num_attention_heads
+    width = settings.head_dim or settings.hidden_size // heads
+    return {
+        "num_heads": heads,
+        "num_kv_heads": settings.num_key_value_heads or heads,
+        "head_dim": width,
+        "scale": settings.key_multiplier * width**-0.5,
+        **settings.rotary(width),
+    }
 
 
-def _ssm(settings: Settings, options: dict[str, Any]) -> list[Rule]:
-    shared = options["n_groups"] * options["d_state"]
-    sizes = (options["d_inner"], options["d_inner"], shared, shared, options["d_inner"] // options["head_dim"])
-    outer = settings.get("ssm_in_multiplier", default=1.0)
-    factors = [outer * factor for factor in settings.factors("ssm_multipliers", 5)]
-    return [
-        rule("in_proj.weight", "in_proj.weight", split(*sizes), scale(*factors), concatenate(*sizes)),
-        *mamba2.mixer(normed=options["output_norm"] != "none"),
-        rule("out_proj.weight", "out_proj.weight", scale(settings.get("ssm_out_multiplier", default=1.0))),
-    ]
-
-
-def _mlp(settings: Settings, hidden: int) -> list[Rule]:
-    gate, down = settings.factors("mlp_multipliers", 2)
-    return [
-        rule(
-            ("gate_proj.weight", "up_proj.weight"),
-            "in_proj.weight",
-            *(scale(gate, 1.0), concatenate(hidden, hidden)),
-        ),
-        rule("down_proj.weight", "out_proj.weight", scale(down)),
-    ]
+def _ssm(settings: Settings) -> dict[str, Any]:
+    inner = settings.mamba_d_ssm or settings.mamba_expand * settings.hidden_size
+    width = inner // settings.mamba_n_heads
+    if settings.mamba_d_head not in ("auto", width):
+        channels = "mamba_d_ssm or mamba_expand times hidden_size"
+        raise settings.refuse("mamba_d_head", f"'auto' or {width}: {channels} is {inner}, over mamba_n_heads")
+    gated = "gate_last" if settings.mamba_norm_before_gate else "gate_first"
+    return {
+        "d_state": settings.mamba_d_state,
+        "head_dim": width,
+        "d_inner": inner,
+        "n_groups": settings.mamba_n_groups,
+        "conv_width": settings.mamba_d_conv,
+        "in_factors": settings.factors("ssm_multipliers", 5),
+        "output_norm": gated if settings.mamba_rms_norm else "none",
+        "norm_eps": settings.rms_norm_eps,
+    }
 
 
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
     layer = [
         norm("input_layernorm.weight"),
-        constant("branch_weights", 1.0, (2, config.d_model)),
-        *under("self_attn.", "mixers.0.", _attention(settings, config.mixers["attention"])),
-        *under("mamba.", "mixers.1.", _ssm(settings, config.mixers["mamba2"])),
+        *under("self_attn.", "mixers.0.", attention(config.mixers["attention"])),
+        *under("mamba.", "mixers.1.", mamba2.mixer(normed=bool(settings.mamba_rms_norm))),
         norm("pre_ff_layernorm.weight", "channel_norm.weight"),
-        *under("feed_forward.", "channel.", _mlp(settings, config.channels["swiglu"]["hidden"])),
+        *gated_mlp(settings.intermediate_size, "feed_forward."),
     ]
-    head = scale(settings.get("lm_head_multiplier", default=1.0))  # the head may be tied; the norm before it is not
-    last = rule("model.final_layernorm.weight", "norm.weight", head)
-    return model(config, [layer] * config.depth, "model.embed_tokens.weight", last)
+    return model(config, [layer] * config.depth, "model.embed_tokens.weight", norm("model.final_layernorm.weight"))

@@ -2,73 +2,136 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from seqarch.interop import parts
 from seqarch.interop.parts import experts, gated_mlp, model, norm, short_convolution
-from seqarch.interop.settings import Settings
+from seqarch.interop.settings import BaseSettings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, reshape, rule, under
 from seqarch.models import LMConfig
+from seqarch.ops.dispatch.checks import fits
 
 MIXERS = {"linear_attention": "kda", "full_attention": "mla"}
 CHANNELS = {"dense": "swiglu", "sparse": "moe"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
+    """Fields of ``KimiLinearConfig``; ``linear_attn_config`` is the first release's, and wins."""
+
+    model_type = "kimi_linear"
+    only: ClassVar = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    aliases: ClassVar = {
+        "moe_renormalize": "norm_topk_prob",
+        "num_expert_group": "n_group",
+        "num_experts": "num_local_experts",
+        "num_experts_per_token": "num_experts_per_tok",
+        "num_shared_experts": "n_shared_experts",
+    }
+    in_files_only = ("linear_attn_config", "first_k_dense_replace")
+    may_be_zero = ("first_k_dense_replace",)
+
+    vocab_size: int = 163840
+    hidden_size: int = 2304
+    num_hidden_layers: int = 27
+    layer_types: list[str] | None = None
+    mlp_layer_types: list[str] | None = None
+    first_k_dense_replace: int = 1
+    linear_attn_config: dict[str, Any] = field(default_factory=dict)
+    linear_num_heads: int = 32
+    linear_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+    num_attention_heads: int = 32
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = None
+    intermediate_size: int = 9216
+    moe_intermediate_size: int = 1024
+    num_local_experts: int = 256
+    num_experts_per_tok: int = 8
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.446
+    n_shared_experts: int = 1
+    rms_norm_eps: float = 1e-5
+
+    def linear(self, name: str, default: int) -> int:
+        """A size of the linear attention, by its name in the first release and its value elsewhere."""
+        value = self.linear_attn_config.get(name, default)
+        if not fits(value, (int,)) or value < 1:
+            raise self.refuse("linear_attn_config", f"{name} to be a positive int")
+        return value
+
+
 def lm_config(settings: Settings) -> LMConfig:
-    settings.only(hidden_act="silu", attention_bias=False, num_expert_group=1, topk_group=1)
-    heads = settings.get("num_attention_heads")
-    settings.only(num_key_value_heads=heads)
-    first = _first_release(settings)
+    parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob)
     delta = {
-        "num_heads": settings.get("linear_num_heads", default=first.get("num_heads", default=32)),
-        "key_width": settings.get("linear_head_dim", default=first.get("head_dim", default=128)),
-        "conv_width": settings.get("linear_conv_kernel_dim", default=first.get("short_conv_kernel_size", default=4)),
-        "norm_eps": settings.get("rms_norm_eps"),
+        "num_heads": settings.linear("num_heads", settings.linear_num_heads),
+        "key_width": settings.linear("head_dim", settings.linear_head_dim),
+        "conv_width": settings.linear("short_conv_kernel_size", settings.linear_conv_kernel_dim),
+        "norm_eps": settings.rms_norm_eps,
+    }
+    latent = {
+        "num_heads": settings.num_attention_heads,
+        "qk_nope_head_dim": settings.qk_nope_head_dim,
+        "v_head_dim": settings.v_head_dim,
+        "qk_rope_head_dim": settings.qk_rope_head_dim,
+        "kv_lora_rank": settings.kv_lora_rank,
+        "q_lora_rank": settings.q_lora_rank,
+        "position": "none",
+        "norm_eps": 1e-6,  # whatever rms_norm_eps
     }
     moe = {
-        "num_experts": settings.get("num_experts", "num_local_experts"),
-        "top_k": settings.get("num_experts_per_token", "num_experts_per_tok"),
-        "hidden": settings.get("moe_intermediate_size"),
+        "num_experts": settings.num_local_experts,
+        "top_k": settings.num_experts_per_tok,
+        "hidden": settings.moe_intermediate_size,
         "router": "sigmoid",
-        "normalise_weights": settings.get("moe_renormalize", "norm_topk_prob"),
-        "weight_scale": settings.get("routed_scaling_factor"),
+        "normalise_weights": settings.norm_topk_prob,
+        "weight_scale": settings.routed_scaling_factor,
         "expert_bias": True,
-        "shared_experts": settings.get("num_shared_experts", "n_shared_experts"),
+        "shared_experts": settings.n_shared_experts,
     }
-    layers = [f"{mixer}/{channel}" for mixer, channel in _layers(settings)]
     return parts.lm_config(
         settings,
-        layers,
-        {"kda": delta, "mla": _latent_options(settings)},
-        {"moe": moe, "swiglu": {"hidden": settings.get("intermediate_size")}},
+        [f"{mixer}/{channel}" for mixer, channel in _layers(settings)],
+        {"kda": delta, "mla": latent},
+        {"moe": moe, "swiglu": {"hidden": settings.intermediate_size}},
+        norm_eps=settings.rms_norm_eps,
+        tie_embeddings=False,  # theirs ties them for no configuration
     )
 
 
 def _layers(settings: Settings) -> list[tuple[str, str]]:
-    """The mixer and the channel mixer of each layer, from today's names or those of the first release."""
-    depth, dense = settings.get("num_hidden_layers"), settings.get("first_k_dense_replace", default=1)
-    full = _first_release(settings).get("full_attn_layers", default=())  # counted from 1
-    kinds = ["full_attention" if i + 1 in full else "linear_attention" for i in range(depth)]
-    channels = ["dense" if i < dense else "sparse" for i in range(depth)]
+    """The mixer and the channel mixer of each layer."""
+    depth, first = settings.num_hidden_layers, settings.first_k_dense_replace
+    kinds = settings.layer_types or _first_release(settings)
+    if kinds is None:
+        kinds = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(depth)]
+    channels = settings.mlp_layer_types
+    if channels is None:
+        channels = ["dense" if i < first else "sparse" for i in range(depth)]
     mixers = settings.chosen("layer_types", MIXERS, kinds, depth)
     return list(zip(mixers, settings.chosen("mlp_layer_types", CHANNELS, channels, depth), strict=True))
 
 
-def _first_release(settings: Settings) -> Settings:
-    return Settings({"model_type": settings.model_type, **settings.get("linear_attn_config", default={})})
-
-
-def _latent_options(settings: Settings) -> dict[str, Any]:
-    return {
-        "num_heads": settings.get("num_attention_heads"),
-        "qk_nope_head_dim": settings.get("qk_nope_head_dim"),
-        "v_head_dim": settings.get("v_head_dim"),
-        "qk_rope_head_dim": settings.get("qk_rope_head_dim"),
-        "kv_lora_rank": settings.get("kv_lora_rank"),
-        "q_lora_rank": settings.get("q_lora_rank", default=None),
-        "position": "none",
-        "norm_eps": 1e-6,  # whatever rms_norm_eps
-    }
+def _first_release(settings: Settings) -> list[str] | None:
+    """The kinds of the layers from the first release's lists, which count from 1; ``None`` without them."""
+    lists = [settings.linear_attn_config.get(name) for name in ("full_attn_layers", "kda_layers")]
+    full, linear = lists
+    if full is None or linear is None:
+        return None
+    whole = all(isinstance(each, list) and all(fits(i, (int,)) for i in each) for each in lists)
+    if not whole or sorted([*full, *linear]) != list(range(1, settings.num_hidden_layers + 1)):
+        raise settings.refuse("linear_attn_config", "each layer once in full_attn_layers or kda_layers")
+    return ["full_attention" if i + 1 in full else "linear_attention" for i in range(settings.num_hidden_layers)]
 
 
 def _delta(options: dict[str, Any]) -> list[Rule]:

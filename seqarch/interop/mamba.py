@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
 from seqarch.interop import parts
 from seqarch.interop.parts import model, norm, short_convolution
-from seqarch.interop.settings import Settings
+from seqarch.interop.settings import BaseSettings
 from seqarch.interop.weights import WeightMap, rule, under
 from seqarch.models import LMConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
+    """Fields of ``MambaConfig``."""
+
+    model_type = "mamba"
+    only: ClassVar = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True}
+
+    vocab_size: int = 50280
+    hidden_size: int = 768
+    num_hidden_layers: int = 32
+    state_size: int = 16
+    expand: int = 2
+    intermediate_size: int | None = None
+    conv_kernel: int = 4
+    time_step_rank: int | str = "auto"
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
+
+
 def lm_config(settings: Settings) -> LMConfig:
-    settings.only(hidden_act="silu", use_bias=False, use_conv_bias=True)
-    rank = settings.get("time_step_rank", default="auto")
+    rank = settings.time_step_rank
+    if isinstance(rank, str) and rank != "auto":
+        raise settings.refuse("time_step_rank", "an int or 'auto'")
     options = {
-        "d_state": settings.get("state_size"),
-        "expand": settings.get("expand"),
-        "conv_width": settings.get("conv_kernel"),
-        "dt_rank": None if rank == "auto" else rank,
+        "d_state": settings.state_size,
+        "d_inner": settings.intermediate_size or settings.expand * settings.hidden_size,
+        "conv_width": settings.conv_kernel,
+        "dt_rank": ceil(settings.hidden_size / 16) if isinstance(rank, str) else rank,
     }
-    return parts.lm_config(settings, ["mamba/none"] * settings.get("num_hidden_layers"), {"mamba": options}, tied=True)
+    layers = ["mamba/none"] * settings.num_hidden_layers
+    return parts.lm_config(settings, layers, {"mamba": options}, norm_eps=settings.layer_norm_epsilon)
 
 
 def weights(settings: Settings) -> WeightMap:

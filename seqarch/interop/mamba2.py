@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import inf
+from typing import ClassVar
 
 from seqarch.interop import parts
 from seqarch.interop.parts import model, norm, short_convolution
-from seqarch.interop.settings import Settings
+from seqarch.interop.settings import BaseSettings
 from seqarch.interop.weights import Rule, WeightMap, rule, under
 from seqarch.models import LMConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(BaseSettings):
+    """Fields of ``Mamba2Config``."""
+
+    model_type = "mamba2"
+    only: ClassVar = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "time_step_limit": [0.0, inf]}
+
+    vocab_size: int = 32768
+    hidden_size: int = 4096
+    num_hidden_layers: int = 64
+    num_heads: int = 128
+    head_dim: int = 64
+    state_size: int = 128
+    n_groups: int = 8
+    expand: int = 2
+    conv_kernel: int = 4
+    layer_norm_epsilon: float = 1e-5
+
+
 def lm_config(settings: Settings) -> LMConfig:
-    settings.only(hidden_act="silu", use_bias=False, use_conv_bias=True, time_step_limit=(0.0, inf))
+    inner = settings.num_heads * settings.head_dim
+    if inner != settings.expand * settings.hidden_size:
+        sizes = f"num_heads={settings.num_heads} times head_dim={settings.head_dim}"
+        raise settings.refuse("expand", f"{sizes} over hidden_size={settings.hidden_size}")
     options = {
-        "d_state": settings.get("state_size"),
-        "head_dim": settings.get("head_dim"),
-        "d_inner": settings.get("num_heads") * settings.get("head_dim"),
-        "n_groups": settings.get("n_groups"),
-        "conv_width": settings.get("conv_kernel"),
-        "norm_eps": settings.get("layer_norm_epsilon"),
+        "d_state": settings.state_size,
+        "head_dim": settings.head_dim,
+        "d_inner": inner,
+        "n_groups": settings.n_groups,
+        "conv_width": settings.conv_kernel,
+        "norm_eps": settings.layer_norm_epsilon,
     }
-    return parts.lm_config(settings, ["mamba2/none"] * settings.get("num_hidden_layers"), {"mamba2": options})
+    layers = ["mamba2/none"] * settings.num_hidden_layers
+    return parts.lm_config(settings, layers, {"mamba2": options}, norm_eps=settings.layer_norm_epsilon)
 
 
 def mixer(normed: bool = True) -> list[Rule]:
-    """Rules of the mixer but for its two projections; ``normed`` where its output has a norm."""
-    own = [rule(name, name) for name in ("A_log", "D", "dt_bias", *(["norm.weight"] if normed else []))]
-    return [*own, *short_convolution("conv1d", "conv", bias=True)]
+    """Rules of the mixer; ``normed`` where its output has a norm."""
+    names = ("in_proj.weight", "A_log", "D", "dt_bias", *(["norm.weight"] if normed else []), "out_proj.weight")
+    return [*(rule(name, name) for name in names), *short_convolution("conv1d", "conv", bias=True)]
 
 
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
-    rules = [rule("in_proj.weight", "in_proj.weight"), rule("out_proj.weight", "out_proj.weight"), *mixer()]
-    layer = [norm("norm.weight"), *under("mixer.", "mixers.0.", rules)]
+    layer = [norm("norm.weight"), *under("mixer.", "mixers.0.", mixer())]
     last = norm("backbone.norm_f.weight")
     return model(config, [layer] * config.depth, "backbone.embeddings.weight", last, "backbone.layers")

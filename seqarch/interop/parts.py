@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from seqarch.interop.settings import Settings, pattern_of
-from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, shift, split, squeeze, transpose, under
+from seqarch.interop.settings import BaseSettings, pattern_of
+from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, split, squeeze, transpose, under
 from seqarch.models import LMConfig
 
 
-def norm(theirs: str, ours: str = "norm.weight", zero_centred: bool = False) -> Rule:
-    """An RMS norm's weights; a zero-centred norm multiplies by ``1 + weight``."""
-    return rule(theirs, ours, *([shift(1.0)] if zero_centred else []))
+def norm(theirs: str, ours: str = "norm.weight") -> Rule:
+    """An RMS norm's weights."""
+    return rule(theirs, ours)
 
 
 def short_convolution(theirs: str, ours: str, bias: bool) -> list[Rule]:
@@ -27,6 +27,14 @@ def gated_mlp(hidden: int, theirs: str = "mlp.", ours: str = "channel.", bias: b
     join = concatenate(hidden, hidden)
     rules = [rule([f"{theirs}gate_proj.{k}", f"{theirs}up_proj.{k}"], f"{ours}in_proj.{k}", join) for k in kinds]
     return [*rules, *(rule(f"{theirs}down_proj.{kind}", f"{ours}out_proj.{kind}") for kind in kinds)]
+
+
+def check_top_k(settings: BaseSettings, name: str, normalised: bool) -> None:
+    """Refuse a router that chooses one expert and weighs it 1, whose weights no gradient reaches."""
+    if normalised and getattr(settings, name) == 1:
+        raise settings.refuse(
+            name, "at least 2: normalised, the weight of a single expert is 1 and its router learns nothing"
+        )
 
 
 def experts(hidden: int) -> list[Rule]:
@@ -58,29 +66,21 @@ def attention(options: dict[str, Any]) -> list[Rule]:
 
 
 def lm_config(
-    settings: Settings,
+    settings: BaseSettings,
     layers: list[str],
     mixers: dict[str, dict[str, Any]],
     channels: dict[str, dict[str, Any]] | None = None,
-    tied: bool = False,
     **others: Any,
 ) -> LMConfig:
-    """Our configuration of these layers, each a pattern, and of the settings that all families share.
-
-    Args:
-        tied: whether the head uses the embedding's weights where the settings do not say so.
-        others: what only some families have.
-    """
+    """Our configuration of these layers, each a pattern, and of the settings that all families share."""
     return LMConfig(
-        vocab_size=settings.get("vocab_size"),
-        d_model=settings.get("hidden_size"),
+        vocab_size=settings.vocab_size,
+        d_model=settings.hidden_size,
         pattern=pattern_of(layers),
         depth=len(layers),
         mixers=mixers,
         channels=channels or {},
-        norm_eps=settings.get("rms_norm_eps", "layer_norm_epsilon"),
-        tie_embeddings=settings.get("tie_word_embeddings", default=tied),
-        **others,
+        **{"tie_embeddings": settings.tie_word_embeddings, **others},
     )
 
 

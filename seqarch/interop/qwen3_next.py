@@ -2,69 +2,107 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from seqarch.interop import parts
 from seqarch.interop.parts import experts, gated_mlp, model, norm, short_convolution
-from seqarch.interop.settings import Settings
+from seqarch.interop.settings import PartialRotarySettings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, reorder, rule, split, under
 from seqarch.models import LMConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(PartialRotarySettings):
+    """Fields of ``Qwen3NextConfig``."""
+
+    model_type = "qwen3_next"
+    only: ClassVar = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
+    in_files_only = (*PartialRotarySettings.in_files_only, "full_attention_interval")
+    may_be_zero = ("shared_expert_intermediate_size",)
+
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    num_hidden_layers: int = 48
+    layer_types: list[str] | None = None
+    full_attention_interval: int = 4
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 2
+    head_dim: int = 256
+    partial_rotary_factor: float | None = 0.25
+    linear_conv_kernel_dim: int = 4
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    mlp_only_layers: list[int] | None = None
+    decoder_sparse_step: int = 1
+    intermediate_size: int = 5632
+    moe_intermediate_size: int = 512
+    shared_expert_intermediate_size: int = 512
+    num_experts: int = 512
+    num_experts_per_tok: int = 10
+    norm_topk_prob: bool = True
+    rms_norm_eps: float = 1e-6
+
+
 def lm_config(settings: Settings) -> LMConfig:
-    settings.only(hidden_act="silu", attention_bias=False)
-    eps = settings.get("rms_norm_eps")
+    parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob)
     attention = {
-        "num_heads": settings.get("num_attention_heads"),
-        "num_kv_heads": settings.get("num_key_value_heads"),
-        "head_dim": settings.get("head_dim"),
+        "num_heads": settings.num_attention_heads,
+        "num_kv_heads": settings.num_key_value_heads,
+        "head_dim": settings.head_dim,
         "qk_norm": True,
-        "norm_eps": eps,
+        "norm_eps": settings.rms_norm_eps,
+        "zero_centred_norms": True,
         "output_gate": True,
-        **settings.rotary(fraction=0.25),
+        **settings.rotary(settings.head_dim),
     }
     delta = {
-        "num_heads": settings.get("linear_num_value_heads"),
-        "num_key_heads": settings.get("linear_num_key_heads"),
-        "key_width": settings.get("linear_key_head_dim"),
-        "expand_v": settings.get("linear_value_head_dim") / settings.get("linear_key_head_dim"),
-        "conv_width": settings.get("linear_conv_kernel_dim"),
-        "norm_eps": eps,
+        "num_heads": settings.linear_num_value_heads,
+        "num_key_heads": settings.linear_num_key_heads,
+        "key_width": settings.linear_key_head_dim,
+        "expand_v": settings.linear_value_head_dim / settings.linear_key_head_dim,
+        "conv_width": settings.linear_conv_kernel_dim,
+        "norm_eps": settings.rms_norm_eps,
     }
     layers = [f"{mixer}/{channel}" for mixer, channel in zip(_mixers(settings), _channels(settings), strict=True)]
     return parts.lm_config(
         settings,
         layers,
         {"attention": attention, "gated_delta_net": delta},
-        {"moe": _moe(settings), "swiglu": {"hidden": settings.get("intermediate_size")}},
+        {"moe": _moe(settings), "swiglu": {"hidden": settings.intermediate_size}},
+        norm_eps=settings.rms_norm_eps,
+        zero_centred_norms=True,
     )
 
 
 def _mixers(settings: Settings) -> list[str]:
-    depth, every = settings.get("num_hidden_layers"), settings.get("full_attention_interval", default=4)
+    depth, every = settings.num_hidden_layers, settings.full_attention_interval
     default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(depth)]
     names = {"linear_attention": "gated_delta_net", "full_attention": "attention"}
-    return settings.chosen("layer_types", names, default, depth)
+    entries = default if settings.layer_types is None else settings.layer_types
+    return settings.chosen("layer_types", names, entries, depth)
 
 
 def _channels(settings: Settings) -> list[str]:
-    dense, step = settings.get("mlp_only_layers", default=[]), settings.get("decoder_sparse_step", default=1)
-    sparse = [i not in dense and (i + 1) % step == 0 for i in range(settings.get("num_hidden_layers"))]
+    dense, step = settings.mlp_only_layers or [], settings.decoder_sparse_step
+    sparse = [i not in dense and (i + 1) % step == 0 for i in range(settings.num_hidden_layers)]
     return ["moe" if each else "swiglu" for each in sparse]
 
 
 def _moe(settings: Settings) -> dict[str, Any]:
-    hidden, shared = settings.get("moe_intermediate_size"), settings.get("shared_expert_intermediate_size")
+    hidden, shared = settings.moe_intermediate_size, settings.shared_expert_intermediate_size
     if shared % hidden:
         raise ValueError(
             f"qwen3_next: shared_expert_intermediate_size={shared} has no counterpart here (only multiples of"
             f" moe_intermediate_size={hidden})"
         )
     return {
-        "num_experts": settings.get("num_experts"),
-        "top_k": settings.get("num_experts_per_tok"),
+        "num_experts": settings.num_experts,
+        "top_k": settings.num_experts_per_tok,
         "hidden": hidden,
-        "normalise_weights": settings.get("norm_topk_prob", default=True),
+        "normalise_weights": settings.norm_topk_prob,
         "shared_experts": shared // hidden,
         "shared_gate": True,
     }
@@ -93,8 +131,8 @@ def _attention(options: dict[str, Any]) -> list[Rule]:
             ("qkv_proj.linear.weight", "gate.weight"),
             *(concatenate(2 * inner, shared, shared), reorder(order), split(inner + 2 * shared, inner)),
         ),
-        norm("q_norm.weight", "query_norm.weight", zero_centred=True),
-        norm("k_norm.weight", "key_norm.weight", zero_centred=True),
+        norm("q_norm.weight", "query_norm.weight"),
+        norm("k_norm.weight", "key_norm.weight"),
         rule("o_proj.weight", "out_proj.weight"),
     ]
 
@@ -129,12 +167,9 @@ def weights(settings: Settings) -> WeightMap:
         "attention": under("self_attn.", "mixers.0.", _attention(config.mixers["attention"])),
         "gated_delta_net": under("linear_attn.", "mixers.0.", _delta(config.mixers["gated_delta_net"])),
     }
-    norms = [
-        norm("input_layernorm.weight", zero_centred=True),
-        norm("post_attention_layernorm.weight", "channel_norm.weight", zero_centred=True),
-    ]
+    norms = [norm("input_layernorm.weight"), norm("post_attention_layernorm.weight", "channel_norm.weight")]
     layers = [
         [*norms, *mixers[mixer], *channels[channel]]
         for mixer, channel in zip(_mixers(settings), _channels(settings), strict=True)
     ]
-    return model(config, layers, "model.embed_tokens.weight", norm("model.norm.weight", zero_centred=True))
+    return model(config, layers, "model.embed_tokens.weight", norm("model.norm.weight"))

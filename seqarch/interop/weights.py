@@ -1,8 +1,9 @@
 """Tables of invertible rules between another library's state dict and ours.
 
 A rule takes some of their tensors to some of ours by steps, each of which knows its inverse. All of it is made of torch
-operations, so gradients pass through a table as well. Steps that move numbers only (rename, concatenate, split,
-reorder, transpose, squeeze, reshape) come back bit for bit; ``scale`` and ``shift`` round.
+operations, so gradients pass through a table as well. Steps move numbers and change none (rename, concatenate, split,
+reorder, transpose, squeeze, reshape): whatever the dtype, a tensor comes back bit for bit, and an optimizer that goes
+through our numbers goes through theirs. What a model multiplies or adds beside its weights is an option of the layer.
 """
 
 from __future__ import annotations
@@ -122,30 +123,6 @@ def reshape(theirs: Sequence[int], ours: Sequence[int]) -> Step:
         return tensor.reshape(tuple(after))
 
     return Step(_each(lambda tensor: change(tensor, theirs, ours)), _each(lambda tensor: change(tensor, ours, theirs)))
-
-
-def scale(*factors: float) -> Step:
-    """Ours are theirs times a constant each."""
-    return Step(
-        lambda tensors: [t * factor for t, factor in zip(tensors, factors, strict=True)],
-        lambda tensors: [t / factor for t, factor in zip(tensors, factors, strict=True)],
-    )
-
-
-def shift(constant: float) -> Step:
-    """Ours are theirs plus a constant, as where a norm multiplies by ``1 + weight``."""
-    return Step(_each(lambda tensor: tensor + constant), _each(lambda tensor: tensor - constant))
-
-
-def constant(name: str, value: float, shape: Sequence[int]) -> Rule:
-    """Our tensor ``name`` has no counterpart of theirs and must be ``value`` throughout."""
-
-    def check(tensors: list[Tensor]) -> list[Tensor]:
-        if not bool((tensors[0] == value).all()):
-            raise ValueError(f"expected {value} throughout, which the other model has built in; it was changed")
-        return []
-
-    return rule((), name, Step(lambda _: [torch.full(tuple(shape), value)], check))
 
 
 @dataclass(frozen=True)

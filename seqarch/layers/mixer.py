@@ -78,6 +78,17 @@ def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
                 raise ValueError(f"{option.name} must be at most {MOST}, got {value}")
 
 
+def check_factors(option: str, factors: Sequence[Any], count: int) -> None:
+    """Check that these constants are so many, finite and positive numbers.
+
+    Raises:
+        ValueError: they are not.
+    """
+    right = [factor for factor in factors if fits(factor, (float,)) and math.isfinite(factor) and factor > 0]
+    if not len(right) == len(factors) == count:
+        raise ValueError(f"{option} must be {count} positive numbers, got {show(factors)}")
+
+
 class Layer(Configured, ABC):
     """The base of mixers and channel mixers: a config, a cost, and what training adds to the loss.
 

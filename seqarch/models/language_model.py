@@ -34,6 +34,7 @@ class LMConfig(StackConfig):
             1 is ``nn.Embedding``'s.
         tie_embeddings: whether the head uses the embedding's weights.
         embedding_scale: what the embedding is multiplied by before the first layer; ``sqrt(d_model)`` in Gemma.
+        logit_scale: what the logits are multiplied by, before they are bounded.
         logit_cap: bounds the logits softly, ``cap tanh(logits / cap)`` (Gemma Team 2024, "Gemma 2", section 2).
     """
 
@@ -41,6 +42,7 @@ class LMConfig(StackConfig):
     embedding_std: float = 0.02
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     logit_cap: float | None = None
 
     def __post_init__(self):
@@ -73,7 +75,7 @@ class LanguageModel(Configured):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         self.stack = Stack(config)
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, config.zero_centred_norms)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         _tie(self)
         self.register_load_state_dict_post_hook(_tie)
@@ -139,8 +141,12 @@ class LanguageModel(Configured):
 
     def logits(self, features: Tensor) -> Tensor:
         """The head on what :meth:`features` returns, or on some of its tokens: ``[..., vocab_size]``."""
-        logits, cap = self.head(features), self.config.logit_cap
+        logits, cap = self.head(self._scaled(features)), self.config.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        """The features times ``logit_scale``, so that the logits are, at fewer products than of the logits."""
+        return features if self.config.logit_scale == 1 else self.config.logit_scale * features
 
     def loss(
         self,
@@ -215,7 +221,7 @@ class LanguageModel(Configured):
         expected = expected.to(features.device, non_blocking=True)
         counted = expected != ignore_index
         if self._head_is_plain() and serves(features, self.head.weight):
-            total = head_cross_entropy(features, self.head.weight, expected.where(counted, 0), counted)
+            total = head_cross_entropy(self._scaled(features), self.head.weight, expected.where(counted, 0), counted)
         else:
             logits = self.logits(features)
             logits = logits.to(accumulation_dtype(logits))

@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqarch.layers import ChannelMixer, build_channel_mixer, build_mixer, channel_mixer_class, mixer_class
-from seqarch.layers.mixer import CuSeqlens, State, check_features, check_mask, check_options
+from seqarch.layers import (
+    CHANNEL_MIXERS,
+    MIXERS,
+    ChannelMixer,
+    build_channel_mixer,
+    build_mixer,
+    channel_mixer_class,
+    mixer_class,
+)
+from seqarch.layers.mixer import CuSeqlens, State, check_factors, check_features, check_mask, check_options
 from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.layers.modules.norms import RMSNorm
 from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import LayerPattern, tile_pattern
-from seqarch.ops.dispatch.checks import show
+from seqarch.ops.dispatch.checks import show, unknown_name
 from seqarch.ops.dispatch.eager import is_plain
 from seqarch.ops.native.token import Program, Unserved, Value
 
@@ -36,6 +44,10 @@ class StackConfig:
         channels: options by channel mixer name.
         norm_eps: added to the mean square in the norms of the residual stream.
         branch_norm: an RMS norm of each branch, without weights, before branches side by side are summed.
+        branch_weights: whether branches side by side are summed with learnt weights, or as they are.
+        input_factors: constants by the name of a mixer or channel mixer: its normalised input is multiplied by it.
+        output_factors: likewise of its output, before it is added to the residual stream.
+        zero_centred_norms: the norms of the residual stream multiply by ``1 + weight``, with weights of 0 at first.
     """
 
     d_model: int
@@ -46,6 +58,10 @@ class StackConfig:
     channels: dict[str, dict[str, Any]] = field(default_factory=dict)
     norm_eps: float = 1e-5
     branch_norm: bool = False
+    branch_weights: bool = True
+    input_factors: dict[str, float] = field(default_factory=dict)
+    output_factors: dict[str, float] = field(default_factory=dict)
+    zero_centred_norms: bool = False
 
     def __post_init__(self):
         check_options(self)
@@ -57,6 +73,12 @@ class StackConfig:
         for name in (*self.channels, *(layer.channel or self.channel for layer in layers)):
             if name != "none":
                 channel_mixer_class(name)
+        known = {*MIXERS, *CHANNEL_MIXERS, self.channel, *(name for layer in layers for name in layer.mixers)}
+        for option, factors in (("input_factors", self.input_factors), ("output_factors", self.output_factors)):
+            check_factors(option, list(factors.values()), len(factors))
+            for name in factors:
+                if name not in known | {layer.channel for layer in layers}:
+                    raise unknown_name(f"mixer or channel mixer in {option}", name, sorted(known - {"none"}))
         for kind, given in (("mixer", self.mixers), ("channel mixer", self.channels)):
             for name, options in given.items():
                 if not isinstance(options, dict):
@@ -72,6 +94,9 @@ class StackLayer(nn.Module):
     Mixers side by side read the same normalised input; their outputs are summed with one learnt weight per branch
     and channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3; its norm of each branch is
     ``branch_norm``, here after the branch's output projection).
+
+    Constants of the config's ``input_factors`` and ``output_factors`` are no weights: they do not train and are in no
+    state dict. What is not 1 there multiplies what a mixer or channel mixer reads and gives.
     """
 
     no_weight_decay = ("branch_weights",)
@@ -79,20 +104,23 @@ class StackLayer(nn.Module):
     def __init__(self, config: StackConfig, pattern: LayerPattern):
         super().__init__()
         self.width = width = config.d_model
-        self.norm = RMSNorm(width, eps=config.norm_eps)
+        norm = (width, config.norm_eps, config.zero_centred_norms)
+        self.norm = RMSNorm(*norm)
         self.mixers = nn.ModuleList(
             build_mixer(name, d_model=width, **config.mixers.get(name, {})) for name in pattern.mixers
         )
         self.branches = branches = len(self.mixers)
         weights = torch.full((branches, width), 1 / branches)
-        self.branch_weights = nn.Parameter(weights) if branches > 1 else None
+        self.branch_weights = nn.Parameter(weights) if branches > 1 and config.branch_weights else None
         normed = config.branch_norm and branches > 1
         self.branch_norm = nn.RMSNorm(width, config.norm_eps, elementwise_affine=False) if normed else nn.Identity()
         channel = pattern.channel or config.channel
         self.channel_norm, self.channel = None, None
         if channel != "none":
-            self.channel_norm = RMSNorm(width, eps=config.norm_eps)
+            self.channel_norm = RMSNorm(*norm)
             self.channel = build_channel_mixer(channel, d_model=width, **config.channels.get(channel, {}))
+        names = (*pattern.mixers, channel)  # of each its factors: of what it reads, and of what it gives
+        self.factors = [(config.input_factors.get(n, 1.0), config.output_factors.get(n, 1.0)) for n in names]
 
     def forward(
         self,
@@ -108,16 +136,20 @@ class StackLayer(nn.Module):
             places: int64 ``[M]``, tokens by their places among all ``B T``, where :meth:`narrows` says so.
         """
         normed = self.norm(x)
-        results = [mixer(normed, state, cu_seqlens) for mixer, state in zip(self.mixers, states, strict=True)]
-        if self.branch_weights is None:
-            x = x + results[0][0]
-        else:
-            for (y, _), weight in zip(results, self.branch_weights.unbind(0), strict=True):
-                x = x + weight.to(y.dtype) * self.branch_norm(y)
+        *factors, (read, written) = self.factors
+        results = [
+            mixer(_times(factor, normed), state, cu_seqlens)
+            for mixer, state, (factor, _) in zip(self.mixers, states, factors, strict=True)
+        ]
+        weights = [None] * self.branches if self.branch_weights is None else self.branch_weights.unbind(0)
+        for (y, _), (_, factor), weight in zip(results, factors, weights, strict=True):
+            y = _times(factor, self.branch_norm(y))
+            x = x + (y if weight is None else weight.to(y.dtype) * y)
         if places is not None:
             x, token_mask = _at(places, x), None
         if self.channel is not None and self.channel_norm is not None:
-            x = x + self.channel(self.channel_norm(x), token_mask)
+            y = self.channel(_times(read, self.channel_norm(x)), token_mask)
+            x = x + _times(written, y)
         return x, tuple(state for _, state in results)
 
     def narrows(self) -> bool:
@@ -129,14 +161,20 @@ class StackLayer(nn.Module):
         return not getattr(self.channel, "takes_mask", False) and all(is_plain(module) for module in (self, *after))
 
     def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
-        if self.branch_weights is not None:
+        if self.branches > 1:
             raise Unserved("mixers side by side have no instructions for one token")
+        if any(factor != 1 for pair in self.factors for factor in pair):
+            raise Unserved("factors of what mixers read or give have no instructions for one token")
         program.include(self.mixers[0], program.include(self.norm, x), states[0], x)
         program.forget(x)
         if self.channel is not None and self.channel_norm is not None:
             program.include(self.channel, program.include(self.channel_norm, x), x)
             program.forget(x)
         return x
+
+
+def _times(factor: float, x: Tensor) -> Tensor:
+    return x if factor == 1 else factor * x
 
 
 def in_turn(

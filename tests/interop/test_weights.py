@@ -10,12 +10,9 @@ from seqarch.interop.settings import pattern_of
 from seqarch.interop.weights import (
     WeightMap,
     concatenate,
-    constant,
     reorder,
     reshape,
     rule,
-    scale,
-    shift,
     split,
     squeeze,
     transpose,
@@ -33,8 +30,6 @@ STEPS = [
     (rule(("a", "b"), ("x", "y"), reorder([1, 0], dim=1)), {"x": A.flip(1), "y": B.flip(1)}),
     (rule("c", "x", squeeze(1)), {"x": torch.ones(2, 3)}),
     (rule("a", "x", reshape((3, 2), (6,))), {"x": torch.arange(6.0)}),
-    (rule(("a", "b"), ("x", "y"), scale(2.0, 0.25)), {"x": 2 * A, "y": B / 4}),
-    (rule("a", "x", shift(1.0)), {"x": A + 1}),
 ]
 
 
@@ -53,19 +48,17 @@ def test_a_rule_goes_there_and_back(each, expected: dict[str, Tensor]):
 
 def test_gradients_pass_through_a_table():
     leaf = A.clone().requires_grad_()
-    made = WeightMap([rule("a", ("x", "y"), scale(3.0), reorder([2, 0, 1]), split(1, 2))]).to_seqarch({"a": leaf})
+    made = WeightMap([rule("a", ("x", "y"), reorder([2, 0, 1]), split(1, 2))]).to_seqarch({"a": leaf})
     (made["x"].sum() + 2 * made["y"].sum()).backward()
     assert leaf.grad is not None
-    assert leaf.grad.tolist() == [[6, 6], [6, 6], [3, 3]]
+    assert leaf.grad.tolist() == [[2, 2], [2, 2], [1, 1]]
 
 
-def test_constants_are_made_and_must_hold():
-    table = WeightMap([*under("m.", "n.", [rule("a", "x"), constant("one", 1.0, (2,))])])
-    made = table.to_seqarch({"m.a": A})
-    assert made["n.one"].tolist() == [1, 1]
-    assert list(table.to_transformers(made)) == ["m.a"]
-    with pytest.raises(ValueError, match=r"n\.one: expected 1\.0 throughout"):
-        table.to_transformers({**made, "n.one": torch.tensor([1.0, 1.5])})
+def test_names_may_have_a_prefix_on_each_side():
+    table = WeightMap(under("m.", "n.", [rule("a", "x"), rule(("b", "c"), "y", concatenate(2, 2))]))
+    made = table.to_seqarch({"m.a": A, "m.b": B, "m.c": B})
+    assert made.keys() == {"n.x", "n.y"}
+    assert table.to_transformers(made).keys() == {"m.a", "m.b", "m.c"}
 
 
 def test_tied_tensors_may_be_absent_and_must_agree():

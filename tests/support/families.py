@@ -140,9 +140,13 @@ CASES = [(name, changes) for name, (_, variants) in VARIANTS.items() for changes
 
 def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
     """The configuration and the model, with random parameters and buffers."""
-    torch.manual_seed(0)
     config = VARIANTS[name][0](**changes)
-    model = getattr(transformers, name)(config).train(False)
+    return config, randomise(getattr(transformers, name)(config)).train(False)
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with random parameters and buffers, the same each time."""
+    torch.manual_seed(0)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if key.endswith("A_log"):
@@ -153,4 +157,4 @@ def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
                 tensor.normal_()
             else:
                 tensor.add_(0.3 * torch.randn_like(tensor))
-    return config, model
+    return model

@@ -18,11 +18,14 @@ class AttentionConfig(CachedAttentionConfig):
 
     Attributes:
         window: tokens that each token sees, itself included; ``None`` for all before it.
+        scale: multiplies the scores; by default ``K ** -0.5``. A constant by which a model multiplies its queries or
+            keys (Falcon-H1's ``key_multiplier``) is a factor of it.
     """
 
     size_options: ClassVar[dict[str, str]] = {"window": "window", **CachedAttentionConfig.size_options}
 
     window: int | None = None
+    scale: float | None = None
 
 
 class Attention(CachedAttention):
@@ -38,7 +41,7 @@ class Attention(CachedAttention):
     Config = AttentionConfig
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
-        return ops.attention(q, k, v, window=self.config.window, **where)
+        return ops.attention(q, k, v, window=self.config.window, scale=self.config.scale, **where)
 
     @property
     def cache_window(self) -> int | None:

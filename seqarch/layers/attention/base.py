@@ -92,6 +92,7 @@ class CachedAttentionConfig(KVHeadsConfig):
     Attributes:
         qk_norm: an RMS norm with weights over each head of q and k, before the rotation.
         norm_eps: added to the mean square in those norms.
+        zero_centred_norms: those norms multiply by ``1 + weight``, with weights of 0 at first (Gemma, Qwen3-Next).
         output_gate: multiplies what the heads read by ``sigmoid(x W_g)``, channel by channel (Qiu et al. 2025).
         output_bias: a bias in the output projection.
         conv_width: width of a short convolution over queries, keys and values; 0 for none.
@@ -99,6 +100,7 @@ class CachedAttentionConfig(KVHeadsConfig):
 
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    zero_centred_norms: bool = False
     output_gate: bool = False
     output_bias: bool = False
     conv_width: int = 0
@@ -247,8 +249,9 @@ class CachedAttention(CacheMixer):
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         parts = [(heads, width), (kv_heads, width), (kv_heads, width)]
         self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width)
-        self.query_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        norm = (width, config.norm_eps, config.zero_centred_norms)
+        self.query_norm = HeadNorm(*norm) if config.qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(*norm) if config.qk_norm else nn.Identity()
         self.gate = Linear(config.d_model, heads * width, bias=False) if config.output_gate else None
         self.out_proj = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)

@@ -14,7 +14,7 @@ from seqarch.layers.modules.linear import Linear
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.experts.activations import ACTIVATIONS
 from seqarch.ops.native import fused
-from seqarch.ops.native.token import Program, Value
+from seqarch.ops.native.token import Program, Unserved, Value
 
 
 def round_up(width: float, multiple: int = 32) -> int:
@@ -85,11 +85,13 @@ class SwiGluConfig(HiddenConfig):
 
     Attributes:
         bias: whether each of the three linear maps has a bias.
+        gate_factor: multiplies the gate before its activation (Falcon-H1).
     """
 
     expansion: float = 8 / 3
     activation: str = "silu"
     bias: bool = False
+    gate_factor: float = 1.0
 
 
 class SwiGlu(ChannelMixer):
@@ -108,13 +110,16 @@ class SwiGlu(ChannelMixer):
         self.out_proj = Linear(config.hidden_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        both = self.in_proj(x)
-        if self.config.activation == "silu" and fused.serves(both):
+        both, factor = self.in_proj(x), self.config.gate_factor
+        if self.config.activation == "silu" and factor == 1 and fused.serves(both):
             return self.out_proj(fused.swiglu(both))
         gate, value = both.chunk(2, dim=-1)
+        gate = gate if factor == 1 else factor * gate
         return self.out_proj(ACTIVATIONS[self.config.activation](gate) * value)
 
     def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
+        if self.config.gate_factor != 1:
+            raise Unserved("a factor of the gate has no instructions for one token")
         gate, value = program.include(self.in_proj, x).split([self.config.hidden_width] * 2)
         return program.include(self.out_proj, program.pointwise(self.config.activation, gate, value), add_to)
 

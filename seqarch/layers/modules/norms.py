@@ -10,18 +10,51 @@ from torch.nn import functional as F
 
 from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.native import fused
-from seqarch.ops.native.token import Program, Value
+from seqarch.ops.native.token import Program, Unserved, Value
 
 
-class RMSNorm(nn.RMSNorm):
+class _WeightedNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` over the last axis, whose weights may be what is added to 1.
+
+    Args:
+        width: size of the last axis.
+        eps: added to the mean square; by default the spacing of numbers at 1 in the dtype of the input.
+        zero_centred: multiplies by ``1 + weight``, with weights of 0 at first (Gemma), not by weights of 1 at first.
+    """
+
+    zero_centred = False
+
+    def __init__(self, width: int, eps: float | None = None, zero_centred: bool = False):
+        super().__init__(width, eps)
+        if zero_centred:
+            self.zero_centred = True
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.zero_centred:
+            nn.init.zeros_(self.weight)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The norm of ``x [..., width]``, of which ``1 + weight`` is computed in float32 at least."""
+        if self.zero_centred:
+            weight = 1 + weight.to(accumulation_dtype(x))
+        if fused.serves(x, weight):
+            return fused.rms_norm(x, weight, fused.Norm(_eps(self, x)))
+        if self.zero_centred:
+            return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, _eps(self, x)).to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class RMSNorm(_WeightedNorm):
     """``nn.RMSNorm`` over the last axis, on a CPU by a compiled kernel, with instructions for one token."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.serves(x, self.weight):
-            return fused.rms_norm(x, self.weight, fused.Norm(_eps(self, x)))
-        return super().forward(x)
+        return self._normed(x, self.weight)
 
     def one_token(self, program: Program, x: Value) -> Value:
+        if self.zero_centred:
+            raise Unserved("norms that multiply by 1 + weight have no instructions for one token")
         eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
         return program.norm(x, self.weight, eps)
 
@@ -67,13 +100,11 @@ class GatedRMSNorm(nn.Module):
         return normed if self.gate == "before" else normed * self.activation(z)
 
 
-class HeadNorm(nn.RMSNorm):
+class HeadNorm(_WeightedNorm):
     """An RMS norm whose weights take the dtype of the input, so that it keeps the projections' dtype under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.serves(x, self.weight):
-            return fused.rms_norm(x, self.weight, fused.Norm(_eps(self, x)))
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return self._normed(x, self.weight if self.zero_centred else self.weight.to(x.dtype))
 
 
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Boundaries, LayerConfig
+from seqarch.layers.mixer import Boundaries, LayerConfig, check_factors
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
@@ -42,6 +42,8 @@ class Mamba2Config(LayerConfig):
         output_norm: ``"gate_first"``: ``norm(y silu(z))``; ``"gate_last"``: ``norm(y) silu(z)``; ``"none"``:
             ``y silu(z)``, as in Falcon-H1.
         norm_eps: added to the mean square in that norm.
+        in_factors: five constants that multiply what the first projection gives for z, x, B, C and dt (Falcon-H1's
+            ``ssm_multipliers``).
         negative_eigenvalues: moves the decay to ``2 exp(dt A) - 1`` in (-1, 1), which lets the model track state
             (Grazzi et al. 2024).
         A_min, A_max: range of the initial ``-A``, uniform.
@@ -58,6 +60,7 @@ class Mamba2Config(LayerConfig):
     conv_width: int = 4
     output_norm: str = "gate_first"
     norm_eps: float = 1e-5
+    in_factors: list[float] | None = None
     negative_eigenvalues: bool = False
     A_min: float = 1.0
     A_max: float = 16.0
@@ -73,6 +76,8 @@ class Mamba2Config(LayerConfig):
             raise unknown_name("output_norm", self.output_norm, OUTPUT_NORMS)
         if self.A_min > self.A_max:
             raise ValueError(f"A_min ({self.A_min}) must not be above A_max ({self.A_max})")
+        if self.in_factors is not None:
+            check_factors("in_factors", self.in_factors, 5)
         heads = self.inner_width // self.head_dim
         if heads % self.n_groups:
             raise ValueError(f"n_groups ({self.n_groups}) must divide the number of heads ({heads})")
@@ -115,9 +120,9 @@ class Mamba2(LinearMixer):
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         conv, recurrent = state
         # one projection for all; x, B and C pass one short convolution together
-        z, xbc, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        xbc, conv = self.conv(xbc, conv, cu_seqlens)
         shared = self.config.n_groups * self.config.d_state
+        z, xbc, dt = self._times_constants(self.in_proj(x), shared).split(self.sizes, dim=-1)
+        xbc, conv = self.conv(xbc, conv, cu_seqlens)
         u, B, C = xbc.split([self.inner, shared, shared], dim=-1)
         u = rearrange(u, "b t (h p) -> b t h p", p=self.config.head_dim)
         B, C = (rearrange(m, "b t (g n) -> b t g n", g=self.config.n_groups) for m in (B, C))
@@ -132,3 +137,11 @@ class Mamba2(LinearMixer):
         y = rearrange(y + self.D.to(u.dtype).unsqueeze(-1) * u, "b t h p -> b t (h p)")
         gated = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return self.out_proj(gated), RecurrentState(conv, recurrent)
+
+    def _times_constants(self, projected: Tensor, shared: int) -> Tensor:
+        """z, x, B, C and dt side by side, each times its constant of ``in_factors``; B and C are ``shared`` wide."""
+        if self.config.in_factors is None:
+            return projected
+        sizes = (self.inner, self.inner, shared, shared, self.sizes[2])
+        factors = zip(self.config.in_factors, sizes, strict=True)
+        return projected * torch.cat([projected.new_full((size,), factor) for factor, size in factors])
