@@ -173,10 +173,10 @@ def test_tied_embeddings_are_one_parameter():
     assert tied.head.weight is tied.embedding.weight
 
 
-def test_the_embedding_is_scaled_and_the_logits_are_bounded():
-    plain, changed = model(), model(embedding_scale=3.0, logit_cap=0.5)
+def test_the_embedding_is_scaled_and_the_logits_are_scaled_and_bounded():
+    plain, changed = model(), model(embedding_scale=3.0, logit_scale=1.5, logit_cap=0.5)
     tokens = torch.tensor([PROMPTS[2]])
-    logits = plain.head(plain.norm(plain.stack(3 * plain.embedding(tokens))[0]))
+    logits = 1.5 * plain.head(plain.norm(plain.stack(3 * plain.embedding(tokens))[0]))
     assert logits.abs().max() > 0.5
     assert torch.allclose(changed(tokens)[0], 0.5 * torch.tanh(logits / 0.5), rtol=0, atol=1e-12)
     prompt = PROMPTS[2]

@@ -65,7 +65,7 @@ def counting(count: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("count", [count for count in COUNTED.values() if count])
 def test_it_is_torchs_with_its_gradients(blocks, count: int, tied: bool, reduction: str):
-    lm, (tokens, targets) = model(tie_embeddings=tied), counting(count)
+    lm, (tokens, targets) = model(tie_embeddings=tied, logit_scale=0.3 if tied else 1.0), counting(count)
     own, expected = lm.loss(tokens, targets, reduction=reduction), by_torch(lm, tokens, targets, reduction)
     torch.testing.assert_close(own, expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(gradients(lm, 3 * own), gradients(lm, 3 * expected), rtol=1e-11, atol=1e-13)
@@ -142,7 +142,7 @@ def test_each_targets_loss_and_whether_it_is_the_likeliest(count: int, channel: 
     assert lm.score_targets(tokens, targets)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}], ids=["plain", "capped"])
+@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}, {"logit_scale": 0.3}], ids=["plain", "capped", "scaled"])
 def test_few_targets_under_autocast(options: dict[str, float]):
     lm, (tokens, targets) = model(**options).float(), counting(9)
     with torch.autocast("cpu", torch.bfloat16):
@@ -193,7 +193,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}], ids=["plain", "capped"])
+@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}, {"logit_scale": 0.3}], ids=["plain", "capped", "scaled"])
 def test_it_is_torchs_whatever_logits_are(change: str, options: dict[str, float]):
     lm, (tokens, targets) = model(**options), batch()
     CHANGES[change](lm)
@@ -323,7 +323,7 @@ def test_no_target_counts():
     assert lm.loss(tokens, none, ignore_index=7, reduction="sum") == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}], ids=["plain", "capped"])
+@pytest.mark.parametrize("options", [{}, {"logit_cap": 2.0}, {"logit_scale": 0.3}], ids=["plain", "capped", "scaled"])
 @pytest.mark.parametrize(
     ("targets", "arguments", "message"),
     [

@@ -8,6 +8,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,18 @@ def test_layers_without_instructions_stand_between(runs: Runs):
     assert "Attention" in said[2]
     assert said[3:] == said[:3]
     assert make("mamba+attention", 1).explain_one_token() == ["mixers side by side have no instructions for one token"]
+
+
+def test_constants_beside_the_weights_go_by_torch(runs: Runs):
+    constants: dict[str, dict[str, Any]] = {
+        "factors of what mixers read or give": {"output_factors": {"mamba": 0.5}},
+        "norms that multiply by 1 [+] weight": {"zero_centred_norms": True},
+        "a factor of the gate": {"channels": {"swiglu": {"gate_factor": 0.5}}},
+    }
+    for reason, options in constants.items():
+        stack = make(channel="swiglu", **options)
+        assert all(re.match(f"{reason} ha(s|ve) no instructions", said) for said in stack.explain_one_token())
+        compare(stack, 1, runs, programs=0)
 
 
 def test_from_no_state_on(runs: Runs):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, Mixer, clone_state, measured_state_bytes
+from seqarch.layers.modules.norms import HeadNorm, RMSNorm
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig, parameter_groups
 from seqarch.testing import assert_close, reference_backends
 
@@ -125,6 +126,54 @@ def test_side_by_side_is_the_weighted_sum_of_its_branches():
     assert_close(both(x)[0], x + (branches[0] + branches[1]) / 2, 1e-12)
 
 
+def test_constants_multiply_what_mixers_read_and_give():
+    constants = {
+        "input_factors": {"linear_attention": 0.5, "swiglu": 1.5},
+        "output_factors": {"retention": 3.0, "linear_attention": 0.7, "swiglu": 0.2},
+    }
+    scaled = stack("linear_attention+retention", 1, branch_weights=False, **constants)
+    plain, x = stack("linear_attention+retention", 1), torch.randn(2, 5, 32, dtype=torch.float64)
+    assert plain.state_dict().keys() - scaled.state_dict().keys() == {"layers.0.branch_weights"}
+    assert not scaled.state_dict().keys() - plain.state_dict().keys()
+    layer: Any = scaled.layers[0]
+    normed = layer.norm(x)
+    first, second = layer.mixers[0](0.5 * normed)[0], layer.mixers[1](normed)[0]
+    between = x + 0.7 * first + 3 * second
+    expected = between + 0.2 * layer.channel(1.5 * layer.channel_norm(between))
+    y, _ = scaled(x)
+    assert_close(y, expected, 1e-12)
+    before, state = scaled(x[:, :4])
+    assert_close(torch.cat([before, scaled(x[:, 4:], state)[0]], dim=1), y, 1e-12)
+    learnt = stack("linear_attention+retention/none", 1, output_factors={"retention": 3.0})
+    assert_close(learnt(x)[0], x + (layer.mixers[0](normed)[0] + 3 * second) / 2, 1e-12)
+    alone = stack("retention/none", 1, output_factors={"retention": 3.0})
+    assert_close(alone(x)[0] - x, 3 * (stack("retention/none", 1)(x)[0] - x), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_zero_centred_norms_multiply_by_one_and_their_weights(dtype: torch.dtype):
+    """In float32 at least: in bfloat16 the sum would lose what is small beside 1."""
+    options = {"mixers": {"attention": {"qk_norm": True}}, "zero_centred_norms": True}
+    centred, plain = stack("attention mamba", 2, **options), stack("attention mamba", 2, mixers=options["mixers"])
+    x = torch.randn(2, 130, 32).to(dtype)
+    assert torch.equal(centred.double()(x.double())[0], plain.double()(x.double())[0])
+    for norm, other in zip(
+        *([m for m in s.modules() if isinstance(m, RMSNorm)] for s in (centred, plain)), strict=True
+    ):
+        assert not norm.weight.any()
+        nn.init.normal_(norm.weight, std=0.01)
+        norm.to(dtype)
+        other.weight = nn.Parameter(1 + norm.weight.float().to(other.weight.dtype))
+        expected = other.to(torch.promote_types(dtype, torch.float32))(x.to(other.weight.dtype))
+        assert norm(x).dtype == dtype
+        assert_close(norm(x).float(), expected.to(dtype).float(), 1e-6)
+    head = HeadNorm(16, zero_centred=True).to(dtype)
+    nn.init.constant_(head.weight, -0.25)
+    wide = x[..., :16].to(torch.promote_types(dtype, torch.float32))
+    expected = 0.75 * wide * (wide.square().mean(-1, keepdim=True) + torch.finfo(dtype).eps).rsqrt()
+    assert_close(head(x[..., :16]).float(), expected.to(dtype).float(), 1e-6)
+
+
 def test_weight_decay_spares_what_the_papers_spare():
     model = LanguageModel(LMConfig(vocab_size=11, d_model=32, pattern="mamba mamba2 gated_delta_net", depth=3))
     decayed, spared = parameter_groups(model, 0.1)
@@ -167,6 +216,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"depth": 10**9}, "depth is int 1000000000, expected an int of at most 10000 layers"),
     ({"d_model": 2**63}, "d_model must be at most 9223372036854775807, got 9223372036854775808"),
     ({"mixers": {"mamba": None}}, "mixer 'mamba': expected a dict of options, got None"),
+    (
+        {"input_factors": {"atention": 1.0}},
+        "unknown mixer or channel mixer in input_factors 'atention'.*Did you mean 'attention'",
+    ),
+    ({"output_factors": {"swiglu": 0.0}}, r"output_factors must be 1 positive numbers, got list \[0.0\]"),
+    ({"output_factors": {"swiglu": "2"}}, "output_factors must be 1 positive numbers"),
+    ({"mixers": {"mamba2": {"in_factors": [1.0]}}, "pattern": "mamba2"}, "in_factors must be 5 positive numbers"),
     ({"channels": {"mlp": [1]}}, r"channel mixer 'mlp': expected a dict of options, got list \[1\]"),
 ]
 

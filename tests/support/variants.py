@@ -10,8 +10,8 @@ from seqarch.testing import Case, mixer_cases
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention": [
-        {"num_kv_heads": 1, "num_heads": 4, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.5},
-        {"conv_width": 4, "position": "none", "output_bias": True},
+        {"num_kv_heads": 1, "num_heads": 4, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.5, "scale": 0.2},
+        {"conv_width": 4, "position": "none", "output_bias": True, "qk_norm": True, "zero_centred_norms": True},
     ],
     "based": [{"num_heads": 2, "key_width": 4, "window": 16}],
     "big_bird": [{"block_size": 16, "num_heads": 2, "window_blocks": 2, "global_blocks": 1, "random_blocks": 2}],
@@ -44,7 +44,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mamba": [{"d_state": 4, "dt_rank": 1}, {"d_state": 3, "d_inner": 24, "negative_eigenvalues": True}],
     "mamba2": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "A_min": 8.0, "dt_min": 0.05},
-        {"d_inner": 96, "head_dim": 32, "output_norm": "none"},
+        {"d_inner": 96, "head_dim": 32, "output_norm": "none", "in_factors": [0.5, 1.1, 0.9, 1.3, 0.7]},
     ],
     "mamba3": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "rotary_fraction": 1.0},

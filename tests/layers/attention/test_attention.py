@@ -71,6 +71,18 @@ def test_rotation_keeps_the_dtype_and_refuses_odd_widths():
         apply_rotary(torch.randn(1, 2, 1, 5), torch.arange(2))
 
 
+def test_a_scale_of_the_scores_is_one_of_the_keys():
+    x = inputs(9)
+    for chosen in ({}, {"window": 4, "num_kv_heads": 2, "num_heads": 4}):
+        scaled, plain = build(scale=0.1, **chosen), build(**chosen)
+        plain.load_state_dict(scaled.state_dict())
+        width, groups = scaled.config.head_width, scaled.config.kv_heads
+        keys = plain.qkv_proj.linear.weight.data.split([32, groups * width, groups * width])[1]
+        keys *= 0.1 * width**0.5
+        same(scaled(x)[0], plain(x)[0])
+        same(in_pieces(scaled, x, [4, 1, 4])[0], plain(x)[0])
+
+
 def test_the_layer_is_its_equation():
     mixer, x = build(num_heads=4, num_kv_heads=2, qk_norm=True, window=6), inputs(9)
     torch.nn.init.uniform_(mixer.query_norm.weight, 0.5, 2)

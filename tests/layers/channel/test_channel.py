@@ -71,6 +71,16 @@ def test_swiglu_with_biases_and_another_activation_is_the_gated_mlp_of_recurrent
     same(mixer(x), (gelu * (x @ w[40:].T + b[40:])) @ mixer.out_proj.weight.T + mixer.out_proj.bias)
 
 
+def test_the_gate_of_swiglu_has_a_constant():
+    wide = torch.randn(2, 80, 32)  # by the compiled kernel, were there no constant
+    for activation in ("silu", "gelu"):
+        scaled = build_channel_mixer("swiglu", d_model=32, hidden=40, activation=activation, gate_factor=0.5)
+        plain = build_channel_mixer("swiglu", d_model=32, hidden=40, activation=activation)
+        plain.load_state_dict(scaled.state_dict())
+        plain.in_proj.weight.data[:40] /= 2
+        torch.testing.assert_close(scaled(wide), plain(wide))
+
+
 @pytest.mark.parametrize(("width", "hidden"), [(32, 96), (64, 192), (96, 256), (128, 352), (384, 1024), (768, 2048)])
 def test_swiglu_is_eight_thirds_wide_in_multiples_of_32(width, hidden):
     assert build_channel_mixer("swiglu", d_model=width).config.hidden_width == hidden

@@ -332,6 +332,19 @@ def counter_of_ones(negative: bool) -> Any:
     return mixer
 
 
+def test_the_constants_of_mamba2_multiply_its_first_projection():
+    factors, options = [0.5, 1.1, 0.9, 1.3, 0.7], {"d_model": 32, "d_state": 8, "head_dim": 16, "n_groups": 2}
+    scaled = build_mixer("mamba2", in_factors=factors, **options).double()
+    plain = build_mixer("mamba2", **options).double()
+    plain.load_state_dict(scaled.state_dict())
+    rows = plain.in_proj.weight.data.split([64, 64, 16, 16, 4])
+    for factor, part in zip(factors, rows, strict=True):
+        part *= factor
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    torch.testing.assert_close(scaled(x)[0], plain(x)[0])
+    assert scaled.flops(9) == plain.flops(9)
+
+
 def test_mamba2_with_negative_eigenvalues_expresses_parity():
     """``h = -h + w`` at a 1, ``h = h`` at a 0: over 2,000 tokens, also in two calls."""
     bits = torch.randint(2, (4, 2000), generator=torch.Generator().manual_seed(0))
