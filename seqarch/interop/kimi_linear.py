@@ -72,7 +72,8 @@ class Settings(BaseSettings):
 
 
 def lm_config(settings: Settings) -> LMConfig:
-    parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob)
+    routed = "moe" in [channel for _, channel in _layers(settings)]
+    parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob and routed)
     delta = {
         "num_heads": settings.linear("num_heads", settings.linear_num_heads),
         "key_width": settings.linear("head_dim", settings.linear_head_dim),

@@ -47,7 +47,7 @@ class Settings(PartialRotarySettings):
 
 
 def lm_config(settings: Settings) -> LMConfig:
-    parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob)
+    parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob and "moe" in _channels(settings))
     attention = {
         "num_heads": settings.num_attention_heads,
         "num_kv_heads": settings.num_key_value_heads,
