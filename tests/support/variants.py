@@ -11,7 +11,16 @@ from seqarch.testing import Case, mixer_cases
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention": [
         {"num_kv_heads": 1, "num_heads": 4, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.5},
-        {"conv_width": 4, "position": "none", "output_bias": True},
+        {"conv_width": 4, "position": "none", "output_bias": True, "qkv_bias": True},
+        {
+            "num_kv_heads": 2,
+            "num_heads": 4,
+            "qk_norm": True,
+            "qk_norm_scope": "all",
+            "output_gate": True,
+            "output_gate_scope": "head",
+            "qkv_bias": True,
+        },
     ],
     "based": [{"num_heads": 2, "key_width": 4, "window": 16}],
     "big_bird": [{"block_size": 16, "num_heads": 2, "window_blocks": 2, "global_blocks": 1, "random_blocks": 2}],

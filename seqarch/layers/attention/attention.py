@@ -30,9 +30,9 @@ class Attention(CachedAttention):
 
     Vaswani et al. 2017, "Attention Is All You Need", section 3.2, with what its successors share: no biases, rotary
     positions (Su et al. 2021, "RoFormer"), and as options grouped heads (Ainslie et al. 2023, "GQA"), normalised
-    queries and keys (Henry et al. 2020, with the RMS norm of Qwen3), a depthwise convolution after the projections (So
-    et al. 2021, "Primer") and an output gate (Qiu et al. 2025, "Gated Attention for Large Language Models";
-    Qwen3-Next). Projections have ``nn.Linear``'s initialisation, norms start at 1.
+    queries and keys (Henry et al. 2020, with the RMS norm of Qwen3 or of OLMo 2), biases, a depthwise convolution after
+    the projections (So et al. 2021, "Primer") and an output gate per channel or head (Qiu et al. 2025, "Gated Attention
+    for Large Language Models"; Qwen3-Next). Projections have ``nn.Linear``'s initialisation, norms start at 1.
     """
 
     Config = AttentionConfig

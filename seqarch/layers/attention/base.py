@@ -18,12 +18,15 @@ from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV
 from seqarch.layers.modules.linear import Linear
-from seqarch.layers.modules.norms import HeadNorm
+from seqarch.layers.modules.norms import AllHeadsNorm, HeadNorm
 from seqarch.layers.modules.positions import token_positions
 from seqarch.layers.modules.rotary import rotary_tables, rotate
 from seqarch.ops.dispatch import checks
 
 POSITIONS = ("none", "rotary")
+
+SCOPES = {"qk_norm_scope": ("qk_norm", "head", "all"), "output_gate_scope": ("output_gate", "channel", "head")}
+"""Options that say how far another one reaches: that one, the usual reach and the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +93,34 @@ class CachedAttentionConfig(KVHeadsConfig):
     """Options that every attention of one cache has.
 
     Attributes:
+        qkv_bias: a bias in the projections of queries, keys and values (Qwen2).
         qk_norm: an RMS norm with weights over each head of q and k, before the rotation.
+        qk_norm_scope: what that norm is over: ``"head"`` each head, ``"all"`` the channels of all heads together
+            (OLMo 2).
         norm_eps: added to the mean square in those norms.
         output_gate: multiplies what the heads read by ``sigmoid(x W_g)``, channel by channel (Qiu et al. 2025).
+        output_gate_scope: what has a gate of its own: ``"channel"``, or ``"head"``.
         output_bias: a bias in the output projection.
         conv_width: width of a short convolution over queries, keys and values; 0 for none.
     """
 
+    qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_scope: str = "head"
     norm_eps: float = 1e-6
     output_gate: bool = False
+    output_gate_scope: str = "channel"
     output_bias: bool = False
     conv_width: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for scope, (option, usual, other) in SCOPES.items():
+            given = getattr(self, scope)
+            if given not in (usual, other):
+                raise checks.unknown_name(scope, given, (usual, other))
+            if given == other and not getattr(self, option):
+                raise ValueError(f"{scope}={other!r} needs {option}=True, got {option}=False")
 
 
 class AttentionState(NamedTuple):
@@ -194,11 +213,10 @@ class CacheMixer(Mixer):
             o = self.attend(q, keys, values, *selection, key_start=start)
         else:
             o, cache = self._attend_packed((q, *selection), k, v, cache, cu_seqlens)
-        # heads together, gate, last projection
-        o = rearrange(o, "b t h v -> b t (h v)")
-        if self.gate is not None:
-            o = o * self.gate(x).sigmoid()
-        return self.out_proj(o), self.State(conv, cache, *entries)
+        # gate, heads together, last projection
+        if self.gate is not None:  # of each channel or, broadcast, of each head
+            o = o * self.gate(x).sigmoid().unflatten(-1, (o.shape[2], -1))
+        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), self.State(conv, cache, *entries)
 
     def _attend_packed(
         self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache, cu_seqlens: tuple[int, ...]
@@ -246,10 +264,10 @@ class CachedAttention(CacheMixer):
         super().__init__(config)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         parts = [(heads, width), (kv_heads, width), (kv_heads, width)]
-        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width)
-        self.query_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.gate = Linear(config.d_model, heads * width, bias=False) if config.output_gate else None
+        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, bias=config.qkv_bias)
+        self.query_norm, self.key_norm = _norm(config, heads), _norm(config, kv_heads)
+        gates = heads if config.output_gate_scope == "head" else heads * width
+        self.gate = Linear(config.d_model, gates, bias=False) if config.output_gate else None
         self.out_proj = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)
 
@@ -260,6 +278,15 @@ class CachedAttention(CacheMixer):
             tables = rotary_tables(place.positions, self.config.rotary_width, self.config.rotary_base)
             q, k = rotate(q, tables), rotate(k, tables)
         return [q, k, v], conv
+
+
+def _norm(config: CachedAttentionConfig, heads: int) -> nn.Module:
+    """Of the queries or keys of so many heads."""
+    if not config.qk_norm:
+        return nn.Identity()
+    if config.qk_norm_scope == "all":
+        return AllHeadsNorm(heads * config.head_width, eps=config.norm_eps)
+    return HeadNorm(config.head_width, eps=config.norm_eps)
 
 
 def _check_cache(cache: KVCache, rows: int, cache_window: int | None) -> None:

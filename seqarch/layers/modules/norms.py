@@ -76,6 +76,13 @@ class HeadNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class AllHeadsNorm(HeadNorm):
+    """A :class:`HeadNorm` over the channels of all heads together, of ``x [B, T, H, K]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Unit norm along the last axis: ``x / sqrt(|x|^2 + eps)``, as in the release of DeltaNet; 0 stays 0.
 
