@@ -20,6 +20,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "output_gate": True,
             "output_gate_scope": "head",
             "qkv_bias": True,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
         },
     ],
     "based": [{"num_heads": 2, "key_width": 4, "window": 16}],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +21,7 @@ from seqarch.layers.modules.kv_cache import KVCache, PackedKV
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import AllHeadsNorm, HeadNorm
 from seqarch.layers.modules.positions import token_positions
+from seqarch.layers.modules.rope_scaling import RopeScaling, rope_scaling
 from seqarch.layers.modules.rotary import rotary_tables, rotate
 from seqarch.ops.dispatch import checks
 
@@ -41,6 +43,9 @@ class KVHeadsConfig(HeadsConfig):
         position: ``"rotary"`` or ``"none"``.
         rotary_base: base of the rotation's wavelengths; larger turns slower.
         rotary_fraction: share of each head's channels that turn, the first ones; the others know no position.
+        rope_scaling: for longer sequences, ``{"rope_type": "llama3", "factor": 8.0, ...}``; types ``"linear"``,
+            ``"dynamic"``, ``"yarn"``, ``"longrope"`` and ``"llama3"`` with the options of released models
+            (:mod:`seqarch.layers.modules.rope_scaling`).
     """
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "head_dim": "head_width"}
@@ -50,6 +55,7 @@ class KVHeadsConfig(HeadsConfig):
     position: str = "rotary"
     rotary_base: float = 10000.0
     rotary_fraction: float = 1.0
+    rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +69,11 @@ class KVHeadsConfig(HeadsConfig):
             raise ValueError(
                 f"rotary positions need an even number of channels, got {self.rotary_width} of {self.head_width}"
             )
+        _ = self.scaling  # raises where it does not fit the heads
+
+    @cached_property
+    def scaling(self) -> RopeScaling | None:
+        return rope_scaling(self.rope_scaling, self.position, self.rotary_base, self.rotary_widths)
 
     @property
     def heads(self) -> int:
@@ -86,6 +97,11 @@ class KVHeadsConfig(HeadsConfig):
     @property
     def rotary_width(self) -> int:
         return int(self.rotary_fraction * self.head_width)
+
+    @property
+    def rotary_widths(self) -> tuple[int, ...]:
+        """How many channels turn, of each kind of heads there is."""
+        return (self.rotary_width,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +291,8 @@ class CachedAttention(CacheMixer):
         (q, k, v), conv = self.qkv_proj(x, conv, place.cu_seqlens)
         q, k = self.query_norm(q), self.key_norm(k)
         if self.config.position == "rotary":
-            tables = rotary_tables(place.positions, self.config.rotary_width, self.config.rotary_base)
+            config = self.config
+            tables = rotary_tables(place.positions, config.rotary_width, config.rotary_base, config.scaling)
             q, k = rotate(q, tables), rotate(k, tables)
         return [q, k, v], conv
 
