@@ -51,10 +51,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
     "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
-    "mamba": [{"d_state": 4, "dt_rank": 1}, {"d_state": 3, "d_inner": 24, "negative_eigenvalues": True}],
+    "mamba": [
+        {"d_state": 4, "dt_rank": 1},
+        {"d_state": 3, "d_inner": 24, "negative_eigenvalues": True, "dt_bc_norm": "rms"},
+        {"d_state": 4, "dt_bc_norm": "rms_without_weights"},
+    ],
     "mamba2": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "A_min": 8.0, "dt_min": 0.05},
-        {"d_inner": 96, "head_dim": 32, "output_norm": "none"},
+        {"d_inner": 96, "head_dim": 32, "output_norm": "none", "dt_limit_min": 0.002, "dt_limit_max": 0.09},
     ],
     "mamba3": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "rotary_fraction": 1.0},

@@ -22,8 +22,7 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x)
 
     def one_token(self, program: Program, x: Value) -> Value:
-        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
-        return program.norm(x, self.weight, eps)
+        return program.norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
@@ -73,7 +72,11 @@ class HeadNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if fused.serves(x, self.weight):
             return fused.rms_norm(x, self.weight, fused.Norm(_eps(self, x)))
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+    def one_token(self, program: Program, x: Value) -> Value:
+        return program.norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
 
 
 class AllHeadsNorm(HeadNorm):
