@@ -18,11 +18,13 @@ class AttentionConfig(CachedAttentionConfig):
 
     Attributes:
         window: tokens that each token sees, itself included; ``None`` for all before it.
+        logit_cap: bounds the scores softly, ``c tanh(score / c)``, as in Gemma 2; ``None`` leaves them.
     """
 
     size_options: ClassVar[dict[str, str]] = {"window": "window", **CachedAttentionConfig.size_options}
 
     window: int | None = None
+    logit_cap: float | None = None
 
 
 class Attention(CachedAttention):
@@ -38,7 +40,7 @@ class Attention(CachedAttention):
     Config = AttentionConfig
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
-        return ops.attention(q, k, v, window=self.config.window, **where)
+        return ops.attention(q, k, v, window=self.config.window, logit_cap=self.config.logit_cap, **where)
 
     @property
     def cache_window(self) -> int | None:

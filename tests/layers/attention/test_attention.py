@@ -115,9 +115,18 @@ def test_biases_a_norm_over_all_heads_and_a_gate_for_each():
     same(mixer(x)[0], o.flatten(2) @ mixer.out_proj.weight.T)
 
 
+def test_scores_are_bounded_softly():
+    mixer, x = build(num_heads=2, position="none", logit_cap=0.25), inputs(9)
+    q, k, v = (m.unflatten(-1, (2, 16)).transpose(1, 2) for m in (x @ mixer.qkv_proj.linear.weight.T).chunk(3, dim=-1))
+    scores = 0.25 * torch.tanh(q @ k.transpose(2, 3) / 4 / 0.25)
+    o = F.softmax(scores.masked_fill(torch.ones(9, 9).tril() == 0, -torch.inf), dim=-1) @ v
+    same(mixer(x)[0], o.transpose(1, 2).flatten(2) @ mixer.out_proj.weight.T)
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
+        ({"logit_cap": 0.0}, "logit_cap must be positive, got 0.0"),
         ({"qk_norm": True, "qk_norm_scope": "heads"}, "unknown qk_norm_scope 'heads'.*Did you mean 'head'"),
         ({"qk_norm_scope": "all"}, "qk_norm_scope='all' needs qk_norm=True, got qk_norm=False"),
         ({"output_gate_scope": "head"}, "output_gate_scope='head' needs output_gate=True"),

@@ -12,7 +12,6 @@ from seqarch.layers import CHANNEL_MIXERS, build_channel_mixer
 from seqarch.testing import check_channel_mixer
 from seqarch.testing.channel_laws import channel_flops, channel_gradients, tokens_alone
 
-
 OPTIONS = {
     "moe": [{}, {"gated": False, "activation": "squared_relu", "shared_experts": 1, "shared_hidden": 24}],
     "swiglu": [{}, {"bias": True, "activation": "gelu_tanh"}],
