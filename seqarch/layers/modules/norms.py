@@ -22,7 +22,11 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x)
 
     def one_token(self, program: Program, x: Value) -> Value:
-        return program.norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
+        return _one_token(self, program, x)
+
+
+def _one_token(norm: nn.RMSNorm, program: Program, x: Value) -> Value:
+    return program.norm(x, norm.weight, torch.finfo(torch.float32).eps if norm.eps is None else norm.eps)
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
@@ -76,7 +80,7 @@ class HeadNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
     def one_token(self, program: Program, x: Value) -> Value:
-        return program.norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
+        return _one_token(self, program, x)
 
 
 class AllHeadsNorm(HeadNorm):
