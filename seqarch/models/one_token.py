@@ -4,10 +4,10 @@ In torch a token of a small model takes longer in calls than in reading its weig
 method ``one_token``, beside the ``forward`` whose outputs they compute; ``Program.include`` calls it in place of the
 module:
 
+    HeadNorm, RMSNorm   seqarch/layers/modules/norms.py
     Linear              seqarch/layers/modules/linear.py
     Mamba               seqarch/layers/state_space/mamba.py
     Mlp, SwiGlu         seqarch/layers/channel/mlp.py
-    RMSNorm             seqarch/layers/modules/norms.py
     ShortConvolution    seqarch/layers/modules/short_conv.py
     StackLayer          seqarch/models/stack.py
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS
 from seqarch.models import LanguageModel, LMConfig
+from tests.support.variants import VARIANTS
 
 PATTERNS = [*MIXERS, *(f"attention/{channel}" for channel in CHANNEL_MIXERS)]
 ROUTED = {"moe": {"expert_bias": True, "num_experts": 4, "bias_rate": 0.25}}
@@ -24,9 +25,13 @@ def build(pattern: str, **options: Any) -> LanguageModel:
     return LanguageModel(LMConfig(vocab_size=11, d_model=32, pattern=pattern, depth=1, **options))
 
 
-def into_garbage(model: LanguageModel, pattern: str) -> LanguageModel:
+def empty_like(model: LanguageModel) -> LanguageModel:
     with torch.device("meta"):
-        other = build(pattern)
+        return LanguageModel(model.config)
+
+
+def into_garbage(model: LanguageModel) -> LanguageModel:
+    other = empty_like(model)
     other.to_empty(device="cpu")
     for tensor in (*other.parameters(), *(value for name, value in other.named_buffers() if "load" not in name)):
         tensor.data.fill_(torch.nan)
@@ -34,28 +39,27 @@ def into_garbage(model: LanguageModel, pattern: str) -> LanguageModel:
     return other
 
 
-def assigned(model: LanguageModel, pattern: str) -> LanguageModel:
+def assigned(model: LanguageModel) -> LanguageModel:
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    with torch.device("meta"):
-        other = build(pattern)
+    other = empty_like(model)
     other.load_state_dict(torch.load(file, weights_only=True), assign=True)
     return other
 
 
-def pickled(model: LanguageModel, pattern: str) -> LanguageModel:
+def pickled(model: LanguageModel) -> LanguageModel:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-WAYS: list[Callable[[LanguageModel, str], LanguageModel]] = [
-    assigned,
-    into_garbage,
-    pickled,
-]
+def converted(model: LanguageModel) -> LanguageModel:
+    return model.double().float()
+
+
+WAYS: list[Callable[[LanguageModel], LanguageModel]] = [assigned, converted, into_garbage, pickled]
 
 
 def step(model: LanguageModel) -> list[Tensor]:
@@ -68,14 +72,16 @@ def step(model: LanguageModel) -> list[Tensor]:
     return [before.detach(), model(TOKENS)[0].detach(), *(value.detach() for value in model.state_dict().values())]
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_model_is_what_its_state_dict_says(pattern: str):
+def test_a_model_is_what_its_state_dict_says(pattern: str, tied: bool):
     torch.manual_seed(0)
-    original = build(pattern)
-    others = [way(copy.deepcopy(original), pattern) for way in WAYS]
+    options = {} if tied else {"mixers": {name: given[0] for name, given in VARIANTS.items()}}
+    original = build(pattern, tie_embeddings=tied, **options)
+    others = [way(copy.deepcopy(original)) for way in WAYS]
     expected = step(original)
     for other in others:
-        assert other.head.weight is other.embedding.weight
+        assert (other.head.weight is other.embedding.weight) == tied
         for a, b in zip(step(other), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -127,3 +133,13 @@ def test_counts_of_a_router_move_with_it():
     counts = router.get_buffer("load").clone()
     assert counts.sum() == TOKENS.numel() * 2
     assert torch.equal(model.double().to(torch.bfloat16).get_submodule("stack.layers.0.channel.router").load, counts)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_bias_of_experts_is_wide_however_it_was_stored():
+    model = build("attention/moe")
+    stored = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    with torch.device("meta"):
+        other = build("attention/moe")
+    other.load_state_dict(stored, assign=True)
+    router = other.get_submodule("stack.layers.0.channel.router")
+    assert (router.weight.dtype, router.expert_bias.dtype) == (torch.bfloat16, torch.float32)  # pyright: ignore[reportAttributeAccessIssue]

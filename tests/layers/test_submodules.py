@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer
 from seqarch.layers.modules.linear import Linear
@@ -92,6 +95,54 @@ def test_adapters_count_as_their_merged_weights_do(name: str):
     with torch.no_grad():
         reserved, _ = wrapped(x, wrapped.init_state(2, max_length=20))
     assert_close(reserved, expected, FLOAT64_ERROR, "from a state with room")
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_lora_of_peft_reaches_every_projection(name: str):
+    """Its layers have a ``weight``, which is that of the layer below: what reads it gets other numbers."""
+    mixer, x = build_mixer(name, d_model=32, **OPTIONS.get(name, {})).double(), inputs()
+    targets = [path for path, module in mixer.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=targets, init_lora_weights=False)
+    wrapped: Any = inject_adapter_in_model(config, mixer).double()
+    layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
+    assert len(layers) == len(targets)
+    y, _ = wrapped(x)
+    (y.square().sum() + (0 if (extra := wrapped.auxiliary_loss()) is None else extra)).backward()
+    adapters = {path: each for path, each in wrapped.named_parameters() if ".lora_" in path}
+    assert len(adapters) == 2 * len(targets)
+    assert [path for path, each in adapters.items() if each.grad is None or not each.grad.any()] == []
+    merged = copy.deepcopy(wrapped)
+    for module in merged.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    expected = run(merged, x, (12,))
+    for pieces in SPLITS:
+        assert_close(run(wrapped, x, pieces), expected, FLOAT64_ERROR, f"in pieces {pieces}")
+
+
+class Added(nn.Module):
+    """A parametrisation: what is used is another tensor than what is held."""
+
+    def __init__(self, held: Tensor):
+        super().__init__()
+        self.more = nn.Parameter(0.3 * torch.randn_like(held))
+
+    def forward(self, held: Tensor) -> Tensor:
+        return held + self.more
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_parametrised_tensors_count_as_what_they_come_to(name: str):
+    mixer, x = build_mixer(name, d_model=32, **OPTIONS.get(name, {})).double(), inputs()
+    merged: Any = copy.deepcopy(mixer)
+    for path, tensor in merged.named_parameters():
+        owner, _, own = path.rpartition(".")
+        module = mixer.get_submodule(owner)
+        parametrize.register_parametrization(module, own, Added(tensor.detach()))
+        tensor.data.copy_(getattr(module, own))
+    expected = run(merged, x, (12,))
+    for pieces in SPLITS:
+        assert_close(run(mixer, x, pieces), expected, FLOAT64_ERROR, f"in pieces {pieces}")
 
 
 @pytest.mark.parametrize("name", CHANNEL_MIXERS)

@@ -96,8 +96,15 @@ def test_it_equals_torch_on_every_instruction_set(channel: str, runs: Runs):
         compare(stack, rows, runs)
 
 
-@pytest.mark.parametrize("options", [{"d_state": 5, "expand": 3, "conv_width": 2}, {"dt_rank": 1}, {"d_state": 40}])
-def test_odd_sizes(options: dict[str, int], runs: Runs):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"d_state": 5, "expand": 3, "conv_width": 2, "dt_bc_norm": "rms"},
+        {"dt_rank": 1},
+        {"d_state": 40, "dt_bc_norm": "rms_without_weights"},
+    ],
+)
+def test_odd_sizes(options: dict[str, int | str], runs: Runs):
     compare(make(channel="none", mixers={"mamba": options}), 3, runs)
 
 

@@ -11,7 +11,18 @@ from seqarch.testing import Case, mixer_cases
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "attention": [
         {"num_kv_heads": 1, "num_heads": 4, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.5, "scale": 0.2},
-        {"conv_width": 4, "position": "none", "output_bias": True, "qk_norm": True, "zero_centred_norms": True},
+        {"conv_width": 4, "position": "none", "output_bias": True, "qkv_bias": True, "qk_norm": True}
+        | {"zero_centred_norms": True},
+        {
+            "num_kv_heads": 2,
+            "num_heads": 4,
+            "qk_norm": True,
+            "qk_norm_scope": "all",
+            "output_gate": True,
+            "output_gate_scope": "head",
+            "qkv_bias": True,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
+        },
     ],
     "based": [{"num_heads": 2, "key_width": 4, "window": 16}],
     "big_bird": [{"block_size": 16, "num_heads": 2, "window_blocks": 2, "global_blocks": 1, "random_blocks": 2}],
@@ -41,10 +52,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
     "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
-    "mamba": [{"d_state": 4, "dt_rank": 1}, {"d_state": 3, "d_inner": 24, "negative_eigenvalues": True}],
+    "mamba": [
+        {"d_state": 4, "dt_rank": 1},
+        {"d_state": 3, "d_inner": 24, "negative_eigenvalues": True, "dt_bc_norm": "rms"},
+        {"d_state": 4, "dt_bc_norm": "rms_without_weights"},
+    ],
     "mamba2": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "A_min": 8.0, "dt_min": 0.05},
-        {"d_inner": 96, "head_dim": 32, "output_norm": "none", "in_factors": [0.5, 1.1, 0.9, 1.3, 0.7]},
+        {"d_inner": 96, "head_dim": 32, "output_norm": "none", "dt_limit_min": 0.002, "dt_limit_max": 0.09}
+        | {"in_factors": [0.5, 1.1, 0.9, 1.3, 0.7]},
     ],
     "mamba3": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "rotary_fraction": 1.0},
@@ -72,7 +88,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "rwkv7": [{"num_heads": 3, "head_dim": 6, "decay_rank": 3, "rate_rank": 4, "gate_rank": 5}],
     "rg_lru": [{"lru_width": 48, "num_heads": 4, "scale_first": True, "negative_eigenvalues": True}],
     "s4d": [{"d_state": 4, "init": "legs"}],
-    "sliding_window": [{"window": 2}, {"window": 16, "num_heads": 2}],
+    "sliding_window": [{"window": 2}, {"window": 16, "num_heads": 2}, {"window": 5, "logit_cap": 0.5}],
 }
 
 

@@ -20,12 +20,14 @@ class AttentionConfig(CachedAttentionConfig):
         window: tokens that each token sees, itself included; ``None`` for all before it.
         scale: multiplies the scores; by default ``K ** -0.5``. A constant by which a model multiplies its queries or
             keys (Falcon-H1's ``key_multiplier``) is a factor of it.
+        logit_cap: bounds the scores softly, ``c tanh(score / c)``, as in Gemma 2; ``None`` leaves them.
     """
 
     size_options: ClassVar[dict[str, str]] = {"window": "window", **CachedAttentionConfig.size_options}
 
     window: int | None = None
     scale: float | None = None
+    logit_cap: float | None = None
 
 
 class Attention(CachedAttention):
@@ -33,15 +35,16 @@ class Attention(CachedAttention):
 
     Vaswani et al. 2017, "Attention Is All You Need", section 3.2, with what its successors share: no biases, rotary
     positions (Su et al. 2021, "RoFormer"), and as options grouped heads (Ainslie et al. 2023, "GQA"), normalised
-    queries and keys (Henry et al. 2020, with the RMS norm of Qwen3), a depthwise convolution after the projections (So
-    et al. 2021, "Primer") and an output gate (Qiu et al. 2025, "Gated Attention for Large Language Models";
-    Qwen3-Next). Projections have ``nn.Linear``'s initialisation, norms start at 1.
+    queries and keys (Henry et al. 2020, with the RMS norm of Qwen3 or of OLMo 2), biases, a depthwise convolution after
+    the projections (So et al. 2021, "Primer") and an output gate per channel or head (Qiu et al. 2025, "Gated Attention
+    for Large Language Models"; Qwen3-Next). Projections have ``nn.Linear``'s initialisation, norms start at 1.
     """
 
     Config = AttentionConfig
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
-        return ops.attention(q, k, v, window=self.config.window, scale=self.config.scale, **where)
+        config = self.config
+        return ops.attention(q, k, v, window=config.window, scale=config.scale, logit_cap=config.logit_cap, **where)
 
     @property
     def cache_window(self) -> int | None:

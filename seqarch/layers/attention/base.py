@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,12 +19,16 @@ from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV
 from seqarch.layers.modules.linear import Linear
-from seqarch.layers.modules.norms import HeadNorm
+from seqarch.layers.modules.norms import AllHeadsNorm, HeadNorm
 from seqarch.layers.modules.positions import token_positions
+from seqarch.layers.modules.rope_scaling import RopeScaling, rope_scaling
 from seqarch.layers.modules.rotary import rotary_tables, rotate
 from seqarch.ops.dispatch import checks
 
 POSITIONS = ("none", "rotary")
+
+SCOPES = {"qk_norm_scope": ("qk_norm", "head", "all"), "output_gate_scope": ("output_gate", "channel", "head")}
+"""Options that say how far another one reaches: that one, the usual reach and the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,9 @@ class KVHeadsConfig(HeadsConfig):
         position: ``"rotary"`` or ``"none"``.
         rotary_base: base of the rotation's wavelengths; larger turns slower.
         rotary_fraction: share of each head's channels that turn, the first ones; the others know no position.
+        rope_scaling: for longer sequences, ``{"rope_type": "llama3", "factor": 8.0, ...}``; types ``"linear"``,
+            ``"dynamic"``, ``"yarn"``, ``"longrope"`` and ``"llama3"`` with the options of released models
+            (:mod:`seqarch.layers.modules.rope_scaling`).
     """
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "head_dim": "head_width"}
@@ -47,6 +55,7 @@ class KVHeadsConfig(HeadsConfig):
     position: str = "rotary"
     rotary_base: float = 10000.0
     rotary_fraction: float = 1.0
+    rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,6 +69,11 @@ class KVHeadsConfig(HeadsConfig):
             raise ValueError(
                 f"rotary positions need an even number of channels, got {self.rotary_width} of {self.head_width}"
             )
+        _ = self.scaling  # raises where it does not fit the heads
+
+    @cached_property
+    def scaling(self) -> RopeScaling | None:
+        return rope_scaling(self.rope_scaling, self.position, self.rotary_base, self.rotary_widths)
 
     @property
     def heads(self) -> int:
@@ -84,26 +98,47 @@ class KVHeadsConfig(HeadsConfig):
     def rotary_width(self) -> int:
         return int(self.rotary_fraction * self.head_width)
 
+    @property
+    def rotary_widths(self) -> tuple[int, ...]:
+        """How many channels turn, of each kind of heads there is."""
+        return (self.rotary_width,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CachedAttentionConfig(KVHeadsConfig):
     """Options that every attention of one cache has.
 
     Attributes:
+        qkv_bias: a bias in the projections of queries, keys and values (Qwen2).
         qk_norm: an RMS norm with weights over each head of q and k, before the rotation.
+        qk_norm_scope: what that norm is over: ``"head"`` each head, ``"all"`` the channels of all heads together
+            (OLMo 2).
         norm_eps: added to the mean square in those norms.
         zero_centred_norms: those norms multiply by ``1 + weight``, with weights of 0 at first (Gemma, Qwen3-Next).
         output_gate: multiplies what the heads read by ``sigmoid(x W_g)``, channel by channel (Qiu et al. 2025).
+        output_gate_scope: what has a gate of its own: ``"channel"``, or ``"head"``.
         output_bias: a bias in the output projection.
         conv_width: width of a short convolution over queries, keys and values; 0 for none.
     """
 
+    qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_scope: str = "head"
     norm_eps: float = 1e-6
     zero_centred_norms: bool = False
     output_gate: bool = False
+    output_gate_scope: str = "channel"
     output_bias: bool = False
     conv_width: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for scope, (option, usual, other) in SCOPES.items():
+            given = getattr(self, scope)
+            if given not in (usual, other):
+                raise checks.unknown_name(scope, given, (usual, other))
+            if given == other and not getattr(self, option):
+                raise ValueError(f"{scope}={other!r} needs {option}=True, got {option}=False")
 
 
 class AttentionState(NamedTuple):
@@ -196,11 +231,10 @@ class CacheMixer(Mixer):
             o = self.attend(q, keys, values, *selection, key_start=start)
         else:
             o, cache = self._attend_packed((q, *selection), k, v, cache, cu_seqlens)
-        # heads together, gate, last projection
-        o = rearrange(o, "b t h v -> b t (h v)")
-        if self.gate is not None:
-            o = o * self.gate(x).sigmoid()
-        return self.out_proj(o), self.State(conv, cache, *entries)
+        # gate, heads together, last projection
+        if self.gate is not None:  # of each channel or, broadcast, of each head
+            o = o * self.gate(x).sigmoid().unflatten(-1, (o.shape[2], -1))
+        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), self.State(conv, cache, *entries)
 
     def _attend_packed(
         self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache, cu_seqlens: tuple[int, ...]
@@ -248,11 +282,10 @@ class CachedAttention(CacheMixer):
         super().__init__(config)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         parts = [(heads, width), (kv_heads, width), (kv_heads, width)]
-        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width)
-        norm = (width, config.norm_eps, config.zero_centred_norms)
-        self.query_norm = HeadNorm(*norm) if config.qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(*norm) if config.qk_norm else nn.Identity()
-        self.gate = Linear(config.d_model, heads * width, bias=False) if config.output_gate else None
+        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, bias=config.qkv_bias)
+        self.query_norm, self.key_norm = _norm(config, heads), _norm(config, kv_heads)
+        gates = heads if config.output_gate_scope == "head" else heads * width
+        self.gate = Linear(config.d_model, gates, bias=False) if config.output_gate else None
         self.out_proj = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)
 
@@ -260,9 +293,19 @@ class CachedAttention(CacheMixer):
         (q, k, v), conv = self.qkv_proj(x, conv, place.cu_seqlens)
         q, k = self.query_norm(q), self.key_norm(k)
         if self.config.position == "rotary":
-            tables = rotary_tables(place.positions, self.config.rotary_width, self.config.rotary_base)
+            config = self.config
+            tables = rotary_tables(place.positions, config.rotary_width, config.rotary_base, config.scaling)
             q, k = rotate(q, tables), rotate(k, tables)
         return [q, k, v], conv
+
+
+def _norm(config: CachedAttentionConfig, heads: int) -> nn.Module:
+    """Of the queries or keys of so many heads."""
+    if not config.qk_norm:
+        return nn.Identity()
+    if config.qk_norm_scope == "all":
+        return AllHeadsNorm(heads * config.head_width, config.norm_eps, config.zero_centred_norms)
+    return HeadNorm(config.head_width, config.norm_eps, config.zero_centred_norms)
 
 
 def _check_cache(cache: KVCache, rows: int, cache_window: int | None) -> None:

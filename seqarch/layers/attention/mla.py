@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.modules.linear import Linear, is_plain_linear
 from seqarch.layers.modules.norms import HeadNorm
+from seqarch.layers.modules.rope_scaling import RopeScaling, rope_scaling
 from seqarch.layers.modules.rotary import rotary_tables, rotate
 from seqarch.ops.attention import flops as attention_flops
 from seqarch.ops.dispatch import checks
@@ -33,6 +35,8 @@ class MLAConfig(HeadsConfig):
         q_lora_rank: rank of the queries' map from the input, with an RMS norm inside; ``None`` for a full matrix.
         position: ``"rotary"`` or ``"none"``.
         rotary_base: base of the rotation's wavelengths; larger turns slower.
+        rope_scaling: for longer sequences, as of attention; ``mscale_all_dim`` of ``"yarn"`` also scales the scores, as
+            in DeepSeek-V3.
         norm_eps: added to the mean square in the norms of the latents and the low-rank queries.
     """
 
@@ -45,6 +49,7 @@ class MLAConfig(HeadsConfig):
     q_lora_rank: int | None = None
     position: str = "rotary"
     rotary_base: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
     norm_eps: float = 1e-6
 
     def __post_init__(self):
@@ -53,6 +58,16 @@ class MLAConfig(HeadsConfig):
             raise checks.unknown_name("position", self.position, POSITIONS)
         if self.position == "rotary" and self.shared % 2:
             raise ValueError(f"rotary positions need an even qk_rope_head_dim, got {self.shared}")
+        _ = self.scaling  # raises where it does not fit the heads
+
+    @cached_property
+    def scaling(self) -> RopeScaling | None:
+        return rope_scaling(self.rope_scaling, self.position, self.rotary_base, (self.shared,))
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return (self.keys + self.shared) ** -0.5 * (1.0 if self.scaling is None else self.scaling.score_factor)
 
     @property
     def heads(self) -> int:
@@ -119,7 +134,8 @@ class MLA(CacheMixer):
         q = self.query(x).unflatten(-1, (self.config.heads, -1))
         latent, shared = self.compress(x).unsqueeze(2).split([self.config.rank, self.config.shared], dim=-1)
         if self.config.position == "rotary":
-            tables = rotary_tables(place.positions, self.config.shared, self.config.rotary_base)
+            config = self.config
+            tables = rotary_tables(place.positions, config.shared, config.rotary_base, config.scaling)
             own, turned = q.split([self.config.keys, self.config.shared], dim=-1)
             q, shared = torch.cat([own, rotate(turned, tables)], dim=-1), rotate(shared, tables)
         entries = torch.cat([self.norm(latent), shared], dim=-1)
@@ -128,7 +144,7 @@ class MLA(CacheMixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
         expanded, absorbed = self._costs(q.shape[1], k.shape[1])
         read = self._absorbed if absorbed < expanded and is_plain_linear(self.expand) else self._expanded
-        return read(q, k, scale=q.shape[-1] ** -0.5, **where)
+        return read(q, k, scale=self.config.scale, **where)
 
     def _expanded(self, q: Tensor, entries: Tensor, **options: Any) -> Tensor:
         config = self.config

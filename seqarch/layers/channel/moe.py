@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seqarch import ops
-from seqarch.layers.channel.mlp import SwiGlu, SwiGluConfig, round_up
+from seqarch.layers.channel.mlp import Mlp, MlpConfig, SwiGlu, SwiGluConfig, round_up
 from seqarch.layers.channel.router import (
     Router,
     RouterConfig,
@@ -21,7 +21,9 @@ from seqarch.layers.channel.router import (
 from seqarch.layers.mixer import ChannelMixer, linear_flops
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
+from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.experts import flops as experts_flops
+from seqarch.ops.experts.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,13 @@ class MixtureOfExpertsConfig(RouterConfig):
 
     Attributes:
         hidden: the inner width of one expert; by default the experts that a token passes, shared ones included, are
-            together as wide as a :class:`SwiGlu` of the same D (each rounded up to a multiple of 32).
+            together as wide as a :class:`SwiGlu` of the same D (each rounded up to a multiple of 32), or without gates
+            as an :class:`Mlp`.
+        gated: whether experts are gated units, ``(act(x W_gate) * (x W_in)) W_out``, or plain ``act(x W_in) W_out``
+            as in Nemotron 3.
+        activation: ``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"squared_relu"``.
         shared_experts: experts that every token passes, besides (Dai et al. 2024, "DeepSeekMoE", section 3.2).
+        shared_hidden: the inner width of one shared expert; by default ``hidden``.
         shared_gate: whether their output is multiplied by a learnt ``sigmoid(w x)``, as in Qwen2-MoE and Qwen3-Next.
         load_balance_weight, router_z_weight: what :meth:`MixtureOfExperts.auxiliary_loss` weighs its parts by.
     """
@@ -41,21 +48,34 @@ class MixtureOfExpertsConfig(RouterConfig):
     size_options: ClassVar[dict[str, str]] = {"hidden": "hidden_width"}
 
     hidden: int | None = None
+    gated: bool = True
+    activation: str = "silu"
     shared_experts: int = 0
+    shared_hidden: int | None = None
     shared_gate: bool = False
     load_balance_weight: float = 0.01
     router_z_weight: float = 1e-3
 
     def __post_init__(self):
         super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("activation", self.activation, ACTIVATIONS)
         if self.shared_gate and not self.shared_experts:
             raise ValueError("shared_gate=True gates the shared experts, got shared_experts=0: give at least 1")
+        if self.shared_hidden is not None and not self.shared_experts:
+            raise ValueError(f"shared_hidden ({self.shared_hidden}) is that of shared experts, got shared_experts=0")
 
     @property
     def hidden_width(self) -> int:
         if self.hidden is not None:
             return self.hidden
-        return round_up(8 / 3 * self.d_model / (self.top_k + self.shared_experts))
+        expansion = (SwiGluConfig if self.gated else MlpConfig).expansion
+        return round_up(expansion * self.d_model / (self.top_k + self.shared_experts))
+
+    @property
+    def shared_width(self) -> int:
+        """The inner width of all shared experts together."""
+        return self.shared_experts * (self.shared_hidden or self.hidden_width)
 
 
 class MixtureOfExperts(ChannelMixer):
@@ -63,9 +83,9 @@ class MixtureOfExperts(ChannelMixer):
 
     Shazeer et al. 2017, "Outrageously Large Neural Networks", without its noise, with the scores before the choice and
     the weights normalised after it, as in Mixtral (Jiang et al. 2024); options lead from there to DeepSeek-V3 (without
-    its groups of experts), Qwen3-Next and Kimi Linear. Each token is routed by itself, so the layer is causal, unlike
-    expert choice; with a ``capacity_factor`` it is not by itself any more, see :class:`Router`. Each matrix has
-    ``nn.Linear``'s initialisation for its own inputs.
+    its groups of experts), Qwen3-Next and Kimi Linear, and to experts without gates. Each token is routed by itself, so
+    the layer is causal, unlike expert choice; with a ``capacity_factor`` it is not by itself any more, see
+    :class:`Router`. Each matrix has ``nn.Linear``'s initialisation for its own inputs.
     """
 
     Config = MixtureOfExpertsConfig
@@ -76,11 +96,13 @@ class MixtureOfExperts(ChannelMixer):
         super().__init__(config)
         width, hidden, count = config.d_model, config.hidden_width, config.num_experts
         self.router = Router(config)
-        self.w_gate = _expert_weights(count, width, hidden)
+        self.w_gate = _expert_weights(count, width, hidden) if config.gated else None
         self.w_in = _expert_weights(count, width, hidden)
         self.w_out = _expert_weights(count, hidden, width)
-        shared = SwiGluConfig(d_model=width, hidden=hidden * config.shared_experts) if config.shared_experts else None
-        self.shared = None if shared is None else SwiGlu(shared)
+        self.shared = None
+        if config.shared_experts:
+            dense = SwiGlu if config.gated else Mlp
+            self.shared = dense(d_model=width, hidden=config.shared_width, activation=config.activation)
         self.shared_gate = Linear(width, 1, bias=False) if config.shared_gate else None
         self._routing: Routing | None = None
 
@@ -89,7 +111,8 @@ class MixtureOfExperts(ChannelMixer):
         self._routing = routing if self.training and not _in_backward() else routing.detach()
         index = routing.index if routing.kept is None else routing.index.masked_fill(~routing.kept, -1)
         tokens = x.reshape(-1, x.shape[-1])
-        y = ops.experts(tokens, self.w_in, self.w_out, index, weight, w_gate=self.w_gate).view_as(x)
+        weights, act = (self.w_in, self.w_out), self.config.activation
+        y = ops.experts(tokens, *weights, index, weight, w_gate=self.w_gate, activation=act).view_as(x)
         if self.shared is None:
             return y
         shared = self.shared(x)
@@ -134,7 +157,7 @@ class MixtureOfExperts(ChannelMixer):
     def flops(self, length: int, batch_size: int = 1) -> int:
         """With a ``capacity_factor``, as if no choice were dropped."""
         config, tokens = self.config, length * batch_size
-        routed = experts_flops(tokens, config.top_k, config.d_model, config.hidden_width)
+        routed = experts_flops(tokens, config.top_k, config.d_model, config.hidden_width, config.gated)
         shared = 0 if self.shared is None else self.shared.flops(length, batch_size)
         gate = 0 if self.shared_gate is None else linear_flops(self.shared_gate, tokens)
         return 2 * config.d_model * config.num_experts * tokens + routed + shared + gate

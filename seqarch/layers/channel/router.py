@@ -223,7 +223,7 @@ class Router(nn.Module):
         super()._apply(fn, recurse)
         after = self.expert_bias
         if before is not None and after is not None and torch.finfo(after.dtype).bits < 32:
-            self.expert_bias = before.to(after.device)
+            self.expert_bias = before.to(after.device, torch.promote_types(before.dtype, torch.float32))
         # no state dict fills the counts after to_empty
         self.load = torch.zeros_like(self.load) if load.is_meta else load.to(self.load.device)
         return self
@@ -232,6 +232,8 @@ class Router(nn.Module):
         super()._load_from_state_dict(*arguments)
         if self.load.is_meta:  # the numbers of others are assigned, these are in no state dict
             self.load = torch.zeros_like(self.load, device=self.weight.device)
+        if self.expert_bias is not None and torch.finfo(self.expert_bias.dtype).bits < 32:  # assigned as it was stored
+            self.expert_bias = self.expert_bias.float()
 
 
 def load_balance_loss(routing: Routing) -> Tensor:

@@ -66,22 +66,28 @@ class HeadWidthConfig(HeadsConfig):
 
 
 class HeadProjection(nn.Module):
-    """``x [B, T, D]`` to one tensor ``[B, T, H, K]`` per part (queries, keys, values), from one matrix without bias.
+    """``x [B, T, D]`` to one tensor ``[B, T, H, K]`` per part (queries, keys, values), from one matrix.
 
     Args:
         d_model: D.
         parts: heads and width of each part, as ``((H, K), (H, K), (H, V))``.
         conv_width: width of a depthwise causal convolution over all projected channels; 0 for none.
         activation: ``None`` or ``"silu"``, applied after the convolution (after the projection without one).
+        bias: whether the projection has one.
     """
 
     def __init__(
-        self, d_model: int, parts: Sequence[tuple[int, int]], conv_width: int = 0, activation: str | None = None
+        self,
+        d_model: int,
+        parts: Sequence[tuple[int, int]],
+        conv_width: int = 0,
+        activation: str | None = None,
+        bias: bool = False,
     ):
         super().__init__()
         self.parts = tuple(parts)
         self.sizes = [heads * width for heads, width in self.parts]
-        self.linear = Linear(d_model, sum(self.sizes), bias=False)
+        self.linear = Linear(d_model, sum(self.sizes), bias=bias)
         self.conv = ShortConvolution(sum(self.sizes), conv_width, activation) if conv_width else None
         self.activation = None if self.conv is not None else activation
 

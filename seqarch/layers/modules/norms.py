@@ -20,12 +20,13 @@ class _WeightedNorm(nn.RMSNorm):
         width: size of the last axis.
         eps: added to the mean square; by default the spacing of numbers at 1 in the dtype of the input.
         zero_centred: multiplies by ``1 + weight``, with weights of 0 at first (Gemma), not by weights of 1 at first.
+        weighted: false where it has no weights.
     """
 
     zero_centred = False
 
-    def __init__(self, width: int, eps: float | None = None, zero_centred: bool = False):
-        super().__init__(width, eps)
+    def __init__(self, width: int, eps: float | None = None, zero_centred: bool = False, weighted: bool = True):
+        super().__init__(width, eps, elementwise_affine=weighted)
         if zero_centred:
             self.zero_centred = True
             self.reset_parameters()
@@ -35,13 +36,18 @@ class _WeightedNorm(nn.RMSNorm):
         if self.zero_centred:
             nn.init.zeros_(self.weight)
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The norm of ``x [..., width]``, of which ``1 + weight`` is computed in float32 at least."""
+    def one_token(self, program: Program, x: Value) -> Value:
         if self.zero_centred:
+            raise Unserved("norms that multiply by 1 + weight have no instructions for one token")
+        return program.norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """The norm of ``x [..., width]``, of which ``1 + weight`` is computed in float32 at least."""
+        if self.zero_centred and weight is not None:
             weight = 1 + weight.to(accumulation_dtype(x))
         if fused.serves(x, weight):
             return fused.rms_norm(x, weight, fused.Norm(_eps(self, x)))
-        if self.zero_centred:
+        if self.zero_centred and weight is not None:
             return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, _eps(self, x)).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
@@ -51,12 +57,6 @@ class RMSNorm(_WeightedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._normed(x, self.weight)
-
-    def one_token(self, program: Program, x: Value) -> Value:
-        if self.zero_centred:
-            raise Unserved("norms that multiply by 1 + weight have no instructions for one token")
-        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
-        return program.norm(x, self.weight, eps)
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
@@ -104,7 +104,14 @@ class HeadNorm(_WeightedNorm):
     """An RMS norm whose weights take the dtype of the input, so that it keeps the projections' dtype under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._normed(x, self.weight if self.zero_centred else self.weight.to(x.dtype))
+        return self._normed(x, self.weight if self.zero_centred or self.weight is None else self.weight.to(x.dtype))
+
+
+class AllHeadsNorm(HeadNorm):
+    """A :class:`HeadNorm` over the channels of all heads together, of ``x [B, T, H, K]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
 
 
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -7,6 +7,8 @@ model is not the other's.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,22 @@ from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.native import fused
 
 
-def rotary_tables(positions: Tensor, width: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+class Scaling(Protocol):
+    """What changes frequencies, and the size of what is turned: :mod:`seqarch.layers.modules.rope_scaling`."""
+
+    @property
+    def amplitude(self) -> float: ...
+    def frequencies(self, width: int, base: float, device: torch.device | None = None) -> Tensor: ...
+
+
+def frequencies(width: int, base: float, device: torch.device | None = None) -> Tensor:
+    """The angle per token of each pair of ``width`` K channels, ``base ** (-2 i / K)``: float64 ``[K / 2]``."""
+    return base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+
+
+def rotary_tables(
+    positions: Tensor, width: int, base: float = 10000.0, scaling: Scaling | None = None
+) -> tuple[Tensor, Tensor]:
     """The cosines and sines by which heads of an even ``width`` K turn: float64 ``[..., T, 1, K / 2]`` each.
 
     The angle of pair i at position p is ``p * base ** (-2 i / K)``. In float32 it would be off by 0.03 at a position of
@@ -24,15 +41,17 @@ def rotary_tables(positions: Tensor, width: int, base: float = 10000.0) -> tuple
         positions: ``[T]`` or ``[B, T]``, counted from 0.
         width: K.
         base: larger turns slower; 10000 in the paper.
+        scaling: other frequencies, and cosines and sines times a number.
 
     Raises:
         ValueError: K is odd.
     """
     if width % 2:
         raise ValueError(f"rotary embedding turns pairs of channels: expected an even head width, got {width}")
-    pair = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
-    angle = positions[..., None, None].double() * base ** (-pair / width)
-    return angle.cos(), angle.sin()
+    of = frequencies if scaling is None else scaling.frequencies
+    angle = positions[..., None, None].double() * of(width, base, positions.device)
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if scaling is None else (cos * scaling.amplitude, sin * scaling.amplitude)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -46,9 +46,13 @@ class DSAConfig(KVHeadsConfig):
         super().__post_init__()
         if self.top_k == 1:
             raise ValueError("top_k=1 leaves the indexer nothing to learn from: expected at least 2")
-        turning = int(self.rotary_fraction * self.index_width)
+        _, turning = self.rotary_widths
         if self.position == "rotary" and (turning % 2 or not turning):
             raise ValueError(f"rotary positions need an even number of channels, got {turning} of index_width")
+
+    @property
+    def rotary_widths(self) -> tuple[int, ...]:
+        return self.rotary_width, int(self.rotary_fraction * self.index_width)
 
 
 class DSAState(NamedTuple):

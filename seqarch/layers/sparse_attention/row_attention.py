@@ -103,7 +103,7 @@ class RowAttention(Mixer):
         if self.config.position == "none":
             return list(heads)
         width = int(self.config.rotary_fraction * heads[0].shape[-1])
-        tables = rotary_tables(at, width, self.config.rotary_base)
+        tables = rotary_tables(at, width, self.config.rotary_base, self.config.scaling)
         return [rotate(each, tables) for each in heads]
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:

@@ -15,11 +15,15 @@ from seqarch.layers.mixer import Boundaries, LayerConfig
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.norms import HeadNorm
 from seqarch.layers.modules.short_conv import ShortConvolution
 from seqarch.layers.recurrent.base import elementwise_scan
 from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
+from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.native.token import Program, Unserved, Value
 from seqarch.ops.selective_scan import flops as scan_flops
+
+SELECTION_NORMS = ("none", "rms", "rms_without_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class MambaConfig(LayerConfig):
         d_inner: the inner width itself, in place of ``expand``.
         conv_width: width of the short convolution.
         dt_rank: rank of the step size's projection; by default ``ceil(D / 16)``.
+        dt_bc_norm: a norm of what the step size is projected from, of B and of C: ``"rms"`` (Jamba),
+            ``"rms_without_weights"`` (FalconMamba) or ``"none"``.
+        norm_eps: added to the mean square in those norms.
         negative_eigenvalues: moves the decays to ``2 exp(dt A) - 1`` in (-1, 1), which lets the model track state
             (Grazzi et al. 2024). Each state then is a channel of its own, so the scan takes N times the memory.
         A_scale: the initial ``-A`` is ``A_scale (1..N)``.
@@ -45,11 +52,18 @@ class MambaConfig(LayerConfig):
     d_inner: int | None = None
     conv_width: int = 4
     dt_rank: int | None = None
+    dt_bc_norm: str = "none"
+    norm_eps: float = 1e-6
     negative_eigenvalues: bool = False
     A_scale: float = 1.0
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_floor: float = 1e-4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dt_bc_norm not in SELECTION_NORMS:
+            raise unknown_name("dt_bc_norm", self.dt_bc_norm, SELECTION_NORMS)
 
     @property
     def inner_width(self) -> int:
@@ -60,9 +74,10 @@ class Mamba(RecurrentMixer):
     """A selective state-space model: ``h = exp(dt_t A) h + dt_t B_t x_t``, ``y_t = (C_t h + D x_t) silu(z_t)``.
 
     dt, B and C depend on the input, A does not; E = ``expand D`` channels with N states each. Gu and Dao 2023,
-    "Mamba", algorithm 2 and figure 3. Not Mamba-2, which has one decay per head. ``A = -(1..N)``, D and dt as in the
-    release, without weight decay on A_log, D and the bias of dt; other projections have ``nn.Linear``'s
-    initialisation (the release also divides the output's by the square root of the depth: a stack's choice, not made).
+    "Mamba", algorithm 2 and figure 3; norms of dt, B and C as in Jamba are an option. Not Mamba-2, which has one decay
+    per head. ``A = -(1..N)``, D and dt as in the release, without weight decay on A_log, D and the bias of dt; other
+    projections have ``nn.Linear``'s initialisation (the release also divides the output's by the square root of the
+    depth: a stack's choice, not made).
     """
 
     Config = MambaConfig
@@ -77,6 +92,11 @@ class Mamba(RecurrentMixer):
         self.in_proj = Linear(config.d_model, 2 * self.inner, bias=False)
         self.conv = ShortConvolution(self.inner, config.conv_width, "silu", bias=True)
         self.select = Linear(self.inner, sum(self.sizes), bias=False)
+        if config.dt_bc_norm != "none":
+            weighted = config.dt_bc_norm == "rms"
+            self.dt_norm, self.B_norm, self.C_norm = (
+                HeadNorm(size, eps=config.norm_eps, weighted=weighted) for size in self.sizes
+            )
         self.dt = Linear(rank, self.inner)
         with torch.no_grad():
             self.dt.weight.uniform_(-(rank**-0.5), rank**-0.5)
@@ -94,6 +114,8 @@ class Mamba(RecurrentMixer):
         u, conv = self.conv(u, conv, cu_seqlens)
         # what makes it selective: step size, write and read vectors [B, T, N] depend on u
         dt, B, C = self.select(u).split(self.sizes, dim=-1)
+        if self.config.dt_bc_norm != "none":
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         # by exp2: of this size, torch's exp takes 4 times as long, and starts the threads for it
         A = -(self.A_log.to(self.state_dtype) / math.log(2)).exp2()
         if self.config.negative_eigenvalues:
@@ -122,6 +144,9 @@ class Mamba(RecurrentMixer):
         u, z = program.include(self.in_proj, x).split([self.inner] * 2)
         u = program.include(self.conv, u, state.conv)
         dt, B, C = program.include(self.select, u).split(self.sizes)
+        if self.config.dt_bc_norm != "none":
+            norms = (self.dt_norm, self.B_norm, self.C_norm)
+            dt, B, C = (program.include(norm, each) for norm, each in zip(norms, (dt, B, C), strict=True))
         A, dt = program.negative_exp(self.A_log), program.include(self.dt, dt)
         y = program.scan(u, dt, A, B, C, self.D, z, state.recurrent)
         return program.include(self.out_proj, y, add_to)

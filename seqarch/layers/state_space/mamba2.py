@@ -48,7 +48,10 @@ class Mamba2Config(LayerConfig):
             (Grazzi et al. 2024).
         A_min, A_max: range of the initial ``-A``, uniform.
         dt_min, dt_max, dt_floor: range of the initial step sizes.
+        dt_limit_min, dt_limit_max: what every step size is kept between, after its softplus; ``None``: no upper limit.
     """
+
+    may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "dt_limit_min")
 
     size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "d_inner": "inner_width"}
 
@@ -67,6 +70,8 @@ class Mamba2Config(LayerConfig):
     dt_min: float = 0.001
     dt_max: float = 0.1
     dt_floor: float = 1e-4
+    dt_limit_min: float = 0.0
+    dt_limit_max: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,6 +83,8 @@ class Mamba2Config(LayerConfig):
             raise ValueError(f"A_min ({self.A_min}) must not be above A_max ({self.A_max})")
         if self.in_factors is not None:
             check_factors("in_factors", self.in_factors, 5)
+        if self.dt_limit_max is not None and self.dt_limit_min > self.dt_limit_max:
+            raise ValueError(f"dt_limit_min ({self.dt_limit_min}) must not be above dt_limit_max ({self.dt_limit_max})")
         heads = self.inner_width // self.head_dim
         if heads % self.n_groups:
             raise ValueError(f"n_groups ({self.n_groups}) must divide the number of heads ({heads})")
@@ -129,6 +136,8 @@ class Mamba2(LinearMixer):
         # as linear attention: k = B, q = C, v = dt x with decay exp(dt A), in the state's dtype
         wide = self.state_dtype
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        if self.config.dt_limit_min or self.config.dt_limit_max is not None:
+            dt = dt.clamp(min=self.config.dt_limit_min, max=self.config.dt_limit_max)
         values = (u * dt.unsqueeze(-1)).to(u.dtype)
         log_decay = -self.A_log.to(wide).exp() * dt
         attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention

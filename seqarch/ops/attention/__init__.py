@@ -11,6 +11,10 @@ et al. 2020, "Longformer", section 3.1, to the past only.
 ``i + Tk - Tq`` and sees the keys up to it, itself included. A query that sees no key gives 0, with gradient 0; so do
 the first queries where Tq > Tk.
 
+With ``logit_cap`` c the scores are bounded softly before the softmax, ``c tanh(scale q_i . k_j / c)`` (Gemma Team 2024,
+"Gemma 2", section 2). The kernels do not know it: torch's functions compute it, and hold a score per pair, or per pair
+of a window.
+
 Inputs are expected to be finite. A NaN or an infinity in v reaches the queries that see it and may reach earlier ones
 of its tile, in ``parallel_sdpa`` all earlier ones; where ``chunk_sdpa`` and ``parallel_sdpa`` use a mask, so may one in
 k or in padding. It never reaches another row or head, and another packed sequence only in ``chunk_sdpa``. In
@@ -21,6 +25,7 @@ Work is ``O(Tq Tk (K + V))`` per head, or ``O(Tq w (K + V))`` with a window of w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -61,6 +66,7 @@ def attention(
     scale: float | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     key_start: Tensor | None = None,
+    logit_cap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of the queries over the keys that each may see.
@@ -75,6 +81,7 @@ def attention(
         cu_seqlens: boundaries of the sequences packed into ``B = 1``, from 0 to T; needs Tq = Tk.
         key_start: ``[B]``, the first key of each row that is not padding: for rows of different lengths that end
             together, as in a cache. A start at or past Tk hides the whole row.
+        logit_cap: bounds the scores softly; ``None`` leaves them.
         backend: a name, or ``"auto"``.
 
     Returns:
@@ -82,7 +89,7 @@ def attention(
 
     Raises:
         ValueError: shapes disagree, heads do not divide, offsets are wrong, ``window`` is below 1 or not causal,
-            or no backend has that name.
+            ``logit_cap`` is not positive, or no backend has that name.
         TypeError: an input is not floating point, or ``key_start`` not an integer.
         BackendError: the named backend cannot serve the call.
     """
@@ -102,7 +109,10 @@ def attention(
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
     window = 0 if window is None else min(window, max(1, sizes["Tk"]))  # no backend is given a size that no memory has
     scale = checks.finite_scale(NAME, scale, sizes["K"])
-    return OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start))
+    if logit_cap is not None and not 0 < logit_cap < math.inf:
+        raise ValueError(f"{NAME}: logit_cap is {logit_cap!r}, expected a positive number or None")
+    cap = 0.0 if logit_cap is None else float(logit_cap)
+    return OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start, cap))
 
 
 def flops(

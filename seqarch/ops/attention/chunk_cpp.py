@@ -18,6 +18,8 @@ unavailable = cpu_library.unavailable
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
+    if inputs.logit_cap:
+        return "logit_cap is given, which the kernel does not know"
     return None if inputs.device.type == "cpu" else f"q is on {inputs.device}, expected cpu"
 
 

@@ -24,6 +24,8 @@ def unavailable() -> str | None:
 
 def unsupported(inputs: AttentionInputs) -> str | None:
     keys, values = inputs.q.shape[3], inputs.v.shape[3]
+    if inputs.logit_cap:
+        return "logit_cap is given, which is not passed on"
     if inputs.key_start is not None:
         return "key_start is given, and flash_attn takes no padding before the keys"
     if keys != values:

@@ -47,7 +47,8 @@ def run(inputs: AttentionInputs, plain: bool = False) -> Tensor:
     earliest = F.pad(_earliest(inputs), (0, after))
     mask = _visible(earliest.unflatten(1, (count, size)), shift, seen)
     mask = mask.expand(batch, -1, -1, -1).reshape(batch * count, 1, size, seen * size)
-    o = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), inputs.scale, mask, plain=plain)
+    options = {"plain": plain, "logit_cap": inputs.logit_cap}
+    o = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), inputs.scale, mask, **options)
     return o.reshape(batch, count * size, q.shape[2], v.shape[3])[:, :queries]
 
 

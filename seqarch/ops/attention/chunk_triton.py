@@ -22,6 +22,8 @@ unavailable = availability.unavailable
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
+    if inputs.logit_cap:
+        return "logit_cap is given, which the kernels do not know"
     return availability.unsupported_attention(inputs.q, inputs.k, inputs.v)
 
 

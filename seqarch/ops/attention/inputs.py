@@ -22,6 +22,7 @@ class AttentionInputs(Inputs):
         scale: of the scores.
         offsets: the boundaries of packed sequences, from 0 to T; ``None`` where nothing is packed.
         key_start: ``[B]``, the first key of each row that is not padding, or ``None``.
+        logit_cap: c in ``c tanh(score / c)``; 0 for none.
     """
 
     q: Tensor
@@ -32,3 +33,4 @@ class AttentionInputs(Inputs):
     scale: float
     offsets: tuple[int, ...] | None
     key_start: Tensor | None
+    logit_cap: float = 0.0

@@ -1,6 +1,7 @@
 """torch's ``scaled_dot_product_attention`` on all queries at once, with a mask only where it needs one.
 
-Its fused kernels have first derivatives in reverse mode alone. For transforms the same is computed in parts, ``plain``.
+Its fused kernels have first derivatives in reverse mode alone, and no cap of the scores. For transforms, and with a
+cap, the same is computed in parts, ``plain``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch.ops.attention.inputs import AttentionInputs
+from seqarch.ops.attention.scores import capped
 from seqarch.ops.chunked.packing import split_sequences
 from seqarch.ops.chunked.softmax import masked_softmax
 from seqarch.ops.dispatch.checks import accumulation_dtype, promoted_dtype
@@ -43,7 +45,7 @@ def _attend(inputs: AttentionInputs, plain: bool) -> Tensor:
     # torch aligns is_causal with the first key, this operation with the last
     whole = not window and key_start is None and (not causal or q.shape[1] == k.shape[1])
     mask = None if whole else visible(q.shape[1], k.shape[1], causal, window, key_start, q.device)
-    return sdpa(q, k, v, inputs.scale, mask, is_causal=causal and whole, plain=plain)
+    return sdpa(q, k, v, inputs.scale, mask, is_causal=causal and whole, plain=plain, logit_cap=inputs.logit_cap)
 
 
 def visible(
@@ -68,12 +70,13 @@ def sdpa(
     mask: Tensor | None,
     is_causal: bool = False,
     plain: bool = False,
+    logit_cap: float = 0.0,
 ) -> Tensor:
     """``scaled_dot_product_attention`` in this project's layout, dtypes and shared heads."""
-    if plain or active_transform() is not None:
+    if plain or logit_cap or active_transform() is not None:
         if mask is None:
             mask = visible(q.shape[1], k.shape[1], is_causal, 0, None, q.device)
-        return _in_parts(q, k, v, scale, mask)
+        return _in_parts(q, k, v, scale, mask, logit_cap)
     if not scale > 0:  # with which torch's fused kernel for CPUs multiplies masked scores, too
         q, scale = q * scale, 1.0
     common = promoted_dtype(q, k, v)
@@ -91,9 +94,9 @@ def sdpa(
     return o.transpose(1, 2).to(v.dtype)
 
 
-def _in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
+def _in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, logit_cap: float) -> Tensor:
     wide, groups = accumulation_dtype(q, k, v), k.shape[2]
     queries, keys, values = (x.to(wide).transpose(1, 2) for x in (q * scale, k, v))
-    scores = queries.unflatten(1, (groups, -1)) @ keys.unsqueeze(2).mT
+    scores = capped(queries.unflatten(1, (groups, -1)) @ keys.unsqueeze(2).mT, logit_cap)
     o = masked_softmax(scores, mask.unsqueeze(1)) @ values.unsqueeze(2)
     return o.flatten(1, 2).transpose(1, 2).to(v.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.attention.inputs import AttentionInputs
+from seqarch.ops.attention.scores import capped
 from seqarch.ops.chunked.packing import split_sequences
 from seqarch.ops.dispatch.checks import accumulation_dtype
 
@@ -38,6 +39,6 @@ def _attend(inputs: AttentionInputs, q: Tensor, k: Tensor, v: Tensor, first_key:
         end = max(0, i + keys - queries + 1) if inputs.causal else keys
         start = max(0, first_key, end - inputs.window if inputs.window else 0)
         seen = slice(min(start, end), end)
-        weights = (q[:, i] @ k[..., seen]).softmax(dim=-1)
+        weights = capped(q[:, i] @ k[..., seen], inputs.logit_cap).softmax(dim=-1)
         outputs.append((weights @ v[:, :, seen]).flatten(1, 2))
     return torch.stack(outputs, dim=1)

@@ -109,6 +109,46 @@ def test_the_gate_the_bias_and_the_channels_that_do_not_turn():
     same(mixer(x)[0], gated @ mixer.out_proj.weight.T + mixer.out_proj.bias)
 
 
+def test_biases_a_norm_over_all_heads_and_a_gate_for_each():
+    chosen = {"qkv_bias": True, "qk_norm": True, "qk_norm_scope": "all", "output_gate": True}
+    mixer, x = build(num_heads=4, num_kv_heads=2, position="none", output_gate_scope="head", **chosen), inputs(9)
+    for norm in (mixer.query_norm, mixer.key_norm):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    linear = mixer.qkv_proj.linear
+    q, k, v = (x @ linear.weight.T + linear.bias).split([32, 16, 16], dim=-1)
+    q = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * mixer.query_norm.weight
+    k = k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * mixer.key_norm.weight
+    q, k, v = (m.unflatten(-1, (-1, 8)).transpose(1, 2) for m in (q, k, v))
+    k, v = (m.repeat_interleave(2, dim=1) for m in (k, v))
+    scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(torch.ones(9, 9).tril() == 0, -torch.inf)
+    gates = (x @ mixer.gate.weight.T).sigmoid()
+    assert gates.shape == (2, 9, 4)
+    o = (F.softmax(scores, dim=-1) @ v).transpose(1, 2) * gates.unsqueeze(-1)
+    same(mixer(x)[0], o.flatten(2) @ mixer.out_proj.weight.T)
+
+
+def test_scores_are_bounded_softly():
+    mixer, x = build(num_heads=2, position="none", logit_cap=0.25), inputs(9)
+    q, k, v = (m.unflatten(-1, (2, 16)).transpose(1, 2) for m in (x @ mixer.qkv_proj.linear.weight.T).chunk(3, dim=-1))
+    scores = 0.25 * torch.tanh(q @ k.transpose(2, 3) / 4 / 0.25)
+    o = F.softmax(scores.masked_fill(torch.ones(9, 9).tril() == 0, -torch.inf), dim=-1) @ v
+    same(mixer(x)[0], o.transpose(1, 2).flatten(2) @ mixer.out_proj.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"logit_cap": 0.0}, "logit_cap must be positive, got 0.0"),
+        ({"qk_norm": True, "qk_norm_scope": "heads"}, "unknown qk_norm_scope 'heads'.*Did you mean 'head'"),
+        ({"qk_norm_scope": "all"}, "qk_norm_scope='all' needs qk_norm=True, got qk_norm=False"),
+        ({"output_gate_scope": "head"}, "output_gate_scope='head' needs output_gate=True"),
+    ],
+)
+def test_a_scope_of_nothing_is_refused(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        build(**chosen)
+
+
 @options
 @pytest.mark.parametrize("sizes", [[1, 12], [4, 0, 1, 8], [1] * 13, [6, 7]])
 def test_split_anywhere_with_gradients_through_the_state(chosen, sizes):

@@ -12,6 +12,12 @@ from seqarch.layers import CHANNEL_MIXERS, build_channel_mixer
 from seqarch.testing import check_channel_mixer
 from seqarch.testing.channel_laws import channel_flops, channel_gradients, tokens_alone
 
+OPTIONS = {
+    "moe": [{}, {"gated": False, "activation": "squared_relu", "shared_experts": 1, "shared_hidden": 24}],
+    "swiglu": [{}, {"bias": True, "activation": "gelu_tanh"}],
+}
+"""Under which the laws are tried; ``[{}]`` for others."""
+
 
 def inputs(length: int = 10) -> Tensor:
     return torch.randn(2, length, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -24,12 +30,13 @@ def same(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("name", CHANNEL_MIXERS)
 @pytest.mark.parametrize("width", [32, 96, 160])
 def test_each_token_for_itself_with_exact_flops(name, width):
-    check_channel_mixer(CHANNEL_MIXERS[name], d_model=width, laws=(tokens_alone, channel_flops))
+    laws, options = (tokens_alone, channel_flops), OPTIONS.get(name, [{}])
+    check_channel_mixer(CHANNEL_MIXERS[name], d_model=width, options=options, laws=laws)
 
 
 @pytest.mark.parametrize("name", CHANNEL_MIXERS)
 def test_every_parameter_receives_a_gradient(name):
-    check_channel_mixer(CHANNEL_MIXERS[name], laws=(channel_gradients,))
+    check_channel_mixer(CHANNEL_MIXERS[name], options=OPTIONS.get(name, [{}]), laws=(channel_gradients,))
     mixer = build_channel_mixer(name, d_model=32).double()
     (mixer(inputs(50)) * inputs(50)).sum().backward()
     for parameter in mixer.parameters():

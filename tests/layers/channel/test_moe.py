@@ -63,6 +63,29 @@ def test_moe_equals_a_loop_over_the_tokens(normalise, shared, deepseek):
     assert (moved > 0) == deepseek  # the bias did change choices
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["squared_relu", "gelu"])
+def test_experts_without_gates_of_any_activation_beside_a_wide_shared_one(gated, activation):
+    act = {"squared_relu": lambda h: h.clamp(min=0) ** 2, "gelu": F.gelu}[activation]
+    options = {"gated": gated, "activation": activation, "hidden": 16, "shared_experts": 2, "shared_hidden": 20}
+    mixer, x = moe(num_experts=4, **options), inputs()
+    assert mixer.shared is not None
+    assert mixer.shared.out_proj.weight.shape == (32, 40)
+    assert (mixer.w_gate is None) == (not gated)
+    rows = []
+    for token in x.flatten(0, 1):
+        p, y = F.softmax(mixer.router.weight @ token, dim=0), 0
+        best = p.argsort(descending=True)[:2]
+        for e in best:
+            hidden = token @ mixer.w_in[e]
+            hidden = act(hidden) if mixer.w_gate is None else act(token @ mixer.w_gate[e]) * hidden
+            y = y + p[e] / p[best].sum() * hidden @ mixer.w_out[e]
+        hidden = mixer.shared.in_proj.weight @ token
+        hidden = act(hidden[:40]) * hidden[40:] if gated else act(hidden)
+        rows.append(y + mixer.shared.out_proj.weight @ hidden)
+    same(mixer(x), torch.stack(rows).view_as(x))
+
+
 def routing(logits: Tensor, index: Tensor) -> Routing:
     return Routing(logits, logits.softmax(dim=-1), index, None, training=True)
 
@@ -455,8 +478,9 @@ def test_a_mask_of_another_kind_is_named(mask):
             call(inputs())
 
 
-def test_flops_with_all_parts():
-    mixer = moe(shared_experts=1, shared_gate=True, router="sigmoid", expert_bias=True)
+@pytest.mark.parametrize("more", [{}, {"gated": False, "activation": "relu", "shared_hidden": 24}])
+def test_flops_with_all_parts(more):
+    mixer = moe(shared_experts=1, shared_gate=True, router="sigmoid", expert_bias=True, **more)
     with ops.use_backends(experts="parallel_torch"), FlopCounterMode(display=False) as counter:
         mixer(inputs())
     assert counter.get_total_flops() == mixer.flops(10, 2)
@@ -482,10 +506,10 @@ def test_compiles_whole(options):
 
 
 def test_default_experts_cost_a_token_what_a_swiglu_does():
-    for chosen in ({}, {"top_k": 4}, {"shared_experts": 2}):
+    for chosen, width in (({}, 2048), ({"top_k": 4}, 2048), ({"shared_experts": 2}, 2048), ({"gated": False}, 3072)):
         config = build_channel_mixer("moe", d_model=768, **chosen).config
         active = config.hidden_width * (config.top_k + config.shared_experts)
-        assert 2048 <= active <= 2048 * 1.05
+        assert width <= active <= width * 1.05
 
 
 @pytest.mark.parametrize(
@@ -499,6 +523,8 @@ def test_default_experts_cost_a_token_what_a_swiglu_does():
         ({"router_z_weight": -1.0}, "router_z_weight must be at least 0, got -1.0"),
         ({"router": "sigmoidal"}, "unknown router 'sigmoidal': expected one of sigmoid, softmax"),
         ({"shared_gate": True}, "got shared_experts=0"),
+        ({"shared_hidden": 8}, r"shared_hidden \(8\) is that of shared experts, got shared_experts=0"),
+        ({"activation": "sylu"}, "unknown activation 'sylu': expected one of gelu, .* Did you mean 'silu'"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive, got 0.0"),
         ({"bias_rate": 0.0}, "bias_rate must be positive, got 0.0"),
     ],

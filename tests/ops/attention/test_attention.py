@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqarch import ops
-from seqarch.ops.attention import chunk_sdpa, flops
+from seqarch.ops.attention import chunk_cpp, chunk_flash_attn, chunk_sdpa, chunk_triton, flops
 from seqarch.ops.native import cpu_library
 from tests.support.backends import available
 
@@ -75,10 +75,14 @@ def pairs_seen(queries: int, keys: int, causal: bool = True, window: int | None 
     return seen
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options) -> Tensor:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, logit_cap: float | None = None, **options
+) -> Tensor:
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     seen = pairs_seen(q.shape[1], k.shape[1], **options)[:, None]
     scores = torch.einsum("bqhk,bshk->bhqs", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if logit_cap is not None:
+        scores = logit_cap * torch.tanh(scores / logit_cap)
     weights = torch.where(seen, scores, -torch.inf).exp().where(seen, 0.0)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
     return torch.einsum("bhqs,bshv->bqhv", weights, v)
@@ -111,6 +115,23 @@ def test_every_backend_equals_a_dense_softmax(call):
         run = partial(ops.attention, backend=backend, **options)
         for name, a, b in zip(("o", "dq", "dk", "dv"), with_gradients(run, inputs), expected, strict=True):
             same(a, b, f"{backend} {name}")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_scores_are_capped_by_the_backends_that_know_it(call):
+    inputs, options = make(**CALLS[call], logit_cap=0.7)
+    expected = with_gradients(lambda q, k, v: dense(q, k, v, **options), inputs)
+    served = [backend for backend in BACKENDS if serves(backend, inputs, options)]
+    assert {*served} - {"chunk_sdpa"} == {"parallel_sdpa", "recurrent_torch"}
+    for backend in ("auto", *served):
+        run = partial(ops.attention, backend=backend, **options)
+        for name, a, b in zip(("o", "dq", "dk", "dv"), with_gradients(run, inputs), expected, strict=True):
+            same(a, b, f"{backend} {name}")
+    free = ops.attention(*inputs, **{**options, "logit_cap": None})
+    single = inputs[0].shape[1] == inputs[1].shape[1] == 1 or options.get("window") == 1
+    assert single or not torch.allclose(free, expected[0], atol=1e-4)
+    for kernels in (chunk_cpp, chunk_triton, chunk_flash_attn):
+        assert "logit_cap is given" in str(kernels.unsupported(ops.OPS["attention"].inputs(*inputs, **options)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -235,6 +256,8 @@ def test_blocks_hold_nothing_as_long_as_all_pairs(backend):
         ({"key_start": torch.tensor([0.0, 1.0])}, TypeError, "key_start has dtype torch.float32"),
         ({"key_start": torch.tensor([0, 1, 2])}, ValueError, "key_start has shape"),
         ({"key_start": torch.tensor([0, 1]), "cu_seqlens": [0, 6]}, ValueError, "give one of them"),
+        ({"logit_cap": 0.0}, ValueError, "logit_cap is 0.0, expected a positive number or None"),
+        ({"logit_cap": float("inf")}, ValueError, "logit_cap is inf, expected a positive number"),
         ({"backend": "chunk_spda"}, ValueError, "Did you mean 'chunk_sdpa'"),
         ({"v": torch.zeros(2, 5, 2, 8)}, ValueError, "v has shape"),
         ({"k": torch.zeros(2, 6, 3, 8), "v": torch.zeros(2, 6, 3, 8)}, ValueError, "must be a multiple"),
