@@ -6,6 +6,8 @@ cap, the same is computed in parts, ``plain``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +21,9 @@ from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native.custom_op import first_derivatives_only
 
 TRANSFORMABLE = True
+
+CAPPED_QUERIES = 256
+"""With a cap, so many queries at a time: those before others then need no scores of later keys."""
 
 OTHERS = "choose chunk_cpp, chunk_triton or recurrent_torch"
 
@@ -34,6 +39,8 @@ def run(inputs: AttentionInputs, plain: bool = False) -> Tensor:
 def _attend(inputs: AttentionInputs, plain: bool) -> Tensor:
     q, k, v, key_start = inputs.q, inputs.k, inputs.v, inputs.key_start
     causal, window = inputs.causal, inputs.window
+    if inputs.logit_cap and causal and q.shape[1] > CAPPED_QUERIES:
+        return torch.cat([_attend(piece, plain) for piece in _pieces(inputs, CAPPED_QUERIES)], dim=1)
     unseen = max(0, k.shape[1] - q.shape[1] - window + 1) if window else 0
     if unseen:  # keys that have left even the first query's window
         k, v = k[:, unseen:], v[:, unseen:]
@@ -46,6 +53,15 @@ def _attend(inputs: AttentionInputs, plain: bool) -> Tensor:
     whole = not window and key_start is None and (not causal or q.shape[1] == k.shape[1])
     mask = None if whole else visible(q.shape[1], k.shape[1], causal, window, key_start, q.device)
     return sdpa(q, k, v, inputs.scale, mask, is_causal=causal and whole, plain=plain, logit_cap=inputs.logit_cap)
+
+
+def _pieces(inputs: AttentionInputs, size: int) -> Iterator[AttentionInputs]:
+    """So many queries each, with the keys up to the last one's own."""
+    queries, keys = inputs.q.shape[1], inputs.k.shape[1]
+    for start in range(0, queries, size):
+        q = inputs.q[:, start : start + size]
+        end = max(0, keys - queries + start + q.shape[1])
+        yield inputs.replace(q=q, k=inputs.k[:, :end], v=inputs.v[:, :end])
 
 
 def visible(
