@@ -44,8 +44,9 @@ def check_carrying(config: RunConfig, task: Task, model: LanguageModel) -> None:
         )
     if growing := dict.fromkeys(name for name, mixer in _mixers(config, model) if grows(mixer)):
         raise ConfigError(
-            f"{KEY}: the state of {', '.join(growing)} grows with every token, and a document has no bound: choose a mixer with a"
-            f" state of fixed size in its place, such as sliding_window, or {KEY}=false, which begins each window anew"
+            f"{KEY}: the state of {', '.join(growing)} grows with every token, and a document has no bound: choose a"
+            f" mixer with a state of fixed size in its place, such as sliding_window, or {KEY}=false, which begins each"
+            " window anew"
         )
 
 

@@ -34,8 +34,8 @@ class TrainConfig:
         bptt: tokens after which the gradient is cut (truncated backpropagation through time): a sequence is processed
             in segments of so many, each from the state after the one before, and no gradient passes from a segment
             into those before it. One update at the end. 0 for whole sequences.
-        carry_state: whether the mixers' states, without gradients, go on from one step to the next; by default where the
-            task's batches continue one another (the task ``text``, ``documents: streamed``).
+        carry_state: whether the mixers' states go on from one step to the next, without gradients; by default where
+            the task's batches continue one another, as those of the task ``text`` with ``documents: streamed``.
         start_from: the folder of a finished run, or of a checkpoint in a run's folder, whose weights training begins
             with; its optimizer, counters and random streams are not taken.
         start_sha256: the hash of that checkpoint's manifest, which is found where it is not given.

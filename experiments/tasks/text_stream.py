@@ -98,7 +98,7 @@ class Walk:
         index = int(np.searchsorted(ends, at, side="right"))
         while left:
             of = self._sources[source[index]]
-            begin, end = (int(of.begins[stretch[index] + i]) for i in range(2))
+            end = int(of.begins[stretch[index] + 1])
             start = end - (int(ends[index]) - at)
             taken = min(left, end - start)
             documents = (int(of.documents[stretch[index] + i]) for i in range(2))

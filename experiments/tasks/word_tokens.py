@@ -80,11 +80,9 @@ def places_to_cut(tokenizer: str) -> np.ndarray | None:
         return None
     if not first:
         return GPT2 if last.get("use_regex", True) else None
-    by_pattern = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in PATTERNS
-    ]
-    return LLAMA3 if len(first) == 1 and first[0] in by_pattern and not last.get("use_regex", True) else None
+    isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
+    known = len(first) == 1 and first[0] in [{**isolated, "pattern": {"Regex": pattern}} for pattern in PATTERNS]
+    return LLAMA3 if known and not last.get("use_regex", True) else None
 
 
 class WordTokens:
@@ -140,9 +138,8 @@ class WordTokens:
             found = self._encode([word.decode() for word in fresh])
             first, counts = len(self._counts), np.array([len(each) for each in found], np.int64)
             numbers[new] = np.arange(first, first + len(new))
-            self._numbers.update(
-                pair for pair in zip(fresh, numbers[new].tolist(), strict=True) if len(pair[0]) <= LONGEST
-            )
+            pairs = zip(fresh, numbers[new].tolist(), strict=True)
+            self._numbers.update((word, number) for word, number in pairs if len(word) <= LONGEST)
             self._starts = np.append(self._starts, len(self._tokens) + np.cumsum(counts) - counts)
             self._counts = np.append(self._counts, counts)
             self._tokens = np.concatenate([self._tokens, *found])
