@@ -1,9 +1,9 @@
 """Checkpoints: a folder each, written aside and renamed, and believed only if every file's checksum is right.
 
 ``checkpoints/step-000100/`` holds the tensors as ``torch.distributed.checkpoint`` writes them, which any number of
-processes can load, the random streams of each process and the states that it carries on, and ``manifest.json`` with the counters and, of every other
-file, size and SHA-256. The folder has to be one that all processes see. A checksum shows damage and no
-forgery, so nothing in these files is run as they are read.
+processes can load, the random streams of each process and the states that it carries on, and ``manifest.json`` with the counters
+and, of every other file, size and SHA-256. The folder has to be one that all processes see. A checksum shows damage and
+no forgery, so nothing in these files is run as they are read.
 """
 
 from __future__ import annotations
@@ -221,7 +221,10 @@ class Checkpoints:
         if not files:
             raise RunnerError(f"cannot load checkpoint {path}: it has no states that go on")
         with _loading(path):
-            return [torch.load(file, map_location=device, weights_only=True) for file in files]
+            found = [torch.load(file, map_location=device, weights_only=True) for file in files]
+        if any(not isinstance(each, dict) or each.keys() != {"first", "count", "leaves"} for each in found):
+            raise RunnerError(f"cannot load checkpoint {path}: its states that go on are none")
+        return found
 
     def load_tensors(self, path: Path, content: Content) -> TrainState:
         """Load the tensors of a checkpoint into ``content``, and nothing else of it.

@@ -57,7 +57,7 @@ def losses_of_texts(run: Run, batches: list[Batch]) -> np.ndarray:
 class TestStates:
     @pytest.mark.parametrize("name", [name for name in MIXERS if name not in GROWING])
     def test_losses_are_those_of_each_text_read_at_once(self, changes, tmp_path, double, name):
-        """In micro-batches and segments, over batches in which texts begin within windows and others where none does."""
+        """In micro-batches and segments, over batches in which texts begin within windows and where none does."""
         model = {"model__pattern": name, "model__mixers": {name: VARIANTS.get(name, [{}])[-1]}}
         run = prepared(tmp_path, changes, **model, train__micro_batch=3, train__bptt=10)
         batches = [run.data.source(0, 0).batch(0, number) for number in range(8)]
@@ -140,7 +140,7 @@ def test_a_bad_step_that_is_skipped_begins_all_rows_anew_and_is_repeated_to_the_
     bad = [int(path.stem.removeprefix("step-")) for path in sorted(folder.bad.iterdir())]
     assert code == 0
     assert [step for step in range(30) if begun[step]] == [0, *(step for step in bad if step < 30)]
-    for path in folder.bad.iterdir():
+    for path in (min(folder.bad.iterdir()), max(folder.bad.iterdir())):
         again = replay(path)
         assert (again.loss, again.grad_norm) == (again.recorded.loss, again.recorded.grad_norm)
         assert again.began > 0

@@ -130,7 +130,7 @@ def test_one_process_resumes_from_a_checkpoint_of_two(two, tmp_path):
 
 
 def test_carried_states_of_two_processes_are_those_of_one(two, tmp_path):
-    """To the bit over a stop, up to rounding with another number of processes, which can go on from their checkpoint."""
+    """To the bit over a stop; up to rounding in another number of processes, which can go on from their checkpoint."""
     (whole,), (torn,) = ((two / "streamed" / kind / "tiny").iterdir() for kind in ("whole", "torn"))
     whole, torn = RunFolder(whole), RunFolder(torn)
     assert same(tensors(last(whole)), tensors(last(torn)))
