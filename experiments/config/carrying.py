@@ -10,6 +10,7 @@ from experiments.util.errors import ConfigError
 from seqarch.layers import Mixer
 from seqarch.layers.mixer import MOST_COUNTED
 from seqarch.models import LanguageModel, tile_pattern
+from seqarch.models.stack import StackLayer
 
 KEY = "train.carry_state"
 
@@ -58,5 +59,8 @@ def grows(mixer: Mixer) -> bool:
 def _mixers(config: RunConfig, model: LanguageModel) -> Iterator[tuple[str, Mixer]]:
     """The mixers of all layers, with their names in the pattern."""
     patterns = tile_pattern(config.model.options.pattern, config.model.options.depth)
-    for pattern, layer in zip(patterns, model.stack.layers, strict=True):
-        yield from zip(pattern.mixers, layer.mixers, strict=True)
+    layers = [layer for layer in model.stack.layers if isinstance(layer, StackLayer)]
+    for pattern, layer in zip(patterns, layers, strict=True):
+        for name, mixer in zip(pattern.mixers, layer.mixers, strict=True):
+            if isinstance(mixer, Mixer):
+                yield name, mixer

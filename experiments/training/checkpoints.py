@@ -1,9 +1,9 @@
 """Checkpoints: a folder each, written aside and renamed, and believed only if every file's checksum is right.
 
 ``checkpoints/step-000100/`` holds the tensors as ``torch.distributed.checkpoint`` writes them, which any number of
-processes can load, the random streams of each process and the states that it carries on, and ``manifest.json`` with the counters
-and, of every other file, size and SHA-256. The folder has to be one that all processes see. A checksum shows damage and
-no forgery, so nothing in these files is run as they are read.
+processes can load, the random streams of each process and the states that it carries on, and ``manifest.json`` with the
+counters and, of every other file, size and SHA-256. The folder has to be one that all processes see. A checksum shows
+damage and no forgery, so nothing in these files is run as they are read.
 """
 
 from __future__ import annotations

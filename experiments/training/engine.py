@@ -113,9 +113,10 @@ class Engine:
             if carried is not None and part[1].start == 0:
                 state = carried.rows(part[0])
             texts = Texts(model, state, None if batch.begins is None else batch.begins[part])
-            own = [None if each is None else each[part] for each in (tokens, targets, token_mask)]
+            mask = None if token_mask is None else token_mask[part]
             with autocast(self.device, self.config.precision):
-                total, state = _loss_and_state(model, texts, *own, goes_on=not is_end or carried is not None)
+                goes_on = not is_end or carried is not None
+                total, state = _loss_and_state(model, texts, tokens[part], targets[part], mask, goes_on)
                 mean = total / asked
             if is_end:
                 ended.append(state)

@@ -313,6 +313,7 @@ def test_records_that_are_cut_are_one_line(root):
     ("arguments", "message"),
     [
         ([], "no study is named"),
+        (["initialisation", "--config-dir", "mine"], "--config-dir mine: a study composes no configurations"),
         (["initialisation", "--jobs", "0"], "--jobs is 0, expected at least 1"),
         (["initialisatio"], "Did you mean 'initialisation'?"),
         (["initialisation", "--results", "~/x"], "--results: '~/x' begins with a ~"),
