@@ -58,8 +58,8 @@ def answer() -> int:
     record_command("study")
     if arguments.config_dir is not None:
         raise RunnerError(
-            f"--config-dir {arguments.config_dir}: a study composes no configurations: its models, tasks and options are"
-            " fixed in it, and its plan is kept, before its first run. Compare your own with `seqarch run --config-dir"
+            f"--config-dir {arguments.config_dir}: a study composes no configurations: what it compares is"
+            " fixed in it, and kept as its plan, before its first run. Compare your own with `seqarch run --config-dir"
             f" {arguments.config_dir} --multirun ...` and `seqarch report`"
         )
     names, worst = list(STUDIES) if arguments.all else arguments.name, 0

@@ -28,8 +28,7 @@ _NAMES = {
         "register_channel_mixer register_mixer state_rows"
     ),
     "models": (
-        "LMConfig LanguageModel LayerPattern Stack StackConfig parameter_groups parse_pattern state_rows "
-        "tile_pattern"
+        "LMConfig LanguageModel LayerPattern Stack StackConfig parameter_groups parse_pattern state_rows tile_pattern"
     ),
     "checkpoints.loading": "load",
 }

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tasks.byte_text import EVALUATION_TOKENS, position_curve
+from experiments.tasks.byte_text import EVALUATION_TOKENS, score_bits, score_rows
 from experiments.tasks.task import IGNORED, SPLITS, Batch, Metric, Task, TaskError
 from experiments.tasks.text_config import TextConfig
 from experiments.tasks.text_documents import Reading
@@ -234,27 +234,13 @@ class Text(Task):
 
     def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
         """Means over the tokens of text; the curve is along a window."""
-        asked = targets != IGNORED
-        bits, count = (losses.astype(np.float64) * asked).sum(axis=0) / np.log(2), asked.sum(axis=0)
         unit = "bytes" if self.config.tokenizer == BYTES else "tokens"
-        curve = {
-            **position_curve(bits / self.bytes_per_token, count),
-            "x_label": "Position in the window",
-            "x_unit": unit,
-            "trained_to": self.length,
-        }
-        return {
-            "bits_per_byte": float(bits.sum() / count.sum() / self.bytes_per_token),
-            "accuracy": float(hits[asked].mean()),
-            "loss": float(losses[asked].mean()),
-            "curve": curve,
-        }
+        axis = {"x_label": "Position in the window", "x_unit": unit, "trained_to": self.length}
+        return score_bits(targets, losses, hits, axis, self.bytes_per_token)
 
     def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
         """The bits per byte of each window."""
-        asked = targets != IGNORED
-        bits = (losses.astype(np.float64) * asked).sum(axis=1) / np.maximum(asked.sum(axis=1), 1) / np.log(2)
-        return bits / self.bytes_per_token
+        return score_rows(targets, losses, self.bytes_per_token)
 
     def chance(self, split: str = "test") -> tuple[float, str]:
         counts = np.ones(self.vocab_size)

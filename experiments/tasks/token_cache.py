@@ -31,6 +31,7 @@ from experiments.tasks.text_tokens import Tokens
 from experiments.util import owned
 from experiments.util.errors import RunnerError, StorageError, writing
 from experiments.util.files import make_folder, read_json, sync, write_json
+from experiments.util.paths import user_cache
 from experiments.util.process_identity import mark
 from seqarch.checkpoints.manifest import file_digest
 
@@ -52,9 +53,7 @@ class TokenFiles(NamedTuple):
 
 def cache_folder(given: str) -> Path:
     """Where token files are kept: ``given``, ``SEQARCH_TOKENS``, or ``seqarch/tokens`` in the user's cache."""
-    if chosen := given or os.environ.get("SEQARCH_TOKENS"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqarch" / "tokens"
+    return user_cache("tokens", "SEQARCH_TOKENS", given)
 
 
 def token_files(

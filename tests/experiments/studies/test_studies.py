@@ -318,7 +318,7 @@ def test_records_that_are_cut_are_one_line(root):
         (["initialisatio"], "Did you mean 'initialisation'?"),
         (["initialisation", "--results", "~/x"], "--results: '~/x' begins with a ~"),
     ],
-    ids=["no_name", "no_jobs", "nobody_knows_it", "no_folder"],
+    ids=["no_name", "no_configurations", "no_jobs", "nobody_knows_it", "no_folder"],
 )
 def test_a_command_that_cannot_be(capsys, monkeypatch, arguments, message):
     monkeypatch.setattr("sys.argv", ["study", *arguments])
