@@ -65,6 +65,20 @@ class TestStates:
         found = [run.engine.gradients(run.model, batch, None, run.carried).item() for batch in batches]
         np.testing.assert_allclose(found, losses_of_texts(run, batches), rtol=1e-9)
 
+    def test_gradients_are_those_of_rows_at_a_time_and_of_layers_that_are_run_again(self, changes, tmp_path, double):
+        runs = [
+            prepared(tmp_path, changes, **others)
+            for others in ({}, {"train__micro_batch": 1}, {"train__activation_checkpointing": True})
+        ]
+        for number in range(4):
+            batch, found = runs[0].data.source(0, 0).batch(0, number), []
+            for run in runs:
+                run.model.zero_grad()
+                run.engine.gradients(run.model, batch, None, run.carried)
+                found.append([parameter.grad for parameter in run.model.parameters()])
+            for others in found[1:]:
+                torch.testing.assert_close(others, found[0], rtol=1e-9, atol=1e-12)
+
     def test_states_in_bfloat16_go_on_as_well_as_whole_texts(self, changes, tmp_path):
         run = prepared(tmp_path, changes, train__precision="bfloat16")
         batches = [run.data.source(0, 0).batch(0, number) for number in range(8)]
