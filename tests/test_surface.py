@@ -60,9 +60,7 @@ def test_the_names_are_those_that_its_parts_export():
 
 @pytest.mark.parametrize("layer", [*MIXERS.values(), *CHANNEL_MIXERS.values()])
 def test_every_layer_and_its_config_are_exported(layer):
-    assert getattr(seqarch, layer.__name__) is layer, (
-        "add it to __all__ of seqarch.layers and to the table of seqarch"
-    )
+    assert getattr(seqarch, layer.__name__) is layer, "add it to __all__ of seqarch.layers and to the table of seqarch"
     assert getattr(seqarch, layer.Config.__name__) is layer.Config
     assert is_dataclass(layer.Config)
 

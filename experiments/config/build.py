@@ -27,8 +27,8 @@ def resolve(config: RunConfig) -> RunConfig:
 
     Raises:
         ConfigError: no model can be built from it, none with what its match asks for, its states cannot go on from one
-            step to the next as they are to, the processes cannot share its batches evenly, what it
-            starts from is not there or does not fit, or its tracker is not installed.
+            step to the next as they are to, the processes cannot share its batches evenly, what it starts from is not
+            there or does not fit, or its tracker is not installed.
     """
     if package := missing_package(config.tracker.name):
         raise ConfigError(

@@ -31,6 +31,12 @@ def check_carrying(config: RunConfig, task: Task, model: LanguageModel) -> None:
             "train.compile: texts begin at other places in each batch of task.documents: streamed, and each would be"
             " compiled anew; choose one of the two"
         )
+    names = ", ".join(dict.fromkeys(name for name, mixer in _mixers(config, model) if grows(mixer)))
+    if task.continues and config.train.bptt and names:
+        raise ConfigError(
+            f"train.bptt: texts begin within the segments of task.documents: streamed, and the state of {names} grows"
+            " with every token: choose a mixer with a state of fixed size in its place, or train.bptt=0"
+        )
     if not carries(config, task):
         return
     if not task.continues:
@@ -43,11 +49,10 @@ def check_carrying(config: RunConfig, task: Task, model: LanguageModel) -> None:
             f"{KEY}: states go on over one stream of text, and task.train_on has {len(config.task.train_on)}; take one,"
             f" or {KEY}=false"
         )
-    if growing := dict.fromkeys(name for name, mixer in _mixers(config, model) if grows(mixer)):
+    if names:
         raise ConfigError(
-            f"{KEY}: the state of {', '.join(growing)} grows with every token, and a document has no bound: choose a"
-            f" mixer with a state of fixed size in its place, such as sliding_window, or {KEY}=false, which begins each"
-            " window anew"
+            f"{KEY}: the state of {names} grows with every token, and a document has no bound: choose a mixer with a"
+            f" state of fixed size in its place, such as sliding_window, or {KEY}=false, which begins each window anew"
         )
 
 

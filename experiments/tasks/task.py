@@ -115,7 +115,7 @@ class Task:
     def continued_batch(self, seed: int, number: int, rows: int, first: int, size: int) -> Batch:
         """Rows ``first`` to ``first + size`` of the ``rows`` of training batch ``number``, counted from 0.
 
-        Where its texts begin, rows do too: ``begins`` says so of every batch.
+        Its ``begins`` are true where a text begins, and where a row goes on elsewhere than it ended.
         """
         raise TypeError(f"{type(self).__name__} defines no continued_batch")
 

@@ -21,13 +21,14 @@ class Texts:
     Args:
         state: of as many rows, from which they go on; ``None`` where all begin.
         begins: ``[B, T]``, where a text begins, before which the state is the initial one; ``None`` for nowhere.
+        goes_on: whether the state after them is wanted; caches in it are then rows, and not as a packed call has them.
 
     Attributes:
         state: that the model begins with.
         cu_seqlens: boundaries of the texts in the packed row; ``None`` where nothing is packed.
     """
 
-    def __init__(self, model: LanguageModel, state: Any, begins: np.ndarray | None):
+    def __init__(self, model: LanguageModel, state: Any, begins: np.ndarray | None, goes_on: bool):
         self.state, self.cu_seqlens, self._last = state, None, None
         if begins is None:
             return
@@ -42,7 +43,8 @@ class Texts:
         places = np.flatnonzero(starts)
         self.cu_seqlens = (*places.tolist(), rows * length)
         from_before = (places % length == 0) & ~new[places // length]
-        self.state = _begun(model, state, np.where(from_before, places // length, -1).tolist())
+        if goes_on or from_before.any():
+            self.state = _begun(model, state, np.where(from_before, places // length, -1).tolist())
         self._last = (np.cumsum(starts.sum(axis=1)) - 1).tolist()
 
     def laid_out(self, tensor: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Texts:
 
 
 def _begun(model: LanguageModel, state: Any, rows: Sequence[int]) -> Any:
-    """These rows of a state, with the initial one for each that is -1. Caches are rows and never packed."""
+    """These rows of a state, with the initial one for each that is -1."""
     kept = [row for row in rows if row >= 0]
     if not kept:
         return model.init_state(len(rows), max_length=1)

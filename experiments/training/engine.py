@@ -112,10 +112,10 @@ class Engine:
                 model.set_requires_gradient_sync(is_last)
             if carried is not None and part[1].start == 0:
                 state = carried.rows(part[0])
-            texts = Texts(model, state, None if batch.begins is None else batch.begins[part])
+            goes_on = not is_end or carried is not None
+            texts = Texts(model, state, None if batch.begins is None else batch.begins[part], goes_on)
             mask = None if token_mask is None else token_mask[part]
             with autocast(self.device, self.config.precision):
-                goes_on = not is_end or carried is not None
                 total, state = _loss_and_state(model, texts, tokens[part], targets[part], mask, goes_on)
                 mean = total / asked
             if is_end:

@@ -60,8 +60,10 @@ def test_tokens_are_those_of_the_whole_text(content, monkeypatch, pattern):
 
 def test_each_word_is_encoded_once(content, monkeypatch):
     tokens = FileTokens(content.encode(), SEPARATOR, "tokenizer.json")
+    assert tokens._words is not None
     encode, encoded = tokens._words._encode, []
     monkeypatch.setattr(tokens._words, "_encode", lambda texts: encoded.extend(texts) or encode(texts))
+    assert [part.tolist() for part in tokens.encode([b"", b""])] == [[], []]
     for _ in range(2):
         tokens.encode([b"the word, the word\n  and the", b"", b" word "])
     assert encoded == ["the", " word", ",", " the", "\n ", " and", " "]

@@ -85,10 +85,14 @@ class TestStates:
         found = [run.engine.gradients(run.model, batch, None, run.carried).item() for batch in batches]
         np.testing.assert_allclose(found, losses_of_texts(run, batches), rtol=0.01)
 
-    def test_without_carrying_each_window_begins_anew(self, changes, tmp_path, double):
-        run = prepared(tmp_path, changes, train__carry_state=False)
+    @pytest.mark.parametrize("pattern", ["mamba2 sliding_window", "attention moba", "nsa dsa"])
+    def test_without_carrying_each_window_begins_anew(self, changes, tmp_path, double, pattern):
+        mixers = {name: VARIANTS.get(name, [{}])[-1] for name in pattern.split()}
+        model = {"model__pattern": pattern, "model__mixers": mixers}
+        run = prepared(tmp_path, changes, train__carry_state=False, **model)
         assert run.carried is None
-        batch = run.data.source(0, 0).batch(0, 1)
+        batches = (run.data.source(0, 0).batch(0, number) for number in range(8))
+        batch = next(batch for batch in batches if batch.begins is not None and batch.begins[:, 1:].any())
         assert run.engine.gradients(run.model, batch).item() == pytest.approx(losses_of_texts(run, [batch])[0])
 
     def test_states_that_cannot_be_put_together_are_refused(self):
@@ -126,6 +130,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_states_to_the_bit(changes, tmp_
 
 def test_states_of_other_rows_are_refused(changes, tmp_path):
     run = prepared(tmp_path, changes)
+    assert run.carried is not None
     run.engine.gradients(run.model, run.data.source(0, 0).batch(0, 0), None, run.carried)
     kept = run.carried.plain()
     run.carried.restore([kept])
@@ -164,6 +169,10 @@ REFUSED = {
     "grows": (
         {"model__pattern": "mamba2 attention hyena", "model__depth": 3},
         "the state of attention, hyena grows with every token.*sliding_window, or train.carry_state=false",
+    ),
+    "segments": (
+        {"model__pattern": "mamba2 attention", "train__bptt": 8, "train__carry_state": False},
+        "train.bptt: texts begin within the segments .* the state of attention grows.*or train.bptt=0",
     ),
     "packed": ({"task__documents": "packed", "train__carry_state": True}, "task.documents=streamed"),
     "several": ({"task__train_on": [{}, {"length": 8}]}, "over one stream of text, and task.train_on has 2"),
