@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-KEPT = 1 << 18
+KEPT = 1 << 17
 """Words that are remembered; after more than that all are forgotten."""
 
 LONGEST = 64
