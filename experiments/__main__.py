@@ -68,7 +68,7 @@ COMMANDS = {
     "study": Command(
         "study",
         "answer a published question anew: train, select, draw and write its page",
-        "--all --version --plan --draw --results --runs --jobs",
+        "--all --version --plan --draw --results --runs --config-dir --jobs",
     ),
     "demo": Command("demo", "train six small models on recall and needles, and report on them"),
     "completion": Command("completion", "print the completion of this command for a shell", "bash zsh"),

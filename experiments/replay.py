@@ -83,7 +83,7 @@ def replay(path: Path) -> Replay:
     for number, layer in enumerate(run.model.stack.layers, 1):
         layer.register_forward_hook(lambda _, __, output, number=number: _note(layers, number, output))
     source = run.data.source(recorded.step - 1, run.state.stage)
-    loss = run.engine.gradients(run.model, batch, source.micro_batch)
+    loss = run.engine.gradients(run.model, batch, source.micro_batch, run.carried)
     norms = {name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None}
     order = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
     return Replay(
@@ -100,10 +100,11 @@ def _read(path: Path) -> tuple[StepStats, Batch]:
     try:
         with np.load(path) as kept:
             stats = StepStats(*(kept[name].item() for name in StepStats._fields))
-            batch = Batch(kept["tokens"], kept["targets"], kept.get("token_mask"))
+            parts = (kept["tokens"], kept["targets"], kept.get("token_mask"))
+            batch = Batch(*parts, begins=kept.get("begins"))
         if any(type(value) is not kind for value, kind in zip(stats, (int, float, float, bool), strict=True)):
             raise ValueError(f"it holds {stats}")
-        kinds = list(zip(batch.read().values(), (np.int64, np.int64, np.bool_), strict=True))
+        kinds = list(zip(batch.read().values(), (np.int64, np.int64, np.bool_, np.bool_), strict=True))
         if any(each.dtype != kind or each.ndim != 2 for each, kind in kinds if each is not None):
             held = (f"{each.dtype} {each.shape}" for each, _ in kinds if each is not None)
             raise ValueError(f"it holds {' and '.join(held)}")
@@ -139,7 +140,7 @@ def _go_back(run: Run, step: int) -> int:
     What an evaluation on the way ended, a stage or the stable phase, is taken from the metrics.
     """
     endings = {line["step"]: line["ending"] for line in run.folder.metrics() if "ending" in line}
-    run.state = run.checkpoints.resume(run.content(), step) or run.start()
+    run.restore(step)
     began = run.state.step
     while run.state.step < step:
         run.step()

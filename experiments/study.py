@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
         help="the folder of records and pages (default: docs/results, and of other versions runs/results/VERSION)",
     )
     command.add_argument("--runs", default="runs", help="the folder of the runs (default: runs)")
+    command.add_argument(
+        "--config-dir", "-cd", metavar="FOLDER", help="refused: what a study compares is fixed in it before its runs"
+    )
     command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one per core)")
     return command
 
@@ -53,6 +56,12 @@ def answer() -> int:
     """Train, draw and write the studies that the command line names; the exit code."""
     arguments = parser().parse_args()
     record_command("study")
+    if arguments.config_dir is not None:
+        raise RunnerError(
+            f"--config-dir {arguments.config_dir}: a study composes no configurations: what it compares is"
+            " fixed in it, and kept as its plan, before its first run. Compare your own with `seqarch run --config-dir"
+            f" {arguments.config_dir} --multirun ...` and `seqarch report`"
+        )
     names, worst = list(STUDIES) if arguments.all else arguments.name, 0
     runs = folder_path("--runs", arguments.runs)
     root = ROOT / RESULTS if arguments.version == "recorded" else runs / "results" / arguments.version

@@ -14,8 +14,25 @@ Nothing here imports Hydra, a tracker, a plotting library, Triton or a compiled 
 
 __version__ = "0.1.0"
 
-_EXPORTERS = ("layers/__init__.py", "models/__init__.py", "checkpoints/loading.py")
-"""The files whose ``__all__`` are names of ``seqarch`` too."""
+_NAMES = {
+    "layers": (
+        "CHANNEL_MIXERS DSA FAMILIES KDA MIXERS MLA NSA Attention AttentionConfig Based BasedConfig BigBird "
+        "BigBirdConfig ChannelMixer DSAConfig DeltaNet DeltaNetConfig GatedDeltaNet GatedDeltaNet2 "
+        "GatedDeltaNet2Config GatedDeltaNetConfig GatedDeltaProduct GatedDeltaProductConfig Gla GlaConfig Hgrn "
+        "Hgrn2 Hgrn2Config HgrnConfig Hyena HyenaConfig KDAConfig Layer LayerConfig LinearAttention "
+        "LinearAttentionConfig Longformer LongformerConfig MLAConfig Mamba Mamba2 Mamba2Config Mamba3 Mamba3Config "
+        "MambaConfig MinGru MinGruConfig Mixer MixtureOfExperts MixtureOfExpertsConfig Mlp MlpConfig Mlstm "
+        "MlstmConfig MoBA MoBAConfig NSAConfig Retention RetentionConfig RgLru RgLruConfig Rwkv6 Rwkv6Config Rwkv7 "
+        "Rwkv7Config S4d S4dConfig SlidingWindow SlidingWindowConfig SwiGlu SwiGluConfig build_channel_mixer "
+        "build_mixer channel_mixer_class clone_state detach_state materialize measured_state_bytes mixer_class "
+        "register_channel_mixer register_mixer state_rows"
+    ),
+    "models": (
+        "LMConfig LanguageModel LayerPattern Stack StackConfig parameter_groups parse_pattern state_rows tile_pattern"
+    ),
+    "checkpoints.loading": "load",
+}
+"""By module what it exports, its ``__all__``: a table, so that nothing is imported or read before it is asked for."""
 
 TYPE_CHECKING = False  # Type checkers know the name; to import it from typing would take longer than all the rest.
 if TYPE_CHECKING:
@@ -34,24 +51,7 @@ else:
 
     def _exports() -> dict[str, str]:
         """By each of these names the module that it is in."""
-        paths = {file: file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in _EXPORTERS}
-        modules = {file: f"{__name__}.{path}" for file, path in paths.items()}
-        return {name: module for file, module in modules.items() for name in _listed(file, module)}
-
-    def _listed(file: str, module: str) -> list[str]:
-        """A module's ``__all__``, from its source, so that nothing is imported; where there is none, from itself."""
-        import ast
-        import importlib
-        import pkgutil
-
-        try:
-            source = pkgutil.get_data(__name__, file)
-        except OSError:
-            source = None
-        for node in ast.parse(source or b"").body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-                return ast.literal_eval(node.value)
-        return importlib.import_module(module).__all__
+        return {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 
     def _modules() -> list[str]:
         import pkgutil

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from experiments.config.carrying import check_carrying
 from experiments.config.data import build_data
 from experiments.config.matching import matched
 from experiments.config.schema import RunConfig
@@ -25,8 +26,9 @@ def resolve(config: RunConfig) -> RunConfig:
     fits what it starts from.
 
     Raises:
-        ConfigError: no model can be built from it, none with what its match asks for, the processes cannot share its
-            batches evenly, what it starts from is not there or does not fit, or its tracker is not installed.
+        ConfigError: no model can be built from it, none with what its match asks for, its states cannot go on from one
+            step to the next as they are to, the processes cannot share its batches evenly, what it starts from is not
+            there or does not fit, or its tracker is not installed.
     """
     if package := missing_package(config.tracker.name):
         raise ConfigError(
@@ -75,9 +77,10 @@ def _used(config: RunConfig) -> RunConfig:
 def _check_builds(config: RunConfig) -> None:
     try:
         with torch.device("meta"):
-            build_model(config)
+            model = build_model(config)
     except RuntimeError as error:  # Torch's, of sizes beyond all machines.
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
+    check_carrying(config, build_task(config), model)
 
 
 def _check_shares(config: RunConfig) -> None:

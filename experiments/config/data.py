@@ -64,6 +64,8 @@ class Source:
             digest = hashlib.sha256(f"{seed}/train_on/{self.stream}".encode()).digest()
             seed = int.from_bytes(digest[:8], "little") >> 1
         rows = self.batch_size if size is None else size
+        if self.task.continues:
+            return self.task.continued_batch(seed, step, self.batch_size, first, rows)
         return self.task.train_batch(seed, step * self.batch_size + first, rows)
 
 

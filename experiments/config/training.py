@@ -17,7 +17,7 @@ NOT_NEGATIVE = (
     *("micro_batch", "bptt", "save_every", "log_every", "patience", "threads", "stage_warmup"),
 )
 
-WHERE_SET = ("stage_target", "stage_warmup", "start_from", "start_sha256", "bptt")
+WHERE_SET = ("stage_target", "stage_warmup", "start_from", "start_sha256", "bptt", "carry_state")
 """Options of training that are written only where they are set, so that runs which have none are as if there were none
 of them."""
 
@@ -34,6 +34,8 @@ class TrainConfig:
         bptt: tokens after which the gradient is cut (truncated backpropagation through time): a sequence is processed
             in segments of so many, each from the state after the one before, and no gradient passes from a segment
             into those before it. One update at the end. 0 for whole sequences.
+        carry_state: whether the mixers' states go on from one step to the next, without gradients; by default where
+            the task's batches continue one another, as those of the task ``text`` with ``documents: streamed``.
         start_from: the folder of a finished run, or of a checkpoint in a run's folder, whose weights training begins
             with; its optimizer, counters and random streams are not taken.
         start_sha256: the hash of that checkpoint's manifest, which is found where it is not given.
@@ -80,6 +82,7 @@ class TrainConfig:
     lr: float
     micro_batch: int = 0
     bptt: int = 0
+    carry_state: bool | None = None
     start_from: str | None = None
     start_sha256: str | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"

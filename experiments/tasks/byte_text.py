@@ -156,25 +156,12 @@ class ByteText(Task):
 
     def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
         """Means over the bytes that are there; the curve is along a file or, of validation, along a window."""
-        asked = targets != IGNORED
-        bits, count = (losses.astype(np.float64) * asked).sum(axis=0) / np.log(2), asked.sum(axis=0)
-        curve = {
-            **position_curve(bits, count),
-            "x_label": "Position in the file",
-            "x_unit": "bytes",
-            "trained_to": self.length,
-        }
-        return {
-            "bits_per_byte": float(bits.sum() / count.sum()),
-            "accuracy": float(hits[asked].mean()),
-            "loss": float(losses[asked].mean()),
-            "curve": curve,
-        }
+        axis = {"x_label": "Position in the file", "x_unit": "bytes", "trained_to": self.length}
+        return score_bits(targets, losses, hits, axis)
 
     def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
         """The bits per byte of each file or window."""
-        asked = targets != IGNORED
-        return (losses.astype(np.float64) * asked).sum(axis=1) / asked.sum(axis=1) / np.log(2)
+        return score_rows(targets, losses)
 
     def chance(self, split: str = "test") -> tuple[float, str]:
         tokens = self._joined["train"].tokens
@@ -203,6 +190,31 @@ class ByteText(Task):
                 line = f"{split} {path} {hashlib.sha256(content).hexdigest()}\n"
                 digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+
+def score_bits(
+    targets: np.ndarray, losses: np.ndarray, hits: np.ndarray, axis: dict[str, Any], bytes_per_token: float = 1.0
+) -> dict[str, Any]:
+    """What :meth:`Task.score` returns of a text: means over the targets that are asked for, and the curve along a row.
+
+    Args:
+        axis: the curve's ``x_label``, ``x_unit`` and ``trained_to``.
+    """
+    asked = targets != IGNORED
+    bits, count = (losses.astype(np.float64) * asked).sum(axis=0) / np.log(2), asked.sum(axis=0)
+    return {
+        "bits_per_byte": float(bits.sum() / count.sum() / bytes_per_token),
+        "accuracy": float(hits[asked].mean()),
+        "loss": float(losses[asked].mean()),
+        "curve": {**position_curve(bits / bytes_per_token, count), **axis},
+    }
+
+
+def score_rows(targets: np.ndarray, losses: np.ndarray, bytes_per_token: float = 1.0) -> np.ndarray:
+    """``[N]`` float64, the bits per byte of each row; 0 of one of which nothing is asked."""
+    asked = targets != IGNORED
+    bits = (losses.astype(np.float64) * asked).sum(axis=1) / np.maximum(asked.sum(axis=1), 1) / np.log(2)
+    return bits / bytes_per_token
 
 
 def position_bins(length: int) -> list[int]:

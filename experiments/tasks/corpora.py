@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from experiments.tasks.documents import html, pieces, plain, sequences
 from experiments.tasks.task import TaskError
+from experiments.util.paths import user_cache
 
 DOCUMENTS, INDEX, MANIFEST = "documents", "index.txt", "manifest.json"
 FETCH = "python -m experiments.corpora fetch"
@@ -101,9 +101,7 @@ CORPORA = {
 
 def cache_folder() -> Path:
     """Where corpora are kept: ``SEQARCH_CORPORA``, or ``seqarch/corpora`` in the user's cache."""
-    if given := os.environ.get("SEQARCH_CORPORA"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqarch" / "corpora"
+    return user_cache("corpora", "SEQARCH_CORPORA")
 
 
 def index_of(documents: Mapping[str, bytes]) -> str:

@@ -32,22 +32,27 @@ class Batch(NamedTuple):
         groups: ``[B, T]`` numbers by name, by which answers are told apart in the results: ``gap``, the tokens from
             where an answer was shown to where it is asked for; ``depth``, where it was shown, as a share of the text;
             ``position``, ... Read where a target is not ignored; ``UNGROUPED`` where an answer belongs to none.
+        begins: ``[B, T]`` bool, true where a text begins, before which a model's state is the initial one; ``None``
+            where each row is one text.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     token_mask: np.ndarray | None = None
     groups: dict[str, np.ndarray] | None = None
+    begins: np.ndarray | None = None
 
     def read(self) -> dict[str, np.ndarray | None]:
-        """What a model is trained on: ``tokens``, ``targets`` and ``token_mask``."""
-        return {"tokens": self.tokens, "targets": self.targets, "token_mask": self.token_mask}
+        """What a model is trained on: ``tokens``, ``targets``, ``token_mask`` and ``begins``."""
+        parts = {"tokens": self.tokens, "targets": self.targets}
+        return {**parts, "token_mask": self.token_mask, "begins": self.begins}
 
     def rows(self, index: Any) -> Batch:
         """Some of its rows."""
         mask = None if self.token_mask is None else self.token_mask[index]
         groups = None if self.groups is None else {name: numbers[index] for name, numbers in self.groups.items()}
-        return Batch(self.tokens[index], self.targets[index], mask, groups)
+        begins = None if self.begins is None else self.begins[index]
+        return Batch(self.tokens[index], self.targets[index], mask, groups, begins)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Task:
         longest: tokens of the longest sequence it is evaluated on.
         tests: the test splits, and how many tokens their sequences have. ``test``, which results are headed by, is the
             first; others differ from it in length alone.
+        continues: whether each row of a training batch goes on where that row of the batch before ended, so that a
+            model's state can; its batches then come from :meth:`continued_batch`.
     """
 
     Config: ClassVar[type]
@@ -96,6 +103,7 @@ class Task:
     length: int
     longest: int
     tests: dict[str, int]
+    continues: bool = False
 
     def __init__(self, config: Any):
         raise TypeError(f"{type(self).__name__} defines no __init__")
@@ -103,6 +111,13 @@ class Task:
     def train_batch(self, seed: int, start: int, size: int) -> Batch:
         """Training examples ``start`` to ``start + size`` of the stream of ``seed``."""
         raise TypeError(f"{type(self).__name__} defines no train_batch")
+
+    def continued_batch(self, seed: int, number: int, rows: int, first: int, size: int) -> Batch:
+        """Rows ``first`` to ``first + size`` of the ``rows`` of training batch ``number``, counted from 0.
+
+        Its ``begins`` are true where a text begins, and where a row goes on elsewhere than it ended.
+        """
+        raise TypeError(f"{type(self).__name__} defines no continued_batch")
 
     def evaluation(self, split: str) -> Iterator[Batch]:
         """The whole ``validation`` split, or one of :attr:`tests`: the same for every run."""

@@ -6,6 +6,12 @@ window from those before it, the separators too, so that it learns where a docum
 window to the next (``train.bptt`` carries states within one). A pass takes every token of the training split once, in
 windows whose order and places are drawn anew.
 
+With ``documents: streamed`` each row of a batch goes through documents in turn, one window a step: its state goes on
+from window to window, without gradients, and is the initial one where a document begins, within a window too
+(truncated backpropagation through time). The order of the documents is drawn anew in each pass; rows share a pass out
+in parts of one length, so that one of them may begin within a document, with the initial state. That is of training
+alone: validation and tests are the same as of packed documents.
+
 Documents are split by a hash of their content: one stays in its split when others are added, and copies of it follow it
 there. Validation reads windows of T tokens of held-out documents, evenly over them; tests read windows of other
 held-out documents at T and at every ``test_lengths``, or with ``test_from: documents`` the beginnings of those that are
@@ -25,12 +31,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tasks.byte_text import EVALUATION_TOKENS, position_curve
+from experiments.tasks.byte_text import EVALUATION_TOKENS, score_bits, score_rows
 from experiments.tasks.task import IGNORED, SPLITS, Batch, Metric, Task, TaskError
 from experiments.tasks.text_config import TextConfig
 from experiments.tasks.text_documents import Reading
 from experiments.tasks.text_order import deal, dealt, key_of, window_starts
 from experiments.tasks.text_source import Source, check_size, weights
+from experiments.tasks.text_stream import Walk, stretches
 from experiments.tasks.text_tokens import BYTES, TokenizerFile, read_tokenizer
 from experiments.tasks.token_cache import cache_folder
 
@@ -50,11 +57,13 @@ class Text(Task):
     metric = Metric("bits_per_byte", "Bits per byte", "bits/byte", higher_is_better=False)
     test_options = ("test_lengths",)
     config: TextConfig
+    _walked: tuple[tuple[int, int], Walk] | None = None
 
     def __init__(self, config: TextConfig):
         self.config, self.vocab_size, self.length = config, config.vocab_size, config.length
         self.tests = {"test": config.length, **{f"test_{length}": length for length in config.test_lengths}}
         self.longest = max(self.tests.values())
+        self.continues = config.documents == "streamed"
 
     @property
     def tokens(self) -> str | None:
@@ -132,6 +141,32 @@ class Text(Task):
                 windows[of] = stream.windows(starts, self.length + 1)
         return Batch(windows[:, :-1], windows[:, 1:])
 
+    def continued_batch(self, seed: int, number: int, rows: int, first: int, size: int) -> Batch:
+        walk = self._walk(seed, rows)
+        windows, begins = np.empty((size, self.length + 1), np.int64), np.zeros((size, self.length + 1), np.bool_)
+        for row in range(size):
+            pieces, begins[row, 0] = walk.window(first + row, number)
+            at = 0
+            for piece in pieces:
+                stream, end = self.sources[piece.source].streams["train"], at + piece.end - piece.start
+                windows[row, at:end] = stream.windows(np.array([piece.start]), end - at)[0]
+                found = stream.document_begins(piece.first, piece.last) - piece.start
+                begins[row, at + found[(found >= 0) & (found < end - at)]] = True
+                at = end
+        return Batch(windows[:, :-1], windows[:, 1:], begins=begins[:, :-1])
+
+    def _walk(self, seed: int, rows: int) -> Walk:
+        known = (seed, rows)
+        if self._walked is None or self._walked[0] != known:
+            parts = [stretches(source.streams["train"].begins()) for source in self.sources]
+            try:
+                self._walked = known, Walk(seed, parts, self.shares, rows, self.length)
+            except ValueError as error:
+                raise TaskError(
+                    f"task text: {error}; choose a smaller train.batch_size or task.length, or give more text"
+                ) from error
+        return self._walked[1]
+
     def evaluation(self, split: str) -> Iterator[Batch]:
         length = self.length if split == "validation" else self.tests[split]
         places = self._places(split, length)
@@ -199,27 +234,13 @@ class Text(Task):
 
     def score(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
         """Means over the tokens of text; the curve is along a window."""
-        asked = targets != IGNORED
-        bits, count = (losses.astype(np.float64) * asked).sum(axis=0) / np.log(2), asked.sum(axis=0)
         unit = "bytes" if self.config.tokenizer == BYTES else "tokens"
-        curve = {
-            **position_curve(bits / self.bytes_per_token, count),
-            "x_label": "Position in the window",
-            "x_unit": unit,
-            "trained_to": self.length,
-        }
-        return {
-            "bits_per_byte": float(bits.sum() / count.sum() / self.bytes_per_token),
-            "accuracy": float(hits[asked].mean()),
-            "loss": float(losses[asked].mean()),
-            "curve": curve,
-        }
+        axis = {"x_label": "Position in the window", "x_unit": unit, "trained_to": self.length}
+        return score_bits(targets, losses, hits, axis, self.bytes_per_token)
 
     def item_scores(self, targets: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> np.ndarray:
         """The bits per byte of each window."""
-        asked = targets != IGNORED
-        bits = (losses.astype(np.float64) * asked).sum(axis=1) / np.maximum(asked.sum(axis=1), 1) / np.log(2)
-        return bits / self.bytes_per_token
+        return score_rows(targets, losses, self.bytes_per_token)
 
     def chance(self, split: str = "test") -> tuple[float, str]:
         counts = np.ones(self.vocab_size)

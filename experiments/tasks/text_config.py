@@ -22,6 +22,8 @@ class TextConfig:
         sources: several texts in place of ``path``, a mapping for each: its ``path``, its ``weight`` (the share of the
             training windows, of all or of none; by default that of the tokens) and its ``field``.
         length: T, tokens of a window in training, in validation and in the first test.
+        documents: ``packed`` trains on windows in an order drawn anew; ``streamed`` goes through documents from end to
+            end, window after window, with the model's state carried on within a document (``train.carry_state``).
         test_lengths: other lengths to test at, after training.
         test_from: ``stream`` tests on windows anywhere, as validation does; ``documents`` on the beginnings of
             documents of at least that many tokens.
@@ -42,6 +44,7 @@ class TextConfig:
     path: str = ""
     sources: list[dict[str, Any]] = option(default_factory=list)
     length: int = 512
+    documents: Literal["packed", "streamed"] = "packed"
     test_lengths: list[int] = option(default_factory=list)
     test_from: Literal["stream", "documents"] = "stream"
     validation_tokens: int = 65536

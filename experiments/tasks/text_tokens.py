@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.tasks.task import TaskError
+from experiments.tasks.word_tokens import WordTokens, places_to_cut
 
 BYTES = "bytes"
 """In place of the path of a tokenizer: each byte is a token."""
@@ -94,11 +96,16 @@ class FileTokens(Tokens):
                 f" own: {', '.join(added[:8]) or 'it has no special ones'}"
             )
         self.separator = int(found)
+        cuts = places_to_cut(content.decode()) if find_spec("pyarrow") else None
+        self._words = None if cuts is None else WordTokens(self._encode, cuts)
 
     def encode(self, contents: Sequence[bytes]) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(
-            [content.decode() for content in contents], add_special_tokens=False
-        )
+        if self._words is not None:
+            return [tokens.astype(self.dtype) for tokens in self._words.encode(contents)]
+        return self._encode([content.decode() for content in contents])
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(each.ids, self.dtype) for each in encoded]
 
 

@@ -31,6 +31,7 @@ from experiments.tasks.text_tokens import Tokens
 from experiments.util import owned
 from experiments.util.errors import RunnerError, StorageError, writing
 from experiments.util.files import make_folder, read_json, sync, write_json
+from experiments.util.paths import user_cache
 from experiments.util.process_identity import mark
 from seqarch.checkpoints.manifest import file_digest
 
@@ -52,9 +53,7 @@ class TokenFiles(NamedTuple):
 
 def cache_folder(given: str) -> Path:
     """Where token files are kept: ``given``, ``SEQARCH_TOKENS``, or ``seqarch/tokens`` in the user's cache."""
-    if chosen := given or os.environ.get("SEQARCH_TOKENS"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqarch" / "tokens"
+    return user_cache("tokens", "SEQARCH_TOKENS", given)
 
 
 def token_files(
@@ -217,18 +216,22 @@ def _remove_leftovers(cache: Path, name: str) -> None:
 class TokenStream:
     """The documents of a split, end to end. Tokens are read when they are asked for, and none is kept.
 
-    The file is held open: it stays readable if it is removed, and one that was cut short is an error.
+    The files are held open: they stay readable if they are removed, and one that was cut short is an error.
     """
 
     def __init__(self, files: TokenFiles, split: str, tokens: Tokens):
         count = files.about["splits"][split]
         self.count, self.bytes, self.documents = count["tokens"], count["bytes"], count["documents"]
-        self._path, self._tokens, self._places = files.folder / f"{split}.tokens", tokens, f"{split}.documents"
+        self._path, self._tokens = files.folder / f"{split}.tokens", tokens
+        self._file, self._documents = self._open("tokens"), self._open("documents")
+
+    def _open(self, ending: str) -> int:
         try:
-            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(self._path.with_suffix(f".{ending}"), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise TaskError(_cut(self._path, error.strerror or str(error))) from error
-        weakref.finalize(self, os.close, self._file)
+        weakref.finalize(self, os.close, file)
+        return file
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """``[n, length]`` int64, the tokens from these places on.
@@ -237,23 +240,33 @@ class TokenStream:
             TaskError: the file is not what it was.
         """
         width = self._tokens.dtype.itemsize
-        parts = []
-        for start in starts.tolist():
-            try:
-                parts.append(os.pread(self._file, length * width, start * width))
-            except OSError as error:
-                raise TaskError(_cut(self._path, error.strerror or str(error))) from error
-        if any(len(part) != length * width for part in parts):
-            raise TaskError(_cut(self._path, "it ends before the tokens that it had"))
+        parts = [self._read(self._file, length * width, start * width) for start in starts.tolist()]
         return self._tokens.restored(np.frombuffer(b"".join(parts), self._tokens.dtype)).reshape(len(parts), length)
 
     def begins(self) -> np.ndarray:
         """int64, where each document's separator stands, and the end of the stream."""
-        try:
-            found = np.fromfile(self._path.with_name(self._places), "<i8")
-        except OSError as error:
-            raise TaskError(_cut(self._path, error.strerror or str(error))) from error
-        return np.append(found, self.count)
+        return np.append(self.document_begins(0, self.documents), self.count)
+
+    def document_begins(self, first: int, last: int) -> np.ndarray:
+        """int64, where the separators of the documents ``first`` to ``last`` stand, the last one excluded.
+
+        Raises:
+            TaskError: the file is not what it was.
+        """
+        return np.frombuffer(self._read(self._documents, (last - first) * 8, first * 8), "<i8").astype(np.int64)
+
+    def _read(self, file: int, size: int, start: int) -> bytes:
+        parts: list[bytes] = []
+        while size:
+            try:
+                part = os.pread(file, size, start)
+            except OSError as error:
+                raise TaskError(_cut(self._path, error.strerror or str(error))) from error
+            if not part:
+                raise TaskError(_cut(self._path, "it ends before the tokens that it had"))
+            parts.append(part)
+            size, start = size - len(part), start + len(part)
+        return b"".join(parts)
 
 
 def _cut(path: Path, reason: str) -> str:

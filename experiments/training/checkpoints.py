@@ -1,9 +1,9 @@
 """Checkpoints: a folder each, written aside and renamed, and believed only if every file's checksum is right.
 
 ``checkpoints/step-000100/`` holds the tensors as ``torch.distributed.checkpoint`` writes them, which any number of
-processes can load, the random streams of each process, and ``manifest.json`` with the counters and, of every other
-file, size and SHA-256. The folder has to be one that all processes see. A checksum shows damage and no
-forgery, so nothing in these files is run as they are read.
+processes can load, the random streams of each process and the states that it carries on, and ``manifest.json`` with the
+counters and, of every other file, size and SHA-256. The folder has to be one that all processes see. A checksum shows
+damage and no forgery, so nothing in these files is run as they are read.
 """
 
 from __future__ import annotations
@@ -128,8 +128,11 @@ class Checkpoints:
         """The checkpoints of steps up to ``last``; what else lies in the folder is none."""
         return [path for step, path in checkpoints_by_step(self.folder).items() if step <= last]
 
-    def save(self, content: Content, state: TrainState) -> None:
+    def save(self, content: Content, state: TrainState, carried: dict[str, Any] | None = None) -> None:
         """Write the checkpoint of ``state.step``, then remove those that are not to stay.
+
+        Args:
+            carried: of this process's own, of tensors and numbers, for :meth:`carried`.
 
         Raises:
             StorageError: the disk is full, or cannot be written for another reason.
@@ -143,9 +146,9 @@ class Checkpoints:
                 make_folder(aside)
             processes.barrier()
             _distributed(lambda: save(content, storage_writer=FileSystemWriter(aside), no_dist=_alone()))
-            buffer = io.BytesIO()  # Of a full disk, a file says more than torch does.
-            torch.save(random_streams(), buffer)
-            _streams_file(aside).write_bytes(buffer.getvalue())
+            _write(_streams_file(aside), random_streams())
+            if carried is not None:
+                _write(aside / f"carried-{processes.rank()}.pt", carried)
             processes.barrier()
         manifest = {"state": asdict(state), "processes": processes.count(), "torch": torch.__version__}
         manifest["files"] = _digests(aside, sorted(file.name for file in aside.iterdir()), synced=True)
@@ -206,6 +209,22 @@ class Checkpoints:
             with _loading(path):
                 set_random_streams(torch.load(streams, weights_only=True))
         return state
+
+    def carried(self, step: int, device: torch.device) -> list[dict[str, Any]]:
+        """What each process carried on at a step, whose checkpoint was restored.
+
+        Raises:
+            RunnerError: it is not there, or cannot be read.
+        """
+        path = self.path(step)
+        files = sorted(path.glob("carried-*.pt"))
+        if not files:
+            raise RunnerError(f"cannot load checkpoint {path}: it has no states that go on")
+        with _loading(path):
+            found = [torch.load(file, map_location=device, weights_only=True) for file in files]
+        if any(not isinstance(each, dict) or each.keys() != {"first", "count", "leaves"} for each in found):
+            raise RunnerError(f"cannot load checkpoint {path}: its states that go on are none")
+        return found
 
     def load_tensors(self, path: Path, content: Content) -> TrainState:
         """Load the tensors of a checkpoint into ``content``, and nothing else of it.
@@ -313,6 +332,12 @@ def set_random_streams(streams: dict[str, Any]) -> None:
 
 def _streams_file(path: Path) -> Path:
     return path / f"random-{processes.rank()}.pt"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    buffer = io.BytesIO()  # Of a full disk, a file says more than torch does.
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def _digests(folder: Path, names: list[str], synced: bool = False) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from experiments.config.schema import TrainConfig
 from experiments.tasks.task import IGNORED, Batch
 from experiments.training import processes
+from experiments.training.carried import CarriedStates, Texts
 from experiments.util import environment
 from experiments.util.devices import require_device
 from experiments.util.errors import RunnerError
@@ -82,7 +83,13 @@ class Engine:
         for method in ("loss", "loss_and_state", "score_targets"):
             register_fsdp_forward_method(model, method)
 
-    def gradients(self, model: LanguageModel, batch: Batch, micro_batch: int | None = None) -> Tensor:
+    def gradients(
+        self,
+        model: LanguageModel,
+        batch: Batch,
+        micro_batch: int | None = None,
+        carried: CarriedStates | None = None,
+    ) -> Tensor:
         """Set the gradients of the whole batch's loss, of which ``batch`` is this process's share.
 
         With ``train.bptt`` each micro-batch is processed in segments: the mixers' states go on from one to the next,
@@ -90,6 +97,7 @@ class Engine:
 
         Args:
             micro_batch: sequences at a time, 0 for all; by default ``train.micro_batch``.
+            carried: the states that rows begin with, which are then those that they end with.
 
         Returns:
             The mean loss of the whole batch's targets: a scalar, still on the device.
@@ -98,23 +106,27 @@ class Engine:
         asked = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
         read = max(processes.total(_count_read(batch)), 1)
         loss = torch.zeros((), device=self.device)
-        state = None
+        state, ended = None, []
         for part, is_end, is_last in self._parts(tokens.shape[0], tokens.shape[1], micro_batch):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
+            if carried is not None and part[1].start == 0:
+                state = carried.rows(part[0])
+            goes_on = not is_end or carried is not None
+            texts = Texts(model, state, None if batch.begins is None else batch.begins[part], goes_on)
             mask = None if token_mask is None else token_mask[part]
-            options: dict[str, Any] = {"token_mask": mask, "ignore_index": IGNORED, "reduction": "sum"}
             with autocast(self.device, self.config.precision):
-                if is_end:
-                    total, state = model.loss(tokens[part], targets[part], state, **options), None
-                else:
-                    total, state = model.loss_and_state(tokens[part], targets[part], state, **options)
-                    state = detach_state(state)
+                total, state = _loss_and_state(model, texts, tokens[part], targets[part], mask, goes_on)
                 mean = total / asked
+            if is_end:
+                ended.append(state)
+                state = None
             extra = model.auxiliary_loss() * (_count_read(batch, part) / read)
             # FSDP takes the mean over processes, and the sum is wanted.
             ((mean + extra) * processes.count()).backward()
             loss += mean.detach()
+        if carried is not None:
+            carried.keep(ended)
         return processes.add(loss)
 
     def _parts(
@@ -156,6 +168,19 @@ class Engine:
         dealt = [np.stack(arrays, axis=1) for arrays in zip(*processes.gather(own), strict=True)]
         loss, hits = (array.reshape(-1, array.shape[-1])[:total] for array in dealt)
         return loss, hits
+
+
+def _loss_and_state(
+    model: LanguageModel, texts: Texts, tokens: Tensor, targets: Tensor, token_mask: Tensor | None, goes_on: bool
+) -> tuple[Tensor, Any]:
+    """The loss of rows, summed, and where they go on the state that each ends with."""
+    mask = None if token_mask is None else texts.laid_out(token_mask)
+    given = texts.laid_out(tokens), texts.laid_out(targets), texts.state, texts.cu_seqlens
+    options: dict[str, Any] = {"token_mask": mask, "ignore_index": IGNORED, "reduction": "sum"}
+    if not goes_on:
+        return model.loss(*given, **options), None
+    total, state = model.loss_and_state(*given, **options)
+    return total, detach_state(texts.last(state))
 
 
 def _count_read(batch: Batch, part: Any = ...) -> int:

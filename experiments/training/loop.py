@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from experiments.config.build import build_model
+from experiments.config.carrying import carries
 from experiments.config.data import build_data
 from experiments.config.schema import RunConfig
 from experiments.runs.folder import RunFolder
 from experiments.training import processes
+from experiments.training.carried import CarriedStates
 from experiments.training.checkpoints import Checkpoints, TrainState, load_start
 from experiments.training.convergence import Convergence, Ending
 from experiments.training.cost_meter import CostMeter
@@ -54,6 +56,9 @@ class Run:
         self.step_monitor = StepMonitor(config.train, self.engine.device)
         self.cost_meter = CostMeter(self.engine.device)
         self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep_last)
+        share = self.engine.share
+        goes_on = carries(config, self.task)
+        self.carried = CarriedStates(self.model, processes.rank() * share, share) if goes_on else None
         self.state, self.saved_step = self.begin(), None
         self.logger = make_logger(folder, config)
 
@@ -111,11 +116,20 @@ class Run:
         Returns:
             The counters.
         """
-        self.state = self.checkpoints.resume(self.content()) or self.start()
+        self.restore()
         self.saved_step = self.state.step or None
         self.logger.start(self.state.step, self.state.evaluations)
         self.cost_meter.lap()
         return self.state
+
+    def restore(self, last: float = math.inf) -> None:
+        """The counters, tensors and carried states of the latest intact checkpoint up to a step, or of the start."""
+        found = self.checkpoints.resume(self.content(), last)
+        self.state = found or self.start()
+        if self.carried is not None:
+            self.carried.forget()
+            if found is not None:
+                self.carried.restore(self.checkpoints.carried(found.step, self.engine.device))
 
     def start(self) -> TrainState:
         """Begin before the first step, with the weights that ``train.start_from`` names, if any; the counters."""
@@ -131,11 +145,15 @@ class Run:
         source = self.data.source(number, state.stage)
         share = source.batch_size // processes.count()
         batch = source.batch(self.config.seed, number, processes.rank() * share, share)
-        loss = self.engine.gradients(self.model, batch, source.micro_batch)
+        loss = self.engine.gradients(self.model, batch, source.micro_batch, self.carried)
 
         # Whether the step is bad is decided on the device, and the update obeys it there, so that nobody waits.
         bad = self.step_monitor.flag_bad_step(number + 1, loss, self.engine.clip(self.model))
         self.optimizers.step(learning_rate(self.train_config, number, state.decay_from, state.stage_began), bad)
+
+        # A state that is no number would spoil every step after; to know, the host waits where steps are skipped.
+        if self.carried is not None and self.train_config.bad_step == "skip" and bad.item():
+            self.carried.forget()
 
         # Routers follow the loads of this very step, which the next forward pass would replace.
         self.engine.update_routers(self.model, bad)
@@ -285,7 +303,7 @@ class Run:
 
     def _write_checkpoint(self) -> None:
         self.logger.check()
-        self.checkpoints.save(self.content(), self.state)
+        self.checkpoints.save(self.content(), self.state, None if self.carried is None else self.carried.plain())
         self.saved_step = self.state.step
         self.cost_meter.lap()
 

@@ -18,7 +18,7 @@ from experiments.util.files import read_json, write_json
 from experiments.util.process_identity import process_identity
 
 MARKER = "owner.json"
-FILE_OF_CHECKPOINT = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|random-\d+\.pt|\.?manifest\.json(\..+\.tmp)?"
+FILE_OF_CHECKPOINT = r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(random|carried)-\d+\.pt|\.?manifest\.json(\..+\.tmp)?"
 IN_CHECKPOINT = re.compile(FILE_OF_CHECKPOINT)
 """The files of a checkpoint."""
 ATTEMPTS = 10

@@ -39,3 +39,12 @@ def add_working_directory() -> None:
         sys.path.append(os.getcwd())
     others = filter(None, os.environ.get(PLUGIN_PATH, "").split(os.pathsep))
     sys.path.extend(folder for folder in others if folder not in sys.path)
+
+
+def user_cache(name: str, variable: str, given: str = "") -> Path:
+    """Where what can be made again is kept: ``given``, what the environment's variable names, or ``seqarch/NAME`` in
+    the user's cache.
+    """
+    if chosen := given or os.environ.get(variable):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqarch" / name

@@ -1,4 +1,4 @@
-"""Rows of a state: chosen, repeated, left out."""
+"""Rows of states: chosen, repeated, left out, put together."""
 
 from __future__ import annotations
 
@@ -34,6 +34,34 @@ def state_rows(state: Any, index: Sequence[int] | Tensor) -> Any:
         what = f"parts of {sorted(counts)} rows" if counts else show(state)
         raise ValueError(f"state_rows: the state is {what}, expected one that a mixer, a stack or a model returned")
     return select(state, _row_numbers(index, counts.pop()))
+
+
+def join_rows(states: Sequence[Any]) -> Any:
+    """The rows of several states of one mixer, stack or model, one after another, as one state: a copy.
+
+    For states of a fixed size and caches of keys and values as rows. Tensors are of the first state's dtype. A part
+    that holds its rows in another way has a method ``joined(others)``, as
+    :class:`~seqarch.layers.modules.kv_cache.KVCache` has; one that only a packed call returns has none, and a packed
+    call from ``init_state(rows, max_length=1)`` returns rows.
+
+    Raises:
+        ValueError: they are of different kinds, or of parts that cannot be put together.
+    """
+    first, *others = states
+    if hasattr(first, "joined"):
+        return first.joined(others)
+    if any(type(other) is not type(first) for other in others) or hasattr(first, "select_rows"):
+        kinds = sorted({type(state).__name__ for state in states})
+        raise ValueError(f"join_rows: states with parts {', '.join(kinds)} cannot be put together")
+    if isinstance(first, Tensor):
+        if any(other.shape[1:] != first.shape[1:] for other in others):
+            shapes = [list(state.shape) for state in states]
+            raise ValueError(f"join_rows: tensors of shapes {shapes}, expected shapes that differ in their rows alone")
+        return torch.cat([first, *(other.to(first.dtype) for other in others)]) if first.ndim else first
+    if isinstance(first, (tuple, list)):
+        made = [join_rows(parts) for parts in zip(*states, strict=True)]
+        return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
+    return first
 
 
 def select(part: Any, index: list[int]) -> Any:

@@ -90,7 +90,7 @@ from experiments.__main__ import main
 for arguments in (["run", "--help"], ["completion", "bash"]):
     assert main(arguments) == 0
 heavy = {"torch", "matplotlib", "optuna", "wandb", "scipy"} & set(sys.modules)
-sys.exit(f"imported: {heavy}" if heavy else int(time.process_time() > 3))
+sys.exit(f"imported: {heavy}" if heavy else int(time.process_time() > 1.5))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from seqarch.layers import MIXERS, build_mixer, clone_state
+from seqarch.layers.rows import join_rows
 from seqarch.models import LanguageModel, LMConfig, state_rows
 from seqarch.testing import assert_close
 from seqarch.testing.laws import FLOAT64_ERROR
@@ -68,6 +69,24 @@ def test_chosen_rows_go_on_as_their_prompts_alone(name: str, options: dict[str, 
         assert all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(kept), strict=True)), how
         none = state_rows(state, [])
         assert mixer(more[:0], none)[0].shape == (0, 9, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("hyena", "moba", "nsa", "dsa")])
+def test_rows_that_were_put_together_go_on_as_their_prompts_alone(name: str):
+    """Of states of different lengths, with room and without, and of no token yet; all of these are as they were."""
+    mixer = build_mixer(name, d_model=32, **VARIANTS.get(name, [{}])[-1]).double()
+    rows = [torch.randn(1, length, 32, dtype=torch.float64) for length in LENGTHS]
+    more = torch.randn(4, 9, 32, dtype=torch.float64)
+    new = mixer.init_state(1, max_length=1)
+    roomy = mixer(torch.cat(rows, dim=1), mixer.init_state(4, max_length=60), offsets(LENGTHS))[1]
+    expected = [mixer(more[i : i + 1], mixer(row)[1])[0] for i, row in enumerate((rows[2], rows[1], rows[3]))]
+    expected.append(mixer(more[3:])[0])
+    parts = [mixer(rows[2])[1], state_rows(roomy, [1, 3]), new]
+    kept = clone_state(parts)
+    joined = join_rows(parts)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(parts), tensors(kept), strict=True))
+    assert_close(mixer(more, joined)[0], torch.cat(expected), FLOAT64_ERROR, "joined")
 
 
 @pytest.mark.parametrize("name", MIXERS)

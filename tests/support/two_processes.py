@@ -22,6 +22,7 @@ from experiments.training.lr_scheduler import learning_rate
 from experiments.training.run_record import follow, record_run
 from tests.support.runs import tiny_config
 from tests.support.stacks import COMPARED, COMPILED, STACKS
+from tests.support.streamed import streamed
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,6 +120,7 @@ def main() -> None:
         torch.save(found, root / f"{name}-{processes.rank()}.pt")
     for name, changes in STACKS.items():
         torn_and_whole(root, name, changes)
+    torn_and_whole(root, "streamed", streamed(root / "texts"))
     train(tiny_config(root / "halfway", train__steps=20, train__eval_checkpoint="last"))
 
 

@@ -50,6 +50,27 @@ class KVCache(NamedTuple):
         """``[B]``, the first held key of each row that is not padding."""
         return None if self.start is None else (self.start - (self.length - self.held(cache_window))).clamp(min=0)
 
+    def joined(self, others: Sequence[KVCache]) -> KVCache:
+        """Its rows and then those of the others (:func:`seqarch.layers.rows.join_rows`), right-aligned: a copy.
+
+        What a row holds ends where the keys in use do; a cache that has seen more than its capacity is full.
+
+        Raises:
+            ValueError: another is of another kind.
+        """
+        keys, values, lengths = [], [], []
+        for cache in (self, *others):
+            if not isinstance(cache, KVCache):
+                raise ValueError(f"join_rows: {type(cache).__name__} cannot be put together with a KVCache")
+            held = min(cache.length, cache.capacity)
+            starts = [0] * len(cache.keys) if cache.start is None else cache.start.tolist()
+            for row, start in enumerate(starts):
+                used = slice(held - min(held, cache.length - start), held)
+                keys.append(cache.keys[row, used].to(self.keys.dtype))
+                values.append(cache.values[row, used].to(self.values.dtype))
+                lengths.append(cache.length - start)
+        return right_aligned(keys, values, lengths, None, max(cache.capacity for cache in (self, *others)))
+
 
 class PackedKV(NamedTuple):
     """Keys and values as a packed call computed them: copied into rows only if another call follows.

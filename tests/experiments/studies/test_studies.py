@@ -313,11 +313,12 @@ def test_records_that_are_cut_are_one_line(root):
     ("arguments", "message"),
     [
         ([], "no study is named"),
+        (["initialisation", "--config-dir", "mine"], "--config-dir mine: a study composes no configurations"),
         (["initialisation", "--jobs", "0"], "--jobs is 0, expected at least 1"),
         (["initialisatio"], "Did you mean 'initialisation'?"),
         (["initialisation", "--results", "~/x"], "--results: '~/x' begins with a ~"),
     ],
-    ids=["no_name", "no_jobs", "nobody_knows_it", "no_folder"],
+    ids=["no_name", "no_configurations", "no_jobs", "nobody_knows_it", "no_folder"],
 )
 def test_a_command_that_cannot_be(capsys, monkeypatch, arguments, message):
     monkeypatch.setattr("sys.argv", ["study", *arguments])

@@ -16,6 +16,7 @@ from experiments.training.checkpoints import verified
 from tests.support.paths import ROOT
 from tests.support.runs import TINY, command_line, last, same, tensors, tiny_config, train_here, until
 from tests.support.stacks import COMPARED, COMPILED, STACKS
+from tests.support.streamed import streamed, write_texts
 from tests.support.two_processes import compare, prepared
 
 BOUNDS = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-4, 1e-6)}
@@ -32,6 +33,7 @@ def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess
 def two(tmp_path_factory) -> Path:
     """The findings of two processes."""
     root = tmp_path_factory.mktemp("two")
+    write_texts(root / "texts")
     done = torchrun("-m", "tests.support.two_processes", str(root))
     assert done.returncode == 0, done.stdout + done.stderr
     return root
@@ -125,6 +127,27 @@ def test_one_process_resumes_from_a_checkpoint_of_two(two, tmp_path):
         torch.testing.assert_close(theirs[name], mine, rtol=1e-3, atol=1e-4)
     for mine, other in zip(alone.metrics(), folder.metrics(), strict=True):
         assert other["validation_loss"] == pytest.approx(mine["validation_loss"], rel=1e-4)
+
+
+def test_carried_states_of_two_processes_are_those_of_one(two, tmp_path):
+    """To the bit over a stop; up to rounding in another number of processes, which can go on from their checkpoint."""
+    (whole,), (torn,) = ((two / "streamed" / kind / "tiny").iterdir() for kind in ("whole", "torn"))
+    whole, torn = RunFolder(whole), RunFolder(torn)
+    assert same(tensors(last(whole)), tensors(last(torn)))
+    for rank in (0, 1):
+        ours, theirs = ((last(folder) / f"carried-{rank}.pt").read_bytes() for folder in (whole, torn))
+        assert ours == theirs
+    options = {**streamed(two / "texts"), "train__eval_every": 4}
+    alone = train_here(tiny_config(tmp_path, **options))[1]
+    for path in (last(torn), torn.run_file):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert last(torn).name == "step-000008"
+    assert train_here(tiny_config(two / "streamed" / "torn", **options))[0] == 0
+    assert torn.record()["cost"]["processes"] == 1
+    for folder in (whole, torn):
+        for mine, other in zip(alone.metrics(), folder.metrics(), strict=True):
+            assert other["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+            assert other["validation_loss"] == pytest.approx(mine["validation_loss"], rel=1e-4)
 
 
 def test_threads_that_still_hold_the_last_exchange_fail_no_run(tmp_path):
