@@ -79,14 +79,14 @@ def others(value: Any) -> list[Any]:
 
 
 def pool(name: str) -> dict[str, list[Any]]:
-    """The fields of a family with other values of each, and the fields of all others with a value each."""
+    """The fields of a family with other values of each, and the fields of all others with two values each."""
     values: dict[str, list[Any]] = {}
     for each in (name, *VARIANTS):
         config = VARIANTS[each][0]()
         found = plain(config)
         found |= {alias: found.get(field) for alias, field in type(config).attribute_map.items()}
         for field in found.keys() - values.keys() - set(NOT_READ):
-            values[field] = others(found[field]) if each == name else [found[field]]
+            values[field] = others(found[field]) if each == name else [found[field], others(found[field])[0]]
     more = {field: [*values.get(field, []), *found, None] for field, found in MORE.items()}
     unique = {field: {json.dumps(each): each for each in found} for field, found in {**values, **more}.items()}
     return {field: list(found.values()) for field, found in sorted(unique.items())}
