@@ -1,0 +1,138 @@
+"""The tensors of a model from those of files: read, changed by a table of weights, and put in their place.
+
+A model's memory is taken tensor by tensor, as each is read. What a rule of the table changes is read in blocks along
+the first dimension where it leaves that alone, so that little more than the model is in memory at any time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seqarch.checkpoints.building import main_dtype, wide_parameters
+from seqarch.checkpoints.errors import CheckpointError
+from seqarch.interop.weights import Rule
+from seqarch.models import LanguageModel
+from seqarch.pretrained.sources import Joined, Source, Stacked
+from seqarch.pretrained.tensor_files import StoredTensor
+
+BLOCK = 16 << 20
+"""Bytes of a tensor of theirs that a rule is given at a time, where it can be given a part."""
+
+
+@dataclass
+class Filling:
+    """The tensors of one model.
+
+    Attributes:
+        form: the tensors to be made, by name; of a model on the meta device in the dtype of most numbers.
+        wide: names of those that stay as wide as files have them.
+        device: of what is made.
+        folder: where the tensors are from, for errors.
+    """
+
+    form: Mapping[str, Tensor]
+    wide: set[str]
+    device: torch.device
+    folder: Path
+
+    def apply(self, rule: Rule, sources: Mapping[str, Source]) -> dict[str, Tensor]:
+        """Our tensors of a rule, from theirs.
+
+        Raises:
+            CheckpointError: one is of another shape than it must be, or damaged.
+        """
+        theirs = [sources[name] for name in rule.theirs]
+        made = {name: self._empty(name, theirs) for name in rule.ours}
+        if len(theirs) == len(made) == 1 and not rule.steps:
+            self._read(theirs[0], made[rule.ours[0]], rule.theirs[0])
+            return made
+        for first, last in self._blocks(rule, theirs, made):
+            parts = {name: sources[name].read(first, last) for name in rule.theirs}
+            self._put(rule, parts, {name: tensor[first:last] for name, tensor in made.items()})
+        return made
+
+    def _empty(self, name: str, theirs: Sequence[Source]) -> Tensor:
+        form = self.form[name]
+        dtype = form.dtype
+        if name in self.wide and theirs:
+            dtype = torch.promote_types(dtype, theirs[0].dtype)
+        return torch.empty(form.shape, dtype=dtype, device=self.device)
+
+    def _read(self, source: Source, out: Tensor, name: str) -> None:
+        if source.shape != tuple(out.shape):
+            raise CheckpointError(
+                f"{_file(source)}: {name} is {list(source.shape)}, expected {list(out.shape)} by config.json"
+            )
+        source.read_into(out)
+
+    def _put(self, rule: Rule, parts: Mapping[str, Tensor], outs: Mapping[str, Tensor]) -> None:
+        try:
+            results = rule.to_ours(parts)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
+        for name, out in outs.items():
+            if results[name].shape != out.shape:
+                theirs = " + ".join(f"{each} {list(part.shape)}" for each, part in parts.items())
+                raise CheckpointError(
+                    f"{self.folder}: {theirs} gives {name} {list(results[name].shape)}, expected {list(out.shape)} by"
+                    " config.json"
+                )
+            out.copy_(results[name])
+
+    def _blocks(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> list[tuple[int, int | None]]:
+        """The parts along the first dimension that the rule takes one by one; the whole where it needs that."""
+        whole: list[tuple[int, int | None]] = [(0, None)]
+        sizes = {source.shape[0] if source.shape else 0 for source in theirs}
+        if len(sizes) != 1 or sum(_bytes(source) for source in theirs) <= BLOCK:
+            return whole
+        (size,) = sizes
+        rows = max(1, BLOCK // max(1, sum(_bytes(source) for source in theirs) // max(1, size)))
+        parts = {
+            name: torch.empty((1, *source.shape[1:]), dtype=source.dtype, device="meta")
+            for name, source in zip(rule.theirs, theirs, strict=True)
+        }
+        try:
+            results = rule.to_ours(parts)
+        except ValueError:  # a step that needs all of them
+            return whole
+        expected = {name: (1, *tensor.shape[1:]) for name, tensor in made.items()}
+        if size <= 1 or {name: tuple(result.shape) for name, result in results.items()} != expected:
+            return whole
+        if any(tensor.shape[0] != size for tensor in made.values()):
+            return whole
+        return [(first, min(first + rows, size)) for first in range(0, size, rows)]
+
+
+def filling(
+    model: LanguageModel,
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    folder: Path,
+) -> Filling:
+    """How to fill a model from these tensors: by default in the dtype of most of their numbers.
+
+    With no dtype given, the mixers' own parameters stay as wide as they are in the files.
+    """
+    main = dtype or main_dtype((each.dtype, math.prod(each.shape)) for each in stored.values())
+    model.to(main)
+    form = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    return Filling(form, set() if dtype is not None else wide_parameters(model), device, folder)
+
+
+def _bytes(source: Source) -> int:
+    return math.prod(source.shape) * source.dtype.itemsize
+
+
+def _file(source: Source) -> Path:
+    """A file that a tensor is from."""
+    while not isinstance(source, StoredTensor):
+        assert isinstance(source, Joined | Stacked)
+        source = (source.parts if isinstance(source, Joined) else source.entries)[0]
+    return source.file
