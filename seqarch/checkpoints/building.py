@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, channel_mixer_class, mixer_class
@@ -21,7 +23,8 @@ def build(options: Mapping[str, Any], plugins: Sequence[str], folder: Path) -> L
     """The model that the options of an :class:`LMConfig` describe, to be given tensors by :func:`fill`.
 
     It lies on the meta device, but for one with layers from outside of seqarch, which may hold tensors that are in no
-    state dict: that lies on the CPU. The caller's random streams stay as they are.
+    state dict: that lies on the CPU. The caller's random streams stay as they are. Nothing is computed on the meta
+    device, for which torch would import its compiler, seconds and 100 MB: memory that nobody writes to costs nothing.
 
     Args:
         plugins: modules to import where layers are not registered yet, after those that installed packages offer.
@@ -34,8 +37,10 @@ def build(options: Mapping[str, Any], plugins: Sequence[str], folder: Path) -> L
     try:
         problems = _import_plugins(plugins, options)
         config = LMConfig(**options)
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if _own_layers(options) else "cpu"):
-            return LanguageModel(config)
+        own = _own_layers(options)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NothingDrawn() if own else nullcontext():
+            model = LanguageModel(config)
+        return model.to("meta") if own else model
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError("; ".join([f"cannot build the model of {folder}: {error}", *problems])) from error
 
@@ -73,6 +78,21 @@ def wide_parameters(model: LanguageModel) -> set[str]:
     """
     mixers = ((name, module) for name, module in model.named_modules() if isinstance(module, Mixer))
     return {f"{name}.{own}" for name, mixer in mixers for own, _ in mixer.named_parameters(recurse=False)}
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out the initialisation of parameters by random numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWS = {
+    *(Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.uniform_, nn.init.orthogonal_),
+    *(nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.xavier_normal_, nn.init.xavier_uniform_),
+}
 
 
 def _layer_names(options: Mapping[str, Any]) -> tuple[set[str], set[str]]:

@@ -18,10 +18,11 @@ from seqarch.checkpoints.building import main_dtype, wide_parameters
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop.weights import Rule
 from seqarch.models import LanguageModel
+from seqarch.ops.native.huge_pages import in_huge_pages
 from seqarch.pretrained.sources import Joined, Source, Stacked
 from seqarch.pretrained.tensor_files import StoredTensor
 
-BLOCK = 16 << 20
+BLOCK = 8 << 20
 """Bytes of a tensor of theirs that a rule is given at a time, where it can be given a part."""
 
 
@@ -52,9 +53,16 @@ class Filling:
         if len(theirs) == len(made) == 1 and not rule.steps:
             self._read(theirs[0], made[rule.ours[0]], rule.theirs[0])
             return made
-        for first, last in self._blocks(rule, theirs, made):
-            parts = {name: sources[name].read(first, last) for name in rule.theirs}
-            self._put(rule, parts, {name: tensor[first:last] for name, tensor in made.items()})
+        size = theirs[0].shape[0] if theirs and theirs[0].shape else 0
+        rows = self._rows_at_a_time(rule, theirs, made)
+        parts = [_memory(source, rows) for source in theirs]
+        for first in range(0, size, rows) if rows else [0]:
+            count = min(rows, size - first)
+            read = [part[:count] if rows else part for part in parts]
+            for source, part in zip(theirs, read, strict=True):
+                source.read_into(part, first)
+            outs = {name: tensor[first : first + count] if rows else tensor for name, tensor in made.items()}
+            self._put(rule, dict(zip(rule.theirs, read, strict=True)), outs)
         return made
 
     def _empty(self, name: str, theirs: Sequence[Source]) -> Tensor:
@@ -62,7 +70,7 @@ class Filling:
         dtype = form.dtype
         if name in self.wide and theirs:
             dtype = torch.promote_types(dtype, theirs[0].dtype)
-        return torch.empty(form.shape, dtype=dtype, device=self.device)
+        return in_huge_pages(torch.empty(form.shape, dtype=dtype, device=self.device))
 
     def _read(self, source: Source, out: Tensor, name: str) -> None:
         if source.shape != tuple(out.shape):
@@ -83,30 +91,26 @@ class Filling:
                     f"{self.folder}: {theirs} gives {name} {list(results[name].shape)}, expected {list(out.shape)} by"
                     " config.json"
                 )
-            out.copy_(results[name])
+            _copy(results[name], out)
 
-    def _blocks(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> list[tuple[int, int | None]]:
-        """The parts along the first dimension that the rule takes one by one; the whole where it needs that."""
-        whole: list[tuple[int, int | None]] = [(0, None)]
+    def _rows_at_a_time(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> int:
+        """How many entries along the first dimension to give the rule at a time; 0 where it needs the whole.
+
+        It needs the whole unless each entry of ours is made of theirs at the same place, which one entry of each shows:
+        steps along that dimension check its size, or make something else than one entry.
+        """
         sizes = {source.shape[0] if source.shape else 0 for source in theirs}
-        if len(sizes) != 1 or sum(_bytes(source) for source in theirs) <= BLOCK:
-            return whole
-        (size,) = sizes
-        rows = max(1, BLOCK // max(1, sum(_bytes(source) for source in theirs) // max(1, size)))
-        parts = {
-            name: torch.empty((1, *source.shape[1:]), dtype=source.dtype, device="meta")
-            for name, source in zip(rule.theirs, theirs, strict=True)
-        }
+        sizes |= {tensor.shape[0] if tensor.ndim else 0 for tensor in made.values()}
+        whole_bytes = sum(_bytes(source) for source in theirs)
+        if len(sizes) != 1 or min(sizes) < 2 or whole_bytes <= BLOCK:
+            return 0
+        one = [torch.empty((1, *source.shape[1:]), dtype=source.dtype, device="meta") for source in theirs]
         try:
-            results = rule.to_ours(parts)
-        except ValueError:  # a step that needs all of them
-            return whole
-        expected = {name: (1, *tensor.shape[1:]) for name, tensor in made.items()}
-        if size <= 1 or {name: tuple(result.shape) for name, result in results.items()} != expected:
-            return whole
-        if any(tensor.shape[0] != size for tensor in made.values()):
-            return whole
-        return [(first, min(first + rows, size)) for first in range(0, size, rows)]
+            results = rule.to_ours(dict(zip(rule.theirs, one, strict=True)))
+        except ValueError:
+            return 0
+        fits = all(results[name].shape == (1, *tensor.shape[1:]) for name, tensor in made.items())
+        return max(1, BLOCK * min(sizes) // whole_bytes) if fits else 0
 
 
 def filling(
@@ -124,6 +128,21 @@ def filling(
     model.to(main)
     form = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
     return Filling(form, set() if dtype is not None else wide_parameters(model), device, folder)
+
+
+def _memory(source: Source, rows: int) -> Tensor:
+    """Room for so many entries of a tensor; for all of it, where that is 0."""
+    shape = (rows, *source.shape[1:]) if rows else source.shape
+    return torch.empty(shape, dtype=source.dtype, device="cpu")
+
+
+def _copy(tensor: Tensor, out: Tensor) -> None:
+    """``out.copy_(tensor)``, matrix by matrix where there are several: torch copies only single ones by tiles."""
+    if tensor.ndim != 3:
+        out.copy_(tensor)
+        return
+    for own, each in zip(out, tensor, strict=True):
+        own.copy_(each)
 
 
 def _bytes(source: Source) -> int:

@@ -15,7 +15,7 @@ from seqarch.pretrained.tensor_files import StoredTensor
 
 
 class Source(Protocol):
-    """A tensor that can be read, whole or in part."""
+    """A tensor that can be read, whole or in part along its first dimension."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -23,12 +23,8 @@ class Source(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """The entries from ``first`` to ``last`` along the first dimension, on the CPU; by default all of them."""
-        ...
-
-    def read_into(self, out: Tensor) -> None:
-        """Fill a contiguous tensor of this shape, of any dtype and on any device."""
+    def read_into(self, out: Tensor, first: int = 0) -> None:
+        """Fill a contiguous tensor, of any dtype and on any device, with the entries from ``first`` on."""
         ...
 
 
@@ -40,14 +36,14 @@ class Joined:
         self.dtype = parts[0].dtype
         self.shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
-    def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        made = torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        self.read_into(made)
-        return made if last is None else made[first:last]
-
-    def read_into(self, out: Tensor) -> None:
-        for part, own in zip(self.parts, out.split([part.shape[0] for part in self.parts]), strict=True):
-            part.read_into(own)
+    def read_into(self, out: Tensor, first: int = 0) -> None:
+        filled = 0
+        for part in self.parts:
+            count = min(part.shape[0] - first, len(out) - filled)
+            if count > 0:
+                part.read_into(out[filled : filled + count], max(first, 0))
+                filled += count
+            first = max(first - part.shape[0], 0)
 
 
 class Stacked:
@@ -58,15 +54,8 @@ class Stacked:
         self.dtype = entries[0].dtype
         self.shape = (len(entries), *entries[0].shape)
 
-    def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        entries = self.entries[first : len(self.entries) if last is None else last]
-        made = torch.empty((len(entries), *self.shape[1:]), dtype=self.dtype, device="cpu")
-        for entry, own in zip(entries, made, strict=True):
-            entry.read_into(own)
-        return made
-
-    def read_into(self, out: Tensor) -> None:
-        for entry, own in zip(self.entries, out, strict=True):
+    def read_into(self, out: Tensor, first: int = 0) -> None:
+        for entry, own in zip(self.entries[first : first + len(out)], out, strict=True):
             entry.read_into(own)
 
 

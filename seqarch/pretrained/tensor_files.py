@@ -48,29 +48,21 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
 
-    @property
-    def row_bytes(self) -> int:
-        """Of one entry along the first dimension; of the whole where it has none."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+    def read_into(self, out: Tensor, first: int = 0) -> None:
+        """Fill a contiguous tensor, of any dtype and on any device, with the entries from ``first`` on.
 
-    def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """The entries from ``first`` to ``last`` along the first dimension, on the CPU; by default all of them."""
-        shape = self.shape if not self.shape or last is None else (last - first, *self.shape[1:])
-        made = torch.empty(shape, dtype=self.dtype, device="cpu")
-        self._read_bytes(made, first * self.row_bytes)
-        return made
-
-    def read_into(self, out: Tensor) -> None:
-        """Fill a contiguous tensor of this shape, of any dtype and on any device."""
+        Its first dimension says how many of them; a tensor that has no dimension is one entry.
+        """
+        start = first * math.prod(self.shape[1:]) * self.dtype.itemsize
         if out.dtype == self.dtype and out.device.type == "cpu":
-            self._read_bytes(out, 0)
+            self._read_bytes(out, start)
             return
         flat, size = out.view(-1), self.dtype.itemsize
         block = torch.empty(min(len(flat), BLOCK // size), dtype=self.dtype, device="cpu")
-        for first in range(0, len(flat), max(len(block), 1)):
-            part = block[: len(flat) - first]
-            self._read_bytes(part, first * size)
-            flat[first : first + len(part)].copy_(part)
+        for done in range(0, len(flat), max(len(block), 1)):
+            part = block[: len(flat) - done]
+            self._read_bytes(part, start + done * size)
+            flat[done : done + len(part)].copy_(part)
 
     def _read_bytes(self, out: Tensor, skipped: int) -> None:
         left = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
