@@ -18,7 +18,6 @@ from seqarch.checkpoints.building import main_dtype, wide_parameters
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop.weights import Rule
 from seqarch.models import LanguageModel
-from seqarch.ops.native.huge_pages import in_huge_pages
 from seqarch.pretrained.sources import Joined, Source, Stacked
 from seqarch.pretrained.tensor_files import StoredTensor
 
@@ -70,7 +69,7 @@ class Filling:
         dtype = form.dtype
         if name in self.wide and theirs:
             dtype = torch.promote_types(dtype, theirs[0].dtype)
-        return in_huge_pages(torch.empty(form.shape, dtype=dtype, device=self.device))
+        return torch.empty(form.shape, dtype=dtype, device=self.device)
 
     def _read(self, source: Source, out: Tensor, name: str) -> None:
         if source.shape != tuple(out.shape):

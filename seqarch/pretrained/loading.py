@@ -21,7 +21,7 @@ from seqarch.checkpoints.tokenizers import FILE, Tokenizer, tokenizer_of
 from seqarch.interop import FAMILIES, lm_config, weight_map
 from seqarch.interop.weights import WeightMap, rule
 from seqarch.models import LanguageModel
-from seqarch.ops.dispatch.checks import show, unknown_name
+from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.filling import filling
 from seqarch.pretrained.form import FORMAT, OWN, model_manifest
 from seqarch.pretrained.sources import check_names, sources
@@ -38,11 +38,11 @@ def from_pretrained(
 ) -> LanguageModel:
     """The model of a folder, in eval mode; see :meth:`seqarch.LanguageModel.from_pretrained`."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {show(dtype)}, expected a floating point torch.dtype")
+        raise ValueError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
     folder, device = Path(path), torch.get_default_device() if device is None else torch.device(device)
     if folder.parent.name == "checkpoints" and (number := _step_of(folder)) is not None:
         folder, step = folder.parent.parent, number if step is None else step
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json") if folder.is_dir() else None
     if config is None:
         raise CheckpointError(_no_model(folder))
     kind = config.get("model_type")
@@ -153,14 +153,11 @@ def _step_of(folder: Path) -> int | None:
 
 
 def _no_model(folder: Path) -> str:
-    if not folder.is_dir():
-        what = "it is a file" if folder.exists() else "there is no such folder"
-        hub = (
-            "; a model of a hub is to be downloaded first"
-            if what != "it is a file" and not folder.is_absolute()
-            else ""
-        )
-        return f"{folder} is no model's folder: {what}{hub}"
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is no model's folder: it is a file"
+    if not folder.exists():
+        hub = "" if folder.is_absolute() else "; a model of a hub is to be downloaded first"
+        return f"{folder} is no model's folder: there is no such folder{hub}"
     if revisions := sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
         return f"{folder} is no model's folder, but the cache of one: expected {revisions[-1]}"
     if (folder / "adapter_config.json").is_file():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from seqarch.checkpoints.building import build
 from seqarch.interop import lm_config
 from seqarch.layers import Layer
 from seqarch.models import LanguageModel, tile_pattern
@@ -93,8 +95,8 @@ def _kinds(model: LanguageModel) -> list[tuple[tuple[str, ...], str]]:
 
 def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
     """Where the model that the settings describe computes something else than this one."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        other = LanguageModel(lm_config(settings))
+    ours = lm_config(settings)
+    other = build({field.name: getattr(ours, field.name) for field in fields(ours)}, (), Path("config.json"))
     if _kinds(other) != _kinds(model):
         return [f"its layers are {model.config.pattern!r}, expected {other.config.pattern!r} (channel by channel)"]
     plain: dict[str, Any] = {"pattern": "mamba", "depth": 1, "channel": "none", "mixers": {}, "channels": {}}
@@ -103,7 +105,9 @@ def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, Layer):
             found += _differing(f"{name}: ", module.config, getattr(modules.get(name), "config", None))
-    return found
+    shapes, expected = ({n: list(t.shape) for n, t in each.state_dict().items()} for each in (model, other))
+    names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    return [*found, *(f"{name} is {shapes.get(name, 'absent')}, expected {expected.get(name)}" for name in names)]
 
 
 def _differing(where: str, own: Any, other: Any) -> list[str]:
