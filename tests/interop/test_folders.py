@@ -14,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from seqarch import LanguageModel
+from seqarch import __main__ as page
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop import FAMILIES, from_transformers
 from seqarch.interop.file_names import FILE_RULES
 from seqarch.pretrained import filling
+from seqarch.pretrained.families import CHECKED
 from seqarch.pretrained.their_settings import CLASSES
 from seqarch.testing import assert_close
 from tests.interop.test_families import BOUND, ROUNDED
@@ -290,3 +292,15 @@ def test_a_learnt_constant_is_not_written(tmp_path):
 def test_every_family_has_a_class_and_rules_are_of_families():
     assert CLASSES.keys() == FAMILIES.keys() == NEW.keys() == {VARIANTS[n][0]().model_type for n in VARIANTS}
     assert FILE_RULES.keys() <= FAMILIES.keys()
+
+
+def test_the_page_of_families_has_what_was_measured_with_this_version(capsys):
+    record = json.loads(CHECKED.read_text())
+    assert record["transformers"] == transformers.__version__, "run python -m tests.support.checked_families"
+    assert record["families"].keys() == FAMILIES.keys(), "run python -m tests.support.checked_families"
+    page.main(["families"])
+    shown = capsys.readouterr().out
+    for family, found in record["families"].items():
+        assert all(found[key] <= BOUND for key in ("logits", "steps", "gradients"))
+        assert f"{family} " in shown
+        assert CLASSES[family] in shown
