@@ -41,7 +41,7 @@ def build(options: Mapping[str, Any], plugins: Sequence[str], folder: Path) -> L
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NothingDrawn() if own else nullcontext():
             model = LanguageModel(config)
         return model.to("meta") if own else model
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError("; ".join([f"cannot build the model of {folder}: {error}", *problems])) from error
 
 

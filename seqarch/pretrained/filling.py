@@ -48,9 +48,12 @@ class Filling:
             CheckpointError: one is of another shape than it must be, or damaged.
         """
         theirs = [sources[name] for name in rule.theirs]
+        plain = len(theirs) == len(rule.ours) == 1 and not rule.steps
+        if plain:
+            self._check_shape(rule, theirs[0])
         made = {name: self._empty(name, theirs) for name in rule.ours}
-        if len(theirs) == len(made) == 1 and not rule.steps:
-            self._read(theirs[0], made[rule.ours[0]], rule.theirs[0])
+        if plain:
+            theirs[0].read_into(made[rule.ours[0]])
             return made
         size = theirs[0].shape[0] if theirs and theirs[0].shape else 0
         rows = self._rows_at_a_time(rule, theirs, made)
@@ -71,12 +74,12 @@ class Filling:
             dtype = torch.promote_types(dtype, theirs[0].dtype)
         return torch.empty(form.shape, dtype=dtype, device=self.device)
 
-    def _read(self, source: Source, out: Tensor, name: str) -> None:
-        if source.shape != tuple(out.shape):
-            raise CheckpointError(
-                f"{_file(source)}: {name} is {list(source.shape)}, expected {list(out.shape)} by config.json"
-            )
-        source.read_into(out)
+    def _check_shape(self, rule: Rule, source: Source) -> None:
+        """Before memory is taken for it, which may be out of reach where ``config.json`` is wrong."""
+        expected = tuple(self.form[rule.ours[0]].shape)
+        if source.shape != expected:
+            is_of = f"{rule.theirs[0]} is {list(source.shape)}"
+            raise CheckpointError(f"{_file(source)}: {is_of}, expected {list(expected)} by config.json")
 
     def _put(self, rule: Rule, parts: Mapping[str, Tensor], outs: Mapping[str, Tensor]) -> None:
         try:

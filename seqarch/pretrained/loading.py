@@ -51,12 +51,11 @@ def from_pretrained(
     if step is not None:
         raise CheckpointError(f"{folder} is no run's folder, which alone has a step: got step={step}")
     _check_files(folder, verify)
-    if kind == OWN:
-        model = _own(folder, config, dtype, device)
-    elif kind in FAMILIES:
-        model = _theirs(folder, config, dtype, device)
-    else:
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{folder / 'config.json'} has no model_type, a family's name, and no run's 'model'")
+    if kind != OWN and kind not in FAMILIES:
         raise CheckpointError(f"{folder / 'config.json'}: {unknown_name('model_type', kind, [*FAMILIES, OWN])}")
+    model = (_own if kind == OWN else _theirs)(folder, config, dtype, device)
     return model.to(device).eval()
 
 
@@ -68,6 +67,8 @@ def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, dev
     if not isinstance(options, dict):
         raise CheckpointError(f"{file} has no 'model', a JSON object")
     plugins = config.get("plugins", [])
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise CheckpointError(f"{file}: plugins is {plugins!r}, expected a list of modules' names")
     stored = stored_tensors(folder)
     model = build(options, plugins, folder)
     names = [name for name in model.state_dict() if not (name == "head.weight" and model.config.tie_embeddings)]

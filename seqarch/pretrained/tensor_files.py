@@ -65,7 +65,7 @@ class StoredTensor:
             flat[done : done + len(part)].copy_(part)
 
     def _read_bytes(self, out: Tensor, skipped: int) -> None:
-        left = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        left = out.view(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         try:
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.start + skipped)

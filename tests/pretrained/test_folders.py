@@ -180,6 +180,11 @@ WRONG = [
     (_edit("config.json", lambda config: config.pop("model")), r"config\.json has no 'model', a JSON object"),
     (_edit("config.json", lambda config: config["model"].update(pattern="mamba3x")), "unknown mixer 'mamba3x'.*mamba3"),
     (_edit("config.json", lambda config: config["model"].update(widht=1)), "unexpected keyword argument 'widht'"),
+    (_edit("config.json", lambda config: config["model"].update(pattern=3)), "cannot build the model of .*model: "),
+    (_edit("config.json", lambda config: config["model"].update(mixers="x")), "cannot build the model .*mixers must"),
+    (_edit("config.json", lambda config: config["model"].update(vocab_size=2**31 - 1)), "cannot build|by config.json"),
+    (_edit("config.json", lambda config: config.update(plugins="os")), "plugins is 'os', expected a list of modules'"),
+    (_edit("config.json", lambda config: config.update(model_type=["mamba"])), "has no model_type, a family's name"),
     (_edit("config.json", lambda config: config.update(model_type="bambaa")), "unknown model_type 'bambaa': expected"),
     (_edit("config.json", lambda config: config.update(model_type="mamba22")), r"Did you mean 'mamba2'\?"),
     (_edit("config.json", lambda config: config["model"].update(depth=4)), r"  missing: stack\.layers\.2\.channel"),
@@ -217,6 +222,12 @@ def test_unknown_families_list_the_known_ones(folder):
     _edit("config.json", lambda config: config.update(model_type="llama"))(folder)
     with pytest.raises(CheckpointError, match=", ".join([*sorted([*FAMILIES, "seqarch"])])):
         LanguageModel.from_pretrained(folder)
+
+
+def test_a_configuration_of_something_else(tmp_path):
+    (tmp_path / "config.json").write_text('{"layers": 3}')
+    with pytest.raises(CheckpointError, match=r"config\.json has no model_type, a family's name, and no run's 'model'"):
+        LanguageModel.from_pretrained(tmp_path)
 
 
 def test_wrong_paths_are_told_what_they_are(tmp_path):
