@@ -1,6 +1,7 @@
 """``python -m seqarch``: versions, devices, and which backend of which operation runs here, or why it does not.
 
-``python -m seqarch tuning`` shows in which configurations the Triton kernels run here, and what these were chosen from.
+``python -m seqarch tuning`` shows in which configurations the Triton kernels run here, and what these were chosen from;
+``python -m seqarch families`` the families of ``transformers`` that are read and written, and what was checked.
 """
 
 from __future__ import annotations
@@ -78,9 +79,16 @@ def backends() -> Iterator[tuple[str, str, str]]:
 
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(prog="python -m seqarch", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("about", nargs="?", choices=["tuning"], help="the choices of the Triton kernels instead")
-    if parser.parse_args(arguments).about:
+    about = "the choices of the Triton kernels, or the families of models that are read and written, instead"
+    parser.add_argument("about", nargs="?", choices=["tuning", "families"], help=about)
+    asked = parser.parse_args(arguments).about
+    if asked == "tuning":
         print(*autotune.report(), sep="\n")
+        return
+    if asked == "families":
+        from seqarch.pretrained import families
+
+        print(*table(families.rows()), "", families.explanation(), sep="\n")
         return
     for title, rows in (("versions", versions()), ("devices", devices()), ("operations", backends())):
         print(title)

@@ -34,6 +34,7 @@ EDGES = {
     "hydra": {"experiments/run.py", "experiments/config/overrides.py"},
     "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
     "tokenizers": {"seqarch/checkpoints/tokenizers.py", "experiments/tasks/text_tokens.py"},
+    "safetensors": {"seqarch/pretrained/shards.py", "seqarch/pretrained/tensor_files.py"},
     "joblib": {"experiments/sweeps/workers.py"},
     "optuna": {"experiments/sweeps/search.py"},
     "wandb": {"experiments/trackers/wandb.py"},

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
+from seqarch.checkpoints.building import build, fill
 from seqarch.checkpoints.errors import MALFORMED, CheckpointError
 from seqarch.checkpoints.manifest import (
     FORMAT,
+    MANIFEST,
     checkpoint_name,
     checkpoints_by_step,
     damage,
@@ -24,10 +24,10 @@ from seqarch.checkpoints.manifest import (
     read_json,
     read_manifest,
 )
+from seqarch.checkpoints.origin import Origin, carried_files
 from seqarch.checkpoints.tensor_reader import TensorReader
 from seqarch.checkpoints.tokenizers import tokenizer_of
-from seqarch.layers import CHANNEL_MIXERS, MIXERS
-from seqarch.models import LanguageModel, LMConfig, parse_pattern
+from seqarch.models import LanguageModel
 
 PART = "model."
 """What the names of the model's tensors begin with, beside those of the optimizer and others."""
@@ -37,7 +37,11 @@ EMBEDDING = "embedding.weight"
 
 
 def load(
-    folder: str | PathLike[str], *, step: int | None = None, device: torch.device | str | None = None
+    folder: str | PathLike[str],
+    *,
+    step: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LanguageModel:
     """The trained model of a run's folder, in eval mode, with its ``config`` and, of text, its ``tokenizer``.
 
@@ -50,6 +54,7 @@ def load(
         folder: of the run, with its ``config.json``.
         step: of another checkpoint.
         device: to load to; by default torch's own.
+        dtype: of the parameters, as ``model.to(dtype)`` gives it; by default that of the checkpoint.
 
     Raises:
         CheckpointError: the folder is no run's or of another format, there is no such checkpoint, it is damaged, or its
@@ -67,14 +72,24 @@ def load(
     tensors = read_tensors(path, PART)
     if EMBEDDING not in tensors or tensors[EMBEDDING].ndim != 2:
         raise CheckpointError(f"{path} holds no language model: it has no matrix {PART}{EMBEDDING}")
-    model = _build(folder, config, len(tensors[EMBEDDING]))
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise CheckpointError(f"{path} does not fit the model of {folder / 'config.json'}: {lines}") from error
+    plugins = [*config.get("plugins", []), *config.get("imports", [])]  # imports: the former name.
+    model = build(_options(config, len(tensors[EMBEDDING]), folder), plugins, folder)
+    fill(model, tensors, path, folder / "config.json")
+    del tensors
     model.tokenizer = tokenizer_of(folder, record, model.config.vocab_size)
-    return model.to(torch.get_default_device() if device is None else device).eval()
+    manifest = {str(path.relative_to(folder) / MANIFEST): file_digest(path / MANIFEST)}
+    model.origin = Origin(
+        str(folder), "run", path.name, manifest, plugins=tuple(plugins), carried=carried_files(folder)
+    )
+    return model.to(torch.get_default_device() if device is None else device, dtype).eval()
+
+
+def _options(config: Mapping[str, Any], vocab_size: int, folder: Path) -> dict[str, Any]:
+    """Those of the model's ``LMConfig``; ``name`` is the runner's."""
+    model = config.get("model")
+    if not isinstance(model, Mapping):
+        raise CheckpointError(f"cannot build the model of {folder}: config.json has no 'model', a JSON object")
+    return {"vocab_size": vocab_size, **{name: value for name, value in model.items() if name != "name"}}
 
 
 def choose_checkpoint(folder: Path, record: Mapping[str, Any], step: int | None) -> Path:
@@ -123,38 +138,6 @@ def read_tensors(path: Path, part: str = "") -> dict[str, Tensor]:
         first = str(error).partition("\n")[0]
         raise CheckpointError(f"cannot load checkpoint {path}: {type(error).__name__}, {first}") from error
     return {name.removeprefix(part): tensor for name, tensor in content.items()}
-
-
-def _build(folder: Path, config: Mapping[str, Any], vocab_size: int) -> LanguageModel:
-    """The model that a configuration describes, whatever its weights; the caller's random streams stay as they are."""
-    problems: list[str] = []
-    try:
-        options = {name: value for name, value in dict(config["model"]).items() if name != "name"}
-        problems = _import_plugins(config, options)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            return LanguageModel(LMConfig(vocab_size=vocab_size, **options))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError("; ".join([f"cannot build the model of {folder}: {error}", *problems])) from error
-
-
-def _unregistered(options: Mapping[str, Any]) -> set[str]:
-    layers = parse_pattern(options.get("pattern", ""))
-    names = {name for layer in layers for name in (*layer.mixers, layer.channel or options.get("channel", "none"))}
-    return names - MIXERS.keys() - CHANNEL_MIXERS.keys() - {"none"}
-
-
-def _import_plugins(config: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
-    """Import what registers a run's own layers, while any are missing; why those failed that did."""
-    problems = []
-    offered = [point.module for point in entry_points(group="seqarch.plugins")] if _unregistered(options) else []
-    for name in [*offered, *config.get("plugins", []), *config.get("imports", [])]:  # imports: the former name.
-        if not _unregistered(options):
-            break
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            problems.append(f"cannot import the plug-in {name}: {error}; is its folder in PYTHONPATH?")
-    return problems
 
 
 __all__ = ["load"]

@@ -100,9 +100,11 @@ def reorder(order: Sequence[int], dim: int = 0) -> Step:
 
 
 def transpose(first: int = 0, second: int = 1) -> Step:
-    """Two dimensions change places."""
-    swap = _each(lambda tensor: tensor.transpose(first, second).contiguous())
-    return Step(swap, swap)
+    """Two dimensions change places; ours are a view of theirs, to be copied to where they are wanted."""
+    return Step(
+        _each(lambda tensor: tensor.transpose(first, second)),
+        _each(lambda tensor: tensor.transpose(first, second).contiguous()),
+    )
 
 
 def squeeze(dim: int) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -59,11 +60,13 @@ class LanguageModel(Configured):
 
     Attributes:
         config: the :class:`LMConfig` that it was made of.
-        tokenizer: with ``encode(text)`` and ``decode(tokens)``, of a model of text that ``seqarch.load`` loaded.
+        tokenizer: with ``encode(text)`` and ``decode(tokens)``, of a model of text that was read from a folder.
+        origin: the :class:`seqarch.checkpoints.origin.Origin` of a model that was read from a folder.
     """
 
     Config = LMConfig
     tokenizer: Any = None
+    origin: Any = None
     generate = generate
 
     @from_options
@@ -79,6 +82,59 @@ class LanguageModel(Configured):
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         _tie(self)
         self.register_load_state_dict_post_hook(_tie)
+
+    @staticmethod
+    def from_pretrained(
+        path: str | PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        step: int | None = None,
+        verify: bool = False,
+    ) -> LanguageModel:
+        """The model of a folder, in eval mode, with its ``config``, its ``origin`` and, of text, its ``tokenizer``.
+
+        Reads what :meth:`save_pretrained` writes; a folder of safetensors that ``transformers`` or a hub has, of a
+        family in :data:`seqarch.interop.FAMILIES`; and a run's folder, or a checkpoint in it, as :func:`seqarch.load`.
+        Tensors go straight to their place: at no time is much more in memory than the model. Nothing is unpickled.
+
+        Args:
+            dtype: of the parameters, as ``model.to(dtype)`` gives it. By default that of most of the files' numbers;
+                then mixers' own parameters, such as ``A_log``, stay as wide as the files have them.
+            device: to load to; by default torch's own.
+            step: of another checkpoint of a run.
+            verify: also compare the files with the SHA-256 in the folder's manifest, which reads them once more.
+                Otherwise their sizes and headers are compared.
+
+        Raises:
+            CheckpointError: the folder holds no such model, or a file is missing, damaged or unsafe, or has other
+                tensors than ``config.json`` describes; a ``ValueError``, it names which.
+        """
+        import seqarch
+
+        return seqarch.pretrained.from_pretrained(path, dtype, device, step=step, verify=verify)
+
+    def save_pretrained(
+        self, path: str | PathLike[str], *, family: str | None = None, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write the model as a folder that :meth:`from_pretrained` reads: config, safetensors, tokenizer, manifest.
+
+        The folder is written beside its place and then renamed, so that a failure leaves what was there. It may take
+        the place of an empty folder, or of one that was saved so and holds nothing else.
+
+        Args:
+            family: of :data:`seqarch.interop.FAMILIES`, to write what ``transformers.AutoModelForCausalLM`` loads; by
+                default seqarch's own form, which holds every model.
+            max_shard_size: of a file of tensors; with more, there are several and an index.
+
+        Raises:
+            ValueError: something else lies at the path, the family has no such model, or the model's ``config`` does
+                not describe its tensors. Nothing is written then.
+            OSError: it cannot be written.
+        """
+        import seqarch
+
+        seqarch.pretrained.save_pretrained(self, path, family=family, max_shard_size=max_shard_size)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
         super()._apply(fn, recurse)

@@ -1,0 +1,159 @@
+"""The tensors of a model from those of files: read, changed by a table of weights, and put in their place.
+
+A model's memory is taken tensor by tensor, as each is read. What a rule of the table changes is read in blocks along
+the first dimension where it leaves that alone, so that little more than the model is in memory at any time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seqarch.checkpoints.building import main_dtype, wide_parameters
+from seqarch.checkpoints.errors import CheckpointError
+from seqarch.interop.weights import Rule
+from seqarch.models import LanguageModel
+from seqarch.pretrained.sources import Joined, Source, Stacked
+from seqarch.pretrained.tensor_files import StoredTensor
+
+BLOCK = 8 << 20
+"""Bytes of a tensor of theirs that a rule is given at a time, where it can be given a part."""
+
+
+@dataclass
+class Filling:
+    """The tensors of one model.
+
+    Attributes:
+        form: the tensors to be made, by name; of a model on the meta device in the dtype of most numbers.
+        wide: names of those that stay as wide as files have them.
+        device: of what is made.
+        folder: where the tensors are from, for errors.
+    """
+
+    form: Mapping[str, Tensor]
+    wide: set[str]
+    device: torch.device
+    folder: Path
+
+    def apply(self, rule: Rule, sources: Mapping[str, Source]) -> dict[str, Tensor]:
+        """Our tensors of a rule, from theirs.
+
+        Raises:
+            CheckpointError: one is of another shape than it must be, or damaged.
+        """
+        theirs = [sources[name] for name in rule.theirs]
+        plain = len(theirs) == len(rule.ours) == 1 and not rule.steps
+        if plain:
+            self._check_shape(rule, theirs[0])
+        made = {name: self._empty(name, theirs) for name in rule.ours}
+        if plain:
+            theirs[0].read_into(made[rule.ours[0]])
+            return made
+        size = theirs[0].shape[0] if theirs and theirs[0].shape else 0
+        rows = self._rows_at_a_time(rule, theirs, made)
+        parts = [_memory(source, rows) for source in theirs]
+        for first in range(0, size, rows) if rows else [0]:
+            count = min(rows, size - first)
+            read = [part[:count] if rows else part for part in parts]
+            for source, part in zip(theirs, read, strict=True):
+                source.read_into(part, first)
+            outs = {name: tensor[first : first + count] if rows else tensor for name, tensor in made.items()}
+            self._put(rule, dict(zip(rule.theirs, read, strict=True)), outs)
+        return made
+
+    def _empty(self, name: str, theirs: Sequence[Source]) -> Tensor:
+        form = self.form[name]
+        dtype = form.dtype
+        if name in self.wide and theirs:
+            dtype = torch.promote_types(dtype, theirs[0].dtype)
+        return torch.empty(form.shape, dtype=dtype, device=self.device)
+
+    def _check_shape(self, rule: Rule, source: Source) -> None:
+        """Before memory is taken for it, which may be out of reach where ``config.json`` is wrong."""
+        expected = tuple(self.form[rule.ours[0]].shape)
+        if source.shape != expected:
+            is_of = f"{rule.theirs[0]} is {list(source.shape)}"
+            raise CheckpointError(f"{_file(source)}: {is_of}, expected {list(expected)} by config.json")
+
+    def _put(self, rule: Rule, parts: Mapping[str, Tensor], outs: Mapping[str, Tensor]) -> None:
+        try:
+            results = rule.to_ours(parts)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
+        for name, out in outs.items():
+            if results[name].shape != out.shape:
+                theirs = " + ".join(f"{each} {list(part.shape)}" for each, part in parts.items())
+                raise CheckpointError(
+                    f"{self.folder}: {theirs} gives {name} {list(results[name].shape)}, expected {list(out.shape)} by"
+                    " config.json"
+                )
+            _copy(results[name], out)
+
+    def _rows_at_a_time(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> int:
+        """How many entries along the first dimension to give the rule at a time; 0 where it needs the whole.
+
+        It needs the whole unless each entry of ours is made of theirs at the same place, which one entry of each shows:
+        steps along that dimension check its size, or make something else than one entry.
+        """
+        sizes = {source.shape[0] if source.shape else 0 for source in theirs}
+        sizes |= {tensor.shape[0] if tensor.ndim else 0 for tensor in made.values()}
+        whole_bytes = sum(_bytes(source) for source in theirs)
+        if len(sizes) != 1 or min(sizes) < 2 or whole_bytes <= BLOCK:
+            return 0
+        one = [torch.empty((1, *source.shape[1:]), dtype=source.dtype, device="meta") for source in theirs]
+        try:
+            results = rule.to_ours(dict(zip(rule.theirs, one, strict=True)))
+        except ValueError:
+            return 0
+        fits = all(results[name].shape == (1, *tensor.shape[1:]) for name, tensor in made.items())
+        return max(1, BLOCK * min(sizes) // whole_bytes) if fits else 0
+
+
+def filling(
+    model: LanguageModel,
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    folder: Path,
+) -> Filling:
+    """How to fill a model from these tensors: by default in the dtype of most of their numbers.
+
+    With no dtype given, the mixers' own parameters stay as wide as they are in the files.
+    """
+    main = dtype or main_dtype((each.dtype, math.prod(each.shape)) for each in stored.values())
+    model.to(main)
+    form = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    return Filling(form, set() if dtype is not None else wide_parameters(model), device, folder)
+
+
+def _memory(source: Source, rows: int) -> Tensor:
+    """Room for so many entries of a tensor; for all of it, where that is 0."""
+    shape = (rows, *source.shape[1:]) if rows else source.shape
+    return torch.empty(shape, dtype=source.dtype, device="cpu")
+
+
+def _copy(tensor: Tensor, out: Tensor) -> None:
+    """``out.copy_(tensor)``, matrix by matrix where there are several: torch copies only single ones by tiles."""
+    if tensor.ndim != 3:
+        out.copy_(tensor)
+        return
+    for own, each in zip(out, tensor, strict=True):
+        own.copy_(each)
+
+
+def _bytes(source: Source) -> int:
+    return math.prod(source.shape) * source.dtype.itemsize
+
+
+def _file(source: Source) -> Path:
+    """A file that a tensor is from."""
+    while not isinstance(source, StoredTensor):
+        assert isinstance(source, Joined | Stacked)
+        source = (source.parts if isinstance(source, Joined) else source.entries)[0]
+    return source.file

@@ -1,0 +1,166 @@
+"""``LanguageModel.from_pretrained``: what a folder is, and the model that it holds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqarch.checkpoints.building import build, fill
+from seqarch.checkpoints.errors import CheckpointError
+from seqarch.checkpoints.loading import load
+from seqarch.checkpoints.manifest import checkpoints_by_step, damage, file_digest, read_json
+from seqarch.checkpoints.origin import Origin, carried_files, file_entry, hub_revision
+from seqarch.checkpoints.tokenizers import FILE, Tokenizer, tokenizer_of
+from seqarch.interop import FAMILIES, lm_config, weight_map
+from seqarch.interop.weights import WeightMap, rule
+from seqarch.models import LanguageModel
+from seqarch.ops.dispatch.checks import unknown_name
+from seqarch.pretrained.filling import filling
+from seqarch.pretrained.form import FORMAT, OWN, model_manifest
+from seqarch.pretrained.sources import check_names, sources
+from seqarch.pretrained.tensor_files import StoredTensor, stored_tensors
+
+
+def from_pretrained(
+    path: str | PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    step: int | None = None,
+    verify: bool = False,
+) -> LanguageModel:
+    """The model of a folder, in eval mode; see :meth:`seqarch.LanguageModel.from_pretrained`."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+    folder, device = Path(path), torch.get_default_device() if device is None else torch.device(device)
+    if folder.parent.name == "checkpoints" and (number := _step_of(folder)) is not None:
+        folder, step = folder.parent.parent, number if step is None else step
+    config = read_json(folder / "config.json") if folder.is_dir() else None
+    if config is None:
+        raise CheckpointError(_no_model(folder))
+    kind = config.get("model_type")
+    if kind is None and "model" in config:
+        return load(folder, step=step, device=device, dtype=dtype)
+    if step is not None:
+        raise CheckpointError(f"{folder} is no run's folder, which alone has a step: got step={step}")
+    _check_files(folder, verify)
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{folder / 'config.json'} has no model_type, a family's name, and no run's 'model'")
+    if kind != OWN and kind not in FAMILIES:
+        raise CheckpointError(f"{folder / 'config.json'}: {unknown_name('model_type', kind, [*FAMILIES, OWN])}")
+    model = (_own if kind == OWN else _theirs)(folder, config, dtype, device)
+    return model.to(device).eval()
+
+
+def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device) -> LanguageModel:
+    """A model that seqarch saved in its own form."""
+    file, options = folder / "config.json", config.get("model")
+    if config.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is of format {config.get('format')!r}, and this version reads {FORMAT}")
+    if not isinstance(options, dict):
+        raise CheckpointError(f"{file} has no 'model', a JSON object")
+    plugins = config.get("plugins", [])
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise CheckpointError(f"{file}: plugins is {plugins!r}, expected a list of modules' names")
+    stored = stored_tensors(folder)
+    model = build(options, plugins, folder)
+    names = [name for name in model.state_dict() if not (name == "head.weight" and model.config.tie_embeddings)]
+    check_names(set(names) - set(stored), set(stored) - set(names), folder)
+    form = filling(model, stored, dtype, device, folder)
+    made = {name: form.apply(rule(name, name), stored)[name] for name in names}
+    if model.config.tie_embeddings:
+        made["head.weight"] = made["embedding.weight"]
+    fill(model, made, folder, file)
+    model.tokenizer = _tokenizer(folder, {"tokens": config.get("tokens")}, model.config.vocab_size)
+    model.origin = _origin(folder, OWN, stored, plugins=tuple(plugins))
+    return model
+
+
+def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device) -> LanguageModel:
+    """A model of a family that :mod:`seqarch.interop` knows."""
+    file, family = folder / "config.json", config["model_type"]
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(f"{file} has a quantization_config: quantised models are not read")
+    try:
+        ours, table = lm_config(config), weight_map(config)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    stored = stored_tensors(folder)
+    model = build({field.name: getattr(ours, field.name) for field in fields(ours)}, (), folder)
+    names = [name for rule in table.rules for name in rule.theirs]
+    theirs = sources(family, names, table.tied, stored, folder)
+    form, made = filling(model, stored, dtype, device, folder), {}
+    shared = _shared(table, theirs)
+    for each in table.rules:
+        if each.ours[0] not in shared:
+            made.update(form.apply(each, theirs))
+    made.update((copy, made[original]) for copy, original in shared.items())
+    fill(model, made, folder, file)
+    model.tokenizer = _tokenizer(folder, {}, model.config.vocab_size)
+    model.origin = _origin(folder, family, stored, settings=config)
+    return model
+
+
+def _shared(table: WeightMap, theirs: Mapping[str, Any]) -> dict[str, str]:
+    """Our copies of tensors that files hold once, by the names of what they repeat."""
+    plain = {rule.theirs[0]: rule.ours[0] for rule in table.rules if len(rule.theirs) == 1 and not rule.steps}
+    pairs = [(copy, original) for copy, original in table.tied.items() if theirs[copy] is theirs[original]]
+    return {plain[copy]: plain[original] for copy, original in pairs if {copy, original} <= plain.keys()}
+
+
+def _origin(folder: Path, family: str, stored: Mapping[str, StoredTensor], **others: Any) -> Origin:
+    names = sorted({"config.json", *(tensor.file.name for tensor in stored.values())})
+    known = (model_manifest(folder) or {}).get("files", {})
+    files = {name: known.get(name) or file_entry(folder / name) for name in names}
+    files["config.json"] = file_digest(folder / "config.json")
+    return Origin(str(folder), family, hub_revision(folder), files, carried=carried_files(folder), **others)
+
+
+def _check_files(folder: Path, verify: bool) -> None:
+    """Raise where the files are not those that were saved, as far as their manifest says: by size, or by hash."""
+    manifest = model_manifest(folder)
+    if manifest is None:
+        if verify:
+            raise CheckpointError(f"{folder} has no manifest of seqarch's with the hashes of its files to compare")
+        return
+    names = [name for name in manifest["files"] if verify or name.endswith(".safetensors")]
+    there = [name for name in names if (folder / name).is_file()]
+    if verify:
+        found = {name: file_digest(folder / name) for name in there}
+    else:
+        found = {name: {**manifest["files"][name], "bytes": (folder / name).stat().st_size} for name in there}
+    expected = {**manifest, "files": {name: manifest["files"][name] for name in names}}
+    if problem := damage(expected, found):
+        raise CheckpointError(f"{folder} is damaged: {problem}")
+
+
+def _tokenizer(folder: Path, task: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
+    if (folder / FILE).exists() and find_spec("tokenizers") is None:
+        warnings.warn(f"{folder / FILE} needs the package tokenizers: the model has no tokenizer", stacklevel=4)
+        return None
+    return tokenizer_of(folder, {"task": task}, vocab_size)
+
+
+def _step_of(folder: Path) -> int | None:
+    """The step of a folder that is named as a run's checkpoint is."""
+    return next((step for step, path in checkpoints_by_step(folder.parent).items() if path.name == folder.name), None)
+
+
+def _no_model(folder: Path) -> str:
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is no model's folder: it is a file"
+    if not folder.exists():
+        hub = "" if folder.is_absolute() else "; a model of a hub is to be downloaded first"
+        return f"{folder} is no model's folder: there is no such folder{hub}"
+    if revisions := sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
+        return f"{folder} is no model's folder, but the cache of one: expected {revisions[-1]}"
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} is no model's folder: it has an adapter (adapter_config.json) and no config.json"
+    return f"{folder} is no model's folder: it has no config.json"

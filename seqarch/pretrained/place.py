@@ -1,0 +1,95 @@
+"""A folder that is written beside its place and takes it once it is whole."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from seqarch.checkpoints.manifest import MANIFEST
+from seqarch.pretrained.form import model_manifest
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path``, which takes its name when the block ends, and is removed if that fails.
+
+    What lies at ``path`` is replaced only if it is an empty folder, or one of a model that was saved here and holds
+    nothing else. Between two renamings neither is there: a process that is killed then leaves the former model beside,
+    as ``.NAME.xxxx.former``.
+
+    Raises:
+        ValueError: something else lies there.
+        OSError: it cannot be written.
+    """
+    check_place(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    made.mkdir()
+    try:
+        yield made
+        _take_place(made, path)
+    except BaseException:
+        _remove(made, {each.name for each in made.iterdir()} if made.is_dir() else set())
+        raise
+
+
+def check_place(path: Path) -> None:
+    """Raise unless a model's folder may be written at a path.
+
+    Raises:
+        ValueError: something lies there that is not a model's folder which was saved here, or not only that.
+    """
+    if not path.name:
+        raise ValueError(f"cannot save to {path}: expected the path of a folder of its own")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"cannot save to {path}: it is a {'link' if path.is_symlink() else 'file'}; expected a folder")
+    if not path.is_dir():
+        return
+    strangers = sorted({each.name for each in path.iterdir()} - _own_files(path))
+    if strangers:
+        raise ValueError(
+            f"cannot save to {path}: it holds {', '.join(strangers[:3])}, which no saved model has put there; move it"
+            " away, or save elsewhere"
+        )
+
+
+def _own_files(path: Path) -> set[str]:
+    """The names of the files that saving a model has written into a folder."""
+    manifest = model_manifest(path)
+    return {MANIFEST, *manifest["files"]} if manifest is not None else set()
+
+
+def _take_place(made: Path, path: Path) -> None:
+    check_place(path)
+    own = _own_files(path)
+    if not own:
+        made.rename(path)  # over nothing, or an empty folder
+        return
+    former = path.parent / f"{made.name.removesuffix('.tmp')}.former"
+    path.rename(former)
+    try:
+        made.rename(path)
+    except BaseException:
+        former.rename(path)
+        raise
+    _sync(path.parent)
+    _remove(former, own)
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """Remove files of these names in a folder, and the folder if nothing else is in it."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,113 @@
+"""Tensors as a table of weights wants them, from the pieces of them that files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from seqarch.checkpoints.errors import CheckpointError
+from seqarch.interop.file_names import Pieces, is_unused, pieces_there, written_names
+from seqarch.pretrained.tensor_files import StoredTensor
+
+
+class Source(Protocol):
+    """A tensor that can be read, whole or in part along its first dimension."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read_into(self, out: Tensor, first: int = 0) -> None:
+        """Fill a contiguous tensor, of any dtype and on any device, with the entries from ``first`` on."""
+        ...
+
+
+class Joined:
+    """Tensors one after another along the first dimension."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self.parts = parts
+        self.dtype = parts[0].dtype
+        self.shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+    def read_into(self, out: Tensor, first: int = 0) -> None:
+        filled = 0
+        for part in self.parts:
+            count = min(part.shape[0] - first, len(out) - filled)
+            if count > 0:
+                part.read_into(out[filled : filled + count], max(first, 0))
+                filled += count
+            first = max(first - part.shape[0], 0)
+
+
+class Stacked:
+    """Tensors of one shape along a new first dimension."""
+
+    def __init__(self, entries: Sequence[Source]):
+        self.entries = entries
+        self.dtype = entries[0].dtype
+        self.shape = (len(entries), *entries[0].shape)
+
+    def read_into(self, out: Tensor, first: int = 0) -> None:
+        for entry, own in zip(self.entries[first : first + len(out)], out, strict=True):
+            entry.read_into(own)
+
+
+def sources(
+    family: str, names: Iterable[str], tied: Mapping[str, str], stored: Mapping[str, StoredTensor], folder: Path
+) -> dict[str, Source]:
+    """Each tensor of a family's state dict, by its name there.
+
+    Args:
+        tied: copies that files may leave out, by the names of what they repeat.
+
+    Raises:
+        CheckpointError: tensors are missing or left over (all are listed), or pieces do not fit together.
+    """
+    names, stored = list(names), dict(stored)
+    prefix = names[0].partition(".")[0] + "."
+    if pieces_there(family, names[0], stored) is None and names[0].removeprefix(prefix) in stored:
+        # the file of a model without a head
+        stored = {name if name == "lm_head.weight" else prefix + name: tensor for name, tensor in stored.items()}
+    found = {name: pieces_there(family, name, stored) for name in names}
+    for copy, original in tied.items():
+        found[copy] = found[copy] or found[original]
+    used = {piece for pieces in found.values() if pieces for entry in pieces.entries for piece in entry}
+    missing = [piece for name, pieces in found.items() if pieces is None for piece in written_names(family, name)]
+    check_names(missing, [name for name in stored if name not in used and not is_unused(family, name)], folder)
+    return {name: _source(pieces, stored, name) for name, pieces in found.items() if pieces is not None}
+
+
+def check_names(missing: Iterable[str], left_over: Iterable[str], folder: Path) -> None:
+    """Raise if there are such tensors; all of them are listed."""
+    sides = {"missing": missing, "left over": left_over}
+    lines = [f"  {kind}: {name}" for kind, names in sides.items() for name in sorted(names)]
+    if lines:
+        listed = [*lines[:40], *([f"  and {len(lines) - 40} more"] if len(lines) > 40 else [])]
+        raise CheckpointError("\n".join([f"the tensors of {folder} are not those of its config.json:", *listed]))
+
+
+def _source(pieces: Pieces, stored: Mapping[str, StoredTensor], name: str) -> Source:
+    entries = [[stored[piece] for piece in entry] for entry in pieces.entries]
+    for entry in entries:
+        for piece, first in zip(entry, entries[0], strict=True):
+            if (piece.shape, piece.dtype) != (first.shape, first.dtype):
+                raise CheckpointError(f"{piece.file}: {_show(piece)}, expected the same as {_show(first)}")
+    first = entries[0]
+    if any(
+        (each.shape[1:], each.dtype) != (first[0].shape[1:], first[0].dtype) or not each.shape for each in first[1:]
+    ):
+        shapes = ", ".join(_show(each) for each in first)
+        raise CheckpointError(f"{first[0].file}: the pieces of {name} do not fit together: {shapes}")
+    joined = [entry[0] if len(entry) == 1 else Joined(entry) for entry in entries]
+    return Stacked(joined) if pieces.stacked else joined[0]
+
+
+def _show(tensor: StoredTensor) -> str:
+    return f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}"

@@ -1,0 +1,286 @@
+"""The ``config.json`` of a family for a model of ours, checked by reading it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqarch.checkpoints.building import build
+from seqarch.interop import lm_config
+from seqarch.layers import Layer
+from seqarch.models import LanguageModel, tile_pattern
+from seqarch.ops.dispatch.checks import unknown_name
+
+CLASSES = {
+    "falcon_h1": "FalconH1ForCausalLM",
+    "kimi_linear": "KimiLinearForCausalLM",
+    "mamba": "MambaForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "recurrent_gemma": "RecurrentGemmaForCausalLM",
+}
+"""What ``transformers`` calls the language models of each family."""
+
+OF_TRAINING = {
+    *("embedding_std", "A_scale", "A_min", "A_max", "dt_min", "dt_max", "dt_floor"),
+    *("bias_rate", "recentre_bias", "load_balance_weight", "router_z_weight"),
+}
+"""Options that say how a model begins or is trained, and not what it computes."""
+
+SIZES = {
+    *("num_heads", "num_kv_heads", "num_key_heads", "head_dim", "key_width", "value_width", "hidden"),
+    *("d_inner", "dt_rank", "lru_width", "gate_rank"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"),
+}
+"""Options that need not be given; where both sides give them, they must agree."""
+
+FACTORS = {"expand", "expand_v", "expansion"}
+"""Options that say a size by another; the shapes of the tensors tell whether they agree."""
+
+
+class _Layers:
+    """The layers of a model: their kinds, and the config of each kind."""
+
+    def __init__(self, model: LanguageModel):
+        own = model.config
+        self.kinds = _kinds(model)
+        self.configs: dict[str, Any] = {}
+        for layer, pattern in zip(model.stack.layers, tile_pattern(own.pattern, own.depth), strict=True):
+            found: Any = layer
+            self.configs.update({n: mixer.config for n, mixer in zip(pattern.mixers, found.mixers, strict=True)})
+            if found.channel is not None:
+                self.configs[pattern.channel or own.channel] = found.channel.config
+
+    def get(self, name: str) -> Any:
+        if name not in self.configs:
+            raise ValueError(f"it has no {name}, but {', '.join(self.configs)}")
+        return self.configs[name]
+
+
+def their_settings(family: str, model: LanguageModel, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``config.json`` says of a model in the form of a family.
+
+    Those that the model was read with, if it was read from that family, and otherwise new ones, without special tokens.
+
+    Raises:
+        ValueError: the family has no such model; the error says what differs.
+    """
+    origin = model.origin
+    try:
+        if origin is not None and origin.family == family and origin.settings is not None:
+            settings = dict(origin.settings)
+        elif family not in _FROM_OURS:
+            raise unknown_name("family to write a new model in", family, _FROM_OURS)
+        else:
+            settings = _shared_settings(family, model) | _FROM_OURS[family](_Layers(model), model)
+        differences = _differences(model, settings)
+    except ValueError as error:
+        raise ValueError(f"the model is no {family}: {error}") from error
+    if differences:
+        raise ValueError(f"the model is no {family}: {'; '.join(differences[:5])}")
+    settings.pop("torch_dtype", None)
+    return {**settings, "architectures": [CLASSES[family]], "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _kinds(model: LanguageModel) -> list[tuple[tuple[str, ...], str]]:
+    """The mixers and the channel mixer of each layer."""
+    config = model.config
+    return [(tuple(each.mixers), each.channel or config.channel) for each in tile_pattern(config.pattern, config.depth)]
+
+
+def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
+    """Where the model that the settings describe computes something else than this one."""
+    ours = lm_config(settings)
+    other = build({field.name: getattr(ours, field.name) for field in fields(ours)}, (), Path("config.json"))
+    if _kinds(other) != _kinds(model):
+        return [f"its layers are {model.config.pattern!r}, expected {other.config.pattern!r} (channel by channel)"]
+    plain: dict[str, Any] = {"pattern": "mamba", "depth": 1, "channel": "none", "mixers": {}, "channels": {}}
+    found = _differing("", replace(model.config, **plain), replace(other.config, **plain))
+    modules = dict(other.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, Layer):
+            found += _differing(f"{name}: ", module.config, getattr(modules.get(name), "config", None))
+    shapes, expected = ({n: list(t.shape) for n, t in each.state_dict().items()} for each in (model, other))
+    names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    return [*found, *(f"{name} is {shapes.get(name, 'absent')}, expected {expected.get(name)}" for name in names)]
+
+
+def _differing(where: str, own: Any, other: Any) -> list[str]:
+    if type(own) is not type(other):
+        return [f"{where}{type(own).__name__}, expected {type(other).__name__}"]
+    theirs = asdict(other)
+    return [
+        f"{where}{option}={value!r}, expected {theirs[option]!r}"
+        for option, value in asdict(own).items()
+        if value != theirs[option] and option not in OF_TRAINING | FACTORS
+        if not (option in SIZES and None in (value, theirs[option]))
+    ]
+
+
+def _shared_settings(family: str, model: LanguageModel) -> dict[str, Any]:
+    config = model.config
+    return {
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.depth,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _attention(config: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": config.rotary_base, "partial_rotary_factor": config.rotary_fraction}
+    return {
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "rope_parameters": rope,
+    }
+
+
+def _whole(value: float, what: str) -> int:
+    if value != int(value):
+        raise ValueError(f"{what} is {value}, expected a whole number")
+    return int(value)
+
+
+def _mamba(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+    config = layers.get("mamba")
+    return {
+        "state_size": config.d_state,
+        "expand": _whole(config.inner_width / config.d_model, "the inner width over d_model"),
+        "conv_kernel": config.conv_width,
+        "time_step_rank": "auto" if config.dt_rank is None else config.dt_rank,
+        "layer_norm_epsilon": model.config.norm_eps,
+    }
+
+
+def _mamba2(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+    config = layers.get("mamba2")
+    return {
+        "state_size": config.d_state,
+        "expand": _whole(config.inner_width / config.d_model, "the inner width over d_model"),
+        "num_heads": config.inner_width // config.head_dim,
+        "head_dim": config.head_dim,
+        "n_groups": config.n_groups,
+        "conv_kernel": config.conv_width,
+        "layer_norm_epsilon": model.config.norm_eps,
+        "rms_norm": True,
+    }
+
+
+def _mixtral(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+    windowed = "sliding_window" in layers.configs
+    mixer, moe = layers.get("sliding_window" if windowed else "attention"), layers.get("moe")
+    return {
+        **_attention(mixer),
+        "sliding_window": mixer.window if windowed else None,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.hidden_width,
+        "rms_norm_eps": model.config.norm_eps,
+    }
+
+
+def _falcon_h1(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+    ssm = layers.get("mamba2")
+    return {
+        **_attention(layers.get("attention")),
+        "intermediate_size": layers.get("swiglu").hidden_width,
+        "mamba_d_ssm": ssm.inner_width,
+        "mamba_n_heads": ssm.inner_width // ssm.head_dim,
+        "mamba_d_head": ssm.head_dim,
+        "mamba_n_groups": ssm.n_groups,
+        "mamba_d_state": ssm.d_state,
+        "mamba_d_conv": ssm.conv_width,
+        "mamba_expand": 2,
+        "mamba_rms_norm": ssm.output_norm != "none",
+        "mamba_norm_before_gate": ssm.output_norm == "gate_last",
+        "embedding_multiplier": model.config.embedding_scale,
+        "rms_norm_eps": model.config.norm_eps,
+    }
+
+
+def _recurrent_gemma(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+    window, recurrent = layers.get("sliding_window"), layers.get("rg_lru")
+    names = {"rg_lru": "recurrent", "sliding_window": "attention"}
+    return {
+        **_attention(window),
+        "attention_window_size": window.window,
+        "block_types": [names.get(mixers[0], mixers[0]) for mixers, _ in layers.kinds],
+        "lru_width": recurrent.width,
+        "conv1d_width": recurrent.conv_width,
+        "intermediate_size": 2 * layers.get("swiglu").hidden_width,
+        "logits_soft_cap": model.config.logit_cap,
+        "rms_norm_eps": model.config.norm_eps,
+    }
+
+
+def _qwen3_next(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+    delta, moe = layers.get("gated_delta_net"), layers.get("moe")
+    names = {"gated_delta_net": "linear_attention", "attention": "full_attention"}
+    dense = [i for i, (_, channel) in enumerate(layers.kinds) if channel != "moe"]
+    return {
+        **_attention(layers.get("attention")),
+        "layer_types": [names.get(mixers[0], mixers[0]) for mixers, _ in layers.kinds],
+        "mlp_only_layers": dense,
+        "decoder_sparse_step": 1,
+        "intermediate_size": layers.get("swiglu").hidden_width if dense else model.config.d_model,
+        "linear_num_value_heads": delta.value_shape[0],
+        "linear_num_key_heads": delta.key_shape[0],
+        "linear_key_head_dim": delta.keys,
+        "linear_value_head_dim": delta.values,
+        "linear_conv_kernel_dim": delta.conv_width,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.normalise_weights,
+        "moe_intermediate_size": moe.hidden_width,
+        "shared_expert_intermediate_size": moe.shared_experts * moe.hidden_width,
+        "rms_norm_eps": model.config.norm_eps,
+    }
+
+
+def _kimi_linear(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+    delta, latent, moe = layers.get("kda"), layers.get("mla"), layers.get("moe")
+    names, channels = {"kda": "linear_attention", "mla": "full_attention"}, {"swiglu": "dense", "moe": "sparse"}
+    return {
+        "layer_types": [names.get(mixers[0], mixers[0]) for mixers, _ in layers.kinds],
+        "mlp_layer_types": [channels.get(channel, channel) for _, channel in layers.kinds],
+        "num_attention_heads": latent.heads,
+        "num_key_value_heads": latent.heads,
+        "qk_nope_head_dim": latent.keys,
+        "qk_rope_head_dim": latent.shared,
+        "v_head_dim": latent.values,
+        "kv_lora_rank": latent.rank,
+        "q_lora_rank": latent.q_lora_rank,
+        "linear_num_heads": delta.value_shape[0],
+        "linear_head_dim": delta.keys,
+        "linear_conv_kernel_dim": delta.conv_width,
+        "intermediate_size": layers.get("swiglu").hidden_width if "swiglu" in layers.configs else model.config.d_model,
+        "moe_intermediate_size": moe.hidden_width,
+        "num_experts": moe.num_experts,
+        "num_experts_per_token": moe.top_k,
+        "num_shared_experts": moe.shared_experts,
+        "moe_renormalize": moe.normalise_weights,
+        "routed_scaling_factor": moe.weight_scale,
+        "rms_norm_eps": model.config.norm_eps,
+    }
+
+
+_FROM_OURS: dict[str, Callable[[_Layers, LanguageModel], dict[str, Any]]] = {
+    "falcon_h1": _falcon_h1,
+    "kimi_linear": _kimi_linear,
+    "mamba": _mamba,
+    "mamba2": _mamba2,
+    "mixtral": _mixtral,
+    "qwen3_next": _qwen3_next,
+    "recurrent_gemma": _recurrent_gemma,
+}

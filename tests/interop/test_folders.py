@@ -1,0 +1,306 @@
+"""Folders of every family: those that ``transformers`` saves are read here, and those saved here are read there."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from seqarch import LanguageModel
+from seqarch import __main__ as page
+from seqarch.checkpoints.errors import CheckpointError
+from seqarch.interop import FAMILIES, from_transformers
+from seqarch.interop.file_names import FILE_RULES
+from seqarch.pretrained import filling
+from seqarch.pretrained.families import CHECKED
+from seqarch.pretrained.their_settings import CLASSES
+from seqarch.testing import assert_close
+from tests.interop.test_families import BOUND, ROUNDED
+from tests.support.families import CASES, VARIANTS, build
+
+cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
+TOKENS = torch.randint(3, 53, (2, 19), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def names_in(folder: Path) -> set[str]:
+    found: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            found |= set(content.keys())
+    return found
+
+
+def reread(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def sharded(folder: Path, several: bool) -> None:
+    assert len(list(folder.glob("*.safetensors"))) > 1 or not several
+
+
+@cases
+@torch.no_grad()
+def test_their_folders_are_read_and_ours_are_read_by_them(name: str, changes: dict[str, Any], tmp_path, monkeypatch):
+    """In one file and in several, in blocks and whole, in float32 and bfloat16: the numbers of the state dict's way."""
+    config, theirs = build(name, changes)
+    for dtype, size in ((torch.float32, "50GB"), (torch.bfloat16, "20KB")):
+        theirs.to(dtype)
+        folder, saved = tmp_path / f"theirs-{size}", tmp_path / f"ours-{size}"
+        theirs.save_pretrained(folder, max_shard_size=size)
+        sharded(folder, size == "20KB")
+        expected = from_transformers(config, theirs.state_dict()).to(dtype).eval()
+        model = LanguageModel.from_pretrained(folder)
+        monkeypatch.setattr(filling, "BLOCK", 1)
+        in_blocks = LanguageModel.from_pretrained(folder)
+        monkeypatch.undo()
+        for read in (model, in_blocks):
+            other = read.state_dict()
+            assert {key: tensor.dtype for key, tensor in other.items()} == {
+                key: tensor.dtype for key, tensor in expected.state_dict().items()
+            }
+            assert all(torch.equal(other[key], tensor) for key, tensor in expected.state_dict().items())
+            assert (read.head.weight is read.embedding.weight) == config.tie_word_embeddings
+        if dtype == torch.float32:
+            assert_close(model(TOKENS)[0], theirs(TOKENS, use_cache=False).logits, BOUND, "logits")
+        assert model.origin.family == config.model_type
+        model.save_pretrained(saved, family=config.model_type, max_shard_size=size)
+        sharded(saved, size == "20KB")
+        written = json.loads((saved / "config.json").read_text())
+        assert written.pop("dtype") == str(dtype).removeprefix("torch.")
+        assert written == {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "dtype"}
+        back = reread(saved)
+        assert back.dtype == dtype
+        exact = name not in ROUNDED
+        for key, tensor in theirs.state_dict().items():
+            assert torch.equal(back.state_dict()[key], tensor) or (
+                not exact and torch.allclose(back.state_dict()[key], tensor, 1e-2, 1e-2)
+            )
+        again = LanguageModel.from_pretrained(saved, verify=True)
+        assert not exact or all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+NEW: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"pattern": "attention+mamba2", "embedding_scale": 3.0},
+    "kimi_linear": {
+        "pattern": "kda/swiglu mla/moe kda/moe",
+        "depth": 3,
+        "mixers": {
+            "mla": {"num_heads": 2, "position": "none", "q_lora_rank": 6},
+            "kda": {"num_heads": 2, "key_width": 8},
+        },
+        "channels": {"moe": {"router": "sigmoid", "expert_bias": True, "shared_experts": 1, "weight_scale": 2.5}},
+    },
+    "mamba": {"pattern": "mamba", "channel": "none", "tie_embeddings": True, "mixers": {"mamba": {"d_state": 5}}},
+    "mamba2": {"pattern": "mamba2", "channel": "none", "mixers": {"mamba2": {"head_dim": 16, "d_state": 8}}},
+    "mixtral": {"pattern": "sliding_window/moe", "mixers": {"sliding_window": {"num_heads": 4, "window": 5}}},
+    "qwen3_next": {
+        "pattern": "gated_delta_net/moe attention/swiglu",
+        "mixers": {
+            "attention": {"num_heads": 2, "qk_norm": True, "output_gate": True, "norm_eps": 1e-5},
+            "gated_delta_net": {"num_heads": 2, "key_width": 8},
+        },
+        "channels": {"moe": {"shared_experts": 1, "shared_gate": True}},
+    },
+    "recurrent_gemma": {
+        "pattern": "rg_lru sliding_window",
+        "tie_embeddings": True,
+        "logit_cap": 3.0,
+        "embedding_scale": 5.65625,  # sqrt(32), rounded as there
+        "mixers": {
+            "sliding_window": {"num_heads": 2, "num_kv_heads": 1, "output_bias": True, "rotary_fraction": 0.5},
+            "rg_lru": {"num_heads": 2},
+        },
+        "channels": {"swiglu": {"activation": "gelu_tanh", "bias": True}},
+    },
+}
+
+
+def new_model(family: str) -> LanguageModel:
+    """A model of ours that the family can hold."""
+    torch.manual_seed(0)
+    model = LanguageModel(**{"vocab_size": 53, "d_model": 32, "depth": 2, **NEW[family]}).eval()
+    if family == "falcon_h1":
+        for layer in model.stack.layers:
+            torch.nn.init.ones_(layer.branch_weights)  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_models_made_here_are_read_by_them(family: str, tmp_path):
+    model = new_model(family)
+    model.save_pretrained(tmp_path / "saved", family=family)
+    theirs = reread(tmp_path / "saved")
+    assert type(theirs).__name__ == CLASSES[family]
+    assert_close(model(TOKENS)[0], theirs(TOKENS, use_cache=False).logits, BOUND, "logits")
+    again = LanguageModel.from_pretrained(tmp_path / "saved")
+    assert_close(again(TOKENS)[0], model(TOKENS)[0], BOUND, "logits")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_a_family_cannot_hold_are_refused_by_what_differs(family: str, tmp_path):
+    other = LanguageModel(vocab_size=53, d_model=32, pattern="retention", depth=2)
+    with pytest.raises(ValueError, match=f"the model is no {family}: it has no "):
+        other.save_pretrained(tmp_path / "saved", family=family)
+    options = NEW[family]
+    eps = LanguageModel(**{"vocab_size": 53, "d_model": 32, "depth": 2, **options, "branch_norm": True})
+    with pytest.raises(ValueError, match=f"the model is no {family}: .*branch_norm=True, expected False"):
+        eps.save_pretrained(tmp_path / "saved", family=family)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_differs_is_named(tmp_path):
+    capacity = LanguageModel(
+        vocab_size=53, d_model=32, depth=1, pattern="attention/moe", channels={"moe": {"capacity_factor": 1.0}}
+    )
+    with pytest.raises(ValueError, match=r"stack\.layers\.0\.channel: capacity_factor=1\.0, expected None"):
+        capacity.save_pretrained(tmp_path / "saved", family="mixtral")
+    mixed = LanguageModel(vocab_size=53, d_model=32, depth=2, pattern="mamba2/none retention/none")
+    with pytest.raises(ValueError, match=r"its layers are 'mamba2/none retention/none', expected 'mamba2/none'"):
+        mixed.save_pretrained(tmp_path / "saved", family="mamba2")
+    griffin = copy.deepcopy(NEW["recurrent_gemma"])
+    del griffin["mixers"]["rg_lru"]
+    gates = LanguageModel(**{"vocab_size": 53, "d_model": 32, "depth": 2, **griffin})
+    with pytest.raises(ValueError, match=r"decay_gate\.weight is \[1, 32, 32\], expected \[2, 16, 16\]"):
+        gates.save_pretrained(tmp_path / "saved", family="recurrent_gemma")
+
+
+PUBLISHED = {
+    "KimiLinearForCausalLM": {
+        *("model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_conv1d.weight"),
+        *("model.layers.0.self_attn.f_a_proj.weight", "model.layers.2.block_sparse_moe.experts.5.w3.weight"),
+        *("model.layers.2.block_sparse_moe.gate.e_score_correction_bias", "model.layers.0.self_attn.dt_bias"),
+        "model.layers.2.block_sparse_moe.shared_experts.up_proj.weight",
+    },
+    "MixtralForCausalLM": {
+        *("model.layers.1.block_sparse_moe.gate.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+    },
+    "Qwen3NextForCausalLM": {
+        *("model.layers.0.mlp.experts.5.up_proj.weight", "model.layers.0.mlp.gate.weight"),
+    },
+}
+"""Names in published files, from the releases' indices."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_files_have_the_names_of_published_ones(name: str, tmp_path):
+    """And those that hold the state dict itself, as one that was saved by hand, are read too."""
+    config, theirs = build(name, {})
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = LanguageModel.from_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "saved", family=config.model_type)
+    names = names_in(tmp_path / "saved")
+    assert names >= PUBLISHED[name]
+    assert not [key for key in names if "experts.gate_up_proj" in key or "forget_gate" in key]
+    save_file(theirs.state_dict(), tmp_path / "theirs" / "model.safetensors")
+    read = LanguageModel.from_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
+
+
+def test_names_of_earlier_files_and_unused_tensors(tmp_path):
+    """``embedding`` in Mamba's first files, no prefix in those without a head, tensors that no model reads."""
+    _, theirs = build("MambaForCausalLM", {})
+    theirs.save_pretrained(tmp_path)
+    model, tensors = LanguageModel.from_pretrained(tmp_path), load_file(tmp_path / "model.safetensors")
+    earlier = {key.replace("embeddings.", "embedding."): tensor for key, tensor in tensors.items()}
+    bare = {key.removeprefix("backbone."): tensor for key, tensor in tensors.items()}
+    doubled = {**tensors, "lm_head.weight": tensors["backbone.embeddings.weight"].clone()}
+    for content in (earlier, bare, doubled, {**tensors, "backbone.layers.0.rotary_emb.inv_freq": torch.ones(1)}):
+        save_file(content, tmp_path / "model.safetensors")
+        read = LanguageModel.from_pretrained(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
+        assert read.head.weight is read.embedding.weight
+    doubled["lm_head.weight"] += 1
+    save_file(doubled, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"embedding\.weight and head\.weight are one parameter"):
+        LanguageModel.from_pretrained(tmp_path)
+
+
+def _drop(key: str):
+    return lambda tensors: tensors.pop(key)
+
+
+def _reshape(key: str):
+    return lambda tensors: tensors.update({key: tensors[key][:-1].clone()})
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w1.weight"
+WRONG = [
+    (_drop("model.norm.weight"), "  missing: model.norm.weight$"),
+    (_drop(EXPERT.format(0)), r"  missing: model\.layers\.1\.block_sparse_moe\.experts\.\{\}\.w1\.weight\n"),
+    (_drop(EXPERT.format(3)), r"  left over: model\.layers\.1\.block_sparse_moe\.experts\.3\.w3\.weight"),
+    (lambda tensors: tensors.update(more=torch.zeros(2)), "  left over: more$"),
+    (_reshape("model.norm.weight"), r"model\.norm\.weight is \[31\], expected \[32\] by config\.json"),
+    (
+        _reshape(EXPERT.format(2)),
+        r"experts\.2\.w1\.weight is torch\.float32 \[23, 32\], expected the same as .*experts\.0",
+    ),
+    (_reshape("model.layers.0.self_attn.q_proj.weight"), r"q_proj.* expected sizes along dimension 0 of"),
+    (_reshape("model.layers.0.block_sparse_moe.gate.weight"), r"gate\.weight is \[3, 32\], expected \[4, 32\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(number) for number in range(len(WRONG))])
+def test_wrong_tensors_are_named(change, message, tmp_path):
+    _, theirs = build("MixtralForCausalLM", {})
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        LanguageModel.from_pretrained(tmp_path)
+
+
+def test_wrong_settings_are_named(tmp_path):
+    _, theirs = build("MixtralForCausalLM", {})
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised models are not read"),
+        ({"hidden_act": "relu"}, r"config\.json: mixtral: these settings have no counterpart here: hidden_act='relu'"),
+        ({"num_local_experts": 5}, r"gate_up_proj.*expected|gate\.weight is \[4, 32\], expected \[5, 32\]"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            LanguageModel.from_pretrained(tmp_path)
+
+
+def test_a_learnt_constant_is_not_written(tmp_path):
+    _, theirs = build("FalconH1ForCausalLM", {})
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = LanguageModel.from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        model.stack.layers[1].branch_weights[0, 3] = 0.5  # type: ignore[index, union-attr]
+    with pytest.raises(ValueError, match=r"branch_weights: expected 1\.0 throughout"):
+        model.save_pretrained(tmp_path / "saved", family="falcon_h1")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_every_family_has_a_class_and_rules_are_of_families():
+    assert CLASSES.keys() == FAMILIES.keys() == NEW.keys() == {VARIANTS[n][0]().model_type for n in VARIANTS}
+    assert FILE_RULES.keys() <= FAMILIES.keys()
+
+
+def test_the_page_of_families_has_what_was_measured_with_this_version(capsys):
+    record = json.loads(CHECKED.read_text())
+    assert record["transformers"] == transformers.__version__, "run python -m tests.support.checked_families"
+    assert record["families"].keys() == FAMILIES.keys(), "run python -m tests.support.checked_families"
+    page.main(["families"])
+    shown = capsys.readouterr().out
+    for family, found in record["families"].items():
+        assert all(found[key] <= BOUND for key in ("logits", "steps", "gradients"))
+        assert f"{family} " in shown
+        assert CLASSES[family] in shown
