@@ -10,7 +10,7 @@ import numpy as np
 from experiments.report.statistics import Interval, SignFlip, Verdict, difference, holm, pooled, sign_flip, verdict
 from experiments.runs.recorded import RecordedRun
 from experiments.studies.protocol import Progress
-from experiments.studies.study import Claim, Results
+from experiments.studies.trained import Claim, Results
 from experiments.util.errors import RunnerError
 
 

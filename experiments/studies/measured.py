@@ -104,11 +104,13 @@ class Measured:
         models: sizes by name; empty before anything is on record.
         rounds, passes: the lines that count, by their numbers.
         discarded: how many do not, as others kept the machine busy.
+        plans: that the lines name.
     """
 
     def __init__(self, condition: Condition, lines: Sequence[Mapping[str, Any]], alone: float):
         self.condition = condition
         own = [line for line in lines if line["condition"] == condition.name]
+        self.plans = {line["plan"] for line in own}
         self.settled = next((line for line in own if line["kind"] == MODELS), None)
         self.models: Mapping[str, Any] = {} if self.settled is None else self.settled["models"]
         timed = [line for line in own if line["kind"] != MODELS]

@@ -9,9 +9,9 @@ import pytest
 
 from experiments.studies import STUDIES, plan, records
 from experiments.studies.claims import decide
-from experiments.studies.page import RESULTS, read
+from experiments.studies.page import RESULTS
 from experiments.studies.protocol import Arm, Protocol
-from experiments.studies.study import Claim, Version
+from experiments.studies.trained import Claim, Results, Version
 from experiments.util.items import encode_items
 from tests.support.paths import ROOT
 from tests.support.verdicts import recompute
@@ -25,7 +25,7 @@ draws bootstraps, the other code has a formula."""
 
 def compare(version: Version, folder) -> dict[str, str]:
     """The answers, each of which the other code gives too."""
-    ours, theirs = {each.claim.name: each for each in decide(read(version, folder))}, recompute(folder)
+    ours, theirs = {each.claim.name: each for each in decide(Results(version, records.read(folder)))}, recompute(folder)
     assert ours.keys() == theirs.keys()
     for name, decision in ours.items():
         again = theirs[name]
