@@ -31,7 +31,9 @@ class Decision:
 
 def decide(results: Results, confidence: float = 0.95) -> list[Decision]:
     """The decisions on all claims of a study."""
-    return [decide_one(results, claim, confidence) for claim in results.version.claims]
+    if confidence not in results.decided:
+        results.decided[confidence] = [decide_one(results, claim, confidence) for claim in results.version.claims]
+    return results.decided[confidence]
 
 
 def decide_one(results: Results, claim: Claim, confidence: float = 0.95) -> Decision:

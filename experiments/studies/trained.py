@@ -76,10 +76,15 @@ class Version:
 
 @dataclass(frozen=True)
 class Results:
-    """The recorded runs of a version of a study."""
+    """The recorded runs of a version of a study.
+
+    Attributes:
+        decided: the decisions on its claims by their confidence, kept as they are made: a page needs them often.
+    """
 
     version: Version
     runs: Sequence[RecordedRun]
+    decided: dict[float, list[Any]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def arms(self) -> dict[str, Progress]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from experiments.report.comparison import listed
 from experiments.report.figures import bytes_text
+from experiments.report.statistics import Interval, mean_interval
 from experiments.runs.recorded import RecordedRun
-from experiments.studies.claims import Decision, adjusted, bonferroni, decide
+from experiments.studies.claims import Decision, adjusted, bonferroni, decide, scores_of
 from experiments.studies.protocol import Progress, rate_of
 from experiments.studies.study import Table
 from experiments.studies.trained import Claim, Results
@@ -110,3 +111,16 @@ def _machine(run: RecordedRun) -> str:
     versions = f"Python {software['python']}, torch {software['torch']}"
     threads = f"{hardware['threads']} thread{'' if hardware['threads'] == 1 else 's'}"
     return f"{run.device}, {threads} per run; {versions}; code {run.commit}"
+
+
+def mean_of(progress: Progress, split: str) -> Interval | None:
+    """The mean of a split over seeds and sequences; ``None`` before two seeds are there."""
+    runs = [run for run in progress.reporting if run.finished]
+    if len(runs) < 2 or runs[0].items(split) is None:
+        return None
+    return mean_interval(scores_of(progress, Claim("", "", (), "more", 0.0, split)))
+
+
+def mean_text(progress: Progress, split: str) -> str:
+    found = mean_of(progress, split)
+    return "" if found is None else f"{found.estimate:.3f} ({max(found.low, 0):.3f} to {min(found.high, 1):.3f})"
