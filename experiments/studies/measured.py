@@ -22,7 +22,7 @@ from experiments.config.schema import without
 from experiments.report.figures import bytes_text
 from experiments.report.statistics import Interval, Verdict, mean_interval, verdict
 from experiments.studies.records import FILE
-from experiments.studies.study import digest
+from experiments.studies.study import Planned
 from experiments.util.errors import RunnerError
 from experiments.util.files import write_atomic
 
@@ -68,7 +68,7 @@ class Measuring:
 
 
 @dataclass(frozen=True)
-class MeasuredVersion:
+class MeasuredVersion(Planned):
     """A study at one size: what its plan holds."""
 
     common: str
@@ -80,11 +80,6 @@ class MeasuredVersion:
         """All that is fixed before the first round."""
         claims = {claim.name: without(asdict(claim), ("name",)) for claim in self.claims}
         return {"common": self.common, "protocol": asdict(self.protocol), "claims": claims}
-
-    @cached_property
-    def plan(self) -> str:
-        """The hash of :attr:`fixed`, which every record has."""
-        return digest(self.fixed)
 
 
 @dataclass(frozen=True)

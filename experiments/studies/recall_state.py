@@ -131,7 +131,7 @@ class RecallState(TrainedStudy):
         "recorded": Version(
             COMMON,
             arms(),
-            Protocol(rates=(-6, -5, -4, -3), most_rates=6, tuning_seeds=(100,), reporting_seeds=(0, 1, 2, 3, 4),
+            Protocol(rates=(-7, -6, -5, -4), most_rates=6, tuning_seeds=(100,), reporting_seeds=(0, 1, 2, 3, 4),
                      tests_for_reporting=True),
             claims(),
         ),
@@ -212,7 +212,7 @@ def draw_frontier(axes: Axes, results: Results, split: str, length: int) -> None
     if everything:
         sizes, best = [size for size, _ in everything], np.maximum.accumulate([mean for _, mean in everything])
         axes.step(sizes, best, where="post", color="#BBBBBB", linewidth=4, zorder=1, solid_joinstyle="round")
-        plots.byte_axis(axes, sizes)
+        plots.byte_axis(axes, sizes, every=2)
     ends = []
     for place, (mixer, each) in enumerate(points.items()):
         style = plots.mixer_style(mixer)

@@ -12,8 +12,9 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from matplotlib.axes import Axes
 
@@ -54,18 +55,18 @@ def digest(fixed: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class Planned(Protocol):
+class Planned:
     """A study at one size."""
 
-    @property
-    def fixed(self) -> Mapping[str, Any]:
+    @cached_property
+    def fixed(self) -> dict[str, Any]:
         """All that is fixed before the first record: how it is answered, and every claim with its margin."""
-        ...
+        raise TypeError(f"{type(self).__name__} does not say what is fixed")
 
-    @property
+    @cached_property
     def plan(self) -> str:
         """The hash of :attr:`fixed`, which every record has."""
-        ...
+        return digest(self.fixed)
 
 
 V = TypeVar("V", bound=Planned)

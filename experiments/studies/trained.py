@@ -13,7 +13,7 @@ from experiments.config.schema import run_config, without
 from experiments.runs.recorded import RecordedRun
 from experiments.studies.protocol import Arm, Progress, Protocol
 from experiments.studies.records import shortened
-from experiments.studies.study import digest
+from experiments.studies.study import Planned
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Version:
+class Version(Planned):
     """A study at one size.
 
     Attributes:
@@ -67,11 +67,6 @@ class Version:
             "protocol": self.protocol.plain(),
             "claims": {claim.name: without(asdict(claim), ("name",)) for claim in self.claims},
         }
-
-    @cached_property
-    def plan(self) -> str:
-        """The hash of :attr:`fixed`, which every record has."""
-        return digest(self.fixed)
 
 
 @dataclass(frozen=True)
