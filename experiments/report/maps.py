@@ -35,20 +35,26 @@ NAMED_LENGTHS = 4
 """Lengths that a panel's axis names, at most; each has its tick."""
 
 
-@dataclass
-class Map:
-    """The metric of one setting.
+@dataclass(frozen=True)
+class Cells:
+    """The metric of some runs by depth and length.
 
     Attributes:
         lengths: of the texts, increasing: the L columns.
         edges: of the D bins of depth: 0 is the beginning of a text, 1 its end.
-        values: ``[D, L]``, the mean over all answers of all finished seeds; NaN where nothing was asked.
+        values: ``[D, L]``, the mean over all answers of all runs; NaN where nothing was asked.
     """
 
-    setting: Setting
     lengths: list[int]
     edges: list[float]
     values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Map(Cells):
+    """The metric of one setting, over its finished seeds."""
+
+    setting: Setting
 
 
 def maps(comparison: Comparison) -> list[Map]:
@@ -56,16 +62,16 @@ def maps(comparison: Comparison) -> list[Map]:
 
     Ordered by the mean over all cells, the best first.
     """
-    found = [_map(setting) for setting in comparison.shown]
-    there = [each for each in found if each is not None]
+    found = [(setting, cells_of(setting.finished)) for setting in comparison.shown]
+    there = [Map(**vars(cells), setting=setting) for setting, cells in found if cells is not None]
     alike = [each for each in there if (each.lengths, each.edges) == (there[0].lengths, there[0].edges)]
     sign = -1 if comparison.sample["metric"]["higher_is_better"] else 1
     return sorted(alike, key=lambda each: sign * float(np.nanmean(each.values)))
 
 
-def _map(setting: Setting) -> Map | None:
-    """The map of a setting, from its seeds that have one over the same cells; ``None`` where none has answers."""
-    seeds = [columns for columns in map(_columns, setting.finished) if len(columns) > 1]
+def cells_of(runs: Sequence[RecordedRun]) -> Cells | None:
+    """The map of those runs that have one over the same cells; ``None`` where none has answers."""
+    seeds = [columns for columns in map(_columns, runs) if len(columns) > 1]
     if not seeds:
         return None
     lengths, edges = sorted(seeds[0]), next(iter(seeds[0].values()))["edges"]
@@ -82,7 +88,7 @@ def _map(setting: Setting) -> Map | None:
             count[:, place] += answers
     if not count.any():
         return None
-    return Map(setting, lengths, edges, np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))
+    return Cells(lengths, edges, np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))
 
 
 def _columns(run: RecordedRun) -> dict[int, dict[str, Any]]:
@@ -104,25 +110,31 @@ def draw_maps(drawing: Figure, panels: Sequence[Axes], comparison: Comparison) -
     trained_to = (comparison.sample["results"].get("curve") or {}).get("trained_to", 0)
     meshes = []
     for axes, each in zip(panels, drawn, strict=True):
-        sides = column_edges(each.lengths)
-        axes.set_facecolor(EMPTY)
-        meshes.append(axes.pcolormesh(sides, each.edges, each.values, cmap=COLOUR_MAP, vmin=low, vmax=high))
-        axes.set_xscale("log", base=2)
-        axes.set_xlim(sides[0], sides[-1])
-        axes.set_ylim(each.edges[-1], each.edges[0])
-        axes.set_xticks([], minor=True)
-        axes.set_xticks(each.lengths, _tick_labels(each.lengths))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.grid(visible=False)
+        meshes.append(draw_cells(axes, each, (low, high), trained_to))
         axes.set_title(each.setting.label, color=each.setting.colour, fontsize=10)
-        if each.lengths[0] <= trained_to < each.lengths[-1]:
-            place = sides[bisect.bisect_right(each.lengths, trained_to)]
-            axes.axvline(place, color="white", linewidth=2.0)
-            axes.axvline(place, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
     drawing.supylabel("Depth in the text", fontsize=10)
     drawing.supxlabel("Length of the text (tokens, logarithmic); right of the dashed line, longer than in training",
                       fontsize=10)  # fmt: skip
     _draw_colour_bar(drawing, panels, meshes[0], comparison)
+
+
+def draw_cells(axes: Axes, cells: Cells, span: tuple[float, float], trained_to: int) -> QuadMesh:
+    """One map onto one panel, in colours from the lower to the upper end of ``span``."""
+    sides = column_edges(cells.lengths)
+    axes.set_facecolor(EMPTY)
+    mesh = axes.pcolormesh(sides, cells.edges, cells.values, cmap=COLOUR_MAP, vmin=span[0], vmax=span[1])
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(sides[0], sides[-1])
+    axes.set_ylim(cells.edges[-1], cells.edges[0])
+    axes.set_xticks([], minor=True)
+    axes.set_xticks(cells.lengths, _tick_labels(cells.lengths))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(visible=False)
+    if cells.lengths[0] <= trained_to < cells.lengths[-1]:
+        place = sides[bisect.bisect_right(cells.lengths, trained_to)]
+        axes.axvline(place, color="white", linewidth=2.0)
+        axes.axvline(place, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
+    return mesh
 
 
 def _draw_colour_bar(drawing: Figure, panels: Sequence[Axes], mesh: QuadMesh, comparison: Comparison) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from experiments.studies.decoding import Decoding
 from experiments.studies.initialisation import Initialisation
+from experiments.studies.needle import Needle
+from experiments.studies.recall_state import RecallState
 from experiments.studies.state_tracking import StateTracking
 from experiments.studies.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (Initialisation(), StateTracking(), Decoding())}
+STUDIES: dict[str, Study[Any, Any]] = {
+    study.name: study for study in (Initialisation(), StateTracking(), RecallState(), Needle(), Decoding())
+}
 """The studies by name."""

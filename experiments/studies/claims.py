@@ -10,7 +10,7 @@ import numpy as np
 from experiments.report.statistics import Interval, SignFlip, Verdict, difference, holm, pooled, sign_flip, verdict
 from experiments.runs.recorded import RecordedRun
 from experiments.studies.protocol import Progress
-from experiments.studies.study import Claim, Results
+from experiments.studies.trained import Claim, Results
 from experiments.util.errors import RunnerError
 
 
@@ -31,7 +31,9 @@ class Decision:
 
 def decide(results: Results, confidence: float = 0.95) -> list[Decision]:
     """The decisions on all claims of a study."""
-    return [decide_one(results, claim, confidence) for claim in results.version.claims]
+    if confidence not in results.decided:
+        results.decided[confidence] = [decide_one(results, claim, confidence) for claim in results.version.claims]
+    return results.decided[confidence]
 
 
 def decide_one(results: Results, claim: Claim, confidence: float = 0.95) -> Decision:

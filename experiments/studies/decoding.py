@@ -12,8 +12,10 @@ import torch
 from experiments.bench.decoding import FILLED, Condition
 from experiments.bench.decoding_rounds import Measurement
 from experiments.studies import decoding_tables as tables
+from experiments.studies import plan
 from experiments.studies.measured import Decision, Ledger, Measured, MeasuredVersion, Measuring, TimeClaim, decide, read
-from experiments.studies.study import Figure, MeasuredStudy, Table
+from experiments.studies.records import FILE
+from experiments.studies.study import Figure, Study, Table
 from seqarch.models import LanguageModel, LMConfig
 
 
@@ -157,20 +159,21 @@ SMALL = (
 )  # fmt: skip
 
 
-class Decoding(MeasuredStudy):
+class Decoding(Study[MeasuredVersion, list[Measured]]):
     name = "decoding"
     title = "What does a context cost a decoded token?"
     question = (
         "How many tokens per second does a model decode after a context of N tokens, and how many bytes does it keep of"
         " them: attention, attention with a smaller cache, recurrent models, and hybrids, of equal parameters?"
     )
+    does = "measures"
     versions: ClassVar[Mapping[str, MeasuredVersion]] = {
         "recorded": planned(RECORDED, alone=0.05),
         "small": planned(SMALL, alone=1.0),
     }
 
-    def measure(self, version: MeasuredVersion, folder: Path) -> int:
-        """Measure what is missing; 1 where others kept the machine busy for too long."""
+    def complete(self, version: MeasuredVersion, folder: Path, runs: Path, jobs: int) -> int:
+        """Measure what is missing, one model after another; 1 where others kept the machine busy for too long."""
         ledger, done = Ledger(folder, version.plan), True
         for condition in version.protocol.conditions:
             own = [line for line in ledger.lines if line["condition"] == condition.name]
@@ -187,15 +190,18 @@ class Decoding(MeasuredStudy):
         lines = read(folder)
         return [Measured(condition, lines, version.protocol.alone) for condition in version.protocol.conditions]
 
-    def unfinished(self, results: Sequence[Measured]) -> Sequence[str]:
+    def plans(self, results: list[Measured]) -> set[str]:
+        return {name for each in results for name in each.plans}
+
+    def unfinished(self, results: list[Measured]) -> Sequence[str]:
         lacking = [f"{each.missing} of {each.condition.name}" for each in results if each.missing]
         return [f"**In progress**: rounds and passes are missing: {'; '.join(lacking)}."] if lacking else []
 
-    def decisions(self, results: Sequence[Measured]) -> list[Decision]:
+    def decisions(self, results: list[Measured]) -> list[Decision]:
         """On all claims, by the first condition."""
         return [decide(results[0], claim) for claim in claims(results[0].condition)]
 
-    def answer(self, results: Sequence[Measured]) -> str:
+    def answer(self, results: list[Measured]) -> str:
         main, found = results[0], {each.claim.name: each for each in self.decisions(results)}
         first, last = main.condition.contexts[0], main.condition.contexts[-1]
         compared = {"a recurrent model": found[f"twice at {last}"]} | {text: found[name] for name, text in COMPARED}
@@ -211,19 +217,26 @@ class Decoding(MeasuredStudy):
             " 95 % intervals."
         )
 
-    def verdicts(self, results: Sequence[Measured]) -> Table:
+    def verdicts(self, results: list[Measured]) -> Table:
         return tables.verdicts(self.decisions(results))
 
-    def figures(self, results: Sequence[Measured]) -> Sequence[Figure]:
+    def figures(self, results: list[Measured]) -> Sequence[Figure]:
         return tables.figures(results, {name: model.pattern for name, model in MODELS.items()})
 
-    def tables(self, results: Sequence[Measured]) -> Sequence[Table]:
+    def tables(self, results: list[Measured]) -> Sequence[Table]:
         own = claims(results[0].condition)
         rest = [decide(measured, claim) for claim in own for measured in results[1:]]
         return [*tables.tables(results[0]), *tables.others(results[1:], own, rest)]
 
-    def provenance(self, results: Sequence[Measured]) -> str:
-        return tables.provenance(results)
+    def made(self, results: list[Measured]) -> Sequence[Table | str]:
+        return []
+
+    def provenance(self, results: list[Measured]) -> Sequence[str]:
+        lines = (
+            f"Recorded, a line per round: [{FILE}]({self.name}/{FILE}); its margins were committed before in"
+            f" [{plan.FILE}]({self.name}/{plan.FILE}), whose hash every line has."
+        )
+        return [lines, tables.provenance(results)]
 
 
 COMPARED = (

@@ -15,7 +15,9 @@ from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.claims import decide, scores_of, steps_to
 from experiments.studies.protocol import Arm, Progress, Protocol, rate_of
-from experiments.studies.study import Claim, Figure, Results, Study, Table, Version
+from experiments.studies.study import Figure, Table
+from experiments.studies.trained import Claim, Results, Version
+from experiments.studies.trained_study import TrainedStudy
 
 SLOW = {
     "gla": "model.mixers.gla.decay_bias=4",
@@ -125,7 +127,7 @@ def claims() -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
-class Initialisation(Study):
+class Initialisation(TrainedStudy):
     name = "initialisation"
     title = "Initialisation or architecture?"
     question = (

@@ -22,7 +22,7 @@ from experiments.config.schema import without
 from experiments.report.figures import bytes_text
 from experiments.report.statistics import Interval, Verdict, mean_interval, verdict
 from experiments.studies.records import FILE
-from experiments.studies.study import digest
+from experiments.studies.study import Planned
 from experiments.util.errors import RunnerError
 from experiments.util.files import write_atomic
 
@@ -68,7 +68,7 @@ class Measuring:
 
 
 @dataclass(frozen=True)
-class MeasuredVersion:
+class MeasuredVersion(Planned):
     """A study at one size: what its plan holds."""
 
     common: str
@@ -80,11 +80,6 @@ class MeasuredVersion:
         """All that is fixed before the first round."""
         claims = {claim.name: without(asdict(claim), ("name",)) for claim in self.claims}
         return {"common": self.common, "protocol": asdict(self.protocol), "claims": claims}
-
-    @cached_property
-    def plan(self) -> str:
-        """The hash of :attr:`fixed`, which every record has."""
-        return digest(self.fixed)
 
 
 @dataclass(frozen=True)
@@ -104,11 +99,13 @@ class Measured:
         models: sizes by name; empty before anything is on record.
         rounds, passes: the lines that count, by their numbers.
         discarded: how many do not, as others kept the machine busy.
+        plans: that the lines name.
     """
 
     def __init__(self, condition: Condition, lines: Sequence[Mapping[str, Any]], alone: float):
         self.condition = condition
         own = [line for line in lines if line["condition"] == condition.name]
+        self.plans = {line["plan"] for line in own}
         self.settled = next((line for line in own if line["kind"] == MODELS), None)
         self.models: Mapping[str, Any] = {} if self.settled is None else self.settled["models"]
         timed = [line for line in own if line["kind"] != MODELS]

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config.schema import flat
-from experiments.runs.recorded import RecordedRun
-from experiments.studies.study import Version
+from experiments.studies.study import Planned
 from experiments.util.errors import RunnerError
 from experiments.util.files import read_json, write_atomic
 from experiments.util.paths import ROOT
@@ -23,12 +22,12 @@ from experiments.util.paths import ROOT
 FILE = "plan.json"
 
 
-def content(version: Version) -> dict[str, Any]:
+def content(version: Planned) -> dict[str, Any]:
     """What is written of a version."""
     return json.loads(json.dumps({"plan": version.plan, **version.fixed}))
 
 
-def settle(version: Version, folder: Path, recorded: bool) -> None:
+def settle(version: Planned, folder: Path, recorded: bool) -> None:
     """Write the plan of a study that has no records yet, or check that it is as it was.
 
     Args:
@@ -43,7 +42,7 @@ def settle(version: Version, folder: Path, recorded: bool) -> None:
         write_atomic(folder / FILE, json.dumps(content(version), indent=1, ensure_ascii=False) + "\n")
 
 
-def check(version: Version, folder: Path) -> None:
+def check(version: Planned, folder: Path) -> None:
     """Check that the plan that was written is the study's.
 
     Raises:
@@ -63,14 +62,14 @@ def check(version: Version, folder: Path) -> None:
         )
 
 
-def check_records(version: Version, runs: Iterable[RecordedRun], where: Path) -> None:
-    """Check that records are of this plan.
+def check_records(version: Planned, plans: Iterable[str], where: Path) -> None:
+    """Check that records, which name these plans, are of this one.
 
     Raises:
         RunnerError: one names another.
     """
-    if others := {run.record["study"]["plan"] for run in runs} - {version.plan}:
-        raise RunnerError(f"{where} has runs of the plan {min(others)}, and the study's plan is {version.plan}")
+    if others := {*plans} - {version.plan}:
+        raise RunnerError(f"{where} has records of the plan {min(others)}, and the study's plan is {version.plan}")
 
 
 def check_committed(folder: Path) -> None:

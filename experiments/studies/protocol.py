@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from experiments.config.schema import without
 from experiments.runs.recorded import RecordedRun
 
 Stage = Literal["tuning", "reporting", "doubled"]
@@ -72,6 +73,8 @@ class Protocol:
         tie: a rate whose score is this near to the best is as good, and of these the one that took the fewest steps is
             chosen; where several took about as few (within ``PACE``), the one in the middle of these.
         gain: what an arm that has converged may gain at most from twice the budget.
+        tests_for_reporting: whether the tests besides that of the task's own options (``test_lengths``, ``test_on``)
+            are of the reporting runs alone. Nothing is chosen by a test, and long ones take long.
     """
 
     rates: tuple[int, ...] = (-7, -6, -5, -4, -3)
@@ -80,12 +83,18 @@ class Protocol:
     reporting_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tie: float = 0.01
     gain: float = 0.02
+    tests_for_reporting: bool = False
 
     def __post_init__(self):
         if both := set(self.tuning_seeds) & set(self.reporting_seeds):
             raise ValueError(f"seeds {sorted(both)} are for tuning and for reporting; none may be both")
         if list(self.rates) != list(range(self.rates[0], self.rates[0] + len(self.rates))):
             raise ValueError(f"rates must be half decades one after the other, got {self.rates}")
+
+    def plain(self) -> dict[str, Any]:
+        """As it stands in a plan, which has nothing of what later versions added and a study does not use."""
+        plain = asdict(self)
+        return plain if self.tests_for_reporting else without(plain, ("tests_for_reporting",))
 
 
 def rate_of(half_decades: int) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from experiments.studies import plan, records
 from experiments.studies.page import PAGES, RESULTS, blocks, how_to_run, recorded, results
-from experiments.studies.study import MeasuredStudy, Study, Version
-from experiments.studies.sweep import train
+from experiments.studies.study import Planned, Study
 from experiments.util import owned
 from experiments.util.blocks import fill
 from experiments.util.errors import RunnerError, choices_hint, writing
@@ -17,7 +17,7 @@ from experiments.util.paths import ROOT
 from experiments.util.plot_style import figure
 
 
-def train_and_record(study: Study, version: str, root: Path, runs: Path, jobs: int) -> int:
+def train_and_record(study: Study[Any, Any], version: str, root: Path, runs: Path, jobs: int) -> int:
     """Train a version's missing runs and record them below ``root``; the exit code.
 
     Raises:
@@ -26,12 +26,10 @@ def train_and_record(study: Study, version: str, root: Path, runs: Path, jobs: i
     folder = write_plan(study, version, root).parent
     if root == ROOT / RESULTS:
         plan.check_committed(folder)
-    if isinstance(study, MeasuredStudy):
-        return study.measure(version_of(study, version), folder)
-    return train(study, version_of(study, version), folder, runs, jobs)
+    return study.complete(version_of(study, version), folder, runs, jobs)
 
 
-def write_plan(study: Study, version: str, root: Path) -> Path:
+def write_plan(study: Study[Any, Any], version: str, root: Path) -> Path:
     """Write the plan of a version below ``root``; where.
 
     Raises:
@@ -42,7 +40,7 @@ def write_plan(study: Study, version: str, root: Path) -> Path:
     return folder / plan.FILE
 
 
-def version_of(study: Study, version: str) -> Version:
+def version_of(study: Study[Any, Any], version: str) -> Planned:
     """A study at one size.
 
     Raises:
@@ -53,7 +51,7 @@ def version_of(study: Study, version: str) -> Version:
     return study.versions[version]
 
 
-def own_folder(study: Study, root: Path) -> Path:
+def own_folder(study: Study[Any, Any], root: Path) -> Path:
     """The folder of a study's files below ``root``.
 
     Raises:
@@ -74,7 +72,7 @@ def _is_study(folder: Path, name: str) -> bool:
     return page or owned.mentions(folder / records.FILE, '"record":')
 
 
-def draw(study: Study, version: str, root: Path) -> list[Path]:
+def draw(study: Study[Any, Any], version: str, root: Path) -> list[Path]:
     """Draw every plot of a study, from the records below ``root``. Each carries the hash of those records.
 
     Raises:
@@ -91,7 +89,7 @@ def draw(study: Study, version: str, root: Path) -> list[Path]:
     return drawn
 
 
-def write_page(study: Study, version: str, root: Path) -> Path:
+def write_page(study: Study[Any, Any], version: str, root: Path) -> Path:
     """The page of what was drawn: the published one, or below another root one of the generated parts alone."""
     if root == ROOT / RESULTS:
         page = ROOT / PAGES[study.name]

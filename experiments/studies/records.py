@@ -13,13 +13,15 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.config.schema import FORMAT, RunConfig, TrainConfig, check_format
+import torch
+
+from experiments.config.schema import FORMAT, RunConfig, TrainConfig, check_format, run_config
 from experiments.runs.folder import RunFolder
 from experiments.runs.recorded import RecordedRun
 from experiments.training.step_monitor import DIVERGED
 from experiments.util.errors import RunnerError
 from experiments.util.files import write_atomic
-from seqarch.models import LMConfig
+from seqarch.models import LanguageModel, LMConfig
 
 FILE = "records.jsonl"
 NOT_KEPT = ("device", "threads", "keep_last", "save_every", "log_every", "dry_run")
@@ -158,6 +160,13 @@ def _from_line(text: str, where: str) -> RecordedRun:
         ) from error
     check_format(whole, where)
     return run
+
+
+def state_after(run: RecordedRun, length: int) -> int:
+    """Bytes of state that the model of a recorded run has after so many tokens of one sequence."""
+    config = run_config({key: value for key, value in run.config.items() if key != "format"})
+    with torch.device("meta"):
+        return LanguageModel(config.model.options).state_bytes(length)
 
 
 def digest(folder: Path) -> str:

@@ -12,7 +12,9 @@ from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.claims import decide, scores_of
 from experiments.studies.protocol import Arm, Progress, Protocol
-from experiments.studies.study import Claim, Figure, Results, Study, Table, Version
+from experiments.studies.study import Figure, Table
+from experiments.studies.trained import Claim, Results, Version
+from experiments.studies.trained_study import TrainedStudy
 
 COMMON = "experiment=state_tracking name=studies/state_tracking"
 """With a name, since arms choose tasks, whose own name an experiment would have."""
@@ -104,7 +106,7 @@ def claims() -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
-class StateTracking(Study):
+class StateTracking(TrainedStudy):
     name = "state_tracking"
     title = "What follows a state?"
     question = (

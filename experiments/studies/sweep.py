@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +19,14 @@ from experiments.runs.folder import RunFolder
 from experiments.studies import plan
 from experiments.studies.protocol import Arm, Wanted
 from experiments.studies.records import Ledger, rounded, shortened, to_line
-from experiments.studies.study import Results, Study, Version
+from experiments.studies.trained import Results, Version
 from experiments.sweeps.execute import execute, resolve_composed
 from experiments.sweeps.session import SweepSession
 from experiments.util.errors import RunnerError
 from experiments.util.interrupts import INTERRUPTED
+
+LONG_TESTS = ("test_lengths", "test_on")
+"""The options of a task that name tests besides that of its own options."""
 
 
 class Composer:
@@ -44,6 +47,8 @@ class Composer:
             arguments = shlex.split(f"{self._version.common} {arm.overrides}")
             self._arms[wanted.arm] = compose([*arguments, f"runs={self._runs}"])
         composed = copy.deepcopy(self._arms[wanted.arm])
+        if self._version.protocol.tests_for_reporting and wanted.stage != "reporting":
+            composed["task"] |= {key: [] for key in LONG_TESTS if key in composed["task"]}
         composed["seed"], composed["train"]["lr"] = wanted.seed, wanted.rate
         composed["shown"] = {"train.lr": wanted.rate, **composed.get("shown", {})}
         if wanted.steps is not None:
@@ -53,8 +58,8 @@ class Composer:
         return composed
 
 
-def train(study: Study, version: Version, folder: Path, runs: Path, jobs: int) -> int:
-    """Train what is missing, ``jobs`` runs at a time, and record it in ``folder``.
+def train(version: Version, folder: Path, runs: Path, jobs: int, history: Sequence[str] = ()) -> int:
+    """Train what is missing, ``jobs`` runs at a time, and record it in ``folder`` with this of its evaluations.
 
     Returns:
         0 when nothing is left to do, 1 where a run was refused or could not be recorded, 130 when stopped. Runs that
@@ -65,9 +70,9 @@ def train(study: Study, version: Version, folder: Path, runs: Path, jobs: int) -
     """
     with alone(folder):
         ledger, composer = Ledger(folder), Composer(version, runs)
-        plan.check_records(version, ledger.runs, folder)
+        plan.check_records(version, {run.record["study"]["plan"] for run in ledger.runs}, folder)
         check_records(ledger, composer, version)
-        return _train(study, version, ledger, composer, runs, jobs)
+        return _train(version, ledger, composer, runs, jobs, history)
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _train(study: Study, version: Version, ledger: Ledger, composer: Composer, runs: Path, jobs: int) -> int:
+def _train(version: Version, ledger: Ledger, composer: Composer, runs: Path, jobs: int, history: Sequence[str]) -> int:
     session = SweepSession()
     session.watch_signals()
     status = session.open(str(runs), len(missing(version, ledger)))
@@ -105,10 +110,10 @@ def _train(study: Study, version: Version, ledger: Ledger, composer: Composer, r
             for done in wait(begun, return_when=FIRST_COMPLETED).done:
                 wanted, config = begun.pop(done)
                 done.result()
-                if not _record(study, version, ledger, wanted, config):
+                if not _record(version, ledger, wanted, config, history):
                     given_up.add(wanted.key)
     for wanted, config in begun.values():
-        _record(study, version, ledger, wanted, config)
+        _record(version, ledger, wanted, config, history)
     session_stopped = session.stopped.is_set()
     session.close()
     return INTERRUPTED if session_stopped else int(bool(given_up))
@@ -119,10 +124,10 @@ def missing(version: Version, ledger: Ledger) -> list[Wanted]:
     return [wanted for progress in Results(version, ledger.runs).arms.values() for wanted in progress.wanted()]
 
 
-def _record(study: Study, version: Version, ledger: Ledger, wanted: Wanted, config: RunConfig) -> bool:
+def _record(version: Version, ledger: Ledger, wanted: Wanted, config: RunConfig, history: Sequence[str]) -> bool:
     """Add the line of a run that has ended; whether it is over."""
     named = {"arm": wanted.arm, "stage": wanted.stage, "plan": version.plan}
-    line = to_line(config, RunFolder(config.folder()), named, study.history)
+    line = to_line(config, RunFolder(config.folder()), named, history)
     if line is not None:
         ledger.add(line)
     return line is not None

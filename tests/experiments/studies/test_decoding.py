@@ -13,7 +13,7 @@ import torch
 from experiments.bench import decoding_rounds, load
 from experiments.bench.decoding import FILLED, Condition, Decoder, longest_contexts, needed_bytes, used_bytes
 from experiments.bench.decoding_rounds import ROUND, missing
-from experiments.studies import decoding
+from experiments.studies import decoding, page, plan
 from experiments.studies.decoding import MODELS, RECORDED, Decoding, claims, configurations, planned
 from experiments.studies.measured import Measured, TimeClaim, decide, read
 from experiments.studies.plan import content
@@ -139,6 +139,10 @@ def tiny_study(alone=1.0, **changes):
     return study
 
 
+def complete(study, folder):
+    return study.complete(study.versions["small"], folder, folder / "runs", jobs=1)
+
+
 @pytest.fixture
 def two_models(monkeypatch):
     """For what does not depend on which models there are."""
@@ -154,7 +158,7 @@ def recorded(tmp_path_factory):
         patch.setattr("experiments.bench.decoding.BURST", 0.0)
         patch.setattr(decoding_rounds, "MemoryRates", lambda: load.MemoryRates(2**20))
         study = tiny_study()
-        assert study.measure(study.versions["small"], folder) == 0
+        assert complete(study, folder) == 0
     return (folder / FILE).read_text(encoding="utf-8")
 
 
@@ -163,10 +167,10 @@ def test_what_is_on_record_is_not_measured_again(recorded, tmp_path):
     study, lines = tiny_study(), recorded.splitlines(keepends=True)
     assert [json.loads(line)["kind"] for line in lines] == ["models", "prefill", "round", "round"]
     (tmp_path / FILE).write_text(recorded, encoding="utf-8")
-    assert study.measure(study.versions["small"], tmp_path) == 0
+    assert complete(study, tmp_path) == 0
     assert (tmp_path / FILE).read_text(encoding="utf-8") == recorded
     (tmp_path / FILE).write_text("".join(lines[:2] + lines[3:]), encoding="utf-8")
-    assert study.measure(study.versions["small"], tmp_path) == 0
+    assert complete(study, tmp_path) == 0
     again = (tmp_path / FILE).read_text(encoding="utf-8").splitlines(keepends=True)
     assert again[:3] == lines[:2] + lines[3:]
     assert json.loads(again[3])["number"] == 0
@@ -177,7 +181,7 @@ def test_what_is_on_record_is_not_measured_again(recorded, tmp_path):
 def test_a_busy_machine_is_on_record_and_does_not_count(recorded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(load.Others, "share", lambda self: 0.4)
     study = tiny_study(alone=0.3)
-    assert study.measure(study.versions["small"], tmp_path) == 1
+    assert complete(study, tmp_path) == 1
     assert "others took more than 30% of the machine again and again" in capsys.readouterr().out
     found = study.read(study.versions["small"], tmp_path)[0]
     assert (found.rounds, found.missing, found.discarded) == ([], 3, 2 * decoding_rounds.ATTEMPTS)
@@ -188,7 +192,6 @@ def test_a_busy_machine_is_on_record_and_does_not_count(recorded, tmp_path, monk
 
 def test_records_of_another_plan_or_machine_or_kind_are_refused(recorded, tmp_path):
     study, file = tiny_study(), tmp_path / FILE
-    version = study.versions["small"]
     lines = [json.loads(line) for line in recorded.splitlines()]
     other = [line | {"plan": "another"} for line in lines]
     elsewhere = [lines[0] | {"hardware": lines[0]["hardware"] | {"cpu": "another"}}, lines[1]]
@@ -198,7 +201,11 @@ def test_records_of_another_plan_or_machine_or_kind_are_refused(recorded, tmp_pa
                               ([3], "is no record of a measurement")):  # fmt: skip
         file.write_text("".join(json.dumps(line) + "\n" for line in content_), encoding="utf-8")
         with pytest.raises(RunnerError, match=message):
-            study.measure(version, tmp_path)
+            complete(study, tmp_path)
+    file.write_text("".join(json.dumps(line) + "\n" for line in other), encoding="utf-8")
+    plan.settle(study.versions["small"], tmp_path, recorded=False)
+    with pytest.raises(RunnerError, match="has records of the plan another"):
+        page.recorded(study, study.versions["small"], tmp_path)
     file.unlink()
     with pytest.raises(RunnerError, match="does not exist: run the study"):
         read(tmp_path)
@@ -210,8 +217,8 @@ def made(seconds, rounds=8, noise=0.01):
     condition = replace(TINY, rounds=rounds, passes=0, check_from=0)
     sizes = {"read_weight_bytes": 900, "state_bytes": {"32": 100, "64": 200, "200": 400},
              "measured_state_bytes": {"32": 100, "64": 200}}  # fmt: skip
-    common = {"condition": "tiny", "others": 0.0, "bandwidth": {"copy": 5e4, "sum": 1e5}}
-    lines = [{"kind": "models", "condition": "tiny", "models": dict.fromkeys(seconds, sizes)}]
+    common = {"plan": "made", "condition": "tiny", "others": 0.0, "bandwidth": {"copy": 5e4, "sum": 1e5}}
+    lines = [{"kind": "models", "plan": "made", "condition": "tiny", "models": dict.fromkeys(seconds, sizes)}]
     for number in range(rounds):
         drift = math.exp(rng.normal())
         found = {model: {str(key): drift * value * math.exp(noise * rng.normal()) for key, value in each.items()}
@@ -258,11 +265,11 @@ def test_the_bound_is_weights_and_state_at_the_best_rate():
 
 def test_the_plan_holds_every_margin_and_condition():
     version = Decoding.versions["recorded"]
-    plan = content(version)  # type: ignore[arg-type]
-    assert plan["protocol"]["models"].keys() == MODELS.keys()
-    assert [each["name"] for each in plan["protocol"]["conditions"]] == [each.name for each in RECORDED]
-    assert plan["protocol"]["alone"] == 0.05
-    assert {name: each["factor"] for name, each in plan["claims"].items()} == {
+    held = content(version)  # type: ignore[arg-type]
+    assert held["protocol"]["models"].keys() == MODELS.keys()
+    assert [each["name"] for each in held["protocol"]["conditions"]] == [each.name for each in RECORDED]
+    assert held["protocol"]["alone"] == 0.05
+    assert {name: each["factor"] for name, each in held["claims"].items()} == {
         each.name: each.factor for each in claims(RECORDED[0])
     }
     assert replace(version, claims=version.claims[1:]).plan != version.plan
@@ -283,7 +290,7 @@ def test_the_page_of_records_alone(recorded, tmp_path):
     for each in shown:
         assert {len(row) for row in each.rows} == {len(each.rows[0])}, each.title
     assert len(shown) == 8
-    assert "2 rounds, 0 discarded" in study.provenance(found)
+    assert "2 rounds, 0 discarded" in study.provenance(found)[1]
     (tmp_path / FILE).write_text("".join(recorded.splitlines(keepends=True)[:-1]), encoding="utf-8")
     found = study.read(study.versions["small"], tmp_path)
     assert study.unfinished(found) == ["**In progress**: rounds and passes are missing: 1 of tiny."]

@@ -14,12 +14,14 @@ from PIL import Image
 from experiments.config.schema import run_config
 from experiments.studies import STUDIES, plan, records, sweep
 from experiments.studies.claims import decide
-from experiments.studies.page import PAGES, RESULTS, how_to_run, read, results
+from experiments.studies.page import PAGES, RESULTS, how_to_run, recorded, results
 from experiments.studies.protocol import Arm, Protocol, Wanted
 from experiments.studies.publish import draw, train_and_record, write_page
 from experiments.studies.records import rounded, shortened
-from experiments.studies.study import VERSIONS, Claim, Figure, MeasuredStudy, Study, Table, Version
+from experiments.studies.study import VERSIONS, Figure, Table
 from experiments.studies.sweep import Composer
+from experiments.studies.trained import Claim, Version
+from experiments.studies.trained_study import TrainedStudy
 from experiments.study import main
 from experiments.sweeps.execute import resolve_composed
 from experiments.util.errors import RunnerError
@@ -29,6 +31,7 @@ from tests.support.runs import TINY, tiny_config, train_here
 
 HOME = ROOT / RESULTS
 RECORDED = [name for name in STUDIES if (HOME / name / records.FILE).exists()]
+TRAINED = [name for name, study in STUDIES.items() if isinstance(study, TrainedStudy)]
 
 
 def test_every_study_has_its_page_and_no_page_is_left_over():
@@ -57,14 +60,14 @@ def test_every_recorded_run_is_of_the_plan_and_of_code_without_changes(name):
 @pytest.mark.parametrize("name", RECORDED)
 def test_every_plot_was_drawn_from_the_committed_records(name):
     source = records.digest(HOME / name)
-    drawn = STUDIES[name].figures(read(STUDIES[name].versions["recorded"], HOME / name))
+    drawn = STUDIES[name].figures(recorded(STUDIES[name], STUDIES[name].versions["recorded"], HOME / name))
     assert {path.name for path in (HOME / name).glob("*.png")} == {f"{figure.name}.png" for figure in drawn}
     for each in drawn:
         with Image.open(HOME / name / f"{each.name}.png") as image:
             assert image.info["Source"] == source, f"{each.name}: run python -m experiments.study {name} --draw"
 
 
-@pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if not isinstance(study, MeasuredStudy)])
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_arm_of_every_version_builds_its_model(name, tmp_path):
     for version in VERSIONS:
         if chosen := STUDIES[name].versions.get(version):
@@ -117,7 +120,7 @@ TINY_VERSION = Version(
 )
 
 
-class Tiny(Study):
+class Tiny(TrainedStudy):
     name = "tiny"
     title = "A tiny study"
     question = "Does it run?"
@@ -261,7 +264,7 @@ def test_an_arm_of_which_every_run_fails_is_on_record_and_unresolved(tmp_path, m
     monkeypatch.setattr(sweep, "ThreadPoolExecutor", InThisProcess)
     broken = edited(arms=(TINY_VERSION.arms[0], Arm("wide", "model=attention model.embedding_std=1e38")))
     assert train_and_record(broken, "small", tmp_path / "results", tmp_path / "runs", jobs=1) == 0
-    found = read(broken.versions["small"], tmp_path / "results" / "tiny")
+    found = recorded(broken, broken.versions["small"], tmp_path / "results" / "tiny")
     assert all("every run of wide failed" in decision.verdict.reason for decision in decide(found))
     page = results(broken, found)
     assert re.search(r"\*\*Failed runs: \d+ of \d+\*\*", page)
