@@ -30,9 +30,7 @@ def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope="session")
 def two(tmp_path_factory) -> Path:
-    """The findings of two processes, which in the end keep the threads that still hold their last exchange from it:
-    where the interpreter is taken down under these, five of six such pairs end with SIGABRT.
-    """
+    """The findings of two processes."""
     root = tmp_path_factory.mktemp("two")
     done = torchrun("-m", "tests.support.two_processes", str(root))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,6 +125,12 @@ def test_one_process_resumes_from_a_checkpoint_of_two(two, tmp_path):
         torch.testing.assert_close(theirs[name], mine, rtol=1e-3, atol=1e-4)
     for mine, other in zip(alone.metrics(), folder.metrics(), strict=True):
         assert other["validation_loss"] == pytest.approx(mine["validation_loss"], rel=1e-4)
+
+
+def test_threads_that_still_hold_the_last_exchange_fail_no_run(tmp_path):
+    """Where the interpreter is taken down under them, five of six such pairs end with SIGABRT."""
+    done = torchrun("-m", "tests.support.two_processes", str(tmp_path), "slowed")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
