@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,21 @@ def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path, monkeypatch
     assert folders(runs)["attention-seed1"].run_file.read_bytes() == kept
 
 
+def test_a_launcher_whose_workers_are_gone_is_one_clear_error(tmp_path, monkeypatch, command_here, capfd):
+    def execute(composed, sweep, number, dry_run):
+        sweep.update(number, status="running", name="n", folder=str(tmp_path))
+        if number == 1:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(run, "execute", execute)
+    assert command_here("--multirun", *TINY, "seed=0,1") == 1
+    shown = capfd.readouterr()
+    assert "error: a worker of the sweep was killed, perhaps because memory ran out: of 2 runs, 0 were" in shown.err
+    assert "2 runs: 2 interrupted" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+
+
+@pytest.mark.slow
 def test_a_killed_worker_is_one_clear_error(tmp_path):
     arguments = [*TINY, "train.steps=100000", "seed=0,1,2", "launcher=joblib", "hydra.launcher.n_jobs=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
