@@ -46,12 +46,13 @@ demo: $(INSTALLED)
 results-small: $(INSTALLED)
 	$(BIN)/python -m experiments.study --all --version small
 
-# One thread a worker: two workers with two threads each are slower than either alone.
+# One thread a worker: two workers with two threads each are slower than either alone. Each begins with its half of the
+# tests, in their order, so that what the tests of a file share is made once, and takes from the other's what is left.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
 # Each element that a kernel must write is looked at, too; no Python takes part.
 SANITIZED := build/sanitize/kernels

@@ -47,7 +47,9 @@ def test_its_own_tests_pass(copy):
     assert f"{2 + len(LAWS) * len(available('linear_attention'))} passed" in said
 
 
+@pytest.mark.slow
 def test_an_edit_of_the_mixer_is_named_and_nothing_is_lost(copy):
+    """As ``tests/experiments/runs/test_other_code.py`` has it within one process, by commands."""
     sweep = ("experiments.run", *MINE, *SMALL, "tracker=printed")
     call(*sweep, cwd=copy)
     (record,) = records(copy)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 import seqarch
@@ -166,7 +167,6 @@ def test_bytes_and_the_start_of_a_text():
 
 
 def test_the_tokenizer_of_a_file(copy):
-    tokenizers = pytest.importorskip("tokenizers")
     words = {"a": 0, "b": 1, "?": 2}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

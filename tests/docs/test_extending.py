@@ -26,6 +26,9 @@ TESTS = (
     *("layers/__init__.py", "layers/test_laws.py"),
 )
 FILES = ("pyproject.toml", *(f"tests/{name}" for name in TESTS))
+BACKEND = "causal_conv1d-recurrent_torch"
+"""The backend that the page adds, as the cases of the laws name it."""
+
 SITE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
@@ -101,10 +104,14 @@ def follow(root: Path, command: str, *more: str, paths: Sequence[Path] = ()) -> 
     return done.stdout
 
 
-def test_the_new_mixer_obeys_the_laws(copy):
-    said = follow(copy, "python -m pytest tests/layers/test_laws.py -k simple_gla", "-p", "no:cacheprovider")
+def test_the_new_mixer_and_the_new_backend_obey_the_laws(copy):
+    """In one run of pytest, which takes longer to gather the laws' cases than to hold these to them."""
+    mixer, backend = (f"python -m pytest tests/layers/test_laws.py -k {name}" for name in ("simple_gla", BACKEND))
+    assert f"\n{backend}\n" in PAGE
+    said = follow(copy, mixer, "-k", f"simple_gla or {BACKEND} and mamba2", "-p", "no:cacheprovider")
     here = [name for name in available("linear_attention") if not name.endswith("_cpp")]  # nothing is compiled there
-    assert f"{len(LAWS) * len(here)} passed" in said
+    cases = [case for name, case in registered_cases() if name == "mamba2" and case.setting.endswith("-parallel_torch")]
+    assert f"{len(LAWS) * (len(here) + len(cases))} passed" in said
 
 
 def test_what_is_added_passes_the_linter(copy):
@@ -123,13 +130,6 @@ def test_the_new_mixer_trains_through_its_yaml(copy):
     run = json.loads(record.read_text())
     assert run["status"] == "finished"
     assert run["backends"].keys() == {"linear_attention"}
-
-
-def test_the_new_backend_obeys_the_laws(copy):
-    command = "python -m pytest tests/layers/test_laws.py -k causal_conv1d-recurrent_torch"
-    said = follow(copy, command, "-k", "causal_conv1d-recurrent_torch and mamba2", "-p", "no:cacheprovider")
-    cases = [case for name, case in registered_cases() if name == "mamba2" and case.setting.endswith("-parallel_torch")]
-    assert f"{len(LAWS) * len(cases)} passed" in said
 
 
 def test_a_mixer_of_ones_own_is_in_a_model(own):

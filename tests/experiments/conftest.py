@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from experiments import run
+from experiments.sweeps import workers
 from experiments.tasks import TASKS, Task
 from tests.support.runs import handlers_as_before, tiny_config, train_here
 from tests.support.small_tasks import SMALL
@@ -43,6 +45,20 @@ def trained(tmp_path_factory) -> Path:
 def root(trained, tmp_path) -> Path:
     """A copy that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "runs"))
+
+
+@pytest.fixture
+def command_here(tmp_path, monkeypatch) -> Callable[..., int]:
+    """The command in this process, from an empty folder, as if it were the first that the process does."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SEQARCH_COMMAND", workers.SWEEP, "HYDRA_FULL_ERROR"):
+        monkeypatch.setenv(name, "")
+
+    def command(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["run", *arguments])
+        return run.main()
+
+    return command
 
 
 @pytest.fixture(autouse=True)

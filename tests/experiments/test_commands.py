@@ -135,16 +135,6 @@ def test_output_that_cannot_be_written_is_one_line_and_a_failure(tmp_path):
     assert (shown.returncode, shown.stderr) == (1, "error: cannot write the standard output: No space left on device\n")
 
 
-def test_a_search_whose_output_is_full_says_so_once(tmp_path):
-    words = ["experiments.search", *TINY, "train.steps=2", "train.lr=1e-3,3e-3", "search.trials=1"]
-    with open("/dev/full", "w") as full:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        options = {"stdout": full, "stderr": subprocess.PIPE, "text": True, "timeout": 60, "env": environment}
-        shown = subprocess.run(command_line(*words), cwd=tmp_path, **options)
-    message = "error: cannot write the standard output: No space left on device; the record of the runs is whole\n"
-    assert (shown.returncode, shown.stderr) == (1, message)
-
-
 def test_a_reader_that_has_left_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from experiments.sweeps.execute import resolve_composed
 from experiments.sweeps.status import SweepStatus
 from experiments.util.errors import RunnerError, StorageError
 from tests.support.paths import ROOT
-from tests.support.runs import TINY, call, command_line, until
+from tests.support.runs import TINY, call, command_line, train_for_sweep, until
 
 
 def folders(runs: Path) -> dict[str, RunFolder]:
@@ -28,11 +29,10 @@ def folders(runs: Path) -> dict[str, RunFolder]:
     return {f"{config['model']['name']}-seed{config['seed']}": folder for folder, config in found.items()}
 
 
-def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
+def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path, command_here, capfd):
     # The model is given twice, of which the last counts.
-    sweep = ["experiments.run", "--multirun", *TINY, "train.steps=10", "launcher=joblib", "model=mamba2,gla"]
-    sweep += ["model=attention"]
-    first = call(*sweep, "train.lr=1e30,1e-3", "train.grad_clip=0", cwd=tmp_path)
+    sweep = ["--multirun", *TINY, "train.steps=10", "model=mamba2,gla", "model=attention", "train.grad_clip=0"]
+    first = call("experiments.run", *sweep, "train.lr=1e30,1e-3", cwd=tmp_path)
     assert first.returncode == 1
     assert "2 runs: 1 failed, 1 finished" in first.stdout
     assert "training diverged at step" in first.stdout
@@ -46,15 +46,15 @@ def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mqar"]
 
     records = {folder.path: folder.run_file.read_bytes() for folder in found if folder.status() == "finished"}
-    second = call(*sweep, "train.lr=1e-3", "train.grad_clip=0", cwd=tmp_path)
-    assert second.returncode == 0
-    assert "finished before" in second.stdout
+    assert command_here(*sweep, "train.lr=1e-3") == 0
+    assert "finished before" in capfd.readouterr().out
     assert {path: (path / "run.json").read_bytes() for path in records} == records
 
 
-def test_only_what_is_missing_is_launched_and_folders_of_earlier_names_are_known(tmp_path, monkeypatch, capfd):
+def test_only_what_is_missing_is_launched_and_folders_of_earlier_names_are_known(
+    tmp_path, monkeypatch, command_here, capfd
+):
     """A job keeps its place in the sweep, whatever is launched; and each combination of groups is composed once."""
-    monkeypatch.chdir(tmp_path)
     arguments = [*TINY, "task.length=16", "name=mine"]
     for seed in (0, 2):
         config = resolve_composed(compose([*arguments, f"seed={seed}"]))
@@ -69,12 +69,8 @@ def test_only_what_is_missing_is_launched_and_folders_of_earlier_names_are_known
         return "finished", ""
 
     monkeypatch.setattr("experiments.sweeps.execute._finish", trains)
-    for name in ("SEQARCH_COMMAND", workers.SWEEP, "HYDRA_FULL_ERROR"):
-        monkeypatch.setenv(name, "")
-    sweep = ["run", "--multirun", *arguments, "train.lr=0.003,1e-4", "seed=0,1,2"]
     for _ in range(2):  # The second sweep of a process is as the first.
-        monkeypatch.setattr("sys.argv", sweep.copy())
-        assert run.main() == 0
+        assert command_here("--multirun", *arguments, "train.lr=0.003,1e-4", "seed=0,1,2") == 0
     names = ["", *["lr1e-4-"] * 3] * 2
     assert [job for job, _ in trained] == [1, 3, 4, 5] * 2
     for (_, name), lr in zip(trained, names, strict=True):
@@ -86,24 +82,20 @@ def test_only_what_is_missing_is_launched_and_folders_of_earlier_names_are_known
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mine"]
 
 
-def test_one_run_is_found_where_its_task_has_its_folder(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
+def test_one_run_is_found_where_its_task_has_its_folder(monkeypatch, command_here, capfd):
     arguments = ["task=parity", "task.length=16", "train.lr=1e-3"]
     folder = RunFolder((config := resolve_composed(compose(arguments))).folder())
     assert folder.path.parent == Path("runs/parity")
     monkeypatch.setattr("experiments.sweeps.execute._finish", lambda folder, *_: ("finished", str(folder.path)))
-    for name in ("SEQARCH_COMMAND", workers.SWEEP, "HYDRA_FULL_ERROR"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setattr("sys.argv", ["run", *arguments])
-    assert run.main() == 0
+    assert command_here(*arguments) == 0
     assert f"{folder.path.name}: finished, {folder.path}" in capfd.readouterr().out
     folder.create(config)
     folder.update(status="finished", attempt=1, results={"test": 0.5}, metric={}, cost={"steps": 10})
-    assert run.main() == 0
+    assert command_here(*arguments) == 0
     assert f"{folder.path.name}: finished before" in capfd.readouterr().out
 
 
-def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path):
+def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path, monkeypatch, command_here, capfd):
     arguments = [*TINY, "train.steps=200", "seed=0,1,2", "launcher=joblib", "model=attention", "train.eval_every=50"]
     command = ["experiments.run", "--multirun", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -132,13 +124,29 @@ def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path):
     assert not any(folder.lock.is_held() for folder in folders(runs).values())
     kept = folders(runs)["attention-seed1"].run_file.read_bytes()
 
-    done = call(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    # In this process: workers and training processes are for the first part, and take seconds each to start.
+    monkeypatch.setattr("experiments.sweeps.execute._train", train_for_sweep)
+    assert command_here(*command[1:], "launcher=basic") == 0, capfd.readouterr()
     assert {folder.status() for folder in folders(runs).values()} == {"finished"}
     assert len(folders(runs)) == 3
     assert folders(runs)["attention-seed1"].run_file.read_bytes() == kept
 
 
+def test_a_launcher_whose_workers_are_gone_is_one_clear_error(tmp_path, monkeypatch, command_here, capfd):
+    def execute(composed, sweep, number, dry_run):
+        sweep.update(number, status="running", name="n", folder=str(tmp_path))
+        if number == 1:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(run, "execute", execute)
+    assert command_here("--multirun", *TINY, "seed=0,1") == 1
+    shown = capfd.readouterr()
+    assert "error: a worker of the sweep was killed, perhaps because memory ran out: of 2 runs, 0 were" in shown.err
+    assert "2 runs: 2 interrupted" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+
+
+@pytest.mark.slow
 def test_a_killed_worker_is_one_clear_error(tmp_path):
     arguments = [*TINY, "train.steps=100000", "seed=0,1,2", "launcher=joblib", "hydra.launcher.n_jobs=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -174,18 +182,14 @@ def test_a_job_without_a_sweep_does_nothing(tmp_path, monkeypatch):
         run.job(OmegaConf.create({}))
 
 
-def test_a_status_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, capfd):
+def test_a_status_that_cannot_be_written_is_one_clear_error(monkeypatch, command_here, capfd):
     """The disk is full after the sweep began."""
 
     def full(self, job, **values):
         raise StorageError("cannot write job-0.json: No space left on device")
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SweepStatus, "update", full)
-    monkeypatch.setattr("sys.argv", ["run", *TINY, "train.steps=5"])
-    for name in ("SEQARCH_COMMAND", workers.SWEEP, "HYDRA_FULL_ERROR"):
-        monkeypatch.setenv(name, "")
-    assert run.main() == 1
+    assert command_here(*TINY, "train.steps=5") == 1
     shown = capfd.readouterr()
     assert shown.err == "error: cannot write job-0.json: No space left on device\n"
     assert "Traceback" not in shown.out
@@ -203,12 +207,12 @@ def test_a_status_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatc
         (["--multirun", "launcher=submitit", "hydra.launcher.partition=none"], "error: launcher=submitit needs Slurm"),
     ],
 )
-def test_a_mistake_is_one_clear_error(tmp_path, monkeypatch, arguments, message):
+def test_a_mistake_is_one_clear_error(tmp_path, monkeypatch, command_here, capfd, arguments, message):
     monkeypatch.setenv("PATH", "")
     (tmp_path / "occupied").write_text("mine")
-    done = call("experiments.run", *arguments, cwd=tmp_path)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert command_here(*arguments) == 1
+    shown = capfd.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.out + shown.err
     assert [path.name for path in tmp_path.iterdir()] == ["occupied"] or not list(tmp_path.glob("runs/*/*"))
     assert (tmp_path / "occupied").read_text() == "mine"

@@ -11,8 +11,6 @@ import pytest
 from experiments import tokenizer
 from experiments.tasks.text import Text, TextConfig
 
-pytest.importorskip("tokenizers")
-
 
 def run(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["tokenizer", *map(str, arguments)])

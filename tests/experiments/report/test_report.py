@@ -382,7 +382,8 @@ def test_no_report_is_written_through_a_link(recorded, tmp_path):
     assert not list((tmp_path / "mine").iterdir())
 
 
-def test_a_report_is_written_again_whoever_wrote_it_before(recorded):
+def test_a_report_is_written_again_whoever_wrote_it_before(recorded, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, **__: file.write(b"drawn"))
     target = report(recorded)[0]
     marker, page = target / "owner.json", (target / "index.md").read_bytes()
     for left in (marker, target / "index.md"):  # As reports were before, or as one that was killed left it.

@@ -14,7 +14,7 @@ from experiments.config.schema import FORMAT, MachineConfig, to_dict
 from experiments.runs.folder import RunFolder
 from experiments.sweeps.execute import execute, finished_before
 from experiments.sweeps.status import SweepStatus
-from tests.support.runs import tiny_config
+from tests.support.runs import tiny_config, train_for_sweep
 
 
 def new_sweep(tmp_path) -> SweepStatus:
@@ -143,7 +143,9 @@ def test_a_run_that_the_sweep_names_twice_is_trained_once(tmp_path, first):
     assert (twin["status"], twin["message"]) == ("repeated", f"as run {first + 1}")
 
 
-def test_a_failed_run_is_tried_again_on_request_and_shown_as_failed(tmp_path):
+def test_a_failed_run_is_tried_again_on_request_and_shown_as_failed(tmp_path, monkeypatch):
+    """Trained here: that a training process that fails is reported is for the sweeps of ``test_run.py``."""
+    monkeypatch.setattr("experiments.sweeps.execute._train", train_for_sweep)
     config = tiny_config(tmp_path, train__lr=1e30, train__grad_clip=0.0)
     sweep = new_sweep(tmp_path)
     execute({**to_dict(config), "retry": 1}, sweep, 0)

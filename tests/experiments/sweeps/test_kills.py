@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from experiments.sweeps import workers
 from tests.support.runs import TINY, until
 from tests.support.sweeps import assert_whole, command_of, finished, folders, processes, repeat, send, started
 
@@ -16,6 +17,7 @@ SEEDS = ["experiments.run", "--multirun", *TINY, "train.steps=120", "train.eval_
 SWEEP = [*SEEDS, "model=attention,mamba2", "launcher=joblib"]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_process_behind(tmp_path):
     """Workers of a launcher do not see that the sweep is gone; they end by themselves, and so do their runs."""
     with started(tmp_path, *SWEEP, "train.steps=100000") as sweep:
@@ -29,28 +31,37 @@ def test_a_killed_sweep_leaves_no_process_behind(tmp_path):
     assert not any(folder.lock.is_held() for folder in folders(tmp_path))
 
 
-IDLE = """
-import time
+WORKERS = """
+import sys, time
 from joblib import Parallel, delayed
 from experiments.sweeps import workers
+
+def work():
+    with workers.at_work:
+        print("at work", flush=True)
+        time.sleep(60)
+
 workers.watch_from_the_start()
 Parallel(n_jobs=2, backend="loky")(delayed(time.sleep)(0) for _ in range(2))
-print("idle", flush=True)
-time.sleep(60)
+print("between jobs", flush=True)
+time.sleep(60) if sys.argv[1:] == ["idle"] else Parallel(n_jobs=2, backend="loky")(delayed(work)() for _ in range(2))
 """
 
 
-@pytest.mark.parametrize("moment", ["as they begin", "between jobs"])
-def test_idle_workers_end_with_their_sweep(tmp_path, moment):
-    """Nothing of the runner was called in them yet, or nothing is called in them any more."""
-    with started(tmp_path, program=[sys.executable, "-c", IDLE]) as sweep:
+@pytest.mark.parametrize("moment", ["as they begin", "between jobs", "at work"])
+def test_workers_end_with_their_sweep(tmp_path, moment):
+    """Nothing of the runner was called in them yet, nothing is called in them any more, or they wait for a run, which
+    ends by itself (``training/test_train.py``).
+    """
+    own = [] if moment == "at work" else ["idle"]
+    with started(tmp_path, *own, program=[sys.executable, "-c", WORKERS]) as sweep:
         if moment == "as they begin":
             until(lambda: len(processes(tmp_path)) >= 3)  # with a worker, or the process that cleans up after them
         else:
-            until(lambda: "idle" in (tmp_path / "log").read_text())
+            until(lambda: moment in (tmp_path / "log").read_text())
         sweep.kill()
         sweep.wait()
-        until(lambda: not processes(tmp_path), 5)
+        until(lambda: not processes(tmp_path), 5 + (workers.LEAVE_SECONDS if moment == "at work" else 0))
 
 
 @pytest.mark.slow

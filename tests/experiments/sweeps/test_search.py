@@ -15,12 +15,14 @@ import pytest
 from experiments.config.overrides import Interval, compose, parse_choice
 from experiments.config.schema import FORMAT
 from experiments.runs.folder import RunFolder
+from experiments.search import main
 from experiments.sweeps import search as search_module
 from experiments.sweeps.execute import resolve_composed
 from experiments.sweeps.search import Pruner, Search
 from experiments.sweeps.status import SweepStatus
 from experiments.tasks import TASKS
 from experiments.util.errors import ConfigError
+from experiments.util.output import exit_code
 from tests.support.runs import TINY, call
 
 SPACE = ["train.lr=tag(log, interval(1e-4, 1e-1))", "train.weight_decay=0.0,0.1"]
@@ -251,10 +253,10 @@ def test_a_pruner_compares_with_the_median_of_earlier_trials(tmp_path):
     assert "0.4 on validation at step 5 is worse than the median" in pruner.reason
 
 
-def test_a_search_from_the_command_line(tmp_path):
-    """Two trials at a time, each a real run; another time nothing is trained."""
-    command = ["experiments.search", *TINY, "train.steps=10", SPACE[0], "search.trials=2", "search.jobs=2"]
-    first = call(*command, cwd=tmp_path)
+def test_a_search_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Two trials at a time, each a real run; another time nothing is trained, and a full output is said once."""
+    arguments = [*TINY, "train.steps=10", SPACE[0], "search.trials=2", "search.jobs=2"]
+    first = call("experiments.search", *arguments, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "best: train.lr=" in first.stdout
     assert "2 runs: 2 finished" in first.stdout
@@ -263,8 +265,14 @@ def test_a_search_from_the_command_line(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.glob("runs/mqar/*/run.json")}
     assert len(before) == 2
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mqar"]
-    second = call(*command, cwd=tmp_path)
-    assert second.returncode == 0
-    assert "2 runs: 2 finished before" in second.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["search", *arguments])
+    assert main() == 0
+    assert "2 runs: 2 finished before" in capsys.readouterr().out
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert exit_code(main) == 1
+    message = "error: cannot write the standard output: No space left on device; the record of the runs is whole\n"
+    assert capsys.readouterr().err == message
     assert {path: path.read_bytes() for path in before} == before
     assert json.loads(written.read_text())["best"]["validation"] >= 0

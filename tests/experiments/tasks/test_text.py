@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from experiments.tasks.task import IGNORED, TaskError
 from experiments.tasks.text import Text, TextConfig
@@ -85,9 +87,6 @@ class TestDocuments:
         assert copied not in documents(task, "train") + documents(task, "validation")
 
     def test_rows_of_every_format_are_the_documents_that_they_say(self, tmp_path):
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
         rows = [words(i, 50 + i) for i in range(150)]
         table = pyarrow.table({"n": list(range(150)), "text": rows})
         saved = tmp_path / "saved" / "train"
@@ -245,7 +244,6 @@ class TestExamples:
 class TestTokenizers:
     @pytest.fixture
     def tokenizer(self, tmp_path) -> Path:
-        pytest.importorskip("tokenizers")
         content = train_tokenizer((words(i % 40, 500) for i in range(200)), 300, "<|endoftext|>")
         return write(tmp_path, {"tokenizer.json": content}) / "tokenizer.json"
 

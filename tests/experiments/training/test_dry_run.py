@@ -12,7 +12,7 @@ from experiments.sweeps.status import SweepStatus
 from experiments.training.dry_run import SavedBytes, in_bytes, in_flops, plan
 from experiments.training.loop import Run
 from seqarch.layers import detach_state
-from tests.support.runs import call, tiny_config
+from tests.support.runs import tiny_config
 from tests.support.stacks import STACKS
 
 
@@ -87,13 +87,13 @@ def test_a_model_larger_than_the_memory_is_planned_without_it(tmp_path):
     assert "GiB" in str(planned)
 
 
-def test_a_dry_run_prints_and_leaves_no_folder(tmp_path):
-    shown = call("experiments.run", "train.dry_run=true", "model=mamba2", cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert "mamba2-seed0-" in shown.stdout
-    assert "planned, nothing was trained" in shown.stdout
+def test_a_dry_run_prints_and_leaves_no_folder(tmp_path, command_here, capfd):
+    assert command_here("train.dry_run=true", "model=mamba2") == 0
+    shown = capfd.readouterr().out
+    assert "mamba2-seed0-" in shown
+    assert "planned, nothing was trained" in shown
     for word in ("parameters", "activations", "state", "per step"):
-        assert f"\n    {word} " in shown.stdout
+        assert f"\n    {word} " in shown
     assert not list(tmp_path.glob("runs/mqar/*"))
 
 

@@ -33,7 +33,6 @@ def text_config(tmp_path: Path, texts: Path, **task: object):
 
 
 def test_a_run_keeps_its_tokenizer_and_the_list_of_its_files(tmp_path, texts):
-    pytest.importorskip("tokenizers")
     content = train_tokenizer((path.read_text() for path in texts.iterdir()), 280, "<|endoftext|>")
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(content)
