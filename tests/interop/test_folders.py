@@ -22,7 +22,7 @@ from seqarch.pretrained import filling
 from seqarch.pretrained.families import CHECKED
 from seqarch.pretrained.their_settings import CLASSES
 from seqarch.testing import assert_close
-from tests.interop.test_families import BOUND, ROUNDED
+from tests.interop.test_families import BOUND
 from tests.support.families import CASES, VARIANTS, build
 
 cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
@@ -83,13 +83,10 @@ def test_their_folders_are_read_and_ours_are_read_by_them(name: str, changes: di
         assert written == {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "dtype"}
         back = reread(saved)
         assert back.dtype == dtype
-        exact = name not in ROUNDED
         for key, tensor in theirs.state_dict().items():
-            assert torch.equal(back.state_dict()[key], tensor) or (
-                not exact and torch.allclose(back.state_dict()[key], tensor, 1e-2, 1e-2)
-            )
+            assert torch.equal(back.state_dict()[key], tensor), key
         again = LanguageModel.from_pretrained(saved, verify=True)
-        assert not exact or all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 NEW: dict[str, dict[str, Any]] = {
