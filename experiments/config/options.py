@@ -21,8 +21,8 @@ ALWAYS = (
     *("d_model", "pattern", "depth", "channel", "mixers", "channels", "norm_eps", "branch_norm"),
     *("vocab_size", "embedding_std", "tie_embeddings", "embedding_scale", "logit_cap"),
 )
-"""Options of a language model that count at their defaults too, as they did when the first runs were recorded. Others came
-later: at its default one is as in a run that knew none, whose folder stays that of its configuration."""
+"""Options of a language model that count at their defaults too, as they did when the first runs were recorded. Others
+came later: at its default one is as in a run that knew none, whose folder stays that of its configuration."""
 
 
 def language_model(given: Mapping[str, Any], vocab_size: int) -> LMConfig:
@@ -53,8 +53,8 @@ def language_model(given: Mapping[str, Any], vocab_size: int) -> LMConfig:
 def canonical(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model's plain configuration with its layers' options as :func:`typed` writes them and no defaults among them.
 
-    Options that nobody knows, as those of a mixer of another version, stay as they are. An option of the model itself that
-    is not among :data:`ALWAYS` is left out at its default.
+    Options that nobody knows, as those of a mixer of another version, stay as they are. An option of the model itself
+    that is not among :data:`ALWAYS` is left out at its default.
     """
     later = {field.name: field for field in fields(LMConfig) if field.name not in ALWAYS}
     own = {key: value for key, value in model.items() if key not in later or not _is_default(value, later[key])}
