@@ -17,6 +17,14 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {"mixers": MIXERS, "channels": CHANNE
 """By the key of a model's configuration that holds options by name."""
 
 
+ALWAYS = (
+    *("d_model", "pattern", "depth", "channel", "mixers", "channels", "norm_eps", "branch_norm"),
+    *("vocab_size", "embedding_std", "tie_embeddings", "embedding_scale", "logit_cap"),
+)
+"""Options of a language model that count at their defaults too, as they did when the first runs were recorded. Others
+came later: at its default one is as in a run that knew none, whose folder stays that of its configuration."""
+
+
 def language_model(given: Mapping[str, Any], vocab_size: int) -> LMConfig:
     """The options of a language model; those of mixers that its pattern does not use are checked as well.
 
@@ -45,10 +53,13 @@ def language_model(given: Mapping[str, Any], vocab_size: int) -> LMConfig:
 def canonical(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model's plain configuration with its layers' options as :func:`typed` writes them and no defaults among them.
 
-    Options that nobody knows, as those of a mixer of another version, stay as they are.
+    Options that nobody knows, as those of a mixer of another version, stay as they are. An option of the model itself
+    that is not among :data:`ALWAYS` is left out at its default.
     """
+    later = {field.name: field for field in fields(LMConfig) if field.name not in ALWAYS}
+    own = {key: value for key, value in model.items() if key not in later or not _is_default(value, later[key])}
     given = {key: model[key] for key in REGISTRIES if isinstance(model.get(key), Mapping)}
-    return {**model, **{key: _without_defaults(key, layers) for key, layers in given.items()}}
+    return {**own, **{key: _without_defaults(key, layers) for key, layers in given.items()}}
 
 
 def _without_defaults(key: str, layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,4 +100,5 @@ def _as(kinds: Kinds, value: Any) -> Any:
 
 
 def _is_default(value: Any, field: Field[Any]) -> bool:
-    return type(value) is type(field.default) and value == field.default
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return type(value) is type(default) and value == default

@@ -9,6 +9,7 @@ import pytest
 from experiments.config.build import resolve
 from experiments.config.convert import convert
 from experiments.config.names import placed
+from experiments.config.options import ALWAYS
 from experiments.config.overrides import compose
 from experiments.config.schema import FORMAT, TrainConfig, run_config, to_dict
 from experiments.runs.folder import RunFolder
@@ -241,6 +242,20 @@ def test_the_folder_names_what_changes_results_and_nothing_else(tmp_path):
     assert tiny_config(tmp_path / "other").folder().name == folder.name
     changed = [{"seed": 1}, {"train__lr": 2e-3}, {"task__power": 0.1}, {"model__depth": 2}, {"train__threads": 2}]
     assert len({tiny_config(tmp_path, **change).folder() for change in changed} | {folder}) == len(changed) + 1
+
+
+def test_an_option_that_came_later_changes_no_folder_until_it_is_used(tmp_path):
+    """Records from before it are of the same run, and are found by the digits of its identity."""
+    config = tiny_config(tmp_path)
+    assert config.identity()["model"].keys() == {"name", *ALWAYS} - {"vocab_size"}
+    plain = {field.name: getattr(config.model.options, field.name) for field in fields(LMConfig)}
+    for option, value in plain.items():
+        if option not in ALWAYS:
+            assert tiny_config(tmp_path, **{f"model__{option}": value}).digest() == config.digest()
+    for option, value in {"logit_scale": 0.5, "zero_centred_norms": True, "output_factors": {"attention": 2.0}}.items():
+        used = tiny_config(tmp_path, **{f"model__{option}": value})
+        assert used.identity()["model"][option] == value
+        assert used.digest() != config.digest()
 
 
 def earlier_name(config) -> str:
