@@ -66,15 +66,18 @@ def lm_config(settings: Settings) -> LMConfig:
         {"swiglu": {"hidden": settings.intermediate_size, "gate_factor": gate}},
         norm_eps=settings.rms_norm_eps,
         branch_weights=False,
-        input_factors={"attention": settings.attention_in_multiplier, "mamba2": settings.ssm_in_multiplier},
-        output_factors={
-            "attention": settings.attention_out_multiplier,
-            "mamba2": settings.ssm_out_multiplier,
-            "swiglu": down,
-        },
+        input_factors=_but_1(attention=settings.attention_in_multiplier, mamba2=settings.ssm_in_multiplier),
+        output_factors=_but_1(
+            attention=settings.attention_out_multiplier, mamba2=settings.ssm_out_multiplier, swiglu=down
+        ),
         embedding_scale=settings.embedding_multiplier,
         logit_scale=settings.lm_head_multiplier,
     )
+
+
+def _but_1(**factors: float) -> dict[str, float]:
+    """Without those that change nothing."""
+    return {name: factor for name, factor in factors.items() if factor != 1}
 
 
 def _attention(settings: Settings) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def _attention(settings: Settings) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": settings.num_key_value_heads or heads,
         "head_dim": width,
-        "scale": settings.key_multiplier * width**-0.5,
+        "scale": None if settings.key_multiplier == 1 else settings.key_multiplier * width**-0.5,
         **settings.rotary(width),
     }
 
@@ -95,6 +98,7 @@ def _ssm(settings: Settings) -> dict[str, Any]:
     if settings.mamba_d_head not in ("auto", width):
         channels = "mamba_d_ssm or mamba_expand times hidden_size"
         raise settings.refuse("mamba_d_head", f"'auto' or {width}: {channels} is {inner}, over mamba_n_heads")
+    factors = settings.factors("ssm_multipliers", 5)
     gated = "gate_last" if settings.mamba_norm_before_gate else "gate_first"
     return {
         "d_state": settings.mamba_d_state,
@@ -102,7 +106,7 @@ def _ssm(settings: Settings) -> dict[str, Any]:
         "d_inner": inner,
         "n_groups": settings.mamba_n_groups,
         "conv_width": settings.mamba_d_conv,
-        "in_factors": settings.factors("ssm_multipliers", 5),
+        "in_factors": None if all(factor == 1 for factor in factors) else factors,
         "output_norm": gated if settings.mamba_rms_norm else "none",
         "norm_eps": settings.rms_norm_eps,
     }

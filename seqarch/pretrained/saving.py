@@ -73,11 +73,7 @@ def _own_tensors(model: LanguageModel, state: Mapping[str, Tensor]) -> Iterator[
 
 
 def _their_tensors(family: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Those of the family's files, rule by rule.
-
-    Raises:
-        ValueError: the model has left what the family can express; its tensor is named.
-    """
+    """Those of the family's files, rule by rule."""
     table = weight_map(config)
     for rule in table.rules:
         for name, tensor in rule.to_theirs({own: state[own] for own in rule.ours}).items():

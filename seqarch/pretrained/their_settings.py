@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ OF_TRAINING = {
 SIZES = {
     *("num_heads", "num_kv_heads", "num_key_heads", "head_dim", "key_width", "value_width", "hidden"),
     *("d_inner", "dt_rank", "lru_width", "gate_rank"),
-    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "scale"),
 }
 """Options that need not be given; where both sides give them, they must agree."""
 
@@ -74,10 +75,10 @@ def their_settings(family: str, model: LanguageModel, dtype: torch.dtype) -> dic
     try:
         if origin is not None and origin.family == family and origin.settings is not None:
             settings = dict(origin.settings)
-        elif family not in _FROM_OURS:
-            raise unknown_name("family to write a new model in", family, _FROM_OURS)
+        elif family not in MADE_HERE:
+            raise unknown_name("family to write a new model in", family, MADE_HERE)
         else:
-            settings = _shared_settings(family, model) | _FROM_OURS[family](_Layers(model), model)
+            settings = _shared_settings(family, model) | MADE_HERE[family](_Layers(model), model)
         differences = _differences(model, settings)
     except ValueError as error:
         raise ValueError(f"the model is no {family}: {error}") from error
@@ -113,13 +114,26 @@ def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
 def _differing(where: str, own: Any, other: Any) -> list[str]:
     if type(own) is not type(other):
         return [f"{where}{type(own).__name__}, expected {type(other).__name__}"]
-    theirs = asdict(other)
+    ours, theirs = ({option: _without_ones(value) for option, value in asdict(each).items()} for each in (own, other))
     return [
         f"{where}{option}={value!r}, expected {theirs[option]!r}"
-        for option, value in asdict(own).items()
-        if value != theirs[option] and option not in OF_TRAINING | FACTORS
+        for option, value in ours.items()
+        if not _same(value, theirs[option]) and option not in OF_TRAINING | FACTORS
         if not (option in SIZES and None in (value, theirs[option]))
     ]
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether they are equal, numbers but for rounding: a factor may have been taken out and put back."""
+    numbers = all(isinstance(each, float) for each in (value, other))
+    return value == other or (numbers and math.isclose(value, other, rel_tol=1e-12))
+
+
+def _without_ones(value: Any) -> Any:
+    """Factors of 1, which change nothing, as if they were not given."""
+    if isinstance(value, dict):
+        return {name: factor for name, factor in value.items() if factor != 1}
+    return None if isinstance(value, list) and all(factor == 1 for factor in value) else value
 
 
 def _shared_settings(family: str, model: LanguageModel) -> dict[str, Any]:
@@ -191,10 +205,19 @@ def _mixtral(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
 
 
 def _falcon_h1(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
-    ssm = layers.get("mamba2")
+    ssm, attention, swiglu = layers.get("mamba2"), layers.get("attention"), layers.get("swiglu")
+    before, after = model.config.input_factors, model.config.output_factors
     return {
-        **_attention(layers.get("attention")),
-        "intermediate_size": layers.get("swiglu").hidden_width,
+        **_attention(attention),
+        "attention_in_multiplier": before.get("attention", 1.0),
+        "key_multiplier": 1.0 if attention.scale is None else attention.scale * attention.head_width**0.5,
+        "attention_out_multiplier": after.get("attention", 1.0),
+        "ssm_in_multiplier": before.get("mamba2", 1.0),
+        "ssm_multipliers": ssm.in_factors or [1.0] * 5,
+        "ssm_out_multiplier": after.get("mamba2", 1.0),
+        "mlp_multipliers": [swiglu.gate_factor, after.get("swiglu", 1.0)],
+        "lm_head_multiplier": model.config.logit_scale,
+        "intermediate_size": swiglu.hidden_width,
         "mamba_d_ssm": ssm.inner_width,
         "mamba_n_heads": ssm.inner_width // ssm.head_dim,
         "mamba_d_head": ssm.head_dim,
@@ -275,7 +298,7 @@ def _kimi_linear(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-_FROM_OURS: dict[str, Callable[[_Layers, LanguageModel], dict[str, Any]]] = {
+MADE_HERE: dict[str, Callable[[_Layers, LanguageModel], dict[str, Any]]] = {
     "falcon_h1": _falcon_h1,
     "kimi_linear": _kimi_linear,
     "mamba": _mamba,
@@ -284,3 +307,4 @@ _FROM_OURS: dict[str, Callable[[_Layers, LanguageModel], dict[str, Any]]] = {
     "qwen3_next": _qwen3_next,
     "recurrent_gemma": _recurrent_gemma,
 }
+"""By family, what its configuration says of a model that was made here, besides what all families say."""

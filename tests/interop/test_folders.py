@@ -20,7 +20,7 @@ from seqarch.interop import FAMILIES, from_transformers
 from seqarch.interop.file_names import FILE_RULES
 from seqarch.pretrained import filling
 from seqarch.pretrained.families import CHECKED
-from seqarch.pretrained.their_settings import CLASSES
+from seqarch.pretrained.their_settings import CLASSES, MADE_HERE
 from seqarch.testing import assert_close
 from tests.interop.test_families import BOUND
 from tests.support.families import CASES, VARIANTS, build
@@ -83,14 +83,19 @@ def test_their_folders_are_read_and_ours_are_read_by_them(name: str, changes: di
         assert written == {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "dtype"}
         back = reread(saved)
         assert back.dtype == dtype
-        for key, tensor in theirs.state_dict().items():
-            assert torch.equal(back.state_dict()[key], tensor), key
+        other = back.state_dict()
+        assert all(torch.equal(other[key], tensor) for key, tensor in theirs.state_dict().items())
         again = LanguageModel.from_pretrained(saved, verify=True)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 NEW: dict[str, dict[str, Any]] = {
-    "falcon_h1": {"pattern": "attention+mamba2", "embedding_scale": 3.0},
+    "falcon_h1": {
+        **{"pattern": "attention+mamba2", "branch_weights": False, "embedding_scale": 3.0, "logit_scale": 0.5},
+        "mixers": {"attention": {"num_heads": 2, "scale": 0.5}, "mamba2": {"in_factors": [0.5, 2.0, 1.0, 1.0, 3.0]}},
+        **{"channels": {"swiglu": {"gate_factor": 0.75}}, "output_factors": {"swiglu": 0.5, "attention": 2.0}},
+        "input_factors": {"mamba2": 1.5},
+    },
     "kimi_linear": {
         "pattern": "kda/swiglu mla/moe kda/moe",
         "depth": 3,
@@ -104,14 +109,22 @@ NEW: dict[str, dict[str, Any]] = {
     "mamba2": {"pattern": "mamba2", "channel": "none", "mixers": {"mamba2": {"head_dim": 16, "d_state": 8}}},
     "mixtral": {"pattern": "sliding_window/moe", "mixers": {"sliding_window": {"num_heads": 4, "window": 5}}},
     "qwen3_next": {
+        "zero_centred_norms": True,
         "pattern": "gated_delta_net/moe attention/swiglu",
         "mixers": {
-            "attention": {"num_heads": 2, "qk_norm": True, "output_gate": True, "norm_eps": 1e-5},
+            "attention": {
+                "num_heads": 2,
+                "qk_norm": True,
+                "output_gate": True,
+                "norm_eps": 1e-5,
+                "zero_centred_norms": True,
+            },
             "gated_delta_net": {"num_heads": 2, "key_width": 8},
         },
         "channels": {"moe": {"shared_experts": 1, "shared_gate": True}},
     },
     "recurrent_gemma": {
+        "zero_centred_norms": True,
         "pattern": "rg_lru sliding_window",
         "tie_embeddings": True,
         "logit_cap": 3.0,
@@ -128,14 +141,10 @@ NEW: dict[str, dict[str, Any]] = {
 def new_model(family: str) -> LanguageModel:
     """A model of ours that the family can hold."""
     torch.manual_seed(0)
-    model = LanguageModel(**{"vocab_size": 53, "d_model": 32, "depth": 2, **NEW[family]}).eval()
-    if family == "falcon_h1":
-        for layer in model.stack.layers:
-            torch.nn.init.ones_(layer.branch_weights)  # type: ignore[arg-type]
-    return model
+    return LanguageModel(**{"vocab_size": 53, "d_model": 32, "depth": 2, **NEW[family]}).eval()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NEW)
 @torch.no_grad()
 def test_models_made_here_are_read_by_them(family: str, tmp_path):
     model = new_model(family)
@@ -147,7 +156,7 @@ def test_models_made_here_are_read_by_them(family: str, tmp_path):
     assert_close(again(TOKENS)[0], model(TOKENS)[0], BOUND, "logits")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NEW)
 def test_models_that_a_family_cannot_hold_are_refused_by_what_differs(family: str, tmp_path):
     other = LanguageModel(vocab_size=53, d_model=32, pattern="retention", depth=2)
     with pytest.raises(ValueError, match=f"the model is no {family}: it has no "):
@@ -275,19 +284,16 @@ def test_wrong_settings_are_named(tmp_path):
             LanguageModel.from_pretrained(tmp_path)
 
 
-def test_a_learnt_constant_is_not_written(tmp_path):
-    _, theirs = build("FalconH1ForCausalLM", {})
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = LanguageModel.from_pretrained(tmp_path / "theirs")
-    with torch.no_grad():
-        model.stack.layers[1].branch_weights[0, 3] = 0.5  # type: ignore[index, union-attr]
-    with pytest.raises(ValueError, match=r"branch_weights: expected 1\.0 throughout"):
-        model.save_pretrained(tmp_path / "saved", family="falcon_h1")
-    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+def test_weights_where_theirs_has_a_constant_are_refused(tmp_path):
+    learnt = LanguageModel(**{"vocab_size": 53, "d_model": 32, "depth": 2, **NEW["falcon_h1"], "branch_weights": True})
+    with pytest.raises(ValueError, match="the model is no falcon_h1: branch_weights=True, expected False"):
+        learnt.save_pretrained(tmp_path / "saved", family="falcon_h1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_family_has_a_class_and_rules_are_of_families():
-    assert CLASSES.keys() == FAMILIES.keys() == NEW.keys() == {VARIANTS[n][0]().model_type for n in VARIANTS}
+    assert {VARIANTS[name][0]().model_type: name for name in VARIANTS} == CLASSES
+    assert NEW.keys() == MADE_HERE.keys() <= FAMILIES.keys()
     assert FILE_RULES.keys() <= FAMILIES.keys()
 
 
