@@ -83,12 +83,13 @@ def _but_1(**factors: float) -> dict[str, float]:
 def _attention(settings: Settings) -> dict[str, Any]:
     heads = settings.num_attention_heads
     width = settings.head_dim or settings.hidden_size // heads
+    rotary = settings.rotary(width)  # first, as it refuses a width of 0
     return {
         "num_heads": heads,
         "num_kv_heads": settings.num_key_value_heads or heads,
         "head_dim": width,
         "scale": None if settings.key_multiplier == 1 else settings.key_multiplier * width**-0.5,
-        **settings.rotary(width),
+        **rotary,
     }
 
 

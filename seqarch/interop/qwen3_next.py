@@ -11,6 +11,9 @@ from seqarch.interop.settings import PartialRotarySettings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, reorder, rule, split, under
 from seqarch.models import LMConfig
 
+MOST_ROWS = 1 << 22
+"""Of a projection whose rows are put in another order: far more than any model's, and few enough to list."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(PartialRotarySettings):
@@ -112,6 +115,7 @@ def _by_part(groups: int, sizes: list[int]) -> list[int]:
     """Rows that come group by group, each with parts of these sizes, in the order of the parts."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     whole = sum(sizes)
+    _check_rows(groups * whole, f"{groups} heads of {whole} channels each")
     return [
         group * whole + start + row
         for start, size in zip(starts, sizes, strict=True)
@@ -120,9 +124,16 @@ def _by_part(groups: int, sizes: list[int]) -> list[int]:
     ]
 
 
+def _check_rows(count: int, of_what: str) -> None:
+    """Before their order is listed, which may be out of reach where ``config.json`` is wrong."""
+    if count > MOST_ROWS:
+        raise ValueError(f"qwen3_next: {of_what} make {count} channels, expected at most {MOST_ROWS}")
+
+
 def _attention(options: dict[str, Any]) -> list[Rule]:
     heads, width = options["num_heads"], options["head_dim"]
     inner, shared = heads * width, options["num_kv_heads"] * width
+    _check_rows(2 * shared, f"num_key_value_heads={options['num_kv_heads']} keys and values of {width} channels each")
     query, gate = _by_part(heads, [width, width])[:inner], _by_part(heads, [width, width])[inner:]
     order = [*query, *range(2 * inner, 2 * inner + 2 * shared), *gate]
     return [

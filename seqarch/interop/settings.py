@@ -8,6 +8,7 @@ from math import inf
 from typing import Any, ClassVar, Self
 
 from seqarch.layers.mixer import check_factors, check_options
+from seqarch.models.pattern import MOST
 from seqarch.ops.dispatch.checks import fits, show, unknown_name
 
 
@@ -58,6 +59,8 @@ class BaseSettings:
         try:
             settings = cls(**{name: value for name, value in given.items() if name not in only})
             check_options(settings, cls.may_be_zero)
+            if settings.num_hidden_layers > MOST:
+                raise ValueError(f"num_hidden_layers must be at most {MOST}, got {settings.num_hidden_layers}")
         except ValueError as error:
             renamed = ", ".join(f"{field} given as {alias}" for field, alias in called.items() if field in str(error))
             also = f" ({renamed})" if renamed else ""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from seqarch.interop import FAMILIES, lm_config
+from seqarch.interop import FAMILIES, lm_config, weight_map
 from seqarch.testing import assert_close
 from tests.support.families import VARIANTS
 from tests.support.fields import Edit, Models, edits
@@ -69,3 +69,19 @@ def test_every_field_has_their_meaning_or_is_refused(name: str):
     settings: Any = FAMILIES[models.base.model_type]
     assert len(models.known) > 30
     assert {*settings.Settings.only} <= differ | {"per_layer_config"}
+
+
+OUT_OF_REACH = {
+    "layers": ("mamba", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers must be at most 10000, got 2147483647"),
+    "heads": ("falcon_h1", {"hidden_size": 8, "num_attention_heads": 9}, r"heads of width 0 \(head_dim or hidden_size"),
+    "width": ("qwen3_next", {"head_dim": 10**7}, "keys and values of 10000000 channels each make 40"),
+    "keys": ("qwen3_next", {"linear_key_head_dim": 10**7}, "16 heads of 20000512 channels each make 320008192"),
+    "shared": ("qwen3_next", {"num_key_value_heads": 10**8}, "num_key_value_heads=100000000 keys and values"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_REACH)
+def test_sizes_out_of_reach_are_refused_before_they_are_listed(case: str):
+    family, changes, message = OUT_OF_REACH[case]
+    with pytest.raises(ValueError, match=message):
+        weight_map({"model_type": family, **changes})
