@@ -162,9 +162,7 @@ class Text(Task):
             try:
                 self._walked = known, Walk(seed, parts, self.shares, rows, self.length)
             except ValueError as error:
-                raise TaskError(
-                    f"task text: {error}; choose a smaller train.batch_size or task.length, or give more text"
-                ) from error
+                raise TaskError(f"task text: {error}") from error
         return self._walked[1]
 
     def evaluation(self, split: str) -> Iterator[Batch]:

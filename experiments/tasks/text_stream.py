@@ -69,7 +69,7 @@ class Walk:
         length: tokens of a window.
 
     Raises:
-        ValueError: the text is too short for a window of each row.
+        ValueError: the text is too short for a window of each row, or a share too small for a token of a pass.
     """
 
     def __init__(self, seed: int, sources: Sequence[Stretches], shares: Sequence[float], rows: int, length: int):
@@ -79,7 +79,14 @@ class Walk:
         self._windows = sum(sizes) // (rows * length)
         if not self._windows:
             raise ValueError(
-                f"a batch has {rows} rows of {length} tokens, and the training split {sum(sizes):,} tokens in all"
+                f"a batch has {rows} rows of {length} tokens, and the training split {sum(sizes):,} tokens in all;"
+                " choose a smaller train.batch_size or task.length, or give more text"
+            )
+        if 0 in self._quotas:
+            number = self._quotas.index(0)
+            raise ValueError(
+                f"source {number} has a share of {shares[number]:.2g} of the {sum(sizes):,} tokens of a pass, which is"
+                " none of them; join it to another, or give it more weight"
             )
         self._ring = lru_cache(maxsize=2)(self._make_ring)
 

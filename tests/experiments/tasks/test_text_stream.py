@@ -101,6 +101,8 @@ def test_one_document_serves_all_rows(tmp_path):
 def test_sources_have_their_shares_in_whole_documents(tmp_path):
     folders = [write(tmp_path / mark, count, 60, mark) for mark, count in (("x", 90), ("y", 30))]
     sources = [{"path": str(folder), "weight": weight} for folder, weight in zip(folders, (1, 3), strict=True)]
+    with pytest.raises(TaskError, match=r"source 0 has a share of 3.3e-10 of the .* none of them; join it to another"):
+        made(tmp_path, sources=[{**sources[0], "weight": 1e-9}, sources[1]]).continued_batch(0, 0, 1, 0, 1)
     task = made(tmp_path, sources=sources)
     texts = [text for number in range(6) for row in zip(*turn(task, number=number), strict=True)
              for text in read(*row)[1:-1]]  # fmt: skip
