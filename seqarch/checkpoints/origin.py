@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seqarch.checkpoints.errors import CheckpointError
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -48,8 +50,15 @@ class Origin:
 
 
 def carried_files(folder: Path) -> dict[str, bytes]:
-    """Those of the files in a folder that go along."""
-    return {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
+    """Those of the files in a folder that go along.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    try:
+        return {name: (folder / name).read_bytes() for name in CARRIED if (folder / name).is_file()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read a file that goes along with the model of {folder}: {error}") from error
 
 
 def hub_revision(folder: Path) -> str | None:

@@ -49,6 +49,7 @@ class Filling:
         """
         theirs = [sources[name] for name in rule.theirs]
         plain = len(theirs) == len(rule.ours) == 1 and not rule.steps
+        self._check_kind(rule, theirs)
         if plain:
             self._check_shape(rule, theirs[0])
         made = {name: self._empty(name, theirs) for name in rule.ours}
@@ -73,6 +74,14 @@ class Filling:
         if name in self.wide and theirs:
             dtype = torch.promote_types(dtype, theirs[0].dtype)
         return torch.empty(form.shape, dtype=dtype, device=self.device)
+
+    def _check_kind(self, rule: Rule, theirs: Sequence[Source]) -> None:
+        """Integers are no parameters: those of other libraries' quantised models are codes."""
+        expected = {self.form[name].dtype.is_floating_point for name in rule.ours}
+        for name, source in zip(rule.theirs, theirs, strict=True):
+            if {source.dtype.is_floating_point} != expected:
+                wanted = "floating point" if True in expected else "integers"
+                raise CheckpointError(f"{_file(source)}: {name} is of {source.dtype}, expected {wanted}")
 
     def _check_shape(self, rule: Rule, source: Source) -> None:
         """Before memory is taken for it, which may be out of reach where ``config.json`` is wrong."""

@@ -70,4 +70,6 @@ def write_manifest(folder: Path, files: Mapping[str, Any], state: Mapping[str, A
 def model_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a model that seqarch saved; ``None`` where the folder has none, or not what was written."""
     manifest = read_manifest(folder)
-    return manifest if manifest is not None and manifest["state"].get("kind") == KIND else None
+    if manifest is None or manifest["state"].get("kind") != KIND:
+        return None
+    return manifest if all(Path(name).name == name for name in manifest["files"]) else None

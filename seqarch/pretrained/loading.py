@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from glob import escape
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -25,7 +26,7 @@ from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.filling import filling
 from seqarch.pretrained.form import FORMAT, OWN, model_manifest
 from seqarch.pretrained.sources import check_names, sources
-from seqarch.pretrained.tensor_files import StoredTensor, stored_tensors
+from seqarch.pretrained.tensor_files import DTYPES, StoredTensor, stored_tensors
 
 
 def from_pretrained(
@@ -37,8 +38,8 @@ def from_pretrained(
     verify: bool = False,
 ) -> LanguageModel:
     """The model of a folder, in eval mode; see :meth:`seqarch.LanguageModel.from_pretrained`."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+    if dtype is not None and not (dtype in DTYPES.values() and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating point torch.dtype, got {dtype!r}; expected one of at least 16 bits")
     folder, device = Path(path), torch.get_default_device() if device is None else torch.device(device)
     if folder.parent.name == "checkpoints" and (number := _step_of(folder)) is not None:
         folder, step = folder.parent.parent, number if step is None else step
@@ -157,6 +158,8 @@ def _no_model(folder: Path) -> str:
     if folder.exists() and not folder.is_dir():
         return f"{folder} is no model's folder: it is a file"
     if not folder.exists():
+        if former := sorted(folder.parent.glob(f".{escape(folder.name)}.*.former")):
+            return f"{folder} is no model's folder: its saving was killed; the former model is {former[-1]}: rename it"
         hub = "" if folder.is_absolute() else "; a model of a hub is to be downloaded first"
         return f"{folder} is no model's folder: there is no such folder{hub}"
     if revisions := sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from seqarch.checkpoints.manifest import MANIFEST
+from seqarch.checkpoints.manifest import MANIFEST, file_digest
 from seqarch.pretrained.form import model_manifest
 
 
@@ -16,9 +17,9 @@ from seqarch.pretrained.form import model_manifest
 def written_beside(path: Path) -> Iterator[Path]:
     """A new folder beside ``path``, which takes its name when the block ends, and is removed if that fails.
 
-    What lies at ``path`` is replaced only if it is an empty folder, or one of a model that was saved here and holds
-    nothing else. Between two renamings neither is there: a process that is killed then leaves the former model beside,
-    as ``.NAME.xxxx.former``.
+    What lies at ``path`` is replaced only if it is an empty folder, or one of a model that was saved here, holds
+    nothing else and has the hashes of its manifest. Processes that save to one place take turns. Between two renamings
+    neither is there: a process that is killed then leaves the former model beside, as ``.NAME.xxxx.former``.
 
     Raises:
         ValueError: something else lies there.
@@ -36,11 +37,15 @@ def written_beside(path: Path) -> Iterator[Path]:
         raise
 
 
-def check_place(path: Path) -> None:
+def check_place(path: Path, hashed: bool = False) -> None:
     """Raise unless a model's folder may be written at a path.
 
+    Args:
+        hashed: compare the hashes of the files there, and not only their sizes.
+
     Raises:
-        ValueError: something lies there that is not a model's folder which was saved here, or not only that.
+        ValueError: something lies there that is not a model's folder which was saved here, or not only that, or has
+            changed since.
     """
     if not path.name:
         raise ValueError(f"cannot save to {path}: expected the path of a folder of its own")
@@ -48,35 +53,44 @@ def check_place(path: Path) -> None:
         raise ValueError(f"cannot save to {path}: it is a {'link' if path.is_symlink() else 'file'}; expected a folder")
     if not path.is_dir():
         return
-    strangers = sorted({each.name for each in path.iterdir()} - _own_files(path))
+    strangers = sorted({each.name for each in path.iterdir()} - _own_files(path, hashed))
     if strangers:
         raise ValueError(
-            f"cannot save to {path}: it holds {', '.join(strangers[:3])}, which no saved model has put there; move it"
-            " away, or save elsewhere"
+            f"cannot save to {path}: it holds {', '.join(strangers[:3])}, which no saved model has put there as it is"
+            " now; move it away, or save elsewhere"
         )
 
 
-def _own_files(path: Path) -> set[str]:
-    """The names of the files that saving a model has written into a folder."""
-    manifest = model_manifest(path)
-    return {MANIFEST, *manifest["files"]} if manifest is not None else set()
+def _own_files(path: Path, hashed: bool) -> set[str]:
+    """The names of the files in a folder that saving a model has written, as far as their sizes or hashes tell."""
+    written = (model_manifest(path) or {}).get("files")
+    if written is None:
+        return set()
+    own = {MANIFEST} if not (path / MANIFEST).is_symlink() else set()
+    for each in path.iterdir():
+        if each.name in written and each.is_file() and not each.is_symlink():
+            size = {**written[each.name], "bytes": each.stat().st_size}
+            if (file_digest(each) if hashed else size) == written[each.name]:
+                own.add(each.name)
+    return own
 
 
 def _take_place(made: Path, path: Path) -> None:
-    check_place(path)
-    own = _own_files(path)
-    if not own:
-        made.rename(path)  # over nothing, or an empty folder
-        return
-    former = path.parent / f"{made.name.removesuffix('.tmp')}.former"
-    path.rename(former)
-    try:
-        made.rename(path)
-    except BaseException:
-        former.rename(path)
-        raise
+    with _locked(path.parent):
+        check_place(path, hashed=True)
+        if not path.is_dir() or not any(path.iterdir()):
+            made.rename(path)
+            return
+        former = path.parent / f"{made.name.removesuffix('.tmp')}.former"
+        path.rename(former)
+        try:
+            check_place(former)  # again, of what has come since
+            made.rename(path)
+        except BaseException:
+            former.rename(path)
+            raise
     _sync(path.parent)
-    _remove(former, own)
+    _remove(former, _own_files(former, hashed=False))
 
 
 def _remove(folder: Path, names: set[str]) -> None:
@@ -85,6 +99,18 @@ def _remove(folder: Path, names: set[str]) -> None:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within the block, no other process is in one of the same folder; where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(folder: Path) -> None:

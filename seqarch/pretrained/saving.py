@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import seqarch
@@ -22,6 +23,7 @@ from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.form import own_config, write_manifest
 from seqarch.pretrained.place import check_place, written_beside
 from seqarch.pretrained.shards import Shards, size_in_bytes
+from seqarch.pretrained.tensor_files import DTYPES
 from seqarch.pretrained.their_settings import their_settings
 
 
@@ -34,13 +36,14 @@ def save_pretrained(
 ) -> None:
     """Write a model's folder; see :meth:`seqarch.LanguageModel.save_pretrained`."""
     folder, limit = Path(path).absolute(), size_in_bytes(max_shard_size)
-    if family is not None and family not in FAMILIES:
+    if family is not None and family not in list(FAMILIES):
         raise unknown_name("family", family, FAMILIES)
     check_place(folder)
     state = model.state_dict()
     if nowhere := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"the model is on the meta device, without numbers to save: {nowhere[0]} is")
     _check_described(model, state)
+    _check_tied(model, state)
     dtype = main_dtype((tensor.dtype, tensor.numel()) for tensor in state.values())
     if family is None:
         config, tensors = own_config(model, dtype, seqarch.__version__), _own_tensors(model, state)
@@ -87,6 +90,25 @@ def _pieces(names: tuple[str, ...], tensor: Tensor) -> Iterable[tuple[str, Tenso
         return zip(names, tensor.tensor_split(len(names)), strict=True)
     each = (zip(names, expert.tensor_split(len(names)), strict=True) for expert in tensor)
     return ((name.format(number), part) for number, parts in enumerate(each) for name, part in parts)
+
+
+def _check_tied(model: LanguageModel, state: Mapping[str, Tensor]) -> None:
+    """Raise unless each tensor has memory of its own, but for the head's of tied embeddings, and is of a known dtype.
+
+    Raises:
+        ValueError: it has not, so that the folder would hold another model; the tensors are named.
+    """
+    tied, of_memory = model.config.tie_embeddings, {}
+    if tied and not torch.equal(state["head.weight"], state["embedding.weight"]):
+        raise ValueError("tie_embeddings is true, but head.weight and embedding.weight hold different numbers")
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{name} is of {tensor.dtype}, expected one of {', '.join(map(str, DTYPES.values()))}")
+        if not tensor.numel() or (tied and name == "head.weight"):
+            continue
+        other = of_memory.setdefault((tensor.device, tensor.data_ptr()), name)
+        if other != name and state[other].shape == tensor.shape:
+            raise ValueError(f"{other} and {name} are one tensor, which the model's config does not say")
 
 
 def _check_described(model: LanguageModel, state: Mapping[str, Tensor]) -> None:

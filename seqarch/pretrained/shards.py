@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -23,10 +24,10 @@ def size_in_bytes(size: int | str) -> int:
         ValueError: it is neither, or 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
-    number = 0 if found is None or isinstance(size, bool) else int(float(found[1]) * UNITS.get(found[2].upper(), 0))
-    if number < 1:
+    number = 0.0 if found is None or isinstance(size, bool) else float(found[1]) * UNITS.get(found[2].upper(), 0)
+    if not 1 <= number < math.inf:
         raise ValueError(f"max_shard_size is {show(size)}, expected a number of bytes, as 500000000, '500MB' or '5GB'")
-    return number
+    return int(number)
 
 
 class Shards:

@@ -110,7 +110,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _check_name(folder: Path, name: str) -> None:
     if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
         raise CheckpointError(f"{folder / INDEX} names {name!r}: expected a .safetensors file of this folder")
-    if not (folder / name).is_file():
+    try:
+        there = (folder / name).is_file()
+    except OSError as error:
+        raise CheckpointError(f"{folder / INDEX} names {name!r}, which cannot be a file: {error.strerror}") from error
+    if not there:
         raise CheckpointError(f"{folder / name} is missing, of which {INDEX} says that tensors are in it")
 
 

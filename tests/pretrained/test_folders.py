@@ -20,6 +20,7 @@ import seqarch
 from experiments.runs.folder import RunFolder
 from seqarch import LanguageModel
 from seqarch.checkpoints.errors import CheckpointError
+from seqarch.checkpoints.manifest import manifest_digest, read_manifest
 from seqarch.checkpoints.tokenizers import ByteTokenizer
 from seqarch.interop import FAMILIES
 from seqarch.layers import CHANNEL_MIXERS, MIXERS
@@ -101,6 +102,8 @@ def test_dtypes_are_the_files_or_the_one_that_is_asked_for(tmp_path):
     assert same(LanguageModel.from_pretrained(tmp_path / "mixed", torch.float64, "cpu"), copy.deepcopy(model).double())
     with pytest.raises(ValueError, match=r"dtype must be a floating point torch\.dtype, got torch\.int8"):
         LanguageModel.from_pretrained(tmp_path / "mixed", torch.int8)
+    with pytest.raises(ValueError, match=r"got torch\.float8_e5m2; expected one of at least 16 bits"):
+        LanguageModel.from_pretrained(tmp_path / "mixed", torch.float8_e5m2)
 
 
 def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path):
@@ -206,6 +209,12 @@ WRONG = [
     (_edit(INDEX, lambda index: index["weight_map"].update(more=next(iter(index["weight_map"].values())))),
      "has no tensor more, which model.safetensors.index.json says is there"),
     (_tensors(_quantised), "embedding.weight is of F8_E4M3, expected one of .*: quantised models are not read"),
+    (_tensors(lambda tensors: tensors.update({"embedding.weight": tensors["embedding.weight"].view(torch.int32)})),
+     r"model-00001-of-.*: embedding\.weight is of torch\.int32, expected floating point"),
+    (_all_to(f"{'x' * 300}.safetensors"), r"names 'x*\.safetensors', which cannot be a file: File name too long"),
+    (lambda folder: folder.rename(folder.parent / ".model.0.former"),
+     r"its saving was killed; the former model is .*\.model\.0\.former: rename it"),
+    (lambda folder: (folder / "merges.txt").symlink_to("/proc/self/mem"), "cannot read a file that goes along with"),
     (_tensors(lambda tensors: tensors.update({"head.weight": torch.zeros(1)})), "head.weight is in two files of"),
     (_pickle_alone, r"pytorch_model\.bin is a pickle, which may run anything as it is read .* Convert it once"),
 ]  # fmt: skip
@@ -299,6 +308,66 @@ def test_a_model_takes_the_place_of_an_earlier_one_and_of_nothing_else(folder, m
     assert listing(folder.parent) == before
 
 
+def _listed(name: str):
+    """A manifest that says of a file that it was saved."""
+
+    def listed(folder: Path) -> None:
+        (folder.parent / "notes.txt").write_text("mine")
+        (folder / "notes.txt").write_text("mine")
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        manifest["files"][name] = {"bytes": 4}
+        content = {**manifest, "sha256": manifest_digest(manifest)}
+        (folder / "manifest.json").write_text(json.dumps(content))
+
+    return listed
+
+
+def _replaced(put):
+    def replaced(folder: Path) -> None:
+        (folder / "config.json").rename(folder.parent / "config.json")
+        put(folder / "config.json", folder.parent / "config.json")
+
+    return replaced
+
+
+FOREIGN = {
+    "listed elsewhere": (_listed("../notes.txt"), "config.json, manifest.json, model"),
+    "listed": (_listed("notes.txt"), "notes.txt"),
+    "edited": (_edit("config.json", lambda config: config.update(note="mine")), "config.json"),
+    "other numbers": (_tensors(lambda tensors: tensors["embedding.weight"].add_(1)), "config.json, model"),
+    "of the same size": (_replaced(lambda file, old: file.write_bytes(b" " * old.stat().st_size)), "config.json"),
+    "a folder": (_replaced(lambda file, _: (file / "mine").mkdir(parents=True)), "config.json"),
+    "a link": (_replaced(lambda file, old: file.symlink_to(old)), "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_nothing_of_others_is_lost_under_the_names_of_a_saved_model(folder, case):
+    change, named = FOREIGN[case]
+    change(folder)
+    before = listing(folder.parent)
+    with pytest.raises(ValueError, match=f"cannot save to .*model: it holds {named}.*, which no saved model"):
+        model_of().save_pretrained(folder)
+    assert listing(folder.parent) == before
+
+
+def test_what_comes_while_a_model_is_saved_stays(folder, monkeypatch):
+    rename = Path.rename
+
+    def late(path, target):
+        if target.name.endswith(".former"):
+            (path / "notes.txt").write_text("mine")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(ValueError, match=r"it holds notes\.txt, which no saved model"):
+        model_of().save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert same(model_of(), LanguageModel.from_pretrained(folder))
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("failing", ["write_manifest", "rename"])
 def test_a_failure_leaves_what_was_there(folder, monkeypatch, failing):
     before = listing(folder.parent)
@@ -327,8 +396,20 @@ def test_models_that_a_folder_cannot_hold_are_refused(tmp_path):
         model_of("attention", depth=1).to("meta").save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"unknown family 'mamba22': .* Did you mean 'mamba2'\?"):
         model_of().save_pretrained(tmp_path / "model", family="mamba22")
+    with pytest.raises(ValueError, match=r"unknown family \['mamba2'\]"):
+        model_of().save_pretrained(tmp_path / "model", family=["mamba2"])  # type: ignore[arg-type]
+    tied = model_of("attention", depth=1, tie_embeddings=True)
+    tied.head.weight = torch.nn.Parameter(tied.head.weight.detach() + 1)
+    with pytest.raises(ValueError, match=r"head\.weight and embedding\.weight hold different numbers"):
+        tied.save_pretrained(tmp_path / "model")
+    model = model_of("attention", depth=1)
+    model.head.weight = model.embedding.weight
+    with pytest.raises(ValueError, match=r"embedding\.weight and head\.weight are one tensor, which the model's"):
+        model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"embedding\.weight is of torch\.float8_e5m2, expected one of torch\.float64"):
+        model_of("attention", depth=1).to(torch.float8_e5m2).save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-    for size in ("5 parsecs", 0, True, -1, "GB", None):
+    for size in ("5 parsecs", 0, True, -1, "GB", None, f"{'1' * 400}GB"):
         with pytest.raises(ValueError, match="expected a number of bytes"):
             size_in_bytes(size)  # type: ignore[arg-type]
     assert [size_in_bytes(size) for size in (7, "5GB", "1.5 KiB")] == [7, 5 * 10**9, 1536]
