@@ -154,11 +154,17 @@ def _step_of(folder: Path) -> int | None:
     return next((step for step, path in checkpoints_by_step(folder.parent).items() if path.name == folder.name), None)
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether all files that were saved in a folder are there."""
+    manifest = model_manifest(folder)
+    return manifest is not None and all((folder / name).is_file() for name in manifest["files"])
+
+
 def _no_model(folder: Path) -> str:
     if folder.exists() and not folder.is_dir():
         return f"{folder} is no model's folder: it is a file"
     if not folder.exists():
-        if former := sorted(folder.parent.glob(f".{escape(folder.name)}.*.former")):
+        if former := [each for each in folder.parent.glob(f".{escape(folder.name)}.*.former") if _is_whole(each)]:
             return f"{folder} is no model's folder: its saving was killed; the former model is {former[-1]}: rename it"
         hub = "" if folder.is_absolute() else "; a model of a hub is to be downloaded first"
         return f"{folder} is no model's folder: there is no such folder{hub}"

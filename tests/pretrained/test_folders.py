@@ -212,7 +212,7 @@ WRONG = [
     (_tensors(lambda tensors: tensors.update({"embedding.weight": tensors["embedding.weight"].view(torch.int32)})),
      r"model-00001-of-.*: embedding\.weight is of torch\.int32, expected floating point"),
     (_all_to(f"{'x' * 300}.safetensors"), r"names 'x*\.safetensors', which cannot be a file: File name too long"),
-    (lambda folder: folder.rename(folder.parent / ".model.0.former"),
+    (lambda folder: [(folder.parent / ".model.1.former").mkdir(), folder.rename(folder.parent / ".model.0.former")],
      r"its saving was killed; the former model is .*\.model\.0\.former: rename it"),
     (lambda folder: (folder / "merges.txt").symlink_to("/proc/self/mem"), "cannot read a file that goes along with"),
     (_tensors(lambda tensors: tensors.update({"head.weight": torch.zeros(1)})), "head.weight is in two files of"),
