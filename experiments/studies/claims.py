@@ -47,6 +47,8 @@ def decide_one(results: Results, claim: Claim, confidence: float = 0.95) -> Deci
     decided = verdict(interval, claim.margin, claim.kind, lacking)
     if claim.threshold is not None and decided.answer != "unresolved":
         decided = _of_steps(results, claim, decided, confidence)
+    elif decided.answer != "unresolved":
+        decided = _of_learners(results, claim, decided)
     flips = None
     if len(claim.pairs) > 1:
         flips = sign_flip(np.concatenate([_paired(scores[left], scores[right]) for left, right in claim.pairs]))
@@ -78,6 +80,30 @@ def _of_steps(results: Results, claim: Claim, decided: Verdict, confidence: floa
     if {verdict(end, claim.margin, claim.kind).answer for end in ends} != {decided.answer}:
         return Verdict("unresolved", "evaluations are too far apart to tell")
     return decided
+
+
+def _of_learners(results: Results, claim: Claim, decided: Verdict) -> Verdict:
+    """A verdict on scores, unresolved where runs that have not learnt their task leave it open.
+
+    Such a run scores less than its model could: on the right that speaks for the claim, so it voids a "yes", on the
+    left against it, so it voids a "no". Of a claim that arms are equal it voids either.
+    """
+    sides = {"yes": (1,), "no": (0,)}[decided.answer] if claim.kind == "more" else (0, 1)
+    names = dict.fromkeys(pair[side] for side in sides for pair in claim.pairs)
+    found = {name: not_learnt(results, name) for name in names}
+    open_yet = [f"{number} of {len(results.arms[name].reporting)} seeds of {name} did not learn"
+                for name, number in found.items() if number]  # fmt: skip
+    return Verdict("unresolved", "; ".join(open_yet)) if open_yet else decided
+
+
+def not_learnt(results: Results, name: str) -> int:
+    """How many reporting runs of an arm have not learnt their task, those that failed among them; 0 where the study
+    does not ask.
+    """
+    if (asked := results.version.learnt) is None:
+        return 0
+    runs = results.arms[name].reporting
+    return sum(not run.finished or _items(run, asked.split).mean() < asked.least for run in runs)
 
 
 def bonferroni(results: Results) -> list[str]:
@@ -131,6 +157,7 @@ def scores_of(progress: Progress, claim: Claim, early: bool = False) -> np.ndarr
         back = progress.reporting[0].metrics[0]["step"] if early and steps else 0
         return np.array([[np.log2(max(count - back * reached, 1))] for count, reached in steps])
     rows = [_items(run, claim.split) if run.finished else None for run in progress.reporting]
+    rows = [np.equal(row, 1.0).astype(float) if claim.whole and row is not None else row for row in rows]
     finished = [row for row in rows if row is not None]
     if not progress.is_share:
         return np.array(finished)

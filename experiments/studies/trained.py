@@ -28,6 +28,7 @@ class Claim:
         margin: in the unit of the metric, or in factors of two of steps.
         split: the test split that is compared.
         threshold: where given, the steps to reach this validation metric are compared, and not the test results.
+        whole: count a test sequence where it is right throughout, and not its share of right answers.
     """
 
     name: str
@@ -37,6 +38,27 @@ class Claim:
     margin: float
     split: str = "test"
     threshold: float | None = None
+    whole: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """As it stands in a plan by its name, which has nothing of what later versions added and it does not use."""
+        return without(asdict(self), ("name",) if self.whole else ("name", "whole"))
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """By what a reporting run counts as having learnt its task.
+
+    A run that stays at chance shows nothing of what its model could hold, and another one at twice the steps that stays
+    there too makes its arm look converged.
+
+    Attributes:
+        split: an easy test split.
+        least: the least mean score on it, of which more is better.
+    """
+
+    split: str
+    least: float
 
 
 @dataclass(frozen=True)
@@ -48,12 +70,14 @@ class Version(Planned):
         arms: what is compared. Arms may be added later; what is planned of the others stays.
         protocol: how each of them is tuned and reported.
         claims: what is to be decided.
+        learnt: where given, runs that have not learnt their task decide no claim on scores in favour of others.
     """
 
     common: str
     arms: tuple[Arm, ...]
     protocol: Protocol = field(default_factory=Protocol)
     claims: tuple[Claim, ...] = ()
+    learnt: Learnt | None = None
 
     @cached_property
     def fixed(self) -> dict[str, Any]:
@@ -65,7 +89,8 @@ class Version(Planned):
             "common": self.common,
             "configuration": configuration,
             "protocol": self.protocol.plain(),
-            "claims": {claim.name: without(asdict(claim), ("name",)) for claim in self.claims},
+            "claims": {claim.name: claim.plain() for claim in self.claims},
+            **({} if self.learnt is None else {"learnt": asdict(self.learnt)}),
         }
 
 

@@ -10,7 +10,7 @@ from experiments.report.comparison import listed
 from experiments.report.figures import bytes_text
 from experiments.report.statistics import Interval, mean_interval
 from experiments.runs.recorded import RecordedRun
-from experiments.studies.claims import Decision, adjusted, bonferroni, decide, scores_of
+from experiments.studies.claims import Decision, adjusted, bonferroni, decide, not_learnt, scores_of
 from experiments.studies.protocol import Progress, rate_of
 from experiments.studies.study import Table
 from experiments.studies.trained import Claim, Results
@@ -59,7 +59,27 @@ def training(found: Results) -> Table:
     """How each arm was tuned, and what twice its budget gained."""
     header = ["arm", "rate, of those tried", "steps", "stable phase ended by", "twice the budget gains", "parameters",
               "state", "processor time"]  # fmt: skip
-    return Table("Tuning and convergence", [header, *(_training_row(each) for each in found.arms.values())])
+    rows = [header, *(_training_row(each) for each in found.arms.values())]
+    if found.version.learnt is None:
+        return Table("Tuning and convergence", rows)
+    learnt = ["did not learn", *(_not_learnt_cell(found, name) for name in found.arms)]
+    return Table("Tuning and convergence", [[*row, cell] for row, cell in zip(rows, learnt, strict=True)])
+
+
+def _not_learnt_cell(found: Results, name: str) -> str:
+    reporting = len(found.arms[name].reporting)
+    return f"{not_learnt(found, name)} of {reporting}" if reporting else ""
+
+
+def not_learnt_text(found: Results) -> str:
+    """A sentence that names the arms of which runs have not learnt their task; empty where there are none."""
+    arms = [f"{name} ({_not_learnt_cell(found, name)})" for name in found.arms if not_learnt(found, name)]
+    if not arms or (asked := found.version.learnt) is None:
+        return ""
+    return (
+        f" Runs that did not learn (below {asked.least:g} on {asked.split}), whose scores decide nothing in favour of"
+        f" others: {', '.join(arms)}."
+    )
 
 
 def _training_row(progress: Progress) -> list[str]:

@@ -11,7 +11,7 @@ import base64
 import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,25 @@ def recompute(folder: Path) -> dict[str, Again]:
     """Every claim of the study in a folder."""
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {name: _decide(claim, plan["protocol"], lines) for name, claim in plan["claims"].items()}
+    found = {}
+    for name, claim in plan["claims"].items():
+        found[name] = _decide(claim, plan["protocol"], lines)
+        if "learnt" in plan and claim["threshold"] is None and _voided(claim, found[name].answer, plan, lines):
+            found[name] = replace(found[name], answer="unresolved")
+    return found
+
+
+def _voided(claim: dict[str, Any], answer: str, plan: dict[str, Any], lines: list[dict[str, Any]]) -> bool:
+    """Whether runs at chance could have turned an answer: for "yes" those on the right, for "no" those on the left."""
+    for left, right in claim["pairs"]:
+        both = claim["kind"] == "equal"
+        doubtful = [right] * (both or answer == "yes") + [left] * (both or answer == "no")
+        for arm in doubtful if answer != "unresolved" else ():
+            for run in _reporting(arm, plan["protocol"], lines) or ():
+                over = run["record"]["status"] == "finished"
+                if not over or np.mean(_items(run, plan["learnt"]["split"])) < plan["learnt"]["least"]:
+                    return True
+    return False
 
 
 def _decide(claim: dict[str, Any], protocol: dict[str, Any], lines: list[dict[str, Any]]) -> Again:
@@ -142,6 +160,8 @@ def _scores(runs: list[dict[str, Any]] | None, claim: dict[str, Any]) -> np.ndar
     if claim["threshold"] is not None:
         return np.array([[math.log2(_steps(run, claim["threshold"])[0])] for run in runs if run.get("metrics")])
     rows = [None if run["record"]["status"] != "finished" else _items(run, claim["split"]) for run in runs]
+    if claim.get("whole"):
+        rows = [None if row is None else (row == 1) * 1.0 for row in rows]
     size = next(len(row) for row in rows if row is not None)
     return np.array([np.zeros(size) if row is None else row for row in rows])
 
