@@ -52,10 +52,16 @@ class Composer:
         composed["seed"], composed["train"]["lr"] = wanted.seed, wanted.rate
         composed["shown"] = {"train.lr": wanted.rate, **composed.get("shown", {})}
         if wanted.steps is not None:
-            # The decay is as long, relative to the stable phase, as in the run that is doubled.
-            share = composed["train"].get("decay_share", TrainConfig.decay_share)
-            composed["train"] |= {"schedule": "wsd", "steps": wanted.steps, "decay_share": share / (1 + share)}
+            composed["train"] |= _fixed(composed["train"], wanted.steps)
         return composed
+
+
+def _fixed(train: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """A schedule of so many steps, whose decay is as long, relative to the stable phase, as in the run to double."""
+    if train.get("schedule") != "until_converged":
+        return {"steps": steps}
+    share = train.get("decay_share", TrainConfig.decay_share)
+    return {"schedule": "wsd", "steps": steps, "decay_share": share / (1 + share)}
 
 
 def train(version: Version, folder: Path, runs: Path, jobs: int, history: Sequence[str] = ()) -> int:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 from PIL import Image
 
-from experiments.config.schema import run_config
+from experiments.config.schema import TrainConfig, run_config
 from experiments.studies import STUDIES, plan, records, sweep
 from experiments.studies.claims import decide
 from experiments.studies.page import PAGES, RESULTS, how_to_run, recorded, results
@@ -76,8 +76,17 @@ def test_every_arm_of_every_version_builds_its_model(name, tmp_path):
             composer, first = Composer(chosen, tmp_path), chosen.arms[0]
             for arm in (each for each in chosen.arms if each is first or each.overrides not in built):
                 built.add(arm.overrides)
-                config = resolve_composed(composer(Wanted(arm.name, "doubled", 1e-3, 0, 60)))
-                assert (config.experiment, config.train.steps) == (f"studies/{name}", 60)
+                config = resolve_composed(composer(Wanted(arm.name, "doubled", 1e-3, 0, 600)))
+                assert (config.experiment, config.train.steps) == (f"studies/{name}", 600)
+
+
+@pytest.mark.parametrize(("name", "share"), [("needle", 0.2), ("recall_state", 1 / 6)])
+def test_a_doubled_run_decays_as_long_as_the_run_that_it_doubles(name, share, tmp_path):
+    """Relative to its stable phase: of a fixed schedule the same share, of ``until_converged`` that of all steps."""
+    version = STUDIES[name].versions["recorded"]
+    train = Composer(version, tmp_path)(Wanted(version.arms[0].name, "doubled", 1e-3, 0, 6000))["train"]
+    assert (train["schedule"], train["steps"]) == ("wsd", 6000)
+    assert train.get("decay_share", TrainConfig.decay_share) == pytest.approx(share)
 
 
 def test_a_run_survives_its_line(tmp_path):
