@@ -69,8 +69,12 @@ def maps(comparison: Comparison) -> list[Map]:
     return sorted(alike, key=lambda each: sign * float(np.nanmean(each.values)))
 
 
-def cells_of(runs: Sequence[RecordedRun]) -> Cells | None:
-    """The map of those runs that have one over the same cells; ``None`` where none has answers."""
+def cells_of(runs: Sequence[RecordedRun], pool: int = 1) -> Cells | None:
+    """The map of those runs that have one over the same cells; ``None`` where none has answers.
+
+    Args:
+        pool: so many neighbouring bins of depth make one, a divisor of their number.
+    """
     seeds = [columns for columns in map(_columns, runs) if len(columns) > 1]
     if not seeds:
         return None
@@ -86,9 +90,10 @@ def cells_of(runs: Sequence[RecordedRun]) -> Cells | None:
             values = np.array(columns[length]["value"], dtype=float)  # ``None`` becomes NaN.
             total[:, place] += np.where(answers > 0, values * answers, 0.0)
             count[:, place] += answers
+    total, count = (each.reshape(-1, pool, len(lengths)).sum(axis=1) for each in (total, count))
     if not count.any():
         return None
-    return Cells(lengths, edges, np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))
+    return Cells(lengths, edges[::pool], np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))
 
 
 def _columns(run: RecordedRun) -> dict[int, dict[str, Any]]:

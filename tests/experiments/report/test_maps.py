@@ -11,7 +11,7 @@ import pytest
 from experiments.report import write as report_module
 from experiments.report.checks import comparable_runs
 from experiments.report.comparison import compare
-from experiments.report.maps import COLOUR_MAP, column_edges, draw_maps, maps
+from experiments.report.maps import COLOUR_MAP, cells_of, column_edges, draw_maps, maps
 from tests.experiments.report.test_report import record_run
 
 EDGES = [0, 0.25, 0.5, 0.75, 1]
@@ -51,6 +51,10 @@ def test_a_map_is_the_mean_over_the_answers_of_all_seeds(tmp_path):
     assert found.lengths == [64, 128]
     expected = [[0.5, 0.75], [1, 1], [1, math.nan], [1, 0.375]]
     np.testing.assert_allclose(found.values, expected)
+    pooled = cells_of(found.setting.finished, pool=2)
+    assert pooled is not None
+    assert pooled.edges == [0, 0.5, 1]
+    np.testing.assert_allclose(pooled.values, [[0.75, 7 / 8], [1, 1.5 / 4]])
 
 
 @pytest.mark.parametrize(("trained_to", "line"), [(128, math.sqrt(128 * 512)), (64, None), (2048, None)])
