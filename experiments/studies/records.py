@@ -164,9 +164,14 @@ def _from_line(text: str, where: str) -> RecordedRun:
 
 def state_after(run: RecordedRun, length: int) -> int:
     """Bytes of state that the model of a recorded run has after so many tokens of one sequence."""
+    return model_of(run).state_bytes(length)
+
+
+def model_of(run: RecordedRun) -> LanguageModel:
+    """The model of a recorded run, without numbers (on the meta device)."""
     config = run_config({key: value for key, value in run.config.items() if key != "format"})
     with torch.device("meta"):
-        return LanguageModel(config.model.options).state_bytes(length)
+        return LanguageModel(config.model.options)
 
 
 def digest(folder: Path) -> str:

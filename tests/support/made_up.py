@@ -19,6 +19,7 @@ Level = Callable[[Arm, str], float]
 
 METRIC = {"name": "accuracy", "label": "Accuracy", "unit": "", "higher_is_better": True, "chance": 0.1,
           "chance_label": "at random"}  # fmt: skip
+HARD = (np.arange(48) + 0.5) / 48
 EDGES = [place / 10 for place in range(11)]
 
 
@@ -29,6 +30,7 @@ def write_records(
     splits: Mapping[str, int],
     model: Callable[[Arm], dict[str, Any]],
     lacking: str = "",
+    whole: bool = False,
 ) -> None:
     """Write the plan and the records of a version.
 
@@ -36,13 +38,15 @@ def write_records(
         splits: the tests of reporting runs by name, each with its length.
         model: what a record keeps of the model's options.
         lacking: an arm of which three reporting seeds are missing.
+        whole: every sequence is right throughout or wrong, and the hardest are so for all; else shares of 64 answers.
     """
     draws, protocol = np.random.default_rng(0), version.protocol
     lines = []
     for arm in version.arms:
         for run in _runs(version, arm.name == lacking):
             bad = run["stage"] == "tuning" and run["rate"] != rate_of(protocol.rates[1])
-            results = _results(arm, level, splits if run["stage"] == "reporting" else {"test": splits["test"]}, draws)
+            tested = splits if run["stage"] == "reporting" else {"test": splits["test"]}
+            results = _results(arm, level, tested, draws, whole)
             results["validation"] -= 0.3 * bad
             lines.append(_line(version, arm, run, results, model(arm)))
     (folder / records.FILE).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
@@ -60,13 +64,15 @@ def _runs(version: Version, lacks: bool) -> Iterator[dict[str, Any]]:
         yield from ({"stage": stage, "rate": best, "seed": seed} for seed in seeds)
 
 
-def _results(arm: Arm, level: Level, splits: Mapping[str, int], draws: np.random.Generator) -> dict[str, Any]:
+def _results(
+    arm: Arm, level: Level, splits: Mapping[str, int], draws: np.random.Generator, whole: bool
+) -> dict[str, Any]:
     """Seeds that differ by more than the chance of single answers, but on validation, which says who has converged."""
     tests = {}
     shift = 0.012 * draws.standard_normal()
     for name, length in splits.items():
         right = float(np.clip(level(arm, name) + shift, 0, 1))
-        items = draws.binomial(64, right, 48) / 64
+        items = (right > HARD) * 1.0 if whole else draws.binomial(64, right, 48) / 64
         by = {"depth": {"edges": EDGES, "x": EDGES[:-1], "value": [right] * 9 + [None], "count": [4] * 9 + [0]}}
         tests[name] = {"length": length, "accuracy": float(items.mean()), "items": encode_items(items), "by": by}
     validation = float(np.clip(level(arm, "test") + 0.1 * shift, 0, 1))

@@ -26,6 +26,8 @@ FAR = {"attention, rotary": 0.1, "attention, no positions": 0.5, "sliding_window
 
 
 def recall(arm, split):
+    if split == recall_state.LEARNT.split:
+        return 0.27 if arm.name in ("mamba2, 20 KiB", "gla, 8 KiB") else 0.97
     if arm.name == "attention":
         return 0.3 if split == recall_state.BY_LENGTH[4096] else 0.95
     lost = 0.4 if split in (recall_state.BY_PAIRS[256], recall_state.MOST) else 0.0
@@ -39,7 +41,7 @@ def recall_model(arm):
 
 def digits(arm, split):
     short = split in ("test", "test_512", "test_1024")
-    return 0.95 if short and arm.name != "sliding_window" else FAR[arm.name]
+    return 0.99 if short and arm.name != "sliding_window" else FAR[arm.name]
 
 
 CASES = {
@@ -48,16 +50,21 @@ CASES = {
         (recall, {**dict.fromkeys(recall_state.BY_PAIRS.values(), 256),
                   **{split: length for length, split in recall_state.BY_LENGTH.items()}, recall_state.MOST: 4096},
          recall_model, "kda, 20 KiB"),
-        {"gla: recall follows the state": "yes", "the delta rule above GLA": "yes",
-         "the gate above the delta rule": "no", "a decay per channel no worse": "unresolved",
-         "and farther away": "yes"},
-        ("7 of 7 mixers recall more of 64 pairs", "kda, 20 KiB has 2 of 5 seeds", "| attention | 256 KiB | 0.9"),
+        {"gla: recall follows the state": "unresolved", "delta_net: recall follows the state": "yes",
+         "the delta rule above GLA": "yes", "the gate above the delta rule": "no",
+         "a decay per channel no worse": "unresolved", "the delta rule above Mamba-2": "unresolved",
+         "as good as attention": "no", "a state above a window": "yes"},
+        ("5 of 6 mixers recall more of 64 pairs", "kda, 20 KiB has 2 of 5 seeds", "| attention | 256 KiB | 1 x 64 | ",
+         "Runs that did not learn (below 0.5 on test_64_pairs_4), whose scores decide nothing in favour of others: gla,"
+         " 8 KiB (5 of 5), mamba2, 20 KiB (5 of 5).", "5 of 5 seeds of mamba2, 20 KiB did not learn",
+         "| delta_net less gla | +0."),
     ),
     "needle": (
         needle.Needle(),
         (digits, {needle.split_of(length): length for length in needle.LENGTHS},
-         lambda arm: {"name": "x", "pattern": "attention"}, "delta_net"),
-        {"no positions reach farther": "yes", "a recurrence beyond a window": "yes", "and is enough": "yes",
+         lambda arm: {"name": "x", "pattern": "attention"}, "delta_net", True),
+        {"no positions reach farther": "yes", "a layer of attention helps mamba2": "yes",
+         "a layer of attention helps gated_delta_net": "no", "and is enough with mamba2": "yes",
          "the delta rule keeps what Mamba-2 loses": "unresolved", "as attention where trained": "yes"},
         ("more without positions than with rotary ones is so", "delta_net has 2 of 5 seeds",
          "| attention and mamba2 | 5 of 5 | 0 of 5 |"),
@@ -118,6 +125,6 @@ def test_what_the_splits_are_called_and_who_is_tested_on_them(name, tmp_path):
     study, (_, splits, *_), *_ = CASES[name]
     composer = Composer(study.versions["recorded"], tmp_path)
     arm = study.versions["recorded"].arms[0].name
-    tested = {stage: set(build_data(resolve_composed(composer(Wanted(arm, stage, 1e-3, 0, 60)))).tests)
+    tested = {stage: set(build_data(resolve_composed(composer(Wanted(arm, stage, 1e-3, 0, 600)))).tests)
               for stage in ("tuning", "reporting", "doubled")}  # fmt: skip
     assert tested == {"tuning": {"test"}, "reporting": set(splits), "doubled": {"test"}}
