@@ -365,7 +365,7 @@ def test_auto_leaves_short_blocks_to_torch_but_for_one_query():
 def test_the_custom_operators_keep_torchs_rules():
     (q, k, v), _ = whole.make(**whole.CALLS["grouped"])
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(chunk_triton.operator.operator, (*leaves, True, 3, 0.5, None, None))
+    torch.library.opcheck(chunk_triton.operator.operator, (*leaves, True, 3, 0.5, None, None, 0.0))
     (q, k, v, index), options = listed.make("list_a_query_head")
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
     entries = torch.where(index >= 0, 2 * index, index).to(DEVICE)
