@@ -36,7 +36,7 @@ class _WeightedNorm(nn.RMSNorm):
         if self.zero_centred:
             nn.init.zeros_(self.weight)
 
-    def one_token(self, program: Program, x: Value) -> Value:
+    def _one_token(self, program: Program, x: Value) -> Value:
         if self.zero_centred:
             raise Unserved("norms that multiply by 1 + weight have no instructions for one token")
         return program.norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
@@ -57,6 +57,9 @@ class RMSNorm(_WeightedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._normed(x, self.weight)
+
+    def one_token(self, program: Program, x: Value) -> Value:
+        return self._one_token(program, x)
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
@@ -105,6 +108,9 @@ class HeadNorm(_WeightedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._normed(x, self.weight if self.zero_centred or self.weight is None else self.weight.to(x.dtype))
+
+    def one_token(self, program: Program, x: Value) -> Value:
+        return self._one_token(program, x)
 
 
 class AllHeadsNorm(HeadNorm):
