@@ -78,9 +78,15 @@ def with_all_logits(model: LanguageModel) -> None:
     """Give a model the loss that one would write without :meth:`LanguageModel.loss`."""
 
     def loss(
-        tokens: Tensor, targets: Tensor, state: Any = None, *, token_mask: Tensor | None = None, **how: Any
+        tokens: Tensor,
+        targets: Tensor,
+        state: Any = None,
+        cu_seqlens: Any = None,
+        *,
+        token_mask: Tensor | None = None,
+        **how: Any,
     ) -> Tensor:
-        logits = model(tokens, state, token_mask=token_mask)[0]
+        logits = model(tokens, state, cu_seqlens, token_mask=token_mask)[0]
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **how)
 
     model.loss = loss  # type: ignore[method-assign]
