@@ -90,6 +90,7 @@ class MixtureOfExperts(ChannelMixer):
 
     Config = MixtureOfExpertsConfig
     takes_mask = True
+    projections = ("w_gate", "w_in", "w_out")
 
     @from_options
     def __init__(self, config: MixtureOfExpertsConfig):

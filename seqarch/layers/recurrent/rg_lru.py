@@ -138,6 +138,8 @@ class RgLru(ElementwiseMixer):
 class BlockLinear(nn.Module):
     """A block-diagonal linear map of ``[B, T, E]`` in H blocks; weight ``[H, E / H, E / H]`` (from, to)."""
 
+    projections = ("weight",)
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         block = width // heads

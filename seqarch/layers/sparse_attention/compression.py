@@ -19,6 +19,8 @@ class BlockCompressor(nn.Module):
         hidden: the inner width.
     """
 
+    projections = ("w_in", "w_out")
+
     def __init__(self, width: int, length: int, stride: int, hidden: int):
         super().__init__()
         self.length, self.stride = length, stride

@@ -1,0 +1,98 @@
+"""Which linear maps and matrices of a model the low-rank adapters of ``peft`` change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from seqarch.models import LanguageModel, tile_pattern
+
+
+class Projection(NamedTuple):
+    """A linear map of a mixer or channel mixer.
+
+    Attributes:
+        layer: the name of the mixer or channel mixer.
+        path: from the language model.
+        own: from the mixer or channel mixer.
+        is_module: whether it is an ``nn.Linear``, and not a tensor of another module.
+    """
+
+    layer: str
+    path: str
+    own: str
+    is_module: bool
+
+
+def lora_targets(model: nn.Module, *names: str) -> dict[str, list[str]]:
+    """The projections of a model's mixers and channel mixers, as options of ``peft.LoraConfig``.
+
+    ``LoraConfig(r=8, **lora_targets(model))`` adapts all of them: ``target_modules`` are the linear maps,
+    ``target_parameters`` the stacked or shared matrices that are none: of experts, of gates in blocks, of what
+    compresses blocks of keys. Embedding, head, norms, convolutions and routers stay as they are.
+
+    Args:
+        model: a :class:`seqarch.LanguageModel`, or what has one inside.
+        names: of mixers and channel mixers (``"mamba2"``, ``"moe"``), to adapt those alone, and of projections
+            (``"out_proj"``, ``"qkv_proj"``), to adapt only these.
+
+    Raises:
+        ValueError: there is no such model, it has adapters already, or a name matches nothing in it; what would is
+            listed.
+    """
+    found = [(path, inner) for path, inner in model.named_modules() if isinstance(inner, LanguageModel)]
+    if not found:
+        raise ValueError(f"lora_targets: {type(model).__name__} has no LanguageModel inside")
+    path, inner = found[0]
+    if any(".lora_" in name for name, _ in inner.named_parameters()):
+        raise ValueError("lora_targets: the model has adapters already; ask before get_peft_model is called")
+    there = list(_projections(inner))
+    layers, parts = {each.layer for each in there}, {part for each in there for part in _parts(each.own)}
+    for name in names:
+        if name not in layers | parts:
+            kinds = sorted({_plain(each.own) for each in there})
+            raise ValueError(
+                f"lora_targets: {name!r} matches nothing in the model; expected one of its layers,"
+                f" {', '.join(sorted(layers))}, or of their projections, {', '.join(kinds)}"
+            )
+    wanted_layers, wanted_parts = layers & set(names) or layers, parts & set(names) or parts
+    chosen = [each for each in there if each.layer in wanted_layers and _parts(each.own) & wanted_parts]
+    if not chosen:
+        raise ValueError(f"lora_targets: no layer {' or '.join(sorted(wanted_layers))} has one of {', '.join(names)}")
+    full = [(f"{path}.{each.path}" if path else each.path, each.is_module) for each in chosen]
+    return {
+        "target_modules": [name for name, is_module in full if is_module],
+        "target_parameters": [name for name, is_module in full if not is_module],
+    }
+
+
+def _projections(model: LanguageModel) -> Iterator[Projection]:
+    patterns = tile_pattern(model.config.pattern, model.config.depth)
+    for i, (layer, pattern) in enumerate(zip(model.stack.layers, patterns, strict=True)):
+        for j, name in enumerate(pattern.mixers):
+            yield from _of(name, layer.mixers[j], f"stack.layers.{i}.mixers.{j}")  # type: ignore[index, union-attr]
+        if layer.channel is not None:
+            yield from _of(pattern.channel or model.config.channel, layer.channel, f"stack.layers.{i}.channel")  # type: ignore[arg-type]
+
+
+def _of(layer: str, module: nn.Module, path: str) -> Iterator[Projection]:
+    """Linear maps, and the matrices that a module names in ``projections``."""
+    for own, inner in module.named_modules():
+        if isinstance(inner, nn.Linear):
+            yield Projection(layer, f"{path}.{own}", own, True)
+        for tensor in getattr(inner, "projections", ()):
+            if getattr(inner, tensor) is not None:
+                name = f"{own}.{tensor}" if own else tensor
+                yield Projection(layer, f"{path}.{name}", name, False)
+
+
+def _parts(own: str) -> set[str]:
+    """The names by which a projection may be asked for: its whole path in its layer, and each part of it."""
+    return {own, *own.split(".")}
+
+
+def _plain(own: str) -> str:
+    """The first name on the path: of a projection or of what it is part of."""
+    return own.split(".")[0]

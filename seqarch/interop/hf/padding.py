@@ -1,0 +1,121 @@
+"""Which tokens of a padded batch are real, and the same tokens packed into one row.
+
+Mixers have no mask: a token that is read changes the state. So the rows of a padded batch are packed, each a sequence
+of its own, and nothing is computed for padding. Padding that only follows the tokens of its rows may stay where it is,
+as long as nobody wants the state after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.dispatch.checks import show
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The real tokens of a batch ``[B, T]``, one row after another.
+
+    Attributes:
+        real: bool ``[B, T]``, false where a token is padding.
+        cu_seqlens: boundaries of the rows among the real tokens, from 0 to their number; a row may have none.
+    """
+
+    real: Tensor
+    cu_seqlens: list[int]
+
+    def pack(self, tokens: Tensor) -> Tensor:
+        """``[1, M]``: the real ones of ``tokens [B, T]``."""
+        return tokens[self.real].unsqueeze(0)
+
+    def unpack(self, features: Tensor) -> Tensor:
+        """``[B, T, D]`` of ``features [1, M, D]``, with zeros for padding."""
+        room = features.new_zeros(*self.real.shape, features.shape[-1])
+        return room.masked_scatter(self.real.unsqueeze(-1), features)
+
+
+def real_tokens(attention_mask: Tensor | None, tokens: Tensor, seen: int) -> Tensor | None:
+    """bool ``[B, T]``, false where a token is padding; ``None`` where none is.
+
+    Args:
+        attention_mask: 0 or 1, ``[B, T]`` as the tokens, or ``[B, seen + T]``; what was seen before is not looked at.
+        seen: columns of tokens before these.
+
+    Raises:
+        ValueError: the mask is of another shape, has other numbers, or the real tokens of a row do not follow one
+            another.
+    """
+    if attention_mask is None:
+        return None
+    rows, columns = tokens.shape
+    shapes = list(dict.fromkeys([(rows, columns), (rows, seen + columns)]))
+    if not isinstance(attention_mask, Tensor) or tuple(attention_mask.shape) not in shapes:
+        tensor = isinstance(attention_mask, Tensor)
+        given = f"{list(attention_mask.shape)}" if tensor else show(attention_mask)
+        raise ValueError(f"attention_mask is {given}, expected {' or '.join(str(list(shape)) for shape in shapes)}")
+    mask = attention_mask[:, attention_mask.shape[1] - columns :].to(tokens.device)
+    real = mask.bool()
+    if bool((mask != real).any()):
+        raise ValueError("attention_mask has numbers that are neither 0 nor 1, expected 1 for each real token")
+    if bool(real.all()):
+        return None
+    runs = real[:, :1].sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)
+    if bool((runs > 1).any()):
+        row = int((runs > 1).nonzero()[0])
+        raise ValueError(
+            f"attention_mask has padding between the tokens of row {row}, expected it before or after them alone"
+        )
+    return real
+
+
+def packing(real: Tensor, state_wanted: bool) -> Packing | None:
+    """How to pack the tokens; ``None`` where they may stay as they are: padding follows, and nobody reads on."""
+    if not state_wanted and not bool((real[:, 1:] & ~real[:, :-1]).any()):
+        return None
+    return Packing(real, [0, *accumulate(real.sum(1).tolist())])
+
+
+def sequences(
+    position_ids: Tensor | None, cu_seq_lens: Tensor | None, tokens: Tensor, real: Tensor | None, seen: int
+) -> list[int] | None:
+    """The boundaries of sequences that whoever made the batch has packed into its one row; ``None`` for one a row.
+
+    Args:
+        position_ids: ``[B, T]`` or ``[1, T]``, from 0 on in each packed sequence. Mixers count tokens for themselves.
+        cu_seq_lens: the boundaries, if they were given.
+        real, seen: as :func:`real_tokens` has them.
+
+    Raises:
+        ValueError: the positions do not count the tokens one by one, or several rows are packed, or one that has
+            padding or goes on from a state.
+    """
+    rows, columns = tokens.shape
+    starts = None if position_ids is None else _starts(position_ids, tokens, real, seen)
+    found = starts if cu_seq_lens is None else cu_seq_lens.tolist()
+    if found is None or len(found) < 3:
+        return None
+    if rows > 1 or real is not None or seen:
+        where = f"{rows} rows" if rows > 1 else "a row with padding" if real is not None else "a row with a state"
+        raise ValueError(f"{len(found) - 1} sequences are packed into {where}, expected one row, whole and from its start")
+    return found
+
+
+def _starts(position_ids: Tensor, tokens: Tensor, real: Tensor | None, seen: int) -> list[int] | None:
+    """Where sequences start in a row, and its end; ``None`` where padding or earlier tokens say where rows start."""
+    rows, columns = tokens.shape
+    fits = isinstance(position_ids, Tensor) and tuple(position_ids.shape) in ((rows, columns), (1, columns))
+    if not fits or position_ids.dtype not in (torch.int32, torch.int64):
+        given = f"{position_ids.dtype} {list(position_ids.shape)}" if isinstance(position_ids, Tensor) else position_ids
+        raise ValueError(f"position_ids are {given}, expected integers {[rows, columns]}")
+    counted = position_ids.expand(rows, columns).to(tokens.device)
+    first = (counted[:, 1:] == 0) if rows == 1 and real is None and not seen else counted[:, 1:].new_zeros(())
+    both = first == 0 if real is None else (real[:, 1:] & real[:, :-1])
+    if bool((both & (counted.diff(dim=1) != 1)).any()) or (real is None and not seen and bool((counted[:, :1] != 0).any())):
+        raise ValueError(
+            "position_ids do not count the tokens one by one, from 0 in each sequence: mixers know no other positions"
+        )
+    return [0, *(first[0].nonzero()[:, 0] + 1).tolist(), columns] if first.ndim else None
