@@ -158,7 +158,8 @@ class StackLayer(nn.Module):
         One that counts tokens, as a router does, needs to see all.
         """
         after = [each for part in (self.channel_norm, self.channel) if part is not None for each in part.modules()]
-        return not getattr(self.channel, "takes_mask", False) and all(is_plain(module) for module in (self, *after))
+        counts = self.channel is not None and getattr(_within(self.channel), "takes_mask", False)
+        return not counts and all(is_plain(module) for module in (self, *after))
 
     def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
         if self.branches > 1:
@@ -171,6 +172,11 @@ class StackLayer(nn.Module):
             program.include(self.channel, program.include(self.channel_norm, x), x)
             program.forget(x)
         return x
+
+
+def _within(module: Any) -> Any:
+    """The channel mixer in a module that stands in its place, as adapters of its tensors do; else the module itself."""
+    return next((inner for inner in module.modules() if isinstance(inner, ChannelMixer)), module)
 
 
 def _times(factor: float, x: Tensor) -> Tensor:
@@ -310,4 +316,4 @@ class Stack(Configured):
     def channels(self) -> dict[str, ChannelMixer]:
         """The channel mixers, by ``layer_I``."""
         channels = {f"layer_{i}": layer.channel for i, layer in enumerate(self._layers())}
-        return {name: channel for name, channel in channels.items() if channel is not None}
+        return {name: _within(channel) for name, channel in channels.items() if channel is not None}

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from seqarch.interop.hf.cache import SeqarchCache
 from seqarch.interop.hf.config import SeqarchConfig
-from seqarch.interop.hf.lora import lora_targets
+from seqarch.interop.hf.lora import lora_targets, merge
 from seqarch.interop.hf.model import SeqarchForCausalLM, wrap
 from seqarch.interop.hf.routers import RouterUpdates
 
-__all__ = ["RouterUpdates", "SeqarchCache", "SeqarchConfig", "SeqarchForCausalLM", "lora_targets", "wrap"]
+__all__ = ["RouterUpdates", "SeqarchCache", "SeqarchConfig", "SeqarchForCausalLM", "lora_targets", "merge", "wrap"]
 
 AutoConfig.register(SeqarchConfig.model_type, SeqarchConfig, exist_ok=True)
 AutoModelForCausalLM.register(SeqarchConfig, SeqarchForCausalLM, exist_ok=True)

@@ -78,15 +78,25 @@ def add_prefix(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None
 def check_loaded(info: Any, tied: Mapping[str, str], folder: str) -> None:
     """Raise where a folder lacks tensors of its model, has others, or some of another shape.
 
+    Args:
+        info: what ``transformers`` found while it loaded. Shapes are taken out of an ``info`` that is refused, since
+            ``transformers`` would raise an error of its own for them.
+
     Raises:
         CheckpointError: it does; the first ones are named.
     """
-    missing = sorted(set(info.missing_keys) - tied.keys())
-    differing = sorted(name for name, *_ in info.mismatched_keys)
-    for what, names in (("lacks", missing), ("has more than", sorted(info.unexpected_keys)), ("changes", differing)):
+    problems = {
+        "is without tensors that its config.json describes": sorted(set(info.missing_keys) - tied.keys()),
+        "has tensors that its config.json does not describe": sorted(info.unexpected_keys),
+        "does not fit its config.json": [
+            f"{name.removeprefix(PREFIX)} is {list(found)}, expected {list(expected)}"
+            for name, found, expected in sorted(info.mismatched_keys)
+        ],
+    }
+    for problem, names in problems.items():
         if names:
-            shown = ", ".join(name.removeprefix(PREFIX) for name in names[:3])
-            raise CheckpointError(f"{folder} {what} the tensors that its config.json describes: {shown}")
+            info.mismatched_keys.clear()
+            raise CheckpointError(f"{folder} {problem}: {', '.join(name.removeprefix(PREFIX) for name in names[:3])}")
 
 
 def record(folder: Path, model: LanguageModel) -> None:
@@ -99,12 +109,14 @@ def record(folder: Path, model: LanguageModel) -> None:
     if (folder / MANIFEST).exists() and earlier is None:
         return
     before = (earlier or {}).get("files", {})
-    if (folder / SINGLE).is_file() and INDEX in before and file_digest(folder / INDEX) == before[INDEX]:
-        (folder / INDEX).unlink()  # of an earlier saving in several files, which are gone
-    written = ["config.json", "generation_config.json", SINGLE, INDEX]
-    written += [each.name for each in folder.iterdir() if SHARD.fullmatch(each.name)]
-    files = {name: entry for name, entry in before.items() if (folder / name).is_file()}
-    files |= {name: file_digest(folder / name) for name in sorted(written) if (folder / name).is_file()}
+    names = ["config.json", "generation_config.json", SINGLE, INDEX]
+    names += sorted(each.name for each in folder.iterdir() if SHARD.fullmatch(each.name))
+    found = {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+    former = [name for name in (SINGLE, INDEX) if name in found and found[name] == before.get(name)]
+    if {SINGLE, INDEX} <= found.keys() and len(former) == 1:  # one file now and several before, or the other way round
+        (folder / former[0]).unlink()
+        del found[former[0]]
+    files = {**{name: entry for name, entry in before.items() if (folder / name).is_file()}, **found}
     origin = None if model.origin is None else model.origin.record()
     write_manifest(folder, files, {"seqarch": seqarch.__version__, "family": None, "origin": origin})
 

@@ -33,18 +33,20 @@ class StatefulGeneration:
             model_kwargs["past_key_values"] = SeqarchCache(room=max_cache_length)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, **others: Any
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The arguments of the next call: without positions, which mixers count, and once reading is done, a mask.
 
         Raises:
-            ValueError: a row ends with padding, after which nothing can be generated.
+            ValueError: there is no token, or a row ends with padding, after which nothing can be generated.
         """
-        others.pop("position_ids", None)
+        if not input_ids.shape[1]:
+            raise ValueError(f"generate: input_ids are {list(input_ids.shape)}, expected at least one token a row")
+        kwargs.pop("position_ids", None)
         if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
             row = int((attention_mask[:, -1] == 0).nonzero()[0])
             raise ValueError(f"generate: row {row} of attention_mask ends with padding, expected padding on the left")
-        past = others.get("past_key_values")
-        if past is not None and past.seen and not others.get("is_first_iteration", False):
+        past = kwargs.get("past_key_values")
+        if past is not None and past.seen and not kwargs.get("is_first_iteration", False):
             attention_mask = None
-        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **others)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]

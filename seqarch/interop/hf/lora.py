@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -46,7 +46,7 @@ def lora_targets(model: nn.Module, *names: str) -> dict[str, list[str]]:
     if not found:
         raise ValueError(f"lora_targets: {type(model).__name__} has no LanguageModel inside")
     path, inner = found[0]
-    if any(".lora_" in name for name, _ in inner.named_parameters()):
+    if adapted(inner):
         raise ValueError("lora_targets: the model has adapters already; ask before get_peft_model is called")
     there = list(_projections(inner))
     layers, parts = {each.layer for each in there}, {part for each in there for part in _parts(each.own)}
@@ -60,7 +60,8 @@ def lora_targets(model: nn.Module, *names: str) -> dict[str, list[str]]:
     wanted_layers, wanted_parts = layers & set(names) or layers, parts & set(names) or parts
     chosen = [each for each in there if each.layer in wanted_layers and _parts(each.own) & wanted_parts]
     if not chosen:
-        raise ValueError(f"lora_targets: no layer {' or '.join(sorted(wanted_layers))} has one of {', '.join(names)}")
+        asked = ", ".join(sorted(wanted_parts))
+        raise ValueError(f"lora_targets: no layer {' or '.join(sorted(wanted_layers))} has a projection {asked}")
     full = [(f"{path}.{each.path}" if path else each.path, each.is_module) for each in chosen]
     return {
         "target_modules": [name for name, is_module in full if is_module],
@@ -96,3 +97,27 @@ def _parts(own: str) -> set[str]:
 def _plain(own: str) -> str:
     """The first name on the path: of a projection or of what it is part of."""
     return own.split(".")[0]
+
+
+def merge(model: Any) -> Any:
+    """The model inside a ``peft`` model, with all adapters merged into its weights.
+
+    ``merge_and_unload`` of peft 0.21 leaves adapters alone that lie inside a module whose own tensors have some, as
+    those of shared experts beside experts: it is called until none is left.
+
+    Raises:
+        ValueError: the model is none of ``peft``'s.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"merge: {type(model).__name__} has no adapters, expected what peft.get_peft_model returned")
+    inner, before = model.merge_and_unload(), -1
+    while (left := sum(".lora_" in name for name, _ in inner.named_parameters())) not in (0, before):
+        inner, before = model.merge_and_unload(), left
+    if left:
+        raise ValueError(f"merge: {left} tensors of adapters are left that peft does not merge")
+    return inner
+
+
+def adapted(model: nn.Module) -> bool:
+    """Whether a model has low-rank adapters inside."""
+    return any(".lora_" in name for name, _ in model.named_parameters())

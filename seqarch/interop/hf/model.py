@@ -18,6 +18,7 @@ from seqarch.interop.hf.cache import SeqarchCache
 from seqarch.interop.hf.checkpointing import Recomputed
 from seqarch.interop.hf.config import SeqarchConfig
 from seqarch.interop.hf.generation import StatefulGeneration
+from seqarch.interop.hf.lora import adapted
 from seqarch.interop.hf.padding import packing, real_tokens, sequences
 from seqarch.models import LanguageModel
 from seqarch.models.stack import in_turn
@@ -116,7 +117,11 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an argument is of another kind or shape, or asks for what there is not.
         """
-        _refuse(inputs_embeds=inputs_embeds, output_attentions=output_attentions, hidden_states=output_hidden_states)
+        _refuse(
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
         wanted = shift_labels if labels is None else labels
         _check_labels(wanted, input_ids, logits_to_keep)
         features, cache = self.features(
@@ -127,7 +132,8 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         loss = None
         if wanted is not None:
             options = {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, shift_labels=shift_labels, **options)
+            shifted = None if shift_labels is None else shift_labels.contiguous()
+            loss = self.loss_function(logits=logits, labels=labels, shift_labels=shifted, **options)
             if self.training:
                 loss = loss + self._own_terms(wanted, shift_labels is None, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
@@ -246,6 +252,11 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         if getattr(self, "_hf_peft_config_loaded", False):
             super().save_pretrained(save_directory, is_main_process, state_dict, **options)
             return
+        if adapted(self.model):
+            raise ValueError(
+                "the model has adapters inside: expected peft's save_pretrained, which writes these alone, or"
+                " seqarch.interop.hf.merge before"
+            )
         state = self.state_dict() if state_dict is None else state_dict
         named = folders.file_names(state, self.config.tie_word_embeddings)
         super().save_pretrained(save_directory, is_main_process, named, **options)
