@@ -35,6 +35,10 @@ EDGES = {
     "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
     "tokenizers": {"seqarch/checkpoints/tokenizers.py", "experiments/tasks/text_tokens.py"},
     "safetensors": {"seqarch/pretrained/shards.py", "seqarch/pretrained/tensor_files.py"},
+    "transformers": {
+        *(f"seqarch/interop/hf/{name}.py" for name in ("__init__", "cache", "config", "model", "routers")),
+        *("experiments/bench/baselines.py", "experiments/bench/models.py"),
+    },
     "joblib": {"experiments/sweeps/workers.py"},
     "optuna": {"experiments/sweeps/search.py"},
     "wandb": {"experiments/trackers/wandb.py"},

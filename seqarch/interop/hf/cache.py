@@ -97,4 +97,3 @@ class SeqarchCache(Cache):
     @property
     def is_croppable(self) -> bool:
         return False
-

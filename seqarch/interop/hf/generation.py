@@ -26,8 +26,8 @@ class StatefulGeneration:
         """Put an empty cache with room for all that may be generated into the arguments of the calls."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"generate: cache_implementation is {generation_config.cache_implementation!r}, expected None: the cache"
-                " is the model's state"
+                f"generate: cache_implementation is {generation_config.cache_implementation!r}, expected None: the"
+                " cache is the model's state"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SeqarchCache(room=max_cache_length)

@@ -19,7 +19,7 @@ from seqarch.interop.hf.checkpointing import Recomputed
 from seqarch.interop.hf.config import SeqarchConfig
 from seqarch.interop.hf.generation import StatefulGeneration
 from seqarch.interop.hf.lora import adapted
-from seqarch.interop.hf.padding import packing, real_tokens, sequences
+from seqarch.interop.hf.padding import Packed, packing, real_tokens
 from seqarch.models import LanguageModel
 from seqarch.models.stack import in_turn
 from seqarch.ops.dispatch.checks import show
@@ -87,12 +87,12 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -106,11 +106,11 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
                 packed sequences know nothing of one another.
             past_key_values: the state after earlier tokens, which the call goes on from and changes.
             labels: ``[B, T]``, the tokens themselves; those of -100 do not count.
-            shift_labels: in their place, the tokens that come next.
             use_cache: whether the state is returned.
             logits_to_keep: of the last so many columns, or of the columns of these indices, alone; 0 for all.
             num_items_in_batch: what the sum of the losses is divided by, in place of the labels that count here.
-            cu_seq_lens_q: the boundaries of packed sequences, in place of ``position_ids``.
+            cu_seq_lens_q, seq_idx: the boundaries of packed sequences, or the number of each token's sequence, in place
+                of ``position_ids``.
             cu_seq_lens_k, max_length_q, max_length_k: what collators give beside them; not looked at.
             inputs_embeds, output_attentions, output_hidden_states: refused, but for ``None`` and ``False``.
 
@@ -122,20 +122,17 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        wanted = shift_labels if labels is None else labels
-        _check_labels(wanted, input_ids, logits_to_keep)
-        features, cache = self.features(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache, cu_seq_lens_q
-        )
+        _check_labels(labels, input_ids, logits_to_keep)
+        packed = Packed(position_ids, cu_seq_lens_q, seq_idx)
+        features, cache = self.features(input_ids, attention_mask, past_key_values, use_cache, packed)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(features[:, kept])
         loss = None
-        if wanted is not None:
+        if labels is not None:
             options = {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
-            shifted = None if shift_labels is None else shift_labels.contiguous()
-            loss = self.loss_function(logits=logits, labels=labels, shift_labels=shifted, **options)
+            loss = self.loss_function(logits=logits, labels=labels, **options)
             if self.training:
-                loss = loss + self._own_terms(wanted, shift_labels is None, num_items_in_batch)
+                loss = loss + self._own_terms(labels, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -144,10 +141,9 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         past_key_values: SeqarchCache | None = None,
         use_cache: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
+        sequences: Packed | None = None,
     ) -> tuple[Tensor, SeqarchCache | None]:
         """What the head reads, ``[B, T, D]`` with zeros for padding, and the state if it is wanted; as :meth:`forward`.
 
@@ -157,7 +153,7 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         tokens, cache = _check_tokens(input_ids), _check_cache(past_key_values)
         seen = 0 if cache is None else cache.seen
         real = real_tokens(attention_mask, tokens, seen)
-        ends = sequences(position_ids, cu_seq_lens_q, tokens, real, seen)
+        ends = None if sequences is None else sequences.boundaries(tokens, real, seen)
         keep = self._keeps_state(use_cache, cache, packed=ends is not None)
         state = None
         if keep and cache is None:
@@ -183,19 +179,21 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             ValueError: it is asked for where there is none to be had.
         """
         if packed and (use_cache or cache is not None):
-            raise ValueError("sequences packed into one row leave a state each: expected use_cache=False, no past state")
+            raise ValueError(
+                "sequences packed into one row leave a state each: expected use_cache=False, no past state"
+            )
         if cache is not None and use_cache is False:
             raise ValueError("past_key_values were given with use_cache=False: expected either of them")
         if use_cache is None:
             use_cache = cache is not None or (not self.training and self.config.use_cache)
         return use_cache and not packed
 
-    def _own_terms(self, labels: Tensor, shifted_here: bool, num_items: Tensor | int | None) -> Tensor:
+    def _own_terms(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """The layers' terms of the loss of this call, in its share of all targets of an optimizer step."""
         terms = self.model.auxiliary_loss()
         if num_items is None:
             return terms
-        counted = (labels[:, 1:] if shifted_here else labels) != -100
+        counted = labels[:, 1:] != -100
         items = num_items.to(terms.device) if isinstance(num_items, Tensor) else num_items
         return terms * counted.sum().to(terms.device) / items
 
@@ -279,13 +277,14 @@ class Backbone:
         past_key_values: SeqarchCache | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast:
-        arguments = (input_ids, attention_mask, position_ids, past_key_values, use_cache, cu_seq_lens_q)
+        packed = Packed(position_ids, cu_seq_lens_q, seq_idx)
         for name in ("cu_seq_lens_k", "max_length_q", "max_length_k", "return_dict"):
             others.pop(name, None)
         _refuse(**others)
-        features, cache = self._model.features(*arguments)
+        features, cache = self._model.features(input_ids, attention_mask, past_key_values, use_cache, packed)
         return BaseModelOutputWithPast(last_hidden_state=features, past_key_values=cache)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,29 +80,42 @@ def packing(real: Tensor, state_wanted: bool) -> Packing | None:
     return Packing(real, [0, *accumulate(real.sum(1).tolist())])
 
 
-def sequences(
-    position_ids: Tensor | None, cu_seq_lens: Tensor | None, tokens: Tensor, real: Tensor | None, seen: int
-) -> list[int] | None:
-    """The boundaries of sequences that whoever made the batch has packed into its one row; ``None`` for one a row.
+class Packed(NamedTuple):
+    """How whoever made a batch says which sequences are packed into its one row, in up to three ways.
 
-    Args:
-        position_ids: ``[B, T]`` or ``[1, T]``, from 0 on in each packed sequence. Mixers count tokens for themselves.
-        cu_seq_lens: the boundaries, if they were given.
-        real, seen: as :func:`real_tokens` has them.
-
-    Raises:
-        ValueError: the positions do not count the tokens one by one, or several rows are packed, or one that has
-            padding or goes on from a state.
+    Attributes:
+        position_ids: ``[B, T]`` or ``[1, T]``, from 0 on in each sequence. Mixers count tokens for themselves.
+        cu_seq_lens: the boundaries, from 0 to T.
+        seq_idx: ``[1, T]``, the number of each token's sequence.
     """
-    rows, columns = tokens.shape
-    starts = None if position_ids is None else _starts(position_ids, tokens, real, seen)
-    found = starts if cu_seq_lens is None else cu_seq_lens.tolist()
-    if found is None or len(found) < 3:
-        return None
-    if rows > 1 or real is not None or seen:
-        where = f"{rows} rows" if rows > 1 else "a row with padding" if real is not None else "a row with a state"
-        raise ValueError(f"{len(found) - 1} sequences are packed into {where}, expected one row, whole and from its start")
-    return found
+
+    position_ids: Tensor | None = None
+    cu_seq_lens: Tensor | None = None
+    seq_idx: Tensor | None = None
+
+    def boundaries(self, tokens: Tensor, real: Tensor | None, seen: int) -> list[int] | None:
+        """The boundaries of the sequences in the row; ``None`` where each row is one.
+
+        Args:
+            real, seen: as :func:`real_tokens` has them.
+
+        Raises:
+            ValueError: the positions do not count the tokens one by one, or several rows are packed, or one that has
+                padding or goes on from a state.
+        """
+        found = None if self.position_ids is None else _starts(self.position_ids, tokens, real, seen)
+        if self.cu_seq_lens is not None:
+            found = self.cu_seq_lens.tolist()
+        elif self.position_ids is None and self.seq_idx is not None:
+            found = [0, *(self.seq_idx[0].diff().nonzero()[:, 0] + 1).tolist(), tokens.shape[1]]
+        if found is None or len(found) < 3:
+            return None
+        if len(tokens) > 1 or real is not None or seen:
+            rows = f"{len(tokens)} rows" if len(tokens) > 1 else "a row with padding or with a state"
+            raise ValueError(
+                f"{len(found) - 1} sequences are packed into {rows}, expected one row, whole, from its start"
+            )
+        return found
 
 
 def _starts(position_ids: Tensor, tokens: Tensor, real: Tensor | None, seen: int) -> list[int] | None:
@@ -112,10 +126,16 @@ def _starts(position_ids: Tensor, tokens: Tensor, real: Tensor | None, seen: int
         given = f"{position_ids.dtype} {list(position_ids.shape)}" if isinstance(position_ids, Tensor) else position_ids
         raise ValueError(f"position_ids are {given}, expected integers {[rows, columns]}")
     counted = position_ids.expand(rows, columns).to(tokens.device)
-    first = (counted[:, 1:] == 0) if rows == 1 and real is None and not seen else counted[:, 1:].new_zeros(())
-    both = first == 0 if real is None else (real[:, 1:] & real[:, :-1])
-    if bool((both & (counted.diff(dim=1) != 1)).any()) or (real is None and not seen and bool((counted[:, :1] != 0).any())):
+    steps, starts = counted.diff(dim=1), None
+    if real is not None or seen:
+        follows = torch.ones_like(steps, dtype=torch.bool) if real is None else real[:, 1:] & real[:, :-1]
+        wrong = follows & (steps != 1)
+    else:
+        again = (counted[:, 1:] == 0) & (rows == 1)
+        wrong = torch.cat([counted[:, :1] != 0, ~again & (steps != 1)], dim=1)
+        starts = [0, *(again[0].nonzero()[:, 0] + 1).tolist(), columns]
+    if bool(wrong.any()):
         raise ValueError(
             "position_ids do not count the tokens one by one, from 0 in each sequence: mixers know no other positions"
         )
-    return [0, *(first[0].nonzero()[:, 0] + 1).tolist(), columns] if first.ndim else None
+    return starts

@@ -24,7 +24,9 @@ TOKENS = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(1))
 def model_of(pattern: str = "mamba2 attention/moe", **options) -> LanguageModel:
     torch.manual_seed(0)
     expert_bias = {"moe": {"expert_bias": True}}
-    return LanguageModel(**{"vocab_size": 31, "d_model": 32, "pattern": pattern, "depth": 2, "channels": expert_bias, **options}).eval()
+    return LanguageModel(
+        **{"vocab_size": 31, "d_model": 32, "pattern": pattern, "depth": 2, "channels": expert_bias, **options}
+    ).eval()
 
 
 def same(a: LanguageModel, b: LanguageModel) -> bool:
@@ -83,7 +85,12 @@ def test_a_folder_that_is_written_again_is_what_was_written_last(tmp_path: Path)
     first, second = model_of(), model_of("retention hyena")
     first.save_pretrained(tmp_path, max_shard_size="20KB")
     hf.wrap(second).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "manifest.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+    }
     assert same(LanguageModel.from_pretrained(tmp_path, verify=True), second)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path).model, second)
     (tmp_path / "trainer_state.json").write_text("{}")
@@ -116,7 +123,9 @@ def test_what_goes_along_goes_along(tmp_path: Path):
     wrapped.save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == "x"
     assert LanguageModel.from_pretrained(tmp_path / "b").tokenizer.encode("a") == [97]
-    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["state"]["origin"]["folder"] == str(tmp_path / "a")
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["state"]["origin"]["folder"] == str(
+        tmp_path / "a"
+    )
 
 
 def test_a_model_with_layers_of_ones_own(plugin_folder, tmp_path: Path):  # noqa: F811
@@ -166,9 +175,18 @@ def _config(**changes):
 
 
 WRONG = [
-    (_changed(lambda tensors: tensors.pop("norm.weight")), "is without tensors that its config.json describes: norm.weight$"),
-    (_changed(lambda tensors: tensors.update(more=torch.zeros(2))), "has tensors that its config.json does not describe: more$"),
-    (_changed(lambda tensors: tensors.update({"norm.weight": torch.zeros(3)})), r"norm\.weight is \[3\], expected \[32\]"),
+    (
+        _changed(lambda tensors: tensors.pop("norm.weight")),
+        "is without tensors that its config.json describes: norm.weight$",
+    ),
+    (
+        _changed(lambda tensors: tensors.update(more=torch.zeros(2))),
+        "has tensors that its config.json does not describe: more$",
+    ),
+    (
+        _changed(lambda tensors: tensors.update({"norm.weight": torch.zeros(3)})),
+        r"norm\.weight is \[3\], expected \[32\]",
+    ),
     (_config(pattern="mamba22"), "cannot build the model of .*: unknown mixer 'mamba22'.* Did you mean 'mamba2'"),
     (_config(depth=4), r"is without tensors that its config\.json describes: stack\.layers\.2\.channel"),
     (_config(vocab_size=30), r"expected \[30, 32\]"),
