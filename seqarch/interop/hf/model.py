@@ -216,6 +216,11 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         self.model.config = dataclasses.replace(self.model.config, vocab_size=embeddings.num_embeddings)
         return embeddings
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As ``is_activation_checkpointing``; ``peft`` asks by this name, of which ``transformers`` would warn."""
+        return self.gradient_checkpointing
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
     ) -> None:

@@ -18,8 +18,6 @@ from seqarch.layers import CHANNEL_MIXERS, MIXERS
 from seqarch.testing import assert_close, error
 from seqarch.testing.laws import FLOAT64_ERROR
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-
 TOKENS = torch.randint(31, (2, 13), generator=torch.Generator().manual_seed(1))
 OPTIONS: dict[str, dict[str, Any]] = {
     "attention": {"qk_norm": True, "output_gate": True, "conv_width": 4},
