@@ -99,6 +99,8 @@ class Layer(Configured, ABC):
     config: Any
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
+    projections: ClassVar[tuple[str, ...]] = ()
+    """Names of own tensors that multiply features as linear maps do, for low-rank adapters; submodules have theirs."""
 
     @from_options
     def __init__(self, config: Any):

@@ -19,7 +19,7 @@ from seqarch.interop.hf.checkpointing import Recomputed
 from seqarch.interop.hf.config import SeqarchConfig
 from seqarch.interop.hf.generation import StatefulGeneration
 from seqarch.interop.hf.lora import adapted
-from seqarch.interop.hf.padding import Packed, packing, real_tokens
+from seqarch.interop.hf.padding import Packed, packing, predicted, real_tokens
 from seqarch.models import LanguageModel
 from seqarch.models.stack import in_turn
 from seqarch.ops.dispatch.checks import show
@@ -47,7 +47,8 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
     **The state** is ``past_key_values``, a :class:`SeqarchCache`. In evaluation a call returns it unless ``use_cache``
     is false, in training only if that is true.
 
-    **The loss** is that of ``transformers`` for causal language models. In training, the layers' own terms (a router's,
+    **The loss** is that of ``transformers`` for causal language models; a token right after padding, which nothing
+    predicts, does not count. In training, the layers' own terms (a router's,
     an indexer's) are added, in the share of the targets that this call has of ``num_items_in_batch``.
     """
 
@@ -62,9 +63,10 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SeqarchConfig | LanguageModel):
         model = config if isinstance(config, LanguageModel) else None
-        if model is None and not isinstance(config, SeqarchConfig):
+        described = SeqarchConfig.of(config) if isinstance(config, LanguageModel) else config
+        if not isinstance(described, SeqarchConfig):
             raise ValueError(f"SeqarchForCausalLM: got {show(config)}, expected a LanguageModel or a SeqarchConfig")
-        super().__init__(config if model is None else SeqarchConfig.of(model))
+        super().__init__(described)
         self.gradient_checkpointing = False
         self.model = folders.language_model(self.config) if model is None else model
         if (settings := folders.generation_settings(self.model)) is not None:
@@ -105,7 +107,7 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
             position_ids: checked alone, but in one row without padding and state, where each 0 starts a sequence:
                 packed sequences know nothing of one another.
             past_key_values: the state after earlier tokens, which the call goes on from and changes.
-            labels: ``[B, T]``, the tokens themselves; those of -100 do not count.
+            labels: ``[B, T]``, the tokens themselves. Those of -100 do not count, nor does a first one after padding.
             use_cache: whether the state is returned.
             logits_to_keep: of the last so many columns, or of the columns of these indices, alone; 0 for all.
             num_items_in_batch: what the sum of the losses is divided by, in place of the labels that count here.
@@ -129,6 +131,7 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         logits = self.model.logits(features[:, kept])
         loss = None
         if labels is not None:
+            labels = predicted(labels, attention_mask)
             options = {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits, labels=labels, **options)
             if self.training:
@@ -242,7 +245,7 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        folders.check_loaded(loading_info, self.all_tied_weights_keys, self.config.name_or_path)
+        folders.check_loaded(loading_info, self.all_tied_weights_keys, str(self.config.name_or_path))
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **options: Any

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from seqarch.ops.dispatch.checks import show
 
@@ -73,6 +74,14 @@ def real_tokens(attention_mask: Tensor | None, tokens: Tensor, seen: int) -> Ten
     return real
 
 
+def predicted(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The labels, with -100 where padding comes before, from which nothing is predicted."""
+    if attention_mask is None or attention_mask.shape[1] < labels.shape[1]:
+        return labels
+    padding = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :].to(labels.device) == 0
+    return labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), -100)
+
+
 def packing(real: Tensor, state_wanted: bool) -> Packing | None:
     """How to pack the tokens; ``None`` where they may stay as they are: padding follows, and nobody reads on."""
     if not state_wanted and not bool((real[:, 1:] & ~real[:, :-1]).any()):
@@ -107,7 +116,8 @@ class Packed(NamedTuple):
         if self.cu_seq_lens is not None:
             found = self.cu_seq_lens.tolist()
         elif self.position_ids is None and self.seq_idx is not None:
-            found = [0, *(self.seq_idx[0].diff().nonzero()[:, 0] + 1).tolist(), tokens.shape[1]]
+            changes = (self.seq_idx.diff(dim=1) != 0).any(0)
+            found = [0, *(changes.nonzero()[:, 0] + 1).tolist(), tokens.shape[1]]
         if found is None or len(found) < 3:
             return None
         if len(tokens) > 1 or real is not None or seen:

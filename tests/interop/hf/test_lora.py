@@ -56,6 +56,14 @@ ALL = " ".join(map("/".join, zip(MIXERS, [*CHANNEL_MIXERS, *["none"] * len(MIXER
 """A layer of each mixer, the channel mixers below the first ones."""
 
 
+def test_every_matrix_that_multiplies_features_is_a_target():
+    model = model_of(ALL)
+    stack = {f"stack.{name}" for name, each in model.stack.named_parameters() if each.ndim > 1}
+    expected = {name for name in stack if not _no_projection(name)}
+    targets = hf.lora_targets(model)
+    assert {f"{name}.weight" for name in targets["target_modules"]} | {*targets["target_parameters"]} == expected
+
+
 @pytest.mark.parametrize(
     "pattern", ["mamba2/moe nsa/swiglu rg_lru/mlp", pytest.param(ALL, marks=pytest.mark.slow, id="all mixers")]
 )
@@ -63,13 +71,9 @@ def test_adapters_reach_every_projection_learn_merge_and_come_back(pattern: str,
     """Each linear map, and each matrix of a name in ``projections``; tests/layers/test_submodules.py goes by mixer."""
     model = model_of(pattern).double()
     kept = copy.deepcopy(model)
-    stack = dict(model.stack.named_parameters())
-    matrices = {name for name, each in stack.items() if each.ndim > 1} - {
-        name for name in stack if _no_projection(name)
-    }
     peft = adapted(model).double()
     layers = [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]
-    assert len(layers) == len(matrices)
+    assert len(layers) == sum(map(len, hf.lora_targets(kept).values()))
     peft(input_ids=TOKENS, labels=TOKENS).loss.backward()
     adapters = {name: each for name, each in peft.named_parameters() if ".lora_" in name}
     assert len(adapters) == 2 * len(layers)

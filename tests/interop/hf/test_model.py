@@ -131,8 +131,7 @@ def test_the_loss_is_theirs_with_the_layers_own_terms_in_training():
         F.cross_entropy(model(row[None, keep.bool()])[0][0, :-1], wanted[keep.bool()][1:], reduction="sum")
         for row, wanted, keep in zip(given, masked, padded, strict=True)
     )
-    first = F.one_hot(padded.argmax(1), 9).bool()  # what nothing in the row comes before
-    loss = wrapped(given, attention_mask=padded, labels=masked.masked_fill(first, -100), num_items_in_batch=1).loss
+    loss = wrapped(given, attention_mask=padded, labels=masked, num_items_in_batch=1).loss
     assert_close(loss, apart, BOUND, "padded")
     wrapped.train()
     trained = wrapped(given, labels=labels, num_items_in_batch=counted * 4).loss
@@ -151,6 +150,8 @@ def test_sequences_packed_into_a_row_know_nothing_of_one_another():
     ends = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
     both: dict[str, Any] = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
     assert_close(wrapped(given, position_ids=positions, **both).logits, expected, BOUND, "by boundaries")
+    numbers = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2]])
+    assert_close(wrapped(given, seq_idx=numbers).logits, expected, BOUND, "by numbers")
     head = wrapped.base_model(input_ids=given, position_ids=positions, use_cache=False, return_dict=True)
     assert_close(model.logits(head.last_hidden_state), expected, BOUND, "without the head")
     assert wrapped.eval()(given, position_ids=positions).past_key_values is None
@@ -319,6 +320,7 @@ def test_what_is_wrong_is_one_error_that_names_it():
         ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]] * 2)}, "position_ids do not count the tokens one by one"),
         ({"position_ids": torch.ones(2, 5)}, r"position_ids are torch\.float32 \[2, 5\], expected integers \[2, 5\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 5])}, "2 sequences are packed into 2 rows, expected one row"),
+        ({"seq_idx": torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])}, "2 sequences are packed into 2 rows"),
         (
             {"input_ids": given[:1], "cu_seq_lens_q": torch.tensor([0, 2, 5]), "use_cache": True},
             "sequences packed into one row leave a state each: expected use_cache=False",
