@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 import seqarch.interop.hf as hf
 from seqarch import LanguageModel
@@ -199,6 +199,12 @@ def test_what_cannot_be_read_is_one_error_that_names_it(spoil, message: str, tmp
     spoil(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_other_tasks_have_no_class(tmp_path: Path):
+    model_of().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Unrecognized configuration class .*SeqarchConfig"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_a_state_dict_may_have_the_names_of_files(tmp_path: Path):
