@@ -35,6 +35,7 @@ EDGES = {
     "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
     "tokenizers": {"seqarch/checkpoints/tokenizers.py", "experiments/tasks/text_tokens.py"},
     "safetensors": {"seqarch/pretrained/shards.py", "seqarch/pretrained/tensor_files.py"},
+    "sympy": {"seqarch/decoding/capture.py"},
     "joblib": {"experiments/sweeps/workers.py"},
     "optuna": {"experiments/sweeps/search.py"},
     "wandb": {"experiments/trackers/wandb.py"},

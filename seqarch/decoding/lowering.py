@@ -12,15 +12,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
-from seqarch.decoding.capture import Captured
 from seqarch.ops.native.tape import MOST_REGISTERS, Step, Tape
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View
+
+if TYPE_CHECKING:
+    from seqarch.decoding.capture import Captured
 
 Rule = Callable[["Lowering", fx.Node], None]
 
@@ -44,7 +45,7 @@ def amount(value: Any) -> Amount:
         value = value.meta["val"]
     if isinstance(value, torch.SymInt):
         value = value.node.expr
-    return int(value) if isinstance(value, (int, sympy.Integer)) else value
+    return int(value) if getattr(value, "is_Integer", True) else value
 
 
 def shape_of(node: fx.Node) -> tuple[Amount, ...]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from seqarch.decoding import rules  # noqa: F401  (fills RULES)
-from seqarch.decoding.capture import Captured
+from seqarch.decoding import elementwise, operations, reductions, shapes  # noqa: F401  (fill RULES)
 from seqarch.decoding.lowering import Call, Called, Lowered, Lowering, Seen, is_wide
 from seqarch.decoding.watch import Watch
 from seqarch.ops.native.tape import Tape, Workspace
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View, side_by_side
+
+if TYPE_CHECKING:
+    from seqarch.decoding.capture import Captured
 
 Leaves = list[Any]
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
-from seqarch.decoding.capture import Captured, capture
 from seqarch.decoding.program import Program, form_of
 from seqarch.decoding.watch import Watch
 from seqarch.ops.dispatch.eager import has_dispatch_mode, is_eager
@@ -26,6 +25,7 @@ from seqarch.ops.native import tape
 from seqarch.ops.native.view import Unserved
 
 if TYPE_CHECKING:
+    from seqarch.decoding.capture import Captured
     from seqarch.models.stack import StackLayer, StackState
 
 MOST_ROWS = 8
@@ -153,6 +153,8 @@ def _split(pieces: Sequence[Piece], state: StackState) -> list[StackState]:
 
 def _captured(layer: StackLayer, x: Tensor, state: Any) -> Captured | str:
     """The layer's step, or why there is none."""
+    from seqarch.decoding.capture import capture  # what it needs of torch takes a second to import
+
     try:
         Watch(layer.modules())  # before anything is captured that hooks would see
         return capture(lambda x, state: layer(x, state, None), x, state)

@@ -9,7 +9,7 @@ from torch import fx
 
 import seqarch.ops.native.linear  # noqa: F401  (defines seqarch::linear)
 from seqarch.decoding.lowering import Lowering, lowers, number, shape_of
-from seqarch.decoding.rules.views import rows
+from seqarch.decoding.shapes import rows
 from seqarch.ops.native.tape import Step
 from seqarch.ops.native.view import Unserved, View, numel
 
