@@ -66,8 +66,10 @@ def capture(layer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state
             if leaf < LEAST:
                 raise Unserved(f"a whole number of the state is below {LEAST}")
             source = ConstantSource(f"leaf_{i}")
-            symbols[i] = shapes.create_symbol(leaf, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-            inputs.append(shapes.create_symintnode(symbols[i], hint=leaf, source=source))
+            symbol = shapes.create_symbol(leaf, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+            assert isinstance(symbol, sympy.Symbol)
+            inputs.append(shapes.create_symintnode(symbol, hint=leaf, source=source))
+            symbols[i] = symbol
         else:
             inputs.append(_like(fake, leaf) if isinstance(leaf, Tensor) else leaf)
 

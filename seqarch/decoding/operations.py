@@ -89,11 +89,10 @@ def _recurrence(low: Lowering, node: fx.Node, kind: str, tensors: Any, others: A
     held = _state(low, state, node)
     q, k, v = _dense(low, 1, q, k, v)
     batch, steps, heads, width = v.sizes
-    varies = 0 if decay is None else 2 if decay.rank == 4 else 1
-    if varies == 2:
-        (decay,) = _dense(low, 1, decay)
-    elif varies:
-        decay = decay.expanded((batch, steps, heads))
+    varies = 0
+    if decay is not None:
+        varies = 2 if decay.rank == 4 else 1
+        decay = low.tape.dense(decay, 1) if varies == 2 else decay.expanded((batch, steps, heads))
     others = [each if i == 0 else low.tape.dense(each, 1) if each else None for i, each in enumerate(others)]
     o = low.tape.value(v.sizes)
     operands = [None if each is None else (each, HEADS) for each in (o, q, k, v, decay)] + [(held, TOKENS)]

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from seqarch.decoding import elementwise, operations, reductions, shapes  # noqa: F401  (fill RULES)
 from seqarch.decoding.lowering import Call, Called, Lowered, Lowering, Seen, is_wide
 from seqarch.decoding.watch import Watch
+from seqarch.ops.native import huge_pages
 from seqarch.ops.native.tape import Tape, Workspace
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View, side_by_side
 
@@ -94,6 +95,8 @@ class Program:
             self.parts.append(_part(tape, captured, lowered, leaves))
         self.output = here
         self._workspaces = [Workspace(tape)]
+        for tensor in tape.tensors.values():
+            huge_pages.collapse(tensor)
 
     def fits(self, states: Sequence[Any]) -> bool:
         """Whether the program is right for these states."""

@@ -75,6 +75,7 @@ def _group_norm(low: Lowering, node: fx.Node) -> None:
     view, *weights = low.reads(x, weight, bias)
     sizes = (batch, groups, channels // groups, inner)  # type: ignore[operator]
     grouped = view.reshaped(sizes) or low.tape.copy(view).reshaped(sizes)
+    assert grouped is not None
     own = [None if each is None else each.reshaped((1, groups, sizes[2], 1)) for each in weights]
     found = _normalise(low, grouped, [2, 3], number(eps), own).reshaped(view.sizes)
     low.values[node] = [found]
