@@ -380,44 +380,54 @@ void recurrence(const Instruction& in) {
 }
 
 // Softmax attention of one query a head. Views o [B, H], q [B, H], k [B, G, N], v [B, G, N]; sizes B, H, N, K, V, G. The
-// numbers of keys and values lie side by side.
+// numbers of keys and values lie side by side. Heads that share keys read them together, up to kTogether at a time.
 void attend(const Instruction& in) {
+    constexpr int64_t kKeys = 64, kWidest = 1024, kTogether = 4;
     const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), sharing = H / in.size(5);
+    const int64_t parts = (sharing + kTogether - 1) / kTogether;
     const float scale = static_cast<float>(in.i.factor);
-    constexpr int64_t kKeys = 64, kWidest = 1024;
-    const Range own = share(in.size(0) * H, in.member);
+    const auto head = [&](int v, int64_t b, int64_t h) { return in.data(v) + b * in.stride(v, 0) + h * in.stride(v, 1); };
+    alignas(64) float sums[kTogether][kWidest], score[kKeys];
+    const Range own = share(in.size(0) * in.size(5) * parts, in.member);
     for (int64_t t = own.begin; t < own.end; ++t) {
-        const int64_t b = t / H, h = t % H, g = h / sharing;
-        const float* q = in.data(1) + b * in.stride(1, 0) + h * in.stride(1, 1);
-        const float* k = in.data(2) + b * in.stride(2, 0) + g * in.stride(2, 1);
-        const float* v = in.data(3) + b * in.stride(3, 0) + g * in.stride(3, 1);
-        float* __restrict o = in.data(0) + b * in.stride(0, 0) + h * in.stride(0, 1);
-        alignas(64) float sum[kWidest] = {};
-        float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
+        const int64_t b = t / parts / in.size(5), g = t / parts % in.size(5), first_head = g * sharing + t % parts * kTogether;
+        const int64_t heads = std::min(kTogether, (g + 1) * sharing - first_head);
+        const float *keys = head(2, b, g), *values = head(3, b, g);
+        float most[kTogether], total[kTogether];
+        for (int64_t i = 0; i < heads; ++i) {
+            most[i] = -std::numeric_limits<float>::infinity();
+            total[i] = 0.0f;
+            std::fill_n(sums[i], V, 0.0f);
+        }
         for (int64_t first = 0; first < N; first += kKeys) {
             const int64_t n = std::min(kKeys, N - first);
-            alignas(64) float score[kKeys];
-            float highest = most;
-            for (int64_t j = 0; j < n; ++j) {
-                score[j] = scale * product(K, q, k + (first + j) * in.stride(2, 2));
-                highest = std::max(highest, score[j]);
-            }
-            const float keep = highest > most ? exponential(most - highest) : 1.0f;
-            const bool begun = most > -std::numeric_limits<float>::infinity();
-            most = highest;
-            if (begun && keep != 1.0f) {
-                total *= keep;
-                for (int64_t x = 0; x < V; ++x) sum[x] *= keep;
-            }
-            for (int64_t j = 0; j < n; ++j) {
-                const float weight = exponential(score[j] - most);
-                const float* __restrict row = v + (first + j) * in.stride(3, 2);
-                total += weight;
+            for (int64_t i = 0; i < heads; ++i) {
+                const float* q = head(1, b, first_head + i);
+                float* __restrict sum = sums[i];
+                float highest = most[i];
+                for (int64_t j = 0; j < n; ++j) {
+                    score[j] = scale * product(K, q, keys + (first + j) * in.stride(2, 2));
+                    highest = std::max(highest, score[j]);
+                }
+                if (first > 0 && highest > most[i]) {
+                    const float keep = exponential(most[i] - highest);
+                    total[i] *= keep;
+                    for (int64_t x = 0; x < V; ++x) sum[x] *= keep;
+                }
+                most[i] = highest;
+                for (int64_t j = 0; j < n; ++j) {
+                    const float weight = exponential(score[j] - highest);
+                    const float* __restrict row = values + (first + j) * in.stride(3, 2);
+                    total[i] += weight;
 #pragma omp simd
-                for (int64_t x = 0; x < V; ++x) sum[x] += weight * row[x];
+                    for (int64_t x = 0; x < V; ++x) sum[x] += weight * row[x];
+                }
             }
         }
-        for (int64_t x = 0; x < V; ++x) o[x] = sum[x] / total;
+        for (int64_t i = 0; i < heads; ++i) {
+            float* __restrict o = head(0, b, first_head + i);
+            for (int64_t x = 0; x < V; ++x) o[x] = sums[i][x] / total[i];
+        }
     }
 }
 

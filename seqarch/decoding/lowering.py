@@ -224,8 +224,6 @@ class Lowering:
         if node.target is operator.getitem and not isinstance(given, Called):
             self.values[node] = given[node.args[1]]  # type: ignore[index]
             return
-        tape = self.tape
-        before = len(tape.instructions), len(tape.fills), tape.used
         try:
             rule, value = RULES.get(node.target), node.meta["val"]
             if rule is None:
@@ -233,9 +231,7 @@ class Lowering:
             if isinstance(value, Tensor) and value.dtype not in FLOATS:
                 raise Unserved(f"{node.target} gives {value.dtype}")
             rule(self, node)
-        except Unserved as reason:
-            del tape.instructions[before[0] :], tape.fills[before[1] :]
-            tape.used = before[2]
+        except Unserved as reason:  # what the rule has written by then fills values that nobody reads
             self._leave_to_torch(node, str(reason))
 
     def _leave_to_torch(self, node: fx.Node, reason: str) -> None:

@@ -107,14 +107,22 @@ def _attend(low: Lowering, node: fx.Node) -> None:
     if node.args[3:] not in ((), (0.0,), (0.0, False)) or node.kwargs.get("attn_mask") is not None:
         raise Unserved("attention has dropout or a mask")
     q, k, v = low.reads(*node.args[:3])
-    if q.sizes[2] != 1 or k.strides[3] != 1 or v.strides[3] != 1 or v.sizes[3] > WIDEST:
-        raise Unserved("attention has several queries, wide values, or keys with gaps")
-    q = low.tape.dense(q, 1)
+    batch, heads, queries, width = q.sizes
+    if k.strides[3] != 1 or v.strides[3] != 1 or v.sizes[3] > WIDEST:
+        raise Unserved("attention has wide values, or keys with gaps")
+    if queries != 1 and heads != k.sizes[1]:
+        raise Unserved("attention has several queries")
+    # several queries of one token are heads that share their keys
+    flat = low.tape.dense(q, 1).reshaped((batch, heads * queries, width))
+    flat = low.tape.copy(q).reshaped((batch, heads * queries, width)) if flat is None else flat
+    o = low.tape.value((batch, heads, queries, v.sizes[3]))
+    read = o.reshaped((batch, heads * queries, v.sizes[3]))
+    assert flat is not None
+    assert read is not None
+    sizes = [batch, heads * queries, k.sizes[2], width, v.sizes[3], k.sizes[1]]
     scale = node.kwargs.get("scale")
-    o = low.tape.value((*q.sizes[:3], v.sizes[3]))
-    sizes = [*q.sizes[:2], k.sizes[2], q.sizes[3], v.sizes[3], k.sizes[1]]
-    operands = [(o, TOKENS), (q, TOKENS), (k, HEADS), (v, HEADS)]
-    low.tape.write("attend", operands, sizes, 0, q.sizes[3] ** -0.5 if scale is None else number(scale))
+    operands = [(read, TOKENS), (flat, TOKENS), (k, HEADS), (v, HEADS)]
+    low.tape.write("attend", operands, sizes, 0, width**-0.5 if scale is None else number(scale))
     low.values[node] = [o, None]
 
 

@@ -145,6 +145,14 @@ def test_a_mixer_of_ones_own_is_compiled(runs: Runs, monkeypatch: pytest.MonkeyP
     assert stack.explain_one_token() == ["compiled"] * 2
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_heads_that_share_keys(kv_heads: int, runs: Runs):
+    heads = {"num_heads": 12, "num_kv_heads": kv_heads, "head_dim": 8}
+    stack = make("attention sliding_window", mixers={"attention": heads, "sliding_window": {**heads, "window": 9}})
+    compare(stack, 3, runs, context=70)
+    assert stack.explain_one_token() == ["compiled"] * 2
+
+
 def test_lengths_are_data(runs: Runs):
     """One capture serves all lengths up to the cache's capacity; a longer one begins anew, and is right."""
     stack = make("attention sliding_window", mixers={"sliding_window": {"window": 8}})
