@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import sympy
@@ -24,6 +25,10 @@ LEAST = 2
 
 FUNCTIONS = {"FloorDiv": lambda a, b: a // b, "Mod": lambda a, b: a % b, "Max": max, "Min": min}
 """Of whole numbers, by the names that torch has for them beside those of sympy."""
+
+
+_ALONE = Lock()
+"""While torch writes a graph down, it says so to all threads, and two would not take that back."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def capture(layer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state
         return y, pytree.tree_leaves(after)
 
     try:
-        with torch.no_grad(), fake, _silenced():
+        with _ALONE, torch.no_grad(), fake, _silenced():
             graph = make_fx(step, tracing_mode="real", _allow_non_fake_inputs=True)(_like(fake, x), *inputs)
     except Exception as error:  # whatever torch, or somebody's layer, says to tensors without values
         reason = (str(error).strip().splitlines() or ["it says nothing"])[0]

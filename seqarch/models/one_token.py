@@ -1,13 +1,13 @@
 """One decoded token: what layers do for it is captured once, and then takes a single compiled call.
 
-In torch a token of a small model takes longer in calls than in reading its weights. The first two tokens run in torch;
-then each layer's own ``forward`` is captured (:mod:`seqarch.decoding`), of any mixer and channel mixer, and what has no
-instructions goes on in torch. ``Stack.explain_one_token`` says what that is.
+In torch a token of a small model takes longer in calls than in reading its weights. So each layer's own ``forward`` is
+captured (:mod:`seqarch.decoding`), of any mixer and channel mixer, at the first token with a state of some form; what
+has no instructions goes on in torch. ``Stack.explain_one_token`` says what that is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
-from seqarch.decoding.program import Program, form_of
+from seqarch.decoding.program import Program
 from seqarch.decoding.watch import Watch
+from seqarch.layers.mixer import clone_state
 from seqarch.ops.dispatch.eager import has_dispatch_mode, is_eager
 from seqarch.ops.dispatch.op import is_unobserved
 from seqarch.ops.native import tape
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 MOST_ROWS = 8
 """Sequences of a batch; for more of them torch's products of matrices are as fast."""
 
-MOST_CAPTURES = 6
+MOST_CAPTURES = 16
 """Of a stack for some number of rows: one whose state takes ever other forms runs in torch."""
 
-FUTILE = 3
+FUTILE = 4
 """What a capture counts of which nothing came."""
 
 EXPLAINED = 5
@@ -50,22 +51,20 @@ class Known:
 
     Attributes:
         layers: that it is known of.
-        variants: their pieces, the last that ran first.
-        seen: the form of the state before the last token that ran in torch.
+        variants: their pieces, the last that were written first.
         captures: how often they were captured.
     """
 
     layers: list[StackLayer]
     variants: list[list[Piece]] = field(default_factory=list)
-    seen: Hashable = None
     captures: int = 0
 
 
 class OneToken:
     """Runs one token that :meth:`serves` through compiled programs, or as ``otherwise`` does.
 
-    Programs are written at the second token with a state of some form, and again when layers have changed. They replace
-    the state in place. Threads may share one: programs are only read.
+    Programs are written when first needed, so that a token is the same whenever it is asked for, and again when layers
+    have changed. They replace the state in place. Threads may share one: programs are only read.
     """
 
     def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState]]):
@@ -81,27 +80,25 @@ class OneToken:
         if known is None or known.layers != [*layers]:
             known = self.known[len(x)] = Known([*layers])
         if state is None:
-            return self.otherwise(layers, x, state, None)
+            state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
+        state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
         for pieces in list(known.variants):
             programs = [program for _, program in pieces if isinstance(program, Program)]
             memory = [program.watch.hold() for program in programs]  # kept until the end of the run
             if None in memory:
                 known = self.known[len(x)] = Known([*layers])  # something has changed: all begins anew
                 break
-            before = _split(pieces, state)
-            if all(program.fits(own) for (_, program), own in zip(pieces, before, strict=True) if program in programs):
-                return self._run(pieces, x, before)
-        y, after = self.otherwise(layers, x, state, None)
-        form = form_of(pytree.tree_leaves(after))
-        if known.captures < MOST_CAPTURES and (form == known.seen or known.variants):
-            after = pytree.tree_map_only(Tensor, Tensor.contiguous, after)
-            self._write(known, x, after)
-        known.seen = form
-        return y, after
+            if _fit(pieces, state):
+                return self._run(pieces, x, state)
+        pieces = self._write(known, x, state) if known.captures < MOST_CAPTURES else []
+        memory = [program.watch.hold() for _, program in pieces if isinstance(program, Program)]
+        if not memory or None in memory or not _fit(pieces, state):
+            return self.otherwise(layers, x, state, None)
+        return self._run(pieces, x, state)
 
-    def _run(self, pieces: Sequence[Piece], x: Tensor, states: Sequence[Any]) -> tuple[Tensor, StackState]:
+    def _run(self, pieces: Sequence[Piece], x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         after: list[Any] = []
-        for (part, program), before in zip(pieces, states, strict=True):
+        for (part, program), before in zip(pieces, _split(pieces, state), strict=True):
             if isinstance(program, Program):
                 x, carried = program.run(x, before)
             else:
@@ -109,7 +106,10 @@ class OneToken:
             after += carried
         return x, tuple(after)
 
-    def _write(self, known: Known, x: Tensor, state: StackState) -> None:
+    def _write(self, known: Known, x: Tensor, state: StackState) -> list[Piece]:
+        """The pieces for such a state; none where nothing of it is compiled."""
+        # what layers keep from call to call, such as tables, is made of tensors with values
+        self.otherwise(known.layers, x, clone_state(state), None)
         steps = [_captured(layer, x, own) for layer, own in zip(known.layers, state, strict=True)]
         pieces: list[Piece] = []
         begin = 0
@@ -118,11 +118,12 @@ class OneToken:
             part, states = known.layers[begin : begin + len(own)], state[begin : begin + len(own)]
             pieces.append((part, own[0] if isinstance(own[0], str) else _program(own, part, x, states)))
             begin += len(own)
-        if any(isinstance(program, Program) for _, program in pieces):
-            known.variants.insert(0, pieces)
-            known.captures += 1
-        else:
+        if not any(isinstance(program, Program) for _, program in pieces):
             known.captures += FUTILE
+            return []
+        known.captures += 1
+        known.variants.insert(0, pieces)
+        return pieces
 
     @staticmethod
     def serves(x: Tensor) -> bool:
@@ -149,6 +150,11 @@ def _split(pieces: Sequence[Piece], state: StackState) -> list[StackState]:
     """The states of each piece's layers."""
     ends = accumulate(len(part) for part, _ in pieces)
     return [state[end - len(part) : end] for (part, _), end in zip(pieces, ends, strict=True)]
+
+
+def _fit(pieces: Sequence[Piece], state: StackState) -> bool:
+    states = zip(pieces, _split(pieces, state), strict=True)
+    return all(program.fits(own) for (_, program), own in states if isinstance(program, Program))
 
 
 def _captured(layer: StackLayer, x: Tensor, state: Any) -> Captured | str:
