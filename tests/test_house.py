@@ -39,6 +39,7 @@ EDGES = {
         *(f"seqarch/interop/hf/{name}.py" for name in ("__init__", "cache", "config", "model", "routers")),
         *("experiments/bench/baselines.py", "experiments/bench/models.py"),
     },
+    "sympy": {"seqarch/decoding/capture.py"},
     "joblib": {"experiments/sweeps/workers.py"},
     "optuna": {"experiments/sweeps/search.py"},
     "wandb": {"experiments/trackers/wandb.py"},

@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 8
+#define SEQARCH_INTERFACE 9
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -148,39 +148,83 @@ typedef struct {
 
 SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, int32_t num_threads);
 
-/* One token of each of `rows` sequences through a list of instructions, in their order and in one call: for models whose
- * token costs as many calls as it has operations, each of which is short. Everything is float32.
+/* One token through a tape: a list of instructions, in their order and in one call, for models whose token costs as many
+ * calls as it has operations, each of which is short. All numbers are float32 but for weights of MAP and, in ELEMENTWISE,
+ * the views whose bit is set in the flags, which are float64 and make all of it be computed so.
  *
- * An operand is a parameter, a state, or a value: rows of numbers, `stride` apart (0: the same for all). Operands by
- * kind, the result first, and sizes; optional ones, in brackets, may be NULL:
+ * A view is a place and strides, in numbers, of the dimensions that the instruction names; a pointer may be NULL where
+ * brackets say so. Sizes come in the order below.
  *
- *   NORM       y, x, [weight]                          y = x / sqrt(mean(x^2) + factor) weight, over each of sizes[1]
- *                                                      parts of sizes[0] numbers; weight has one for each, in all parts
- *   LINEAR     y, x, weight, [bias], [z]               y = x weight^T + bias + z: x of sizes[0], y of sizes[1] numbers
- *   CONVOLVE   y, x, weight, [bias], state             one step of seqarch_causal_conv1d_forward; sizes D, W
- *   POINTWISE  y, x, [z]                               y = factor f(x) z, of sizes[0] numbers
- *   SCAN       y, x, dt, B, C, A, [D], [z], state      one step of seqarch_selective_scan_forward with the softplus of
- *                                                      dt; sizes D, N
+ *   MAP               y [M, N], x [M], weight, [bias]        y = x weight^T + bias; sizes M, K, N; weight [N, K] without
+ *                                                            gaps, of the dtype in the flags
+ *   ELEMENTWISE       outputs, inputs                        steps on numbers of five dimensions; see seqarch_step
+ *   REDUCE            y [3], x [3 + 2]                       factor times the sum over the last two of five sizes, or the
+ *                                                            largest (flags 1) or least (2)
+ *   PRODUCT           y, a, b                                y [s, t, M, N] = a [s, t, M, K] b [s, t, K, N];
+ *                                                            sizes s, t, M, N, K
+ *   CONVOLUTION       y [B], x [B], weight, [bias], state [B]  one step of seqarch_causal_conv1d_forward, with silu if
+ *                                                            flags; sizes B, D, W
+ *   SCAN              y [B], x [B], dt [B], A, B [B], C [B], [D], [z [B]], [dt_bias], state [B]
+ *                                                            one step of seqarch_selective_scan_forward; flags: 1
+ *                                                            softplus, 2 scale_input; sizes B, D, N
+ *   LINEAR_ATTENTION  o, q, k, v, [decay] [B, T, H], state [B]  T steps of seqarch_linear_attention_forward; flags: 0 no
+ *                                                            decay, 1 by head, 2 by key; sizes B, T, H, K, V, G
+ *   DELTA_RULE        the same, beta, [read], [erase] [B, T, H]  of seqarch_delta_rule_forward
+ *   ATTEND            o, q [B, H], k, v [B, G, N]            softmax attention of one query a head, times factor; sizes
+ *                                                            B, H, N, K, V, G
  *
- * f is `activation`, which CONVOLVE applies too. States are [rows, ...] without gaps, and replaced; B, C and D are of
- * one group. Values that one instruction reads and writes must not overlap, but for z in LINEAR, which may be y. */
-enum { SEQARCH_NORM = 0, SEQARCH_LINEAR = 1, SEQARCH_CONVOLVE = 2, SEQARCH_POINTWISE = 3, SEQARCH_SCAN = 4 };
-enum { SEQARCH_IDENTITY = 0, SEQARCH_SILU = 1, SEQARCH_EXP = 2 };
-enum { SEQARCH_SIGMOID = 3 }; /* an activation of seqarch_rms_norm_forward alone */
+ * States are replaced. Values that one instruction reads and writes must not overlap, but for the same numbers in
+ * ELEMENTWISE. */
+enum {
+    SEQARCH_MAP = 0, SEQARCH_ELEMENTWISE = 1, SEQARCH_REDUCE = 2, SEQARCH_PRODUCT = 3, SEQARCH_STEP_CONVOLUTION = 4,
+    SEQARCH_STEP_SCAN = 5, SEQARCH_STEP_LINEAR_ATTENTION = 6, SEQARCH_STEP_DELTA_RULE = 7, SEQARCH_ATTEND = 8
+};
+
+/* Codes of steps, f(a, b, c) with two numbers of the step's own, n and m. */
+enum {
+    SEQARCH_COPY, SEQARCH_ADD /* a + n b */, SEQARCH_MULTIPLY, SEQARCH_DIVIDE, SEQARCH_AFFINE /* n a + m */,
+    SEQARCH_OVER /* n / a */, SEQARCH_MAXIMUM, SEQARCH_MINIMUM, SEQARCH_CLAMP /* of a to n and m */,
+    SEQARCH_WHERE /* a ? b : c */, SEQARCH_LESS /* 1 or 0 */, SEQARCH_LESS_EQUAL, SEQARCH_EQUAL, SEQARCH_NOT,
+    SEQARCH_ABSOLUTE, SEQARCH_SQRT, SEQARCH_RSQRT, SEQARCH_EXPONENTIAL, SEQARCH_SIGMOID_OF, SEQARCH_SILU_OF,
+    SEQARCH_SOFTPLUS, SEQARCH_POWER /* a^n */, SEQARCH_TANH, SEQARCH_LOG, SEQARCH_LOG1P, SEQARCH_EXPM1, SEQARCH_SINE,
+    SEQARCH_COSINE, SEQARCH_ERF, SEQARCH_FLOOR, SEQARCH_SIGN_OF, SEQARCH_REMAINDER /* of a by n, with n's sign */
+};
+enum { SEQARCH_IDENTITY = 0, SEQARCH_SILU = 1, SEQARCH_SIGMOID = 3 }; /* activations of seqarch_rms_norm_forward */
 
 typedef struct {
-    float* data;
-    int64_t stride;
-} seqarch_operand;
+    void* data;
+    int64_t strides[5];
+} seqarch_view;
 
+/* A source (a, b, c) is an input, from 0 on, or after these the result of a step before. After the `count` steps of an
+ * instruction there is one for each output, whose a is its source. */
 typedef struct {
-    int32_t kind, activation;
+    int32_t code, a, b, c;
+    double number, other;
+} seqarch_step;
+
+/* `views` and `steps` are where those of the instruction begin in the tape's lists. */
+typedef struct {
+    int32_t kind, flags, views, steps, outputs, inputs, count, unused;
     double factor;
-    int64_t rows, sizes[2];
-    seqarch_operand operands[9];
-} seqarch_instruction;
+    int64_t sizes[6];
+} seqarch_tape_instruction;
 
-SEQARCH_API int32_t seqarch_run_token(const seqarch_instruction* instructions, int64_t count, int32_t num_threads);
+/* What changes from token to token: before the run, `field` becomes base + factor registers[number]. */
+typedef struct {
+    void* field;
+    int64_t base, factor, number;
+} seqarch_patch;
+
+typedef struct {
+    const seqarch_tape_instruction* instructions;
+    const seqarch_view* views;
+    const seqarch_step* steps;
+    const seqarch_patch* patches;
+    int64_t count, patch_count;
+} seqarch_tape;
+
+SEQARCH_API int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int32_t num_threads);
 
 /* Causal depthwise convolution over time (T = length, D = channels, W = width, 2 <= W <= 8, S = sequences):
  *

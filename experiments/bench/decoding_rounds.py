@@ -168,7 +168,7 @@ def _sizes(condition: Condition, decoder: Decoder) -> dict[str, Any]:
         "hidden": channel.config.hidden_width,
         "weight_bytes": decoder.weight_bytes,
         "read_weight_bytes": decoder.read_weight_bytes,
-        "compiled_layers": model.stack.explain_one_token().count("compiled"),
+        "compiled_layers": sum(said.startswith("compiled") for said in model.stack.explain_one_token()),
         "state_bytes": formula,
         "measured_state_bytes": {str(key): used_bytes(state) for key, state in decoder.states.items()},
     }

@@ -1,76 +1,133 @@
-"""One decoded token: the layers that can say it in instructions take it in a single compiled call.
+"""One decoded token: what layers do for it is captured once, and then takes a single compiled call.
 
-In torch a token of a small model takes longer in calls than in reading its weights. A class's instructions are its
-method ``one_token``, beside the ``forward`` whose outputs they compute; ``Program.include`` calls it in place of the
-module:
-
-    HeadNorm, RMSNorm   seqarch/layers/modules/norms.py
-    Linear              seqarch/layers/modules/linear.py
-    Mamba               seqarch/layers/state_space/mamba.py
-    Mlp, SwiGlu         seqarch/layers/channel/mlp.py
-    ShortConvolution    seqarch/layers/modules/short_conv.py
-    StackLayer          seqarch/models/stack.py
-
-``Stack.explain_one_token`` reports which layers of a stack are compiled, and why others are not.
+In torch a token of a small model takes longer in calls than in reading its weights. So each layer's own ``forward`` is
+captured (:mod:`seqarch.decoding`), of any mixer and channel mixer, at the first token with a state of some form; what
+has no instructions goes on in torch. ``Stack.explain_one_token`` says what that is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from itertools import chain, groupby
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
+from seqarch.decoding.program import Program
+from seqarch.decoding.watch import Watch
+from seqarch.layers.mixer import clone_state
 from seqarch.ops.dispatch.eager import has_dispatch_mode, is_eager
 from seqarch.ops.dispatch.op import is_unobserved
-from seqarch.ops.native import token
-from seqarch.ops.native.token import MOST_ROWS, Program, Unserved
+from seqarch.ops.native import tape
+from seqarch.ops.native.view import Unserved
 
 if TYPE_CHECKING:
+    from seqarch.decoding.capture import Captured
     from seqarch.models.stack import StackLayer, StackState
 
+MOST_ROWS = 8
+"""Sequences of a batch; for more of them torch's products of matrices are as fast."""
 
-Part = tuple[Program, list["StackLayer"]]
-"""Neighbouring layers and their program."""
+MOST_CAPTURES = 16
+"""Of a stack for some number of rows: one whose state takes ever other forms runs in torch."""
+
+FUTILE = 4
+"""What a capture counts of which nothing came."""
+
+EXPLAINED = 5
+"""Tokens after which ``explain`` looks at a layer."""
+
+Piece = tuple[list["StackLayer"], Program | str]
+"""Neighbouring layers, and their program or why they have none."""
+
+
+@dataclass
+class Known:
+    """What is known of a stack for some number of rows.
+
+    Attributes:
+        layers: that it is known of.
+        variants: their pieces, the last that were written first.
+        captures: how often they were captured.
+    """
+
+    layers: list[StackLayer]
+    variants: list[list[Piece]] = field(default_factory=list)
+    captures: int = 0
 
 
 class OneToken:
-    """Runs one token that :meth:`serves` through compiled programs, layers without instructions as ``otherwise`` does.
+    """Runs one token that :meth:`serves` through compiled programs, or as ``otherwise`` does.
 
-    Programs are written when first needed, and again when layers have changed. They replace the state in place. Threads
-    may share one: programs are only read.
+    Programs are written when first needed, so that a token is the same whenever it is asked for, and again when layers
+    have changed. They replace the state in place. Threads may share one: programs are only read.
     """
 
     def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState]]):
         self.otherwise = otherwise
-        self.programs: dict[int, list[Part]] = {}
+        self.known: dict[int, Known] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OneToken, (self.otherwise,)  # without the addresses in programs: copies write their own
 
     def __call__(self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
         """The outputs ``[B, 1, D]`` of layers one after another, and the state after them."""
+        known = self.known.get(len(x))
+        if known is None or known.layers != [*layers]:
+            known = self.known[len(x)] = Known([*layers])
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
+        state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
+        for pieces in list(known.variants):
+            programs = [program for _, program in pieces if isinstance(program, Program)]
+            memory = [program.watch.hold() for program in programs]  # kept until the end of the run
+            if None in memory:
+                known = self.known[len(x)] = Known([*layers])  # something has changed: all begins anew
+                break
+            if _fit(pieces, state):
+                return self._run(pieces, x, state)
+        pieces = self._write(known, x, state) if known.captures < MOST_CAPTURES else []
+        memory = [program.watch.hold() for _, program in pieces if isinstance(program, Program)]
+        if not memory or None in memory or not _fit(pieces, state):
+            return self.otherwise(layers, x, state, None)
+        return self._run(pieces, x, state)
+
+    def _run(self, pieces: Sequence[Piece], x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         after: list[Any] = []
-        for (program, part), storages in self._parts(layers, len(x)):
-            before = state[len(after) : len(after) + len(part)]
-            y = None if storages is None else program.run(x, _tensors(before))
-            if y is None:
-                x, before = self.otherwise(part, x, before, None)
+        for (part, program), before in zip(pieces, _split(pieces, state), strict=True):
+            if isinstance(program, Program):
+                x, carried = program.run(x, before)
             else:
-                x = y
-            after += before
+                x, carried = self.otherwise(part, x, before, None)
+            after += carried
         return x, tuple(after)
+
+    def _write(self, known: Known, x: Tensor, state: StackState) -> list[Piece]:
+        """The pieces for such a state; none where nothing of it is compiled."""
+        # what layers keep from call to call, such as tables, is made of tensors with values
+        self.otherwise(known.layers, x, clone_state(state), None)
+        steps = [_captured(layer, x, own) for layer, own in zip(known.layers, state, strict=True)]
+        pieces: list[Piece] = []
+        begin = 0
+        for _, group in groupby(steps, key=lambda step: isinstance(step, str)):
+            own = list(group)
+            part, states = known.layers[begin : begin + len(own)], state[begin : begin + len(own)]
+            pieces.append((part, own[0] if isinstance(own[0], str) else _program(own, part, x, states)))
+            begin += len(own)
+        if not any(isinstance(program, Program) for _, program in pieces):
+            known.captures += FUTILE
+            return []
+        known.captures += 1
+        known.variants.insert(0, pieces)
+        return pieces
 
     @staticmethod
     def serves(x: Tensor) -> bool:
-        """Whether a program may run: one token of up to 4 rows, on a CPU, in float32, without gradients, unobserved.
+        """Whether a program may run: one token of a few rows, on a CPU, in float32, without gradients, unobserved.
 
         Whoever chose or records backends, or looks at torch's calls otherwise, sees the layers run in torch.
         """
@@ -85,60 +142,55 @@ class OneToken:
             and not has_dispatch_mode()
             and not global_hooks._has_any_global_hook()
             and is_unobserved()
-            and token.unavailable() is None
+            and tape.unavailable() is None
         )
 
-    def _parts(self, layers: Sequence[StackLayer], rows: int) -> list[tuple[Part, list[UntypedStorage] | None]]:
-        """The parts with their parameters' memory, ``None`` where another thread has changed layers just now."""
-        parts = self.programs.get(rows, [])
-        storages = [program.hold() for program, _ in parts]
-        known = chain.from_iterable(part for _, part in parts)
-        if not parts or [*known] != [*layers] or any(each is None for each in storages):
-            parts = self.programs[rows] = _write(layers, rows)
-            storages = [program.hold() for program, _ in parts]
-        return list(zip(parts, storages, strict=True))
+
+def _split(pieces: Sequence[Piece], state: StackState) -> list[StackState]:
+    """The states of each piece's layers."""
+    ends = accumulate(len(part) for part, _ in pieces)
+    return [state[end - len(part) : end] for (part, _), end in zip(pieces, ends, strict=True)]
 
 
-def _tensors(state: StackState) -> list[Tensor]:
-    """The tensors of a state as mixers' named tuples hold them."""
-    return [leaf for states in state for own in states if isinstance(own, tuple) for leaf in own if leaf is not None]
+def _fit(pieces: Sequence[Piece], state: StackState) -> bool:
+    states = zip(pieces, _split(pieces, state), strict=True)
+    return all(program.fits(own) for (_, program), own in states if isinstance(program, Program))
 
 
-def _write(layers: Sequence[StackLayer], rows: int) -> list[Part]:
-    """Neighbouring layers that have instructions with their program, the others with one that stays empty."""
-    unsupported = {layer: _unsupported(layer, rows) is not None for layer in layers}
-    groups = [list(group) for _, group in groupby(layers, key=unsupported.__getitem__)]
-    return [(_empty(part, rows) if unsupported[part[0]] else _finished(part, rows), part) for part in groups]
+def _captured(layer: StackLayer, x: Tensor, state: Any) -> Captured | str:
+    """The layer's step, or why there is none."""
+    from seqarch.decoding.capture import capture  # what it needs of torch takes a second to import
 
-
-def _finished(layers: Sequence[StackLayer], rows: int) -> Program:
-    with suppress(Unserved):  # only where another thread has changed a layer since it was asked
-        return _program(layers, rows)
-    return _empty(layers, rows)
-
-
-def _empty(layers: Sequence[StackLayer], rows: int) -> Program:
-    return Program(rows, layers[0].width, chain.from_iterable(layer.modules() for layer in layers))
-
-
-def _program(layers: Sequence[StackLayer], rows: int) -> Program:
-    program = _empty(layers, rows)
-    for layer in layers:
-        states = [mixer.init_state(rows, 0, "meta") for mixer in layer.mixers]  # type: ignore[operator]
-        slots = pytree.tree_map_only(Tensor, lambda leaf: program.state(leaf.shape[1:]), states)
-        program.include(layer, program.input, slots)
-    program.finish()
-    return program
-
-
-def _unsupported(layer: StackLayer, rows: int) -> str | None:
     try:
-        _program([layer], rows)
+        Watch(layer.modules())  # before anything is captured that hooks would see
+        return capture(lambda x, state: layer(x, state, None), x, state)
     except Unserved as reason:
         return str(reason)
-    return None
+
+
+def _program(steps: Sequence[Any], layers: Sequence[StackLayer], x: Tensor, states: Sequence[Any]) -> Program | str:
+    try:
+        return Program(steps, chain.from_iterable(layer.modules() for layer in layers), x, states)
+    except Unserved as reason:
+        return str(reason)
 
 
 def explain(layers: Sequence[StackLayer]) -> list[str]:
-    """For each layer, whether one token of it is compiled, or why not."""
-    return [_unsupported(layer, 1) or "compiled" for layer in layers]
+    """For each layer, whether one token of it is compiled and what of it is not, or why it is not at all."""
+    return [_explain(layer) for layer in layers]
+
+
+@torch.no_grad()
+def _explain(layer: StackLayer) -> str:
+    some = next(layer.parameters())
+    x = some.new_zeros(1, 1, layer.width)
+    state: Any = tuple(mixer.init_state(1, 4 * EXPLAINED) for mixer in layer.mixers)  # type: ignore[operator]
+    for _ in range(EXPLAINED):
+        _, state = layer(x, state, None)
+    state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
+    step = _captured(layer, x, state)
+    program = step if isinstance(step, str) else _program([step], [layer], x, [state])
+    if isinstance(program, str):
+        return program
+    (reasons,) = program.explain()
+    return "; ".join(["compiled", *(f"torch: {each}" for each in dict.fromkeys(reasons))])

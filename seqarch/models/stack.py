@@ -25,7 +25,6 @@ from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import LayerPattern, tile_pattern
 from seqarch.ops.dispatch.checks import show, unknown_name
 from seqarch.ops.dispatch.eager import is_plain
-from seqarch.ops.native.token import Program, Unserved, Value
 
 StackState = tuple[tuple[State, ...], ...]
 """For each layer, the state of each of its mixers."""
@@ -160,18 +159,6 @@ class StackLayer(nn.Module):
         after = [each for part in (self.channel_norm, self.channel) if part is not None for each in part.modules()]
         counts = self.channel is not None and getattr(_within(self.channel), "takes_mask", False)
         return not counts and all(is_plain(module) for module in (self, *after))
-
-    def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
-        if self.branches > 1:
-            raise Unserved("mixers side by side have no instructions for one token")
-        if any(factor != 1 for pair in self.factors for factor in pair):
-            raise Unserved("factors of what mixers read or give have no instructions for one token")
-        program.include(self.mixers[0], program.include(self.norm, x), states[0], x)
-        program.forget(x)
-        if self.channel is not None and self.channel_norm is not None:
-            program.include(self.channel, program.include(self.channel_norm, x), x)
-            program.forget(x)
-        return x
 
 
 def _within(module: Any) -> Any:

@@ -49,6 +49,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
             "layers/mixer.py, layers/modules",
             tuple(f"{_LAYERS}.{name}" for name in ("mixer", "recurrent_mixer", "rows", "materialize", "modules")),
         ),
+        _room("seqarch.decoding"),
     ),
     "families of mixers": (
         _room(f"{_LAYERS}.attention"),

@@ -14,7 +14,6 @@ from seqarch.layers.modules.linear import Linear
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.experts.activations import ACTIVATIONS
 from seqarch.ops.native import fused
-from seqarch.ops.native.token import Program, Unserved, Value
 
 
 def round_up(width: float, multiple: int = 32) -> int:
@@ -71,10 +70,6 @@ class Mlp(ChannelMixer):
     def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(ACTIVATIONS[self.config.activation](self.in_proj(x)))
 
-    def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
-        hidden = program.pointwise(self.config.activation, program.include(self.in_proj, x))
-        return program.include(self.out_proj, hidden, add_to)
-
     def flops(self, length: int, batch_size: int = 1) -> int:
         return sum(linear_flops(linear, batch_size * length) for linear in (self.in_proj, self.out_proj))
 
@@ -116,12 +111,6 @@ class SwiGlu(ChannelMixer):
         gate, value = both.chunk(2, dim=-1)
         gate = gate if factor == 1 else factor * gate
         return self.out_proj(ACTIVATIONS[self.config.activation](gate) * value)
-
-    def one_token(self, program: Program, x: Value, add_to: Value) -> Value:
-        if self.config.gate_factor != 1:
-            raise Unserved("a factor of the gate has no instructions for one token")
-        gate, value = program.include(self.in_proj, x).split([self.config.hidden_width] * 2)
-        return program.include(self.out_proj, program.pointwise(self.config.activation, gate, value), add_to)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         return sum(linear_flops(linear, batch_size * length) for linear in (self.in_proj, self.out_proj))

@@ -9,7 +9,6 @@ from torch.func import functional_call
 
 from seqarch.ops.dispatch.eager import is_untouched
 from seqarch.ops.native import linear, onednn
-from seqarch.ops.native.token import Program, Value
 
 PLAIN = (nn.Parameter, Tensor)
 """Types of weights that are their numbers; a subclass, as quantisers make, says itself how it is multiplied."""
@@ -29,9 +28,6 @@ class Linear(nn.Linear):
             if onednn.serves(x, self.weight):
                 return onednn.linear(x, self.weight, self.bias)
         return super().forward(x)
-
-    def one_token(self, program: Program, x: Value, add_to: Value | None = None) -> Value:
-        return program.linear(x, self.weight, self.bias, add_to)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.native import fused
-from seqarch.ops.native.token import Program, Unserved, Value
 
 
 class _WeightedNorm(nn.RMSNorm):
@@ -36,11 +35,6 @@ class _WeightedNorm(nn.RMSNorm):
         if self.zero_centred:
             nn.init.zeros_(self.weight)
 
-    def _one_token(self, program: Program, x: Value) -> Value:
-        if self.zero_centred:
-            raise Unserved("norms that multiply by 1 + weight have no instructions for one token")
-        return program.norm(x, self.weight, torch.finfo(torch.float32).eps if self.eps is None else self.eps)
-
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """The norm of ``x [..., width]``, of which ``1 + weight`` is computed in float32 at least."""
         if self.zero_centred and weight is not None:
@@ -53,13 +47,10 @@ class _WeightedNorm(nn.RMSNorm):
 
 
 class RMSNorm(_WeightedNorm):
-    """``nn.RMSNorm`` over the last axis, on a CPU by a compiled kernel, with instructions for one token."""
+    """``nn.RMSNorm`` over the last axis, on a CPU by a compiled kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._normed(x, self.weight)
-
-    def one_token(self, program: Program, x: Value) -> Value:
-        return self._one_token(program, x)
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
@@ -108,9 +99,6 @@ class HeadNorm(_WeightedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._normed(x, self.weight if self.zero_centred or self.weight is None else self.weight.to(x.dtype))
-
-    def one_token(self, program: Program, x: Value) -> Value:
-        return self._one_token(program, x)
 
 
 class AllHeadsNorm(HeadNorm):

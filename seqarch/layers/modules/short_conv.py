@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.ops.causal_conv1d import flops as conv_flops
-from seqarch.ops.native.token import Program, Slot, Value
 
 
 class ShortConvolution(nn.Module):
@@ -39,9 +38,6 @@ class ShortConvolution(nn.Module):
         return ops.causal_conv1d(
             x, self.weight, self.bias, activation=self.activation, state=state, cu_seqlens=cu_seqlens
         )
-
-    def one_token(self, program: Program, x: Value, state: Slot) -> Value:
-        return program.convolve(x, self.weight, self.bias, state, self.activation)
 
     def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         return torch.zeros(batch_size, self.width - 1, self.channels, device=device, dtype=dtype)

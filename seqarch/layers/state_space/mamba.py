@@ -20,7 +20,6 @@ from seqarch.layers.modules.short_conv import ShortConvolution
 from seqarch.layers.recurrent.base import elementwise_scan
 from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
 from seqarch.ops.dispatch.checks import unknown_name
-from seqarch.ops.native.token import Program, Unserved, Value
 from seqarch.ops.selective_scan import flops as scan_flops
 
 SELECTION_NORMS = ("none", "rms", "rms_without_weights")
@@ -137,19 +136,6 @@ class Mamba(RecurrentMixer):
         h, recurrent = elementwise_scan(write.flatten(2), (delta * A).flatten(2), recurrent, cu_seqlens, signed=True)
         y = (h.unflatten(-1, self.state_shape) * C.to(h.dtype).unsqueeze(-2)).sum(-1)
         return y.to(u.dtype) + self.D.to(u.dtype) * u, recurrent.view(-1, *self.state_shape)
-
-    def one_token(self, program: Program, x: Value, state: RecurrentState, add_to: Value) -> Value:
-        if self.config.negative_eigenvalues:
-            raise Unserved("a scan with negative eigenvalues has no instructions for one token")
-        u, z = program.include(self.in_proj, x).split([self.inner] * 2)
-        u = program.include(self.conv, u, state.conv)
-        dt, B, C = program.include(self.select, u).split(self.sizes)
-        if self.config.dt_bc_norm != "none":
-            norms = (self.dt_norm, self.B_norm, self.C_norm)
-            dt, B, C = (program.include(norm, each) for norm, each in zip(norms, (dt, B, C), strict=True))
-        A, dt = program.negative_exp(self.A_log), program.include(self.dt, dt)
-        y = program.scan(u, dt, A, B, C, self.D, z, state.recurrent)
-        return program.include(self.out_proj, y, add_to)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return scan_flops(length, *self.state_shape, batch_size=batch_size)

@@ -44,10 +44,14 @@ def annotated_kinds(annotated: Any) -> dict[str, Kinds]:
 
 
 def fits(value: Any, kinds: Kinds) -> bool:
-    """Whether a value is of one of these kinds: an integer is a float too, but ``True`` is no number."""
+    """Whether a value is of one of these kinds: an integer is a float too, but ``True`` is no number.
+
+    A length that a compiler has not fixed is an integer.
+    """
     if isinstance(value, bool):
         return bool in kinds
-    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    whole = isinstance(value, int | torch.SymInt)
+    return isinstance(value, kinds) or (whole and (int in kinds or float in kinds))
 
 
 def show_kinds(kinds: Kinds) -> str:

@@ -35,6 +35,27 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
+HUGE = 2**21
+"""Bytes of a huge page."""
+
+_COLLAPSE = 25
+"""``MADV_COLLAPSE`` of Linux from 6.1 on, for which Python has no name."""
+
+
+def collapse(tensor: Tensor) -> None:
+    """Put a tensor that is written, and will be read again and again, into huge pages, where Linux does that.
+
+    Reading weights then goes 1.4 to 1.8 times as fast (docs/log.md). Numbers and addresses stay; it takes as long as a
+    few copies of the memory. What is left of a page at either end stays as it is.
+    """
+    if _ADVICE is not None and tensor.is_cpu:
+        first = -(-tensor.data_ptr() // HUGE) * HUGE
+        end = (tensor.data_ptr() + tensor.nbytes) // HUGE * HUGE
+        if end > first:
+            _madvise(first, end - first, _ADVICE)
+            _madvise(first, end - first, _COLLAPSE)
+
+
 KEPT_BYTES = 2**30
 """Of memory that is free at the end of the heap, what a process keeps for its next allocation."""
 

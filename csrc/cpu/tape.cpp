@@ -1,0 +1,478 @@
+// One token through a list of instructions, of any layer whose step was captured. See seqarch.h.
+//
+// All threads take each instruction together, a part of its results each, and wait for one another after it. A result is
+// computed by one thread from the same numbers in the same order, so it does not depend on how many there are.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "arguments.h"
+#include "linear.h"
+#include "numbers.h"
+#include "seqarch.h"
+
+namespace {
+
+using namespace seqarch;
+
+constexpr int64_t kSmallWork = 1 << 18;  // weights fewer than starting the threads is worth
+constexpr int64_t kBlock = 256;          // numbers of a pointwise instruction at a time, in the first cache
+constexpr int64_t kMostRegisters = 32;
+constexpr int64_t kLine = 16;            // numbers of a line of the cache, which is one thread's
+
+struct Member {
+    int number, team;
+};
+
+struct Range {
+    int64_t begin, end;
+};
+
+Range share(int64_t n, Member member, int64_t unit = 1) {
+    const int64_t units = (n + unit - 1) / unit;
+    const auto from = [&](int64_t number) { return std::min(n, units * number / member.team * unit); };
+    return {from(member.number), from(member.number + 1)};
+}
+
+struct Instruction {
+    const seqarch_tape_instruction& i;
+    const seqarch_view* views;
+    const seqarch_step* steps;
+    Member member;
+
+    float* data(int v) const { return static_cast<float*>(views[v].data); }
+    int64_t stride(int v, int d) const { return views[v].strides[d]; }
+    int64_t size(int d) const { return i.sizes[d]; }
+};
+
+template <class T>
+void map(const Instruction& in) {
+    const int64_t rows = in.size(0), depth = in.size(1), width = in.size(2);
+    float *y = in.data(0), *x = in.data(1);
+    const T* weight = static_cast<const T*>(in.views[2].data);
+    const float* bias = in.data(3);
+    const int64_t y_row = in.stride(0, 0), y_step = in.stride(0, 1), x_row = in.stride(1, 0);
+    const Range own = share(width, in.member, kLine);
+    for (int64_t j = own.begin; j < own.end; ++j) {
+        const float add = bias ? bias[j] : 0.0f;
+        products_of_all(rows, depth, weight + j * depth, x, x_row,
+                        [&](int64_t r, float sum) { y[r * y_row + j * y_step] = sum + add; });
+    }
+}
+
+// to[k] = f(k) for n numbers.
+template <class A, class F>
+inline void each(int64_t n, A* __restrict to, F f) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) to[k] = f(k);
+}
+
+// The same by functions that compilers do not turn into vector code.
+template <class A, class F>
+inline void each_alone(int64_t n, A* to, F f) {
+    for (int64_t k = 0; k < n; ++k) to[k] = f(k);
+}
+
+template <class A>
+void step(const seqarch_step& s, int64_t n, A* to, const A* a, const A* b, const A* c) {
+    const A number = static_cast<A>(s.number), other = static_cast<A>(s.other);
+    switch (s.code) {
+        case SEQARCH_COPY: return each(n, to, [=](int64_t k) { return a[k]; });
+        case SEQARCH_ADD: return each(n, to, [=](int64_t k) { return a[k] + number * b[k]; });
+        case SEQARCH_MULTIPLY: return each(n, to, [=](int64_t k) { return a[k] * b[k]; });
+        case SEQARCH_DIVIDE: return each(n, to, [=](int64_t k) { return a[k] / b[k]; });
+        case SEQARCH_AFFINE: return each(n, to, [=](int64_t k) { return a[k] * number + other; });
+        case SEQARCH_OVER: return each(n, to, [=](int64_t k) { return number / a[k]; });
+        case SEQARCH_MAXIMUM: return each(n, to, [=](int64_t k) { return a[k] > b[k] || a[k] != a[k] ? a[k] : b[k]; });
+        case SEQARCH_MINIMUM: return each(n, to, [=](int64_t k) { return a[k] < b[k] || a[k] != a[k] ? a[k] : b[k]; });
+        case SEQARCH_CLAMP:
+            return each(n, to, [=](int64_t k) { return a[k] < number ? number : a[k] > other ? other : a[k]; });
+        case SEQARCH_WHERE: return each(n, to, [=](int64_t k) { return a[k] != A(0) ? b[k] : c[k]; });
+        case SEQARCH_LESS: return each(n, to, [=](int64_t k) { return a[k] < b[k] ? A(1) : A(0); });
+        case SEQARCH_LESS_EQUAL: return each(n, to, [=](int64_t k) { return a[k] <= b[k] ? A(1) : A(0); });
+        case SEQARCH_EQUAL: return each(n, to, [=](int64_t k) { return a[k] == b[k] ? A(1) : A(0); });
+        case SEQARCH_NOT: return each(n, to, [=](int64_t k) { return a[k] == A(0) ? A(1) : A(0); });
+        case SEQARCH_ABSOLUTE: return each(n, to, [=](int64_t k) { return std::fabs(a[k]); });
+        case SEQARCH_SQRT: return each(n, to, [=](int64_t k) { return std::sqrt(a[k]); });
+        case SEQARCH_RSQRT: return each(n, to, [=](int64_t k) { return A(1) / std::sqrt(a[k]); });
+        case SEQARCH_EXPONENTIAL: return each(n, to, [=](int64_t k) { return exponential(a[k]); });
+        case SEQARCH_SIGMOID_OF: return each(n, to, [=](int64_t k) { return sigmoid(a[k]); });
+        case SEQARCH_SILU_OF: return each(n, to, [=](int64_t k) { return a[k] * sigmoid(a[k]); });
+        case SEQARCH_SOFTPLUS: return each(n, to, [=](int64_t k) { return softplus(a[k]); });
+        case SEQARCH_SIGN_OF: return each(n, to, [=](int64_t k) { return A(a[k] > A(0)) - A(a[k] < A(0)); });
+        case SEQARCH_FLOOR: return each(n, to, [=](int64_t k) { return std::floor(a[k]); });
+        case SEQARCH_POWER: return each_alone(n, to, [=](int64_t k) { return std::pow(a[k], number); });
+        case SEQARCH_REMAINDER:
+            return each_alone(n, to, [=](int64_t k) { return a[k] - std::floor(a[k] / number) * number; });
+        case SEQARCH_TANH: return each_alone(n, to, [=](int64_t k) { return std::tanh(a[k]); });
+        case SEQARCH_LOG: return each_alone(n, to, [=](int64_t k) { return std::log(a[k]); });
+        case SEQARCH_LOG1P: return each_alone(n, to, [=](int64_t k) { return std::log1p(a[k]); });
+        case SEQARCH_EXPM1: return each_alone(n, to, [=](int64_t k) { return std::expm1(a[k]); });
+        case SEQARCH_SINE: return each_alone(n, to, [=](int64_t k) { return std::sin(a[k]); });
+        case SEQARCH_COSINE: return each_alone(n, to, [=](int64_t k) { return std::cos(a[k]); });
+        case SEQARCH_ERF: return each_alone(n, to, [=](int64_t k) { return std::erf(a[k]); });
+        default: return;
+    }
+}
+
+int64_t offset(const Instruction& in, int v, const int64_t* place, int dims) {
+    int64_t sum = 0;
+    for (int d = 0; d < dims; ++d) sum += place[d] * in.stride(v, d);
+    return sum;
+}
+
+// Numbers of a view along its last dimension, side by side in the type A.
+template <class A, class T>
+const A* gather(const T* from, int64_t stride, int64_t n, A* to) {
+    if constexpr (std::is_same_v<A, T>)
+        if (stride == 1) return from;
+    const A first = static_cast<A>(*from);
+    if (stride == 0)
+        each(n, to, [=](int64_t) { return first; });
+    else
+        for (int64_t k = 0; k < n; ++k) to[k] = static_cast<A>(from[k * stride]);
+    return to;
+}
+
+template <class A, class T>
+void scatter(const A* from, int64_t n, T* to, int64_t stride) {
+    for (int64_t k = 0; k < n; ++k) to[k * stride] = static_cast<T>(from[k]);
+}
+
+// Views: the outputs, then the inputs. Sources of a step: inputs, then the results of steps. In type A; a view is of
+// float64 where its bit is set in the flags.
+template <class A>
+void elementwise(const Instruction& in) {
+    const int outputs = in.i.outputs, inputs = in.i.inputs;
+    const int64_t inner = in.size(4), parts = (inner + kBlock - 1) / kBlock;
+    const int64_t outer = in.size(0) * in.size(1) * in.size(2) * in.size(3);
+    alignas(64) A memory[kMostRegisters][kBlock];
+    const A* source[kMostRegisters];
+    const auto is_wide = [&](int v) { return (in.i.flags >> v & 1) != 0; };
+    const Range own = share(outer * parts, in.member);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+        int64_t place[5], rest = t / parts;
+        for (int d = 3; d >= 0; --d) {
+            place[d] = rest % in.size(d);
+            rest /= in.size(d);
+        }
+        place[4] = t % parts * kBlock;
+        const int64_t n = std::min(kBlock, inner - place[4]);
+        for (int i = 0; i < inputs; ++i) {
+            const int v = outputs + i;
+            const int64_t at = offset(in, v, place, 5), stride = in.stride(v, 4);
+            source[i] = is_wide(v) ? gather(static_cast<double*>(in.views[v].data) + at, stride, n, memory[i])
+                                   : gather(in.data(v) + at, stride, n, memory[i]);
+        }
+        for (int s = 0; s < in.i.count; ++s) {
+            const seqarch_step& one = in.steps[s];
+            const auto operand = [&](int number) { return source[std::max(number, 0)]; };
+            step(one, n, memory[inputs + s], operand(one.a), operand(one.b), operand(one.c));
+            source[inputs + s] = memory[inputs + s];
+        }
+        for (int v = 0; v < outputs; ++v) {
+            const A* from = source[in.steps[in.i.count + v].a];
+            const int64_t at = offset(in, v, place, 5), stride = in.stride(v, 4);
+            if (is_wide(v))
+                scatter(from, n, static_cast<double*>(in.views[v].data) + at, stride);
+            else if (stride == 1 && std::is_same_v<A, float>)
+                std::copy_n(from, n, in.data(v) + at);
+            else
+                scatter(from, n, in.data(v) + at, stride);
+        }
+    }
+}
+
+// y [s0, s1, s2] from x [s0, s1, s2, s3, s4], over the last two.
+void reduce(const Instruction& in) {
+    const int64_t outer = in.size(0) * in.size(1) * in.size(2), stride = in.stride(1, 4);
+    const Range own = share(outer, in.member);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+        const int64_t place[3] = {t / in.size(2) / in.size(1), t / in.size(2) % in.size(1), t % in.size(2)};
+        const float* x = in.data(1) + offset(in, 1, place, 3);
+        float result = in.i.flags == 0 ? 0.0f : in.i.flags == 1 ? -std::numeric_limits<float>::infinity()
+                                                                : std::numeric_limits<float>::infinity();
+        for (int64_t a = 0; a < in.size(3); ++a) {
+            const float* row = x + a * in.stride(1, 3);
+            float sum = 0.0f;
+            switch (in.i.flags) {
+                case 0:
+                    if (stride == 1) {
+#pragma omp simd reduction(+ : sum)
+                        for (int64_t k = 0; k < in.size(4); ++k) sum += row[k];
+                    } else {
+                        for (int64_t k = 0; k < in.size(4); ++k) sum += row[k * stride];
+                    }
+                    result += sum;
+                    break;
+                case 1:
+                    for (int64_t k = 0; k < in.size(4); ++k)
+                        if (!(row[k * stride] <= result)) result = row[k * stride];
+                    break;
+                default:
+                    for (int64_t k = 0; k < in.size(4); ++k)
+                        if (!(row[k * stride] >= result)) result = row[k * stride];
+            }
+        }
+        in.data(0)[offset(in, 0, place, 3)] = result * static_cast<float>(in.i.factor);
+    }
+}
+
+// y [s0, s1, M, N] = a [s0, s1, M, K] b [s0, s1, K, N].
+void product_of(const Instruction& in) {
+    const int64_t M = in.size(2), N = in.size(3), K = in.size(4), outer = in.size(0) * in.size(1) * M;
+    const Range own = share(outer * N, in.member, kLine);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+        const int64_t row = t / N, n = t % N, m = row % M;
+        const int64_t place[2] = {row / M / in.size(1), row / M % in.size(1)};
+        const float* a = in.data(1) + offset(in, 1, place, 2) + m * in.stride(1, 2);
+        const float* b = in.data(2) + offset(in, 2, place, 2) + n * in.stride(2, 3);
+        const int64_t a_step = in.stride(1, 3), b_step = in.stride(2, 2);
+        float sum = 0.0f;
+        if (a_step == 1 && b_step == 1)
+            sum = product(K, a, b);
+        else
+            for (int64_t k = 0; k < K; ++k) sum += a[k * a_step] * b[k * b_step];
+        in.data(0)[offset(in, 0, place, 2) + m * in.stride(0, 2) + n * in.stride(0, 3)] = sum;
+    }
+}
+
+// Views y, x, weight, bias, state; sizes B, D, W.
+void convolve(const Instruction& in) {
+    const int64_t channels = in.size(1), taps = in.size(2);
+    const float *weight = in.data(2), *bias = in.data(3);
+    const Range own = share(channels, in.member, kLine);
+    for (int64_t r = 0; r < in.size(0); ++r) {
+        const float* __restrict x = in.data(1) + r * in.stride(1, 0);
+        float* __restrict y = in.data(0) + r * in.stride(0, 0);
+        float* __restrict state = in.data(4) + r * in.stride(4, 0);
+        for (int64_t c = own.begin; c < own.end; ++c)
+            y[c] = (bias ? bias[c] : 0.0f) + weight[c * taps + taps - 1] * x[c];
+        for (int64_t w = 0; w < taps - 1; ++w)
+            for (int64_t c = own.begin; c < own.end; ++c) {
+                y[c] += weight[c * taps + w] * state[w * channels + c];
+                state[w * channels + c] = w < taps - 2 ? state[(w + 1) * channels + c] : x[c];
+            }
+        if (in.i.flags) each(own.end - own.begin, y + own.begin, [=](int64_t k) {
+            const float z = y[own.begin + k];
+            return z * sigmoid(z);
+        });
+    }
+}
+
+// Views y, x, dt, A, B, C, D, z, dt_bias, state; sizes B, D, N; flags: 1 softplus, 2 scale_input.
+int32_t scan(const Instruction& in) {
+    const int64_t channels = in.size(1), states = in.size(2);
+    const Range own = share(channels, in.member, kLine);
+    int32_t code = SEQARCH_OK;
+    for (int64_t r = 0; r < in.size(0) && own.begin < own.end; ++r) {
+        const auto rows = [&](int v, int64_t first) {
+            float* data = in.data(v);
+            return seqarch_rows{data ? data + r * in.stride(v, 0) + first : nullptr, 0, 0, SEQARCH_FLOAT32};
+        };
+        const auto channel = [&](int v) { return in.data(v) ? in.data(v) + own.begin : nullptr; };
+        float* state = in.data(9) + r * in.stride(9, 0) + own.begin * states;
+        seqarch_selective_scan_inputs a{};
+        a.dtype = SEQARCH_FLOAT32;
+        a.softplus = in.i.flags & 1;
+        a.scale_input = in.i.flags >> 1 & 1;
+        a.x = rows(1, own.begin);
+        a.dt = rows(2, own.begin);
+        a.B = rows(4, 0);
+        a.C = rows(5, 0);
+        a.z = rows(7, own.begin);
+        a.A = in.data(3) + own.begin * states;
+        a.D = channel(6);
+        a.dt_bias = channel(8);
+        a.state = state;
+        a.sequences = a.length = a.groups = a.chunk = 1;
+        a.channels = own.end - own.begin;
+        a.state_width = states;
+        const seqarch_selective_scan_outputs out{rows(0, own.begin), state, nullptr};
+        code = std::max(code, seqarch_selective_scan_forward(&a, &out, 1));
+    }
+    return code;
+}
+
+// A recurrence with a state [K, V] for each sequence and head, T steps of it. Views o [B, T, H], q [B, T, G], k, v, decay,
+// state [B, H] and for the delta rule beta, read, erase; sizes B, T, H, K, V, G; flags: how the decay varies, 0 not at all,
+// 1 by head, 2 by key; its last stride is the key's.
+template <bool Delta>
+void recurrence(const Instruction& in) {
+    const int64_t T = in.size(1), H = in.size(2), K = in.size(3), V = in.size(4), sharing = H / in.size(5);
+    const float scale = static_cast<float>(in.i.factor);
+    constexpr int64_t kWidth = 64;  // values at a time
+    const int64_t parts = (V + kWidth - 1) / kWidth;
+    const Range own = share(in.size(0) * H * parts, in.member);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+        const int64_t b = t / parts / H, h = t / parts % H, first = t % parts * kWidth, n = std::min(kWidth, V - first);
+        float* state = in.data(5) + b * in.stride(5, 0) + h * K * V + first;
+        for (int64_t s = 0; s < T; ++s) {
+            const auto at = [&](int view, int64_t head) {
+                return in.data(view) + b * in.stride(view, 0) + s * in.stride(view, 1) + head * in.stride(view, 2);
+            };
+            const float *q = at(1, h / sharing), *k = at(2, h / sharing), *v = at(3, h) + first;
+            const float* decay = in.i.flags ? at(4, h) : nullptr;
+            const int64_t decay_step = in.i.flags == 2 ? 1 : 0;
+            float* o = at(0, h) + first;
+            alignas(64) float sum[kWidth] = {}, change[kWidth];
+            const float whole = in.i.flags == 1 ? std::exp(*decay) : 1.0f;
+            const auto kept = [&](int64_t key) { return in.i.flags == 2 ? exponential(decay[key * decay_step]) : whole; };
+            if constexpr (Delta) {
+                const float *beta = at(6, h), *read = in.data(7) ? at(7, h / sharing) : k;
+                const float* erase = in.data(8) ? at(8, h / sharing) : nullptr;
+                alignas(64) float old[kWidth] = {};
+                for (int64_t key = 0; key < K; ++key) {
+                    float* __restrict row = state + key * V;
+                    const float keep = kept(key), r = read[key];
+#pragma omp simd
+                    for (int64_t x = 0; x < n; ++x) {
+                        row[x] *= keep;
+                        old[x] += r * row[x];
+                    }
+                }
+                if (!erase) {
+                    for (int64_t x = 0; x < n; ++x) change[x] = *beta * (v[x] - old[x]);
+                    for (int64_t key = 0; key < K; ++key) {
+                        float* __restrict row = state + key * V;
+                        const float write = k[key], ask = q[key];
+#pragma omp simd
+                        for (int64_t x = 0; x < n; ++x) {
+                            row[x] += write * change[x];
+                            sum[x] += ask * row[x];
+                        }
+                    }
+                } else {
+                    for (int64_t x = 0; x < n; ++x) {
+                        change[x] = *beta * v[x];
+                        old[x] *= *beta;
+                    }
+                    for (int64_t key = 0; key < K; ++key) {
+                        float* __restrict row = state + key * V;
+                        const float write = k[key], gone = erase[key], ask = q[key];
+#pragma omp simd
+                        for (int64_t x = 0; x < n; ++x) {
+                            row[x] += write * change[x] - gone * old[x];
+                            sum[x] += ask * row[x];
+                        }
+                    }
+                }
+            } else {
+                for (int64_t key = 0; key < K; ++key) {
+                    float* __restrict row = state + key * V;
+                    const float keep = kept(key), write = k[key], ask = q[key];
+#pragma omp simd
+                    for (int64_t x = 0; x < n; ++x) {
+                        row[x] = keep * row[x] + write * v[x];
+                        sum[x] += ask * row[x];
+                    }
+                }
+            }
+            for (int64_t x = 0; x < n; ++x) o[x] = scale * sum[x];
+        }
+    }
+}
+
+// Softmax attention of one query a head. Views o [B, H], q [B, H], k [B, G, N], v [B, G, N]; sizes B, H, N, K, V, G. The
+// numbers of keys and values lie side by side. Heads that share keys read them together, up to kTogether at a time.
+void attend(const Instruction& in) {
+    constexpr int64_t kKeys = 64, kWidest = 1024, kTogether = 4;
+    const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), sharing = H / in.size(5);
+    const int64_t parts = (sharing + kTogether - 1) / kTogether;
+    const float scale = static_cast<float>(in.i.factor);
+    const auto head = [&](int v, int64_t b, int64_t h) { return in.data(v) + b * in.stride(v, 0) + h * in.stride(v, 1); };
+    alignas(64) float sums[kTogether][kWidest], score[kKeys];
+    const Range own = share(in.size(0) * in.size(5) * parts, in.member);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+        const int64_t b = t / parts / in.size(5), g = t / parts % in.size(5), first_head = g * sharing + t % parts * kTogether;
+        const int64_t heads = std::min(kTogether, (g + 1) * sharing - first_head);
+        const float *keys = head(2, b, g), *values = head(3, b, g);
+        float most[kTogether], total[kTogether];
+        for (int64_t i = 0; i < heads; ++i) {
+            most[i] = -std::numeric_limits<float>::infinity();
+            total[i] = 0.0f;
+            std::fill_n(sums[i], V, 0.0f);
+        }
+        for (int64_t first = 0; first < N; first += kKeys) {
+            const int64_t n = std::min(kKeys, N - first);
+            for (int64_t i = 0; i < heads; ++i) {
+                const float* q = head(1, b, first_head + i);
+                float* __restrict sum = sums[i];
+                float highest = most[i];
+                for (int64_t j = 0; j < n; ++j) {
+                    score[j] = scale * product(K, q, keys + (first + j) * in.stride(2, 2));
+                    highest = std::max(highest, score[j]);
+                }
+                if (first > 0 && highest > most[i]) {
+                    const float keep = exponential(most[i] - highest);
+                    total[i] *= keep;
+                    for (int64_t x = 0; x < V; ++x) sum[x] *= keep;
+                }
+                most[i] = highest;
+                for (int64_t j = 0; j < n; ++j) {
+                    const float weight = exponential(score[j] - highest);
+                    const float* __restrict row = values + (first + j) * in.stride(3, 2);
+                    total[i] += weight;
+#pragma omp simd
+                    for (int64_t x = 0; x < V; ++x) sum[x] += weight * row[x];
+                }
+            }
+        }
+        for (int64_t i = 0; i < heads; ++i) {
+            float* __restrict o = head(0, b, first_head + i);
+            for (int64_t x = 0; x < V; ++x) o[x] = sums[i][x] / total[i];
+        }
+    }
+}
+
+int32_t run(const Instruction& in) {
+    switch (in.i.kind) {
+        case SEQARCH_MAP: in.i.flags == SEQARCH_BFLOAT16 ? map<bfloat16>(in) : map<float>(in); return SEQARCH_OK;
+        case SEQARCH_ELEMENTWISE: in.i.flags ? elementwise<double>(in) : elementwise<float>(in); return SEQARCH_OK;
+        case SEQARCH_REDUCE: reduce(in); return SEQARCH_OK;
+        case SEQARCH_PRODUCT: product_of(in); return SEQARCH_OK;
+        case SEQARCH_STEP_CONVOLUTION: convolve(in); return SEQARCH_OK;
+        case SEQARCH_STEP_SCAN: return scan(in);
+        case SEQARCH_STEP_LINEAR_ATTENTION: recurrence<false>(in); return SEQARCH_OK;
+        case SEQARCH_STEP_DELTA_RULE: recurrence<true>(in); return SEQARCH_OK;
+        case SEQARCH_ATTEND: attend(in); return SEQARCH_OK;
+        default: return SEQARCH_BAD_ARGUMENT;
+    }
+}
+
+}  // namespace
+
+int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int32_t num_threads) {
+    if (num_threads < 1 || tape->count < 0) return SEQARCH_BAD_ARGUMENT;
+    for (int64_t p = 0; p < tape->patch_count; ++p) {
+        const seqarch_patch& patch = tape->patches[p];
+        *static_cast<int64_t*>(patch.field) = patch.base + patch.factor * registers[patch.number];
+    }
+    double weights = 0;
+    for (int64_t i = 0; i < tape->count; ++i)
+        if (tape->instructions[i].kind == SEQARCH_MAP)
+            weights += static_cast<double>(tape->instructions[i].sizes[1]) * tape->instructions[i].sizes[2];
+    const int team = weights < kSmallWork ? 1 : num_threads;
+    std::atomic<int32_t> code{SEQARCH_OK};
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+#ifdef _OPENMP
+        const Member member{omp_get_thread_num(), omp_get_num_threads()};
+#else
+        const Member member{0, 1};
+#endif
+        for (int64_t i = 0; i < tape->count; ++i) {
+            const seqarch_tape_instruction& each_one = tape->instructions[i];
+            const int32_t own = run({each_one, tape->views + each_one.views, tape->steps + each_one.steps, member});
+            if (own != SEQARCH_OK) code = own;  // the others go on: they would wait for this thread at the barrier
+#pragma omp barrier
+        }
+    }
+    return code;
+}

@@ -1,0 +1,273 @@
+"""The steps of neighbouring layers as one tape, and its runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from seqarch.decoding import elementwise, operations, reductions, shapes  # noqa: F401  (fill RULES)
+from seqarch.decoding.lowering import Call, Called, Lowered, Lowering, Seen, is_wide
+from seqarch.decoding.watch import Watch
+from seqarch.ops.native import huge_pages
+from seqarch.ops.native.tape import Tape, Workspace
+from seqarch.ops.native.view import Amount, Buffer, Unserved, View, side_by_side
+
+if TYPE_CHECKING:
+    from seqarch.decoding.capture import Captured
+
+Leaves = list[Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer in a program.
+
+    Attributes:
+        form: of its state, which a run's has to be.
+        changing: the expressions that change from token to token, by scope; ``amounts`` gives them from the state's
+            whole numbers, and ``limits`` are the largest for which values have room.
+        before: what torch makes of the state's leaves before the tape runs: the values of ``made``.
+        shared: what of other layers gives the same, from the same whole numbers; ``None`` where tensors take part.
+    """
+
+    captured: Captured
+    lowered: Lowered
+    form: tuple[Hashable, ...]
+    changing: list[tuple[int, Amount]]
+    amounts: Callable[..., list[int]]
+    limits: list[int]
+    before: fx.GraphModule
+    made: list[fx.Node]
+    shared: str | None
+
+    def fits(self, leaves: Leaves) -> bool:
+        """Whether a state has the form, and whole numbers, that the layer was captured with."""
+        numbers = _numbers(leaves)
+        if form_of(leaves) != self.form or not self.captured.holds(*numbers):
+            return False
+        return not any(map(operator.gt, self.amounts(*numbers), self.limits))
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """Those that the state's leaves are given to."""
+        return self.captured.inputs[1:]
+
+    def after(self, before: Leaves, values: Mapping[fx.Node, Any]) -> Any:
+        """The state after a token, from the leaves before it and what torch has made."""
+        kinds = zip(before, self.lowered.state, strict=True)
+        new = [old if kind == "kept" else values[what] if kind == "torch" else what for old, (kind, what) in kinds]
+        return pytree.tree_unflatten(new, self.captured.structure)
+
+
+class Program:
+    """Instructions for one token of each of some sequences through layers, from an input and states like these.
+
+    Args:
+        steps: what each layer does, captured with such an input and such a state.
+        modules: all that take part.
+
+    Raises:
+        Unserved: there are none: a parameter is not float32, a module has hooks, a state has gaps.
+    """
+
+    def __init__(self, steps: Sequence[Captured], modules: Iterable[nn.Module], x: Tensor, states: Sequence[Any]):
+        self.watch = Watch(modules)
+        self.tape = tape = Tape(self.watch.take)
+        here, there = tape.value(x.shape), tape.value(x.shape)
+        self.input, kept, count = here, tape.used, 0
+        self.parts: list[Part] = []
+        for captured, state in zip(steps, states, strict=True):
+            tape.scope, tape.used = len(self.parts), kept  # values of all layers lie in the same place
+            leaves, views = pytree.tree_leaves(state), []
+            for leaf in leaves:
+                views.append(_state_view(leaf, count) if isinstance(leaf, Tensor) else None)
+                count += isinstance(leaf, Tensor)
+            tape.limit = _limit(captured, leaves)
+            lowered = Lowering(tape, captured).lower(here, views)
+            tape.copy(lowered.output, there)
+            here, there = there, here
+            self.parts.append(_part(tape, captured, lowered, leaves))
+        self.output = here
+        self._workspaces = [Workspace(tape)]
+        for tensor in tape.tensors.values():
+            huge_pages.collapse(tensor)
+
+    def fits(self, states: Sequence[Any]) -> bool:
+        """Whether the program is right for these states."""
+        return all(part.fits(pytree.tree_leaves(state)) for part, state in zip(self.parts, states, strict=True))
+
+    def run(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """The output for ``x``, and the states after it, tensors replaced in place; any number of threads may.
+
+        The states :meth:`fit <fits>`, and the modules are :meth:`held <Watch.hold>`.
+        """
+        leaves = [pytree.tree_leaves(state) for state in states]
+        numbers = list(map(_numbers, leaves))
+        amounts: dict[tuple[int, Amount], int] = {}
+        for part, own in zip(self.parts, numbers, strict=True):
+            amounts |= zip(part.changing, part.amounts(*own), strict=True)
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:  # as many runs are under way as there are workspaces
+            workspace = Workspace(self.tape)
+        run = Run(workspace, leaves, amounts, self.tape.tensors)
+        workspace.begin(run.states, amounts)
+        workspace.tensor(self.input).copy_(x)
+        after = self._run(run, numbers)
+        y = workspace.tensor(self.output).clone()
+        self._workspaces.append(workspace)
+        return y, after
+
+    def _run(self, run: Run, numbers: list[list[int]]) -> list[Any]:
+        """The instructions, and what torch does before and among them; the states after the token."""
+        known: dict[Hashable, Sequence[Any]] = {}
+        values: list[dict[fx.Node, Any]] = []
+        for i, (part, own, given) in enumerate(zip(self.parts, run.leaves, numbers, strict=True)):
+            key = i if part.shared is None else (part.shared, *given)
+            if key not in known:
+                known[key] = part.before(*own)
+            values.append(dict(zip((*part.inputs, *part.made), (*own, *known[key]), strict=True)))
+            run.give(part, values[-1], part.made)
+        at = 0
+        for i, part in enumerate(self.parts):
+            for call in part.lowered.calls:
+                at = run.instructions(at, call.after)
+                values[i][call.node] = run.call(call, i, values[i])
+                run.give(part, values[i], [call.node])
+        run.instructions(at, len(self.tape.instructions))
+        return [part.after(own, made) for part, own, made in zip(self.parts, run.leaves, values, strict=True)]
+
+    def explain(self) -> list[list[str]]:
+        """For each layer, why torch does what has no instructions."""
+        return [[call.reason for call in part.lowered.calls] for part in self.parts]
+
+
+class Run:
+    """One token under way.
+
+    Attributes:
+        states: the tensors of the state.
+        tables: of the tape, by number; ``new`` are those that instructions have not seen yet.
+    """
+
+    def __init__(
+        self, workspace: Workspace, leaves: list[Leaves], amounts: Mapping[tuple[int, Amount], int],
+        parameters: Mapping[Buffer, Tensor],
+    ):  # fmt: skip
+        self.workspace, self.leaves, self.amounts, self.parameters = workspace, leaves, amounts, parameters
+        self.states = [leaf for own in leaves for leaf in own if isinstance(leaf, Tensor)]
+        self.tables: dict[int, Tensor] = {}
+        self.new: list[int] = []
+
+    def give(self, part: Part, values: Mapping[fx.Node, Any], nodes: Sequence[fx.Node]) -> None:
+        """The tape's tables among these nodes."""
+        for number, node in part.lowered.tables.items():
+            if node in nodes:
+                dtype = torch.float64 if is_wide(node) else torch.float32
+                self.tables[number] = values[node].to(dtype).contiguous()
+                self.new.append(number)
+
+    def instructions(self, first: int, last: int) -> int:
+        if last > first:
+            self.workspace.run(first, last, {number: self.tables[number] for number in self.new})
+            self.new = []
+        return max(first, last)
+
+    def call(self, call: Call, scope: int, values: Mapping[fx.Node, Any]) -> Any:
+        """What torch makes of values, and of numbers of the tape, which it sees as tensors."""
+
+        def operand(value: Any) -> Any:
+            if isinstance(value, Called):
+                return values[value.node]
+            return self.tensor(value.view, scope).to(value.dtype) if isinstance(value, Seen) else value
+
+        args, kwargs = pytree.tree_map(operand, (call.args, call.kwargs))
+        return call.node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def tensor(self, view: View, scope: int) -> Tensor:
+        """Numbers of the tape as torch sees them."""
+
+        def now(amount: Amount) -> int:
+            return amount if isinstance(amount, int) else self.amounts[scope, amount]
+
+        offset, sizes, strides = now(view.offset), tuple(map(now, view.sizes)), tuple(map(now, view.strides))
+        buffer = view.buffer
+        if buffer.kind in ("value", "lasting"):
+            return self.workspace.tensor(replace(view, offset=offset, sizes=sizes, strides=strides))
+        if buffer.kind == "parameter":
+            memory = self.parameters[buffer]
+        else:
+            memory = self.states[buffer.what] if buffer.kind == "state" else self.tables[buffer.what]
+        return memory.as_strided(sizes, strides, memory.storage_offset() + offset)
+
+
+def _limit(captured: Captured, leaves: Leaves) -> Callable[[Amount], int]:
+    """Room for values whose size changes: for twice the tokens so far, and some."""
+    numbers = [2 * leaf + ROOM for leaf in leaves if type(leaf) is int]
+    return lambda amount: captured.function([amount])(*numbers)[0]
+
+
+ROOM = 64
+"""Tokens."""
+
+
+def _part(tape: Tape, captured: Captured, lowered: Lowered, leaves: Leaves) -> Part:
+    changing = list(dict.fromkeys([*tape.amounts(tape.scope), *_of_calls(lowered.calls)]))
+    before, made, shared = _before(captured, lowered)
+    names, limits = [(tape.scope, each) for each in changing], [tape.limit(each) for each in changing]
+    amounts = captured.function(changing)
+    return Part(captured, lowered, form_of(leaves), names, amounts, limits, before, made, shared)
+
+
+def _of_calls(calls: Sequence[Call]) -> list[Amount]:
+    operands = [each for call in calls for each in pytree.tree_leaves((call.args, call.kwargs))]
+    views = [each.view for each in operands if isinstance(each, Seen)]
+    amounts = [amount for view in views for amount in (view.offset, *view.sizes, *view.strides)]
+    return [amount for amount in amounts if not isinstance(amount, int)]
+
+
+def _before(captured: Captured, lowered: Lowered) -> tuple[fx.GraphModule, list[fx.Node], str | None]:
+    """What torch does before the tape as a function of the state's leaves; its code where nothing else takes part."""
+    graph, inputs, nodes = fx.Graph(), captured.inputs[1:], lowered.before
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output([copies[node] for node in nodes])
+    module = fx.GraphModule(captured.graph, graph)
+    read = {each for node in nodes for each in node.all_input_nodes if each.op == "placeholder"}
+    tensors = any(isinstance(node.meta.get("val"), Tensor) for node in read)
+    alone = not tensors and all(node.op != "get_attr" for node in nodes)
+    return module, nodes, module.code if alone else None
+
+
+def form_of(leaves: Leaves) -> tuple[Hashable, ...]:
+    """What a program is written for: shapes and dtypes of tensors on the CPU without gaps, and where numbers stand."""
+    return tuple(
+        (leaf.shape, leaf.dtype, _is_plain(leaf)) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers lie side by side in this process's memory, and nobody wants their gradients."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
+
+
+def _numbers(leaves: Leaves) -> list[int]:
+    return [leaf for leaf in leaves if type(leaf) is int]
+
+
+def _state_view(leaf: Tensor, number: int) -> View:
+    if not _is_plain(leaf) or leaf.dtype not in STATES:
+        raise Unserved(f"a tensor of the state is {leaf.dtype} on {leaf.device}, has gaps, or wants gradients")
+    wide = leaf.dtype == torch.float64
+    return View(Buffer("state", number), 0, tuple(leaf.shape), side_by_side(leaf.shape), wide)
+
+
+STATES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
+"""Of tensors in a state; those without a fraction are torch's alone."""
