@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from seqarch.models.stack import Stack, StackLayer, StackState
+from seqarch.models.stack import Stack, StackState
+from seqarch.models.stack_layer import StackLayer
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from experiments.training.processes import gloo_in_order
 from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
-from seqarch.models.stack import StackLayer
+from seqarch.models.stack_layer import StackLayer
 from seqarch.parallel import Edge, own_slice, sequence_parallel, sum_gradients
 from seqarch.testing import D_MODEL, assert_close
 

@@ -9,7 +9,7 @@ module:
     Mamba               seqarch/layers/state_space/mamba.py
     Mlp, SwiGlu         seqarch/layers/channel/mlp.py
     ShortConvolution    seqarch/layers/modules/short_conv.py
-    StackLayer          seqarch/models/stack.py
+    StackLayer          seqarch/models/stack_layer.py
 
 ``Stack.explain_one_token`` reports which layers of a stack are compiled, and why others are not.
 """
@@ -32,7 +32,8 @@ from seqarch.ops.native import token
 from seqarch.ops.native.token import MOST_ROWS, Program, Unserved
 
 if TYPE_CHECKING:
-    from seqarch.models.stack import StackLayer, StackState
+    from seqarch.models.stack import StackState
+    from seqarch.models.stack_layer import StackLayer
 
 
 Part = tuple[Program, list["StackLayer"]]

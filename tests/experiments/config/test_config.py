@@ -252,7 +252,8 @@ def test_an_option_that_came_later_changes_no_folder_until_it_is_used(tmp_path):
     for option, value in plain.items():
         if option not in ALWAYS:
             assert tiny_config(tmp_path, **{f"model__{option}": value}).digest() == config.digest()
-    for option, value in {"logit_scale": 0.5, "zero_centred_norms": True, "output_factors": {"attention": 2.0}}.items():
+    given = {"logit_scale": 0.5, "zero_centred_norms": True, "output_factors": {"attention": 2.0}}
+    for option, value in {**given, "norm": "layer", "norm_placements": {"attention": "post"}}.items():
         used = tiny_config(tmp_path, **{f"model__{option}": value})
         assert used.identity()["model"][option] == value
         assert used.digest() != config.digest()

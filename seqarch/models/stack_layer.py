@@ -1,0 +1,142 @@
+"""One layer of a stack: mixers side by side on the residual stream, then a channel mixer, with their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from seqarch.layers import build_channel_mixer, build_mixer
+from seqarch.layers.mixer import CuSeqlens, State
+from seqarch.layers.modules.norms import build_norm
+from seqarch.models.config import PLACEMENTS, StackConfig
+from seqarch.models.pattern import LayerPattern
+from seqarch.ops.dispatch.eager import is_plain
+from seqarch.ops.native.token import Program, Unserved, Value
+
+
+class StackLayer(nn.Module):
+    """``x + mix(norm(x))``, then ``x + channel(norm(x))``; or with the norms elsewhere, as ``norm_placement`` says.
+
+    Mixers side by side read the same input; their outputs are summed with one learnt weight per branch
+    and channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3; its norm of each branch is
+    ``branch_norm``, here after the branch's output projection). Of norms of what is added there is one a mixer.
+
+    Constants of the config's ``input_factors``, ``output_factors`` and ``residual_factors`` are no weights: they do not
+    train and are in no state dict. What is not 1 there multiplies what a mixer or channel mixer reads and gives, and
+    the residual stream that this is added to.
+    """
+
+    no_weight_decay = ("branch_weights",)
+
+    def __init__(self, config: StackConfig, pattern: LayerPattern):
+        super().__init__()
+        self.width = width = config.d_model
+        channel = config.channel_of(pattern)
+        self.placement, self.channel_placement = config.placements_of(pattern)
+        self.norm = _norm(config, self.placement.reads or self.placement.sums)
+        self.mixers = nn.ModuleList(
+            build_mixer(name, d_model=width, **config.mixers.get(name, {})) for name in pattern.mixers
+        )
+        self.branches = branches = len(self.mixers)
+        weights = torch.full((branches, width), 1 / branches)
+        self.branch_weights = nn.Parameter(weights) if branches > 1 and config.branch_weights else None
+        normed = config.branch_norm and branches > 1
+        self.branch_norm = nn.RMSNorm(width, config.norm_eps, elementwise_affine=False) if normed else nn.Identity()
+        norms = [_norm(config, self.placement.writes) for _ in pattern.mixers]
+        self.post_norms = nn.ModuleList(norms) if self.placement.writes else None
+        self.channel_norm, self.channel, self.channel_post_norm = None, None, None
+        if channel != "none":
+            place = self.channel_placement
+            self.channel_norm = _norm(config, place.reads or place.sums)
+            self.channel = build_channel_mixer(channel, d_model=width, **config.channels.get(channel, {}))
+            self.channel_post_norm = _norm(config, True) if place.writes else None
+        names = (*pattern.mixers, channel)  # of each its factors: of what it reads, and of what it gives
+        self.factors = [(config.input_factors.get(n, 1.0), config.output_factors.get(n, 1.0)) for n in names]
+        self.residual_factors = [config.residual_factors.get(n, 1.0) for n in (pattern.mixers[0], channel)]
+
+    def forward(
+        self,
+        x: Tensor,
+        states: Sequence[State],
+        cu_seqlens: CuSeqlens,
+        token_mask: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """The outputs ``[B, T, D]``, or ``[1, M, D]`` of the tokens at ``places``, and the mixers' states after them.
+
+        Args:
+            places: int64 ``[M]``, tokens by their places among all ``B T``, where :meth:`narrows` says so.
+        """
+        read = self.norm(x) if self.placement.reads else x
+        results = [
+            mixer(_times(factor, read), state, cu_seqlens)
+            for mixer, state, (factor, _) in zip(self.mixers, states, self.factors[:-1], strict=True)
+        ]
+        x = _times(self.residual_factors[0], read if self.placement.keeps else x)
+        for y in self._branches([y for y, _ in results]):
+            x = x + y
+        x = self.norm(x) if self.placement.sums else x
+        if places is not None:
+            x, token_mask = at(places, x), None
+        return self._mix_channels(x, token_mask), tuple(state for _, state in results)
+
+    def _branches(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """What is added to the residual stream for the outputs of the mixers."""
+        outputs = [self.branch_norm(y) for y in outputs]
+        if self.post_norms is not None:
+            outputs = [norm(y) for norm, y in zip(self.post_norms, outputs, strict=True)]
+        branches = [_times(factor, y) for y, (_, factor) in zip(outputs, self.factors[:-1], strict=True)]
+        weights = None if self.branch_weights is None else self.branch_weights.unbind(0)
+        return branches if weights is None else [w.to(y.dtype) * y for w, y in zip(weights, branches, strict=True)]
+
+    def _mix_channels(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """The residual stream ``[B, T, D]`` after the channel mixer."""
+        if self.channel is None or self.channel_norm is None:
+            return x
+        place, (factor, written) = self.channel_placement, self.factors[-1]
+        read = self.channel_norm(x) if place.reads else x
+        y = self.channel(_times(factor, read), token_mask)
+        y = _times(written, y if self.channel_post_norm is None else self.channel_post_norm(y))
+        x = _times(self.residual_factors[1], read if place.keeps else x) + y
+        return self.channel_norm(x) if place.sums else x
+
+    def narrows(self) -> bool:
+        """Whether the channel mixer need not see tokens that nobody asks for, and nobody watches what it sees.
+
+        One that counts tokens, as a router does, needs to see all.
+        """
+        parts = (self.channel_norm, self.channel, self.channel_post_norm)
+        after = [each for part in parts if part is not None for each in part.modules()]
+        return not getattr(self.channel, "takes_mask", False) and all(is_plain(module) for module in (self, *after))
+
+    def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
+        if self.branches > 1:
+            raise Unserved("mixers side by side have no instructions for one token")
+        if any(factor != 1 for factors in (*self.factors, self.residual_factors) for factor in factors):
+            raise Unserved("factors of what mixers read or give have no instructions for one token")
+        if any(place != PLACEMENTS["pre"] for place in (self.placement, self.channel_placement)):
+            raise Unserved("norms elsewhere than before a mixer have no instructions for one token")
+        program.include(self.mixers[0], program.include(self.norm, x), states[0], x)
+        program.forget(x)
+        if self.channel is not None and self.channel_norm is not None:
+            program.include(self.channel, program.include(self.channel_norm, x), x)
+            program.forget(x)
+        return x
+
+
+def _norm(config: StackConfig, wanted: bool) -> nn.Module:
+    """A norm of the residual stream, or none."""
+    if not wanted:
+        return nn.Identity()
+    return build_norm(config.norm, config.d_model, config.norm_eps, config.zero_centred_norms)
+
+
+def _times(factor: float, x: Tensor) -> Tensor:
+    return x if factor == 1 else factor * x
+
+
+def at(places: Tensor, x: Tensor) -> Tensor:
+    """``[1, M, ...]``: what ``x [B, T, ...]`` holds at these of its ``B T`` places."""
+    return x.flatten(0, 1).index_select(0, places).unsqueeze(0)
