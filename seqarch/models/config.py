@@ -48,7 +48,8 @@ class StackConfig:
         pattern: the layers' mixers, in the language of :mod:`seqarch.models.pattern`.
         depth: number of layers; a multiple of the pattern's length.
         channel: channel mixer of the layers for which the pattern names none; ``"none"`` leaves it out.
-        mixers: options by mixer name, as ``{"mamba2": {"d_state": 64}}``.
+        mixers: options by mixer name, as ``{"mamba2": {"d_state": 64}}``; those of an occurrence in the pattern, as
+            ``mamba2(d_state=64)``, go before them.
         channels: options by channel mixer name.
         norm_eps: added to the mean square or the variance in the norms of the residual stream.
         branch_norm: an RMS norm of each branch, without weights, before branches side by side are summed.
@@ -96,8 +97,11 @@ class StackConfig:
                 channel_mixer_class(name)
         self._check_factors(layers)
         self._check_placements(layers)
-        _check_layer_options("mixer", self.mixers)
-        _check_layer_options("channel mixer", self.channels)
+        _check_layer_options("mixer", self.mixers.items())
+        _check_layer_options("channel mixer", self.channels.items())
+        for layer in layers:
+            _check_layer_options("mixer", zip(layer.mixers, layer.options, strict=True))
+            _check_layer_options("channel mixer", [(self.channel_of(layer), layer.channel_options)])
 
     def channel_of(self, layer: LayerPattern) -> str:
         """The name of a layer's channel mixer, ``"none"`` without one."""
@@ -174,8 +178,8 @@ def _check_agreement(option: str, given: Mapping[str, Any], default: Any, layers
             raise ValueError(f"{option} of mixers side by side must be the same, got {shown} in {layer}")
 
 
-def _check_layer_options(kind: str, given: Mapping[str, Any]) -> None:
-    for name, options in given.items():
+def _check_layer_options(kind: str, given: Iterable[tuple[str, Any]]) -> None:
+    for name, options in given:
         if not isinstance(options, dict):
             raise ValueError(f"{kind} {name!r}: expected a dict of options, got {show(options)}")
         for option in options:

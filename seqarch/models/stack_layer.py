@@ -37,7 +37,8 @@ class StackLayer(nn.Module):
         self.placement, self.channel_placement = config.placements_of(pattern)
         self.norm = _norm(config, self.placement.reads or self.placement.sums)
         self.mixers = nn.ModuleList(
-            build_mixer(name, d_model=width, **config.mixers.get(name, {})) for name in pattern.mixers
+            build_mixer(name, d_model=width, **{**config.mixers.get(name, {}), **own})
+            for name, own in zip(pattern.mixers, pattern.options, strict=True)
         )
         self.branches = branches = len(self.mixers)
         weights = torch.full((branches, width), 1 / branches)
@@ -50,7 +51,8 @@ class StackLayer(nn.Module):
         if channel != "none":
             place = self.channel_placement
             self.channel_norm = _norm(config, place.reads or place.sums)
-            self.channel = build_channel_mixer(channel, d_model=width, **config.channels.get(channel, {}))
+            options = {**config.channels.get(channel, {}), **pattern.channel_options}
+            self.channel = build_channel_mixer(channel, d_model=width, **options)
             self.channel_post_norm = _norm(config, True) if place.writes else None
         names = (*pattern.mixers, channel)  # of each its factors: of what it reads, and of what it gives
         self.factors = [(config.input_factors.get(n, 1.0), config.output_factors.get(n, 1.0)) for n in names]
