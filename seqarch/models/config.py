@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,6 +39,10 @@ PLACEMENTS: dict[str, Placement] = {
 """``x + f(norm(x))``; ``x + norm(f(x))``; ``x + norm(f(norm(x)))``; ``norm(x) + f(norm(x))``; ``norm(x + f(x))``."""
 
 
+PARALLEL = ("none", "one_norm", "two_norms")
+"""Whether a layer's channel mixer stands beside its mixers, and reads their norm or one of its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
     """A stack of layers.
@@ -65,6 +69,9 @@ class StackConfig:
             ``norm(x) + f(norm(x))`` (MiniMax-01); ``"sum"``, ``norm(x + f(x))`` (Vaswani et al. 2017).
         norm_placements: another by the name of a mixer, which holds for the whole layer, or of a channel mixer, as
             ``{"attention": "post"}``; the same for mixers side by side.
+        parallel: ``"one_norm"`` adds mixers and channel mixer to the same residual stream, ``x + mix(norm(x)) +
+            channel(norm(x))`` (GPT-J, Cohere); ``"two_norms"`` with a norm for each (GPT-NeoX); ``"none"`` has them one
+            after the other.
     """
 
     d_model: int
@@ -83,6 +90,7 @@ class StackConfig:
     zero_centred_norms: bool = False
     norm_placement: str = "pre"
     norm_placements: dict[str, str] = field(default_factory=dict)
+    parallel: str = "none"
 
     def __post_init__(self):
         check_options(self)
@@ -95,6 +103,8 @@ class StackConfig:
         for name in (*self.channels, *(self.channel_of(layer) for layer in layers)):
             if name != "none":
                 channel_mixer_class(name)
+        if self.parallel not in PARALLEL:
+            raise unknown_name("parallel", self.parallel, PARALLEL)
         self._check_factors(layers)
         self._check_placements(layers)
         _check_layer_options("mixer", self.mixers.items())
@@ -117,14 +127,36 @@ class StackConfig:
             factors = getattr(self, option)
             check_factors(option, list(factors.values()), len(factors))
             self._check_names(option, factors, layers)
-        _check_agreement("residual_factors", self.residual_factors, 1.0, layers)
+        self._check_agreement("residual_factors", 1.0, layers)
 
     def _check_placements(self, layers: Iterable[LayerPattern]) -> None:
         self._check_names("norm_placements", self.norm_placements, layers)
         for place in (self.norm_placement, *self.norm_placements.values()):
             if not isinstance(place, str) or place not in PLACEMENTS:
                 raise unknown_name("placement of norms", place, PLACEMENTS)
-        _check_agreement("norm_placements", self.norm_placements, self.norm_placement, layers)
+        self._check_agreement("norm_placements", self.norm_placement, layers)
+        if self.parallel == "two_norms":
+            for layer in layers:
+                place, _ = self.placements_of(layer)
+                if place.keeps or place.sums:
+                    raise ValueError(
+                        "parallel is 'two_norms', and norm_placement has one norm of the residual stream itself in"
+                        f" {layer}: expected parallel='one_norm'"
+                    )
+
+    def _check_agreement(self, option: str, default: Any, layers: Iterable[LayerPattern]) -> None:
+        """Raise where those side by side, which read and are added to one residual stream, do not have the same."""
+        given = getattr(self, option)
+        for layer in layers:
+            own = {name: given.get(name, default) for name in layer.mixers}
+            channel = self.channel_of(layer)
+            if self.parallel != "none" and channel != "none":
+                # what holds for a layer's mixers holds for its channel mixer, of which nothing else is said
+                of_layer = next(iter(own.values())) if option == "norm_placements" else default
+                own[channel] = given.get(channel, of_layer)
+            if len(set(own.values())) > 1:
+                shown = ", ".join(f"{name}: {value!r}" for name, value in own.items())
+                raise ValueError(f"{option} of what is side by side must be the same, got {shown} in {layer}")
 
     def _check_names(self, option: str, given: Iterable[str], layers: Iterable[LayerPattern]) -> None:
         """Raise unless these are names of mixers or channel mixers, or paths of such in this stack."""
@@ -167,15 +199,6 @@ class LMConfig(StackConfig):
             raise ValueError(f"vocab_size must be at most {MOST_COUNTED}, got {self.vocab_size}")
         check_norm("embedding_norm", self.embedding_norm, "none")
         check_norm("final_norm", self.final_norm or self.norm, "none")
-
-
-def _check_agreement(option: str, given: Mapping[str, Any], default: Any, layers: Iterable[LayerPattern]) -> None:
-    """Raise where mixers side by side, which read and are added to one residual stream, do not have the same."""
-    for layer in layers:
-        own = {name: given.get(name, default) for name in layer.mixers}
-        if len(set(own.values())) > 1:
-            shown = ", ".join(f"{name}: {value!r}" for name, value in own.items())
-            raise ValueError(f"{option} of mixers side by side must be the same, got {shown} in {layer}")
 
 
 def _check_layer_options(kind: str, given: Iterable[tuple[str, Any]]) -> None:

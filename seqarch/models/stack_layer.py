@@ -17,7 +17,8 @@ from seqarch.ops.native.token import Program, Unserved, Value
 
 
 class StackLayer(nn.Module):
-    """``x + mix(norm(x))``, then ``x + channel(norm(x))``; or with the norms elsewhere, as ``norm_placement`` says.
+    """``x + mix(norm(x))``, then ``x + channel(norm(x))``; or with the norms elsewhere, as ``norm_placement`` says, or
+    both on the same x, as ``parallel`` does.
 
     Mixers side by side read the same input; their outputs are summed with one learnt weight per branch
     and channel, ``1 / branches`` at first (after Dong et al. 2024, "Hymba", eq. 3; its norm of each branch is
@@ -48,9 +49,10 @@ class StackLayer(nn.Module):
         norms = [_norm(config, self.placement.writes) for _ in pattern.mixers]
         self.post_norms = nn.ModuleList(norms) if self.placement.writes else None
         self.channel_norm, self.channel, self.channel_post_norm = None, None, None
+        self.parallel = config.parallel if channel != "none" else "none"
         if channel != "none":
             place = self.channel_placement
-            self.channel_norm = _norm(config, place.reads or place.sums)
+            self.channel_norm = _norm(config, (place.reads or place.sums) and config.parallel != "one_norm")
             options = {**config.channels.get(channel, {}), **pattern.channel_options}
             self.channel = build_channel_mixer(channel, d_model=width, **options)
             self.channel_post_norm = _norm(config, True) if place.writes else None
@@ -76,13 +78,32 @@ class StackLayer(nn.Module):
             mixer(_times(factor, read), state, cu_seqlens)
             for mixer, state, (factor, _) in zip(self.mixers, states, self.factors[:-1], strict=True)
         ]
-        x = _times(self.residual_factors[0], read if self.placement.keeps else x)
-        for y in self._branches([y for y, _ in results]):
-            x = x + y
-        x = self.norm(x) if self.placement.sums else x
+        branches, after = self._branches([y for y, _ in results]), tuple(state for _, state in results)
+        kept = read if self.placement.keeps else x
+        if self.parallel != "none":
+            shared = self.parallel == "one_norm"
+            return self._beside(kept, read if shared else x, branches, token_mask, places), after
+        x = self._sum(kept, branches)
         if places is not None:
             x, token_mask = at(places, x), None
-        return self._mix_channels(x, token_mask), tuple(state for _, state in results)
+        return self._mix_channels(x, token_mask), after
+
+    def _sum(self, kept: Tensor, branches: Sequence[Tensor]) -> Tensor:
+        """The residual stream after branches were added to it."""
+        x = _times(self.residual_factors[0], kept)
+        for y in branches:
+            x = x + y
+        return self.norm(x) if self.placement.sums else x
+
+    def _beside(
+        self, kept: Tensor, read: Tensor, branches: list[Tensor], token_mask: Tensor | None, places: Tensor | None
+    ) -> Tensor:
+        """The residual stream after mixers and the channel mixer, which stand side by side."""
+        if places is not None:
+            kept, read, *branches = (at(places, each) for each in (kept, read, *branches))
+            token_mask = None
+        assert self.channel_norm is not None
+        return self._sum(kept, [*branches, self._channel_branch(self.channel_norm(read), token_mask)])
 
     def _branches(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """What is added to the residual stream for the outputs of the mixers."""
@@ -97,12 +118,18 @@ class StackLayer(nn.Module):
         """The residual stream ``[B, T, D]`` after the channel mixer."""
         if self.channel is None or self.channel_norm is None:
             return x
-        place, (factor, written) = self.channel_placement, self.factors[-1]
+        place = self.channel_placement
         read = self.channel_norm(x) if place.reads else x
-        y = self.channel(_times(factor, read), token_mask)
-        y = _times(written, y if self.channel_post_norm is None else self.channel_post_norm(y))
+        y = self._channel_branch(read, token_mask)
         x = _times(self.residual_factors[1], read if place.keeps else x) + y
         return self.channel_norm(x) if place.sums else x
+
+    def _channel_branch(self, read: Tensor, token_mask: Tensor | None) -> Tensor:
+        """What is added to the residual stream for the channel mixer, of what it reads."""
+        assert self.channel is not None
+        factor, written = self.factors[-1]
+        y = self.channel(_times(factor, read), token_mask)
+        return _times(written, y if self.channel_post_norm is None else self.channel_post_norm(y))
 
     def narrows(self) -> bool:
         """Whether the channel mixer need not see tokens that nobody asks for, and nobody watches what it sees.
@@ -120,11 +147,18 @@ class StackLayer(nn.Module):
             raise Unserved("factors of what mixers read or give have no instructions for one token")
         if any(place != PLACEMENTS["pre"] for place in (self.placement, self.channel_placement)):
             raise Unserved("norms elsewhere than before a mixer have no instructions for one token")
-        program.include(self.mixers[0], program.include(self.norm, x), states[0], x)
-        program.forget(x)
-        if self.channel is not None and self.channel_norm is not None:
-            program.include(self.channel, program.include(self.channel_norm, x), x)
+        read, channel, norm = program.include(self.norm, x), self.channel, self.channel_norm
+        if channel is None or norm is None:
+            program.include(self.mixers[0], read, states[0], x)
+        elif self.parallel != "none":  # the channel mixer's input is read before x changes
+            beside = read if self.parallel == "one_norm" else program.include(norm, x)
+            program.include(self.mixers[0], read, states[0], x)
+            program.include(channel, beside, x)
+        else:
+            program.include(self.mixers[0], read, states[0], x)
             program.forget(x)
+            program.include(channel, program.include(norm, x), x)
+        program.forget(x)
         return x
 
 

@@ -129,6 +129,44 @@ def test_mixers_side_by_side_have_a_norm_each_of_what_they_add():
     holds_the_laws(model)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "place"),
+    [
+        *((each, place) for each in ("one_norm", "two_norms") for place in ("pre", "both", "post")),
+        *(("one_norm", place) for place in ("residual", "sum")),
+    ],
+)
+def test_a_parallel_block_reads_and_writes_one_residual_stream(parallel: str, place: str):
+    """Mixers and channel mixer beside each other: GPT-J's block with one norm, GPT-NeoX's with two."""
+    constants: dict[str, Any] = {
+        "residual_factors": {"attention": 0.7, "mamba2": 0.7, "mlp": 0.7},
+        "output_factors": {"mlp": 0.4, "mamba2": 2.0},
+        "input_factors": {"mlp": 3.0},
+        "channel": "mlp",
+    }
+    options = {"parallel": parallel, "norm_placement": place, **constants}
+    model, x = stack("mamba2+attention attention", 2, **options), torch.randn(2, 9, 32).double()
+    assert [layer.parallel for layer in model.layers] == [parallel] * 2
+    expected = x
+    for layer in model.layers:
+        own: Any = layer
+        norms = norms_of(own.norm)
+        second = norms_of(own.channel_norm) or norms
+        assert (norms == second) == (parallel == "one_norm" or place == "post")
+        after, (channel_after, *_) = norms_of(*(own.post_norms or ())), [*norms_of(own.channel_post_norm), lambda y: y]
+        reads = place in ("pre", "both", "residual")
+        read, channel_read = (n[0](expected) if reads else expected for n in (norms, second))
+        factors = [2.0, 1.0] if len(own.mixers) == 2 else [1.0]
+        added = channel_after(own.channel(3 * channel_read)) * 0.4
+        for i, mixer in enumerate(own.mixers):
+            y = mixer(read)[0]
+            added = added + factors[i] / len(factors) * (after[i](y) if after else y)
+        expected = 0.7 * (read if place == "residual" else expected) + added
+        expected = norms[0](expected) if place == "sum" else expected
+    assert_close(model(x)[0], expected, 1e-12)
+    holds_the_laws(model)
+
+
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("zero_centred", [False, True])
 def test_each_kind_is_torchs(kind: str, zero_centred: bool):
@@ -191,11 +229,24 @@ def test_a_language_model_has_them_before_and_after_its_stack(kind: str):
         ({"residual_factors": {"mamba2": 0.0}}, "residual_factors must be 1 positive numbers"),
         (
             {"pattern": "mamba2+attention", "norm_placements": {"mamba2": "post"}},
-            "norm_placements of mixers side by side must be the same, got mamba2: 'post', attention: 'pre'",
+            "norm_placements of what is side by side must be the same, got mamba2: 'post', attention: 'pre'",
         ),
         (
             {"pattern": "mamba2+attention", "residual_factors": {"mamba2": 0.5}},
-            "residual_factors of mixers side by side must be the same, got mamba2: 0.5, attention: 1.0 in mamba2",
+            "residual_factors of what is side by side must be the same, got mamba2: 0.5, attention: 1.0 in mamba2",
+        ),
+        ({"parallel": "yes"}, "unknown parallel 'yes': expected one of none, one_norm, two_norms"),
+        (
+            {"parallel": "one_norm", "norm_placements": {"swiglu": "post"}},
+            "norm_placements of what is side by side must be the same, got mamba2: 'pre', swiglu: 'post' in mamba2",
+        ),
+        (
+            {"parallel": "one_norm", "residual_factors": {"mamba2": 0.5}},
+            "residual_factors of what is side by side must be the same, got mamba2: 0.5, swiglu: 1.0 in mamba2",
+        ),
+        (
+            {"parallel": "two_norms", "norm_placement": "sum"},
+            "parallel is 'two_norms', and norm_placement has one norm of the residual stream itself in mamba2",
         ),
     ],
 )

@@ -130,6 +130,17 @@ def test_constants_beside_the_weights_go_by_torch(runs: Runs):
         compare(stack, 1, runs, programs=0)
 
 
+@pytest.mark.parametrize("parallel", ["one_norm", "two_norms"])
+def test_parallel_blocks_are_compiled(parallel: str, runs: Runs):
+    stack = make(channel="swiglu", parallel=parallel)
+    with torch.no_grad():
+        for name, parameter in stack.named_parameters():
+            if "norm" in name:
+                nn.init.normal_(parameter, 1.0, 0.3)
+    assert {*stack.explain_one_token()} == {"compiled"}
+    compare(stack, 3, runs)
+
+
 def test_from_no_state_on(runs: Runs):
     stack, x = make(), torch.randn(1, 1, 96)
     with torch.no_grad():
