@@ -36,6 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
 PATTERNS = {
     **{name: f"2*{name}" for name in MIXERS},
     "hybrid": "mamba2 sliding_window+gated_delta_net/mlp",
+    "first values": "rwkv7(value_residual=give) rwkv7(value_residual=take)",
 }
 PAIRS = ("attention", "gated_delta_net", "hybrid", "mamba2")
 """Patterns that two processes share as well."""

@@ -16,7 +16,7 @@ module:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ class OneToken:
     may share one: programs are only read.
     """
 
-    def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState]]):
+    def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState, Mapping[str, Any]]]):
         self.otherwise = otherwise
         self.programs: dict[int, list[Part]] = {}
 
@@ -59,11 +59,12 @@ class OneToken:
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
         after: list[Any] = []
+        handed: Mapping[str, Any] = {"input": x}
         for (program, part), storages in self._parts(layers, len(x)):
             before = state[len(after) : len(after) + len(part)]
             y = None if storages is None else program.run(x, _tensors(before))
             if y is None:
-                x, before = self.otherwise(part, x, before, None)
+                x, before, handed = self.otherwise(part, x, before, None, None, None, handed)
             else:
                 x = y
             after += before

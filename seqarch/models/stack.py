@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.models.config import StackConfig
 from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import tile_pattern
-from seqarch.models.stack_layer import StackLayer, at
+from seqarch.models.stack_layer import INPUT, StackLayer, at, check_exchange, run_layer
 from seqarch.ops.dispatch.checks import show
 
 StackState = tuple[tuple[State, ...], ...]
@@ -30,16 +30,27 @@ def in_turn(
     places: Tensor | None = None,
 ) -> tuple[Tensor, StackState]:
     """The outputs ``[B, T, D]`` of layers one after another, or ``[1, M, D]`` at some places; the state after them."""
+    return hand_on(layers, x, state, cu_seqlens, token_mask, places, {INPUT: x})[:2]
+
+
+def hand_on(
+    layers: Sequence[StackLayer],
+    x: Tensor,
+    state: StackState | None,
+    cu_seqlens: CuSeqlens,
+    token_mask: Tensor | None,
+    places: Tensor | None,
+    handed: Mapping[str, Any],
+) -> tuple[Tensor, StackState, Mapping[str, Any]]:
+    """As :func:`in_turn`, of some of a stack's layers; with what those before gave and those after are handed."""
     after = []
     narrow = places is not None and bool(layers) and layers[-1].narrows()
     for i, layer in enumerate(layers):
         before = (None,) * len(layer.mixers) if state is None else state[i]
-        if narrow and i == len(layers) - 1:
-            x, carried = layer(x, before, cu_seqlens, token_mask, places)
-        else:
-            x, carried = layer(x, before, cu_seqlens, token_mask)
+        asked = places if narrow and i == len(layers) - 1 else None
+        x, carried, handed = run_layer(layer, x, before, cu_seqlens, token_mask, asked, handed)
         after.append(carried)
-    return x if places is None or narrow else at(places, x), tuple(after)
+    return x if places is None or narrow else at(places, x), tuple(after), handed
 
 
 def _check_state(state: StackState, layers: Sequence[StackLayer]) -> None:
@@ -82,8 +93,9 @@ class Stack(Configured):
             raise ValueError(f"stack: config is {show(config)}, expected a StackConfig")
         self.config = config
         self.layers = nn.ModuleList(StackLayer(config, layer) for layer in tile_pattern(config.pattern, config.depth))
+        check_exchange(self._layers())
         self.schedule: Schedule = in_turn
-        self.token_programs = OneToken(in_turn)
+        self.token_programs = OneToken(hand_on)
 
     def forward(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from seqarch.models.config import PLACEMENTS, StackConfig
 from seqarch.models.pattern import LayerPattern
 from seqarch.ops.dispatch.eager import is_plain
 from seqarch.ops.native.token import Program, Unserved, Value
+
+INPUT = "input"
+"""The name by which mixers take what the stack was given."""
 
 
 class StackLayer(nn.Module):
@@ -30,6 +34,8 @@ class StackLayer(nn.Module):
     """
 
     no_weight_decay = ("branch_weights",)
+    exchanges = False
+    """Whether a mixer takes something of an earlier layer, or gives something to later ones."""
 
     def __init__(self, config: StackConfig, pattern: LayerPattern):
         super().__init__()
@@ -41,6 +47,7 @@ class StackLayer(nn.Module):
             build_mixer(name, d_model=width, **{**config.mixers.get(name, {}), **own})
             for name, own in zip(pattern.mixers, pattern.options, strict=True)
         )
+        self.exchanges = any(mixer.takes or mixer.gives for mixer in self.mixers)  # type: ignore[union-attr]
         self.branches = branches = len(self.mixers)
         weights = torch.full((branches, width), 1 / branches)
         self.branch_weights = nn.Parameter(weights) if branches > 1 and config.branch_weights else None
@@ -67,26 +74,39 @@ class StackLayer(nn.Module):
         cu_seqlens: CuSeqlens,
         token_mask: Tensor | None = None,
         places: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[State, ...]]:
+        handed: Mapping[str, Any] | None = None,
+    ) -> Any:
         """The outputs ``[B, T, D]``, or ``[1, M, D]`` of the tokens at ``places``, and the mixers' states after them.
 
         Args:
             places: int64 ``[M]``, tokens by their places among all ``B T``, where :meth:`narrows` says so.
+            handed: by name what earlier layers gave, of a layer that ``exchanges``; it then returns as a third what
+                later layers are handed.
         """
         read = self.norm(x) if self.placement.reads else x
+        exchanged = () if handed is None else (handed,)
         results = [
-            mixer(_times(factor, read), state, cu_seqlens)
+            mixer(_times(factor, read), state, cu_seqlens, *exchanged)
             for mixer, state, (factor, _) in zip(self.mixers, states, self.factors[:-1], strict=True)
         ]
-        branches, after = self._branches([y for y, _ in results]), tuple(state for _, state in results)
+        y = self._after_mixers(x, read, self._branches([y for y, *_ in results]), token_mask, places)
+        after = tuple(state for _, state, *_ in results)
+        if handed is None:
+            return y, after
+        return y, after, {**handed, **{name: each for *_, given in results for name, each in given.items()}}
+
+    def _after_mixers(
+        self, x: Tensor, read: Tensor, branches: list[Tensor], token_mask: Tensor | None, places: Tensor | None
+    ) -> Tensor:
+        """The residual stream after the layer, of what its mixers read and what is added for them."""
         kept = read if self.placement.keeps else x
         if self.parallel != "none":
             shared = self.parallel == "one_norm"
-            return self._beside(kept, read if shared else x, branches, token_mask, places), after
+            return self._beside(kept, read if shared else x, branches, token_mask, places)
         x = self._sum(kept, branches)
         if places is not None:
             x, token_mask = at(places, x), None
-        return self._mix_channels(x, token_mask), after
+        return self._mix_channels(x, token_mask)
 
     def _sum(self, kept: Tensor, branches: Sequence[Tensor]) -> Tensor:
         """The residual stream after branches were added to it."""
@@ -141,6 +161,8 @@ class StackLayer(nn.Module):
         return not getattr(self.channel, "takes_mask", False) and all(is_plain(module) for module in (self, *after))
 
     def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
+        if self.exchanges:
+            raise Unserved("layers that give or take tensors of other layers have no instructions for one token")
         if self.branches > 1:
             raise Unserved("mixers side by side have no instructions for one token")
         if any(factor != 1 for factors in (*self.factors, self.residual_factors) for factor in factors):
@@ -160,6 +182,41 @@ class StackLayer(nn.Module):
             program.include(channel, program.include(norm, x), x)
         program.forget(x)
         return x
+
+
+def run_layer(
+    layer: StackLayer,
+    x: Tensor,
+    states: Sequence[State],
+    cu_seqlens: CuSeqlens,
+    token_mask: Tensor | None,
+    places: Tensor | None,
+    handed: Mapping[str, Any],
+) -> tuple[Tensor, tuple[State, ...], Mapping[str, Any]]:
+    """What a layer returns, and what later layers are handed."""
+    asked = () if places is None else (places,)
+    if not layer.exchanges:
+        return *layer(x, states, cu_seqlens, token_mask, *asked), handed
+    return layer(x, states, cu_seqlens, token_mask, *asked, handed=handed)
+
+
+def check_exchange(layers: Sequence[StackLayer]) -> None:
+    """Raise unless what each mixer takes is given by an earlier layer, and each name by one mixer of a layer.
+
+    Raises:
+        ValueError: naming the layer, the mixer and what.
+    """
+    known = {INPUT}
+    for i, layer in enumerate(layers):
+        given: set[str] = set()
+        for mixer in layer.mixers:
+            who, own = f"stack: layer {i}: {type(mixer).__name__}", set(mixer.gives)  # type: ignore[arg-type]
+            if missing := [name for name in mixer.takes if name not in known]:  # type: ignore[union-attr]
+                raise ValueError(f"{who} takes {' and '.join(missing)}, which no earlier layer gives")
+            if twice := sorted(own & (given | {INPUT})):
+                raise ValueError(f"{who} gives {' and '.join(twice)}, as a mixer beside it or the stack's input does")
+            given |= own
+        known |= given
 
 
 def _norm(config: StackConfig, wanted: bool) -> nn.Module:

@@ -96,8 +96,8 @@ class Program:
         """
         kind = type(module)
         own = _owner(kind, "one_token")
-        # What says the same in torch: a mixer writes ``mix``, other modules ``forward``.
-        computed = [_owner(kind, each) for each in ("forward", "mix")]
+        # What says the same in torch: a mixer writes ``mix`` or ``exchange``, other modules ``forward``.
+        computed = [_owner(kind, each) for each in ("forward", "mix", "exchange")]
         if own is None or not all(each is None or issubclass(own, each) for each in computed):
             raise Unserved(f"{kind.__name__} has no instructions for one token")
         if not is_plain(module):
