@@ -184,5 +184,5 @@ def test_options_in_a_pattern_name_no_modules():
     before = dict(MIXERS)
     plugins.register_model_paths({"pattern": "attention(rope_scaling={rope_type:yarn, factor:4}) mamba2(x='a.b:C')"})
     assert before == MIXERS
-    with pytest.raises(ConfigError, match="model.mixers: no_such_module:Own: cannot import 'no_such_module'"):
+    with pytest.raises(ConfigError, match="cannot import 'no_such_module'"):
         plugins.register_model_paths({"pattern": "attention(x={a:b}) no_such_module:Own(x=1)"})
