@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from seqarch.models.stack import Stack, StackState
 from seqarch.models.stack_layer import INPUT, StackLayer, run_layer
+from seqarch.models.streams import first
 
 
 @contextmanager
@@ -107,7 +108,7 @@ class Relay:
         if state is not None and self._before is not None:
             raise ValueError("sequence_parallel: a state was given, but only the first process may start from one")
         after = []
-        handed: Mapping[str, Any] = {INPUT: x}  # of this process's tokens, as its layers take it
+        handed: Mapping[str, Any] = {INPUT: first(x)}  # of this process's tokens, as its layers take it
         for i, layer in enumerate(layers):
             before: Any = (None,) * len(layer.mixers) if state is None else state[i]
             if self._before is not None:

@@ -10,6 +10,7 @@ from seqarch.layers import CHANNEL_MIXERS, MIXERS, channel_mixer_class, mixer_cl
 from seqarch.layers.mixer import MOST_COUNTED, check_factors, check_options
 from seqarch.layers.modules.norms import check_norm
 from seqarch.models.pattern import LayerPattern, tile_pattern
+from seqarch.models.streams import CONNECTIONS, OUTPUTS
 from seqarch.ops.dispatch.checks import show, unknown_name
 
 
@@ -72,6 +73,13 @@ class StackConfig:
         parallel: ``"one_norm"`` adds mixers and channel mixer to the same residual stream, ``x + mix(norm(x)) +
             channel(norm(x))`` (GPT-J, Cohere); ``"two_norms"`` with a norm for each (GPT-NeoX); ``"none"`` has them one
             after the other.
+        residual_streams: how many residual streams there are; several are read, mixed and written by weights that each
+            mixer and channel mixer learns.
+        stream_mixing: how: ``"hyper_connections"`` (Zhu et al. 2024), or ``"manifold"``, by matrices whose rows and
+            columns sum to 1 (mHC, DeepSeek-V4).
+        stream_output: what several come to after the last layer: their ``"sum"``, their ``"mean"`` or, with learnt
+            weights, ``"weighted"``.
+        sinkhorn_steps: how often ``"manifold"`` divides by the sums of columns, and of rows between.
     """
 
     d_model: int
@@ -91,6 +99,10 @@ class StackConfig:
     norm_placement: str = "pre"
     norm_placements: dict[str, str] = field(default_factory=dict)
     parallel: str = "none"
+    residual_streams: int = 1
+    stream_mixing: str = "hyper_connections"
+    stream_output: str = "sum"
+    sinkhorn_steps: int = 20
 
     def __post_init__(self):
         check_options(self)
@@ -107,6 +119,7 @@ class StackConfig:
             raise unknown_name("parallel", self.parallel, PARALLEL)
         self._check_factors(layers)
         self._check_placements(layers)
+        self._check_streams(layers)
         _check_layer_options("mixer", self.mixers.items())
         _check_layer_options("channel mixer", self.channels.items())
         for layer in layers:
@@ -157,6 +170,23 @@ class StackConfig:
             if len(set(own.values())) > 1:
                 shown = ", ".join(f"{name}: {value!r}" for name, value in own.items())
                 raise ValueError(f"{option} of what is side by side must be the same, got {shown} in {layer}")
+
+    def _check_streams(self, layers: Iterable[LayerPattern]) -> None:
+        for option, choices in (("stream_mixing", CONNECTIONS), ("stream_output", OUTPUTS)):
+            if (given := getattr(self, option)) not in choices:
+                raise unknown_name(option, given, choices)
+        if self.residual_streams == 1:
+            return
+        if self.residual_factors:
+            raise ValueError(
+                f"residual_factors are of one residual stream, got residual_streams={self.residual_streams}"
+            )
+        for layer in layers:
+            if any(place.keeps or place.sums for place in self.placements_of(layer)):
+                raise ValueError(
+                    f"norm_placement has a norm of the residual stream itself in {layer}, and residual_streams is"
+                    f" {self.residual_streams}: expected 'pre', 'post' or 'both'"
+                )
 
     def _check_names(self, option: str, given: Iterable[str], layers: Iterable[LayerPattern]) -> None:
         """Raise unless these are names of mixers or channel mixers, or paths of such in this stack."""

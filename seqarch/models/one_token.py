@@ -26,6 +26,7 @@ from torch import Tensor, UntypedStorage
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
+from seqarch.models.streams import first
 from seqarch.ops.dispatch.eager import has_dispatch_mode, is_eager
 from seqarch.ops.dispatch.op import is_unobserved
 from seqarch.ops.native import token
@@ -59,7 +60,7 @@ class OneToken:
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
         after: list[Any] = []
-        handed: Mapping[str, Any] = {"input": x}
+        handed: Mapping[str, Any] = {"input": first(x)}
         for (program, part), storages in self._parts(layers, len(x)):
             before = state[len(after) : len(after) + len(part)]
             y = None if storages is None else program.run(x, _tensors(before))

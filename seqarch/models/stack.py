@@ -15,6 +15,7 @@ from seqarch.models.config import StackConfig
 from seqarch.models.one_token import OneToken, explain
 from seqarch.models.pattern import tile_pattern
 from seqarch.models.stack_layer import INPUT, StackLayer, at, check_exchange, run_layer
+from seqarch.models.streams import WeightedStreams, first, split
 from seqarch.ops.dispatch.checks import show
 
 StackState = tuple[tuple[State, ...], ...]
@@ -30,7 +31,7 @@ def in_turn(
     places: Tensor | None = None,
 ) -> tuple[Tensor, StackState]:
     """The outputs ``[B, T, D]`` of layers one after another, or ``[1, M, D]`` at some places; the state after them."""
-    return hand_on(layers, x, state, cu_seqlens, token_mask, places, {INPUT: x})[:2]
+    return hand_on(layers, x, state, cu_seqlens, token_mask, places, {INPUT: first(x)})[:2]
 
 
 def hand_on(
@@ -92,7 +93,11 @@ class Stack(Configured):
         if not isinstance(config, StackConfig):
             raise ValueError(f"stack: config is {show(config)}, expected a StackConfig")
         self.config = config
-        self.layers = nn.ModuleList(StackLayer(config, layer) for layer in tile_pattern(config.pattern, config.depth))
+        layers = tile_pattern(config.pattern, config.depth)
+        self.layers = nn.ModuleList(StackLayer(config, layer, number) for number, layer in enumerate(layers))
+        self.weighted_streams = None
+        if config.residual_streams > 1 and config.stream_output == "weighted":
+            self.weighted_streams = WeightedStreams(config.d_model, config.residual_streams, config.norm_eps)
         check_exchange(self._layers())
         self.schedule: Schedule = in_turn
         self.token_programs = OneToken(hand_on)
@@ -111,6 +116,19 @@ class Stack(Configured):
             _check_state(state, layers)
         if token_mask is not None:
             check_mask("stack", token_mask, x)
+        x, after = self._through(layers, split(x, self.config.residual_streams), state, cu_seqlens, token_mask, places)
+        return self._joined(x), after
+
+    def _through(
+        self,
+        layers: list[StackLayer],
+        x: Tensor,
+        state: StackState | None,
+        cu_seqlens: CuSeqlens,
+        token_mask: Tensor | None,
+        places: Tensor | None,
+    ) -> tuple[Tensor, StackState]:
+        """The residual stream, or several, after all layers, at some places or all, and the state."""
         # a decoded token takes fewer calls in a compiled program; any other schedule sees every call
         plain = self.schedule is in_turn and cu_seqlens is None and token_mask is None and places is None
         if plain and self.token_programs.serves(x):
@@ -119,6 +137,14 @@ class Stack(Configured):
             return in_turn(layers, x, state, cu_seqlens, token_mask, places)
         x, after = self.schedule(layers, x, state, cu_seqlens, token_mask)
         return x if places is None else at(places, x), after
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """One residual stream ``[B, T, D]`` of those after the last layer."""
+        if self.config.residual_streams == 1:
+            return x
+        if self.weighted_streams is not None:
+            return self.weighted_streams(x)
+        return x.sum(2) if self.config.stream_output == "sum" else x.mean(2)
 
     def _layers(self) -> list[StackLayer]:
         return [layer for layer in self.layers if isinstance(layer, StackLayer)]
@@ -144,15 +170,19 @@ class Stack(Configured):
     def flops(self, length: int, batch_size: int = 1) -> int:
         """FLOPs of the forward pass over ``length`` tokens, counted as in :meth:`seqarch.layers.Mixer.flops`."""
         mixers = sum(mixer.flops(length, batch_size) for mixer in self._mixers())
-        return mixers + self._channel_flops(length, batch_size)
+        return mixers + self._token_flops(length, batch_size)
 
     def step_flops(self, length: int, batch_size: int = 1) -> int:
         """FLOPs of one more token after ``length`` of them, counted as in :meth:`flops`."""
         mixers = sum(mixer.step_flops(length, batch_size) for mixer in self._mixers())
-        return mixers + self._channel_flops(1, batch_size)
+        return mixers + self._token_flops(1, batch_size)
 
-    def _channel_flops(self, length: int, batch_size: int) -> int:
-        return sum(channel.flops(length, batch_size) for channel in self.channels().values())
+    def _token_flops(self, length: int, batch_size: int) -> int:
+        """Of what is done with each token by itself: channel mixers, and what reads and mixes several streams."""
+        channels = sum(channel.flops(length, batch_size) for channel in self.channels().values())
+        connections = (each for layer in self._layers() for each in (layer.connection, layer.channel_connection))
+        mixing = [each for each in (*connections, self.weighted_streams) if each is not None]
+        return channels + sum(each.flops(length * batch_size) for each in mixing)
 
     def explain_one_token(self) -> list[str]:
         """For each layer, whether one decoded token of it is compiled (:mod:`seqarch.models.one_token`), or why not."""

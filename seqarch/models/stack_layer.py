@@ -13,6 +13,7 @@ from seqarch.layers.mixer import CuSeqlens, State
 from seqarch.layers.modules.norms import build_norm
 from seqarch.models.config import PLACEMENTS, StackConfig
 from seqarch.models.pattern import LayerPattern
+from seqarch.models.streams import CONNECTIONS, Streams, added
 from seqarch.ops.dispatch.eager import is_plain
 from seqarch.ops.native.token import Program, Unserved, Value
 
@@ -37,7 +38,7 @@ class StackLayer(nn.Module):
     exchanges = False
     """Whether a mixer takes something of an earlier layer, or gives something to later ones."""
 
-    def __init__(self, config: StackConfig, pattern: LayerPattern):
+    def __init__(self, config: StackConfig, pattern: LayerPattern, number: int = 0):
         super().__init__()
         self.width = width = config.d_model
         channel = config.channel_of(pattern)
@@ -63,6 +64,13 @@ class StackLayer(nn.Module):
             options = {**config.channels.get(channel, {}), **pattern.channel_options}
             self.channel = build_channel_mixer(channel, d_model=width, **options)
             self.channel_post_norm = _norm(config, True) if place.writes else None
+        self.connection, self.channel_connection = None, None
+        if config.residual_streams > 1:
+            connection, many = CONNECTIONS[config.stream_mixing], config.residual_streams
+            of_all = (width, many, config.norm_eps)
+            self.connection = connection(*of_all, 2 * number, config.sinkhorn_steps)
+            if channel != "none" and self.parallel == "none":
+                self.channel_connection = connection(*of_all, 2 * number + 1, config.sinkhorn_steps)
         names = (*pattern.mixers, channel)  # of each its factors: of what it reads, and of what it gives
         self.factors = [(config.input_factors.get(n, 1.0), config.output_factors.get(n, 1.0)) for n in names]
         self.residual_factors = [config.residual_factors.get(n, 1.0) for n in (pattern.mixers[0], channel)]
@@ -83,47 +91,56 @@ class StackLayer(nn.Module):
             handed: by name what earlier layers gave, of a layer that ``exchanges``; it then returns as a third what
                 later layers are handed.
         """
+        x, streams = self._read(self.connection, x)
         read = self.norm(x) if self.placement.reads else x
         exchanged = () if handed is None else (handed,)
         results = [
             mixer(_times(factor, read), state, cu_seqlens, *exchanged)
             for mixer, state, (factor, _) in zip(self.mixers, states, self.factors[:-1], strict=True)
         ]
-        y = self._after_mixers(x, read, self._branches([y for y, *_ in results]), token_mask, places)
+        y = self._after_mixers(x, streams, read, self._branches([y for y, *_ in results]), token_mask, places)
         after = tuple(state for _, state, *_ in results)
         if handed is None:
             return y, after
         return y, after, {**handed, **{name: each for *_, given in results for name, each in given.items()}}
 
+    @staticmethod
+    def _read(connection: nn.Module | None, x: Tensor) -> tuple[Tensor, Streams | None]:
+        """What a branch reads of the residual stream, and of several what it is added to."""
+        return (x, None) if connection is None else connection(x)
+
     def _after_mixers(
-        self, x: Tensor, read: Tensor, branches: list[Tensor], token_mask: Tensor | None, places: Tensor | None
+        self,
+        x: Tensor,
+        streams: Streams | None,
+        read: Tensor,
+        branches: list[Tensor],
+        token_mask: Tensor | None,
+        places: Tensor | None,
     ) -> Tensor:
         """The residual stream after the layer, of what its mixers read and what is added for them."""
         kept = read if self.placement.keeps else x
-        if self.parallel != "none":
-            shared = self.parallel == "one_norm"
-            return self._beside(kept, read if shared else x, branches, token_mask, places)
-        x = self._sum(kept, branches)
+        if self.parallel == "none":
+            x = self._sum(kept, streams, branches)
+            if places is not None:
+                x, token_mask = at(places, x), None
+            return self._mix_channels(x, token_mask)
+        read = read if self.parallel == "one_norm" else x
         if places is not None:
-            x, token_mask = at(places, x), None
-        return self._mix_channels(x, token_mask)
+            kept, read, *branches = (at(places, each) for each in (kept, read, *branches))
+            streams = None if streams is None else (at(places, streams[0]), at(places, streams[1]))
+            token_mask = None
+        assert self.channel_norm is not None
+        return self._sum(kept, streams, [*branches, self._channel_branch(self.channel_norm(read), token_mask)])
 
-    def _sum(self, kept: Tensor, branches: Sequence[Tensor]) -> Tensor:
-        """The residual stream after branches were added to it."""
+    def _sum(self, kept: Tensor, streams: Streams | None, branches: list[Tensor]) -> Tensor:
+        """The residual stream, or several, after branches were added."""
+        if streams is not None:
+            return added(streams, branches)
         x = _times(self.residual_factors[0], kept)
         for y in branches:
             x = x + y
         return self.norm(x) if self.placement.sums else x
-
-    def _beside(
-        self, kept: Tensor, read: Tensor, branches: list[Tensor], token_mask: Tensor | None, places: Tensor | None
-    ) -> Tensor:
-        """The residual stream after mixers and the channel mixer, which stand side by side."""
-        if places is not None:
-            kept, read, *branches = (at(places, each) for each in (kept, read, *branches))
-            token_mask = None
-        assert self.channel_norm is not None
-        return self._sum(kept, [*branches, self._channel_branch(self.channel_norm(read), token_mask)])
 
     def _branches(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """What is added to the residual stream for the outputs of the mixers."""
@@ -139,8 +156,11 @@ class StackLayer(nn.Module):
         if self.channel is None or self.channel_norm is None:
             return x
         place = self.channel_placement
+        x, streams = self._read(self.channel_connection, x)
         read = self.channel_norm(x) if place.reads else x
         y = self._channel_branch(read, token_mask)
+        if streams is not None:
+            return added(streams, [y])
         x = _times(self.residual_factors[1], read if place.keeps else x) + y
         return self.channel_norm(x) if place.sums else x
 
@@ -156,11 +176,13 @@ class StackLayer(nn.Module):
 
         One that counts tokens, as a router does, needs to see all.
         """
-        parts = (self.channel_norm, self.channel, self.channel_post_norm)
+        parts = (self.channel_norm, self.channel, self.channel_post_norm, self.channel_connection)
         after = [each for part in parts if part is not None for each in part.modules()]
         return not getattr(self.channel, "takes_mask", False) and all(is_plain(module) for module in (self, *after))
 
     def one_token(self, program: Program, x: Value, states: Sequence[State]) -> Value:
+        if self.connection is not None:
+            raise Unserved("several residual streams have no instructions for one token")
         if self.exchanges:
             raise Unserved("layers that give or take tensors of other layers have no instructions for one token")
         if self.branches > 1:
