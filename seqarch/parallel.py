@@ -16,7 +16,7 @@ split of a layer's work into parts that need the state and parts that do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from seqarch.models.stack import Stack, StackLayer, StackState
+from seqarch.models.stack import Stack, StackState
+from seqarch.models.stack_layer import INPUT, StackLayer, run_layer
+from seqarch.models.streams import first
 
 
 @contextmanager
@@ -106,11 +108,12 @@ class Relay:
         if state is not None and self._before is not None:
             raise ValueError("sequence_parallel: a state was given, but only the first process may start from one")
         after = []
+        handed: Mapping[str, Any] = {INPUT: first(x)}  # of this process's tokens, as its layers take it
         for i, layer in enumerate(layers):
             before: Any = (None,) * len(layer.mixers) if state is None else state[i]
             if self._before is not None:
                 x, before = receive(x, self._before)
-            x, carried = layer(x, before, None, token_mask)
+            x, carried, handed = run_layer(layer, x, before, None, token_mask, None, handed)
             if self._next is not None:
                 x = send(x, carried, self._next)
             after.append(carried)

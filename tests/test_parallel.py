@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from experiments.training.processes import gloo_in_order
 from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
-from seqarch.models.stack import StackLayer
+from seqarch.models.stack_layer import StackLayer
 from seqarch.parallel import Edge, own_slice, sequence_parallel, sum_gradients
 from seqarch.testing import D_MODEL, assert_close
 
@@ -36,7 +36,10 @@ SMALL: dict[str, dict[str, Any]] = {
 PATTERNS = {
     **{name: f"2*{name}" for name in MIXERS},
     "hybrid": "mamba2 sliding_window+gated_delta_net/mlp",
+    "first values": "rwkv7(value_residual=give) rwkv7(value_residual=take)",
+    "streams": "mamba2 sliding_window/mlp",
 }
+OPTIONS: dict[str, dict[str, Any]] = {"streams": {"residual_streams": 2, "stream_mixing": "manifold"}}
 PAIRS = ("attention", "gated_delta_net", "hybrid", "mamba2")
 """Patterns that two processes share as well."""
 TIMED_LAYERS, LAYER_SECONDS = 8, 0.05
@@ -44,7 +47,8 @@ TIMED_LAYERS, LAYER_SECONDS = 8, 0.05
 
 def small_stack(name: str) -> Stack:
     torch.manual_seed(0)
-    config = StackConfig(d_model=D_MODEL, pattern=PATTERNS[name], depth=2, channel="none", mixers=SMALL)
+    own = OPTIONS.get(name, {})
+    config = StackConfig(d_model=D_MODEL, pattern=PATTERNS[name], depth=2, channel="none", mixers=SMALL, **own)
     return Stack(config).double()
 
 

@@ -10,7 +10,7 @@ from experiments.util.errors import ConfigError
 from seqarch.layers import Mixer
 from seqarch.layers.mixer import MOST_COUNTED
 from seqarch.models import LanguageModel, tile_pattern
-from seqarch.models.stack import StackLayer
+from seqarch.models.stack_layer import StackLayer
 
 KEY = "train.carry_state"
 

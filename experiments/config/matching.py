@@ -9,6 +9,7 @@ state each is brought to the same multiple of its given state; what grows, as at
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -257,13 +258,26 @@ class _Search:
 def _parts(options: LMConfig) -> tuple[list[Part], list[Part]]:
     """The mixers and the channel mixers of a stack, each with how many layers have it."""
     layers = tile_pattern(options.pattern, options.depth)
-    mixers = Counter(name for layer in layers for name in layer.mixers)
-    channels = Counter(layer.channel or options.channel for layer in layers)
-    del channels["none"]
+    mixers = [each for layer in layers for each in zip(layer.mixers, layer.options, strict=True)]
+    channels = [(options.channel_of(layer), layer.channel_options) for layer in layers]
     return (
-        [Part("mixers", name, options.d_model, n, options.mixers.get(name, {})) for name, n in mixers.items()],
-        [Part("channels", name, options.d_model, n, options.channels.get(name, {})) for name, n in channels.items()],
+        _of_each("mixers", options, mixers),
+        _of_each("channels", options, [each for each in channels if each[0] != "none"]),
     )
+
+
+def _of_each(registry: str, options: LMConfig, used: list[tuple[str, dict[str, Any]]]) -> list[Part]:
+    """A part for each name, of all layers that have it with whichever options of their own."""
+    parts = []
+    for name in dict.fromkeys(name for name, _ in used):
+        texts = Counter(json.dumps(own, sort_keys=True) for used_name, own in used if used_name == name)
+        occurrences = tuple((count, json.loads(text)) for text, count in texts.items())
+        count = 1
+        if len(occurrences) == 1:
+            count, occurrences = occurrences[0][0], ((1, occurrences[0][1]),)
+        given = getattr(options, registry).get(name, {})
+        parts.append(Part(registry, name, options.d_model, count, given, occurrences))
+    return parts
 
 
 def _given(part: Part) -> np.ndarray:

@@ -41,13 +41,22 @@ def language_model(given: Mapping[str, Any], vocab_size: int) -> LMConfig:
             if name not in registry:
                 raise ConfigError(f"model.{key}.{name}: unknown name, {choices_hint(name, registry)}")
     options = convert(LMConfig, given, "model", known={"vocab_size": vocab_size})
-    for key, registry in REGISTRIES.items():
+    for key in REGISTRIES:
         for name, own in getattr(options, key).items():
-            try:
-                build_config(key.rstrip("s"), name, registry[name].Config, {"d_model": options.d_model, **own})
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"model.{key}: {error}") from error
+            _check_layer(options, f"model.{key}", key, name, own)
+    for layer in parse_pattern(options.pattern):
+        occurrences = [("mixers", name, own) for name, own in zip(layer.mixers, layer.options, strict=True)]
+        for key, name, own in (*occurrences, ("channels", options.channel_of(layer), layer.channel_options)):
+            if own:
+                _check_layer(options, "model.pattern", key, name, {**getattr(options, key).get(name, {}), **own})
     return options
+
+
+def _check_layer(options: LMConfig, path: str, key: str, name: str, own: Mapping[str, Any]) -> None:
+    try:
+        build_config(key.rstrip("s"), name, REGISTRIES[key][name].Config, {"d_model": options.d_model, **own})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def canonical(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,10 @@ class Part:
 
     Attributes:
         registry: ``mixers`` or ``channels``.
-        count: how many of the stack's layers have it.
+        count: how many of the stack's layers have it; 1 where these differ, and one is all of them together.
         given: its options as the configuration has them.
+        occurrences: how many of what is counted as one layer have which options beside those, from the pattern. Sizes
+            among them stay.
     """
 
     registry: str
@@ -44,6 +46,7 @@ class Part:
     d_model: int
     count: int
     given: Mapping[str, Any]
+    occurrences: tuple[tuple[int, Mapping[str, Any]], ...] = ((1, {}),)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -51,8 +54,10 @@ class Part:
         return self._sizes(self.given)
 
     def _sizes(self, options: Mapping[str, Any]) -> dict[str, int]:
-        config = self.config(options)
-        values = {option: getattr(config, name) for option, name in config.size_options.items()}
+        own = [own for _, own in self.occurrences]
+        config = self.config({**options, **own[0]} if len(own) == 1 else options)
+        free = {option: name for option, name in config.size_options.items() if any(option not in o for o in own)}
+        values = {option: getattr(config, name) for option, name in free.items()}
         sizes = {option: value for option, value in values.items() if isinstance(value, int)}
         return sizes if self.registry == "mixers" else dict(list(sizes.items())[:1])
 
@@ -66,13 +71,17 @@ class Part:
         return build_config(self.registry.rstrip("s"), self.name, layer.Config, {"d_model": self.d_model, **options})
 
     def measured(self, options: Mapping[str, Any], length: int) -> tuple[int, int]:
-        """Bytes of the state after ``length`` tokens, 0 for a channel mixer, and parameters.
+        """Bytes of the state after ``length`` tokens, 0 for a channel mixer, and parameters, of one of its ``count``.
 
         Raises:
             ValueError: the layer does not take the options.
         """
-        given = json.dumps({"d_model": self.d_model, **options}, sort_keys=True)
-        return _measured(self.registry, self.name, given, length)
+        state, parameters = 0, 0
+        for count, own in self.occurrences:
+            given = json.dumps({"d_model": self.d_model, **options, **own}, sort_keys=True)
+            one = _measured(self.registry, self.name, given, length)
+            state, parameters = state + count * one[0], parameters + count * one[1]
+        return state, parameters
 
     @property
     def grows(self) -> bool:
@@ -89,8 +98,8 @@ class Part:
 
     def _takes(self, option: str, step: int) -> bool:
         try:
-            for multiple in NODES:
-                self.config({**self.given, **self.sizes, option: step * multiple})
+            for multiple, (_, own) in itertools.product(NODES, self.occurrences):
+                self.config({**self.given, **self.sizes, option: step * multiple, **own})
         except ValueError:
             return step == self.sizes[option]
         return True

@@ -20,6 +20,7 @@ from experiments.config.registration import check_task, check_tracker
 from experiments.tasks import TASKS, Task
 from experiments.trackers import TRACKERS, Tracker
 from experiments.util.errors import ConfigError, RunnerError
+from experiments.util.patterns import without_options
 from experiments.util.sources import package_folder
 
 GROUP = "seqarch.plugins"
@@ -121,7 +122,7 @@ def register_model_paths(model: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: as there.
     """
-    pattern = given if isinstance(given := model.get("pattern"), str) else ""
+    pattern = without_options(given) if isinstance(given := model.get("pattern"), str) else ""
     for match in PATH.finditer(pattern):
         after_slash = pattern[: match.start()].rstrip().endswith("/")
         register_path("model.channels" if after_slash else "model.mixers", match[0])

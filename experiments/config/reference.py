@@ -26,7 +26,7 @@ from experiments.trackers import TRACKERS
 from experiments.util.docstrings import attributes, options_text
 from experiments.util.paths import CONFIGS
 
-LANGUAGE_MODEL = (("stack.py", "StackConfig"), ("language_model.py", "LMConfig"))
+LANGUAGE_MODEL = (("config.py", "StackConfig"), ("config.py", "LMConfig"))
 """Where the options of the language model are: the files below ``seqarch/models`` and their classes."""
 
 BESIDE = ("name", "options", "overrides")

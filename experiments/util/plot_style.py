@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.util.files import write_atomic
+from experiments.util.patterns import without_options
 from seqarch.layers import FAMILIES
 
 COLOURS = {
@@ -114,13 +115,13 @@ def colours(patterns: Iterable[str]) -> dict[str, str]:
 
 
 def pattern_mixers(pattern: str) -> set[str]:
-    without_channels = re.sub(r"/\s*\w+", "", pattern)
+    without_channels = re.sub(r"/\s*\w+", "", without_options(pattern))
     return set(re.findall(r"[A-Za-z_]\w*", without_channels))
 
 
 def pattern_channels(pattern: str) -> set[str]:
     """The channel mixers that a pattern names."""
-    return set(re.findall(r"/\s*(\w+)", pattern))
+    return set(re.findall(r"/\s*(\w+)", without_options(pattern)))
 
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:

@@ -98,9 +98,12 @@ class Program:
         for tensor in tape.tensors.values():
             huge_pages.collapse(tensor)
 
-    def fits(self, states: Sequence[Any]) -> bool:
-        """Whether the program is right for these states."""
-        return all(part.fits(pytree.tree_leaves(state)) for part, state in zip(self.parts, states, strict=True))
+    def fits(self, x: Tensor, states: Sequence[Any]) -> bool:
+        """Whether the program is right for this input and these states."""
+        same = x.shape == self.input.sizes
+        return same and all(
+            part.fits(pytree.tree_leaves(state)) for part, state in zip(self.parts, states, strict=True)
+        )
 
     def run(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """The output for ``x``, and the states after it, tensors replaced in place; any number of threads may.

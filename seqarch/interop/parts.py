@@ -7,7 +7,7 @@ from typing import Any
 
 from seqarch.interop.settings import BaseSettings, pattern_of
 from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, split, squeeze, transpose, under
-from seqarch.models import LMConfig
+from seqarch.models import LayerPattern, LMConfig
 
 
 def norm(theirs: str, ours: str = "norm.weight") -> Rule:
@@ -67,7 +67,7 @@ def attention(options: dict[str, Any]) -> list[Rule]:
 
 def lm_config(
     settings: BaseSettings,
-    layers: list[str],
+    layers: Sequence[str | LayerPattern],
     mixers: dict[str, dict[str, Any]],
     channels: dict[str, dict[str, Any]] | None = None,
     **others: Any,

@@ -8,7 +8,7 @@ from math import inf
 from typing import Any, ClassVar, Self
 
 from seqarch.layers.mixer import check_factors, check_options
-from seqarch.models.pattern import MOST
+from seqarch.models.pattern import MOST, LayerPattern
 from seqarch.ops.dispatch.checks import fits, show, unknown_name
 
 
@@ -176,8 +176,9 @@ def _plain(value: Any) -> Any:
     return float(value["__float__"]) if isinstance(value, Mapping) and "__float__" in value else value
 
 
-def pattern_of(layers: list[str]) -> str:
-    """The shortest pattern that gives these layers when tiled over them."""
-    depth = len(layers)
-    size = next(n for n in range(1, depth + 1) if depth % n == 0 and layers[:n] * (depth // n) == layers)
-    return " ".join(layers[:size])
+def pattern_of(layers: Sequence[str | LayerPattern]) -> str:
+    """The shortest pattern that gives these layers, with their own options, when tiled over them."""
+    shown = [str(layer) for layer in layers]
+    depth = len(shown)
+    size = next(n for n in range(1, depth + 1) if depth % n == 0 and shown[:n] * (depth // n) == shown)
+    return " ".join(shown[:size])

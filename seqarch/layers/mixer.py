@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from seqarch.layers.modules.configured import Configured, build_config, build_layer, from_options  # noqa: F401
 from seqarch.layers.modules.short_conv import ShortConvolution
+from seqarch.layers.modules.state_form import StateForm
 from seqarch.ops.dispatch.checks import annotated_kinds, fits, sequence_offsets, show, show_kinds
 
 CuSeqlens = Tensor | Sequence[int] | None
@@ -148,13 +149,39 @@ class Mixer(Layer):
     sequence.
     """
 
-    def __call__(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]:
+    gives: tuple[str, ...] = ()
+    """Names of what a stack hands on to later layers, as :meth:`exchange` returns it."""
+
+    takes: tuple[str, ...] = ()
+    """Names of what this mixer needs of an earlier layer of its stack; ``"input"`` is what the stack was given."""
+
+    @overload
+    def __call__(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]: ...
+
+    @overload
+    def __call__(
+        self, x: Tensor, state: State | None, cu_seqlens: CuSeqlens, taken: Mapping[str, Any]
+    ) -> tuple[Tensor, State, Mapping[str, Any]]: ...
+
+    def __call__(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        cu_seqlens: CuSeqlens = None,
+        taken: Mapping[str, Any] | None = None,
+    ) -> Any:
         self.check_input(x)
         boundaries = sequence_offsets(type(self).__name__, cu_seqlens, x.shape[0], x.shape[1])
+        if missing := [name for name in self.takes if taken is None or name not in taken]:
+            raise ValueError(
+                f"{type(self).__name__}: it takes {' and '.join(missing)} from an earlier layer of a stack, and was"
+                f" given {', '.join(taken or ()) or 'none'}"
+            )
         if state is not None and not torch.compiler.is_compiling():
             self.check_state(state, row_count(x, boundaries))
+        exchanged = () if taken is None else ({name: taken[name] for name in self.takes},)
         try:
-            return super().__call__(x, state, boundaries)
+            return super().__call__(x, state, boundaries, *exchanged)
         except RuntimeError as error:
             self.check_dtype(x, error)
             raise
@@ -175,8 +202,24 @@ class Mixer(Layer):
     def _state_form(self) -> StateForm:
         return StateForm(*(self.new_state(1, length, "meta", None) for length in (0, 1 << 40)))
 
-    def forward(self, x: Tensor, state: State | None = None, cu_seqlens: Boundaries = None) -> tuple[Tensor, State]:
-        return self.mix(x, self.start(x, cu_seqlens) if state is None else state, cu_seqlens)
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        cu_seqlens: Boundaries = None,
+        taken: Mapping[str, Any] | None = None,
+    ) -> Any:
+        state = self.start(x, cu_seqlens) if state is None else state
+        return self.mix(x, state, cu_seqlens) if taken is None else self.exchange(x, state, cu_seqlens, taken)
+
+    def exchange(
+        self, x: Tensor, state: Any, cu_seqlens: Boundaries, taken: Mapping[str, Any]
+    ) -> tuple[Tensor, Any, Mapping[str, Any]]:
+        """As :meth:`mix`, of a mixer with ``takes`` or ``gives``, with what it takes; and by name what it gives.
+
+        What is given is of the tokens of this call alone, ``[B, T, ...]``, so that sequences may be split and packed.
+        """
+        return *self.mix(x, state, cu_seqlens), {}
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
@@ -268,53 +311,6 @@ class ChannelMixer(Layer):
     def update_router(self) -> None:
         """Make the router's updates that need no gradient, once per optimizer step, after it."""
         return
-
-
-class StateForm:
-    """The form of a mixer's states, from two without data and of one row: of no token, and of very many.
-
-    A size that is the same in both is fixed; another lies between the two. An entry that is ``None`` in them is so in
-    every state, unless its tuple has a default for it.
-    """
-
-    def __init__(self, least: State, most: State):
-        self.kind = type(most)
-        self.sizes: dict[str, tuple[tuple[int, int], ...]] = {}
-        self.parts: dict[str, StateForm] = {}
-        required = (name for name in most._fields if name not in most._field_defaults)
-        self.absent = [name for name in required if getattr(most, name) is None]
-        for name, low, high in zip(most._fields, least, most, strict=True):
-            if isinstance(high, Tensor):
-                self.sizes[name] = tuple(zip(low.shape[1:], high.shape[1:], strict=True))
-            elif hasattr(high, "_fields"):
-                self.parts[name] = StateForm(low, high)
-
-    def check(self, mixer: str, path: str, state: State, rows: int) -> None:
-        """Raise unless the state looks so and has so many rows; another named tuple may stand in for a part."""
-        for name, bounds in self.sizes.items():
-            given = getattr(state, name)
-            shape = given.shape if isinstance(given, Tensor) else []
-            if len(shape) == len(bounds) + 1 and shape[0] != rows:
-                raise ValueError(f"{mixer}: the state has {shape[0]} rows, the call {rows} sequences")
-            if len(shape) != len(bounds) + 1 or any(
-                not a <= n <= b for n, (a, b) in zip(shape[1:], bounds, strict=True)
-            ):
-                sizes = ", ".join([str(rows), *(_show_bounds(*each) for each in bounds)])
-                shown = f"of shape {list(shape)}" if isinstance(given, Tensor) else show(given)
-                raise ValueError(f"{mixer}: {path}.{name} is {shown}, expected [{sizes}]")
-        for name in self.absent:
-            if (given := getattr(state, name)) is not None:
-                raise ValueError(f"{mixer}: {path}.{name} is {show(given)}, expected None")
-        for name, form in self.parts.items():
-            part = getattr(state, name)
-            if not hasattr(part, "_fields"):
-                raise ValueError(f"{mixer}: {path}.{name} is {show(part)}, expected {form.kind.__name__}")
-            if type(part) is form.kind:
-                form.check(mixer, f"{path}.{name}", part, rows)
-
-
-def _show_bounds(least: int, most: int) -> str:
-    return str(least) if least == most else f"{least} or more" if most > 1 << 32 else f"{least} to {most}"
 
 
 def check_features(name: str, x: Any, width: int) -> None:

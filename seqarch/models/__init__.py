@@ -1,10 +1,11 @@
 """Stacks of mixers from a pattern, and language models on them."""
 
 from seqarch.layers.rows import state_rows
-from seqarch.models.language_model import LanguageModel, LMConfig
+from seqarch.models.config import LMConfig, StackConfig
+from seqarch.models.language_model import LanguageModel
 from seqarch.models.optimisation import parameter_groups
 from seqarch.models.pattern import LayerPattern, parse_pattern, tile_pattern
-from seqarch.models.stack import Stack, StackConfig
+from seqarch.models.stack import Stack
 
 __all__ = [
     "LMConfig",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -11,45 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers import Layer
-from seqarch.layers.mixer import MOST_COUNTED, CuSeqlens, first_tensor, linear_flops
+from seqarch.layers.mixer import CuSeqlens, first_tensor, linear_flops
 from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
-from seqarch.layers.modules.norms import RMSNorm
+from seqarch.layers.modules.norms import build_norm
+from seqarch.models.config import LMConfig
 from seqarch.models.generation import generate
 from seqarch.models.loss import head_cross_entropy, serves
-from seqarch.models.stack import Stack, StackConfig, StackState
+from seqarch.models.stack import Stack, StackState
 from seqarch.ops.dispatch.checks import accumulation_dtype, entries_within, fits, show, unknown_name
 from seqarch.ops.dispatch.eager import is_plain, knows_values
 
 LARGEST_SHARE = 0.75
 """Of the targets: where more of them count, bringing theirs together is not worth its copies."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LMConfig(StackConfig):
-    """A language model: the options of :class:`StackConfig` and
-
-    Attributes:
-        vocab_size: number of tokens.
-        embedding_std: standard deviation of the initial embedding; 0.02 is Radford et al.'s (2019) and most releases',
-            1 is ``nn.Embedding``'s.
-        tie_embeddings: whether the head uses the embedding's weights.
-        embedding_scale: what the embedding is multiplied by before the first layer; ``sqrt(d_model)`` in Gemma.
-        logit_scale: what the logits are multiplied by, before they are bounded.
-        logit_cap: bounds the logits softly, ``cap tanh(logits / cap)`` (Gemma Team 2024, "Gemma 2", section 2).
-    """
-
-    vocab_size: int
-    embedding_std: float = 0.02
-    tie_embeddings: bool = False
-    embedding_scale: float = 1.0
-    logit_scale: float = 1.0
-    logit_cap: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.vocab_size > MOST_COUNTED:
-            raise ValueError(f"vocab_size must be at most {MOST_COUNTED}, got {self.vocab_size}")
 
 
 class LanguageModel(Configured):
@@ -77,8 +50,9 @@ class LanguageModel(Configured):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
+        self.embedding_norm = _norm(config, config.embedding_norm) if config.embedding_norm != "none" else None
         self.stack = Stack(config)
-        self.norm = RMSNorm(config.d_model, config.norm_eps, config.zero_centred_norms)
+        self.norm = _norm(config, config.final_norm or config.norm)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         _tie(self)
         self.register_load_state_dict_post_hook(_tie)
@@ -184,6 +158,8 @@ class LanguageModel(Configured):
             raise
         if self.config.embedding_scale != 1:
             embedded = embedded * self.config.embedding_scale
+        if self.embedding_norm is not None:
+            embedded = self.embedding_norm(embedded)
         asked = {} if places is None else {"places": places}
         x, after = self.stack(embedded, state, cu_seqlens, token_mask, **asked)
         return self.norm(x), after
@@ -378,6 +354,13 @@ class LanguageModel(Configured):
         """Move the routers' biases: to be called once per optimizer step, after it, however many its micro-batches."""
         for channel in self.stack.channels().values():
             channel.update_router()
+
+
+def _norm(config: LMConfig, kind: str) -> nn.Module:
+    """A norm of the residual stream, of its width and eps; ``"none"`` changes nothing."""
+    if kind == "none":
+        return nn.Identity()
+    return build_norm(kind, config.d_model, config.norm_eps, config.zero_centred_norms)
 
 
 def _tie(model: LanguageModel, *_: Any) -> None:

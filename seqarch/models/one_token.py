@@ -27,7 +27,8 @@ from seqarch.ops.native.view import Unserved
 
 if TYPE_CHECKING:
     from seqarch.decoding.capture import Captured
-    from seqarch.models.stack import StackLayer, StackState
+    from seqarch.models.stack import StackState
+    from seqarch.models.stack_layer import StackLayer
 
 MOST_ROWS = 8
 """Sequences of a batch; for more of them torch's products of matrices are as fast."""
@@ -41,8 +42,13 @@ FUTILE = 4
 EXPLAINED = 5
 """Tokens after which ``explain`` looks at a layer."""
 
-Piece = tuple[list["StackLayer"], Program | str]
-"""Neighbouring layers, and their program or why they have none."""
+Unit = list["StackLayer"]
+"""Layers that are captured together: one, or all of a stack whose layers hand tensors on."""
+
+Piece = tuple[list[Unit], Program | str]
+"""Neighbouring units, and their program or why they have none."""
+
+InTurn = Callable[..., tuple[Tensor, "StackState"]]
 
 
 @dataclass
@@ -55,30 +61,30 @@ class Known:
         captures: how often they were captured.
     """
 
-    layers: list[StackLayer]
+    layers: Unit
     variants: list[list[Piece]] = field(default_factory=list)
     captures: int = 0
 
 
 class OneToken:
-    """Runs one token that :meth:`serves` through compiled programs, or as ``otherwise`` does.
+    """Runs one token that :meth:`serves` through compiled programs, or as ``in_turn`` does.
 
     Programs are written when first needed, so that a token is the same whenever it is asked for, and again when layers
     have changed. They replace the state in place. Threads may share one: programs are only read.
     """
 
-    def __init__(self, otherwise: Callable[..., tuple[Tensor, StackState]]):
-        self.otherwise = otherwise
+    def __init__(self, in_turn: InTurn):
+        self.in_turn = in_turn
         self.known: dict[int, Known] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OneToken, (self.otherwise,)  # without the addresses in programs: copies write their own
+        return OneToken, (self.in_turn,)  # without the addresses in programs: copies write their own
 
-    def __call__(self, layers: Sequence[StackLayer], x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
-        """The outputs ``[B, 1, D]`` of layers one after another, and the state after them."""
+    def __call__(self, layers: Unit, x: Tensor, state: StackState | None) -> tuple[Tensor, StackState]:
+        """The outputs ``[B, 1, ...]`` of layers one after another, and the state after them."""
         known = self.known.get(len(x))
-        if known is None or known.layers != [*layers]:
-            known = self.known[len(x)] = Known([*layers])
+        if known is None or known.layers != layers:
+            known = self.known[len(x)] = Known(layers)
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
         state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
@@ -86,37 +92,41 @@ class OneToken:
             programs = [program for _, program in pieces if isinstance(program, Program)]
             memory = [program.watch.hold() for program in programs]  # kept until the end of the run
             if None in memory:
-                known = self.known[len(x)] = Known([*layers])  # something has changed: all begins anew
+                known = self.known[len(x)] = Known(layers)  # something has changed: all begins anew
                 break
-            if _fit(pieces, state):
+            if _fit(pieces, x, state):
                 return self._run(pieces, x, state)
         pieces = self._write(known, x, state) if known.captures < MOST_CAPTURES else []
         memory = [program.watch.hold() for _, program in pieces if isinstance(program, Program)]
-        if not memory or None in memory or not _fit(pieces, state):
-            return self.otherwise(layers, x, state, None)
+        if not memory or None in memory or not _fit(pieces, x, state):
+            return self.in_turn(layers, x, state, None)
         return self._run(pieces, x, state)
 
     def _run(self, pieces: Sequence[Piece], x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         after: list[Any] = []
-        for (part, program), before in zip(pieces, _split(pieces, state), strict=True):
+        for (units, program), before in zip(pieces, _split(pieces, state), strict=True):
             if isinstance(program, Program):
                 x, carried = program.run(x, before)
+                after += chain.from_iterable(carried)
             else:
-                x, carried = self.otherwise(part, x, before, None)
-            after += carried
+                x, carried = self.in_turn([*chain.from_iterable(units)], x, tuple(chain.from_iterable(before)), None)
+                after += carried
         return x, tuple(after)
 
     def _write(self, known: Known, x: Tensor, state: StackState) -> list[Piece]:
         """The pieces for such a state; none where nothing of it is compiled."""
         # what layers keep from call to call, such as tables, is made of tensors with values
-        self.otherwise(known.layers, x, clone_state(state), None)
-        steps = [_captured(layer, x, own) for layer, own in zip(known.layers, state, strict=True)]
+        self.in_turn(known.layers, x, clone_state(state), None)
+        together = any(layer.exchanges for layer in known.layers)
+        units = [known.layers] if together else [[layer] for layer in known.layers]
+        states = _split([([unit], "") for unit in units], state)
+        steps = [_captured(self.in_turn, unit, x, *own) for unit, own in zip(units, states, strict=True)]
         pieces: list[Piece] = []
         begin = 0
         for _, group in groupby(steps, key=lambda step: isinstance(step, str)):
             own = list(group)
-            part, states = known.layers[begin : begin + len(own)], state[begin : begin + len(own)]
-            pieces.append((part, own[0] if isinstance(own[0], str) else _program(own, part, x, states)))
+            part, before = units[begin : begin + len(own)], [each for (each,) in states[begin : begin + len(own)]]
+            pieces.append((part, own[0] if isinstance(own[0], str) else _program(own, part, x, before)))
             begin += len(own)
         if not any(isinstance(program, Program) for _, program in pieces):
             known.captures += FUTILE
@@ -145,52 +155,55 @@ class OneToken:
             and tape.unavailable() is None
         )
 
+    def explain(self, layers: Unit) -> list[str]:
+        """For each layer, whether one token of it is compiled and what of it is not, or why it is not at all."""
+        if any(layer.exchanges for layer in layers):
+            return [self._explain(layers)] * len(layers)
+        return [self._explain([layer]) for layer in layers]
 
-def _split(pieces: Sequence[Piece], state: StackState) -> list[StackState]:
-    """The states of each piece's layers."""
-    ends = accumulate(len(part) for part, _ in pieces)
-    return [state[end - len(part) : end] for (part, _), end in zip(pieces, ends, strict=True)]
+    @torch.no_grad()
+    def _explain(self, unit: Unit) -> str:
+        x = unit[0].example()
+        state: Any = tuple(tuple(m.init_state(1, 4 * EXPLAINED) for m in layer.mixers) for layer in unit)  # type: ignore[operator]
+        for _ in range(EXPLAINED):
+            _, state = self.in_turn(unit, x, state, None)
+        state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
+        step = _captured(self.in_turn, unit, x, state)
+        program = step if isinstance(step, str) else _program([step], [unit], x, [state])
+        if isinstance(program, str):
+            return program
+        (reasons,) = program.explain()
+        return "; ".join(["compiled", *(f"torch: {each}" for each in dict.fromkeys(reasons))])
 
 
-def _fit(pieces: Sequence[Piece], state: StackState) -> bool:
+def _split(pieces: Sequence[Piece], state: StackState) -> list[list[StackState]]:
+    """Of each piece the states of its units."""
+    lengths = [len(unit) for units, _ in pieces for unit in units]
+    states = iter([state[end - length : end] for end, length in zip(accumulate(lengths), lengths, strict=True)])
+    return [[next(states) for _ in units] for units, _ in pieces]
+
+
+def _fit(pieces: Sequence[Piece], x: Tensor, state: StackState) -> bool:
     states = zip(pieces, _split(pieces, state), strict=True)
-    return all(program.fits(own) for (_, program), own in states if isinstance(program, Program))
+    return all(program.fits(x, own) for (_, program), own in states if isinstance(program, Program))
 
 
-def _captured(layer: StackLayer, x: Tensor, state: Any) -> Captured | str:
-    """The layer's step, or why there is none."""
+def _captured(in_turn: InTurn, unit: Unit, x: Tensor, state: Any) -> Captured | str:
+    """What a unit does for a token, or why that is not known."""
     from seqarch.decoding.capture import capture  # what it needs of torch takes a second to import
 
     try:
-        Watch(layer.modules())  # before anything is captured that hooks would see
-        return capture(lambda x, state: layer(x, state, None), x, state)
+        Watch(
+            chain.from_iterable(layer.modules() for layer in unit)
+        )  # before anything is captured that hooks would see
+        return capture(lambda x, state: in_turn(unit, x, state, None), x, state)
     except Unserved as reason:
         return str(reason)
 
 
-def _program(steps: Sequence[Any], layers: Sequence[StackLayer], x: Tensor, states: Sequence[Any]) -> Program | str:
+def _program(steps: Sequence[Any], units: Sequence[Unit], x: Tensor, states: Sequence[Any]) -> Program | str:
     try:
-        return Program(steps, chain.from_iterable(layer.modules() for layer in layers), x, states)
+        modules = (module for unit in units for layer in unit for module in layer.modules())
+        return Program(steps, modules, x, states)
     except Unserved as reason:
         return str(reason)
-
-
-def explain(layers: Sequence[StackLayer]) -> list[str]:
-    """For each layer, whether one token of it is compiled and what of it is not, or why it is not at all."""
-    return [_explain(layer) for layer in layers]
-
-
-@torch.no_grad()
-def _explain(layer: StackLayer) -> str:
-    some = next(layer.parameters())
-    x = some.new_zeros(1, 1, layer.width)
-    state: Any = tuple(mixer.init_state(1, 4 * EXPLAINED) for mixer in layer.mixers)  # type: ignore[operator]
-    for _ in range(EXPLAINED):
-        _, state = layer(x, state, None)
-    state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
-    step = _captured(layer, x, state)
-    program = step if isinstance(step, str) else _program([step], [layer], x, [state])
-    if isinstance(program, str):
-        return program
-    (reasons,) = program.explain()
-    return "; ".join(["compiled", *(f"torch: {each}" for each in dict.fromkeys(reasons))])

@@ -6,20 +6,27 @@
     attention+mamba2               both side by side in one layer
     mamba2/moe attention/swiglu    the layer's channel mixer after a slash ("none" for none)
     mamba2 my_package.mixers:Leaky a class by its import path, where a name may stand
+    attention(window=512) mamba2   options of this occurrence, which go before those that the name has everywhere
 
-A pattern is tiled over the depth. Commas read as spaces.
+A pattern is tiled over the depth. Commas read as spaces. Options have commas between them, and their values are as YAML
+or Python writes them: ``attention/moe(top_k=2, router=sigmoid)``, ``mamba2(in_factors=[1, 1, 2, 1, 1])``,
+``attention(rope_scaling={rope_type: yarn, factor: 4.0})``. Quotes are needed only around text that is no single word.
 """
 
 from __future__ import annotations
 
 import re
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from seqarch.models.pattern_options import Malformed, begin_at, read_options, write_options
 from seqarch.ops.dispatch.checks import fits, show
 
 _NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?::[A-Za-z_]\w*)?"
-_TOKEN = re.compile(rf"\s*(?:([0-9]+)\s*\*|({_NAME})|([()+/]))")
+_TOKEN = re.compile(rf"[\s,]*(?:([0-9]+)[\s,]*\*|({_NAME})|([()+/]))")
+_SPACES = " \t\n\r\f\v,"
+_WITHOUT_SPACES = str.maketrans("", "", _SPACES)
 
 MOST = 10_000
 """Layers that a pattern or a stack may have: far beyond any that is built, and few enough to write out."""
@@ -30,13 +37,29 @@ DEEPEST = 100
 
 @dataclass(frozen=True)
 class LayerPattern:
-    """One layer: the mixers side by side in it and its channel mixer (``None``: the stack's default)."""
+    """One layer: the mixers side by side in it and its channel mixer (``None``: the stack's default).
+
+    Attributes:
+        options: of each of the mixers, as this occurrence gives them; by default none of any.
+        channel_options: likewise of the channel mixer.
+    """
 
     mixers: tuple[str, ...]
     channel: str | None = None
+    options: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    channel_options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        own = self.options or ({},) * len(self.mixers)
+        if len(own) != len(self.mixers):
+            raise ValueError(f"layer pattern: options of {len(own)} mixers are given, expected {len(self.mixers)}")
+        if self.channel_options and self.channel in (None, "none"):
+            raise ValueError("layer pattern: options of a channel mixer are given, and no channel mixer")
+        object.__setattr__(self, "options", own)
 
     def __str__(self) -> str:
-        return "+".join(self.mixers) + (f"/{self.channel}" if self.channel else "")
+        mixers = "+".join(name + write_options(own) for name, own in zip(self.mixers, self.options, strict=True))
+        return mixers + (f"/{self.channel}{write_options(self.channel_options)}" if self.channel else "")
 
 
 def parse_pattern(pattern: str) -> list[LayerPattern]:
@@ -77,20 +100,39 @@ def tile_pattern(pattern: str, depth: int) -> list[LayerPattern]:
 
 
 class _Parser:
-    """Recursive descent over ``sequence := item+``, ``item := [count *] (layer | "(" sequence ")")``."""
+    """Recursive descent over ``sequence := item+``, ``item := [count *] (layer | "(" sequence ")")``.
+
+    A token is a text, and of a name the options behind it.
+    """
 
     def __init__(self, text: str):
         self.text = text
-        self.tokens: list[tuple[str, int]] = []
-        source, at = text.replace(",", " ").rstrip(), 0
-        while at < len(source):
-            match = _TOKEN.match(source, at)
+        self.tokens: list[tuple[str, dict[str, Any]]] = []
+        at, end = 0, len(text.rstrip(_SPACES))
+        while at < end:
+            match = _TOKEN.match(text, at)
             if match is None:
-                self.tokens.append((source[at:].strip()[0], at))
+                self.tokens.append((text[at:].strip(_SPACES)[0], {}))
                 break
-            self.tokens.append((match.group().replace(" ", "").strip(), match.start()))
+            self.tokens.append((match.group().translate(_WITHOUT_SPACES), {}))
             at = match.end()
+            if match[2] and begin_at(text, at):
+                at = self.read_options(at)
         self.at = self.open = 0
+
+    def read_options(self, at: int) -> int:
+        """Read the options of the last token, a name; the place after them."""
+        name = self.tokens[-1][0]
+        try:
+            own, after = read_options(self.text, at)
+        except Malformed as error:
+            found = repr(self.text[error.at]) if error.at < len(self.text) else "the end"
+            where = f"found {found} after {reprlib.repr(self.text[: error.at])}"
+            raise ValueError(
+                f"pattern {reprlib.repr(self.text)}: options of {name}: expected {error.expected}, {where}"
+            ) from error
+        self.tokens[-1] = name, own
+        return after
 
     def peek(self) -> str:
         return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
@@ -135,13 +177,17 @@ class _Parser:
         while self.peek() == "+":
             self.at += 1
             mixers.append(self.name("a mixer after '+'"))
+        names, options = zip(*mixers, strict=True)
         if self.peek() != "/":
-            return LayerPattern(tuple(mixers))
+            return LayerPattern(names, None, options)
         self.at += 1
-        return LayerPattern(tuple(mixers), self.name("a channel mixer after '/'"))
+        channel, own = self.name("a channel mixer after '/'")
+        if own and channel == "none":
+            raise ValueError(f"pattern {reprlib.repr(self.text)}: 'none' is no channel mixer and has no options")
+        return LayerPattern(names, channel, options, own)
 
-    def name(self, expected: str) -> str:
+    def name(self, expected: str) -> tuple[str, dict[str, Any]]:
         if not re.fullmatch(_NAME, self.peek()):
             raise self.error(expected)
         self.at += 1
-        return self.tokens[self.at - 1][0]
+        return self.tokens[self.at - 1]

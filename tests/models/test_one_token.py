@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -128,8 +129,26 @@ def test_what_cannot_be_captured_stands_between(runs: Runs):
     assert said[3:] == said[:3]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_placement": "both", "norm": "layer"},
+        {"norm_placement": "sum", "residual_factors": {"mamba": 2.0}},
+        {"parallel": "one_norm"},
+        {"residual_streams": 3},
+        {"residual_streams": 2, "stream_mixing": "manifold", "stream_output": "weighted"},
+        {"pattern": "rwkv7(value_residual=give) 2*rwkv7(value_residual=take)", "depth": 3},
+    ],
+    ids=str,
+)
+def test_layers_of_every_form_are_compiled(options: dict[str, Any], runs: Runs):
+    stack = make(channel="swiglu", **options)
+    compare(stack, 2, runs)
+    assert all(said.startswith("compiled") for said in stack.explain_one_token())
+
+
 def test_constants_beside_the_weights_are_served(runs: Runs):
-    options = {
+    options: dict[str, Any] = {
         "output_factors": {"mamba": 0.5, "swiglu": 2.0},
         "input_factors": {"mamba": 3.0},
         "channels": {"swiglu": {"gate_factor": 0.5}},

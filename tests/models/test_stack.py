@@ -118,6 +118,23 @@ def test_initialisation_survives_the_stack(mixer: str, channel: str, monkeypatch
             assert torch.equal(dict(module.named_parameters())[name], value), f"{type(module).__name__}.{name}"
 
 
+def test_options_of_an_occurrence_go_before_those_of_its_name():
+    pattern = "attention(window=4)/moe(num_experts=3, hidden=8) attention+mamba2(d_state=5, conv_width=2) attention/moe"
+    given: Any = {"mixers": {"attention": {"num_heads": 4, "window": 9}}, "channels": {"moe": {"num_experts": 5}}}
+    model = stack(pattern, 6, **given)
+    assert [layer.mixers[0].config.window for layer in model.layers] == [4, 9, 9] * 2  # type: ignore[union-attr, index]
+    assert all(layer.mixers[0].config.num_heads == 4 for layer in model.layers)  # type: ignore[union-attr, index]
+    experts = [model.layers[i].channel.config.num_experts for i in (0, 2)]  # type: ignore[union-attr]
+    assert experts == [3, 5]
+    plain = stack("attention/moe", 1, mixers={"attention": {"num_heads": 4, "window": 4}},
+                  channels={"moe": {"num_experts": 3, "hidden": 8}})  # fmt: skip
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    assert torch.equal(plain(x)[0], model.layers[0](x, [None], None)[0])
+    state = measured_state_bytes(model(x)[1])
+    assert state == model.state_bytes(9, 2) < stack("attention attention+mamba2 attention", 6).state_bytes(9, 2)
+    assert_close(torch.cat([model(x[:, :3])[0], model(x[:, 3:], model(x[:, :3])[1])[0]], 1), model(x)[0], 1e-10)
+
+
 def test_side_by_side_is_the_weighted_sum_of_its_branches():
     both = stack("linear_attention+retention/none", 1)
     x = torch.randn(1, 5, 32, dtype=torch.float64)
@@ -192,6 +209,9 @@ def test_the_marks_of_weight_decay_survive_a_copy():
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"pattern": "attention(windo=3)"}, "mixer 'attention' has no option 'windo'.*Did you mean 'window'"),
+    ({"pattern": "attention(d_model=3)"}, "mixer 'attention' has no option 'd_model' of its own"),
+    ({"pattern": "attention/mlp(hidden=0)"}, "channel mixer 'mlp': hidden must be at least 1, got 0"),
     ({"mixers": {"attention": {"num_heads": "2"}}}, r"attention': num_heads must be int \| None, got '2'"),
     ({"mixers": {"attention": {"qk_norm": 1}}}, "attention': qk_norm must be bool, got 1"),
     ({"mixers": {"attention": {"conv_width": 9}}}, "attention': .* width of 2 to 8, got 9"),

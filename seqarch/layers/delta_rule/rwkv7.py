@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,14 @@ from seqarch.layers.modules.norms import l2_normalise
 from seqarch.layers.modules.token_shift import DEPTH, TokenShift, low_rank
 from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
 from seqarch.ops.delta_rule import flops as recurrence_flops
+from seqarch.ops.dispatch.checks import unknown_name
 
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 """The six mixtures of the last two tokens, and how steeply the initial share of each grows over the channels."""
+
+VALUE_RESIDUALS = ("none", "give", "take")
+FIRST_VALUE = "first_value"
+"""What layers of a stack give and take: values ``[B, T, E]``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +37,23 @@ class Rwkv7Config(HeadWidthConfig):
         decay_rank, rate_rank, gate_rank: ranks of the maps from the input to the decays, to the rates a and to the
             output gate; by default the release's ``2.5 sqrt(D)``, ``2.5 sqrt(D)`` and ``5 sqrt(D)``, rounded to
             multiples of 32, at least 32.
+        value_residual: ``"give"`` gives this layer's values to later ones of the stack, ``"take"`` moves values towards
+            those that an earlier one gave, ``"none"`` does neither. Released models give in the first layer and take
+            in all others: ``rwkv7(value_residual=give) 11*rwkv7(value_residual=take)``.
+        value_rank: rank of the map from the input to how far they move; by default the release's ``1.7 sqrt(D)``,
+            rounded likewise.
     """
 
     decay_rank: int | None = None
     rate_rank: int | None = None
     gate_rank: int | None = None
+    value_residual: str = "none"
+    value_rank: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.value_residual not in VALUE_RESIDUALS:
+            raise unknown_name("value_residual", self.value_residual, VALUE_RESIDUALS)
 
     def rank(self, given: int | None, factor: float) -> int:
         return given or max(32, 32 * round(factor * self.d_model**0.5 / 32))
@@ -51,10 +69,10 @@ class Rwkv7(RecurrentMixer):
     writes, and z reads the state before its decay, so that the operation's ``read`` is z divided by w (at least 0.545).
     The rates a in (0, 1) give eigenvalues down to ``w - 1``.
 
-    The residual of the first layer's values is left out: a mixer sees no other layer. Initial values are the release's
-    (BlinkDL/RWKV-LM) at half the depth, except that the output and the inner maps of w, a and the gate have
-    ``nn.Linear``'s instead of 0, where others would get no gradient. Mixtures and bonus take no weight decay (nor, in
-    the release, the low-rank maps).
+    With ``value_residual="take"`` the values are ``v + (u - v) * sigmoid(V_2 V_1 x + b)``, u those of an earlier layer,
+    in releases the first. Initial values are the release's (BlinkDL/RWKV-LM) at half the depth, except that the output
+    and the inner maps of w, a, v and the gate have ``nn.Linear``'s instead of 0, where others would get no gradient.
+    Mixtures and bonus take no weight decay (nor, in the release, the low-rank maps).
     """
 
     Config = Rwkv7Config
@@ -78,6 +96,11 @@ class Rwkv7(RecurrentMixer):
         rate = -0.19 + 0.3 * zigzag + 0.4 * (line - 0.5)
         self.rate = low_rank(size, config.rank(config.rate_rank, 2.5), nn.Identity(), rate, inner)
         self.gate = low_rank(size, config.rank(config.gate_rank, 5.0), nn.Sigmoid(), outputs=inner)
+        self.gives = (FIRST_VALUE,) if config.value_residual == "give" else ()
+        self.takes = (FIRST_VALUE,) if config.value_residual == "take" else ()
+        if self.takes:
+            towards = 0.73 - 0.4 * (line - 0.5)
+            self.value_gate = low_rank(size, config.rank(config.value_rank, 1.7), nn.Identity(), towards, inner)
         self.removal = nn.Parameter(0.71 - 0.1 * (line - 0.5))
         self.replacement = nn.Parameter(torch.full((inner,), 1.02))
         self.bonus = nn.Parameter(torch.full((heads, width), -0.04))
@@ -87,11 +110,19 @@ class Rwkv7(RecurrentMixer):
         self.state_shape = (heads, width, width)
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
+        return self.exchange(x, state, cu_seqlens, {})[:2]
+
+    def exchange(
+        self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries, taken: Mapping[str, Tensor]
+    ) -> tuple[Tensor, RecurrentState, Mapping[str, Tensor]]:
         last, recurrent = state
         # every projection has its own mixture of this token and the one before
         before, last = self.shift(x, last, cu_seqlens)
         xr, xw, xk, xv, xa, xg = (torch.lerp(x, before, share) for share in self.shares.to(x.dtype))
         r, k, v, a = self.receptance(xr), self.key(xk), self.value(xv), self.rate(xa).sigmoid()
+        given = {FIRST_VALUE: v} if self.gives else {}
+        if self.takes:
+            v = self._towards(taken[FIRST_VALUE], v, xv)
         # z is removed from the state, k is written; a is the rate of both
         z, k = k * self.removal.to(k.dtype), k * (1 + (a - 1) * self.replacement.to(k.dtype))
         log_decay = -math.exp(-0.5) * self.decay(xw).to(self.state_dtype).sigmoid()
@@ -106,7 +137,15 @@ class Rwkv7(RecurrentMixer):
         # a norm per head; then the bonus of the token itself, and the gate
         o = self.norm(rearrange(o, "b t h v -> (b t) (h v)")).view(*x.shape[:2], self.config.inner)
         o = o + rearrange((r * k * self.bonus.to(r.dtype)).sum(-1, keepdim=True) * v, "b t h v -> b t (h v)")
-        return self.out_proj(o * self.gate(xg)), RecurrentState(last, recurrent)
+        return self.out_proj(o * self.gate(xg)), RecurrentState(last, recurrent), given
+
+    def _towards(self, first: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """Values ``[B, T, E]`` on the way to those of an earlier layer."""
+        if first.shape != v.shape:
+            raise ValueError(
+                f"Rwkv7: the {FIRST_VALUE} of an earlier layer is {list(first.shape)}, expected {list(v.shape)}"
+            )
+        return torch.lerp(v, first, self.value_gate(x).sigmoid())
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return recurrence_flops(length, *self.state_shape, batch_size=batch_size, erase_apart=True)

@@ -1,4 +1,4 @@
-"""Normalisations that torch does not have: gated, by head, and to unit length."""
+"""Normalisations: those of a residual stream, gated ones, by head, and to unit length."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqarch.ops.dispatch.checks import accumulation_dtype
+from seqarch.ops.dispatch.checks import accumulation_dtype, unknown_name
 from seqarch.ops.native import fused
+
+NORMS: dict[str, str] = {
+    "rms": "divides by the root of the mean square, times weights (Zhang and Sennrich 2019)",
+    "rms_without_weights": "the same without weights",
+    "layer": "subtracts the mean, divides by the standard deviation, times weights, plus a bias (Ba et al. 2016)",
+    "layer_without_bias": "the same without bias (Cohere)",
+    "layer_without_weights": "the same without either (OLMo)",
+}
+"""Norms of a residual stream, over its last axis."""
 
 
 class _WeightedNorm(nn.RMSNorm):
@@ -51,6 +60,55 @@ class RMSNorm(_WeightedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._normed(x, self.weight)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last axis, whose weights may be what is added to 1, as those of :class:`RMSNorm`."""
+
+    def __init__(
+        self, width: int, eps: float = 1e-5, zero_centred: bool = False, weighted: bool = True, bias: bool = True
+    ):
+        self.zero_centred = zero_centred and weighted
+        super().__init__(width, eps, elementwise_affine=weighted, bias=bias)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.zero_centred:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.zero_centred:
+            return super().forward(x)
+        weight = 1 + self.weight.to(accumulation_dtype(x))
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return F.layer_norm(x.to(weight.dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def check_norm(option: str, kind: str, *others: str) -> None:
+    """Raise unless an option names one of :data:`NORMS`, or of the others.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if kind not in NORMS and kind not in others:
+        raise unknown_name(option, kind, (*NORMS, *others))
+
+
+def build_norm(kind: str, width: int, eps: float, zero_centred: bool = False) -> nn.Module:
+    """A norm of ``[..., width]``, one of :data:`NORMS`.
+
+    Args:
+        eps: added to the mean square or the variance.
+        zero_centred: multiplies by ``1 + weight``, with weights of 0 at first, where it has weights.
+
+    Raises:
+        ValueError: there is no such norm.
+    """
+    check_norm("norm", kind)
+    weighted = not kind.endswith("_without_weights")
+    if kind.startswith("rms"):
+        return RMSNorm(width, eps, zero_centred and weighted, weighted)
+    return LayerNorm(width, eps, zero_centred, weighted, bias=not kind.endswith("_without_bias"))
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:

@@ -30,6 +30,7 @@ VALUES = (
     ["model.mixers.attention.position=null", "train.compile=true"],
     ["task.test_lengths=[32,64]", "task.train_on=[{length: 8}, {}]"],
     ["model.pattern='2*mamba2 attention/moe'", 'runs="a b"'],
+    ['model.pattern="attention(window=8, position=none)/moe(top_k=2) 2*(mamba2 gla)"'],
     ["train.lr=1", "train.lr=2", "train.lr.x=3"],
     ["imports=[a.b, c]", "tracker.options.tags=[x, 'y z']"],
     ["mine.new.key={a: [1, {b: 2}]}", "other=${mine.new.key}"],

@@ -99,6 +99,10 @@ def test_modules_to_import_are_imported_first_and_tell_no_runs_apart(tmp_path, m
     [
         ({"model__pattern": "atention"}, ["model", "atention", "Did you mean 'attention'?"]),
         ({"model__pattern": "attention mamba2", "model__depth": 3}, ["model", "depth of 3", "attention mamba2"]),
+        ({"model__pattern": "attention(windo=4)"}, ["model.pattern", "attention", "windo", "Did you mean 'window'?"]),
+        ({"model__pattern": "attention/swiglu(hidden=-1)"}, ["model.pattern", "swiglu", "hidden", "got -1"]),
+        ({"model__pattern": "attention(window=4"}, ["model.pattern", "options of attention: expected ',' or ')'"]),
+        ({"model__norm_placement": "before"}, ["model", "placement of norms", "both, post, pre"]),
         ({"model__mixers": {"attention": {"num_heads": 5}}}, ["model", "num_heads (5)", "32"]),
         ({"model__mixers": {"attention": {"heads": 2}}}, ["model", "'heads'", "num_heads"]),
         ({"model__mixers": {"atention": {}}}, ["model.mixers.atention", "Did you mean 'attention'?"]),
@@ -252,7 +256,8 @@ def test_an_option_that_came_later_changes_no_folder_until_it_is_used(tmp_path):
     for option, value in plain.items():
         if option not in ALWAYS:
             assert tiny_config(tmp_path, **{f"model__{option}": value}).digest() == config.digest()
-    for option, value in {"logit_scale": 0.5, "zero_centred_norms": True, "output_factors": {"attention": 2.0}}.items():
+    given = {"logit_scale": 0.5, "zero_centred_norms": True, "output_factors": {"attention": 2.0}}
+    for option, value in {**given, "norm": "layer", "norm_placements": {"attention": "post"}}.items():
         used = tiny_config(tmp_path, **{f"model__{option}": value})
         assert used.identity()["model"][option] == value
         assert used.digest() != config.digest()

@@ -107,6 +107,24 @@ def test_branches_and_several_channel_mixers_are_counted():
     assert state == pytest.approx(90 * 1024, rel=0.03)
 
 
+def test_sizes_that_a_pattern_gives_stay_and_the_others_are_solved_for():
+    """Layers of one mixer with options of their own are weighed one by one."""
+    pattern = "mamba2(d_state=8) mamba2 sliding_window(window=4)/mlp(hidden=10) mamba2(conv_width=2)/mlp"
+    config = matched(options(pattern, 8, channel="none"), MatchConfig(parameters="350k", state_bytes="150KiB"), 64)
+    model = LanguageModel(config)
+    parameters, _, state = built(config, 64)
+    assert parameters == pytest.approx(350_000, rel=0.03)
+    assert state == pytest.approx(150 * 1024, rel=0.03)
+    assert config.pattern == pattern
+    first, second, third, fourth = (model.stack.layers[i] for i in range(4))
+    assert first.mixers[0].config.d_state == 8
+    assert second.mixers[0].config.d_state == fourth.mixers[0].config.d_state == config.mixers["mamba2"]["d_state"] != 8
+    assert (third.mixers[0].config.window, third.channel.config.hidden) == (4, 10)
+    assert fourth.channel.config.hidden == config.channels["mlp"]["hidden"]
+    assert sizes(options("mamba2(d_state=8)", 2)).keys() == {"mamba2", "swiglu"}
+    assert "d_state" not in sizes(options("mamba2(d_state=8)", 2))["mamba2"]
+
+
 def test_the_state_is_measured_where_it_is_asked_for():
     """A window of w is full after w - 1 tokens."""
     config = matched(options("sliding_window"), MatchConfig(state_bytes="20KiB", state_length=256), 4)

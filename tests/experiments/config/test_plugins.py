@@ -177,3 +177,12 @@ def test_the_former_name_of_the_key_is_read(tmp_path, plugin_folder):
     (plugin_folder / "my_parts.py").write_text(PARTS)
     config = tiny_config(tmp_path, imports=["my_parts"], plugins=["my_parts"])
     assert (config.plugins, "imports" in to_dict(config)) == (["my_parts"], False)
+
+
+def test_options_in_a_pattern_name_no_modules():
+    """A mapping there has colons as a path has; only the layers are imported."""
+    before = dict(MIXERS)
+    plugins.register_model_paths({"pattern": "attention(rope_scaling={rope_type:yarn, factor:4}) mamba2(x='a.b:C')"})
+    assert before == MIXERS
+    with pytest.raises(ConfigError, match="cannot import 'no_such_module'"):
+        plugins.register_model_paths({"pattern": "attention(x={a:b}) no_such_module:Own(x=1)"})

@@ -18,7 +18,15 @@ from experiments.report.figures import bytes_text, curves, draw_cost, draw_curve
 from experiments.report.page import table_rows
 from experiments.report.write import report
 from experiments.util.errors import RunnerError
-from experiments.util.plot_style import COLOURS, RESERVE, RULES, family, spread
+from experiments.util.plot_style import (
+    COLOURS,
+    RESERVE,
+    RULES,
+    family,
+    pattern_channels,
+    pattern_mixers,
+    spread,
+)
 from seqarch.layers import FAMILIES, MIXERS
 
 
@@ -451,6 +459,9 @@ def test_every_mixer_has_a_family_and_every_family_its_colour():
     assert family("2*(mamba2/moe)") == "state space"
     assert family("sliding_window") == "attention"
     assert family("brand_new") == "other"
+    assert family("sliding_window(window=512)/moe(num_experts=4)") == "attention"
+    assert pattern_mixers("a(x={k: ')'}, y=(1)) 2*(b c(z='/q')/moe(v=w))+d (e f)") == set("abcdef")
+    assert pattern_channels("a(x='/q')/moe(v=w) b/mlp") == {"moe", "mlp"}
 
 
 def test_a_mixer_of_no_family_has_a_colour_of_its_own_throughout_a_report(tmp_path):

@@ -161,9 +161,11 @@ def test_options_that_do_not_fit_are_named(options: dict, message: str):
         build_mixer("kda", d_model=32, **options)
 
 
-def test_rwkv7_is_its_equation():
+@pytest.mark.parametrize("residual", ["none", "give", "take"])
+def test_rwkv7_is_its_equation(residual: str):
     torch.manual_seed(0)
-    mixer, x = build_mixer("rwkv7", d_model=32, num_heads=2, gate_rank=7).double(), inputs()
+    options = {"num_heads": 2, "gate_rank": 7, "value_residual": residual, "value_rank": 5}
+    mixer, x = build_mixer("rwkv7", d_model=32, **options).double(), inputs()
     assert isinstance(mixer, Rwkv7)
     for parameter in (mixer.bonus, mixer.replacement, mixer.norm.weight, mixer.norm.bias):
         torch.nn.init.uniform_(parameter, -1, 1)
@@ -180,6 +182,9 @@ def test_rwkv7_is_its_equation():
         low_rank(a, "rate").sigmoid(),
         low_rank(g, "gate"),
     )
+    own, first = v, torch.randn_like(v)
+    if residual == "take":
+        v = v + (first - v) * low_rank(x + (before - x) * mixer.shares[3], "value_gate").sigmoid()
     z = F.normalize((k * mixer.removal).unflatten(-1, (2, 16)), dim=-1)
     k = k * (1 + (a - 1) * mixer.replacement)
     r, w, k, v, a = (m.unflatten(-1, (2, 16)) for m in (r, w, k, v, a))
@@ -192,13 +197,28 @@ def test_rwkv7_is_its_equation():
     o = (o - o.mean(-1, keepdim=True)) * (o.var(-1, unbiased=False, keepdim=True) + 16e-5).rsqrt()
     o = o.flatten(2) * mixer.norm.weight + mixer.norm.bias
     o = o + ((r * k * mixer.bonus).sum(-1, keepdim=True) * v).flatten(2)
-    torch.testing.assert_close(mixer(x)[0], (o * g) @ mixer.out_proj.weight.T, rtol=0, atol=1e-10)
+    y, _, given = mixer(x, None, None, {"first_value": first})
+    torch.testing.assert_close(y, (o * g) @ mixer.out_proj.weight.T, rtol=0, atol=1e-10)
+    assert [*given] == [*mixer.gives] == (["first_value"] if residual == "give" else [])
+    if residual == "give":
+        torch.testing.assert_close(given["first_value"], own, rtol=0, atol=1e-12)
+    if residual == "take":
+        with pytest.raises(
+            ValueError, match="Rwkv7: it takes first_value from an earlier layer of a stack, and was given none"
+        ):
+            mixer(x)
+        with pytest.raises(
+            ValueError, match=r"the first_value of an earlier layer is \[2, 9, 31\], expected \[2, 9, 32\]"
+        ):
+            mixer(x, None, None, {"first_value": first[..., :31]})
 
 
 def test_rwkv7_starts_as_released():
     """Values of RWKV-LM's formulas at half the depth, computed apart: first, last and a middle channel."""
-    mixer = build_mixer("rwkv7", d_model=128)
+    mixer = build_mixer("rwkv7", d_model=128, value_residual="take")
     assert isinstance(mixer, Rwkv7)
+    torch.testing.assert_close(mixer.value_gate[-1].bias[[0, 127]], torch.tensor([0.93, 0.53]))
+    assert mixer.value_gate[0].weight.shape == (32, 128)
     same(mixer.shares[:, 0], torch.ones(6))
     torch.testing.assert_close(mixer.shares[1, 64], torch.tensor(1 - 0.5**0.45))
     bias = mixer.decay[-1].bias

@@ -1,0 +1,172 @@
+"""Tensors that a layer of a stack gives to later ones: RWKV-7's first values, the stack's input, and wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from seqarch.layers import MIXERS, measured_state_bytes, register_mixer
+from seqarch.layers.linear_attention.linear_attention import LinearAttention
+from seqarch.models import LanguageModel, Stack
+from seqarch.testing import assert_close
+
+RWKV7 = "rwkv7(value_residual=give) mamba rwkv7(value_residual=take)+attention rwkv7(value_residual=take)"
+OPTIONS: dict[str, Any] = {"mixers": {"rwkv7": {"num_heads": 2, "value_rank": 4}}, "channel": "swiglu"}
+
+
+class Shown(LinearAttention):
+    """Linear attention of its input and of what the stack was given; it gives its own output."""
+
+    gives = ("shown",)
+    takes = ("input",)
+
+    def exchange(
+        self, x: Tensor, state: Any, cu_seqlens: Any, taken: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Any, Mapping[str, Tensor]]:
+        y, state = self.mix(x + 2 * taken["input"], state, cu_seqlens)
+        return y, state, {"shown": y}
+
+
+class Second(Shown):
+    gives = ()
+    takes = ("shown",)
+
+    def exchange(self, x: Tensor, state: Any, cu_seqlens: Any, taken: Mapping[str, Tensor]) -> Any:
+        return *self.mix(x * taken["shown"], state, cu_seqlens), {}
+
+
+@pytest.fixture(autouse=True)
+def own_mixers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("seqarch.layers.MIXERS", MIXERS)
+    before = dict(MIXERS)
+    register_mixer("shown", Shown)
+    register_mixer("second", Second)
+    yield
+    MIXERS.clear()
+    MIXERS.update(before)
+
+
+def stack(pattern: str, depth: int, **options: Any) -> Stack:
+    torch.manual_seed(0)
+    return Stack(d_model=32, pattern=pattern, depth=depth, **{**OPTIONS, **options}).double()
+
+
+def written_out(model: Stack, x: Tensor, stream: Tensor) -> Tensor:
+    """RWKV7 layer by layer, the values of the first handed on by hand."""
+    first, mamba, beside, last = (layer for layer in model.layers)
+    values: Any = None
+    for layer in (first, mamba, beside, last):
+        own: Any = layer
+        outputs = []
+        for mixer in own.mixers:
+            y, _, given = mixer(own.norm(stream), None, None, {"first_value": values})
+            values = given.get("first_value", values)
+            outputs.append(y)
+        weights = [1.0] if own.branch_weights is None else own.branch_weights
+        stream = stream + sum(weight * y for weight, y in zip(weights, outputs, strict=True))
+        stream = stream + own.channel(own.channel_norm(stream))
+    return stream
+
+
+def test_first_values_reach_the_layers_that_take_them():
+    model, x = stack(RWKV7, 4), torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
+    y, state = model(x)
+    expected = written_out(model, x, x)
+    assert_close(y, expected, 1e-12)
+    inputs = [x, *model.parameters()]
+    found, right = (torch.autograd.grad(each.sin().sum(), inputs) for each in (y, expected))
+    for own, other in zip(found, right, strict=True):
+        assert_close(own, other, 1e-10)
+    first: Any = model.layers[0]
+    plain = stack(RWKV7.replace("(value_residual=give)", "").replace("(value_residual=take)", ""), 4)
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert all("value_gate" in name for name in missing)
+    assert len(missing) == 6
+    assert first.mixers[0].gives == ("first_value",)
+    assert measured_state_bytes(state) == model.state_bytes(9, 2) == plain.state_bytes(9, 2)
+    added = sum(m.value_gate[0].weight.numel() + m.value_gate[2].weight.numel()  # type: ignore[union-attr, index]
+                for m in (model.layers[2].mixers[0], model.layers[3].mixers[0]))  # type: ignore[union-attr, index]  # fmt: skip
+    assert model.flops(9, 2) - plain.flops(9, 2) == 2 * 18 * added
+
+
+@pytest.mark.parametrize("pattern", [RWKV7, "shown mamba second shown+second", "mamba shown rwkv7 second"])
+def test_stacks_that_hand_tensors_on_hold_the_laws(pattern: str):
+    """Split anywhere, packed as separate, at some places, a token at a time beside compiled layers, checkpointed."""
+    model = stack(pattern, 4)
+    x = torch.randn(1, 12, 32, dtype=torch.float64)
+    y, _ = model(x)
+    state, outputs = model.init_state(1), []
+    with torch.no_grad():
+        for piece in x.split([5, 1, 6], dim=1):
+            out, state = model(piece, state)
+            outputs.append(out)
+        assert_close(torch.cat(outputs, 1), y, 1e-10)
+        assert_close(model(x, None, [0, 5, 12])[0][:, 5:], model(x[:, 5:])[0], 1e-10)
+        places = torch.tensor([7, 2])
+        assert_close(model(x, places=places)[0], y[:, places], 1e-10)
+        single = stack(pattern, 4).float()
+        assert single.explain_one_token().count("compiled") == 1
+        stepped, state = [], single.init_state(1)
+        for token in x.float().split(1, dim=1):
+            out, state = single(token, state)
+            stepped.append(out)
+        assert_close(torch.cat(stepped, 1), y.float(), 1e-4)
+    gradients = torch.autograd.grad(y.sin().sum(), [*model.parameters()])
+    for layer in model.layers:
+        forward = layer.forward
+        layer.forward = lambda *a, f=forward, **k: checkpoint(f, *a, use_reentrant=False, **k)  # type: ignore[method-assign]
+    again, _ = model(x)
+    for own, other in zip(torch.autograd.grad(again.sin().sum(), [*model.parameters()]), gradients, strict=True):
+        assert_close(own, other, 1e-10)
+
+
+def test_what_a_stack_was_given_is_its_input():
+    model, x = stack("2*mamba shown/none", 3), torch.randn(2, 9, 32, dtype=torch.float64)
+    before = x
+    for layer in model.layers[:2]:  # type: ignore[union-attr]
+        before, _ = layer(before, (None,), None)
+    last: Any = model.layers[2]
+    assert_close(
+        model(x)[0],
+        before + last.mixers[0].mix(last.norm(before) + 2 * x, last.mixers[0].init_state(2, dtype=x.dtype), None)[0],
+        1e-12,
+    )
+
+
+def test_a_language_model_generates_with_them():
+    torch.manual_seed(0)
+    model = LanguageModel(vocab_size=17, d_model=32, pattern=RWKV7, depth=4, **OPTIONS)
+    prompt = torch.randint(17, (1, 6))
+    found = model.generate(prompt.tolist(), max_new_tokens=5, temperature=0)[0]
+    tokens = prompt
+    with torch.no_grad():
+        for _ in range(5):
+            tokens = torch.cat([tokens, model(tokens)[0][:, -1:].argmax(-1)], dim=1)
+    assert found.tolist() == tokens[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("rwkv7(value_residual=take)", "stack: layer 0: Rwkv7 takes first_value, which no earlier layer gives"),
+        ("mamba rwkv7(value_residual=take)+rwkv7(value_residual=give)", "layer 1: Rwkv7 takes first_value, which no"),
+        ("2*rwkv7(value_residual=give)", None),
+        (
+            "rwkv7(value_residual=give)+rwkv7(value_residual=give)",
+            "layer 0: Rwkv7 gives first_value, as a mixer beside",
+        ),
+        ("rwkv7(value_residual=always)", "unknown value_residual 'always': expected one of give, none, take"),
+    ],
+)
+def test_what_nobody_gives_is_named(pattern: str, message: str | None):
+    depth = 2 if " " in pattern or "*" in pattern else 1
+    if message is None:
+        assert len(stack(pattern, depth).layers) == 2
+        return
+    with pytest.raises(ValueError, match=message):
+        stack(pattern, depth)
