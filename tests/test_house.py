@@ -33,7 +33,12 @@ ENGINES = {
 EDGES = {
     "hydra": {"experiments/run.py", "experiments/config/overrides.py"},
     "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
-    "tokenizers": {"seqarch/checkpoints/tokenizers.py", "experiments/tasks/text_tokens.py"},
+    "tokenizers": {
+        "seqarch/checkpoints/tokenizers.py",
+        "experiments/tasks/text_tokens.py",
+        "experiments/harness/tokenizer_folder.py",
+    },
+    "lm_eval": {"experiments/harness/adapter.py", "experiments/harness/evaluate.py"},
     "safetensors": {"seqarch/pretrained/shards.py", "seqarch/pretrained/tensor_files.py"},
     "joblib": {"experiments/sweeps/workers.py"},
     "optuna": {"experiments/sweeps/search.py"},
