@@ -38,6 +38,7 @@ EDGES = {
         "experiments/tasks/text_tokens.py",
         "experiments/harness/tokenizer_folder.py",
     },
+    "gguf": {"seqarch/pretrained/gguf_file.py"},
     "lm_eval": {"experiments/harness/adapter.py", "experiments/harness/evaluate.py"},
     "safetensors": {"seqarch/pretrained/shards.py", "seqarch/pretrained/tensor_files.py"},
     "joblib": {"experiments/sweeps/workers.py"},
