@@ -59,6 +59,12 @@ COMMANDS = {
         "train a tokenizer of byte pairs on text of your own",
         "--vocab-size --out --again --bytes --field --extensions --cut --held-out --unusable --data-cache",
     ),
+    "lm-eval": Command(
+        "lm_eval",
+        "score a model on tasks of EleutherAI's lm-evaluation-harness",
+        "--model --tasks --include-path --limit --num-fewshot --batch-size --device --dtype --max-length"
+        " --max-seq-lengths --out",
+    ),
     "bench": Command(
         "bench.__main__",
         "time this machine's kernels against what one would use without them",

@@ -1,7 +1,8 @@
 """``python -m seqarch``: versions, devices, and which backend of which operation runs here, or why it does not.
 
 ``python -m seqarch tuning`` shows in which configurations the Triton kernels run here, and what these were chosen from;
-``python -m seqarch families`` the families of ``transformers`` that are read and written, and what was checked.
+``python -m seqarch families`` the families of ``transformers`` that are read and written, and what was checked;
+``python -m seqarch gguf FOLDER FILE`` writes a model as a file that llama.cpp reads.
 """
 
 from __future__ import annotations
@@ -77,23 +78,28 @@ def backends() -> Iterator[tuple[str, str, str]]:
             yield name, backend.name + mark, backend.unavailable() or "available"
 
 
-def main(arguments: Sequence[str] = ()) -> None:
+def main(arguments: Sequence[str] = ()) -> int:
+    if arguments[:1] == ["gguf"]:
+        from seqarch.pretrained import gguf_command
+
+        return gguf_command.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m seqarch", description=(__doc__ or "").splitlines()[0])
     about = "the choices of the Triton kernels, or the families of models that are read and written, instead"
     parser.add_argument("about", nargs="?", choices=["tuning", "families"], help=about)
     asked = parser.parse_args(arguments).about
     if asked == "tuning":
         print(*autotune.report(), sep="\n")
-        return
+        return 0
     if asked == "families":
         from seqarch.pretrained import families
 
         print(*table(families.rows()), "", families.explanation(), sep="\n")
-        return
+        return 0
     for title, rows in (("versions", versions()), ("devices", devices()), ("operations", backends())):
         print(title)
         print(*(f"  {line}" for line in table(rows)), sep="\n", end="\n\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -33,7 +33,13 @@ ENGINES = {
 EDGES = {
     "hydra": {"experiments/run.py", "experiments/config/overrides.py"},
     "omegaconf": {"experiments/run.py", "experiments/config/overrides.py"},
-    "tokenizers": {"seqarch/checkpoints/tokenizers.py", "experiments/tasks/text_tokens.py"},
+    "tokenizers": {
+        "seqarch/checkpoints/tokenizers.py",
+        "experiments/tasks/text_tokens.py",
+        "experiments/harness/tokenizer_folder.py",
+    },
+    "gguf": {"seqarch/pretrained/gguf_file.py"},
+    "lm_eval": {"experiments/harness/adapter.py", "experiments/harness/evaluate.py"},
     "safetensors": {"seqarch/pretrained/shards.py", "seqarch/pretrained/tensor_files.py"},
     "transformers": {
         *(f"seqarch/interop/hf/{name}.py" for name in ("__init__", "cache", "config", "model", "routers")),

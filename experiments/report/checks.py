@@ -73,7 +73,7 @@ def _check(run: RecordedRun) -> None:
         raise RunnerError(run.problem)
     _require(run.config, OF_CONFIG, f"{run.path}: its config.json is not that of a run")
     check_format(run.config, run.folder.config_file)
-    _ = run.metrics  # Lines that are damaged are found as they are read.
+    _ = run.metrics, run.lm_eval  # Lines that are damaged are found as they are read.
     damaged = f"{run.path}: its record is damaged"
     is_over = run.recorded_status == "finished"
     _require(run.record, OF_RECORD if is_over else {part: dict for part in PARTS if part in run.record}, damaged)

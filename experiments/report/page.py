@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.report.comparison import TUNED, Comparison, Setting, listed
 from experiments.report.figures import bytes_text, test_of
+from experiments.report.lm_eval_table import lm_eval_table
 from experiments.util.blocks import table
 from experiments.util.files import write_atomic
 
@@ -93,6 +94,8 @@ def _section(comparison: Comparison, plots: list[tuple[str, str]], titled: bool)
         f" there. FLOPs are {sample['cost']['flops_formula']}."
     )
     parts += _remarks(comparison)
+    if scores := lm_eval_table(comparison):
+        parts += ["On tasks of the lm-evaluation-harness, by `seqarch lm-eval`, the median over seeds:", scores]
     parts += [f"![{comparison.title}: {shows}]({name}.png)" for name, shows in plots[1:]]
     data = {key: value for key, value in sample["data"].items() if key != "task"}
     parts.append("Data: " + "; ".join(f"{key} {value}" for key, value in data.items() if key != "hash") + ".")

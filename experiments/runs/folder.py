@@ -11,6 +11,7 @@
 ``code-of-plugin-NAME.diff``  the same of the repository of a plug-in
 ``tokenizer.json``  the tokenizer of text that has one
 ``data_files.txt``  the files of text: SHA-256, bytes and path of each
+``lm_eval.jsonl``   one JSON object for each call of ``seqarch lm-eval`` on the run's model
 ``claim.json``      the lock: who is at work here; gone when nobody is
 """
 
@@ -55,6 +56,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.progress_file = self.path / "progress.json"
         self.log_file = self.path / "train.log"
+        self.lm_eval_file = self.path / "lm_eval.jsonl"
         self.diff_file = self.path / DIFF
         self.checkpoints = self.path / "checkpoints"
         self.bad = self.path / "bad"
@@ -89,7 +91,7 @@ class RunFolder:
         Raises:
             RunnerError: naming the link.
         """
-        for path in (self.checkpoints, self.bad, self.metrics_file, self.log_file):
+        for path in (self.checkpoints, self.bad, self.metrics_file, self.log_file, self.lm_eval_file):
             if path.is_symlink():
                 raise RunnerError(f"{path} is a link, and nothing is written through one; runs=FOLDER places the runs")
 
@@ -170,21 +172,25 @@ class RunFolder:
         Raises:
             RunnerError: another line is damaged, or the file cannot be read.
         """
-        try:
-            lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise RunnerError(f"cannot read {self.metrics_file}: {error.strerror or error}") from error
-        parsed = [_metrics_line(line) for line in lines]
-        damaged = [number for number, values in enumerate(parsed, 1) if values is None and number < len(lines)]
-        if damaged:
-            raise RunnerError(f"line {damaged[0]} of {self.metrics_file} is damaged; delete that line")
-        return [values for values in parsed if values is not None]
+        return _read_lines(self.metrics_file, "step", int)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of evaluations on the validation split; the others are those of ``train.log_every``."""
         return [line for line in self.metrics() if is_evaluation(line)]
+
+    def append_lm_eval(self, line: Mapping[str, Any]) -> None:
+        """Add what a call of ``seqarch lm-eval`` found, on the disk on return; earlier lines stay.
+
+        Raises:
+            RunnerError: as in :meth:`check_links`.
+        """
+        self.check_links()
+        cut = self.lm_eval_file.exists() and not self.lm_eval_file.read_bytes().endswith(b"\n")
+        append_line(self.lm_eval_file, "\n" * cut + json.dumps(line))
+
+    def lm_eval(self) -> list[dict[str, Any]]:
+        """The lines of ``lm_eval.jsonl``, the oldest first; read, and errors, as of :meth:`metrics`."""
+        return _read_lines(self.lm_eval_file, "tasks", dict)
 
     def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
         """Drop the other lines; how many of those that stay are of evaluations."""
@@ -230,13 +236,34 @@ def _damage(record: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _metrics_line(line: str) -> dict[str, Any] | None:
+def _read_lines(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
+    """The objects in a file of one a line, each of which has a value of that kind; none where there is no such file.
+
+    A last line cut short by a crash is passed over.
+
+    Raises:
+        RunnerError: another line is damaged, or the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunnerError(f"cannot read {path}: {error.strerror or error}") from error
+    parsed = [_line(line, key, kind) for line in lines]
+    damaged = [number for number, values in enumerate(parsed, 1) if values is None and number < len(lines)]
+    if damaged:
+        raise RunnerError(f"line {damaged[0]} of {path} is damaged; delete that line")
+    return [values for values in parsed if values is not None]
+
+
+def _line(line: str, key: str, kind: type) -> dict[str, Any] | None:
     """The values of a line, ``None`` where it is damaged."""
     try:
         values = json.loads(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+    return values if isinstance(values, dict) and isinstance(values.get(key), kind) else None
 
 
 def _is_half_made(entry: Path) -> bool:

@@ -61,6 +61,11 @@ class RecordedRun:
         """The lines of ``metrics.jsonl``, read when they are first asked for; errors as of ``RunFolder.metrics``."""
         return self.folder.metrics() if self.kept_metrics is None else self.kept_metrics
 
+    @cached_property
+    def lm_eval(self) -> list[dict[str, Any]]:
+        """The lines of ``lm_eval.jsonl``, the oldest first; a study's records have none."""
+        return self.folder.lm_eval() if self.kept_metrics is None else []
+
     @property
     def status(self) -> str:
         """The record's; ``killed`` where it says running and no process holds the lock."""

@@ -26,7 +26,7 @@ from experiments.util.process_identity import is_of_the_dead
 IN_CHECKPOINTS = re.compile(rf"\.?step-\d+(\.tmp|\.gone)*/({FILE_OF_CHECKPOINT})?")
 """The paths in the folder ``checkpoints``."""
 IN_RUN = re.compile(
-    r"(config|run|progress|claim|tokenizer)\.json|metrics\.jsonl|train\.log|code(-of-plugin-\w+)?\.diff|data_files\.txt"
+    r"(config|run|progress|claim|tokenizer)\.json|(metrics|lm_eval)\.jsonl|train\.log|code(-of-plugin-\w+)?\.diff|data_files\.txt"
     r"|bad/(step-\d+\.npz)?"
     rf"|(bad/)?{ASIDE.pattern}|checkpoints/({IN_CHECKPOINTS.pattern})?|(wandb|tensorboard)/.*"
 )

@@ -79,6 +79,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room("experiments.sweeps"),
         _room("experiments.report"),
         _room("experiments.bench", "training"),
+        _room("experiments.harness"),
     ),
     "findings": (_room("experiments.studies"),),
     "commands": (Room("commands", ("experiments", "experiments.report.__main__", "experiments.runs.__main__")),),

@@ -1,0 +1,1 @@
+"""Models on the tasks of EleutherAI's lm-evaluation-harness, which `seqarch lm-eval` scores."""

@@ -1,0 +1,244 @@
+"""Models as GGUF files: each tensor and each key, as the ``gguf`` package reads them back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from experiments.tasks.text_tokens import train_tokenizer
+from seqarch import LanguageModel
+from seqarch.checkpoints.origin import Origin
+from seqarch.checkpoints.tokenizers import FileTokenizer
+from seqarch.interop import from_transformers
+from seqarch.pretrained.gguf_architectures import ARCHITECTURES
+from seqarch.pretrained.gguf_command import main
+from seqarch.pretrained.gguf_file import save_gguf
+from seqarch.pretrained.gguf_tokenizer import QWEN2
+from tests.support import families
+
+CONFIGS = {
+    "mamba": families.mamba,
+    "mamba2": families.mamba2,
+    "falcon_h1": lambda **changes: families.falcon_h1(
+        **{"mamba_rms_norm": True, "mamba_norm_before_gate": False, **changes}
+    ),
+    "mixtral": families.mixtral,
+    "qwen3_next": lambda **changes: families.qwen3_next(
+        **{"layer_types": None, "num_hidden_layers": 4, "mlp_only_layers": None, **changes}
+    ),
+}
+STATE_SPACE = {
+    *("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count"),
+    *("attention.layer_norm_rms_epsilon", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank"),
+}
+ATTENTION = {
+    *("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count"),
+    *("attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length"),
+    *("rope.freq_base",),
+}
+KEYS = {
+    "mamba": STATE_SPACE | {"ssm.dt_b_c_rms"},
+    "mamba2": STATE_SPACE | {"ssm.group_count"},
+    "falcon_h1": STATE_SPACE | ATTENTION | {"ssm.group_count", "vocab_size"},
+    "mixtral": ATTENTION | {"vocab_size", "rope.dimension_count", "expert_count", "expert_used_count"},
+    "qwen3_next": STATE_SPACE
+    | ATTENTION
+    | {"rope.dimension_count", "expert_count", "expert_used_count", "expert_feed_forward_length"}
+    | {"expert_shared_feed_forward_length", "ssm.group_count", "full_attention_interval"},
+}
+"""What llama.cpp's converter writes for the architecture, below its name."""
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def theirs(request, tmp_path_factory) -> Path:
+    """A folder of the family in bfloat16, with a tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    settings = CONFIGS[request.param](vocab_size=290)
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(
+        train_tokenizer(["a few words, and some more words"] * 9, 262, "<|endoftext|>")
+    )
+    return folder
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata, and the tensors in the dtypes that they have."""
+    reader = gguf.GGUFReader(path)
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = {}
+    for each in reader.tensors:
+        flat = torch.frombuffer(bytearray(each.data.tobytes()), dtype=kinds[each.tensor_type.name])
+        tensors[each.name] = flat.view([int(size) for size in reversed(each.shape)])
+    return {name: field.contents() for name, field in reader.fields.items()}, tensors
+
+
+def expected(config: dict[str, Any], state: dict[str, Tensor], name: str, names: Any) -> Tensor:
+    """What a tensor of the file is to hold, from their state dict, in float32."""
+    found = {names.get_name(key, try_suffixes=(".weight", ".bias")): key for key in state}
+    layer = name.split(".")[1] if name.startswith("blk.") else ""
+    get = {key: value.float() for key, value in state.items()}.__getitem__
+    part = name.removeprefix(f"blk.{layer}.")
+    kind = config["model_type"]
+    theirs = f"model.layers.{layer}."
+    if "exps" in part:
+        up, down = get(f"{theirs}mlp.experts.gate_up_proj"), get(f"{theirs}mlp.experts.down_proj")
+        half = up.shape[1] // 2
+        return {"ffn_gate": up[:, :half], "ffn_up": up[:, half:], "ffn_down": down}[part.partition("_exps")[0]]
+    if part == "ssm_dt.bias" and kind != "mamba":
+        inner = {"mamba2": f"backbone.layers.{layer}.mixer", "falcon_h1": f"{theirs}mamba"}
+        return get(f"{inner.get(kind, theirs + 'linear_attn')}.dt_bias")
+    if kind == "qwen3_next" and part in ("attn_qkv.weight", "attn_gate.weight"):
+        stored, rows = get(f"{theirs}linear_attn.in_proj_qkvz.weight"), []
+        for offset, size in ((0, 16), (16, 16), (32, 96)) if "qkv" in part else ((128, 96),):
+            for head in range(2):
+                rows.append(stored[head * 224 + offset : head * 224 + offset + size])
+        return torch.cat(rows)
+    if kind == "mixtral" and part == "ffn_gate_inp.weight":
+        return get(f"{theirs}mlp.gate.weight")
+    tensor = get(found[name])
+    if part == "ssm_a":
+        tensor = -tensor.exp()
+    if part == "ssm_conv1d.weight":
+        tensor = tensor[:, 0]
+    if part in ("ssm_a", "ssm_d") and kind in ("mamba2", "falcon_h1"):
+        tensor = tensor[:, None]
+    if part == "ssm_norm.weight" and kind in ("mamba2", "falcon_h1"):
+        tensor = tensor.reshape(2, -1)
+    if kind == "qwen3_next" and name.endswith("norm.weight") and part != "ssm_norm.weight":
+        tensor = tensor + 1
+    if kind == "mixtral" and part in ("attn_q.weight", "attn_k.weight"):
+        order = [head * 8 + pair + 4 * half for head in range(len(tensor) // 8) for pair in range(4) for half in (0, 1)]
+        tensor = tensor[order]
+    return _multiplied(tensor, part) if kind == "falcon_h1" else tensor
+
+
+def _multiplied(tensor: Tensor, part: str) -> Tensor:
+    """With the multipliers of ``tests.support.families.falcon_h1``."""
+    factors = {
+        **{"attn_q": [1.2], "attn_k": [0.6, 1.2], "attn_v": [1.2], "attn_output": [0.9], "ssm_out": [0.4]},
+        **{"ffn_gate": [0.8], "ffn_down": [1.3], "output": [0.7], "token_embd": [3.0], "ssm_in": [1.25]},
+    }
+    for factor in factors.get(part.removesuffix(".weight"), []):
+        tensor = tensor * factor
+    if part == "ssm_in.weight":
+        rows = [0.5] * 48 + [1.1] * 48 + [0.9] * 16 + [1.3] * 16 + [0.7] * 6
+        tensor = tensor * torch.tensor(rows)[:, None]
+    return tensor
+
+
+def test_each_tensor_and_key_is_what_llama_cpp_reads(theirs, tmp_path):
+    config = json.loads((theirs / "config.json").read_text())
+    kind, path = config["model_type"], tmp_path / "new" / "model.gguf"
+    model = LanguageModel.from_pretrained(theirs)
+    save_gguf(model, path)
+    fields, tensors = read(path)
+    architecture = ARCHITECTURES[kind].name
+    (number,) = (number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
+    state = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype="auto").state_dict()
+    if config["tie_word_embeddings"]:
+        state.pop("lm_head.weight")
+    for name, tensor in tensors.items():
+        wanted = expected(config, state, name, names)
+        assert torch.equal(tensor, wanted.to(tensor.dtype)), name
+        wide = tensor.ndim < 2 or "norm" in name or "gate_inp" in name or not name.endswith("weight") or "conv" in name
+        assert tensor.dtype == (torch.float32 if wide else torch.bfloat16), name
+    assert sum(map(torch.numel, tensors.values())) == sum(map(torch.numel, state.values()))
+    known = {gguf.TENSOR_NAMES[each] for each in gguf.MODEL_TENSORS[number]}
+    assert {each.replace(f".{each.split('.')[1]}.", ".{bid}.").removesuffix(".weight").removesuffix(".bias")
+            if each.startswith("blk.") else each.removesuffix(".weight") for each in tensors} <= known  # fmt: skip
+
+    own = {name.removeprefix(f"{architecture}.") for name in fields if name.startswith(f"{architecture}.")}
+    assert own == KEYS[kind]
+    assert (fields["general.architecture"], fields["general.file_type"]) == (architecture, 32)
+    stored = json.loads((theirs / "tokenizer.json").read_text())
+    tokens = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    assert {token: tokens[token] for token in stored["model"]["vocab"]} == stored["model"]["vocab"]
+    assert len(tokens) == 290
+    assert fields["tokenizer.ggml.merges"] == [" ".join(merge) for merge in stored["model"]["merges"]]
+    types = fields["tokenizer.ggml.token_type"]
+    assert (types[0], types[1], types[-1]) == (3, 1, 5)
+    special = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")]
+    assert (fields["tokenizer.ggml.pre"], special) == ("gpt-2", [0, 1, 2])
+
+
+def own(**options: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 32, "pattern": "mamba2", "channel": "none", "depth": 2}
+    return LanguageModel(**{**sizes, "mixers": {"mamba2": {"head_dim": 16, "d_state": 8}}, **options})
+
+
+def test_a_model_made_here_is_written_without_a_tokenizer_as_one_of_numbers(tmp_path, monkeypatch, capsys):
+    own().save_pretrained(tmp_path / "own")
+    given = [str(tmp_path / "own"), str(tmp_path / "own.gguf"), "--family", "mamba2", "--dtype", "float16"]
+    assert main(given) == 0
+    fields, tensors = read(tmp_path / "own.gguf")
+    assert (fields["tokenizer.ggml.model"], fields["mamba2.vocab_size"]) == ("none", 40)
+    assert torch.equal(tensors["token_embd.weight"], own().embedding.weight.detach().half())
+    assert main(given) == 1
+    assert "is there already; give the path of a new file" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert main([given[0], str(tmp_path / "other.gguf"), *given[2:]]) == 1
+    assert "pip install 'seqarch[gguf]'" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "own.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mamba", {"expand": 3, "intermediate_size": 96}, "no mamba with hidden_size=32, but only half of the inner"),
+        ("mixtral", {"sliding_window": 5}, "no mixtral with sliding_window=5, but only None"),
+        ("qwen3_next", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\], but only experts in every layer"),
+        ("qwen3_next", {"norm_topk_prob": False}, "norm_topk_prob=False, but only true"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 4}, "but only full attention in each layer that"),
+        ("falcon_h1", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate=True, but only false"),
+    ],
+)
+def test_what_llama_cpp_has_no_model_of_is_named_and_nothing_is_written(family, changes, reason, tmp_path):
+    settings = CONFIGS[family](**changes)
+    model = from_transformers(settings, transformers.AutoModelForCausalLM.from_config(settings).state_dict())
+    model.origin = Origin("there", family, settings=settings.to_dict())
+    with pytest.raises(ValueError, match=reason):
+        save_gguf(model, tmp_path / "it.gguf")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_other_families_dtypes_and_tokenizers_are_named(tmp_path):
+    for options, reason in (
+        ({}, "name its family, falcon_h1 or mamba or mamba2"),
+        ({"family": "recurrent_gemma"}, "unknown family 'recurrent_gemma': expected one of falcon_h1"),
+        ({"family": "mamba2", "dtype": torch.float64}, "dtype is torch.float64, expected one of torch.float32"),
+        ({"family": "mixtral"}, "the model is no mixtral: it has no attention"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            save_gguf(own(), tmp_path / "it.gguf", **options)
+    model = own(vocab_size=290)
+    stored = json.loads(train_tokenizer(["a few words, and more"] * 9, 262, "<|endoftext|>"))
+
+    def written(**changes: Any) -> None:
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**stored, **changes}))
+        model.tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
+        save_gguf(model, tmp_path / "it.gguf", family="mamba2")
+
+    with pytest.raises(ValueError, match="is no byte-level BPE"):
+        written(pre_tokenizer={"type": "Whitespace"})
+    digits = {"type": "Digits", "individual_digits": True}
+    with pytest.raises(ValueError, match=r"name llama\.cpp's own way by pre"):
+        written(pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, stored["pre_tokenizer"]]})
+    cut = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}
+    plain = {**stored["pre_tokenizer"], "use_regex": False}
+    written(pre_tokenizer={"type": "Sequence", "pretokenizers": [cut, plain]})
+    assert read(tmp_path / "it.gguf")[0]["tokenizer.ggml.pre"] == "qwen2"
