@@ -8,17 +8,47 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.interop import falcon_h1, kimi_linear, mamba, mamba2, mixtral, qwen3_next, recurrent_gemma
+from seqarch.interop import (
+    falcon_h1,
+    gemma,
+    granite,
+    granitemoe,
+    kimi_linear,
+    llama,
+    mamba,
+    mamba2,
+    mistral,
+    mixtral,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    qwen3_next,
+    recurrent_gemma,
+)
 from seqarch.interop.weights import WeightMap
 from seqarch.models import LanguageModel, LMConfig
 from seqarch.ops.dispatch.checks import show, unknown_name
 
 FAMILIES: dict[str, ModuleType] = {
     "falcon_h1": falcon_h1,
+    "gemma": gemma,
+    "granite": granite,
+    "granitemoe": granitemoe,
     "kimi_linear": kimi_linear,
+    "llama": llama,
     "mamba": mamba,
     "mamba2": mamba2,
+    "mistral": mistral,
     "mixtral": mixtral,
+    "olmoe": olmoe,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen2_moe": qwen2_moe,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
     "recurrent_gemma": recurrent_gemma,
 }

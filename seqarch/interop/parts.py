@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqarch.interop.settings import BaseSettings, pattern_of
 from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, split, squeeze, transpose, under
-from seqarch.models import LayerPattern, LMConfig
+from seqarch.models import LayerPattern, LMConfig, tile_pattern
 
 
 def norm(theirs: str, ours: str = "norm.weight") -> Rule:
@@ -37,31 +37,41 @@ def check_top_k(settings: BaseSettings, name: str, normalised: bool) -> None:
         )
 
 
-def experts(hidden: int) -> list[Rule]:
+def experts(hidden: int, theirs: str = "mlp.", router: str = "gate") -> list[Rule]:
     """A router and fused experts as a ``moe``."""
     return [
-        rule("mlp.gate.weight", "channel.router.weight"),
+        rule(f"{theirs}{router}.weight", "channel.router.weight"),
         rule(
-            "mlp.experts.gate_up_proj",
+            f"{theirs}experts.gate_up_proj",
             ("channel.w_gate", "channel.w_in"),
             *(transpose(1, 2), split(hidden, hidden, dim=2)),
         ),
-        rule("mlp.experts.down_proj", "channel.w_out", transpose(1, 2)),
+        rule(f"{theirs}experts.down_proj", "channel.w_out", transpose(1, 2)),
     ]
 
 
-def head_sizes(options: dict[str, Any]) -> tuple[int, int, int]:
+def head_sizes(options: Mapping[str, Any]) -> tuple[int, int, int]:
     """Rows of the projections to queries, keys and values in an ``attention`` with these options."""
     width = options["head_dim"]
     return options["num_heads"] * width, options["num_kv_heads"] * width, options["num_kv_heads"] * width
 
 
-def attention(options: dict[str, Any]) -> list[Rule]:
-    """``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as an ``attention`` with these options."""
-    rules = [
-        rule([f"{part}_proj.weight" for part in "qkv"], "qkv_proj.linear.weight", concatenate(*head_sizes(options))),
-        rule("o_proj.weight", "out_proj.weight"),
-    ]
+def attention(options: Mapping[str, Any], joined: str | None = None) -> list[Rule]:
+    """``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as an ``attention`` with these options, with ``q_norm`` and
+    ``k_norm`` where it has norms.
+
+    Args:
+        joined: the name of the one projection that they are in theirs too, if they are.
+    """
+    kinds = {"weight": True, "bias": options.get("qkv_bias", False)}
+    rules = []
+    for kind in (kind for kind, there in kinds.items() if there):
+        apart = [f"{part}_proj.{kind}" for part in "qkv"], concatenate(*head_sizes(options))
+        theirs, *steps = apart if joined is None else [f"{joined}.{kind}"]
+        rules.append(rule(theirs, f"qkv_proj.linear.{kind}", *steps))
+    if options.get("qk_norm"):
+        rules += [norm("q_norm.weight", "query_norm.weight"), norm("k_norm.weight", "key_norm.weight")]
+    rules.append(rule("o_proj.weight", "out_proj.weight"))
     return [*rules, rule("o_proj.bias", "out_proj.bias")] if options.get("output_bias") else rules
 
 
@@ -92,3 +102,42 @@ def model(
     for i, layer in enumerate(layers):
         rules += under(f"{prefix}.{i}.", f"stack.layers.{i}.", layer)
     return WeightMap(rules, {"lm_head.weight": embedding} if config.tie_embeddings else {})
+
+
+def decoder(
+    config: LMConfig,
+    tables: Mapping[str, list[Rule]] | None = None,
+    norms: Sequence[Rule] | None = None,
+    embedding: str = "model.embed_tokens.weight",
+    last_norm: str = "model.norm.weight",
+) -> WeightMap:
+    """A language model whose layers have one mixer and one channel mixer each, in the manner of Llama.
+
+    Args:
+        tables: rules of a layer's mixer or channel mixer by our name for it. Those of ``attention``,
+            ``sliding_window``, ``swiglu`` and ``moe`` follow from the config where they are not given.
+        norms: rules of a layer's norms.
+    """
+    usual = [norm("input_layernorm.weight"), norm("post_attention_layernorm.weight", "channel_norm.weight")]
+    rules = {**_usual_tables(config), **(tables or {})}
+    layers = [
+        [
+            *(usual if norms is None else norms),
+            *(each for name in layer.mixers for each in rules[name]),
+            *rules[layer.channel or config.channel],
+        ]
+        for layer in tile_pattern(config.pattern, config.depth)
+    ]
+    return model(config, layers, embedding, norm(last_norm))
+
+
+def _usual_tables(config: LMConfig) -> dict[str, list[Rule]]:
+    """Of the mixers and channel mixers that the config has options of."""
+    names = [name for name in ("attention", "sliding_window") if name in config.mixers]
+    tables = {name: under("self_attn.", "mixers.0.", attention(config.mixers[name])) for name in names}
+    if "swiglu" in config.channels:
+        options = config.channels["swiglu"]
+        tables["swiglu"] = gated_mlp(options["hidden"], bias=options.get("bias", False))
+    if "moe" in config.channels:
+        tables["moe"] = experts(config.channels["moe"]["hidden"])
+    return tables

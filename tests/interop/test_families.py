@@ -161,7 +161,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("MambaForCausalLM", {"use_bias": True, "hidden_act": "relu"}, "hidden_act='relu' .only 'silu'., use_bias=True"),
     ("Mamba2ForCausalLM", {"time_step_limit": (0.0, 1.0)}, r"time_step_limit=\[0.0, 1.0\] .only \[0.0, inf\]."),
     ("MixtralForCausalLM", {"attention_dropout": 0.1}, r"mixtral: these settings .* attention_dropout=0.1 .only 0.0."),
-    ("MixtralForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    ("MixtralForCausalLM", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type='proportional'"),
     ("FalconH1ForCausalLM", {"projectors_bias": True}, "falcon_h1: these settings .* projectors_bias=True"),
     ("Qwen3NextForCausalLM", {"shared_expert_intermediate_size": 20}, "shared_expert_intermediate_size=20"),
     ("RecurrentGemmaForCausalLM", {"hidden_activation": "relu"}, "recurrent_gemma: .* hidden_activation='relu'"),
@@ -251,5 +251,9 @@ def test_earlier_names_of_the_rotary_settings_are_read():
         for given, expected in (({}, fraction), ({"partial_rotary_factor": 0.75}, 0.75)):
             mixers = lm_config({**other, **given}).mixers.values()
             assert [options["rotary_fraction"] for options in mixers if "rotary_fraction" in options] == [expected]
-    with pytest.raises(ValueError, match="rope_type='yarn'"):
-        lm_config({**config, "rope_scaling": {"type": "yarn", "factor": 4.0}})
+    scaled = lm_config({**config, "rope_scaling": {"type": "yarn", "factor": 4.0}}).mixers["attention"]
+    assert scaled["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": config["max_position_embeddings"],
+    }

@@ -105,6 +105,29 @@ def kimi_linear(**changes: Any) -> Any:
     return transformers.KimiLinearConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
 
 
+def decoders(name: str, **own: Any) -> Callable[..., Any]:
+    """What makes configurations in the manner of Llama, of the class ``name``."""
+
+    def make(**changes: Any) -> Any:
+        options = {"intermediate_size": 24, **own}
+        return getattr(transformers, name)(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+    return make
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 300.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+
 VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "MambaForCausalLM": (mamba, [{}, {"tie_word_embeddings": False, "expand": 3, "time_step_rank": 5}]),
     "Mamba2ForCausalLM": (mamba2, [{}, {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-2}]),
@@ -130,6 +153,41 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "RecurrentGemmaForCausalLM": (
         recurrent_gemma,
         [{}, {"tie_word_embeddings": False, "block_types": ["attention", "recurrent"], "lru_width": None}],
+    ),
+    "GemmaForCausalLM": (decoders("GemmaConfig", head_dim=12), [{}, {"tie_word_embeddings": False}]),
+    "GraniteForCausalLM": (
+        decoders("GraniteConfig", attention_multiplier=0.3, logits_scaling=3.0, embedding_multiplier=2.0),
+        [{"residual_multiplier": 0.4}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
+    ),
+    "GraniteMoeForCausalLM": (
+        decoders("GraniteMoeConfig", attention_multiplier=0.3, logits_scaling=3.0, num_local_experts=6),
+        [{"residual_multiplier": 0.4}, {"attention_bias": True, "tie_word_embeddings": True}],
+    ),
+    "LlamaForCausalLM": (
+        decoders("LlamaConfig"),
+        [{"rope_parameters": LLAMA3}, {"attention_bias": True, "mlp_bias": True, "head_dim": 12}],
+    ),
+    "MistralForCausalLM": (
+        decoders("MistralConfig", sliding_window=5),
+        [{}, {"sliding_window": None, "head_dim": 12, "rope_parameters": YARN}],
+    ),
+    "OlmoeForCausalLM": (
+        decoders("OlmoeConfig", num_experts=6, num_experts_per_tok=3),
+        [{}, {"norm_topk_prob": True, "num_key_value_heads": 4, "attention_bias": True}],
+    ),
+    "Phi3ForCausalLM": (
+        decoders("Phi3Config", max_position_embeddings=256, original_max_position_embeddings=64),
+        [{"rope_parameters": LONGROPE}, {"sliding_window": 5, "partial_rotary_factor": 0.75}],
+    ),
+    "Qwen2ForCausalLM": (decoders("Qwen2Config"), [{}, WINDOWS]),
+    "Qwen2MoeForCausalLM": (
+        decoders("Qwen2MoeConfig", shared_expert_intermediate_size=20, **EXPERTS),
+        [{}, {**WINDOWS, "mlp_only_layers": [1], "norm_topk_prob": True, "qkv_bias": False}],
+    ),
+    "Qwen3ForCausalLM": (decoders("Qwen3Config", head_dim=12), [{}, {**WINDOWS, "attention_bias": True}]),
+    "Qwen3MoeForCausalLM": (
+        decoders("Qwen3MoeConfig", head_dim=12, **EXPERTS),
+        [{"norm_topk_prob": True}, {**WINDOWS, "mlp_only_layers": [1], "attention_bias": True}],
     ),
     "Qwen3NextForCausalLM": (qwen3_next, [{}, {"norm_topk_prob": False, "decoder_sparse_step": 2, "head_dim": 8}]),
 }
