@@ -276,7 +276,10 @@ def test_wrong_settings_are_named(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"quantization_config": {"quant_method": "awq"}}, "quantised models are not read"),
-        ({"hidden_act": "relu"}, r"config\.json: mixtral: these settings have no counterpart here: hidden_act='relu'"),
+        (
+            {"attention_dropout": 0.1},
+            r"config\.json: mixtral: these settings have no counterpart here: attention_dropout=0.1",
+        ),
         ({"num_local_experts": 5}, r"gate_up_proj.*expected|gate\.weight is \[4, 32\], expected \[5, 32\]"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
