@@ -11,6 +11,8 @@ from torch import Tensor
 from seqarch.interop import (
     falcon_h1,
     gemma,
+    gemma2,
+    gemma3_text,
     granite,
     granitemoe,
     kimi_linear,
@@ -19,6 +21,9 @@ from seqarch.interop import (
     mamba2,
     mistral,
     mixtral,
+    olmo,
+    olmo2,
+    olmo3,
     olmoe,
     phi3,
     qwen2,
@@ -27,6 +32,8 @@ from seqarch.interop import (
     qwen3_moe,
     qwen3_next,
     recurrent_gemma,
+    stablelm,
+    starcoder2,
 )
 from seqarch.interop.weights import WeightMap
 from seqarch.models import LanguageModel, LMConfig
@@ -35,6 +42,8 @@ from seqarch.ops.dispatch.checks import show, unknown_name
 FAMILIES: dict[str, ModuleType] = {
     "falcon_h1": falcon_h1,
     "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
     "granite": granite,
     "granitemoe": granitemoe,
     "kimi_linear": kimi_linear,
@@ -43,6 +52,9 @@ FAMILIES: dict[str, ModuleType] = {
     "mamba2": mamba2,
     "mistral": mistral,
     "mixtral": mixtral,
+    "olmo": olmo,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
     "olmoe": olmoe,
     "phi3": phi3,
     "qwen2": qwen2,
@@ -51,6 +63,8 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
     "recurrent_gemma": recurrent_gemma,
+    "stablelm": stablelm,
+    "starcoder2": starcoder2,
 }
 """By their ``model_type``; each module has its ``Settings``, ``lm_config(settings)`` and ``weights(settings)``."""
 

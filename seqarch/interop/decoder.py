@@ -59,23 +59,26 @@ class DecoderSettings(RotarySettings):
 
     def attention(self, **others: Any) -> dict[str, Any]:
         """Options of an attention: heads, their positions, and ``others``."""
-        rotary = self.rotary(self.head_width)  # first, as it refuses a width of 0
-        return {**self.heads(), **rotary, **others}
+        return {**self.rotary(self.head_width), **self.heads(), **others}  # rotary first: it refuses a width of 0
 
-    def activation(self, name: str = "hidden_act") -> dict[str, str]:
-        """The option of a channel mixer by the field ``name``; none for SiLU, their default.
+    def activation(self) -> dict[str, str]:
+        """The option of a channel mixer; none for SiLU, their default.
 
         Raises:
             ValueError: it has no counterpart here.
         """
-        given = getattr(self, name)
+        given = self.hidden_act
         if given not in ACTIVATIONS:
-            raise ValueError(f"{self.model_type}: {unknown_name(name, given, ACTIVATIONS)}")
+            raise ValueError(f"{self.model_type}: {unknown_name(self.called('hidden_act'), given, ACTIVATIONS)}")
         return {} if ACTIVATIONS[given] == "silu" else {"activation": ACTIVATIONS[given]}
 
     def gated_mlp(self, **others: Any) -> dict[str, Any]:
         """Options of a ``swiglu``."""
         return {"hidden": self.intermediate_size, **self.activation(), **others}
+
+    def plain_mlp(self, **others: Any) -> dict[str, Any]:
+        """Options of an ``mlp``."""
+        return {"hidden": self.intermediate_size, "activation": "silu", **self.activation(), **others}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +128,28 @@ class SomeWindowsSettings(LayerTypeSettings):
         if SLIDING in kinds and self.use_sliding_window is False:
             raise self.refuse("use_sliding_window", "True, as layer_types has sliding_attention")
         return kinds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByKindSettings(DecoderSettings, LayerTypeSettings):
+    """Rotary positions of each kind of layer by itself; a file's ``rope_scaling`` and ``rope_theta`` are of full ones.
+
+    Attributes:
+        local_theta: the base of sliding layers, where nothing is said of them.
+    """
+
+    unread: ClassVar[tuple[str, ...]] = ("original_max_position_embeddings", "local_theta")
+
+    local_theta: float = 10000.0
+
+    def attention_of(self, kind: str, **others: Any) -> dict[str, Any]:
+        """Options of the attention of layers of a kind: heads, their positions, and ``others``."""
+        found = dict((self.rope_parameters or {}).get(kind) or {})
+        name, theta = f"rope_parameters: {kind}", self.local_theta
+        if kind == FULL:
+            found, theta = found | (self.rope_scaling or {}), self.rope_theta
+            name = "rope_scaling" if self.rope_scaling else name
+        return {**self.rotation(self.head_width, name, found, theta), **self.heads(), **others}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +214,7 @@ def lm_config(
     *,
     kinds: Sequence[str] | None = None,
     window: int | None = None,
+    sliding: Mapping[str, Any] | None = None,
     each_channel: Sequence[str] | None = None,
     **others: Any,
 ) -> LMConfig:
@@ -199,6 +225,7 @@ def lm_config(
         channels: options by channel mixer.
         kinds: of each layer, one of :data:`MIXERS`; by default all are over the window, where there is one.
         window: tokens that a token of sliding layers sees.
+        sliding: options of the attention of sliding layers, where they have others.
         each_channel: the channel mixer of each layer, where there are several.
         others: further options of the model.
     """
@@ -206,7 +233,7 @@ def lm_config(
     kinds = [FULL if window is None else SLIDING] * depth if kinds is None else kinds
     each_channel = [next(iter(channels))] * depth if each_channel is None else each_channel
     layers = [f"{MIXERS[kind]}/{channel}" for kind, channel in zip(kinds, each_channel, strict=True)]
-    options = {FULL: dict(attention), SLIDING: {**attention, "window": window}}
+    options = {FULL: dict(attention), SLIDING: {**(sliding or attention), "window": window}}
     return parts.lm_config(
         settings,
         layers,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from seqarch.interop import decoder, parts
 from seqarch.interop.weights import WeightMap
@@ -27,6 +28,13 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
     hidden_act: str = "gelu_pytorch_tanh"
     max_position_embeddings: int = 8192
     tie_word_embeddings: bool = True
+
+    @classmethod
+    def read(cls, config: Any) -> Self:
+        """As :meth:`BaseSettings.read`; the GELU of files, whose first ones say ``"gelu"``, is the one by tanh."""
+        if isinstance(config, Mapping) and config.get("hidden_act") == "gelu":
+            config = {**config, "hidden_act": "gelu_pytorch_tanh"}
+        return super().read(config)
 
 
 def lm_config(settings: Settings) -> LMConfig:

@@ -15,7 +15,6 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
     """Fields of ``OlmoeConfig``."""
 
     model_type = "olmoe"
-    only: ClassVar = {**decoder.DecoderSettings.only, "clip_qkv": None}
     aliases: ClassVar = {"num_local_experts": "num_experts"}
 
     vocab_size: int = 50304
@@ -28,6 +27,7 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
     num_experts: int = 64
     num_experts_per_tok: int = 8
     norm_topk_prob: bool = False
+    clip_qkv: float | None = None
 
 
 def lm_config(settings: Settings) -> LMConfig:
@@ -40,7 +40,9 @@ def lm_config(settings: Settings) -> LMConfig:
         "normalise_weights": settings.norm_topk_prob,
         **settings.activation(),
     }
-    return decoder.lm_config(settings, settings.attention(**norms, **settings.biases()), {"moe": moe})
+    return decoder.lm_config(
+        settings, settings.attention(qkv_clip=settings.clip_qkv, **norms, **settings.biases()), {"moe": moe}
+    )
 
 
 def weights(settings: Settings) -> WeightMap:

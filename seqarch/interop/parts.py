@@ -95,40 +95,64 @@ def lm_config(
 
 
 def model(
-    config: LMConfig, layers: Sequence[list[Rule]], embedding: str, last_norm: Rule, prefix: str = "model.layers"
+    config: LMConfig,
+    layers: Sequence[list[Rule]],
+    embedding: str,
+    last_norm: Rule | Sequence[Rule],
+    prefix: str = "model.layers",
 ) -> WeightMap:
     """A language model of these layers, whose rules name what is inside one of theirs and one of ours."""
-    rules = [rule(embedding, "embedding.weight"), last_norm, rule("lm_head.weight", "head.weight")]
+    last = [last_norm] if isinstance(last_norm, Rule) else last_norm
+    rules = [rule(embedding, "embedding.weight"), *last, rule("lm_head.weight", "head.weight")]
     for i, layer in enumerate(layers):
         rules += under(f"{prefix}.{i}.", f"stack.layers.{i}.", layer)
     return WeightMap(rules, {"lm_head.weight": embedding} if config.tie_embeddings else {})
 
 
+NORMS: dict[str, dict[str, str]] = {
+    "pre": {"norm": "input_layernorm", "channel_norm": "post_attention_layernorm"},
+    "post": {"post_norms.0": "post_attention_layernorm", "channel_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "norm": "input_layernorm",
+        "post_norms.0": "post_attention_layernorm",
+        "channel_norm": "pre_feedforward_layernorm",
+        "channel_post_norm": "post_feedforward_layernorm",
+    },
+}
+"""Of each placement of a layer's norms, their usual names by ours."""
+
+
+def norms_of(kind: str, names: Mapping[str, str]) -> list[Rule]:
+    """Rules of norms of a kind that ``LMConfig.norm`` may be, whose names in theirs are given by ours."""
+    kinds = {"rms": ["weight"], "layer": ["weight", "bias"], "layer_without_bias": ["weight"]}.get(kind, [])
+    return [rule(f"{theirs}.{each}", f"{ours}.{each}") for ours, theirs in names.items() for each in kinds]
+
+
 def decoder(
     config: LMConfig,
     tables: Mapping[str, list[Rule]] | None = None,
-    norms: Sequence[Rule] | None = None,
+    norms: Mapping[str, str] | None = None,
     embedding: str = "model.embed_tokens.weight",
-    last_norm: str = "model.norm.weight",
+    last_norm: str = "model.norm",
 ) -> WeightMap:
     """A language model whose layers have one mixer and one channel mixer each, in the manner of Llama.
 
     Args:
         tables: rules of a layer's mixer or channel mixer by our name for it. Those of ``attention``,
             ``sliding_window``, ``swiglu`` and ``moe`` follow from the config where they are not given.
-        norms: rules of a layer's norms.
+        norms: names of a layer's norms by ours; by default :data:`NORMS` has them.
     """
-    usual = [norm("input_layernorm.weight"), norm("post_attention_layernorm.weight", "channel_norm.weight")]
     rules = {**_usual_tables(config), **(tables or {})}
+    own_norms = norms_of(config.norm, NORMS[config.norm_placement] if norms is None else norms)
     layers = [
         [
-            *(usual if norms is None else norms),
+            *own_norms,
             *(each for name in layer.mixers for each in rules[name]),
-            *rules[layer.channel or config.channel],
+            *rules[config.channel_of(layer)],
         ]
         for layer in tile_pattern(config.pattern, config.depth)
     ]
-    return model(config, layers, embedding, norm(last_norm))
+    return model(config, layers, embedding, norms_of(config.norm, {"norm": last_norm}))
 
 
 def _usual_tables(config: LMConfig) -> dict[str, list[Rule]]:
@@ -138,6 +162,10 @@ def _usual_tables(config: LMConfig) -> dict[str, list[Rule]]:
     if "swiglu" in config.channels:
         options = config.channels["swiglu"]
         tables["swiglu"] = gated_mlp(options["hidden"], bias=options.get("bias", False))
+    if "mlp" in config.channels:
+        kinds = ["weight", "bias"] if config.channels["mlp"].get("bias") else ["weight"]
+        names = {"c_fc": "in_proj", "c_proj": "out_proj"}
+        tables["mlp"] = [rule(f"mlp.{a}.{each}", f"channel.{b}.{each}") for a, b in names.items() for each in kinds]
     if "moe" in config.channels:
         tables["moe"] = experts(config.channels["moe"]["hidden"])
     return tables

@@ -23,8 +23,10 @@ class BaseSettings:
 
     Class attributes:
         model_type: the family's name in a ``config.json``.
-        only: fields that theirs reads and that have one value here, which is also their default.
+        only: fields that theirs reads and that have one value here, which is also their default. Off is off,
+            whether it is False, 0 or None.
         aliases: other names of fields, as ``{alias: field}``; where both are given, theirs takes the alias.
+        unread: fields of a base class of ours that theirs does not read, at least not by this name.
         in_files_only: fields that theirs reads from a file and turns into others, so that an object's do not count.
         in_objects: what such fields are in an object, where that is not the default of files.
         may_be_zero: numbers that may be 0; all others are positive.
@@ -33,6 +35,7 @@ class BaseSettings:
     model_type: ClassVar[str]
     only: ClassVar[Mapping[str, Any]] = {}
     aliases: ClassVar[Mapping[str, str]] = {}
+    unread: ClassVar[tuple[str, ...]] = ()
     in_files_only: ClassVar[tuple[str, ...]] = ()
     in_objects: ClassVar[Mapping[str, Any]] = {"partial_rotary_factor": None}
     may_be_zero: ClassVar[tuple[str, ...]] = ()
@@ -53,9 +56,10 @@ class BaseSettings:
         called = {field: alias for alias, field in cls.aliases.items() if alias in values}
         given = {field: _plain(values[alias]) for field, alias in called.items()}
         only = {"per_layer_config": None, **cls.only}
-        own = (name for name in (*only, *(each.name for each in fields(cls))) if name in values)
+        read = (name for name in (*only, *(each.name for each in fields(cls))) if name not in cls.unread)
+        own = (name for name in read if name in values)
         given = {**{name: _plain(values[name]) for name in own}, **given}
-        wrong = {name: one for name, one in only.items() if given.get(name, one) != one}
+        wrong = {name: one for name, one in only.items() if given.get(name, one) != one and (given[name] or one)}
         if wrong:
             shown = ", ".join(f"{called.get(name, name)}={given[name]!r} (only {one!r})" for name, one in wrong.items())
             raise ValueError(f"{cls.model_type}: these settings have no counterpart here: {shown}")
@@ -70,9 +74,13 @@ class BaseSettings:
             raise ValueError(f"{cls.model_type}: {error}{also}") from error
         return settings
 
+    def called(self, name: str) -> str:
+        """What the field ``name`` is called in theirs."""
+        return next((alias for alias, own in self.aliases.items() if own == name in self.unread), name)
+
     def refuse(self, name: str, expected: str) -> ValueError:
         """The error for a field whose value fits its type but not the others."""
-        return ValueError(f"{self.model_type}: {name} is {show(getattr(self, name))}, expected {expected}")
+        return ValueError(f"{self.model_type}: {self.called(name)} is {show(getattr(self, name))}, expected {expected}")
 
     def factors(self, name: str, count: int) -> list[float]:
         """The field's list of so many positive numbers, all 1 where there is none.

@@ -23,9 +23,8 @@ from seqarch.pretrained.families import CHECKED
 from seqarch.pretrained.their_settings import CLASSES, MADE_HERE
 from seqarch.testing import assert_close
 from tests.interop.test_families import BOUND
-from tests.support.families import CASES, VARIANTS, build
+from tests.support.families import VARIANTS, build, each_case
 
-cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 TOKENS = torch.randint(3, 53, (2, 19), generator=torch.Generator().manual_seed(1))
 
 
@@ -51,7 +50,7 @@ def sharded(folder: Path, several: bool) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 1 or not several
 
 
-@cases
+@each_case
 @torch.no_grad()
 def test_their_folders_are_read_and_ours_are_read_by_them(name: str, changes: dict[str, Any], tmp_path, monkeypatch):
     """In one file and in several, in blocks and whole, in float32 and bfloat16: the numbers of the state dict's way."""

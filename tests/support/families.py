@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-SMALL = {"vocab_size": 53, "hidden_size": 32, "num_hidden_layers": 2}
-ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
-EPS = 0.1
-"""For norms of what a recurrence reads: where that is near 0, dividing by its size multiplies the rounding of both."""
-SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+from tests.support import decoder_families
+from tests.support.family_sizes import ATTENTION, EPS, SMALL, SPECIAL
 
 
 def mamba(**changes: Any) -> Any:
@@ -105,29 +103,6 @@ def kimi_linear(**changes: Any) -> Any:
     return transformers.KimiLinearConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
 
 
-def decoders(name: str, **own: Any) -> Callable[..., Any]:
-    """What makes configurations in the manner of Llama, of the class ``name``."""
-
-    def make(**changes: Any) -> Any:
-        options = {"intermediate_size": 24, **own}
-        return getattr(transformers, name)(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
-
-    return make
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 300.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8,
-}
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
-
 VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "MambaForCausalLM": (mamba, [{}, {"tie_word_embeddings": False, "expand": 3, "time_step_rank": 5}]),
     "Mamba2ForCausalLM": (mamba2, [{}, {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-2}]),
@@ -154,46 +129,45 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         recurrent_gemma,
         [{}, {"tie_word_embeddings": False, "block_types": ["attention", "recurrent"], "lru_width": None}],
     ),
-    "GemmaForCausalLM": (decoders("GemmaConfig", head_dim=12), [{}, {"tie_word_embeddings": False}]),
-    "GraniteForCausalLM": (
-        decoders("GraniteConfig", attention_multiplier=0.3, logits_scaling=3.0, embedding_multiplier=2.0),
-        [{"residual_multiplier": 0.4}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
-    ),
-    "GraniteMoeForCausalLM": (
-        decoders("GraniteMoeConfig", attention_multiplier=0.3, logits_scaling=3.0, num_local_experts=6),
-        [{"residual_multiplier": 0.4}, {"attention_bias": True, "tie_word_embeddings": True}],
-    ),
-    "LlamaForCausalLM": (
-        decoders("LlamaConfig"),
-        [{"rope_parameters": LLAMA3}, {"attention_bias": True, "mlp_bias": True, "head_dim": 12}],
-    ),
-    "MistralForCausalLM": (
-        decoders("MistralConfig", sliding_window=5),
-        [{}, {"sliding_window": None, "head_dim": 12, "rope_parameters": YARN}],
-    ),
-    "OlmoeForCausalLM": (
-        decoders("OlmoeConfig", num_experts=6, num_experts_per_tok=3),
-        [{}, {"norm_topk_prob": True, "num_key_value_heads": 4, "attention_bias": True}],
-    ),
-    "Phi3ForCausalLM": (
-        decoders("Phi3Config", max_position_embeddings=256, original_max_position_embeddings=64),
-        [{"rope_parameters": LONGROPE}, {"sliding_window": 5, "partial_rotary_factor": 0.75}],
-    ),
-    "Qwen2ForCausalLM": (decoders("Qwen2Config"), [{}, WINDOWS]),
-    "Qwen2MoeForCausalLM": (
-        decoders("Qwen2MoeConfig", shared_expert_intermediate_size=20, **EXPERTS),
-        [{}, {**WINDOWS, "mlp_only_layers": [1], "norm_topk_prob": True, "qkv_bias": False}],
-    ),
-    "Qwen3ForCausalLM": (decoders("Qwen3Config", head_dim=12), [{}, {**WINDOWS, "attention_bias": True}]),
-    "Qwen3MoeForCausalLM": (
-        decoders("Qwen3MoeConfig", head_dim=12, **EXPERTS),
-        [{"norm_topk_prob": True}, {**WINDOWS, "mlp_only_layers": [1], "attention_bias": True}],
-    ),
     "Qwen3NextForCausalLM": (qwen3_next, [{}, {"norm_topk_prob": False, "decoder_sparse_step": 2, "head_dim": 8}]),
+    **decoder_families.VARIANTS,
 }
 """For each class, what makes its configuration, and settings under which it is tried."""
 
 CASES = [(name, changes) for name, (_, variants) in VARIANTS.items() for changes in variants]
+
+EXAMPLES = {
+    *("FalconH1ForCausalLM", "KimiLinearForCausalLM", "MambaForCausalLM", "Mamba2ForCausalLM", "MixtralForCausalLM"),
+    *("Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM"),
+}
+"""Classes with every way of saying a table, of which all tests are run by default; of the others it is the first
+settings in the tests that compare with theirs, and everything in the slow tests."""
+
+
+def slow_but(quick: Callable[[str, dict[str, Any]], bool]) -> list[Any]:
+    """Parameters of a test of all :data:`CASES`: slow, but for those of the examples and those that ``quick`` takes."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [
+        pytest.param(n, changes, marks=marks[n in EXAMPLES or quick(n, changes)], id=f"{n}-{changes}")
+        for n, changes in CASES
+    ]
+
+
+def is_first(name: str, changes: dict[str, Any]) -> bool:
+    """Whether these are the first settings of a class."""
+    return changes is VARIANTS[name][1][0]
+
+
+each_case = pytest.mark.parametrize(("name", "changes"), slow_but(is_first))
+"""A test of one case of each class by default, and of all of the examples'."""
+
+each_case_slowly = pytest.mark.parametrize(("name", "changes"), slow_but(lambda name, changes: False))
+"""A test of the examples' cases by default."""
+
+each_class_slowly = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EXAMPLES else (pytest.mark.slow,)) for name in VARIANTS]
+)
+"""A test of the examples by default."""
 
 
 def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
