@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from seqarch.interop import (
+    cohere,
+    cohere2,
     falcon_h1,
     gemma,
     gemma2,
@@ -32,6 +34,7 @@ from seqarch.interop import (
     qwen3_moe,
     qwen3_next,
     recurrent_gemma,
+    smollm3,
     stablelm,
     starcoder2,
 )
@@ -40,6 +43,8 @@ from seqarch.models import LanguageModel, LMConfig
 from seqarch.ops.dispatch.checks import show, unknown_name
 
 FAMILIES: dict[str, ModuleType] = {
+    "cohere": cohere,
+    "cohere2": cohere2,
     "falcon_h1": falcon_h1,
     "gemma": gemma,
     "gemma2": gemma2,
@@ -63,6 +68,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
     "recurrent_gemma": recurrent_gemma,
+    "smollm3": smollm3,
     "stablelm": stablelm,
     "starcoder2": starcoder2,
 }

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from seqarch.interop import parts
 from seqarch.interop.settings import BaseSettings, RotarySettings
-from seqarch.models import LMConfig
+from seqarch.models import LayerPattern, LMConfig
 from seqarch.ops.dispatch.checks import unknown_name
 
 ACTIVATIONS = {
@@ -216,6 +216,7 @@ def lm_config(
     window: int | None = None,
     sliding: Mapping[str, Any] | None = None,
     each_channel: Sequence[str] | None = None,
+    each_attention: Sequence[Mapping[str, Any]] | None = None,
     **others: Any,
 ) -> LMConfig:
     """Our configuration of layers of one attention and one channel mixer each.
@@ -227,12 +228,17 @@ def lm_config(
         window: tokens that a token of sliding layers sees.
         sliding: options of the attention of sliding layers, where they have others.
         each_channel: the channel mixer of each layer, where there are several.
+        each_attention: options of each layer's attention alone.
         others: further options of the model.
     """
     depth = settings.num_hidden_layers
     kinds = [FULL if window is None else SLIDING] * depth if kinds is None else kinds
     each_channel = [next(iter(channels))] * depth if each_channel is None else each_channel
-    layers = [f"{MIXERS[kind]}/{channel}" for kind, channel in zip(kinds, each_channel, strict=True)]
+    own = [{}] * depth if each_attention is None else each_attention
+    layers = [
+        LayerPattern((MIXERS[kind],), channel, (dict(options),))
+        for kind, channel, options in zip(kinds, each_channel, own, strict=True)
+    ]
     options = {FULL: dict(attention), SLIDING: {**(sliding or attention), "window": window}}
     return parts.lm_config(
         settings,

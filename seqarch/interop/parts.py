@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqarch.interop.settings import BaseSettings, pattern_of
-from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, split, squeeze, transpose, under
+from seqarch.interop.weights import (
+    Rule,
+    WeightMap,
+    concatenate,
+    pairs_to_halves,
+    rule,
+    split,
+    squeeze,
+    transpose,
+    under,
+)
 from seqarch.models import LayerPattern, LMConfig, tile_pattern
 
 
@@ -56,17 +66,19 @@ def head_sizes(options: Mapping[str, Any]) -> tuple[int, int, int]:
     return options["num_heads"] * width, options["num_kv_heads"] * width, options["num_kv_heads"] * width
 
 
-def attention(options: Mapping[str, Any], joined: str | None = None) -> list[Rule]:
+def attention(options: Mapping[str, Any], joined: str | None = None, pairs: bool = False) -> list[Rule]:
     """``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` as an ``attention`` with these options, with ``q_norm`` and
     ``k_norm`` where it has norms.
 
     Args:
         joined: the name of the one projection that they are in theirs too, if they are.
+        pairs: whether neighbouring channels turn together in theirs.
     """
     kinds = {"weight": True, "bias": options.get("qkv_bias", False)}
     rules = []
     for kind in (kind for kind, there in kinds.items() if there):
-        apart = [f"{part}_proj.{kind}" for part in "qkv"], concatenate(*head_sizes(options))
+        turned = [pairs_to_halves(options["head_dim"], 2)] if pairs else []
+        apart = [f"{part}_proj.{kind}" for part in "qkv"], *turned, concatenate(*head_sizes(options))
         theirs, *steps = apart if joined is None else [f"{joined}.{kind}"]
         rules.append(rule(theirs, f"qkv_proj.linear.{kind}", *steps))
     if options.get("qk_norm"):

@@ -20,7 +20,6 @@ class Settings(decoder.DecoderSettings, PartialRotarySettings):
         **decoder.DecoderSettings.only,
         "hidden_dropout": 0.0,
         "qk_layernorm": False,
-        "use_parallel_residual": False,
     }
     aliases: ClassVar = {"layer_norm_eps": "rms_norm_eps"}
     unread = ("rms_norm_eps",)
@@ -33,12 +32,15 @@ class Settings(decoder.DecoderSettings, PartialRotarySettings):
     partial_rotary_factor: float | None = 0.25
     rms_norm_eps: float = 1e-5
     use_qkv_bias: bool = False
+    use_parallel_residual: bool = False
 
 
 def lm_config(settings: Settings) -> LMConfig:
     attention = settings.attention(qkv_bias=settings.use_qkv_bias)
-    return decoder.lm_config(settings, attention, {"swiglu": settings.gated_mlp()}, norm="layer")
+    parallel = "one_norm" if settings.use_parallel_residual else "none"
+    return decoder.lm_config(settings, attention, {"swiglu": settings.gated_mlp()}, norm="layer", parallel=parallel)
 
 
 def weights(settings: Settings) -> WeightMap:
-    return parts.decoder(lm_config(settings))
+    norms = {"norm": "input_layernorm"} if settings.use_parallel_residual else None
+    return parts.decoder(lm_config(settings), norms=norms)

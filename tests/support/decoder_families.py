@@ -39,6 +39,16 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers":
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 
 VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
+    "CohereForCausalLM": (
+        decoders("CohereConfig", logit_scale=0.7),
+        [{}, {"attention_bias": True, "tie_word_embeddings": False, "rope_parameters": {**YARN, "rope_theta": 300.0}}],
+    ),
+    "Cohere2ForCausalLM": (
+        decoders(
+            "Cohere2Config", logit_scale=0.7, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+        ),
+        [{}, {"attention_bias": True, "rope_parameters": {**YARN, "rope_theta": 300.0}}],
+    ),
     "Gemma2ForCausalLM": (
         decoders("Gemma2Config", head_dim=12, sliding_window=5, query_pre_attn_scalar=9),
         [{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {"attention_bias": True}],
@@ -90,7 +100,14 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         decoders("Qwen3MoeConfig", head_dim=12, **EXPERTS),
         [{"norm_topk_prob": True}, {**WINDOWS, "mlp_only_layers": [1], "attention_bias": True}],
     ),
-    "StableLmForCausalLM": (decoders("StableLmConfig"), [{}, {"use_qkv_bias": True, "partial_rotary_factor": 0.5}]),
+    "SmolLM3ForCausalLM": (
+        decoders("SmolLM3Config", no_rope_layers=[1, 0]),
+        [{}, {"use_sliding_window": True, "sliding_window": 5, "rope_parameters": {**YARN, "rope_theta": 300.0}}],
+    ),
+    "StableLmForCausalLM": (
+        decoders("StableLmConfig"),
+        [{}, {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "use_parallel_residual": True}],
+    ),
     "Starcoder2ForCausalLM": (decoders("Starcoder2Config"), [{}, {"use_bias": False, "sliding_window": 5}]),
 }
 """As those of :mod:`tests.support.families`."""

@@ -31,6 +31,8 @@ MORE: dict[str, list[Any]] = {
     "_block_types": [["attention"]],
     "first_k_dense_replace": [0, 2],
     "clip_qkv": [0.5],
+    "no_rope_layer_interval": [2],
+    "no_rope_layers": [[0, 1], [1, 1], [1, 2]],
     "full_attention_interval": [2, 3],
     "hidden_act": ["relu", "gelu"],
     "hidden_activation": ["relu", "gelu"],
