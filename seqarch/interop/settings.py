@@ -62,7 +62,9 @@ class BaseSettings:
         wrong = {name: one for name, one in only.items() if given.get(name, one) != one and (given[name] or one)}
         if wrong:
             shown = ", ".join(f"{called.get(name, name)}={given[name]!r} (only {one!r})" for name, one in wrong.items())
-            raise ValueError(f"{cls.model_type}: these settings have no counterpart here: {shown}")
+            drops = any(name.endswith(("dropout", "pdrop")) for name in wrong)
+            how = "; dropout is not applied here: to read the model without, write 0.0 in config.json" if drops else ""
+            raise ValueError(f"{cls.model_type}: these settings have no counterpart here: {shown}{how}")
         try:
             settings = cls(**{name: value for name, value in given.items() if name not in only})
             check_options(settings, cls.may_be_zero)

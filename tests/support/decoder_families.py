@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         decoders(
             "Cohere2Config", logit_scale=0.7, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
         ),
-        [{}, {"attention_bias": True, "rope_parameters": {**YARN, "rope_theta": 300.0}}],
+        [{}, {"tie_word_embeddings": False, "rope_parameters": {**YARN, "rope_theta": 300.0}}],
     ),
     "Gemma2ForCausalLM": (
         decoders("Gemma2Config", head_dim=12, sliding_window=5, query_pre_attn_scalar=9),
