@@ -28,7 +28,7 @@ class Settings(decoder.DecoderSettings, decoder.LayerTypeSettings, decoder.BiasS
     intermediate_size: int = 9216
     hidden_act: str = "gelu_pytorch_tanh"
     max_position_embeddings: int = 8192
-    query_pre_attn_scalar: float = 256
+    query_pre_attn_scalar: int = 256
     final_logit_softcapping: float | None = 30.0
     attn_logit_softcapping: float | None = 50.0
     tie_word_embeddings: bool = True

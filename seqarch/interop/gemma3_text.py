@@ -31,7 +31,7 @@ class Settings(decoder.ByKindSettings, decoder.BiasSettings):
     max_position_embeddings: int = 131072
     rope_theta: float | None = 1e6
     sliding_window_pattern: int = 6
-    query_pre_attn_scalar: float = 256
+    query_pre_attn_scalar: int = 256
     final_logit_softcapping: float | None = None
     attn_logit_softcapping: float | None = None
     tie_word_embeddings: bool = True
