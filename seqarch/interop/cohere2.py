@@ -17,7 +17,7 @@ class Settings(decoder.DecoderSettings, decoder.LayerTypeSettings, decoder.BiasS
     model_type = "cohere2"
     in_files_only = (*decoder.DecoderSettings.in_files_only, "sliding_window_pattern")
     aliases: ClassVar = {"layer_norm_eps": "rms_norm_eps"}
-    unread = ("rms_norm_eps", "head_dim")
+    unread = ("rms_norm_eps",)
 
     vocab_size: int = 256000
     hidden_size: int = 8192

@@ -187,6 +187,45 @@ def test_settings_of_a_release_are_theirs(release: str):
     assert_close(ours(TOKENS)[0], theirs(TOKENS, use_cache=False).logits, BOUND, "logits")
 
 
+FACTORS = {"long_factor": [1.0, 2.0, 4.0, 8.0], "short_factor": [1.0, 1.5, 2.0, 3.0]}
+SCALED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({"type": "linear", "factor": 4.0}, {}),
+    "dynamic": ({"type": "dynamic", "factor": 4.0}, {}),
+    "dynamic, beyond": ({"type": "dynamic", "factor": 4.0, "length": 37}, {"max_position_embeddings": 16}),
+    "yarn": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16, "truncate": False},
+        {},
+    ),
+    "yarn, of a factor that follows": (
+        {"type": "yarn", "factor": None, "mscale": 0.7, "mscale_all_dim": 0.4},
+        {"original_max_position_embeddings": 8},
+    ),
+    "longrope": ({"type": "longrope", **FACTORS, "original_max_position_embeddings": 37}, {}),
+    "longrope, beyond": ({"type": "longrope", **FACTORS, "original_max_position_embeddings": 16, "length": 37}, {}),
+    "llama3": ({**LLAMA3, "original_max_position_embeddings": 16}, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*rope_scaling. is deprecated")
+@pytest.mark.parametrize("model_type", ["llama", "stablelm"])
+@pytest.mark.parametrize("scaled", SCALED)
+@torch.no_grad()
+def test_scaled_rotary_positions_are_theirs(model_type: str, scaled: str):
+    """Of whole heads and of a part of them; of a sequence longer than the first length where ``length`` says so."""
+    scaling, others = SCALED[scaled]
+    half = {"partial_rotary_factor": 0.5, "num_attention_heads": 2, "num_key_value_heads": 2}
+    file = {**SIZES, "model_type": model_type, "max_position_embeddings": 64, **others, "rope_theta": 300.0}
+    file |= half if model_type == "stablelm" else {}
+    given = {**file, "rope_scaling": {name: value for name, value in scaling.items() if name != "length"}}
+    config = transformers.AutoConfig.for_model(**copy.deepcopy(given))
+    theirs = randomise(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    ours = from_transformers({**file, "rope_scaling": scaling}, theirs.state_dict()).eval()
+    expected = theirs(TOKENS, use_cache=False).logits
+    assert_close(ours(TOKENS)[0], expected, BOUND, "logits")
+    plain = from_transformers(file, theirs.state_dict()).eval()(TOKENS)[0]
+    assert scaled == "dynamic" or (plain - expected).abs().max() > 1e-2
+
+
 def test_the_first_release_of_phi_3_calls_its_scaling_otherwise():
     settings = {**SIZES, **RELEASES["Phi-3-mini-128k"]}
     assert lm_config({**settings, "rope_scaling": {**LONGROPE, "type": "su"}}) == lm_config(settings)
