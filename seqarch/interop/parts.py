@@ -72,15 +72,15 @@ def attention(options: Mapping[str, Any], joined: str | None = None, pairs: bool
 
     Args:
         joined: the name of the one projection that they are in theirs too, if they are.
-        pairs: whether neighbouring channels turn together in theirs.
+        pairs: whether neighbouring channels turn together in theirs, where the projections are apart.
     """
-    kinds = {"weight": True, "bias": options.get("qkv_bias", False)}
-    rules = []
-    for kind in (kind for kind, there in kinds.items() if there):
-        turned = [pairs_to_halves(options["head_dim"], 2)] if pairs else []
-        apart = [f"{part}_proj.{kind}" for part in "qkv"], *turned, concatenate(*head_sizes(options))
-        theirs, *steps = apart if joined is None else [f"{joined}.{kind}"]
-        rules.append(rule(theirs, f"qkv_proj.linear.{kind}", *steps))
+    kinds = ["weight", "bias"] if options.get("qkv_bias") else ["weight"]
+    turned = [pairs_to_halves(options["head_dim"], 2)] if pairs else []
+    if joined is not None:
+        rules = [rule(f"{joined}.{kind}", f"qkv_proj.linear.{kind}") for kind in kinds]
+    else:
+        steps = *turned, concatenate(*head_sizes(options))
+        rules = [rule([f"{part}_proj.{kind}" for part in "qkv"], f"qkv_proj.linear.{kind}", *steps) for kind in kinds]
     if options.get("qk_norm"):
         rules += [norm("q_norm.weight", "query_norm.weight"), norm("k_norm.weight", "key_norm.weight")]
     rules.append(rule("o_proj.weight", "out_proj.weight"))
