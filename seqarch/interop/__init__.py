@@ -8,19 +8,69 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.interop import falcon_h1, kimi_linear, mamba, mamba2, mixtral, qwen3_next, recurrent_gemma
+from seqarch.interop import (
+    cohere,
+    cohere2,
+    falcon_h1,
+    gemma,
+    gemma2,
+    gemma3_text,
+    granite,
+    granitemoe,
+    kimi_linear,
+    llama,
+    mamba,
+    mamba2,
+    mistral,
+    mixtral,
+    olmo,
+    olmo2,
+    olmo3,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    qwen3_next,
+    recurrent_gemma,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from seqarch.interop.weights import WeightMap
 from seqarch.models import LanguageModel, LMConfig
 from seqarch.ops.dispatch.checks import show, unknown_name
 
 FAMILIES: dict[str, ModuleType] = {
+    "cohere": cohere,
+    "cohere2": cohere2,
     "falcon_h1": falcon_h1,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "granite": granite,
+    "granitemoe": granitemoe,
     "kimi_linear": kimi_linear,
+    "llama": llama,
     "mamba": mamba,
     "mamba2": mamba2,
+    "mistral": mistral,
     "mixtral": mixtral,
+    "olmo": olmo,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
+    "olmoe": olmoe,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen2_moe": qwen2_moe,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
     "recurrent_gemma": recurrent_gemma,
+    "smollm3": smollm3,
+    "stablelm": stablelm,
+    "starcoder2": starcoder2,
 }
 """By their ``model_type``; each module has its ``Settings``, ``lm_config(settings)`` and ``weights(settings)``."""
 

@@ -45,6 +45,7 @@ class Settings(RotarySettings):
     mamba_d_conv: int = 4
     mamba_norm_before_gate: bool | None = True
     mamba_rms_norm: bool | None = False
+    max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
     embedding_multiplier: float = 1.0
     attention_in_multiplier: float = 1.0

@@ -47,7 +47,14 @@ _EARLIER_EMBEDDING = (FileRule(r"backbone\.embeddings\.weight", ("backbone.embed
 
 _MIXTRAL = _experts("block_sparse_moe", "w1", "w3", "w2")
 
+_QWEN_MOE = _experts("mlp", "gate_proj", "up_proj", "down_proj")
+
 FILE_RULES: dict[str, tuple[FileRule, ...]] = {
+    "granitemoe": (
+        FileRule(r"(.*)\.experts\.gate_up_proj", (r"\1.input_linear.weight",)),
+        FileRule(r"(.*)\.experts\.down_proj", (r"\1.output_linear.weight",)),
+        FileRule(r"(.*)\.router\.weight", (r"\1.router.layer.weight",)),
+    ),
     "kimi_linear": (
         *_MIXTRAL,
         FileRule(r"(.*)\.mlp\.(gate|shared_experts)\.(.*)", (r"\1.block_sparse_moe.\2.\3",)),
@@ -64,7 +71,10 @@ FILE_RULES: dict[str, tuple[FileRule, ...]] = {
         *_MIXTRAL,
         FileRule(r"(.*)\.mlp\.gate\.weight", (r"\1.block_sparse_moe.gate.weight",)),
     ),
-    "qwen3_next": _experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    "olmoe": _QWEN_MOE,
+    "qwen2_moe": _QWEN_MOE,
+    "qwen3_moe": _QWEN_MOE,
+    "qwen3_next": _QWEN_MOE,
 }
 """By family. Of several rules for a tensor the first whose pieces are there is read; files may also hold the tensor
 itself, as the state dict does."""

@@ -33,6 +33,7 @@ class Settings(PartialRotarySettings):
     num_key_value_heads: int = 2
     head_dim: int = 256
     partial_rotary_factor: float | None = 0.25
+    max_position_embeddings: int = 32768
     linear_conv_kernel_dim: int = 4
     linear_key_head_dim: int = 128
     linear_value_head_dim: int = 128

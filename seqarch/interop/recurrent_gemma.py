@@ -22,6 +22,7 @@ class Settings(PartialRotarySettings):
 
     model_type = "recurrent_gemma"
     only: ClassVar = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attention_dropout": 0.0}
+    rope_types = ("default",)
     aliases: ClassVar = {"sliding_window": "attention_window_size"}
 
     vocab_size: int = 256000

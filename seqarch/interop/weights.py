@@ -99,6 +99,20 @@ def reorder(order: Sequence[int], dim: int = 0) -> Step:
     return Step(_each(lambda tensor: pick(tensor, index)), _each(lambda tensor: pick(tensor, index.argsort())))
 
 
+def pairs_to_halves(width: int, tensors: int) -> Step:
+    """In heads of ``width`` channels along the first dimension, neighbours of theirs that turn together are channels
+    i and ``i + width / 2`` of ours; in the first so many tensors, the others stay.
+    """
+
+    def change(tensor: Tensor, *sizes: int) -> Tensor:
+        return tensor.unflatten(0, (-1, *sizes)).transpose(1, 2).flatten(0, 2)
+
+    def all_of(*sizes: int) -> _Change:
+        return lambda given: [change(each, *sizes) if i < tensors else each for i, each in enumerate(given)]
+
+    return Step(all_of(width // 2, 2), all_of(2, width // 2))
+
+
 def transpose(first: int = 0, second: int = 1) -> Step:
     """Two dimensions change places; ours are a view of theirs, to be copied to where they are wanted."""
     return Step(

@@ -13,17 +13,40 @@ import torch
 from seqarch.checkpoints.building import build
 from seqarch.interop import lm_config
 from seqarch.layers import Layer
-from seqarch.models import LanguageModel, tile_pattern
+from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
+from seqarch.pretrained.decoder_settings import DECODERS, head_settings
+from seqarch.pretrained.kinds_of_layers import Layers, kinds_of_layers
 
 CLASSES = {
+    "cohere": "CohereForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
     "falcon_h1": "FalconH1ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
     "kimi_linear": "KimiLinearForCausalLM",
+    "llama": "LlamaForCausalLM",
     "mamba": "MambaForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
+    "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "olmo": "OlmoForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
     "recurrent_gemma": "RecurrentGemmaForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
 }
 """What ``transformers`` calls the language models of each family."""
 
@@ -44,25 +67,6 @@ FACTORS = {"expand", "expand_v", "expansion"}
 """Options that say a size by another; the shapes of the tensors tell whether they agree."""
 
 
-class _Layers:
-    """The layers of a model: their kinds, and the config of each kind."""
-
-    def __init__(self, model: LanguageModel):
-        own = model.config
-        self.kinds = _kinds(model)
-        self.configs: dict[str, Any] = {}
-        for layer, pattern in zip(model.stack.layers, tile_pattern(own.pattern, own.depth), strict=True):
-            found: Any = layer
-            self.configs.update({n: mixer.config for n, mixer in zip(pattern.mixers, found.mixers, strict=True)})
-            if found.channel is not None:
-                self.configs[pattern.channel or own.channel] = found.channel.config
-
-    def get(self, name: str) -> Any:
-        if name not in self.configs:
-            raise ValueError(f"it has no {name}, but {', '.join(self.configs)}")
-        return self.configs[name]
-
-
 def their_settings(family: str, model: LanguageModel, dtype: torch.dtype) -> dict[str, Any]:
     """What ``config.json`` says of a model in the form of a family.
 
@@ -78,7 +82,7 @@ def their_settings(family: str, model: LanguageModel, dtype: torch.dtype) -> dic
         elif family not in MADE_HERE:
             raise unknown_name("family to write a new model in", family, MADE_HERE)
         else:
-            settings = _shared_settings(family, model) | MADE_HERE[family](_Layers(model), model)
+            settings = _shared_settings(family, model) | MADE_HERE[family](Layers(model), model)
         differences = _differences(model, settings)
     except ValueError as error:
         raise ValueError(f"the model is no {family}: {error}") from error
@@ -88,17 +92,11 @@ def their_settings(family: str, model: LanguageModel, dtype: torch.dtype) -> dic
     return {**settings, "architectures": [CLASSES[family]], "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _kinds(model: LanguageModel) -> list[tuple[tuple[str, ...], str]]:
-    """The mixers and the channel mixer of each layer."""
-    config = model.config
-    return [(tuple(each.mixers), each.channel or config.channel) for each in tile_pattern(config.pattern, config.depth)]
-
-
 def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
     """Where the model that the settings describe computes something else than this one."""
     ours = lm_config(settings)
     other = build({field.name: getattr(ours, field.name) for field in fields(ours)}, (), Path("config.json"))
-    if _kinds(other) != _kinds(model):
+    if kinds_of_layers(other) != kinds_of_layers(model):
         return [f"its layers are {model.config.pattern!r}, expected {other.config.pattern!r} (channel by channel)"]
     plain: dict[str, Any] = {"pattern": "mamba", "depth": 1, "channel": "none", "mixers": {}, "channels": {}}
     found = _differing("", replace(model.config, **plain), replace(other.config, **plain))
@@ -150,23 +148,13 @@ def _shared_settings(family: str, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _attention(config: Any) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": config.rotary_base, "partial_rotary_factor": config.rotary_fraction}
-    return {
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "rope_parameters": rope,
-    }
-
-
 def _whole(value: float, what: str) -> int:
     if value != int(value):
         raise ValueError(f"{what} is {value}, expected a whole number")
     return int(value)
 
 
-def _mamba(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+def _mamba(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     config = layers.get("mamba")
     return {
         "state_size": config.d_state,
@@ -177,7 +165,7 @@ def _mamba(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _mamba2(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+def _mamba2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     config = layers.get("mamba2")
     return {
         "state_size": config.d_state,
@@ -191,11 +179,11 @@ def _mamba2(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _mixtral(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+def _mixtral(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     windowed = "sliding_window" in layers.configs
     mixer, moe = layers.get("sliding_window" if windowed else "attention"), layers.get("moe")
     return {
-        **_attention(mixer),
+        **head_settings(mixer),
         "sliding_window": mixer.window if windowed else None,
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
@@ -204,11 +192,11 @@ def _mixtral(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _falcon_h1(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+def _falcon_h1(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     ssm, attention, swiglu = layers.get("mamba2"), layers.get("attention"), layers.get("swiglu")
     before, after = model.config.input_factors, model.config.output_factors
     return {
-        **_attention(attention),
+        **head_settings(attention),
         "attention_in_multiplier": before.get("attention", 1.0),
         "key_multiplier": 1.0 if attention.scale is None else attention.scale * attention.head_width**0.5,
         "attention_out_multiplier": after.get("attention", 1.0),
@@ -232,11 +220,11 @@ def _falcon_h1(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _recurrent_gemma(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+def _recurrent_gemma(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     window, recurrent = layers.get("sliding_window"), layers.get("rg_lru")
     names = {"rg_lru": "recurrent", "sliding_window": "attention"}
     return {
-        **_attention(window),
+        **head_settings(window),
         "attention_window_size": window.window,
         "block_types": [names.get(mixers[0], mixers[0]) for mixers, _ in layers.kinds],
         "lru_width": recurrent.width,
@@ -247,12 +235,12 @@ def _recurrent_gemma(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _qwen3_next(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+def _qwen3_next(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     delta, moe = layers.get("gated_delta_net"), layers.get("moe")
     names = {"gated_delta_net": "linear_attention", "attention": "full_attention"}
     dense = [i for i, (_, channel) in enumerate(layers.kinds) if channel != "moe"]
     return {
-        **_attention(layers.get("attention")),
+        **head_settings(layers.get("attention")),
         "layer_types": [names.get(mixers[0], mixers[0]) for mixers, _ in layers.kinds],
         "mlp_only_layers": dense,
         "decoder_sparse_step": 1,
@@ -271,7 +259,7 @@ def _qwen3_next(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _kimi_linear(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
+def _kimi_linear(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     delta, latent, moe = layers.get("kda"), layers.get("mla"), layers.get("moe")
     names, channels = {"kda": "linear_attention", "mla": "full_attention"}, {"swiglu": "dense", "moe": "sparse"}
     return {
@@ -298,7 +286,8 @@ def _kimi_linear(layers: _Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-MADE_HERE: dict[str, Callable[[_Layers, LanguageModel], dict[str, Any]]] = {
+MADE_HERE: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
+    **DECODERS,
     "falcon_h1": _falcon_h1,
     "kimi_linear": _kimi_linear,
     "mamba": _mamba,

@@ -17,16 +17,15 @@ from torch.nn import functional as F
 from seqarch.interop import FAMILIES, from_transformers, lm_config, to_transformers, weight_map
 from seqarch.models import LanguageModel
 from seqarch.testing import assert_close
-from tests.support.families import CASES, VARIANTS, build
+from tests.support.families import CASES, VARIANTS, build, each_case, each_case_slowly, each_class_slowly
 
 BOUND = 1e-5
 """RMS of the difference over the RMS of what is expected, in float32: of the logits, and of each gradient by itself."""
 
-cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 TOKENS = torch.randint(3, 53, (2, 37), generator=torch.Generator().manual_seed(1))
 
 
-@cases
+@each_case
 def test_logits_and_gradients_are_theirs(name: str, changes: dict[str, Any]):
     """Ours are computed on a differentiable function of their parameters, so the gradients pass through the table."""
     config, theirs = build(name, changes)
@@ -45,7 +44,7 @@ def test_logits_and_gradients_are_theirs(name: str, changes: dict[str, Any]):
         assert_close(gradient, wanted, BOUND, f"gradient of {key}")
 
 
-@cases
+@each_case
 @torch.no_grad()
 def test_the_imported_model_computes_and_generates_what_theirs_does(name: str, changes: dict[str, Any]):
     """In steps too: each greedy token is the likeliest by their pass over all tokens before it."""
@@ -62,7 +61,7 @@ def test_the_imported_model_computes_and_generates_what_theirs_does(name: str, c
         assert row[9:].tolist() == read[8:-1].argmax(-1).tolist()
 
 
-@cases
+@each_case_slowly
 @torch.no_grad()
 def test_the_weights_come_back_bit_for_bit(name: str, changes: dict[str, Any]):
     """In float32 and in bfloat16, by the table alone, from a model of that dtype and from one of float32."""
@@ -91,7 +90,7 @@ def learn(parameters: Iterable[Any], loss: Callable[[], Tensor]) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each_class_slowly
 def test_training_is_theirs_and_goes_back(name: str):
     """Twenty steps of AdamW from the same weights: what moves in theirs moves here, and by as much."""
     config, theirs = build(name, {})
@@ -113,13 +112,13 @@ def test_training_is_theirs_and_goes_back(name: str):
     assert_close(theirs.train(False)(TOKENS, use_cache=False).logits, logits, BOUND, "logits of the exported model")
 
 
-@cases
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 def test_a_config_json_says_the_same(name: str, changes: dict[str, Any]):
     config = VARIANTS[name][0](**changes)
     assert lm_config(json.loads(config.to_json_string(use_diff=False))) == lm_config(config)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each_class_slowly
 def test_released_sizes_fit(name: str):
     """The defaults of their configurations are released models', up to 80 billion parameters; here without memory."""
     config = type(VARIANTS[name][0]())()
@@ -131,7 +130,7 @@ def test_released_sizes_fit(name: str):
     assert {key: tensor.shape for key, tensor in made.items()} == {key: t.shape for key, t in expected.items()}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each_class_slowly
 def test_tensors_that_do_not_belong_are_all_named(name: str):
     config, theirs = build(name, {})
     state = theirs.state_dict()
@@ -161,7 +160,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
     ("MambaForCausalLM", {"use_bias": True, "hidden_act": "relu"}, "hidden_act='relu' .only 'silu'., use_bias=True"),
     ("Mamba2ForCausalLM", {"time_step_limit": (0.0, 1.0)}, r"time_step_limit=\[0.0, 1.0\] .only \[0.0, inf\]."),
     ("MixtralForCausalLM", {"attention_dropout": 0.1}, r"mixtral: these settings .* attention_dropout=0.1 .only 0.0."),
-    ("MixtralForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    ("MixtralForCausalLM", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type='proportional'"),
     ("FalconH1ForCausalLM", {"projectors_bias": True}, "falcon_h1: these settings .* projectors_bias=True"),
     ("Qwen3NextForCausalLM", {"shared_expert_intermediate_size": 20}, "shared_expert_intermediate_size=20"),
     ("RecurrentGemmaForCausalLM", {"hidden_activation": "relu"}, "recurrent_gemma: .* hidden_activation='relu'"),
@@ -193,7 +192,7 @@ def refusal(config: dict[str, Any]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each_class_slowly
 def test_settings_of_another_type_are_named(name: str):
     config = json.loads(VARIANTS[name][0]().to_json_string(use_diff=False))
     weight_map(config)
@@ -251,5 +250,9 @@ def test_earlier_names_of_the_rotary_settings_are_read():
         for given, expected in (({}, fraction), ({"partial_rotary_factor": 0.75}, 0.75)):
             mixers = lm_config({**other, **given}).mixers.values()
             assert [options["rotary_fraction"] for options in mixers if "rotary_fraction" in options] == [expected]
-    with pytest.raises(ValueError, match="rope_type='yarn'"):
-        lm_config({**config, "rope_scaling": {"type": "yarn", "factor": 4.0}})
+    scaled = lm_config({**config, "rope_scaling": {"type": "yarn", "factor": 4.0}}).mixers["attention"]
+    assert scaled["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": config["max_position_embeddings"],
+    }

@@ -9,7 +9,7 @@ import torch
 
 from seqarch.interop import FAMILIES, lm_config, weight_map
 from seqarch.testing import assert_close
-from tests.support.families import VARIANTS
+from tests.support.families import EXAMPLES, VARIANTS
 from tests.support.fields import Edit, Models, edits
 
 BOUND = 1e-5
@@ -53,21 +53,25 @@ def difference(models: Models, edit: Edit) -> str | None:
     return None
 
 
+SURROUNDED = [pytest.param(name, False, marks=() if name in EXAMPLES else (pytest.mark.slow,)) for name in VARIANTS]
+ALONE = [pytest.param(name, True, id=f"{name}-alone") for name in VARIANTS if name not in EXAMPLES]
+
+
 @pytest.mark.filterwarnings("ignore:.*rope_scaling. is deprecated")
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_field_has_their_meaning_or_is_refused(name: str):
+@pytest.mark.parametrize(("name", "alone"), [*SURROUNDED, *ALONE])
+def test_every_field_has_their_meaning_or_is_refused(name: str, alone: bool):
     """From their object and from a file, with defaults in it and left out; fields of other families among them.
 
-    In training mode, where dropout and noise count.
+    In training mode, where dropout and noise count. Families ``alone`` have their own fields varied, as what they read.
     """
     models = Models(name)
-    made = [edit for edit in edits(name) if edit.theirs is not None]
+    made = [edit for edit in edits(name, alone) if edit.theirs is not None]
     wrong = {edit.text: found for edit in made if (found := difference(models, edit)) is not None}
     assert not wrong, "\n".join(f"{text}: {found}" for text, found in wrong.items())
     # what theirs makes of the fields differs, so that the comparisons are of different models
     differ = {edit.name for edit in made if models.key(edit.theirs) != models.key(models.base)}
     settings: Any = FAMILIES[models.base.model_type]
-    assert len(models.known) > 30
+    assert len(models.known) > (10 if alone else 30)
     assert {*settings.Settings.only} <= differ | {"per_layer_config"}
 
 

@@ -23,9 +23,8 @@ from seqarch.pretrained.families import CHECKED
 from seqarch.pretrained.their_settings import CLASSES, MADE_HERE
 from seqarch.testing import assert_close
 from tests.interop.test_families import BOUND
-from tests.support.families import CASES, VARIANTS, build
+from tests.support.families import VARIANTS, build, each_case
 
-cases = pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 TOKENS = torch.randint(3, 53, (2, 19), generator=torch.Generator().manual_seed(1))
 
 
@@ -51,7 +50,7 @@ def sharded(folder: Path, several: bool) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 1 or not several
 
 
-@cases
+@each_case
 @torch.no_grad()
 def test_their_folders_are_read_and_ours_are_read_by_them(name: str, changes: dict[str, Any], tmp_path, monkeypatch):
     """In one file and in several, in blocks and whole, in float32 and bfloat16: the numbers of the state dict's way."""
@@ -89,7 +88,40 @@ def test_their_folders_are_read_and_ours_are_read_by_them(name: str, changes: di
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 NEW: dict[str, dict[str, Any]] = {
+    "gemma": {
+        **{"pattern": "attention", "zero_centred_norms": True, "embedding_scale": 32**0.5, "tie_embeddings": True},
+        "channels": {"swiglu": {"activation": "gelu_tanh"}},
+    },
+    "gemma2": {
+        **{"pattern": "sliding_window attention", "zero_centred_norms": True, "embedding_scale": 32**0.5},
+        **{"norm_placement": "both", "logit_cap": 5.0, "channels": {"swiglu": {"activation": "gelu_tanh"}}},
+        "mixers": {name: {"scale": 0.25, "logit_cap": 4.0} for name in ("attention", "sliding_window")},
+    },
+    "granite": {
+        **{"pattern": "attention", "logit_scale": 0.5, "output_factors": {"attention": 0.5, "swiglu": 0.5}},
+        **{"mixers": {"attention": {"scale": 0.3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}}},
+    },
+    "llama": {
+        "pattern": "attention",
+        "mixers": {"attention": {"num_kv_heads": 1, "head_dim": 8, "rope_scaling": YARN}},
+    },
+    "mistral": {"pattern": "sliding_window", "mixers": {"sliding_window": {"window": 5, "rotary_base": 300.0}}},
+    "olmo2": {
+        **{"pattern": "attention", "norm_placement": "post"},
+        "mixers": {"attention": {"qk_norm": True, "qk_norm_scope": "all", "norm_eps": 1e-5}},
+    },
+    "phi3": {"pattern": "attention", "mixers": {"attention": {"num_heads": 2, "rotary_fraction": 0.5}}},
+    "qwen2": {
+        "pattern": "attention sliding_window",
+        "mixers": {name: {"qkv_bias": True} for name in ("attention", "sliding_window")},
+    },
+    "qwen3": {"pattern": "attention", "mixers": {"attention": {"qk_norm": True, "norm_eps": 1e-5, "head_dim": 16}}},
+    "qwen3_moe": {
+        "pattern": "attention/moe attention/swiglu",
+        "mixers": {"attention": {"qk_norm": True, "norm_eps": 1e-5}},
+    },
     "falcon_h1": {
         **{"pattern": "attention+mamba2", "branch_weights": False, "embedding_scale": 3.0, "logit_scale": 0.5},
         "mixers": {"attention": {"num_heads": 2, "scale": 0.5}, "mamba2": {"in_factors": [0.5, 2.0, 1.0, 1.0, 3.0]}},
@@ -185,6 +217,10 @@ def test_what_differs_is_named(tmp_path):
 
 
 PUBLISHED = {
+    "GraniteMoeForCausalLM": {
+        *("model.layers.1.block_sparse_moe.router.layer.weight", "model.layers.0.block_sparse_moe.input_linear.weight"),
+        "model.layers.0.block_sparse_moe.output_linear.weight",
+    },
     "KimiLinearForCausalLM": {
         *("model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_conv1d.weight"),
         *("model.layers.0.self_attn.f_a_proj.weight", "model.layers.2.block_sparse_moe.experts.5.w3.weight"),
@@ -193,6 +229,10 @@ PUBLISHED = {
     },
     "MixtralForCausalLM": {
         *("model.layers.1.block_sparse_moe.gate.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+    },
+    "Qwen2MoeForCausalLM": {
+        *("model.layers.1.mlp.experts.5.down_proj.weight", "model.layers.0.mlp.shared_expert.up_proj.weight"),
+        *("model.layers.0.mlp.shared_expert_gate.weight", "model.layers.0.self_attn.k_proj.bias"),
     },
     "Qwen3NextForCausalLM": {
         *("model.layers.0.mlp.experts.5.up_proj.weight", "model.layers.0.mlp.gate.weight"),
@@ -276,7 +316,10 @@ def test_wrong_settings_are_named(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"quantization_config": {"quant_method": "awq"}}, "quantised models are not read"),
-        ({"hidden_act": "relu"}, r"config\.json: mixtral: these settings have no counterpart here: hidden_act='relu'"),
+        (
+            {"attention_dropout": 0.1},
+            r"config\.json: mixtral: these settings have no counterpart here: attention_dropout=0.1",
+        ),
         ({"num_local_experts": 5}, r"gate_up_proj.*expected|gate\.weight is \[4, 32\], expected \[5, 32\]"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))

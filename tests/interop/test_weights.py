@@ -10,6 +10,7 @@ from seqarch.interop.settings import pattern_of
 from seqarch.interop.weights import (
     WeightMap,
     concatenate,
+    pairs_to_halves,
     reorder,
     reshape,
     rule,
@@ -28,6 +29,9 @@ STEPS = [
     (rule("a", ("x", "y"), transpose(), split(1, 2, dim=1)), {"x": A.T[:, :1], "y": A.T[:, 1:]}),
     (rule("a", "x", reorder([2, 0, 1])), {"x": A[[2, 0, 1]]}),
     (rule(("a", "b"), ("x", "y"), reorder([1, 0], dim=1)), {"x": A.flip(1), "y": B.flip(1)}),
+    (rule(("a", "b"), ("x", "y"), transpose(), pairs_to_halves(2, 1)), {"x": A.T, "y": B.T}),
+    (rule("d", "x", pairs_to_halves(4, 1)), {"x": torch.tensor([0.0, 2, 1, 3, 4, 6, 5, 7])}),
+    (rule(("d", "b"), ("x", "y"), pairs_to_halves(8, 1)), {"x": torch.tensor([0.0, 2, 4, 6, 1, 3, 5, 7]), "y": B}),
     (rule("c", "x", squeeze(1)), {"x": torch.ones(2, 3)}),
     (rule("a", "x", reshape((3, 2), (6,))), {"x": torch.arange(6.0)}),
 ]
@@ -36,7 +40,9 @@ STEPS = [
 @pytest.mark.parametrize(("each", "expected"), STEPS)
 def test_a_rule_goes_there_and_back(each, expected: dict[str, Tensor]):
     theirs = {
-        name: tensor for name, tensor in {"a": A, "b": B, "c": torch.ones(2, 1, 3)}.items() if name in each.theirs
+        name: tensor
+        for name, tensor in {"a": A, "b": B, "c": torch.ones(2, 1, 3), "d": torch.arange(8.0)}.items()
+        if name in each.theirs
     }
     made = WeightMap([each]).to_seqarch(theirs)
     assert made.keys() == expected.keys()

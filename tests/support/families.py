@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-SMALL = {"vocab_size": 53, "hidden_size": 32, "num_hidden_layers": 2}
-ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
-EPS = 0.1
-"""For norms of what a recurrence reads: where that is near 0, dividing by its size multiplies the rounding of both."""
-SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+from tests.support import decoder_families
+from tests.support.family_sizes import ATTENTION, EPS, SMALL, SPECIAL
 
 
 def mamba(**changes: Any) -> Any:
@@ -132,10 +130,44 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         [{}, {"tie_word_embeddings": False, "block_types": ["attention", "recurrent"], "lru_width": None}],
     ),
     "Qwen3NextForCausalLM": (qwen3_next, [{}, {"norm_topk_prob": False, "decoder_sparse_step": 2, "head_dim": 8}]),
+    **decoder_families.VARIANTS,
 }
 """For each class, what makes its configuration, and settings under which it is tried."""
 
 CASES = [(name, changes) for name, (_, variants) in VARIANTS.items() for changes in variants]
+
+EXAMPLES = {
+    *("FalconH1ForCausalLM", "KimiLinearForCausalLM", "MambaForCausalLM", "Mamba2ForCausalLM", "MixtralForCausalLM"),
+    *("Qwen3NextForCausalLM", "RecurrentGemmaForCausalLM"),
+}
+"""Classes with every way of saying a table, of which all tests are run by default; of the others it is the first
+settings in the tests that compare with theirs, and everything in the slow tests."""
+
+
+def slow_but(quick: Callable[[str, dict[str, Any]], bool]) -> list[Any]:
+    """Parameters of a test of all :data:`CASES`: slow, but for those of the examples and those that ``quick`` takes."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [
+        pytest.param(n, changes, marks=marks[n in EXAMPLES or quick(n, changes)], id=f"{n}-{changes}")
+        for n, changes in CASES
+    ]
+
+
+def is_first(name: str, changes: dict[str, Any]) -> bool:
+    """Whether these are the first settings of a class."""
+    return changes is VARIANTS[name][1][0]
+
+
+each_case = pytest.mark.parametrize(("name", "changes"), slow_but(is_first))
+"""A test of one case of each class by default, and of all of the examples'."""
+
+each_case_slowly = pytest.mark.parametrize(("name", "changes"), slow_but(lambda name, changes: False))
+"""A test of the examples' cases by default."""
+
+each_class_slowly = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EXAMPLES else (pytest.mark.slow,)) for name in VARIANTS]
+)
+"""A test of the examples by default."""
 
 
 def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from seqarch.interop import from_transformers, lm_config
+from seqarch.interop import FAMILIES, from_transformers, lm_config
 from tests.support.families import VARIANTS, randomise
 
 TOKENS = torch.randint(3, 53, (1, 11), generator=torch.Generator().manual_seed(1))
@@ -30,6 +30,9 @@ ROTARY = [
 MORE: dict[str, list[Any]] = {
     "_block_types": [["attention"]],
     "first_k_dense_replace": [0, 2],
+    "clip_qkv": [0.5],
+    "no_rope_layer_interval": [2],
+    "no_rope_layers": [[0, 1], [1, 1], [1, 2]],
     "full_attention_interval": [2, 3],
     "hidden_act": ["relu", "gelu"],
     "hidden_activation": ["relu", "gelu"],
@@ -45,6 +48,9 @@ MORE: dict[str, list[Any]] = {
     "rope_scaling": ROTARY,
     "rope_theta": [300.0],
     "sliding_window": [3],
+    "sliding_window_pattern": [2],
+    "rope_local_base_freq": [300.0],
+    "use_bidirectional_attention": [True, False],
     "time_step_rank": ["auto", 3],
 }
 """Further values, and fields that files may have and objects do not."""
@@ -78,18 +84,25 @@ def others(value: Any) -> list[Any]:
     return [each for each in found if each != value] + [None]
 
 
-def pool(name: str) -> dict[str, list[Any]]:
-    """The fields of a family with other values of each, and the fields of all others with two values each."""
+def pool(name: str, alone: bool = False) -> dict[str, list[Any]]:
+    """The fields of a family with other values of each, and, unless it is ``alone``, of all others with two each."""
     values: dict[str, list[Any]] = {}
-    for each in (name, *VARIANTS):
+    for each in (name, *(() if alone else VARIANTS)):
         config = VARIANTS[each][0]()
         found = plain(config)
         found |= {alias: found.get(field) for alias, field in type(config).attribute_map.items()}
         for field in found.keys() - values.keys() - set(NOT_READ):
             values[field] = others(found[field]) if each == name else [found[field], others(found[field])[0]]
-    more = {field: [*values.get(field, []), *found, None] for field, found in MORE.items()}
+    wanted = {*values, *_fields_here(name)} if alone else MORE.keys()
+    more = {field: [*values.get(field, []), *found, None] for field, found in MORE.items() if field in wanted}
     unique = {field: {json.dumps(each): each for each in found} for field, found in {**values, **more}.items()}
     return {field: list(found.values()) for field, found in sorted(unique.items())}
+
+
+def _fields_here(name: str) -> set[str]:
+    """The fields that the family's table reads."""
+    settings = FAMILIES[VARIANTS[name][0]().model_type].Settings
+    return {*settings.__dataclass_fields__, *settings.only, *settings.aliases}
 
 
 @dataclass
@@ -109,11 +122,17 @@ class Edit:
     ours: Any
 
 
-def edits(name: str) -> Iterator[Edit]:
-    """The edits of a family's configuration: of its object, of its file, and of its file without defaults."""
+def edits(name: str, alone: bool = False) -> Iterator[Edit]:
+    """The edits of a family's configuration: of its object, of its file, and of its file without defaults.
+
+    Args:
+        alone: without the fields of all other families, and of the files the first only.
+    """
     base = VARIANTS[name][0]()
-    files = {"config.json": plain(base), "config.json without defaults": plain(base, whole=False)}
-    for field, values in pool(name).items():
+    files = {"config.json": plain(base)}
+    if not alone:
+        files["config.json without defaults"] = plain(base, whole=False)
+    for field, values in pool(name, alone).items():
         for value in values:
             for kind, file in files.items():
                 if field not in file or file[field] != value:

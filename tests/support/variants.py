@@ -21,6 +21,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "output_gate": True,
             "output_gate_scope": "head",
             "qkv_bias": True,
+            "qkv_clip": 0.4,
             "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
         },
     ],

@@ -114,6 +114,8 @@ class CachedAttentionConfig(KVHeadsConfig):
         qk_norm_scope: what that norm is over: ``"head"`` each head, ``"all"`` the channels of all heads together
             (OLMo 2).
         norm_eps: added to the mean square in those norms.
+        qkv_clip: bounds queries, keys and values, after those norms, to ``-qkv_clip`` to ``qkv_clip`` (MPT, OLMo);
+            ``None`` leaves them.
         zero_centred_norms: those norms multiply by ``1 + weight``, with weights of 0 at first (Gemma, Qwen3-Next).
         output_gate: multiplies what the heads read by ``sigmoid(x W_g)``, channel by channel (Qiu et al. 2025).
         output_gate_scope: what has a gate of its own: ``"channel"``, or ``"head"``.
@@ -125,6 +127,7 @@ class CachedAttentionConfig(KVHeadsConfig):
     qk_norm: bool = False
     qk_norm_scope: str = "head"
     norm_eps: float = 1e-6
+    qkv_clip: float | None = None
     zero_centred_norms: bool = False
     output_gate: bool = False
     output_gate_scope: str = "channel"
@@ -291,9 +294,10 @@ class CachedAttention(CacheMixer):
 
     def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
         (q, k, v), conv = self.qkv_proj(x, conv, place.cu_seqlens)
-        q, k = self.query_norm(q), self.key_norm(k)
-        if self.config.position == "rotary":
-            config = self.config
+        q, k, config = self.query_norm(q), self.key_norm(k), self.config
+        if config.qkv_clip is not None:
+            q, k, v = (part.clamp(-config.qkv_clip, config.qkv_clip) for part in (q, k, v))
+        if config.position == "rotary":
             tables = rotary_tables(place.positions, config.rotary_width, config.rotary_base, config.scaling)
             q, k = rotate(q, tables), rotate(k, tables)
         return [q, k, v], conv

@@ -49,14 +49,21 @@ class HiddenConfig(LayerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MlpConfig(HiddenConfig):
-    """Options of :class:`Mlp`: those of :class:`HiddenConfig`."""
+    """Options of :class:`Mlp`.
+
+    Attributes:
+        bias: whether both linear maps have a bias.
+    """
+
+    bias: bool = False
 
 
 class Mlp(ChannelMixer):
     """``y = act(x W_in) W_out``, the feed-forward layer of the Transformer (Vaswani et al. 2017, "Attention Is All You
     Need", section 3.3).
 
-    GELU as in GPT (Radford et al. 2018) in place of ReLU; no biases, unlike both. ``nn.Linear``'s initialisation.
+    GELU as in GPT (Radford et al. 2018) in place of ReLU; no biases, unlike both, unless asked for. ``nn.Linear``'s
+    initialisation.
     """
 
     Config = MlpConfig
@@ -64,8 +71,8 @@ class Mlp(ChannelMixer):
     @from_options
     def __init__(self, config: MlpConfig):
         super().__init__(config)
-        self.in_proj = Linear(config.d_model, config.hidden_width, bias=False)
-        self.out_proj = Linear(config.hidden_width, config.d_model, bias=False)
+        self.in_proj = Linear(config.d_model, config.hidden_width, bias=config.bias)
+        self.out_proj = Linear(config.hidden_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(ACTIVATIONS[self.config.activation](self.in_proj(x)))

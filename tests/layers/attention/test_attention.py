@@ -110,7 +110,7 @@ def test_the_gate_the_bias_and_the_channels_that_do_not_turn():
 
 
 def test_biases_a_norm_over_all_heads_and_a_gate_for_each():
-    chosen = {"qkv_bias": True, "qk_norm": True, "qk_norm_scope": "all", "output_gate": True}
+    chosen = {"qkv_bias": True, "qk_norm": True, "qk_norm_scope": "all", "output_gate": True, "qkv_clip": 0.6}
     mixer, x = build(num_heads=4, num_kv_heads=2, position="none", output_gate_scope="head", **chosen), inputs(9)
     for norm in (mixer.query_norm, mixer.key_norm):
         torch.nn.init.uniform_(norm.weight, 0.5, 2)
@@ -118,7 +118,8 @@ def test_biases_a_norm_over_all_heads_and_a_gate_for_each():
     q, k, v = (x @ linear.weight.T + linear.bias).split([32, 16, 16], dim=-1)
     q = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * mixer.query_norm.weight
     k = k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * mixer.key_norm.weight
-    q, k, v = (m.unflatten(-1, (-1, 8)).transpose(1, 2) for m in (q, k, v))
+    assert all((m.abs() > 0.6).any() for m in (q, k, v))
+    q, k, v = (m.clip(-0.6, 0.6).unflatten(-1, (-1, 8)).transpose(1, 2) for m in (q, k, v))
     k, v = (m.repeat_interleave(2, dim=1) for m in (k, v))
     scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(torch.ones(9, 9).tril() == 0, -torch.inf)
     gates = (x @ mixer.gate.weight.T).sigmoid()

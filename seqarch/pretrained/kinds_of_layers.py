@@ -1,0 +1,31 @@
+"""The layers of a model by the kinds that its pattern names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from seqarch.models import LanguageModel, tile_pattern
+
+
+def kinds_of_layers(model: LanguageModel) -> list[tuple[tuple[str, ...], str]]:
+    """The mixers and the channel mixer of each layer."""
+    config = model.config
+    return [(tuple(each.mixers), config.channel_of(each)) for each in tile_pattern(config.pattern, config.depth)]
+
+
+class Layers:
+    """The layers of a model: their kinds, and the config of each kind."""
+
+    def __init__(self, model: LanguageModel):
+        self.kinds = kinds_of_layers(model)
+        self.configs: dict[str, Any] = {}
+        for layer, (mixers, channel) in zip(model.stack.layers, self.kinds, strict=True):
+            found: Any = layer
+            self.configs.update({name: mixer.config for name, mixer in zip(mixers, found.mixers, strict=True)})
+            if found.channel is not None:
+                self.configs[channel] = found.channel.config
+
+    def get(self, name: str) -> Any:
+        if name not in self.configs:
+            raise ValueError(f"it has no {name}, but {', '.join(self.configs)}")
+        return self.configs[name]
