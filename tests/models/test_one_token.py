@@ -108,6 +108,12 @@ def test_odd_sizes(options: dict[str, int | str], runs: Runs):
     compare(make(channel="none", mixers={"mamba": options}), 3, runs)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_short_convolution(bias: bool, runs: Runs):
+    options = {"conv_width": 4, "bias": bias}
+    compare(make("gated_short_conv mamba", mixers={"gated_short_conv": options}), 2, runs)
+
+
 def test_layers_without_instructions_stand_between(runs: Runs):
     stack = make("2*mamba attention", depth=6)
     compare(stack, 2, runs, programs=2)

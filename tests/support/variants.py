@@ -39,6 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gated_delta_net": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "negative_eigenvalues": True}],
     "gated_delta_net_2": [{"num_heads": 2, "num_key_heads": 1, "expand_v": 0.5, "negative_eigenvalues": True}],
     "gated_delta_product": [{"num_heads": 2, "num_key_heads": 1, "steps": 3, "negative_eigenvalues": False}],
+    "gated_short_conv": [{"conv_width": 4, "bias": True}],
     "gla": [
         {"num_heads": 2, "temperature": 1.0, "conv_width": 3, "negative_eigenvalues": True},
         {"num_heads": 3, "key_width": 6, "value_width": 5},
