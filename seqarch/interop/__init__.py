@@ -9,14 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from seqarch.interop import (
+    bamba,
     cohere,
     cohere2,
     falcon_h1,
+    falcon_mamba,
     gemma,
     gemma2,
     gemma3_text,
     granite,
     granitemoe,
+    granitemoehybrid,
+    jamba,
     kimi_linear,
     llama,
     mamba,
@@ -43,14 +47,18 @@ from seqarch.models import LanguageModel, LMConfig
 from seqarch.ops.dispatch.checks import show, unknown_name
 
 FAMILIES: dict[str, ModuleType] = {
+    "bamba": bamba,
     "cohere": cohere,
     "cohere2": cohere2,
     "falcon_h1": falcon_h1,
+    "falcon_mamba": falcon_mamba,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "granite": granite,
     "granitemoe": granitemoe,
+    "granitemoehybrid": granitemoehybrid,
+    "jamba": jamba,
     "kimi_linear": kimi_linear,
     "llama": llama,
     "mamba": mamba,
