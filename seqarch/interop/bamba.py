@@ -47,7 +47,7 @@ class SsmSettings(BaseSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(SsmSettings, decoder.DecoderSettings, decoder.BiasSettings, PartialRotarySettings):
+class Settings(decoder.DecoderSettings, decoder.BiasSettings, SsmSettings, PartialRotarySettings):
     """Fields of ``BambaConfig``."""
 
     model_type = "bamba"
@@ -60,6 +60,7 @@ class Settings(SsmSettings, decoder.DecoderSettings, decoder.BiasSettings, Parti
     partial_rotary_factor: float | None = 0.5
     intermediate_size: int = 14336
     mlp_bias: bool = False
+    rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 262144
 
     @classmethod

@@ -14,7 +14,7 @@ MIXERS = {"mamba": "mamba2", "linear_attention": "mamba2", "attention": "attenti
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(SsmSettings, decoder.DecoderSettings, decoder.BiasSettings, decoder.MultiplierSettings):
+class Settings(decoder.DecoderSettings, decoder.BiasSettings, decoder.MultiplierSettings, SsmSettings):
     """Fields of ``GraniteMoeHybridConfig``."""
 
     model_type = "granitemoehybrid"
@@ -27,7 +27,6 @@ class Settings(SsmSettings, decoder.DecoderSettings, decoder.BiasSettings, decod
     shared_intermediate_size: int = 1024
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
-    rms_norm_eps: float = 1e-6
 
 
 def lm_config(settings: Settings) -> LMConfig:

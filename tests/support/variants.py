@@ -71,7 +71,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "min_gru": [{"d_inner": 24, "candidate": "positive", "negative_eigenvalues": True}],
     "mlstm": [
         {"num_heads": 2, "forget_gate": "exponential", "gate_cap": 0.0, "conv_width": 3},
-        {"num_heads": 3, "key_width": 8, "value_width": 5},
+        {"num_heads": 3, "key_width": 8, "value_width": 5, "denominator_eps": 1e-2, "norm_eps": 1e-3},
     ],
     "nsa": [
         {
