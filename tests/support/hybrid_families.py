@@ -19,7 +19,7 @@ def bamba(**changes: Any) -> Any:
         "attn_layer_indices": [1],
         "intermediate_size": 40,
         "rms_norm_eps": 3 * EPS,
-        "time_step_limit": [0.01, 0.5],
+        "time_step_limit": [0.01, 1.1],
     }
     return transformers.BambaConfig(**{**SMALL, **SPECIAL, **ATTENTION, **SSM, **options, **changes})
 
