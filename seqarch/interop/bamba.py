@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from seqarch.interop import decoder, mamba2, parts
-from seqarch.interop.parts import gated_mlp, norm
+from seqarch.interop.parts import gated_mlp
 from seqarch.interop.settings import BaseSettings, PartialRotarySettings
 from seqarch.interop.weights import WeightMap, under
 from seqarch.models import LMConfig
@@ -86,5 +86,5 @@ def weights(settings: Settings) -> WeightMap:
         "mamba2": under("mamba.", "mixers.0.", mamba2.mixer()),
         "swiglu": gated_mlp(settings.intermediate_size, "feed_forward.", bias=settings.mlp_bias),
     }
-    norms = [norm("input_layernorm.weight"), norm("pre_ff_layernorm.weight", "channel_norm.weight")]
-    return parts.decoder(lm_config(settings), tables, norms, last_norm="model.final_layernorm.weight")
+    norms = {"norm": "input_layernorm", "channel_norm": "pre_ff_layernorm"}
+    return parts.decoder(lm_config(settings), tables, norms, last_norm="model.final_layernorm")

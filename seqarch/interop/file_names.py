@@ -82,6 +82,14 @@ FILE_RULES: dict[str, tuple[FileRule, ...]] = {
         FileRule(r"model\.(.*)\.experts\.(up|down)_proj", (r"backbone.\1.experts.{}.\2_proj.weight",)),
         FileRule(r"model\.(.*)", (r"backbone.\1",)),
     ),
+    "olmo_hybrid": (
+        FileRule(r"(.*)\.input_layernorm\.weight", (r"\1.attention_layer_norm.weight",), written=False),
+        FileRule(r"(.*)\.post_attention_layernorm\.weight", (r"\1.feedforward_layer_norm.weight",), written=False),
+        FileRule(
+            r"(.*)\.linear_attn\.conv1d\.weight",
+            tuple(rf"\1.linear_attn.{part}_conv1d.weight" for part in "qkv"),
+        ),
+    ),
     "olmoe": _QWEN_MOE,
     "qwen2_moe": _QWEN_MOE,
     "qwen3_5_moe_text": (*_QWEN_MOE, *_BESIDE_IMAGES),

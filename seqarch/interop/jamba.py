@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from seqarch.interop import mamba, parts
-from seqarch.interop.parts import experts, gated_mlp, norm
+from seqarch.interop.parts import experts, gated_mlp
 from seqarch.interop.settings import BaseSettings
 from seqarch.interop.weights import WeightMap, rule, under
 from seqarch.models import LMConfig
@@ -95,5 +95,5 @@ def weights(settings: Settings) -> WeightMap:
         "moe": experts(settings.intermediate_size, "feed_forward.", "router"),
         "swiglu": gated_mlp(settings.intermediate_size, "feed_forward."),
     }
-    norms = [norm("input_layernorm.weight"), norm("pre_ff_layernorm.weight", "channel_norm.weight")]
-    return parts.decoder(lm_config(settings), tables, norms, last_norm="model.final_layernorm.weight")
+    norms = {"norm": "input_layernorm", "channel_norm": "pre_ff_layernorm"}
+    return parts.decoder(lm_config(settings), tables, norms, last_norm="model.final_layernorm")

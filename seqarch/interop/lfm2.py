@@ -12,7 +12,7 @@ from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, under
 from seqarch.models import LMConfig
 
 MIXERS = {"conv": "gated_short_conv", "full_attention": "attention", "attention": "attention"}
-NORMS = [norm("operator_norm.weight"), norm("ffn_norm.weight", "channel_norm.weight")]
+NORMS = {"norm": "operator_norm", "channel_norm": "ffn_norm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,4 +125,4 @@ def tables(config: LMConfig, bias: bool) -> dict[str, list[Rule]]:
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
     rules = tables(config, settings.conv_bias)
-    return parts.decoder(config, rules, NORMS, last_norm="model.embedding_norm.weight")
+    return parts.decoder(config, rules, NORMS, last_norm="model.embedding_norm")

@@ -55,4 +55,4 @@ def weights(settings: Settings) -> WeightMap:
     if settings.use_expert_bias:
         experts.append(rule("feed_forward.expert_bias", "channel.router.expert_bias"))
     rules = {**lfm2.tables(config, settings.conv_bias), "moe": experts}
-    return parts.decoder(config, rules, lfm2.NORMS, last_norm="model.embedding_norm.weight")
+    return parts.decoder(config, rules, lfm2.NORMS, last_norm="model.embedding_norm")

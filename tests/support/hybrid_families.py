@@ -117,6 +117,12 @@ LINEAR = {
 }
 
 
+def olmo_hybrid(**changes: Any) -> Any:
+    options = {"intermediate_size": 40, "linear_value_head_dim": 12}
+    own = {name: size for name, size in LINEAR.items() if name not in ("head_dim", "linear_value_head_dim")}
+    return transformers.OlmoHybridConfig(**{**SMALL, **SPECIAL, **ATTENTION, **own, **options, **changes})
+
+
 def qwen3_5(**changes: Any) -> Any:
     options = {"intermediate_size": 40}
     return transformers.Qwen3_5TextConfig(**{**SMALL, **SPECIAL, **ATTENTION, **LINEAR, **options, **changes})
@@ -173,6 +179,14 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "NemotronHForCausalLM": (
         nemotron_h,
         [{}, {"moe_latent_size": 12, "n_group": 2, "topk_group": 1, "norm_topk_prob": False}],
+    ),
+    "OlmoHybridForCausalLM": (
+        olmo_hybrid,
+        [
+            {},
+            {"linear_allow_neg_eigval": False, "tie_word_embeddings": True}
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+        ],
     ),
     "Qwen3_5ForCausalLM": (qwen3_5, [{}, {"tie_word_embeddings": True, "head_dim": 8, "linear_conv_kernel_dim": 3}]),
     "Qwen3_5MoeForCausalLM": (qwen3_5_moe, [{}]),
