@@ -106,12 +106,14 @@ def lm_config(config: Any) -> LMConfig:
     Raises:
         ValueError: the family is unknown, or a setting is wrong or has no counterpart here; it is named.
     """
+    config = text_settings(config)
     family = _family(config)
     return family.lm_config(family.Settings.read(config))
 
 
 def weight_map(config: Any) -> WeightMap:
     """The rules between their state dict and ours; arguments and errors as in :func:`lm_config`."""
+    config = text_settings(config)
     family = _family(config)
     return family.weights(family.Settings.read(config))
 
@@ -146,6 +148,18 @@ def to_transformers(config: Any, model: LanguageModel) -> dict[str, Tensor]:
     return weight_map(config).to_transformers(model.state_dict())
 
 
+def text_settings(config: Any) -> Any:
+    """Of a file's settings of text and images, the part on text where it is of a family here; others as they are."""
+    whole = config if isinstance(config, Mapping) else {}
+    text = whole.get("text_config")
+    if not isinstance(text, Mapping) or text.get("model_type") not in list(FAMILIES):
+        return config
+    if whole.get("model_type") in list(FAMILIES):
+        return config
+    beside = {name: whole[name] for name in ("tie_word_embeddings",) if name in whole}
+    return {**beside, **text}
+
+
 def _family(config: Any) -> ModuleType:
     name = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     if not isinstance(name, str):
@@ -156,4 +170,12 @@ def _family(config: Any) -> ModuleType:
     return FAMILIES[name]
 
 
-__all__ = ["FAMILIES", "WeightMap", "from_transformers", "lm_config", "to_transformers", "weight_map"]
+__all__ = [
+    "FAMILIES",
+    "WeightMap",
+    "from_transformers",
+    "lm_config",
+    "text_settings",
+    "to_transformers",
+    "weight_map",
+]

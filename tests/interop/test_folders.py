@@ -350,3 +350,21 @@ def test_the_page_of_families_has_what_was_measured_with_this_version(capsys):
         assert all(found[key] <= BOUND for key in ("logits", "steps", "gradients"))
         assert f"{family} " in shown
         assert CLASSES[family] in shown
+
+
+@torch.no_grad()
+def test_the_text_of_a_folder_of_text_and_images_is_read(tmp_path):
+    """As a hub has Qwen3.5: its settings within others, its tensors beside those of images and of further heads."""
+    _, theirs = build("Qwen3_5ForCausalLM", {})
+    theirs.save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    del text["tie_word_embeddings"]
+    whole = {"model_type": "qwen3_5", "text_config": text, "vision_config": {}, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = {f"model.language_model.{name}": tensor for name, tensor in theirs.model.state_dict().items()}
+    images = {"model.visual.patch_embed.proj.weight": torch.ones(2), "mtp.fc.weight": torch.ones(2)}
+    head = {"lm_head.weight": theirs.lm_head.weight.data}
+    save_file({**tensors, **images, **head}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = LanguageModel.from_pretrained(tmp_path)
+    assert model.origin.family == "qwen3_5_text"
+    assert_close(model(TOKENS)[0], theirs(TOKENS, use_cache=False).logits, BOUND, "logits")
