@@ -16,6 +16,7 @@ from seqarch.layers import Layer
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.decoder_settings import DECODERS, head_settings
+from seqarch.pretrained.hybrid_settings import HYBRIDS
 from seqarch.pretrained.kinds_of_layers import Layers, kinds_of_layers
 
 CLASSES = {
@@ -299,6 +300,7 @@ def _kimi_linear(layers: Layers, model: LanguageModel) -> dict[str, Any]:
 
 MADE_HERE: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     **DECODERS,
+    **HYBRIDS,
     "falcon_h1": _falcon_h1,
     "kimi_linear": _kimi_linear,
     "mamba": _mamba,

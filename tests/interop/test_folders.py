@@ -90,6 +90,25 @@ def test_their_folders_are_read_and_ours_are_read_by_them(name: str, changes: di
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 NEW: dict[str, dict[str, Any]] = {
+    "bamba": {
+        "pattern": "mamba2 attention",
+        "mixers": {
+            "attention": {"num_heads": 2, "rotary_fraction": 0.5},
+            "mamba2": {"head_dim": 16, "d_state": 8, "dt_limit_max": 0.05},
+        },
+    },
+    "falcon_mamba": {
+        **{"pattern": "mamba", "channel": "none", "tie_embeddings": True},
+        "mixers": {"mamba": {"d_state": 5, "dt_bc_norm": "rms_without_weights"}},
+    },
+    "lfm2": {
+        **{"pattern": "gated_short_conv attention", "tie_embeddings": True},
+        "mixers": {"attention": {"num_heads": 2, "qk_norm": True, "norm_eps": 1e-5}},
+    },
+    "xlstm": {
+        **{"pattern": "mlstm", "logit_cap": 30.0, "norm_eps": 1e-6},
+        "mixers": {"mlstm": {"num_heads": 2, "denominator_eps": 1e-6}},
+    },
     "gemma": {
         **{"pattern": "attention", "zero_centred_norms": True, "embedding_scale": 32**0.5, "tie_embeddings": True},
         "channels": {"swiglu": {"activation": "gelu_tanh"}},
