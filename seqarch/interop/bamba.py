@@ -18,7 +18,6 @@ class SsmSettings(BaseSettings):
     """Fields of a Mamba-2 whose inner width is ``mamba_expand`` times that of the stream."""
 
     only: ClassVar = {"hidden_act": "silu", "mamba_conv_bias": True, "mamba_proj_bias": False}
-    may_be_zero = ()
 
     mamba_n_heads: int = 128
     mamba_d_head: int | str = "auto"
