@@ -47,7 +47,8 @@ def _cells(name: str, width: int) -> list[str]:
             options, held, parameters = reached(name, width, state)
         except NothingClose as error:
             if error.totals is None:
-                return ["no: its state grows"] * len(STATES)
+                why = "its state grows" if "grows with the sequence" in str(error) else "its state has one size"
+                return [f"no: {why}"] * len(STATES)
             cells.append(f"no: at least {error.totals['parameters'] / 1000:.0f} k parameters")
             continue
         asked = MatchConfig(state_bytes=state).wanted_state

@@ -9,68 +9,90 @@ from typing import Any
 from torch import Tensor
 
 from seqarch.interop import (
+    bamba,
     cohere,
     cohere2,
     falcon_h1,
+    falcon_mamba,
     gemma,
     gemma2,
     gemma3_text,
     granite,
     granitemoe,
+    granitemoehybrid,
+    jamba,
     kimi_linear,
+    lfm2,
+    lfm2_moe,
     llama,
     mamba,
     mamba2,
     mistral,
     mixtral,
+    nemotron_h,
     olmo,
     olmo2,
     olmo3,
+    olmo_hybrid,
     olmoe,
     phi3,
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5_moe_text,
+    qwen3_5_text,
     qwen3_moe,
     qwen3_next,
     recurrent_gemma,
     smollm3,
     stablelm,
     starcoder2,
+    xlstm,
 )
 from seqarch.interop.weights import WeightMap
 from seqarch.models import LanguageModel, LMConfig
 from seqarch.ops.dispatch.checks import show, unknown_name
 
 FAMILIES: dict[str, ModuleType] = {
+    "bamba": bamba,
     "cohere": cohere,
     "cohere2": cohere2,
     "falcon_h1": falcon_h1,
+    "falcon_mamba": falcon_mamba,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
     "granite": granite,
     "granitemoe": granitemoe,
+    "granitemoehybrid": granitemoehybrid,
+    "jamba": jamba,
     "kimi_linear": kimi_linear,
+    "lfm2": lfm2,
+    "lfm2_moe": lfm2_moe,
     "llama": llama,
     "mamba": mamba,
     "mamba2": mamba2,
     "mistral": mistral,
     "mixtral": mixtral,
+    "nemotron_h": nemotron_h,
     "olmo": olmo,
     "olmo2": olmo2,
     "olmo3": olmo3,
+    "olmo_hybrid": olmo_hybrid,
     "olmoe": olmoe,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
+    "qwen3_5_moe_text": qwen3_5_moe_text,
+    "qwen3_5_text": qwen3_5_text,
     "qwen3_moe": qwen3_moe,
     "qwen3_next": qwen3_next,
     "recurrent_gemma": recurrent_gemma,
     "smollm3": smollm3,
     "stablelm": stablelm,
     "starcoder2": starcoder2,
+    "xlstm": xlstm,
 }
 """By their ``model_type``; each module has its ``Settings``, ``lm_config(settings)`` and ``weights(settings)``."""
 
@@ -84,12 +106,14 @@ def lm_config(config: Any) -> LMConfig:
     Raises:
         ValueError: the family is unknown, or a setting is wrong or has no counterpart here; it is named.
     """
+    config = text_settings(config)
     family = _family(config)
     return family.lm_config(family.Settings.read(config))
 
 
 def weight_map(config: Any) -> WeightMap:
     """The rules between their state dict and ours; arguments and errors as in :func:`lm_config`."""
+    config = text_settings(config)
     family = _family(config)
     return family.weights(family.Settings.read(config))
 
@@ -124,6 +148,18 @@ def to_transformers(config: Any, model: LanguageModel) -> dict[str, Tensor]:
     return weight_map(config).to_transformers(model.state_dict())
 
 
+def text_settings(config: Any) -> Any:
+    """Of a file's settings of text and images, the part on text where it is of a family here; others as they are."""
+    whole = config if isinstance(config, Mapping) else {}
+    text = whole.get("text_config")
+    if not isinstance(text, Mapping) or text.get("model_type") not in list(FAMILIES):
+        return config
+    if whole.get("model_type") in list(FAMILIES):
+        return config
+    beside = {name: whole[name] for name in ("tie_word_embeddings",) if name in whole}
+    return {**beside, **text}
+
+
 def _family(config: Any) -> ModuleType:
     name = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     if not isinstance(name, str):
@@ -134,4 +170,12 @@ def _family(config: Any) -> ModuleType:
     return FAMILIES[name]
 
 
-__all__ = ["FAMILIES", "WeightMap", "from_transformers", "lm_config", "to_transformers", "weight_map"]
+__all__ = [
+    "FAMILIES",
+    "WeightMap",
+    "from_transformers",
+    "lm_config",
+    "text_settings",
+    "to_transformers",
+    "weight_map",
+]

@@ -34,12 +34,12 @@ class FileRule:
         return None if found is None else tuple(found.expand(piece) for piece in self.pieces)
 
 
-def _experts(prefix: str, gate: str, up: str, down: str) -> tuple[FileRule, ...]:
-    """Rules of the fused experts below ``mlp.experts``, whose files have one tensor per expert below ``prefix``."""
+def _experts(prefix: str, gate: str, up: str, down: str, module: str = "mlp") -> tuple[FileRule, ...]:
+    """Rules of the fused experts of a ``module``, whose files have one tensor per expert below ``prefix``."""
     each = rf"\1.{prefix}.experts.{{}}"
     return (
-        FileRule(r"(.*)\.mlp\.experts\.gate_up_proj", (f"{each}.{gate}.weight", f"{each}.{up}.weight")),
-        FileRule(r"(.*)\.mlp\.experts\.down_proj", (f"{each}.{down}.weight",)),
+        FileRule(rf"(.*)\.{module}\.experts\.gate_up_proj", (f"{each}.{gate}.weight", f"{each}.{up}.weight")),
+        FileRule(rf"(.*)\.{module}\.experts\.down_proj", (f"{each}.{down}.weight",)),
     )
 
 
@@ -49,12 +49,18 @@ _MIXTRAL = _experts("block_sparse_moe", "w1", "w3", "w2")
 
 _QWEN_MOE = _experts("mlp", "gate_proj", "up_proj", "down_proj")
 
+_GRANITE_MOE = (
+    FileRule(r"(.*)\.experts\.gate_up_proj", (r"\1.input_linear.weight",)),
+    FileRule(r"(.*)\.experts\.down_proj", (r"\1.output_linear.weight",)),
+    FileRule(r"(.*)\.router\.weight", (r"\1.router.layer.weight",)),
+)
+
+_BESIDE_IMAGES = (FileRule(r"model\.(.*)", (r"model.language_model.\1",), written=False),)
+
 FILE_RULES: dict[str, tuple[FileRule, ...]] = {
-    "granitemoe": (
-        FileRule(r"(.*)\.experts\.gate_up_proj", (r"\1.input_linear.weight",)),
-        FileRule(r"(.*)\.experts\.down_proj", (r"\1.output_linear.weight",)),
-        FileRule(r"(.*)\.router\.weight", (r"\1.router.layer.weight",)),
-    ),
+    "granitemoe": _GRANITE_MOE,
+    "granitemoehybrid": _GRANITE_MOE,
+    "jamba": _experts("feed_forward", "gate_proj", "up_proj", "down_proj", "feed_forward"),
     "kimi_linear": (
         *_MIXTRAL,
         FileRule(r"(.*)\.mlp\.(gate|shared_experts)\.(.*)", (r"\1.block_sparse_moe.\2.\3",)),
@@ -65,21 +71,44 @@ FILE_RULES: dict[str, tuple[FileRule, ...]] = {
             tuple(rf"\1.self_attn.{part}_conv1d.weight" for part in "qkv"),
         ),
     ),
+    "lfm2_moe": _experts("feed_forward", "w1", "w3", "w2", "feed_forward"),
     "mamba": _EARLIER_EMBEDDING,
     "mamba2": _EARLIER_EMBEDDING,
     "mixtral": (
         *_MIXTRAL,
         FileRule(r"(.*)\.mlp\.gate\.weight", (r"\1.block_sparse_moe.gate.weight",)),
     ),
+    "nemotron_h": (
+        FileRule(r"model\.(.*)\.experts\.(up|down)_proj", (r"backbone.\1.experts.{}.\2_proj.weight",)),
+        FileRule(r"model\.(.*)", (r"backbone.\1",)),
+    ),
+    "olmo_hybrid": (
+        FileRule(r"(.*)\.input_layernorm\.weight", (r"\1.attention_layer_norm.weight",), written=False),
+        FileRule(r"(.*)\.post_attention_layernorm\.weight", (r"\1.feedforward_layer_norm.weight",), written=False),
+        FileRule(
+            r"(.*)\.linear_attn\.conv1d\.weight",
+            tuple(rf"\1.linear_attn.{part}_conv1d.weight" for part in "qkv"),
+        ),
+    ),
     "olmoe": _QWEN_MOE,
     "qwen2_moe": _QWEN_MOE,
+    "qwen3_5_moe_text": (*_QWEN_MOE, *_BESIDE_IMAGES),
+    "qwen3_5_text": _BESIDE_IMAGES,
     "qwen3_moe": _QWEN_MOE,
     "qwen3_next": _QWEN_MOE,
 }
 """By family. Of several rules for a tensor the first whose pieces are there is read; files may also hold the tensor
 itself, as the state dict does."""
 
-UNUSED = {"": r".*rotary_emb\.inv_freq", "qwen3_next": r"mtp\..*"}
+_OF_IMAGES = r"(mtp|model\.visual)\..*"
+
+UNUSED = {
+    "": r".*rotary_emb\.inv_freq",
+    "nemotron_h": r"mtp\..*",
+    "qwen3_5_moe_text": _OF_IMAGES,
+    "qwen3_5_text": _OF_IMAGES,
+    "qwen3_next": r"mtp\..*",
+}
 """Tensors of files that no model of the family has in ``transformers`` either; ``""`` is for all families."""
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from seqarch.interop import parts
 from seqarch.interop.parts import model, norm, short_convolution
 from seqarch.interop.settings import BaseSettings
-from seqarch.interop.weights import WeightMap, rule, under
+from seqarch.interop.weights import Rule, WeightMap, rule, under
 from seqarch.models import LMConfig
 
 
@@ -33,31 +33,44 @@ class Settings(BaseSettings):
 
 
 def lm_config(settings: Settings) -> LMConfig:
-    rank = settings.time_step_rank
-    if isinstance(rank, str) and rank != "auto":
-        raise settings.refuse("time_step_rank", "an int or 'auto'")
+    return model_of(settings, {})
+
+
+def model_of(settings: Settings, selection: dict[str, Any]) -> LMConfig:
+    """Our configuration, with these options of the mixer besides."""
     options = {
         "d_state": settings.state_size,
         "d_inner": settings.intermediate_size or settings.expand * settings.hidden_size,
         "conv_width": settings.conv_kernel,
-        "dt_rank": ceil(settings.hidden_size / 16) if isinstance(rank, str) else rank,
+        "dt_rank": dt_rank(settings, "time_step_rank"),
+        **selection,
     }
     layers = ["mamba/none"] * settings.num_hidden_layers
     return parts.lm_config(settings, layers, {"mamba": options}, norm_eps=settings.layer_norm_epsilon)
 
 
+def dt_rank(settings: BaseSettings, name: str) -> int:
+    """The rank of the step size's projection that the field says."""
+    rank = getattr(settings, name)
+    if rank == "auto":
+        return ceil(settings.hidden_size / 16)
+    if isinstance(rank, str):
+        raise settings.refuse(name, "an int or 'auto'")
+    return rank
+
+
+def mixer() -> list[Rule]:
+    """Rules of the mixer."""
+    names = {"x_proj.weight": "select.weight", "dt_proj.weight": "dt.weight", "dt_proj.bias": "dt.bias"}
+    same = ("in_proj.weight", "A_log", "D", "out_proj.weight")
+    return [
+        *(rule(theirs, ours) for theirs, ours in ({name: name for name in same} | names).items()),
+        *short_convolution("conv1d", "conv", bias=True),
+    ]
+
+
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
-    mixer = [
-        rule("in_proj.weight", "in_proj.weight"),
-        *short_convolution("conv1d", "conv", bias=True),
-        rule("x_proj.weight", "select.weight"),
-        rule("dt_proj.weight", "dt.weight"),
-        rule("dt_proj.bias", "dt.bias"),
-        rule("A_log", "A_log"),
-        rule("D", "D"),
-        rule("out_proj.weight", "out_proj.weight"),
-    ]
-    layer = [norm("norm.weight"), *under("mixer.", "mixers.0.", mixer)]
+    layer = [norm("norm.weight"), *under("mixer.", "mixers.0.", mixer())]
     last = norm("backbone.norm_f.weight")
     return model(config, [layer] * config.depth, "backbone.embeddings.weight", last, "backbone.layers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from seqarch.interop import parts
 from seqarch.interop.parts import model, norm, short_convolution
@@ -47,6 +47,19 @@ def lm_config(settings: Settings) -> LMConfig:
     }
     layers = ["mamba2/none"] * settings.num_hidden_layers
     return parts.lm_config(settings, layers, {"mamba2": options}, norm_eps=settings.layer_norm_epsilon)
+
+
+def step_size_limits(settings: Any) -> dict[str, Any]:
+    """What the step sizes are kept between by the field ``time_step_limit``, if by anything.
+
+    Raises:
+        ValueError: these are no limits.
+    """
+    limits = [0.0, inf] if settings.time_step_limit is None else settings.time_step_limit
+    if len(limits) != 2 or not 0 <= limits[0] <= limits[1] or not limits[1]:
+        raise settings.refuse("time_step_limit", "the least step size and the largest")
+    low, high = map(float, limits)
+    return {"dt_limit_min": low, "dt_limit_max": None if high == inf else high}
 
 
 def mixer(normed: bool = True) -> list[Rule]:

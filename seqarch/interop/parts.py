@@ -155,16 +155,21 @@ def decoder(
         norms: names of a layer's norms by ours; by default :data:`NORMS` has them.
     """
     rules = {**_usual_tables(config), **(tables or {})}
-    own_norms = norms_of(config.norm, NORMS[config.norm_placement] if norms is None else norms)
     layers = [
         [
-            *own_norms,
+            *norms_of(config.norm, NORMS[_placement(config, layer)] if norms is None else norms),
             *(each for name in layer.mixers for each in rules[name]),
             *rules[config.channel_of(layer)],
         ]
         for layer in tile_pattern(config.pattern, config.depth)
     ]
     return model(config, layers, embedding, norms_of(config.norm, {"norm": last_norm}))
+
+
+def _placement(config: LMConfig, layer: LayerPattern) -> str:
+    """Where the norms of a layer are, by its mixer or as everywhere."""
+    own = (config.norm_placements[name] for name in layer.mixers if name in config.norm_placements)
+    return next(own, config.norm_placement)
 
 
 def _usual_tables(config: LMConfig) -> dict[str, list[Rule]]:

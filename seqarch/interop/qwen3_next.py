@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from seqarch.interop import parts
-from seqarch.interop.parts import experts, gated_mlp, model, norm, short_convolution
+from seqarch.interop.parts import experts, gated_mlp, norm, short_convolution
 from seqarch.interop.settings import PartialRotarySettings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, reorder, rule, split, under
 from seqarch.models import LMConfig
@@ -16,17 +16,12 @@ MOST_ROWS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(PartialRotarySettings):
-    """Fields of ``Qwen3NextConfig``."""
+class MixerSettings(PartialRotarySettings):
+    """Fields of the attention and of the linear attention, which Qwen3.5 has too."""
 
-    model_type = "qwen3_next"
     only: ClassVar = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
     in_files_only = (*PartialRotarySettings.in_files_only, "full_attention_interval")
-    may_be_zero = ("shared_expert_intermediate_size",)
 
-    vocab_size: int = 151936
-    hidden_size: int = 2048
-    num_hidden_layers: int = 48
     layer_types: list[str] | None = None
     full_attention_interval: int = 4
     num_attention_heads: int = 16
@@ -39,6 +34,19 @@ class Settings(PartialRotarySettings):
     linear_value_head_dim: int = 128
     linear_num_key_heads: int = 16
     linear_num_value_heads: int = 32
+    rms_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(MixerSettings):
+    """Fields of ``Qwen3NextConfig``."""
+
+    model_type = "qwen3_next"
+    may_be_zero = ("shared_expert_intermediate_size",)
+
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    num_hidden_layers: int = 48
     mlp_only_layers: list[int] | None = None
     decoder_sparse_step: int = 1
     intermediate_size: int = 5632
@@ -47,11 +55,23 @@ class Settings(PartialRotarySettings):
     num_experts: int = 512
     num_experts_per_tok: int = 10
     norm_topk_prob: bool = True
-    rms_norm_eps: float = 1e-6
 
 
 def lm_config(settings: Settings) -> LMConfig:
     parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob and "moe" in _channels(settings))
+    layers = [f"{mixer}/{channel}" for mixer, channel in zip(mixers(settings), _channels(settings), strict=True)]
+    return parts.lm_config(
+        settings,
+        layers,
+        mixer_options(settings),
+        {"moe": _moe(settings), "swiglu": {"hidden": settings.intermediate_size}},
+        norm_eps=settings.rms_norm_eps,
+        zero_centred_norms=True,
+    )
+
+
+def mixer_options(settings: MixerSettings) -> dict[str, dict[str, Any]]:
+    """Options of the attention and of the linear attention."""
     attention = {
         "num_heads": settings.num_attention_heads,
         "num_kv_heads": settings.num_key_value_heads,
@@ -70,18 +90,10 @@ def lm_config(settings: Settings) -> LMConfig:
         "conv_width": settings.linear_conv_kernel_dim,
         "norm_eps": settings.rms_norm_eps,
     }
-    layers = [f"{mixer}/{channel}" for mixer, channel in zip(_mixers(settings), _channels(settings), strict=True)]
-    return parts.lm_config(
-        settings,
-        layers,
-        {"attention": attention, "gated_delta_net": delta},
-        {"moe": _moe(settings), "swiglu": {"hidden": settings.intermediate_size}},
-        norm_eps=settings.rms_norm_eps,
-        zero_centred_norms=True,
-    )
+    return {"attention": attention, "gated_delta_net": delta}
 
 
-def _mixers(settings: Settings) -> list[str]:
+def mixers(settings: MixerSettings) -> list[str]:
     depth, every = settings.num_hidden_layers, settings.full_attention_interval
     default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(depth)]
     names = {"linear_attention": "gated_delta_net", "full_attention": "attention"}
@@ -131,7 +143,7 @@ def _check_rows(count: int, of_what: str) -> None:
         raise ValueError(f"qwen3_next: {of_what} make {count} channels, expected at most {MOST_ROWS}")
 
 
-def _attention(options: dict[str, Any]) -> list[Rule]:
+def attention_rules(options: dict[str, Any]) -> list[Rule]:
     heads, width = options["num_heads"], options["head_dim"]
     inner, shared = heads * width, options["num_kv_heads"] * width
     _check_rows(2 * shared, f"num_key_value_heads={options['num_kv_heads']} keys and values of {width} channels each")
@@ -175,13 +187,9 @@ def weights(settings: Settings) -> WeightMap:
         "moe": [*experts(moe["hidden"]), *shared, rule("mlp.shared_expert_gate.weight", "channel.shared_gate.weight")],
         "swiglu": gated_mlp(config.channels["swiglu"]["hidden"]),
     }
-    mixers = {
-        "attention": under("self_attn.", "mixers.0.", _attention(config.mixers["attention"])),
+    tables = {
+        "attention": under("self_attn.", "mixers.0.", attention_rules(config.mixers["attention"])),
         "gated_delta_net": under("linear_attn.", "mixers.0.", _delta(config.mixers["gated_delta_net"])),
+        **channels,
     }
-    norms = [norm("input_layernorm.weight"), norm("post_attention_layernorm.weight", "channel_norm.weight")]
-    layers = [
-        [*norms, *mixers[mixer], *channels[channel]]
-        for mixer, channel in zip(_mixers(settings), _channels(settings), strict=True)
-    ]
-    return model(config, layers, "model.embed_tokens.weight", norm("model.norm.weight"))
+    return parts.decoder(config, tables)

@@ -6,6 +6,7 @@ from seqarch.layers.attention.attention import Attention, AttentionConfig, Slidi
 from seqarch.layers.attention.mla import MLA, MLAConfig
 from seqarch.layers.channel.mlp import Mlp, MlpConfig, SwiGlu, SwiGluConfig
 from seqarch.layers.channel.moe import MixtureOfExperts, MixtureOfExpertsConfig
+from seqarch.layers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
 from seqarch.layers.convolution.hyena import Hyena, HyenaConfig
 from seqarch.layers.convolution.s4d import S4d, S4dConfig
 from seqarch.layers.delta_rule.delta_net import DeltaNet, DeltaNetConfig
@@ -56,6 +57,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_delta_net": GatedDeltaNet,
     "gated_delta_net_2": GatedDeltaNet2,
     "gated_delta_product": GatedDeltaProduct,
+    "gated_short_conv": GatedShortConv,
     "gla": Gla,
     "hgrn": Hgrn,
     "hgrn2": Hgrn2,
@@ -85,7 +87,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "state space": ("mamba2", "mamba", "mamba3"),
     "delta rule": ("gated_delta_net", "delta_net", "kda", "gated_delta_net_2", "gated_delta_product", "rwkv7"),
     "recurrence": ("rg_lru", "hgrn", "min_gru"),
-    "convolution": ("hyena", "s4d"),
+    "convolution": ("hyena", "s4d", "gated_short_conv"),
 }
 """The mixers by kind, for tables and plots; the order is that in which they are shown."""
 
@@ -163,6 +165,8 @@ __all__ = [
     "GatedDeltaNetConfig",
     "GatedDeltaProduct",
     "GatedDeltaProductConfig",
+    "GatedShortConv",
+    "GatedShortConvConfig",
     "Gla",
     "GlaConfig",
     "Hgrn",

@@ -19,7 +19,7 @@ from seqarch.checkpoints.loading import load
 from seqarch.checkpoints.manifest import checkpoints_by_step, damage, file_digest, read_json
 from seqarch.checkpoints.origin import Origin, carried_files, file_entry, hub_revision
 from seqarch.checkpoints.tokenizers import FILE, Tokenizer, tokenizer_of
-from seqarch.interop import FAMILIES, lm_config, weight_map
+from seqarch.interop import FAMILIES, lm_config, text_settings, weight_map
 from seqarch.interop.weights import WeightMap, rule
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
@@ -46,6 +46,7 @@ def from_pretrained(
     config = read_json(folder / "config.json") if folder.is_dir() else None
     if config is None:
         raise CheckpointError(_no_model(folder))
+    config = text_settings(config)
     kind = config.get("model_type")
     if kind is None and "model" in config:
         return load(folder, step=step, device=device, dtype=dtype)

@@ -16,37 +16,49 @@ from seqarch.layers import Layer
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.decoder_settings import DECODERS, head_settings
+from seqarch.pretrained.hybrid_settings import HYBRIDS
 from seqarch.pretrained.kinds_of_layers import Layers, kinds_of_layers
 
 CLASSES = {
+    "bamba": "BambaForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
     "falcon_h1": "FalconH1ForCausalLM",
+    "falcon_mamba": "FalconMambaForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "jamba": "JambaForCausalLM",
     "kimi_linear": "KimiLinearForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "mamba": "MambaForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
     "olmo": "OlmoForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
+    "olmo_hybrid": "OlmoHybridForCausalLM",
     "olmoe": "OlmoeForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
     "recurrent_gemma": "RecurrentGemmaForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "stablelm": "StableLmForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "xlstm": "xLSTMForCausalLM",
 }
 """What ``transformers`` calls the language models of each family."""
 
@@ -288,6 +300,7 @@ def _kimi_linear(layers: Layers, model: LanguageModel) -> dict[str, Any]:
 
 MADE_HERE: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     **DECODERS,
+    **HYBRIDS,
     "falcon_h1": _falcon_h1,
     "kimi_linear": _kimi_linear,
     "mamba": _mamba,

@@ -18,8 +18,9 @@ BOUND = 1e-5
 def names(models: Models, edit: Edit) -> set[str]:
     """What an error may call the field: its name, the one that it stands for, or that in their object."""
     aliases = type(models.base).attribute_map
+    renamed = FAMILIES[models.base.model_type].Settings.aliases
     return {
-        *{edit.name, aliases.get(edit.name, edit.name)},
+        *{edit.name, aliases.get(edit.name, edit.name), renamed.get(edit.name, edit.name)},
         *(alias for alias, name in aliases.items() if edit.name in (alias, name)),
         *(["rope_parameters"] if edit.name.startswith("rope_") else []),
     }

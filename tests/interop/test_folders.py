@@ -90,6 +90,25 @@ def test_their_folders_are_read_and_ours_are_read_by_them(name: str, changes: di
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 NEW: dict[str, dict[str, Any]] = {
+    "bamba": {
+        "pattern": "mamba2 attention",
+        "mixers": {
+            "attention": {"num_heads": 2, "rotary_fraction": 0.5},
+            "mamba2": {"head_dim": 16, "d_state": 8, "dt_limit_max": 0.05},
+        },
+    },
+    "falcon_mamba": {
+        **{"pattern": "mamba", "channel": "none", "tie_embeddings": True},
+        "mixers": {"mamba": {"d_state": 5, "dt_bc_norm": "rms_without_weights"}},
+    },
+    "lfm2": {
+        **{"pattern": "gated_short_conv attention", "tie_embeddings": True},
+        "mixers": {"attention": {"num_heads": 2, "qk_norm": True, "norm_eps": 1e-5}},
+    },
+    "xlstm": {
+        **{"pattern": "mlstm", "logit_cap": 30.0, "norm_eps": 1e-6},
+        "mixers": {"mlstm": {"num_heads": 2, "denominator_eps": 1e-6}},
+    },
     "gemma": {
         **{"pattern": "attention", "zero_centred_norms": True, "embedding_scale": 32**0.5, "tie_embeddings": True},
         "channels": {"swiglu": {"activation": "gelu_tanh"}},
@@ -350,3 +369,21 @@ def test_the_page_of_families_has_what_was_measured_with_this_version(capsys):
         assert all(found[key] <= BOUND for key in ("logits", "steps", "gradients"))
         assert f"{family} " in shown
         assert CLASSES[family] in shown
+
+
+@torch.no_grad()
+def test_the_text_of_a_folder_of_text_and_images_is_read(tmp_path):
+    """As a hub has Qwen3.5: its settings within others, its tensors beside those of images and of further heads."""
+    _, theirs = build("Qwen3_5ForCausalLM", {})
+    theirs.save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    del text["tie_word_embeddings"]
+    whole = {"model_type": "qwen3_5", "text_config": text, "vision_config": {}, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = {f"model.language_model.{name}": tensor for name, tensor in theirs.model.state_dict().items()}
+    images = {"model.visual.patch_embed.proj.weight": torch.ones(2), "mtp.fc.weight": torch.ones(2)}
+    head = {"lm_head.weight": theirs.lm_head.weight.data}
+    save_file({**tensors, **images, **head}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = LanguageModel.from_pretrained(tmp_path)
+    assert model.origin.family == "qwen3_5_text"
+    assert_close(model(TOKENS)[0], theirs(TOKENS, use_cache=False).logits, BOUND, "logits")

@@ -12,6 +12,7 @@ import transformers
 from seqarch.interop import from_transformers, lm_config
 from seqarch.testing import assert_close
 from tests.support.families import randomise
+from tests.support.hybrid_releases import RELEASES as HYBRID_RELEASES
 
 BOUND = 1e-5
 TOKENS = torch.randint(3, 53, (2, 37), generator=torch.Generator().manual_seed(1))
@@ -177,10 +178,10 @@ RELEASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*rope_scaling. is deprecated")
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", [*RELEASES, *HYBRID_RELEASES])
 @torch.no_grad()
 def test_settings_of_a_release_are_theirs(release: str):
-    settings = {**SIZES, **RELEASES[release]}
+    settings = {**SIZES, **(RELEASES | HYBRID_RELEASES)[release]}
     config = transformers.AutoConfig.for_model(**copy.deepcopy(settings))
     theirs = randomise(transformers.AutoModelForCausalLM.from_config(config)).eval()
     ours = from_transformers(settings, theirs.state_dict()).eval()

@@ -86,6 +86,13 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Tensor], dict[str, Any]]]] = 
          "expert_weight": draw(4, 2)},
         {"expert_index": torch.tensor([[0, 1], [1, 2], [2, -1], [1, 1]])},
     ),
+    "biased_experts": lambda: (
+        "experts",
+        {"x": draw(4, 3), "w_in": draw(3, 3, 4), "w_gate": draw(3, 3, 4), "w_out": draw(3, 4, 3),
+         "expert_weight": draw(4, 2), "b_in": draw(3, 4), "b_gate": draw(3, 4), "b_out": draw(3, 3)},
+        {"expert_index": torch.tensor([[0, 1], [1, 2], [2, -1], [1, 1]]), "limit": 1.0, "value_offset": 1.0,
+         "activation": "quick_gelu"},
+    ),
 }  # fmt: skip
 
 

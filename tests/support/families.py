@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from tests.support import decoder_families
+from tests.support import decoder_families, hybrid_families
 from tests.support.family_sizes import ATTENTION, EPS, SMALL, SPECIAL
 
 
@@ -131,6 +131,7 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     ),
     "Qwen3NextForCausalLM": (qwen3_next, [{}, {"norm_topk_prob": False, "decoder_sparse_step": 2, "head_dim": 8}]),
     **decoder_families.VARIANTS,
+    **hybrid_families.VARIANTS,
 }
 """For each class, what makes its configuration, and settings under which it is tried."""
 

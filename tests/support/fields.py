@@ -36,6 +36,9 @@ MORE: dict[str, list[Any]] = {
     "full_attention_interval": [2, 3],
     "hidden_act": ["relu", "gelu"],
     "hidden_activation": ["relu", "gelu"],
+    "mamba_hidden_act": ["relu"],
+    "mlp_hidden_act": ["relu"],
+    "weight_mode": ["fused"],
     "linear_attn_config": [
         {"full_attn_layers": [1], "kda_layers": [2, 3]},
         {"head_dim": 12, "num_heads": 3},

@@ -39,6 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gated_delta_net": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "negative_eigenvalues": True}],
     "gated_delta_net_2": [{"num_heads": 2, "num_key_heads": 1, "expand_v": 0.5, "negative_eigenvalues": True}],
     "gated_delta_product": [{"num_heads": 2, "num_key_heads": 1, "steps": 3, "negative_eigenvalues": False}],
+    "gated_short_conv": [{"conv_width": 4, "bias": True}],
     "gla": [
         {"num_heads": 2, "temperature": 1.0, "conv_width": 3, "negative_eigenvalues": True},
         {"num_heads": 3, "key_width": 6, "value_width": 5},
@@ -70,7 +71,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "min_gru": [{"d_inner": 24, "candidate": "positive", "negative_eigenvalues": True}],
     "mlstm": [
         {"num_heads": 2, "forget_gate": "exponential", "gate_cap": 0.0, "conv_width": 3},
-        {"num_heads": 3, "key_width": 8, "value_width": 5},
+        {"num_heads": 3, "key_width": 8, "value_width": 5, "denominator_eps": 1e-2, "norm_eps": 1e-3},
     ],
     "nsa": [
         {

@@ -12,7 +12,7 @@ from seqarch.layers.mixer import ChannelMixer, LayerConfig, linear_flops
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
 from seqarch.ops.dispatch.checks import unknown_name
-from seqarch.ops.experts.activations import ACTIVATIONS
+from seqarch.ops.experts.activations import ACTIVATIONS, gated_unit
 from seqarch.ops.native import fused
 
 
@@ -28,7 +28,8 @@ class HiddenConfig(LayerConfig):
     Attributes:
         hidden: the inner width F.
         expansion: where ``hidden`` is not given, F is ``expansion * D``, rounded up to a multiple of 32.
-        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"squared_relu"``.
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"quick_gelu"``, ``"relu"``, ``"silu"`` or
+            ``"squared_relu"``.
     """
 
     size_options: ClassVar[dict[str, str]] = {"hidden": "hidden_width"}
@@ -88,12 +89,23 @@ class SwiGluConfig(HiddenConfig):
     Attributes:
         bias: whether each of the three linear maps has a bias.
         gate_factor: multiplies the gate before its activation (Falcon-H1).
+        limit: bounds the gate from above and the value on either side before the activation; ``None`` for no bound.
+        value_offset: added to the value before it is gated.
     """
+
+    may_be_zero = ("value_offset",)
 
     expansion: float = 8 / 3
     activation: str = "silu"
     bias: bool = False
     gate_factor: float = 1.0
+    limit: float | None = None
+    value_offset: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is ``act(gate) value`` and nothing more."""
+        return self.gate_factor == 1 and self.limit is None and not self.value_offset
 
 
 class SwiGlu(ChannelMixer):
@@ -112,12 +124,12 @@ class SwiGlu(ChannelMixer):
         self.out_proj = Linear(config.hidden_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        both, factor = self.in_proj(x), self.config.gate_factor
-        if self.config.activation == "silu" and factor == 1 and fused.serves(both):
+        config, both = self.config, self.in_proj(x)
+        if config.activation == "silu" and config.is_plain and fused.serves(both):
             return self.out_proj(fused.swiglu(both))
         gate, value = both.chunk(2, dim=-1)
-        gate = gate if factor == 1 else factor * gate
-        return self.out_proj(ACTIVATIONS[self.config.activation](gate) * value)
+        gate = gate if config.gate_factor == 1 else config.gate_factor * gate
+        return self.out_proj(gated_unit(config.activation, gate, value, config.limit or 0.0, config.value_offset))
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         return sum(linear_flops(linear, batch_size * length) for linear in (self.in_proj, self.out_proj))

@@ -36,20 +36,30 @@ class MixtureOfExpertsConfig(RouterConfig):
             as an :class:`Mlp`.
         gated: whether experts are gated units, ``(act(x W_gate) * (x W_in)) W_out``, or plain ``act(x W_in) W_out``
             as in Nemotron 3.
-        activation: ``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"`` or ``"squared_relu"``.
+        activation: ``"silu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"quick_gelu"``, ``"relu"`` or ``"squared_relu"``.
+        limit: bounds gates from above and values on either side before the activation; ``None`` for no bound.
+        value_offset: added to values before they are gated. With ``activation="quick_gelu"`` and a ``limit`` of 7, an
+            offset of 1 is GPT-OSS's unit. Shared experts have both, too.
+        bias: whether the maps of the routed experts have biases (GPT-OSS).
+        latent: the width of a latent space that the routed experts work in: one map leads there, another back from
+            the weighted sum (Nemotron 3). The router and shared experts see the input. ``None`` for none.
         shared_experts: experts that every token passes, besides (Dai et al. 2024, "DeepSeekMoE", section 3.2).
         shared_hidden: the inner width of one shared expert; by default ``hidden``.
         shared_gate: whether their output is multiplied by a learnt ``sigmoid(w x)``, as in Qwen2-MoE and Qwen3-Next.
         load_balance_weight, router_z_weight: what :meth:`MixtureOfExperts.auxiliary_loss` weighs its parts by.
     """
 
-    may_be_zero = ("shared_experts", "load_balance_weight", "router_z_weight")
+    may_be_zero = ("shared_experts", "load_balance_weight", "router_z_weight", "value_offset")
 
     size_options: ClassVar[dict[str, str]] = {"hidden": "hidden_width"}
 
     hidden: int | None = None
     gated: bool = True
     activation: str = "silu"
+    limit: float | None = None
+    value_offset: float = 0.0
+    bias: bool = False
+    latent: int | None = None
     shared_experts: int = 0
     shared_hidden: int | None = None
     shared_gate: bool = False
@@ -60,6 +70,9 @@ class MixtureOfExpertsConfig(RouterConfig):
         super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise unknown_name("activation", self.activation, ACTIVATIONS)
+        if not self.gated and (self.limit is not None or self.value_offset):
+            name = "value_offset" if self.limit is None else "limit"
+            raise ValueError(f"{name}={getattr(self, name)} is an option of gated experts, got gated=False")
         if self.shared_gate and not self.shared_experts:
             raise ValueError("shared_gate=True gates the shared experts, got shared_experts=0: give at least 1")
         if self.shared_hidden is not None and not self.shared_experts:
@@ -73,6 +86,11 @@ class MixtureOfExpertsConfig(RouterConfig):
         return round_up(expansion * self.d_model / (self.top_k + self.shared_experts))
 
     @property
+    def expert_width(self) -> int:
+        """The width that the routed experts take and give."""
+        return self.latent or self.d_model
+
+    @property
     def shared_width(self) -> int:
         """The inner width of all shared experts together."""
         return self.shared_experts * (self.shared_hidden or self.hidden_width)
@@ -82,42 +100,55 @@ class MixtureOfExperts(ChannelMixer):
     """``y = sum over the top k of p_i(x) SwiGLU_i(x)``, ``p = softmax(W x)`` or ``sigmoid(W x)``, every token kept.
 
     Shazeer et al. 2017, "Outrageously Large Neural Networks", without its noise, with the scores before the choice and
-    the weights normalised after it, as in Mixtral (Jiang et al. 2024); options lead from there to DeepSeek-V3 (without
-    its groups of experts), Qwen3-Next and Kimi Linear, and to experts without gates. Each token is routed by itself, so
-    the layer is causal, unlike expert choice; with a ``capacity_factor`` it is not by itself any more, see
-    :class:`Router`. Each matrix has ``nn.Linear``'s initialisation for its own inputs.
+    the weights normalised after it, as in Mixtral (Jiang et al. 2024); options lead from there to DeepSeek-V3,
+    Qwen3-Next, Kimi Linear, GPT-OSS and Nemotron 3. Each token is routed by itself, so the layer is causal, unlike
+    expert choice; with a ``capacity_factor`` it is not by itself any more, see :class:`Router`. Each matrix has
+    ``nn.Linear``'s initialisation for its own inputs.
     """
 
     Config = MixtureOfExpertsConfig
     takes_mask = True
     projections = ("w_gate", "w_in", "w_out")
+    no_weight_decay = ("b_in", "b_out", "b_gate")  # vectors, one for each expert
 
     @from_options
     def __init__(self, config: MixtureOfExpertsConfig):
         super().__init__(config)
-        width, hidden, count = config.d_model, config.hidden_width, config.num_experts
+        width, hidden, count = config.expert_width, config.hidden_width, config.num_experts
         self.router = Router(config)
         self.w_gate = _expert_weights(count, width, hidden) if config.gated else None
         self.w_in = _expert_weights(count, width, hidden)
         self.w_out = _expert_weights(count, hidden, width)
+        self.b_gate = _expert_biases(count, width, hidden) if config.bias and config.gated else None
+        self.b_in = _expert_biases(count, width, hidden) if config.bias else None
+        self.b_out = _expert_biases(count, hidden, width) if config.bias else None
+        maps = () if config.latent is None else ((config.d_model, width), (width, config.d_model))
+        self.latent_in, self.latent_out = (Linear(*sizes, bias=False) for sizes in maps) if maps else (None, None)
         self.shared = None
         if config.shared_experts:
             dense = SwiGlu if config.gated else Mlp
-            self.shared = dense(d_model=width, hidden=config.shared_width, activation=config.activation)
-        self.shared_gate = Linear(width, 1, bias=False) if config.shared_gate else None
+            unit = {"limit": config.limit, "value_offset": config.value_offset} if config.gated else {}
+            sizes = {"d_model": config.d_model, "hidden": config.shared_width}
+            self.shared = dense(**sizes, activation=config.activation, **unit)
+        self.shared_gate = Linear(config.d_model, 1, bias=False) if config.shared_gate else None
         self._routing: Routing | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         routing, weight = self.router(x, token_mask)
         self._routing = routing if self.training and not _in_backward() else routing.detach()
         index = routing.index if routing.kept is None else routing.index.masked_fill(~routing.kept, -1)
-        tokens = x.reshape(-1, x.shape[-1])
-        weights, act = (self.w_in, self.w_out), self.config.activation
-        y = ops.experts(tokens, *weights, index, weight, w_gate=self.w_gate, activation=act).view_as(x)
+        taken = x if self.latent_in is None else self.latent_in(x)
+        y = self._routed(taken.reshape(-1, taken.shape[-1]), index, weight).view_as(taken)
+        y = y if self.latent_out is None else self.latent_out(y)
         if self.shared is None:
             return y
         shared = self.shared(x)
         return y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
+
+    def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        config, biases = self.config, {"b_in": self.b_in, "b_out": self.b_out, "b_gate": self.b_gate}
+        unit = {"activation": config.activation, "limit": config.limit, "value_offset": config.value_offset}
+        return ops.experts(tokens, self.w_in, self.w_out, index, weight, w_gate=self.w_gate, **biases, **unit)
 
     def auxiliary_loss(self) -> Tensor:
         """The weighted load-balance and router z-losses of the last forward pass: a scalar, 0 unless in training.
@@ -158,7 +189,9 @@ class MixtureOfExperts(ChannelMixer):
     def flops(self, length: int, batch_size: int = 1) -> int:
         """With a ``capacity_factor``, as if no choice were dropped."""
         config, tokens = self.config, length * batch_size
-        routed = experts_flops(tokens, config.top_k, config.d_model, config.hidden_width, config.gated)
+        routed = experts_flops(tokens, config.top_k, config.expert_width, config.hidden_width, config.gated)
+        for latent in (self.latent_in, self.latent_out):
+            routed += 0 if latent is None else linear_flops(latent, tokens)
         shared = 0 if self.shared is None else self.shared.flops(length, batch_size)
         gate = 0 if self.shared_gate is None else linear_flops(self.shared_gate, tokens)
         return 2 * config.d_model * config.num_experts * tokens + routed + shared + gate
@@ -175,3 +208,8 @@ def _in_backward() -> bool:
 def _expert_weights(count: int, fan_in: int, fan_out: int) -> nn.Parameter:
     bound = fan_in**-0.5
     return nn.Parameter(torch.empty(count, fan_in, fan_out).uniform_(-bound, bound))
+
+
+def _expert_biases(count: int, fan_in: int, fan_out: int) -> nn.Parameter:
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(count, fan_out).uniform_(-bound, bound))

@@ -14,6 +14,8 @@ from seqarch.ops.dispatch.autocast import without_autocast
 from seqarch.ops.dispatch.checks import BackendError, accumulation_dtype, unknown_name
 from seqarch.ops.dispatch.eager import active_transform
 
+GROUP_SCORES = ("top2", "max")
+
 _NONZERO = 1e-20
 """Added to sums of sigmoid scores, which may all have underflowed; too little to change any other sum."""
 
@@ -26,7 +28,13 @@ class RouterConfig(LayerConfig):
         num_experts: E, the routed experts.
         top_k: routed experts per token.
         router: what makes scores of logits: ``"softmax"`` over the experts (Mixtral, Qwen), or a ``"sigmoid"`` of each
-            (DeepSeek-V3, Kimi).
+            (DeepSeek-V3, Kimi). With ``normalise_weights`` a softmax over all is one over the chosen (GPT-OSS).
+        router_bias: a learnt bias of each logit (GPT-OSS).
+        num_groups: n, as many groups of E / n neighbouring experts; 1 leaves all in one (Liu et al. 2024,
+            "DeepSeek-V2", section 2.2.2).
+        top_groups: how many groups a token's experts may be of, those of the highest scores; by default all.
+        group_score: a group's score: ``"top2"``, the sum of its two highest (DeepSeek-V3), or ``"max"``, the highest
+            (DeepSeek-V2). Both count ``expert_bias``.
         normalise_weights: whether the chosen experts' weights are made to sum to 1. Not with ``top_k=1``, where that
             would leave the router without a gradient.
         weight_scale: what the weights are multiplied by after that (DeepSeek's and Kimi's routed scaling factor).
@@ -43,6 +51,10 @@ class RouterConfig(LayerConfig):
     num_experts: int = 8
     top_k: int = 2
     router: str = "softmax"
+    router_bias: bool = False
+    num_groups: int = 1
+    top_groups: int | None = None
+    group_score: str = "top2"
     normalise_weights: bool = True
     weight_scale: float = 1.0
     expert_bias: bool = False
@@ -60,6 +72,27 @@ class RouterConfig(LayerConfig):
             raise ValueError(
                 "top_k=1 with normalise_weights=True weighs every expert 1, so its router cannot learn: give False"
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        count, size = self.num_groups, self.num_experts // self.num_groups
+        if self.num_experts % count:
+            raise ValueError(f"num_groups ({count}) must divide num_experts ({self.num_experts})")
+        if self.group_score not in GROUP_SCORES:
+            raise unknown_name("group_score", self.group_score, GROUP_SCORES)
+        if self.chosen_groups > count:
+            raise ValueError(f"top_groups must be 1 to num_groups ({count}), got {self.top_groups}")
+        if self.top_k > self.chosen_groups * size:
+            raise ValueError(
+                f"top_k must be at most the {self.chosen_groups * size} experts of {self.chosen_groups} groups"
+                f" (top_groups), got {self.top_k}"
+            )
+        if self.chosen_groups < count and self.group_score == "top2" and size < 2:
+            raise ValueError(f"group_score='top2' needs groups of at least 2 experts, got {size} in each of {count}")
+
+    @property
+    def chosen_groups(self) -> int:
+        return self.num_groups if self.top_groups is None else self.top_groups
 
 
 class Routing(NamedTuple):
@@ -125,8 +158,9 @@ class _CountInBackward(torch.autograd.Function):
 class Router(nn.Module):
     """``scores = softmax(W x)`` or ``sigmoid(W x)``; the top k of ``scores + bias``, weighed by their scores alone.
 
-    Computed in float32 whatever the autocast, since rounding logits to bfloat16 changes which experts are chosen.
-    ``nn.Linear``'s initialisation, the bias 0.
+    With ``num_groups`` above ``top_groups`` they are the top k of the experts in a token's best groups. Computed in
+    float32 whatever the autocast, since rounding logits to bfloat16 changes which experts are chosen.
+    ``nn.Linear``'s initialisation, ``expert_bias`` 0.
 
     **The bias** is a buffer of the ``state_dict``, float32 in a model of less. ``load``, a buffer which is not, counts
     the choices of training since the last :meth:`update_bias`, in the backward pass: once each under activation
@@ -143,6 +177,7 @@ class Router(nn.Module):
     evaluation and generation, where the same rule holds, may drop other tokens than training.
     """
 
+    bias: Tensor | None
     expert_bias: Tensor | None
     load: Tensor
 
@@ -151,6 +186,8 @@ class Router(nn.Module):
         self.config = config
         bound = config.d_model**-0.5
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model).uniform_(-bound, bound))
+        bias = torch.empty(config.num_experts).uniform_(-bound, bound) if config.router_bias else None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.register_buffer("expert_bias", torch.zeros(config.num_experts) if config.expert_bias else None)
         self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
 
@@ -168,6 +205,8 @@ class Router(nn.Module):
             scores = logits.sigmoid()
             probabilities = scores / (scores.sum(dim=-1, keepdim=True) + _NONZERO)
         chosen_by = scores if self.expert_bias is None else scores + self.expert_bias
+        if config.chosen_groups < config.num_groups:
+            chosen_by = self._in_best_groups(chosen_by)
         index = chosen_by.topk(config.top_k, dim=-1).indices
         weight = scores.gather(-1, index)
         if config.normalise_weights:
@@ -185,7 +224,16 @@ class Router(nn.Module):
     def _logits(self, tokens: Tensor) -> Tensor:
         wide = accumulation_dtype(tokens, self.weight)
         with without_autocast(tokens.device):
-            return F.linear(tokens.to(wide), self.weight.to(wide))
+            return F.linear(tokens.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+
+    def _in_best_groups(self, scores: Tensor) -> Tensor:
+        """The scores ``[N, E]`` with those outside of each token's best groups at minus infinity."""
+        config = self.config
+        groups = scores.unflatten(-1, (config.num_groups, -1))
+        of_group = groups.topk(2 if config.group_score == "top2" else 1, dim=-1).values.sum(dim=-1)
+        best = of_group.topk(config.chosen_groups, dim=-1).indices
+        outside = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
+        return groups.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2)
 
     def _find_room(self, index: Tensor, token_mask: Tensor | None) -> Tensor:
         """Which of the choices ``[B, T, k]`` have room, ``[N, k]``: first come, first served, along time."""

@@ -35,9 +35,12 @@ class MlstmConfig(LayerConfig):
             heads; larger forgets more slowly.
         gate_cap: c in ``c tanh(x / c)`` over the gates' logits; 0, as in the paper, for none.
         conv_width: width of a short convolution with SiLU over queries, keys and values; 0 for none.
+        norm_eps: added to the variance in the norm of h.
+        denominator_eps: added to the denominator of h times ``exp(-m)``, so that h depends on m; 1e-6 in the release
+            of xLSTM 7B, 0 in the paper.
     """
 
-    may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "gate_cap")
+    may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "gate_cap", "denominator_eps")
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "num_heads", "key_width": "keys", "value_width": "values"}
 
@@ -50,6 +53,8 @@ class MlstmConfig(LayerConfig):
     forget_max: float = 6.0
     gate_cap: float = 15.0
     conv_width: int = 0
+    norm_eps: float = 1e-6
+    denominator_eps: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,9 +99,9 @@ class Mlstm(LinearMixer):
     log i_t)``, which leaves h as it is. Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eq. 19-27, in the
     layout of Beck et al. 2025 ("xLSTM 7B"): no projection up and no skip around the cell, narrower keys, capped gates.
     Not GLA: one decay per head, and inputs that may outweigh all before them. The release adds 1e-6 to the scaled
-    denominator, so that its h depends on m; here nothing is added. Gates start without weights and with ``b_i`` normal
-    with 0.1, ``b_f`` by default from 3 to 6 over the heads, as released with the paper (an exponential gate starts at
-    the same f).
+    denominator, so that its h depends on m; here nothing is added by default. Gates start without weights and with
+    ``b_i`` normal with 0.1, ``b_f`` by default from 3 to 6 over the heads, as released with the paper (an exponential
+    gate starts at the same f).
     """
 
     Config = MlstmConfig
@@ -129,8 +134,9 @@ class Mlstm(LinearMixer):
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         o, recurrent = ops.linear_attention(q, k, v, log_decay, state=recurrent, cu_seqlens=cu_seqlens)
         # h = C q / max(|n q|, 1), of which 1 is exp(-m) here; then norm per head and output gate
-        h = o[..., :-1] / torch.maximum(o[..., -1:].abs(), floor.exp().unsqueeze(-1).to(o.dtype))
-        h = rearrange(F.layer_norm(h, h.shape[-1:], eps=1e-6), "b t h v -> b t (h v)")
+        denominator = torch.maximum(o[..., -1:].abs(), floor.exp().unsqueeze(-1).to(o.dtype))
+        h = o[..., :-1] / (denominator + self.config.denominator_eps)
+        h = rearrange(F.layer_norm(h, h.shape[-1:], eps=self.config.norm_eps), "b t h v -> b t (h v)")
         h = h * self.norm_weight.to(h.dtype) * self.gate(x).sigmoid()
         return self.out_proj(h), MlstmState(conv, recurrent, m)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.experts import parallel_torch
-from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES
+from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES, bounded
 from seqarch.ops.experts.groups import product_dtype, sort_by_expert
 from seqarch.ops.experts.inputs import ExpertsInputs
 from seqarch.ops.native.custom_op import Operator, Upstream
@@ -43,7 +43,11 @@ class ChunkInputs(ExpertsInputs):
         keep: whether the first products' results are kept for a backward pass.
     """
 
-    keep: bool
+    keep: bool = True
+
+
+WEIGHTS = ("w_in", "w_out", "w_gate", "b_in", "b_out", "b_gate")
+"""The fields that hold what the experts have learnt."""
 
 
 class _Chunk:
@@ -95,6 +99,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return fastest_product(a, b.t())
 
 
+def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    y = _product(rows, weight[expert])
+    return y if bias is None else y.add_(bias[expert])
+
+
 def _add_product(a: Tensor, b: Tensor, to: Tensor, is_first: bool) -> None:
     """``to += a b``; where that is the first, nothing has been written to ``to`` yet."""
     if is_first and to.dtype == a.dtype and not serves(a, b.t()):
@@ -105,6 +114,12 @@ def _add_product(a: Tensor, b: Tensor, to: Tensor, is_first: bool) -> None:
         to += _product(a, b)
 
 
+def _add_sum(rows: Tensor, to: Tensor, is_first: bool) -> None:
+    """As :func:`_add_product`, of the sum of the rows."""
+    total = rows.sum(dim=0, dtype=to.dtype)
+    to.copy_(total if is_first else to + total)
+
+
 def _empty_outputs(inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
     """y in the dtype of ``expert_weight``; and, to ``keep``, the first products' results, sorted as chunks are."""
     shape = 1 if inputs.w_gate is None else 2, inputs.expert_index.numel() if inputs.keep else 0, inputs.w_in.shape[2]
@@ -113,82 +128,110 @@ def _empty_outputs(inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
 
 
 def forward(inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
-    x, w_in, w_out, w_gate = inputs.x, inputs.w_in, inputs.w_out, inputs.w_gate
-    act = ACTIVATIONS[inputs.activation]
+    x, maps = inputs.x, [(inputs.w_in, inputs.b_in)]
+    if inputs.w_gate is not None:
+        maps.append((inputs.w_gate, inputs.b_gate))
     y, kept = _empty_outputs(inputs)
     for chunk in _chunks(inputs):
         weight = chunk.weights(inputs.expert_weight)
         outputs = y.new_empty(len(weight), x.shape[1])
         for expert, part in chunk.parts:
             rows = chunk.rows_of(x, part)
-            first = [_product(rows, each[expert]) for each in (w_in, w_gate) if each is not None]
+            first = [_affine(rows, weight, bias, expert) for weight, bias in maps]
             if inputs.keep:
                 for to, result in zip(kept[:, chunk.choices], first, strict=True):
                     to[part] = result
-            hidden = act(first[0]) if w_gate is None else act(first[1]) * first[0]
-            outputs[part] = _product(hidden, w_out[expert])
+            hidden = inputs.hidden(first[0], first[1] if len(first) > 1 else None)
+            outputs[part] = _affine(hidden, inputs.w_out, inputs.b_out, expert)
         y[chunk.tokens] = chunk.add_up_(outputs.mul_(weight))
     return y, kept
 
 
 def _wanted(upstream: Upstream) -> tuple[bool, bool]:
     """Whether the gradient of x is asked for, and any of the experts' weights'."""
-    for_x, *for_weights = (upstream.needed[i] for i in (0, 1, 2, 5))
-    return for_x, any(for_weights)
+    needed = dict(zip(ChunkInputs.__match_args__, upstream.needed, strict=True))
+    return needed["x"], any(needed[name] for name in WEIGHTS)
+
+
+class _PartGradients:
+    """The gradients inside of one expert, of its rows of a chunk.
+
+    Attributes:
+        hidden: what its last product took.
+        dvalue, dgate: of the results of the first products; ``dgate`` is ``None`` without gates.
+        dweight: of each row's weight, ``[M, 1]``.
+    """
+
+    def __init__(self, inputs: ChunkInputs, expert: int, first: list[Tensor], dout: Tensor, weight: Tensor):
+        act, derivative = ACTIVATIONS[inputs.activation], DERIVATIVES[inputs.activation]
+        dhidden = _product(dout, inputs.w_out[expert].t())
+        value, gate = first[0], first[1] if len(first) > 1 else None
+        taken, multiplied = value, None
+        if gate is not None:
+            taken, multiplied = bounded(gate, value, inputs.limit)
+            multiplied = multiplied + inputs.value_offset if inputs.value_offset else multiplied
+        activated = act(taken)
+        self.hidden = activated if multiplied is None else activated * multiplied
+        self.dweight = (dhidden.to(weight.dtype) * self.hidden).sum(dim=1, keepdim=True)
+        if inputs.b_out is not None:
+            self.dweight += (dout.to(weight.dtype) * inputs.b_out[expert]).sum(dim=1, keepdim=True)
+        dhidden.mul_(weight)
+        self.dvalue = derivative(dhidden, value) if multiplied is None else dhidden * activated
+        self.dgate = None if multiplied is None else derivative(dhidden.mul_(multiplied), taken)
+        if inputs.limit and gate is not None and self.dgate is not None:
+            self.dvalue = self.dvalue.where(value.abs() <= inputs.limit, 0)
+            self.dgate = self.dgate.where(gate <= inputs.limit, 0)
 
 
 def backward(inputs: ChunkInputs, upstream: Upstream) -> list[Tensor]:
-    x, w_in, w_out, w_gate, expert_weight = inputs.x, inputs.w_in, inputs.w_out, inputs.w_gate, inputs.expert_weight
-    act, derivative = ACTIVATIONS[inputs.activation], DERIVATIVES[inputs.activation]
+    x, expert_weight = inputs.x, inputs.expert_weight
     (kept,), dy, (for_x, for_weights) = upstream.kept, upstream.gradients[0].to(x.dtype), _wanted(upstream)
     chunks = list(_chunks(inputs))
     wide = expert_weight if len(chunks) > 1 else x  # a sum over chunks is as wide as one over choices
-    dx, dw_in, dw_out, none, dweight, dw_gate = _empty_gradients(inputs, upstream, wide.dtype)
-    unchosen = set(range(len(w_in)))
+    found = dict(zip(ChunkInputs.tensor_fields(), _empty_gradients(inputs, upstream, wide.dtype), strict=True))
+    unchosen = set(range(len(inputs.w_in)))
     for chunk in chunks:
         weight = chunk.weights(expert_weight)
         of_weight, of_rows = torch.zeros_like(weight), weight.new_empty(len(weight), x.shape[1])
         for expert, part in chunk.parts:
-            value, *gates = (each[part] for each in kept[:, chunk.choices])
-            dout, gate = chunk.rows_of(dy, part), gates[0] if gates else None
-            open_gate = None if gate is None else act(gate)
-            hidden = act(value) if open_gate is None else open_gate * value
-            dhidden = _product(dout, w_out[expert].t())
-            of_weight[part] = (dhidden.to(weight.dtype) * hidden).sum(dim=1, keepdim=True)
-            dhidden.mul_(weight[part])
-            dvalue = derivative(dhidden, value) if open_gate is None else dhidden * open_gate
-            dgate = None if gate is None else derivative(dhidden.mul_(value), gate)
+            dout = chunk.rows_of(dy, part)
+            inner = _PartGradients(inputs, expert, [each[part] for each in kept[:, chunk.choices]], dout, weight[part])
+            of_weight[part] = inner.dweight
             if for_x:
-                of_rows[part] = _product(dvalue, w_in[expert].t())
-                if w_gate is not None and dgate is not None:
-                    of_rows[part] += _product(dgate, w_gate[expert].t())
+                of_rows[part] = _product(inner.dvalue, inputs.w_in[expert].t())
+                if inputs.w_gate is not None and inner.dgate is not None:
+                    of_rows[part] += _product(inner.dgate, inputs.w_gate[expert].t())
             if for_weights:
-                rows, is_first = chunk.rows_of(x, part), expert in unchosen
-                _add_product(rows.t(), dvalue, dw_in[expert], is_first)
-                _add_product(hidden.t(), (dout * weight[part]).to(x.dtype), dw_out[expert], is_first)
-                if dgate is not None:
-                    _add_product(rows.t(), dgate, dw_gate[expert], is_first)
+                rows, is_first = chunk.rows_of(x, part).t(), expert in unchosen
+                weighed = (dout * weight[part]).to(x.dtype)
+                sums = {"in": (rows, inner.dvalue), "out": (inner.hidden.t(), weighed), "gate": (rows, inner.dgate)}
+                for name, (left, right) in sums.items():
+                    if right is not None:
+                        _add_product(left, right, found[f"w_{name}"][expert], is_first)
+                    if right is not None and getattr(inputs, f"b_{name}") is not None:
+                        _add_sum(right, found[f"b_{name}"][expert], is_first)
                 unchosen.discard(expert)
-        dweight.view(-1)[chunk.choices][chunk.order] = of_weight[:, 0]
+        found["expert_weight"].view(-1)[chunk.choices][chunk.order] = of_weight[:, 0]
         if for_x:
-            dx[chunk.tokens] = chunk.add_up_(of_rows)
-    for each in (dw_in, dw_out, dw_gate):
-        if len(each):
-            each[list(unchosen)] = 0
-    dw_in, dw_out, dw_gate = (each.to(x.dtype) for each in (dw_in, dw_out, dw_gate))
-    return [dx, dw_in, dw_out, none, dweight, dw_gate]
+            found["x"][chunk.tokens] = chunk.add_up_(of_rows)
+    for name in WEIGHTS:
+        if len(found[name]):
+            found[name][list(unchosen)] = 0
+        found[name] = found[name].to(x.dtype)
+    return list(found.values())
 
 
 def _empty_gradients(inputs: ChunkInputs, upstream: Upstream, wide: torch.dtype | None = None) -> list[Tensor]:
     """Tensors like those that :func:`backward` returns, without elements where nobody asks; those of the experts'
     weights are ``wide``."""
     x, (for_x, for_weights) = inputs.x, _wanted(upstream)
-    dw_in, dw_out, dw_gate = (
-        x.new_empty(w.shape if for_weights and w is not None else (0,), dtype=wide)
-        for w in (inputs.w_in, inputs.w_out, inputs.w_gate)
-    )
-    dx = in_huge_pages(x.new_empty(x.shape if for_x else (0,)))
-    return [dx, dw_in, dw_out, torch.empty(0), inputs.expert_weight.new_empty(inputs.expert_weight.shape), dw_gate]
+    found = {"x": in_huge_pages(x.new_empty(x.shape if for_x else (0,))), "expert_index": torch.empty(0)}
+    found["expert_weight"] = inputs.expert_weight.new_empty(inputs.expert_weight.shape)
+    for name in WEIGHTS:
+        given = getattr(inputs, name)
+        shape = given.shape if for_weights and given is not None else (0,)
+        found[name] = x.new_empty(shape, dtype=wide)
+    return [found[name] for name in ChunkInputs.tensor_fields()]
 
 
 def _by_torch(inputs: ChunkInputs) -> Tensor:
@@ -202,10 +245,10 @@ operator = Operator(
 
 def run(inputs: ExpertsInputs) -> Tensor:
     flat, dtype, wide = inputs.flat(), product_dtype(inputs.x), accumulation_dtype(inputs.x, inputs.expert_weight)
-    x, w_in, w_out, expert_weight = flat.x.to(dtype), flat.w_in.to(dtype), flat.w_out.to(dtype), flat.expert_weight
-    w_gate = None if flat.w_gate is None else flat.w_gate.to(dtype)
-    differentiable = (x, w_in, w_out, w_gate, expert_weight)
-    keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in differentiable)
-    index, weight = flat.expert_index, expert_weight.to(wide)
-    y, _ = operator(ChunkInputs(x, w_in, w_out, index, weight, w_gate, flat.activation, keep))
+    given = {name: getattr(flat, name) for name in ("x", *WEIGHTS)}
+    given = {name: None if each is None else each.to(dtype) for name, each in given.items()}
+    given["expert_weight"] = flat.expert_weight.to(wide)
+    keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given.values())
+    fields = {name: getattr(flat, name) for name in ExpertsInputs.__match_args__}
+    y, _ = operator(ChunkInputs(**{**fields, **given, "keep": keep}))
     return y.to(inputs.x.dtype).view(inputs.x.shape)

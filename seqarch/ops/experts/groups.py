@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from seqarch.ops.dispatch.autocast import autocast_is_on
 from seqarch.ops.dispatch.checks import accumulation_dtype
-from seqarch.ops.experts.activations import ACTIVATIONS
 from seqarch.ops.experts.inputs import ExpertsInputs
+
+NUMBERS = 8
+"""Of a row, what every kind of product takes: 16 bytes in bfloat16."""
 
 
 def check_range(lowest: int, highest: int, experts: int) -> None:
@@ -87,19 +90,32 @@ def run(product: Product, inputs: ExpertsInputs) -> Tensor:
     """y in x's shape and dtype, by a product of rows and their experts' matrices."""
     flat = inputs.flat()
     x, expert_index, expert_weight = flat.x, flat.expert_index, flat.expert_weight
-    w_in, w_out, w_gate = inputs.w_in, inputs.w_out, inputs.w_gate
     (tokens, top_k), width = expert_index.shape, x.shape[-1]
-    order, starts = sort_by_expert(expert_index.flatten(), w_in.shape[0])
+    order, starts = sort_by_expert(expert_index.flatten(), inputs.w_in.shape[0])
     # Copying each token k times first makes the gather a permutation, whose backward adds no two rows.
     rows = x[:, None].expand(-1, top_k, -1).flatten(0, 1).index_select(0, order)
     dtype = product_dtype(x)
-    rows, w_in, w_out = rows.to(dtype), w_in.to(dtype), w_out.to(dtype)
-    act, hidden = ACTIVATIONS[inputs.activation], product(rows, w_in, starts)
-    hidden = act(hidden) if w_gate is None else act(product(rows, w_gate.to(dtype), starts)) * hidden
-    outputs = product(hidden, w_out, starts)
+    rows = rows.to(dtype)
+
+    def affine(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = product(rows, weight.to(dtype), starts)
+        return y if bias is None else y + _of_each_row(product, bias.to(dtype), starts, len(rows))
+
+    value = affine(rows, inputs.w_in, inputs.b_in)
+    gate = None if inputs.w_gate is None else affine(rows, inputs.w_gate, inputs.b_gate)
+    outputs = affine(inputs.hidden(value, gate), inputs.w_out, inputs.b_out)
     y = torch.empty_like(outputs).index_copy(0, order, outputs).view(tokens, top_k, width)
     wide = accumulation_dtype(y, expert_weight)
     return (y.to(wide) * expert_weight[..., None].to(wide)).sum(dim=1).to(x.dtype).view(inputs.x.shape)
+
+
+def _of_each_row(product: Product, bias: Tensor, starts: Tensor, rows: int) -> Tensor:
+    """The bias ``[M, F]`` of each row's expert, 0 for rows of no expert.
+
+    By a product, which has its gradient added up in the order of the rows.
+    """
+    one = F.pad(bias.new_ones(rows, 1), (0, NUMBERS - 1))
+    return product(one, F.pad(bias[:, None], (0, 0, 0, NUMBERS - 1)), starts)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Self
 from torch import Tensor
 
 from seqarch.ops.dispatch.inputs import Inputs
+from seqarch.ops.experts.activations import ACTIVATIONS, gated_unit
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class ExpertsInputs(Inputs):
         expert_weight: of the same shape.
         w_gate: ``[E, D, F]``; ``None`` where experts are plain MLPs.
         activation: a key of ``ACTIVATIONS``.
+        b_in, b_gate: ``[E, F]``, added to the products with ``w_in`` and ``w_gate``, or ``None``.
+        b_out: ``[E, D]``, added to that with ``w_out``, or ``None``.
+        limit: of gates from above and of values either way; 0 for none.
+        value_offset: added to values, within their limits, before they are gated.
     """
 
     x: Tensor
@@ -33,6 +38,17 @@ class ExpertsInputs(Inputs):
     expert_weight: Tensor
     w_gate: Tensor | None
     activation: str
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
+    b_gate: Tensor | None = None
+    limit: float = 0.0
+    value_offset: float = 0.0
+
+    def hidden(self, value: Tensor, gate: Tensor | None) -> Tensor:
+        """What ``w_out`` takes: ``act(value)``, or the unit of both."""
+        if gate is None:
+            return ACTIVATIONS[self.activation](value)
+        return gated_unit(self.activation, gate, value, self.limit, self.value_offset)
 
     def flat(self) -> Self:
         """The same on tokens one after the other: ``x [N, D]``, ``expert_index`` and ``expert_weight [N, k]``."""

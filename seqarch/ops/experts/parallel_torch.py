@@ -7,7 +7,6 @@ from torch import Tensor
 
 from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.dispatch.eager import is_batched
-from seqarch.ops.experts.activations import ACTIVATIONS
 from seqarch.ops.experts.groups import check_range
 from seqarch.ops.experts.inputs import ExpertsInputs
 
@@ -50,6 +49,11 @@ def _wide(inputs: ExpertsInputs) -> tuple[Tensor, Tensor]:
 
 def _mlp(inputs: ExpertsInputs, expert: int, x: Tensor) -> Tensor:
     """``(act(x W_gate) * (x W_in)) W_out``, or ``act(x W_in) W_out`` without a gate."""
-    act, hidden = ACTIVATIONS[inputs.activation], x @ inputs.w_in[expert].to(x.dtype)
-    hidden = act(hidden) if inputs.w_gate is None else act(x @ inputs.w_gate[expert].to(x.dtype)) * hidden
-    return hidden @ inputs.w_out[expert].to(x.dtype)
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x @ weight[expert].to(x.dtype)
+        return y if bias is None else y + bias[expert].to(x.dtype)
+
+    value = product(x, inputs.w_in, inputs.b_in)
+    gate = None if inputs.w_gate is None else product(x, inputs.w_gate, inputs.b_gate)
+    return product(inputs.hidden(value, gate), inputs.w_out, inputs.b_out)

@@ -13,8 +13,15 @@ from seqarch.testing import check_channel_mixer
 from seqarch.testing.channel_laws import channel_flops, channel_gradients, tokens_alone
 
 OPTIONS = {
-    "moe": [{}, {"gated": False, "activation": "squared_relu", "shared_experts": 1, "shared_hidden": 24}],
-    "swiglu": [{}, {"bias": True, "activation": "gelu_tanh"}],
+    "moe": [
+        {},
+        {"gated": False, "activation": "squared_relu", "shared_experts": 1, "shared_hidden": 24, "latent": 8},
+        {"bias": True, "router_bias": True, "activation": "quick_gelu", "limit": 0.5, "value_offset": 1.0}
+        | {"shared_experts": 1, "shared_gate": True},
+        {"router": "sigmoid", "expert_bias": True, "num_experts": 12, "num_groups": 4, "top_groups": 2, "bias": True}
+        | {"gated": False, "group_score": "max"},
+    ],
+    "swiglu": [{}, {"bias": True, "activation": "gelu_tanh"}, {"limit": 0.5, "value_offset": 0.5}],
 }
 """Under which the laws are tried; ``[{}]`` for others."""
 
@@ -88,6 +95,15 @@ def test_the_gate_of_swiglu_has_a_constant():
         torch.testing.assert_close(scaled(wide), plain(wide))
 
 
+def test_the_gate_and_the_value_of_swiglu_are_bounded():
+    options = {"activation": "quick_gelu", "limit": 0.5, "value_offset": 1.0, "gate_factor": 2.0}
+    mixer, x = build_channel_mixer("swiglu", d_model=32, hidden=40, **options).double(), inputs()
+    gate, value = x @ mixer.in_proj.weight[:40].T * 2, x @ mixer.in_proj.weight[40:].T
+    assert all((each > 0.5).any() and (each < -0.5).any() for each in (gate, value))
+    gate = gate.clamp(max=0.5)
+    same(mixer(x), (gate * (1.702 * gate).sigmoid() * (value.clamp(-0.5, 0.5) + 1)) @ mixer.out_proj.weight.T)
+
+
 @pytest.mark.parametrize(("width", "hidden"), [(32, 96), (64, 192), (96, 256), (128, 352), (384, 1024), (768, 2048)])
 def test_swiglu_is_eight_thirds_wide_in_multiples_of_32(width, hidden):
     assert build_channel_mixer("swiglu", d_model=width).config.hidden_width == hidden
@@ -105,6 +121,14 @@ def test_no_channel_mixer_is_narrower_than_32():
         ("swiglu", {"expansion": 0.0}, "expansion must be positive, got 0.0"),
         ("swiglu", {"activation": "swish"}, "unknown activation 'swish'"),
         ("swiglu", {"activaton": "relu"}, "has no option 'activaton'"),
+        ("swiglu", {"limit": 0.0}, "limit must be positive, got 0.0"),
+        ("moe", {"gated": False, "limit": 7.0}, "limit=7.0 is an option of gated experts, got gated=False"),
+        ("moe", {"gated": False, "value_offset": 1.0}, "value_offset=1.0 is an option of gated experts"),
+        ("moe", {"num_groups": 3}, r"num_groups \(3\) must divide num_experts \(8\)"),
+        ("moe", {"num_groups": 4, "top_groups": 5}, r"top_groups must be 1 to num_groups \(4\), got 5"),
+        ("moe", {"num_groups": 4, "top_groups": 1, "top_k": 3}, "at most the 2 experts of 1 groups"),
+        ("moe", {"num_groups": 4, "group_score": "top3"}, "Did you mean 'top2'"),
+        ("moe", {"num_groups": 8, "top_groups": 4}, "needs groups of at least 2 experts, got 1 in each of 8"),
     ],
 )
 def test_wrong_options_are_named(name, chosen, message):

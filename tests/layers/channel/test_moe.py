@@ -86,6 +86,59 @@ def test_experts_without_gates_of_any_activation_beside_a_wide_shared_one(gated,
     same(mixer(x), torch.stack(rows).view_as(x))
 
 
+@pytest.mark.parametrize(("router", "score"), [("sigmoid", "top2"), ("softmax", "max"), ("sigmoid", "max")])
+def test_experts_are_those_of_the_best_groups(router, score):
+    """12 experts in 4 groups of 3, of which a token has 2; a bias counts for the choice alone."""
+    groups = {"num_experts": 12, "top_k": 4, "num_groups": 4, "top_groups": 2, "group_score": score}
+    mixer, x = moe(**groups, router=router, expert_bias=router == "sigmoid", weight_scale=2.5), inputs(40)
+    moved, bias = 0, torch.zeros(12)
+    if mixer.router.expert_bias is not None:
+        bias = mixer.router.expert_bias.normal_()
+    found, weights = mixer.router(x)
+    for token, index, weight in zip(x.flatten(0, 1), found.index, weights, strict=True):
+        z = mixer.router.weight @ token
+        p = z.sigmoid() if router == "sigmoid" else z.softmax(dim=0)
+        by = (p + bias).tolist()
+        members = [range(3 * group, 3 * group + 3) for group in range(4)]
+        totals = [sum(sorted((by[e] for e in each), reverse=True)[: 2 if score == "top2" else 1]) for each in members]
+        best = sorted(range(4), key=lambda group: -totals[group])[:2]
+        among = sorted((e for group in best for e in members[group]), key=lambda e: -by[e])[:4]
+        moved += set(among) != set(sorted(range(12), key=lambda e: -by[e])[:4])
+        assert index.tolist() == among
+        same(weight, 2.5 * p[among] / p[among].sum())
+    assert moved > 0
+
+
+def test_the_experts_of_gpt_oss():
+    """Softmax over the chosen logits, biases everywhere, bounded gates and values."""
+    unit = {"activation": "quick_gelu", "limit": 0.7, "value_offset": 1.0}
+    mixer, x = moe(num_experts=6, top_k=3, hidden=16, bias=True, router_bias=True, **unit), inputs()
+    rows = []
+    for token in x.flatten(0, 1):
+        best = (mixer.router.weight @ token + mixer.router.bias).topk(3)
+        y = 0
+        for p, e in zip(best.values.softmax(0), best.indices, strict=True):
+            gate = (token @ mixer.w_gate[e] + mixer.b_gate[e]).clamp(max=0.7)
+            value = (token @ mixer.w_in[e] + mixer.b_in[e]).clamp(-0.7, 0.7)
+            y = y + p * (gate * (1.702 * gate).sigmoid() * (value + 1) @ mixer.w_out[e] + mixer.b_out[e])
+        rows.append(y)
+    same(mixer(x), torch.stack(rows).view_as(x))
+
+
+def test_experts_of_a_latent_space():
+    options = {"gated": False, "activation": "squared_relu", "shared_experts": 1, "router": "sigmoid"}
+    mixer, x = moe(num_experts=4, hidden=16, latent=8, **options), inputs()
+    assert mixer.w_in.shape == (4, 8, 16)
+    rows = []
+    for token in x.flatten(0, 1):
+        p, y = (mixer.router.weight @ token).sigmoid(), 0
+        best, low = p.argsort(descending=True)[:2], mixer.latent_in.weight @ token
+        for e in best:
+            y = y + p[e] / p[best].sum() * (low @ mixer.w_in[e]).clamp(min=0) ** 2 @ mixer.w_out[e]
+        rows.append(mixer.latent_out.weight @ y + mixer.shared(token[None, None])[0, 0])
+    same(mixer(x), torch.stack(rows).view_as(x))
+
+
 def routing(logits: Tensor, index: Tensor) -> Routing:
     return Routing(logits, logits.softmax(dim=-1), index, None, training=True)
 

@@ -1,4 +1,4 @@
-"""Long convolutions, S4D and Hyena against their papers' equations, written as sums and loops."""
+"""Convolutions, S4D and Hyena against their papers' equations, written as sums and loops."""
 
 from __future__ import annotations
 
@@ -94,6 +94,19 @@ def test_s4d_in_float32_stays_near_float64_over_thousands_of_tokens():
         (low, state), (high, wide) = mixer(x), mixer.double()(x.double())
     assert_close(low, high, 1e-5)
     assert_close(state.recurrent, wide.recurrent, 1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_short_convolution_is_its_equation(bias: bool):
+    mixer, x = build("gated_short_conv", bias=bias), inputs(20)
+    before, after, u = mixer.in_proj(x).split(32, dim=-1)
+    z = before * u
+    taps = mixer.conv.weight.unbind(-1)
+    sums = [sum(tap * z[:, t - s] for s, tap in enumerate(reversed(taps)) if s <= t) for t in range(20)]
+    y = torch.stack(sums, dim=1) + (mixer.conv.bias if bias else 0)
+    assert_close(mixer(x)[0], mixer.out_proj(after * y), EXACT)
+    # the last two tokens, the same at every length
+    assert mixer.float().state_bytes(7) == mixer.state_bytes(7000) == 2 * 32 * 4
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

@@ -34,14 +34,41 @@ def make(
     }
 
 
-def each_token(x, w_in, w_out, expert_index, expert_weight, w_gate=None, activation=F.silu) -> Tensor:
+def each_token(
+    x, w_in, w_out, expert_index, expert_weight, w_gate=None, activation=F.silu, b_in=None, b_out=None, b_gate=None
+) -> Tensor:
+    b_in, b_out, b_gate = ([0] * EXPERTS if bias is None else bias for bias in (b_in, b_out, b_gate))
     rows = []
     for token in range(len(x)):
         y = torch.zeros_like(x[token])
         for e, weight in zip(expert_index[token].tolist(), expert_weight[token], strict=True):
-            hidden = x[token] @ w_in[e]
-            hidden = activation(hidden) if w_gate is None else activation(x[token] @ w_gate[e]) * hidden
-            y = y + weight * (hidden @ w_out[e])
+            if e < 0:
+                continue
+            hidden = x[token] @ w_in[e] + b_in[e]
+            hidden = activation(hidden) if w_gate is None else activation(x[token] @ w_gate[e] + b_gate[e]) * hidden
+            y = y + weight * (hidden @ w_out[e] + b_out[e])
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def with_biases(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The arguments with biases of each product that they have."""
+    sizes = {"w_in": HIDDEN, "w_out": WIDTH, "w_gate": HIDDEN}
+    dtype = given["x"].dtype
+    return given | {
+        f"b_{name[2:]}": torch.randn(EXPERTS, size).to(dtype) for name, size in sizes.items() if name in given
+    }
+
+
+def gpt_oss(x, w_in, w_out, expert_index, expert_weight, w_gate, b_in, b_out, b_gate, limit=7.0) -> Tensor:
+    """As ``each_token``, with the gated unit of GPT-OSS."""
+    rows = []
+    for token in range(len(x)):
+        y = torch.zeros_like(x[token])
+        for e, weight in zip(expert_index[token].tolist(), expert_weight[token], strict=True):
+            gate = torch.minimum(x[token] @ w_gate[e] + b_gate[e], torch.tensor(limit, dtype=x.dtype))
+            value = (x[token] @ w_in[e] + b_in[e]).clamp(-limit, limit)
+            y = y + weight * ((gate / (1 + torch.exp(-1.702 * gate)) * (value + 1)) @ w_out[e] + b_out[e])
         rows.append(y)
     return torch.stack(rows)
 
@@ -53,7 +80,7 @@ def with_gradients(function, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"y": y.detach(), **{name: x.grad for name, x in given.items() if x.requires_grad and x.grad is not None}}
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "squared_relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_equals_a_loop_over_the_tokens(backend, gated, activation):
@@ -61,11 +88,44 @@ def test_every_backend_equals_a_loop_over_the_tokens(backend, gated, activation)
     if not gated:
         del given["w_gate"]
     functions = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "squared_relu": lambda x: F.relu(x) ** 2}
-    function = {**functions, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    functions |= {
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x / (1 + (-1.702 * x).exp()),
+    }
+    function = functions[activation]
     expected = with_gradients(lambda **g: each_token(activation=function, **g), given)
     found = with_gradients(lambda **g: ops.experts(activation=activation, backend=backend, **g), given)
     assert set(expected) == {"y", *given} - {"expert_index"}
     assert set(found) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_biases_of_every_product(backend, gated):
+    given = make()
+    if not gated:
+        del given["w_gate"]
+    given = with_biases(given)
+    given["expert_index"][3:5] = -1
+    expected = with_gradients(each_token, given)
+    found = with_gradients(lambda **g: ops.experts(backend=backend, **g), given)
+    assert set(found) == set(expected) == {"y", *given} - {"expert_index"}
+    assert found["y"][3].count_nonzero() == 0
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bounded_gates_and_values_are_those_of_gpt_oss(backend):
+    """The bound is met by some gates and values on either side, and left alone by others."""
+    given, limit = with_biases(make()), 1.5
+    products = given["x"] @ given["w_in"] + given["b_in"][:, None], given["x"] @ given["w_gate"]
+    assert all((each > limit).any() and (each < -limit).any() for each in products)
+    options = {"activation": "quick_gelu", "limit": limit, "value_offset": 1.0, "backend": backend}
+    expected = with_gradients(lambda **g: gpt_oss(limit=limit, **g), given)
+    found = with_gradients(lambda **g: ops.experts(**options, **g), given)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-13)
 
@@ -111,6 +171,7 @@ def test_chunks_are_the_whole(gated, monkeypatch):
     given["expert_index"].masked_fill_(torch.rand(given["expert_index"].shape) < 0.2, -1)
     if not gated:
         del given["w_gate"]
+    given = with_biases(given)
     expected = with_gradients(lambda **g: ops.experts(backend="parallel_torch", **g), given)
     for name in ("CHUNK_NUMBERS", "LEAST_ROWS"):
         monkeypatch.setattr(chunk_torch, name, 1)
@@ -154,13 +215,13 @@ def test_operators_keep_their_word():
     torch.library.opcheck(groups.sort_by_expert, (chosen, 5))
     torch.library.opcheck(grouped_torch.grouped_matmul, (rows, weight, starts))
     torch.library.opcheck(grouped_torch.grouped_outer, (rows, right, starts))
-    given = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in make().items()}
+    given = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in with_biases(make()).items()}
     inputs = chunk_torch.ChunkInputs(**given, activation="silu", keep=True)
     torch.library.opcheck(chunk_torch.operator.operator, inputs.values())
     kept = chunk_torch.operator(inputs)[1].detach()
     detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs.values()]
     for for_x, for_weights in ((True, True), (True, False), (False, True)):
-        needed = [for_x, for_weights, for_weights, False, True, for_weights, False, False]
+        needed = [for_x, for_weights, for_weights, False, True, for_weights, False, *[for_weights] * 3, *[False] * 3]
         upstream = kept, torch.randn(TOKENS, WIDTH).double(), needed
         torch.library.opcheck(chunk_torch.operator.gradient, (*detached, *upstream))
     assert torch.autograd.gradgradcheck(lambda *x: grouped_torch.grouped_matmul(*x, starts), (rows, weight))
@@ -178,6 +239,7 @@ def test_batches_and_flat_tokens_agree(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     given = make(tokens=(4,), width=3, hidden=2)
+    given |= {"b_in": torch.randn(EXPERTS, 2).double(), "b_out": torch.randn(EXPERTS, 3).double()}
     index = given.pop("expert_index")
     tensors = [x.requires_grad_() for x in given.values()]
 
@@ -281,7 +343,7 @@ def test_weights_of_any_strides_compile():
     given["w_in"] = given["w_in"].mT.contiguous().mT
     inputs = chunk_torch.ChunkInputs(**given, activation="silu", keep=True)
     kept = chunk_torch.operator(inputs)[1]
-    upstream = kept, torch.randn(TOKENS, WIDTH).double(), [True] * 8
+    upstream = kept, torch.randn(TOKENS, WIDTH).double(), [True] * 13
     torch.library.opcheck(chunk_torch.operator.gradient, (*inputs.values(), *upstream))
 
 
@@ -331,6 +393,10 @@ def test_flops_equal_those_of_the_chosen_experts(gated):
         ({"expert_index": torch.zeros(TOKENS, 2, dtype=torch.int64)}, ValueError, "expert_weight has shape"),
         ({"w_out": torch.zeros(EXPERTS, WIDTH, HIDDEN)}, ValueError, "w_out has shape"),
         ({"activation": "swish"}, ValueError, "unknown activation 'swish'"),
+        ({"b_out": torch.zeros(EXPERTS, HIDDEN)}, ValueError, "b_out has shape"),
+        ({"limit": 0.0}, ValueError, "limit is 0.0, expected a positive number or None"),
+        ({"w_gate": None, "limit": 7.0}, ValueError, "limit is an option of gated experts, expected w_gate"),
+        ({"w_gate": None, "value_offset": 1.0}, ValueError, "value_offset is an option of gated experts"),
         ({"backend": "grouped_trch"}, ValueError, "Did you mean 'grouped_torch'"),
     ],
 )
