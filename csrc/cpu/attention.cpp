@@ -174,7 +174,7 @@ void forward(const Inputs<T>& in, T* o, Acc<T>* log_sum) {
 template <class T>
 struct Gradients {
     Heads<T> o, dout;
-    const Acc<T>* log_sum;
+    const Acc<T>*log_sum, *dlse;
     T *dq, *dk, *dv;
 };
 
@@ -227,7 +227,10 @@ void backward_tile(const Inputs<T>& in, const Gradients<T>& g, const Sequence& s
     s.columns.load(tile.columns, in.factor, [&](int64_t c) { return tile.at(in.q, sequence, c); });
     s.gradients.load(
         s.columns, [&](int64_t c) { return tile.at(g.dout, sequence, c); },
-        [&](int64_t c) { return product(sizes.value_width, tile.at(g.o, sequence, c), tile.at(g.dout, sequence, c)); },
+        [&](int64_t c) {
+            const A own = product(sizes.value_width, tile.at(g.o, sequence, c), tile.at(g.dout, sequence, c));
+            return g.dlse ? own - g.dlse[tile.place(sizes, sequence, c)] : own;
+        },
         [&](int64_t c) { return g.log_sum[tile.place(sizes, sequence, c)]; });
     each_keys(in, sequence, tile, s.seen, [&](int64_t key, const Row& row) {
         s.load_keys(in, row, tile.group);
@@ -316,6 +319,6 @@ int32_t seqarch_attention_backward(const seqarch_attention_inputs* inputs, const
         const auto& g = *gradients;
         backward(inputs_of<T>(sizes, *inputs, num_threads),
                  Gradients<T>{Heads<T>(g.o), Heads<T>(g.dout), static_cast<const Acc<T>*>(g.log_sum),
-                              static_cast<T*>(g.dq), static_cast<T*>(g.dk), static_cast<T*>(g.dv)});
+                              static_cast<const Acc<T>*>(g.dlse), static_cast<T*>(g.dq), static_cast<T*>(g.dk), static_cast<T*>(g.dv)});
     });
 }

@@ -328,7 +328,7 @@ void forward(const Inputs<T>& in, T* o, Acc<T>* log_sum) {
 template <class T>
 struct Gradients {
     Heads<T> o, dout;
-    const Acc<T>* log_sum;
+    const Acc<T>*log_sum, *dlse;
     T *dq, *dk, *dv;
 };
 
@@ -354,9 +354,11 @@ void backward_part(const Inputs<T>& in, const Gradients<T>& g, const QueriesPart
                   count = part.columns(sizes);
     std::fill_n(s.dq, count * row, A(0));
     load_part(sizes, part, g.dout, sizes.value_width, A(1), s.dout);
-    for (int64_t c = 0; c < count; ++c)
+    for (int64_t c = 0; c < count; ++c) {
         s.delta[c] =
             product(sizes.value_width, g.o.at(part.token(sizes, c), part.head(sizes, c)), s.dout + c * values_row);
+        if (g.dlse) s.delta[c] -= g.dlse[part.place(sizes, c)];
+    }
     const Gathered& gathered = s.gathered;
     const auto load = [&] {
         s.gradients.load(
@@ -452,6 +454,6 @@ int32_t seqarch_block_sparse_attention_backward(const seqarch_block_sparse_atten
         const auto& g = *gradients;
         backward(inputs_of<T>(sizes, *inputs, num_threads),
                  Gradients<T>{Heads<T>(g.o), Heads<T>(g.dout), static_cast<const Acc<T>*>(g.log_sum),
-                              static_cast<T*>(g.dq), static_cast<T*>(g.dk), static_cast<T*>(g.dv)});
+                              static_cast<const Acc<T>*>(g.dlse), static_cast<T*>(g.dq), static_cast<T*>(g.dk), static_cast<T*>(g.dv)});
     });
 }

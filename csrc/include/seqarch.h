@@ -416,10 +416,11 @@ typedef struct {
 SEQARCH_API int32_t seqarch_attention_forward(const seqarch_attention_inputs* inputs,
                                               const seqarch_attention_outputs* outputs, int32_t num_threads);
 
-/* Its gradients, from dout (like o, each with strides of its own): dq, dk and dv, contiguous. */
+/* Its gradients, from dout (like o, each with strides of its own) and dlse (like log_sum), that of the natural logarithm
+ * of sum_j w_ij, or NULL: dq, dk and dv, contiguous. */
 typedef struct {
     seqarch_heads o, dout;
-    const void* log_sum;
+    const void *log_sum, *dlse;
     void *dq, *dk, *dv;
 } seqarch_attention_gradients;
 

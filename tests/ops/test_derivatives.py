@@ -47,6 +47,7 @@ LISTS = torch.tensor([[0, -1], [0, 0], [1, 0], [1, -1], [2, 0]])[None, :, None].
 CASES: dict[str, Callable[[], tuple[str, dict[str, Tensor], dict[str, Any]]]] = {
     "attention": lambda: ("attention", heads(), {}),
     "window": lambda: ("attention", heads(), {"window": 2, "key_start": torch.tensor([0, 2])}),
+    "sums": lambda: ("attention", {**heads(), "sinks": draw(2)}, {"return_lse": True}),
     "lists": lambda: ("block_sparse_attention", heads(), {"block_index": LISTS, "block_size": 2, "window": 2}),
     "wide_blocks": lambda: (
         "block_sparse_attention",

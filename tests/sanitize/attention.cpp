@@ -25,7 +25,7 @@ struct Sizes {
 // A call's inputs, and all that it writes.
 struct Tensors {
     HeadInputs q, k, v, dout;
-    Numbers o, log_sum, dq, dk, dv;
+    Numbers o, log_sum, dlse, dq, dk, dv;
     seqarch_attention_outputs outputs;
     seqarch_attention_gradients gradients;
 
@@ -38,12 +38,13 @@ struct Tensors {
           dout(z.dtype, z.queries, z.heads, z.value_width, random),
           o(z.dtype, query_rows * z.value_width),
           log_sum(z.wide, query_rows),
+          dlse(z.wide, query_rows, random),
           dq(z.dtype, query_rows * z.key_width),
           dk(z.dtype, key_rows * z.key_width),
           dv(z.dtype, key_rows * z.value_width),
           outputs{o.data(), log_sum.data()},
           gradients{{o.data(), z.queries.steps * z.heads * z.value_width, z.heads * z.value_width, z.value_width},
-                    *dout, log_sum.data(), dq.data(), dk.data(), dv.data()} {}
+                    *dout, log_sum.data(), random.coin() ? dlse.data() : nullptr, dq.data(), dk.data(), dv.data()} {}
 
     void written(int32_t forward, int32_t backward, const char* name) const {
         require(forward == SEQARCH_OK && backward == SEQARCH_OK, name);

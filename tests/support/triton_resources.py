@@ -201,14 +201,15 @@ def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -
 
 
 def softmax(dtype: torch.dtype, width: int) -> None:
-    """Attention over all keys and over a window from where rows begin, and over blocks with one head per list; and of
-    few queries: of one over its keys in one part and in many, of several with heads that share keys."""
+    """Attention over all keys and, with a gradient of its sums, over a window from where rows begin; over blocks with
+    one head per list; of few queries: of one over its keys in one part and in many, of several with heads that share
+    keys."""
     x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     one, several = x[:, :1], torch.zeros(1, 16, 16, width, dtype=dtype)
     for window, key_start in ((0, None), (100, start)):
         inputs = AttentionInputs(x, x, x, True, window, 0.5, None, key_start)
         o, log_sum = attention.forward(inputs)
-        attention.backward(inputs, Upstream([o, log_sum], [o], [True] * 3))
+        attention.backward(inputs, Upstream([o, log_sum], [o, log_sum] if window else [o], [True] * 3))
         for queries, keys in ((one, x[:, :16]), (one, x), (several, x)):
             attention.forward(inputs.replace(q=queries, k=keys, v=keys))
     entries, first = torch.zeros(1, 256, 2, 3, dtype=torch.int64), torch.zeros(1, 256, dtype=torch.int64)

@@ -15,6 +15,13 @@ With ``logit_cap`` c the scores are bounded softly before the softmax, ``c tanh(
 "Gemma 2", section 2). The kernels do not know it: torch's functions compute it, and hold a score per pair, or per pair
 of a window.
 
+``return_lse`` asks for the logarithms of the sums below the fraction, too, by which attentions over parts of the keys
+are put together: ``o = sum_p exp(lse_p - lse) o_p``, ``lse = log sum_p exp(lse_p)``. They have gradients as o has. A
+``sink`` s per head is one more score that no value belongs to, ``exp(s)`` in that sum (OpenAI 2025, "gpt-oss-120b &
+gpt-oss-20b Model Card", section 2.2; Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks"): o
+times ``sigmoid(lse - s)``, rounded once more in 16 bits. torch's fused kernels have no such gradient: where no other
+kernel serves, as on a CPU without a compiler, torch's functions hold a score per pair, as with a cap.
+
 Inputs are expected to be finite. A NaN or an infinity in v reaches the queries that see it and may reach earlier ones
 of its tile, in ``parallel_sdpa`` all earlier ones; where ``chunk_sdpa`` and ``parallel_sdpa`` use a mask, so may one in
 k or in padding. It never reaches another row or head, and another packed sequence only in ``chunk_sdpa``. In
@@ -27,8 +34,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from seqarch.ops.attention import (
     chunk_cpp,
@@ -67,8 +76,10 @@ def attention(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     key_start: Tensor | None = None,
     logit_cap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """Softmax attention of the queries over the keys that each may see.
 
     Args:
@@ -82,10 +93,13 @@ def attention(
         key_start: ``[B]``, the first key of each row that is not padding: for rows of different lengths that end
             together, as in a cache. A start at or past Tk hides the whole row.
         logit_cap: bounds the scores softly; ``None`` leaves them.
+        sinks: ``[H]``, a score of each head beside those of the keys that it sees, which no value belongs to.
+        return_lse: whether the logarithms of the sums are returned, too.
         backend: a name, or ``"auto"``.
 
     Returns:
-        o ``[B, Tq, H, V]`` in v's dtype.
+        o ``[B, Tq, H, V]`` in v's dtype; with ``return_lse`` o and ``[B, Tq, H]``, float32 or float64: of a query that
+        sees no key -inf, or its sink.
 
     Raises:
         ValueError: shapes disagree, heads do not divide, offsets are wrong, ``window`` is below 1 or not causal,
@@ -93,26 +107,41 @@ def attention(
         TypeError: an input is not floating point, or ``key_start`` not an integer.
         BackendError: the named backend cannot serve the call.
     """
-    checks.floating_on_one_device(NAME, q=q, k=k, v=v)
+    checks.floating_on_one_device(NAME, q=q, k=k, v=v, sinks=sinks)
     sizes = checks.match_shapes(
-        NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B")
+        NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B"), sinks=(sinks, "H")
     )
     checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["H"], "the heads of q")
-    if window is not None and window < 1:
-        expected = "expected a whole number of at least 1 or None"
-        raise ValueError(f"{NAME}: window counts the token itself, {expected}, got {window!r}")
-    if window is not None and not causal:
-        raise ValueError(f"{NAME}: window={window} looks to the past only, expected causal=True with it")
+    _check_bounds(window, causal, logit_cap)
     if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
         raise ValueError(f"{NAME}: cu_seqlens packs queries and keys alike, got {sizes['Tq']} and {sizes['Tk']}")
     checks.key_start(NAME, key_start, cu_seqlens is not None, q.device)
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
     window = 0 if window is None else min(window, max(1, sizes["Tk"]))  # no backend is given a size that no memory has
     scale = checks.finite_scale(NAME, scale, sizes["K"])
+    cap, sums = 0.0 if logit_cap is None else float(logit_cap), return_lse or sinks is not None
+    found = OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start, cap, sums))
+    if sinks is None or isinstance(found, AttentionInputs):
+        return found
+    o, lse = with_sinks(*found, sinks)
+    return (o, lse) if return_lse else o
+
+
+def _check_bounds(window: int | None, causal: bool, logit_cap: float | None) -> None:
+    if window is not None and window < 1:
+        expected = "expected a whole number of at least 1 or None"
+        raise ValueError(f"{NAME}: window counts the token itself, {expected}, got {window!r}")
+    if window is not None and not causal:
+        raise ValueError(f"{NAME}: window={window} looks to the past only, expected causal=True with it")
     if logit_cap is not None and not 0 < logit_cap < math.inf:
         raise ValueError(f"{NAME}: logit_cap is {logit_cap!r}, expected a positive number or None")
-    cap = 0.0 if logit_cap is None else float(logit_cap)
-    return OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start, cap))
+
+
+def with_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse with one more score of each head, ``[H]``, and a value of zeros."""
+    sinks = sinks.to(lse.dtype)
+    apart = lse - sinks
+    return (o * apart.sigmoid().unsqueeze(-1)).to(o.dtype), sinks - F.logsigmoid(-apart)
 
 
 def flops(

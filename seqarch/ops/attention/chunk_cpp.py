@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from seqarch.ops.attention.inputs import AttentionInputs
-from seqarch.ops.attention.operators import attend, attention_operator, empty_outputs
+from seqarch.ops.attention.operators import AttentionOperators, empty_outputs
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.custom_op import Upstream, empty_gradients
 
@@ -54,15 +55,16 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(inputs: AttentionInputs, upstream: Upstream) -> list[Tensor]:
-    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    (o, log_sum), (do, *dlse) = upstream.kept, upstream.gradients
     dq, dk, dv, none = empty_gradients(inputs)
-    outputs = {"o": cpu_library.rows(o), "dout": cpu_library.rows(do), "log_sum": log_sum.contiguous()}
+    outputs: dict[str, Any] = {"o": cpu_library.rows(o), "dout": cpu_library.rows(do)}
+    outputs |= {"log_sum": log_sum.contiguous(), "dlse": dlse[0].div(math.log(2)).contiguous() if dlse else None}
     _backward(_fields(inputs), outputs | {"dq": dq, "dk": dk, "dv": dv})
     return [dq, dk, dv, none]
 
 
-operator = attention_operator("attention", forward, backward, "cpu")
+operators = AttentionOperators("attention", forward, backward, "cpu", unit=math.log(2))
 
 
-def run(inputs: AttentionInputs) -> Tensor:
-    return attend(operator, inputs, cpu_library.common_dtype(inputs.q, inputs.k, inputs.v))
+def run(inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    return operators(inputs, cpu_library.common_dtype(inputs.q, inputs.k, inputs.v))

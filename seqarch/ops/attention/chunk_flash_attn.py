@@ -26,6 +26,8 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     keys, values = inputs.q.shape[3], inputs.v.shape[3]
     if inputs.logit_cap:
         return "logit_cap is given, which is not passed on"
+    if inputs.return_lse:
+        return "return_lse is asked for, whose gradient flash_attn does not have"
     if inputs.key_start is not None:
         return "key_start is given, and flash_attn takes no padding before the keys"
     if keys != values:

@@ -26,7 +26,7 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     return None if inputs.window else "there is no window, so every query sees all keys before it"
 
 
-def run(inputs: AttentionInputs, plain: bool = False) -> Tensor:
+def run(inputs: AttentionInputs, plain: bool = False) -> Tensor | parallel_sdpa.Results:
     """With ``plain``, by functions of torch that have derivatives of any kind."""
     q, k, v, window = inputs.q, inputs.k, inputs.v, inputs.window
     batch, queries = q.shape[:2]
@@ -47,9 +47,10 @@ def run(inputs: AttentionInputs, plain: bool = False) -> Tensor:
     earliest = F.pad(_earliest(inputs), (0, after))
     mask = _visible(earliest.unflatten(1, (count, size)), shift, seen)
     mask = mask.expand(batch, -1, -1, -1).reshape(batch * count, 1, size, seen * size)
-    options = {"plain": plain, "logit_cap": inputs.logit_cap}
-    o = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), inputs.scale, mask, **options)
-    return o.reshape(batch, count * size, q.shape[2], v.shape[3])[:, :queries]
+    options = {"plain": plain, "logit_cap": inputs.logit_cap, "return_lse": inputs.return_lse}
+    found = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), inputs.scale, mask, **options)
+    found = tuple(each.reshape(batch, count * size, *each.shape[2:])[:, :queries] for each in found)
+    return found if inputs.return_lse else found[0]
 
 
 def _span(inputs: AttentionInputs) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.attention.inputs import AttentionInputs
-from seqarch.ops.attention.operators import attend, attention_operator
+from seqarch.ops.attention.operators import AttentionOperators
 from seqarch.ops.dispatch.checks import promoted_dtype
 from seqarch.ops.native.custom_op import Upstream
 from seqarch.ops.triton import availability
@@ -29,7 +29,12 @@ def unsupported(inputs: AttentionInputs) -> str | None:
 
 def deprioritised(inputs: AttentionInputs) -> str | None:
     queries, keys, offsets = inputs.q.shape[1], inputs.k.shape[1], inputs.offsets
-    masked = inputs.window or inputs.key_start is not None or (inputs.causal and queries not in (1, keys))
+    masked = (
+        inputs.return_lse
+        or inputs.window
+        or inputs.key_start is not None
+        or (inputs.causal and queries not in (1, keys))
+    )
     if masked or (offsets is not None and len(offsets) > 2):
         return None
     return "queries see whole sequences, for which torch has kernels of its own"
@@ -44,13 +49,14 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 def backward(inputs: AttentionInputs, upstream: Upstream) -> list[Tensor]:
     from seqarch.ops.attention.launches_triton import Attention
 
-    (o, log_sum), (do,) = upstream.kept, upstream.gradients
-    dq, dk, dv = Attention(inputs).differentiate(o.contiguous(), log_sum.contiguous(), do)
+    (o, log_sum), (do, *dlse) = upstream.kept, upstream.gradients
+    dlse = dlse[0].contiguous() if dlse else None
+    dq, dk, dv = Attention(inputs).differentiate(o.contiguous(), log_sum.contiguous(), do, dlse)
     return [dq, dk, dv, torch.empty(0)]
 
 
-operator = attention_operator("attention_triton", forward, backward, ("cpu", "cuda"))
+operators = AttentionOperators("attention_triton", forward, backward, ("cpu", "cuda"))
 
 
-def run(inputs: AttentionInputs) -> Tensor:
-    return attend(operator, inputs, promoted_dtype(inputs.q, inputs.k, inputs.v))
+def run(inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    return operators(inputs, promoted_dtype(inputs.q, inputs.k, inputs.v))

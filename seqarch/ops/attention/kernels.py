@@ -176,14 +176,14 @@ def _attend_keys(
 
 @triton.jit
 def query_gradients(
-    q, k, v, o, do, log_sum, dq, between, tiles, bounds, key_start, scale, window, queries,
+    q, k, v, o, do, log_sum, dlse, dq, between, tiles, bounds, key_start, scale, window, queries,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, do_batch, do_row, do_head, groups, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WORK: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dq [B, queries, heads, K]``, and for ``key_gradients`` ``between = do . o``, ``[B, queries, heads]``; a program
-    a tile of BQ queries and head. ``o [B, queries, heads, V]``."""
+    """``dq [B, queries, heads, K]``, and for ``key_gradients`` ``between = do . o``, less ``dlse`` if there is an LSE,
+    ``[B, queries, heads]``; a program a tile of BQ queries and head. ``o [B, queries, heads, V]``."""
     sequence, first, head, _, query_end, begin, end = _place(tiles, bounds, key_start, heads, START)
     group, count = head // (heads // groups), query_end - first
     q += sequence * q_batch + first.to(tl.int64) * q_row + head * q_head
@@ -196,6 +196,8 @@ def query_gradients(
     upstream = piece(do, r[:, None], column, count, do_row, V, BV, False)
     output = piece(o + row * V, r[:, None], column, count, heads * V, V, BV, False)
     met = tl.sum(upstream.to(ACC) * output.to(ACC), 1)
+    if LSE:
+        met -= tl.load(dlse + row + r * heads, mask=r < count, other=0.0)
     tl.store(between + row + r * heads, met, mask=r < count)
     sums = tl.load(log_sum + row + r * heads, mask=r < count, other=0.0)
     at = first + end - query_end

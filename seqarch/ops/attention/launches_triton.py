@@ -148,16 +148,19 @@ class Attention:
             combine(each, sums, None, o, log_sum, parts, self.shared)
         return o, log_sum
 
-    def differentiate(self, o: Tensor, log_sum: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v."""
+    def differentiate(
+        self, o: Tensor, log_sum: Tensor, do: Tensor, dlse: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v, from those of o and, if any, of the logarithms of the softmax's sums."""
         do, queries = heads_of(do), self._rows(self.queries)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k, self.v))
         between = torch.empty_like(log_sum)
         sizes = (*self.strides, *strides(self.packed, do), self.groups, self.heads)
         launch.launch(
             Tuned(kernels.query_gradients, self.tiles.query_gradients), self._programs(self.tables.queries, self.heads),
-            self.q, self.k, self.v, o, do, log_sum, dq, between, self.tables.queries, *self.numbers, queries,
-            *sizes, BQ=self.tiles.queries, **self.constants,
+            self.q, self.k, self.v, o, do, log_sum, log_sum if dlse is None else dlse, dq, between,
+            self.tables.queries, *self.numbers, queries, *sizes, BQ=self.tiles.queries, LSE=dlse is not None,
+            **self.constants,
         )  # fmt: skip
         launch.launch(
             Tuned(kernels.key_gradients, self.tiles.key_gradients), self._programs(self.tables.keys, self.groups),

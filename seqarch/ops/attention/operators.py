@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +21,45 @@ def empty_outputs(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     return in_huge_pages(v.new_empty(*q.shape[:3], v.shape[3])), v.new_empty(q.shape[:3], dtype=accumulation_dtype(v))
 
 
-def attention_operator(
-    name: str,
-    forward: Callable[[AttentionInputs], tuple[Tensor, Tensor]],
-    backward: Callable[[AttentionInputs, Upstream], Sequence[Tensor]],
-    devices: str | Sequence[str],
-) -> Operator[AttentionInputs]:
-    """The operator of o and the logarithms of the softmax's sums, both of which the backward pass takes.
+class AttentionOperators:
+    """A pair of kernels as two custom operators: of o alone, and of o and the logarithms of the softmax's sums.
 
-    ``q, k, v`` are of one dtype, and ``key_start`` is int64.
+    Both keep these logarithms for the backward pass, and the second has their gradient too. ``q, k, v`` are of one
+    dtype, and ``key_start`` is int64.
+
+    Args:
+        unit: natural logarithms in one of the kernel's.
     """
-    return Operator(name, AttentionInputs, forward, backward, _by_torch, empty_outputs, keeps=(0, 1), devices=devices)
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[[AttentionInputs], tuple[Tensor, Tensor]],
+        backward: Callable[[AttentionInputs, Upstream], Sequence[Tensor]],
+        devices: str | Sequence[str],
+        unit: float = 1.0,
+    ):
+        def with_sums(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+            o, lse = _by_torch(inputs)
+            return o, lse / unit
+
+        self.unit = unit
+        kernels = AttentionInputs, forward, backward
+        given = {"outputs": empty_outputs, "keeps": (0, 1), "devices": devices}
+        self.outputs = Operator(name, *kernels, _by_torch, **given)
+        self.with_sums = Operator(f"{name}_lse", *kernels, with_sums, results=2, **given)
+
+    def __call__(self, inputs: AttentionInputs, dtype: torch.dtype) -> Tensor | tuple[Tensor, Tensor]:
+        """o in v's dtype, and the logarithms where they are asked for, by operators that take q, k, v in this dtype."""
+        q, k, v, key_start = inputs.q, inputs.k, inputs.v, inputs.key_start
+        start = None if key_start is None else key_start.long()
+        given = inputs.replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), key_start=start)
+        o, log_sum = (self.with_sums if inputs.return_lse else self.outputs)(given)
+        if not inputs.return_lse:
+            return o.to(v.dtype)
+        lse, blind = log_sum * self.unit if self.unit != 1 else log_sum, inputs.blind()
+        return o.to(v.dtype), lse if blind is None else lse.masked_fill(blind.unsqueeze(-1), -torch.inf)
 
 
-def _by_torch(inputs: AttentionInputs) -> Tensor:
+def _by_torch(inputs: AttentionInputs) -> Any:
     return (chunk_sdpa if inputs.window else parallel_sdpa).run(inputs, plain=True)
-
-
-def attend(operator: Operator[AttentionInputs], inputs: AttentionInputs, dtype: torch.dtype) -> Tensor:
-    """o in v's dtype, by an operator that takes q, k and v in this one."""
-    q, k, v, key_start = inputs.q, inputs.k, inputs.v, inputs.key_start
-    start = None if key_start is None else key_start.long()
-    o, _ = operator(inputs.replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), key_start=start))
-    return o.to(v.dtype)

@@ -1,12 +1,12 @@
 """torch's ``scaled_dot_product_attention`` on all queries at once, with a mask only where it needs one.
 
-Its fused kernels have first derivatives in reverse mode alone, and no cap of the scores. For transforms, and with a
-cap, the same is computed in parts, ``plain``.
+Its fused kernels have first derivatives in reverse mode alone, no cap of the scores and no logarithms of their sums.
+For transforms, and with either of these, the same is computed in parts, ``plain``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,32 +15,42 @@ from torch.nn import functional as F
 from seqarch.ops.attention.inputs import AttentionInputs
 from seqarch.ops.attention.scores import capped
 from seqarch.ops.chunked.packing import split_sequences
-from seqarch.ops.chunked.softmax import masked_softmax
+from seqarch.ops.chunked.softmax import masked_logsumexp, masked_softmax
 from seqarch.ops.dispatch.checks import accumulation_dtype, promoted_dtype
 from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native.custom_op import first_derivatives_only
 
 TRANSFORMABLE = True
 
-CAPPED_QUERIES = 256
-"""With a cap, so many queries at a time: those before others then need no scores of later keys."""
+QUERIES_AT_A_TIME = 256
+"""Where scores are held: those before others then need none of later keys."""
 
 OTHERS = "choose chunk_cpp, chunk_triton or recurrent_torch"
 
 
-def run(inputs: AttentionInputs, plain: bool = False) -> Tensor:
+Results = tuple[Tensor, ...]
+"""o, and its logarithms of sums where they are asked for."""
+
+
+def run(inputs: AttentionInputs, plain: bool = False) -> Tensor | Results:
     """With ``plain``, by functions of torch that have derivatives of any kind."""
     if inputs.offsets is None:
-        return _attend(inputs, plain)
-    sequences = split_sequences(inputs.offsets, inputs.q, inputs.k, inputs.v)
-    return torch.cat([_attend(inputs.replace(q=q, k=k, v=v, offsets=None), plain) for q, k, v in sequences], dim=1)
+        found = _attend(inputs, plain)
+    else:
+        sequences = split_sequences(inputs.offsets, inputs.q, inputs.k, inputs.v)
+        found = _joined(_attend(inputs.replace(q=q, k=k, v=v, offsets=None), plain) for q, k, v in sequences)
+    return found if inputs.return_lse else found[0]
 
 
-def _attend(inputs: AttentionInputs, plain: bool) -> Tensor:
+def _joined(parts: Iterable[Results]) -> Results:
+    return tuple(torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+
+
+def _attend(inputs: AttentionInputs, plain: bool) -> Results:
     q, k, v, key_start = inputs.q, inputs.k, inputs.v, inputs.key_start
     causal, window = inputs.causal, inputs.window
-    if inputs.logit_cap and causal and q.shape[1] > CAPPED_QUERIES:
-        return torch.cat([_attend(piece, plain) for piece in _pieces(inputs, CAPPED_QUERIES)], dim=1)
+    if (inputs.logit_cap or inputs.return_lse) and causal and q.shape[1] > QUERIES_AT_A_TIME:
+        return _joined(_attend(piece, plain) for piece in _pieces(inputs, QUERIES_AT_A_TIME))
     unseen = max(0, k.shape[1] - q.shape[1] - window + 1) if window else 0
     if unseen:  # keys that have left even the first query's window
         k, v = k[:, unseen:], v[:, unseen:]
@@ -52,7 +62,8 @@ def _attend(inputs: AttentionInputs, plain: bool) -> Tensor:
     # torch aligns is_causal with the first key, this operation with the last
     whole = not window and key_start is None and (not causal or q.shape[1] == k.shape[1])
     mask = None if whole else visible(q.shape[1], k.shape[1], causal, window, key_start, q.device)
-    return sdpa(q, k, v, inputs.scale, mask, is_causal=causal and whole, plain=plain, logit_cap=inputs.logit_cap)
+    options = {"plain": plain, "logit_cap": inputs.logit_cap, "return_lse": inputs.return_lse}
+    return sdpa(q, k, v, inputs.scale, mask, is_causal=causal and whole, **options)
 
 
 def _pieces(inputs: AttentionInputs, size: int) -> Iterator[AttentionInputs]:
@@ -87,12 +98,13 @@ def sdpa(
     is_causal: bool = False,
     plain: bool = False,
     logit_cap: float = 0.0,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Results:
     """``scaled_dot_product_attention`` in this project's layout, dtypes and shared heads."""
-    if plain or logit_cap or active_transform() is not None:
+    if plain or logit_cap or return_lse or active_transform() is not None:
         if mask is None:
             mask = visible(q.shape[1], k.shape[1], is_causal, 0, None, q.device)
-        return _in_parts(q, k, v, scale, mask, logit_cap)
+        return _in_parts(q, k, v, scale, mask, logit_cap, return_lse)
     if not scale > 0:  # with which torch's fused kernel for CPUs multiplies masked scores, too
         q, scale = q * scale, 1.0
     common = promoted_dtype(q, k, v)
@@ -107,12 +119,16 @@ def sdpa(
         o = o.flatten(1, 2).unsqueeze(2)
     if not torch.compiler.is_compiling() and "ScaledDotProduct" in str(o.grad_fn):  # else torch took it apart
         first_derivatives_only("attention: torch's fused kernel", OTHERS, o)
-    return o.transpose(1, 2).to(v.dtype)
+    return (o.transpose(1, 2).to(v.dtype),)
 
 
-def _in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, logit_cap: float) -> Tensor:
+def _in_parts(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, logit_cap: float, return_lse: bool
+) -> Results:
     wide, groups = accumulation_dtype(q, k, v), k.shape[2]
     queries, keys, values = (x.to(wide).transpose(1, 2) for x in (q * scale, k, v))
     scores = capped(queries.unflatten(1, (groups, -1)) @ keys.unsqueeze(2).mT, logit_cap)
-    o = masked_softmax(scores, mask.unsqueeze(1)) @ values.unsqueeze(2)
-    return o.flatten(1, 2).transpose(1, 2).to(v.dtype)
+    mask = mask.unsqueeze(1)
+    o = masked_softmax(scores, mask) @ values.unsqueeze(2)
+    found = [o.to(v.dtype), *([masked_logsumexp(scores, mask)] if return_lse else [])]
+    return tuple(each.flatten(1, 2).transpose(1, 2) for each in found)

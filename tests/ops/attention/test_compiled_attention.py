@@ -160,11 +160,11 @@ def test_the_custom_operators_keep_torchs_rules(options: tuple[Any, ...]):
     key_start = None if start is None else torch.tensor(start)
     inputs = AttentionInputs(q, k, v, causal, window, 0.5, offsets, key_start)
     leaves = inputs.replace(**{name: x.clone().requires_grad_() for name, x in (("q", q), ("k", k), ("v", v))})
-    torch.library.opcheck(chunk_cpp.operator.operator, leaves.values())
-    o, log_sum = chunk_cpp.operator(inputs)
+    torch.library.opcheck(chunk_cpp.operators.outputs.operator, leaves.values())
+    o, log_sum = chunk_cpp.operators.outputs(inputs)
     needed = [name in ("q", "k", "v") for name in inputs.__match_args__]
     upstream = o, log_sum, torch.randn_like(o), needed
-    torch.library.opcheck(chunk_cpp.operator.gradient, (*inputs.values(), *upstream))
+    torch.library.opcheck(chunk_cpp.operators.outputs.gradient, (*inputs.values(), *upstream))
 
 
 @pytest.mark.parametrize("op", COMPILED)

@@ -27,6 +27,7 @@ from seqarch.ops.native.custom_op import Upstream
 from seqarch.ops.triton import availability
 from seqarch.testing import assert_close
 from tests.ops.attention import test_attention as whole
+from tests.ops.attention import test_log_sums as sums
 from tests.ops.block_sparse_attention import test_block_sparse_attention as listed
 from tests.ops.chunked.test_triton_recurrences import BOUND, DEVICE, EXACT
 from tests.ops.experts import test_experts as routed
@@ -99,6 +100,17 @@ def compare_listed(call: str, dtype: torch.dtype = EXACT) -> None:
 @pytest.mark.parametrize("call", QUICK)
 def test_attention_equals_a_dense_softmax(call: str):
     compare_whole(whole.CALLS[call])
+
+
+@pytest.mark.parametrize("call", ["packed_window", "key_start_window", "key_start_step"])
+def test_the_sums_of_attention_equal_those_of_a_dense_softmax(call: str):
+    """With a score of each head beside them, and gradients."""
+    inputs, options = whole.make(**whole.CALLS[call])
+    given = sums.with_sinks([x.to(EXACT) for x in inputs])
+    right = sums.with_gradients(lambda *x: sums.dense(*x, **options), [x.double() for x in given])
+    found = sums.with_gradients(sums.call("chunk_triton", **placed(options)), [x.to(DEVICE) for x in given])
+    for name, one, other in zip(sums.NAMES, found, right, strict=True):
+        assert_close(one.cpu(), other, BOUND[EXACT], name)
 
 
 @pytest.mark.slow
@@ -365,7 +377,8 @@ def test_auto_leaves_short_blocks_to_torch_but_for_one_query():
 def test_the_custom_operators_keep_torchs_rules():
     (q, k, v), _ = whole.make(**whole.CALLS["grouped"])
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(chunk_triton.operator.operator, (*leaves, True, 3, 0.5, None, None, 0.0))
+    for operator, return_lse in ((chunk_triton.operators.outputs, False), (chunk_triton.operators.with_sums, True)):
+        torch.library.opcheck(operator.operator, (*leaves, True, 3, 0.5, None, None, 0.0, return_lse))
     (q, k, v, index), options = listed.make("list_a_query_head")
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
     entries = torch.where(index >= 0, 2 * index, index).to(DEVICE)
