@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.attention.base import CachedAttention, CachedAttentionConfig
+from seqarch.layers.modules.configured import from_options
 from seqarch.ops.attention import flops as attention_flops
 
 
@@ -21,6 +23,7 @@ class AttentionConfig(CachedAttentionConfig):
         scale: multiplies the scores; by default ``K ** -0.5``. A constant by which a model multiplies its queries or
             keys (Falcon-H1's ``key_multiplier``) is a factor of it.
         logit_cap: bounds the scores softly, ``c tanh(score / c)``, as in Gemma 2; ``None`` leaves them.
+        sinks: a learnt score of each head beside those of the tokens, to which no value belongs (GPT-OSS); 0 at first.
     """
 
     size_options: ClassVar[dict[str, str]] = {"window": "window", **CachedAttentionConfig.size_options}
@@ -28,6 +31,7 @@ class AttentionConfig(CachedAttentionConfig):
     window: int | None = None
     scale: float | None = None
     logit_cap: float | None = None
+    sinks: bool = False
 
 
 class Attention(CachedAttention):
@@ -35,16 +39,23 @@ class Attention(CachedAttention):
 
     Vaswani et al. 2017, "Attention Is All You Need", section 3.2, with what its successors share: no biases, rotary
     positions (Su et al. 2021, "RoFormer"), and as options grouped heads (Ainslie et al. 2023, "GQA"), normalised
-    queries and keys (Henry et al. 2020, with the RMS norm of Qwen3 or of OLMo 2), biases, a depthwise convolution after
-    the projections (So et al. 2021, "Primer") and an output gate per channel or head (Qiu et al. 2025, "Gated Attention
-    for Large Language Models"; Qwen3-Next). Projections have ``nn.Linear``'s initialisation, norms start at 1.
+    queries and keys (Henry et al. 2020, with the RMS norm of Qwen3 or of OLMo 2), biases, a depthwise convolution
+    after the projections (So et al. 2021, "Primer") and an output gate per channel or head (Qiu et al. 2025, "Gated
+    Attention for Large Language Models"; Qwen3-Next), sinks (OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card").
+    Projections have ``nn.Linear``'s initialisation, norms start at 1.
     """
 
     Config = AttentionConfig
 
+    @from_options
+    def __init__(self, config: AttentionConfig):
+        super().__init__(config)
+        self.register_parameter("sinks", nn.Parameter(torch.zeros(config.heads)) if config.sinks else None)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
         config = self.config
-        return ops.attention(q, k, v, window=config.window, scale=config.scale, logit_cap=config.logit_cap, **where)
+        options = {"window": config.window, "scale": config.scale, "logit_cap": config.logit_cap}
+        return ops.attention(q, k, v, sinks=self.sinks, **options, **where)
 
     @property
     def cache_window(self) -> int | None:

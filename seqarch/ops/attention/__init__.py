@@ -83,8 +83,7 @@ def attention(
     """Softmax attention of the queries over the keys that each may see.
 
     Args:
-        q: ``[B, Tq, H, K]``.
-        k, v: ``[B, Tk, G, K]`` and ``[B, Tk, G, V]``; query head h uses head ``h // (H / G)``.
+        q, k, v: ``[B, Tq, H, K]``, ``[B, Tk, G, K]`` and ``[B, Tk, G, V]``; query head h uses head ``h // (H / G)``.
         causal: the last query is at the last key, and none sees a later key than its own.
         window: a query sees its own key and the ``window - 1`` before it, or all before it where they are fewer; needs
             ``causal``.
@@ -119,12 +118,12 @@ def attention(
     offsets = checks.sequence_offsets(NAME, cu_seqlens, sizes["B"], sizes["Tq"])
     window = 0 if window is None else min(window, max(1, sizes["Tk"]))  # no backend is given a size that no memory has
     scale = checks.finite_scale(NAME, scale, sizes["K"])
-    cap, sums = 0.0 if logit_cap is None else float(logit_cap), return_lse or sinks is not None
+    cap, sums = float(logit_cap or 0), return_lse or sinks is not None
     found = OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start, cap, sums))
     if sinks is None or isinstance(found, AttentionInputs):
         return found
-    o, lse = with_sinks(*found, sinks)
-    return (o, lse) if return_lse else o
+    found = with_sinks(*found, sinks)
+    return found if return_lse else found[0]
 
 
 def _check_bounds(window: int | None, causal: bool, logit_cap: float | None) -> None:

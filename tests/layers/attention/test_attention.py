@@ -313,6 +313,23 @@ def test_wrong_options_are_named(chosen, message):
         build(**chosen)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_are_one_more_score_of_each_head(window):
+    mixer, x = (
+        build(window=window, num_heads=4, num_kv_heads=2, position="none", sinks=True).double(),
+        inputs(7).double(),
+    )
+    torch.nn.init.normal_(mixer.sinks)
+    (q, k, v), _ = mixer.qkv_proj(x)
+    k, v = k.repeat_interleave(2, dim=2), v.repeat_interleave(2, dim=2)
+    at = torch.arange(7)
+    hidden = (at > at[:, None]) | (at[:, None] - at >= (window or 7))
+    scores = (torch.einsum("bqhk,bshk->bhqs", q, k) / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
+    scores = torch.cat([scores, mixer.sinks[:, None, None].expand(2, 4, 7, 1)], dim=-1)
+    o = torch.einsum("bhqs,bshv->bqhv", scores.softmax(-1)[..., :-1], v)
+    torch.testing.assert_close(mixer(x)[0], mixer.out_proj(o.flatten(2)), rtol=0, atol=1e-12)
+
+
 def test_a_sliding_window_needs_a_window():
     with pytest.raises(ValueError, match="got None: that is the mixer 'attention'"):
         build_mixer("sliding_window", d_model=32, window=None)
