@@ -58,6 +58,8 @@ _GRANITE_MOE = (
 _BESIDE_IMAGES = (FileRule(r"model\.(.*)", (r"model.language_model.\1",), written=False),)
 
 FILE_RULES: dict[str, tuple[FileRule, ...]] = {
+    "deepseek_v2": _QWEN_MOE,
+    "deepseek_v3": _QWEN_MOE,
     "granitemoe": _GRANITE_MOE,
     "granitemoehybrid": _GRANITE_MOE,
     "jamba": _experts("feed_forward", "gate_proj", "up_proj", "down_proj", "feed_forward"),

@@ -36,6 +36,11 @@ BY_KIND = {
     "full_attention": {**YARN, "rope_theta": 900.0},
 }
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+LATENT = {
+    **{"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 14, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6},
+    **{"v_head_dim": 10, "n_routed_experts": 12, "n_shared_experts": 2, "num_experts_per_tok": 3},
+    **{"moe_intermediate_size": 12, "routed_scaling_factor": 1.5},
+}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
 
 VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
@@ -49,6 +54,23 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         ),
         [{}, {"tie_word_embeddings": False, "rope_parameters": {**YARN, "rope_theta": 300.0}}],
     ),
+    "DeepseekV2ForCausalLM": (
+        decoders("DeepseekV2Config", **LATENT),
+        [
+            {"first_k_dense_replace": 1, "n_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy"},
+            {
+                "q_lora_rank": None,
+                "rope_parameters": {**YARN, "rope_theta": 300.0, "mscale": 0.7, "mscale_all_dim": 0.7},
+            },
+        ],
+    ),
+    "DeepseekV3ForCausalLM": (
+        decoders("DeepseekV3Config", first_k_dense_replace=1, n_group=3, topk_group=2, **LATENT),
+        [
+            {"rope_parameters": {**YARN, "rope_theta": 300.0, "mscale": 0.7, "mscale_all_dim": 0.9}},
+            {"q_lora_rank": None, "norm_topk_prob": False, "rope_interleave": False, "first_k_dense_replace": 0},
+        ],
+    ),
     "Gemma2ForCausalLM": (
         decoders("Gemma2Config", head_dim=12, sliding_window=5, query_pre_attn_scalar=9),
         [{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {"attention_bias": True}],
@@ -60,6 +82,13 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         [{}, {"rope_parameters": BY_KIND, "attention_bias": True, "tie_word_embeddings": False}],
     ),
     "GemmaForCausalLM": (decoders("GemmaConfig", head_dim=12), [{}, {"tie_word_embeddings": False}]),
+    "GptOssForCausalLM": (
+        decoders("GptOssConfig", head_dim=12, sliding_window=5, num_local_experts=6, num_experts_per_tok=3),
+        [
+            {"swiglu_limit": 0.8},
+            {"attention_bias": False, "tie_word_embeddings": True, "layer_types": ["full_attention"] * 2},
+        ],
+    ),
     "GraniteForCausalLM": (
         decoders("GraniteConfig", attention_multiplier=0.3, logits_scaling=3.0, embedding_multiplier=2.0),
         [{"residual_multiplier": 0.4}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
