@@ -89,7 +89,9 @@ def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, 
     """A model of a family that :mod:`seqarch.interop` knows."""
     file, family = folder / "config.json", config["model_type"]
     if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{file} has a quantization_config: quantised models are not read")
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(f"{file} has a quantization_config ({method}): quantised models are not read")
     try:
         ours, table = lm_config(config), weight_map(config)
     except ValueError as error:

@@ -40,6 +40,14 @@ MOE = {"decoder_sparse_step": 1, "num_experts": 6, "num_experts_per_tok": 2, "mo
 OLMO = {**PLAIN, "hidden_act": "silu", "rope_scaling": None, "tie_word_embeddings": False, "pad_token_id": 1}
 THREE_TO_ONE = ["sliding_attention"] * 3 + ["full_attention"]
 
+DEEP_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
+DEEPSEEK = {
+    **{"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "num_key_value_heads": 4},
+    **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "moe_layer_freq": 1},
+    **{"max_position_embeddings": 163840, "rope_theta": 10000, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    **{"n_routed_experts": 16, "num_experts_per_tok": 6, "moe_intermediate_size": 12, "pretraining_tp": 1},
+}
+
 RELEASES: dict[str, dict[str, Any]] = {
     "Llama-2-7b": {"model_type": "llama", **LLAMA, "max_position_embeddings": 4096, "rope_scaling": None},
     "longchat-7b": {"model_type": "llama", **LLAMA, "rope_scaling": {"type": "linear", "factor": 8.0}},
@@ -162,6 +170,26 @@ RELEASES: dict[str, dict[str, Any]] = {
         **{"model_type": "stablelm", **PLAIN, "hidden_act": "silu", "hidden_dropout": 0.0, "layer_norm_eps": 1e-5},
         **{"max_position_embeddings": 4096, "partial_rotary_factor": 0.25, "qk_layernorm": False, "rope_theta": 10000},
         **{"num_key_value_heads": 2, "use_parallel_residual": False, "use_qkv_bias": True, "num_attention_heads": 2},
+    },
+    "gpt-oss-20b": {
+        **{"model_type": "gpt_oss", **GROUPED, "attention_bias": True, "attention_dropout": 0.0, "hidden_act": "silu"},
+        **{"experts_per_token": 4, "num_experts_per_tok": 4, "num_local_experts": 8, "head_dim": 16},
+        **{"initial_context_length": 4096, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+        **{"layer_types": ["sliding_attention", "full_attention"] * 2, "output_router_logits": False},
+        **{"rope_scaling": {**DEEP_YARN, "factor": 32.0, "truncate": False, "rope_type": "yarn"}, "rope_theta": 150000},
+        **{"router_aux_loss_coef": 0.9, "sliding_window": 9, "swiglu_limit": 7.0, "tie_word_embeddings": False},
+    },
+    "DeepSeek-V2-Lite": {
+        **{"model_type": "deepseek_v2", **DEEPSEEK, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        **{"n_shared_experts": 2, "norm_topk_prob": False, "q_lora_rank": None, "routed_scaling_factor": 1.0},
+        **{"rope_scaling": {**DEEP_YARN, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707, "type": "yarn"}},
+        **{"scoring_func": "softmax", "topk_method": "greedy", "aux_loss_alpha": 0.001, "seq_aux": True},
+    },
+    "DeepSeek-V3": {
+        **{"model_type": "deepseek_v3", **DEEPSEEK, "first_k_dense_replace": 3, "n_group": 4, "topk_group": 2},
+        **{"n_shared_experts": 1, "norm_topk_prob": True, "q_lora_rank": 24, "routed_scaling_factor": 2.5},
+        **{"rope_scaling": {**DEEP_YARN, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn"}},
+        **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "ep_size": 1, "num_nextn_predict_layers": 1},
     },
     "c4ai-command-r-v01": {
         **{"model_type": "cohere", **PLAIN, "hidden_act": "silu", "layer_norm_eps": 1e-5, "logit_scale": 0.0625},
