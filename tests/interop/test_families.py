@@ -118,7 +118,10 @@ def test_a_config_json_says_the_same(name: str, changes: dict[str, Any]):
     assert lm_config(json.loads(config.to_json_string(use_diff=False))) == lm_config(config)
 
 
-RELEASED = {"Lfm2MoeForCausalLM": {"layer_types": ["conv", "conv", *["full_attention", "conv", "conv"] * 10]}}
+RELEASED: dict[str, dict[str, Any]] = {
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "conv", *["full_attention", "conv", "conv"] * 10]},
+}
 """What the defaults of a configuration leave out, though their model needs it."""
 
 
