@@ -46,6 +46,7 @@ class Attention(CachedAttention):
     """
 
     Config = AttentionConfig
+    sinks: nn.Parameter | None
 
     @from_options
     def __init__(self, config: AttentionConfig):

@@ -122,7 +122,7 @@ def attention(
     found = OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start, cap, sums))
     if sinks is None or isinstance(found, AttentionInputs):
         return found
-    found = with_sinks(*found, sinks)
+    found = _with_sinks(found, sinks)
     return found if return_lse else found[0]
 
 
@@ -136,8 +136,9 @@ def _check_bounds(window: int | None, causal: bool, logit_cap: float | None) -> 
         raise ValueError(f"{NAME}: logit_cap is {logit_cap!r}, expected a positive number or None")
 
 
-def with_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+def _with_sinks(found: tuple[Tensor, Tensor], sinks: Tensor) -> tuple[Tensor, Tensor]:
     """o and lse with one more score of each head, ``[H]``, and a value of zeros."""
+    o, lse = found
     sinks = sinks.to(lse.dtype)
     apart = lse - sinks
     return (o * apart.sigmoid().unsqueeze(-1)).to(o.dtype), sinks - F.logsigmoid(-apart)
