@@ -7,9 +7,11 @@ The loop is ``experiments/training/loop.py``. SIGTERM makes it write a checkpoin
 from __future__ import annotations
 
 from experiments.util.interrupts import INTERRUPTS
+from experiments.util.temporary import name_temporary_folder
 
 if __name__ == "__main__":  # Before torch is imported, which takes seconds.
     INTERRUPTS.obey()
+    name_temporary_folder()
 
 import argparse
 import sys

@@ -70,9 +70,9 @@ class StackConfig:
             ``norm(x) + f(norm(x))`` (MiniMax-01); ``"sum"``, ``norm(x + f(x))`` (Vaswani et al. 2017).
         norm_placements: another by the name of a mixer, which holds for the whole layer, or of a channel mixer, as
             ``{"attention": "post"}``; the same for mixers side by side.
-        parallel: ``"one_norm"`` adds mixers and channel mixer to the same residual stream, ``x + mix(norm(x)) +
-            channel(norm(x))`` (GPT-J, Cohere); ``"two_norms"`` with a norm for each (GPT-NeoX); ``"none"`` has them one
-            after the other.
+        parallel: whether mixers and channel mixer are added to the same residual stream, ``x + mix(norm(x)) +
+            channel(norm(x))``: ``"one_norm"`` (GPT-J, Cohere), or ``"two_norms"`` with one for each (GPT-NeoX);
+            ``"none"`` has them one after the other.
         residual_streams: how many residual streams there are; several are read, mixed and written by weights that each
             mixer and channel mixer learns.
         stream_mixing: how: ``"hyper_connections"`` (Zhu et al. 2024), or ``"manifold"``, by matrices whose rows and

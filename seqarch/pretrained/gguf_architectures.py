@@ -137,6 +137,8 @@ def _falcon_h1(model: Model) -> Metadata:
 
 
 def _attention(model: Model, options: Mapping[str, Any]) -> Metadata:
+    if "rope_scaling" in options:
+        raise model.refuse("rope_parameters", "unscaled angles")
     return {
         "context_length": int(model.config.get("max_position_embeddings") or UNBOUNDED),
         "attention.head_count": options["num_heads"],
@@ -193,7 +195,7 @@ def _qwen3_next(model: Model) -> Metadata:
         "block_count": settings.num_hidden_layers,
         "feed_forward_length": settings.intermediate_size,
         "attention.layer_norm_rms_epsilon": float(settings.rms_norm_eps),
-        "rope.dimension_count": int(options["head_dim"] * settings.turning_fraction()),
+        "rope.dimension_count": int(options["head_dim"] * options["rotary_fraction"]),
         "expert_count": settings.num_experts,
         "expert_used_count": settings.num_experts_per_tok,
         "expert_feed_forward_length": settings.moe_intermediate_size,

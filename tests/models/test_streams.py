@@ -111,11 +111,11 @@ def test_the_laws_hold(kind: str, output: str, pattern: str, options: dict[str, 
         assert_close(model(x, None, [0, 5, 12])[0][:, 5:], model(x[:, 5:])[0], 1e-10)
         places = torch.tensor([7, 2])
         assert_close(model(x, places=places)[0], y[:, places], 1e-10)
-        assert {*model.explain_one_token()} == {"several residual streams have no instructions for one token"}
         with reference_backends(), FlopCounterMode(display=False) as counter:
             model(x)
         assert counter.get_total_flops() == model.flops(12, 1)
         single, (_, before) = model.float(), model.float()(x[:, :-1].float())
+        assert all(said.startswith("compiled") for said in single.explain_one_token())
         assert_close(single(x[:, -1:].float(), before)[0], y[:, -1:].float(), 1e-4)
     model.double()
     parameters = [p for p in model.parameters() if p.requires_grad]

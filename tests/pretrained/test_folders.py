@@ -228,7 +228,7 @@ def test_what_cannot_be_read_is_one_error_that_names_it(folder, spoil, message):
 
 
 def test_unknown_families_list_the_known_ones(folder):
-    _edit("config.json", lambda config: config.update(model_type="llama"))(folder)
+    _edit("config.json", lambda config: config.update(model_type="bloom"))(folder)
     with pytest.raises(CheckpointError, match=", ".join([*sorted([*FAMILIES, "seqarch"])])):
         LanguageModel.from_pretrained(folder)
 
