@@ -15,9 +15,10 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
+from seqarch.decoding.form import CAPACITY, has_capacity
 from seqarch.ops.native.view import Amount, Unserved
 
 LEAST = 2
@@ -37,23 +38,25 @@ class Captured:
 
     Attributes:
         graph: takes the input and the state's leaves, gives the output and the new state's leaves.
-        symbols: of the leaves that are whole numbers, by their place.
-        holds: whether the graph is right for such whole numbers, in the order of ``symbols``.
+        tensors: parameters, buffers and constants, by the names that the graph has for them.
+        symbols: of the numbers that may change (:func:`seqarch.decoding.form.numbers_of`), in their order.
+        holds: whether the graph is right for such numbers.
         structure: of the state.
     """
 
-    graph: fx.GraphModule
-    symbols: Mapping[int, sympy.Symbol]
+    graph: fx.Graph
+    tensors: Mapping[str, Tensor]
+    symbols: list[sympy.Symbol]
     holds: Callable[..., bool]
     structure: pytree.TreeSpec
 
     @property
     def inputs(self) -> list[fx.Node]:
-        return [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     def function(self, amounts: Sequence[Amount]) -> Callable[..., list[int]]:
         """These expressions of ``symbols`` as one function of them."""
-        return _function(list(self.symbols.values()), amounts)
+        return _function(self.symbols, amounts)
 
 
 def capture(layer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state: Any) -> Captured:
@@ -65,18 +68,9 @@ def capture(layer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state
     leaves, structure = pytree.tree_flatten(state)
     shapes = ShapeEnv()
     fake = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
-    symbols, inputs = dict[int, sympy.Symbol](), []
-    for i, leaf in enumerate(leaves):
-        if type(leaf) is int:
-            if leaf < LEAST:
-                raise Unserved(f"a whole number of the state is below {LEAST}")
-            source = ConstantSource(f"leaf_{i}")
-            symbol = shapes.create_symbol(leaf, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-            assert isinstance(symbol, sympy.Symbol)
-            inputs.append(shapes.create_symintnode(symbol, hint=leaf, source=source))
-            symbols[i] = symbol
-        else:
-            inputs.append(_like(fake, leaf) if isinstance(leaf, Tensor) else leaf)
+    inputs = [_input(fake, shapes, i, leaf, leaves) for i, leaf in enumerate(leaves)]
+    changing = [each if isinstance(each, torch.SymInt) else _room(each) for each in inputs]
+    symbols = [each.node.expr for each in changing if each is not None]
 
     def step(x: Tensor, *leaves: Any) -> tuple[Tensor, list[Any]]:
         y, after = layer(x, pytree.tree_unflatten(list(leaves), structure))
@@ -89,7 +83,34 @@ def capture(layer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state
         reason = (str(error).strip().splitlines() or ["it says nothing"])[0]
         raise Unserved(f"its step cannot be captured: {type(error).__name__}: {reason}") from error
     graph.graph.eliminate_dead_code(_is_wanted)
-    return Captured(graph, symbols, _holds(shapes, list(symbols.values())), structure)
+    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    tensors = {name: getattr(graph, name) for name in names}
+    return Captured(graph.graph, tensors, symbols, _holds(shapes, symbols), structure)
+
+
+def _input(fake: FakeTensorMode, shapes: ShapeEnv, number: int, leaf: Any, leaves: Sequence[Any]) -> Any:
+    """A leaf without its values, with symbols for what may change."""
+    source = ConstantSource(f"leaf_{number}")
+    if type(leaf) is int:
+        if leaf < LEAST:
+            raise Unserved(f"a whole number of the state is below {LEAST}")
+        symbol = shapes.create_symbol(leaf, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        return shapes.create_symintnode(symbol, hint=leaf, source=source)
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if not has_capacity(leaf, leaves):
+        return _like(fake, leaf)
+    sizes = [DimDynamic.DYNAMIC if d == CAPACITY else DimDynamic.STATIC for d in range(leaf.ndim)]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return fake.from_tensor(leaf.detach(), source=source, symbolic_context=context)
+
+
+def _room(value: Any) -> torch.SymInt | None:
+    """The capacity of a cache, as a symbol."""
+    if not isinstance(value, Tensor) or value.ndim <= CAPACITY:
+        return None
+    size = value.shape[CAPACITY]
+    return size if isinstance(size, torch.SymInt) else None
 
 
 @contextmanager

@@ -109,8 +109,15 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Changing:
+    """A whole number that follows from sizes of the state: torch sees what it is at this token."""
+
+    amount: Amount
+
+
+@dataclass(frozen=True)
 class Call:
-    """A node that torch runs after ``after`` instructions of the tape; its arguments may be ``Called`` and ``Seen``."""
+    """A node that torch runs after ``after`` instructions of the tape; its arguments may be the three above."""
 
     after: int
     node: fx.Node
@@ -143,8 +150,8 @@ class Lowering:
     """Writes one layer's step into a tape."""
 
     def __init__(self, tape: Tape, captured: Captured):
-        self.tape, self.graph = tape, captured.graph
-        self.nodes = list(captured.graph.graph.nodes)
+        self.tape, self.tensors = tape, captured.tensors
+        self.nodes = list(captured.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.values: dict[fx.Node, Any] = {}
         self.tables: dict[fx.Node, View] = {}
@@ -167,7 +174,7 @@ class Lowering:
 
     def tensor_of(self, node: fx.Node) -> Tensor:
         """A parameter, a buffer or a constant."""
-        return getattr(self.graph, node.target)  # type: ignore[arg-type]
+        return self.tensors[node.target]  # type: ignore[index]
 
     def lower(self, x: View, state: Sequence[View | None]) -> Lowered:
         """Write the instructions of all nodes.
@@ -220,6 +227,8 @@ class Lowering:
         return [node for node in self.nodes if node in wanted and node.op in ("call_function", "get_attr")]
 
     def _call(self, node: fx.Node) -> None:
+        if isinstance(node.meta.get("val"), torch.SymInt | int):
+            return  # its users know it as an amount
         given = self.values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
         if node.target is operator.getitem and not isinstance(given, Called):
             self.values[node] = given[node.args[1]]  # type: ignore[index]
@@ -239,6 +248,9 @@ class Lowering:
 
         def operand(each: fx.Node) -> Any:
             value = self.values.get(each) if each in self.main else None
+            if each in self.main and isinstance(each.meta["val"], torch.SymInt):
+                size = amount(each)
+                return size if isinstance(size, int) else Changing(size)
             return Seen(value, each.meta["val"].dtype) if isinstance(value, View) else Called(each)
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), operand)

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from seqarch.decoding import elementwise, operations, reductions, shapes  # noqa: F401  (fill RULES)
-from seqarch.decoding.lowering import Call, Called, Lowered, Lowering, Seen, is_wide
+from seqarch.decoding.form import form_of, is_plain, numbers_of
+from seqarch.decoding.lowering import Call, Called, Changing, Lowered, Lowering, Seen, is_wide, shape_of
 from seqarch.decoding.watch import Watch
 from seqarch.ops.native import huge_pages
 from seqarch.ops.native.tape import Tape, Workspace
@@ -48,7 +49,7 @@ class Part:
 
     def fits(self, leaves: Leaves) -> bool:
         """Whether a state has the form, and whole numbers, that the layer was captured with."""
-        numbers = _numbers(leaves)
+        numbers = numbers_of(leaves)
         if form_of(leaves) != self.form or not self.captured.holds(*numbers):
             return False
         return not any(map(operator.gt, self.amounts(*numbers), self.limits))
@@ -85,8 +86,8 @@ class Program:
         for captured, state in zip(steps, states, strict=True):
             tape.scope, tape.used = len(self.parts), kept  # values of all layers lie in the same place
             leaves, views = pytree.tree_leaves(state), []
-            for leaf in leaves:
-                views.append(_state_view(leaf, count) if isinstance(leaf, Tensor) else None)
+            for leaf, node in zip(leaves, captured.inputs[1:], strict=True):
+                views.append(_state_view(leaf, node, count) if isinstance(leaf, Tensor) else None)
                 count += isinstance(leaf, Tensor)
             tape.limit = _limit(captured, leaves)
             lowered = Lowering(tape, captured).lower(here, views)
@@ -111,7 +112,7 @@ class Program:
         The states :meth:`fit <fits>`, and the modules are :meth:`held <Watch.hold>`.
         """
         leaves = [pytree.tree_leaves(state) for state in states]
-        numbers = list(map(_numbers, leaves))
+        numbers = list(map(numbers_of, leaves))
         amounts: dict[tuple[int, Amount], int] = {}
         for part, own in zip(self.parts, numbers, strict=True):
             amounts |= zip(part.changing, part.amounts(*own), strict=True)
@@ -188,6 +189,8 @@ class Run:
         def operand(value: Any) -> Any:
             if isinstance(value, Called):
                 return values[value.node]
+            if isinstance(value, Changing):
+                return self.amounts[scope, value.amount]
             return self.tensor(value.view, scope).to(value.dtype) if isinstance(value, Seen) else value
 
         args, kwargs = pytree.tree_map(operand, (call.args, call.kwargs))
@@ -212,7 +215,7 @@ class Run:
 
 def _limit(captured: Captured, leaves: Leaves) -> Callable[[Amount], int]:
     """Room for values whose size changes: for twice the tokens so far, and some."""
-    numbers = [2 * leaf + ROOM for leaf in leaves if type(leaf) is int]
+    numbers = [2 * number + ROOM for number in numbers_of(leaves)]
     return lambda amount: captured.function([amount])(*numbers)[0]
 
 
@@ -232,6 +235,7 @@ def _of_calls(calls: Sequence[Call]) -> list[Amount]:
     operands = [each for call in calls for each in pytree.tree_leaves((call.args, call.kwargs))]
     views = [each.view for each in operands if isinstance(each, Seen)]
     amounts = [amount for view in views for amount in (view.offset, *view.sizes, *view.strides)]
+    amounts += [each.amount for each in operands if isinstance(each, Changing)]
     return [amount for amount in amounts if not isinstance(amount, int)]
 
 
@@ -242,34 +246,18 @@ def _before(captured: Captured, lowered: Lowered) -> tuple[fx.GraphModule, list[
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[node] for node in nodes])
-    module = fx.GraphModule(captured.graph, graph)
+    module = fx.GraphModule(dict(captured.tensors), graph)
     read = {each for node in nodes for each in node.all_input_nodes if each.op == "placeholder"}
     tensors = any(isinstance(node.meta.get("val"), Tensor) for node in read)
     alone = not tensors and all(node.op != "get_attr" for node in nodes)
     return module, nodes, module.code if alone else None
 
 
-def form_of(leaves: Leaves) -> tuple[Hashable, ...]:
-    """What a program is written for: shapes and dtypes of tensors on the CPU without gaps, and where numbers stand."""
-    return tuple(
-        (leaf.shape, leaf.dtype, _is_plain(leaf)) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its numbers lie side by side in this process's memory, and nobody wants their gradients."""
-    return tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
-
-
-def _numbers(leaves: Leaves) -> list[int]:
-    return [leaf for leaf in leaves if type(leaf) is int]
-
-
-def _state_view(leaf: Tensor, number: int) -> View:
-    if not _is_plain(leaf) or leaf.dtype not in STATES:
+def _state_view(leaf: Tensor, node: fx.Node, number: int) -> View:
+    if not is_plain(leaf) or leaf.dtype not in STATES:
         raise Unserved(f"a tensor of the state is {leaf.dtype} on {leaf.device}, has gaps, or wants gradients")
-    wide = leaf.dtype == torch.float64
-    return View(Buffer("state", number), 0, tuple(leaf.shape), side_by_side(leaf.shape), wide)
+    sizes = shape_of(node)
+    return View(Buffer("state", number), 0, sizes, side_by_side(sizes), leaf.dtype == torch.float64)
 
 
 STATES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)

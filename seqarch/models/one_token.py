@@ -7,8 +7,8 @@ has no instructions goes on in torch. ``Stack.explain_one_token`` says what that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
+from seqarch.decoding.alike import are_alike, rebound
+from seqarch.decoding.form import form_of, numbers_of
 from seqarch.decoding.program import Program
 from seqarch.decoding.watch import Watch
 from seqarch.layers.mixer import clone_state
@@ -120,7 +122,7 @@ class OneToken:
         together = any(layer.exchanges for layer in known.layers)
         units = [known.layers] if together else [[layer] for layer in known.layers]
         states = _split([([unit], "") for unit in units], state)
-        steps = [_captured(self.in_turn, unit, x, *own) for unit, own in zip(units, states, strict=True)]
+        steps = _captured_in_turn(self.in_turn, units, x, [own for (own,) in states])
         pieces: list[Piece] = []
         begin = 0
         for _, group in groupby(steps, key=lambda step: isinstance(step, str)):
@@ -186,6 +188,33 @@ def _split(pieces: Sequence[Piece], state: StackState) -> list[list[StackState]]
 def _fit(pieces: Sequence[Piece], x: Tensor, state: StackState) -> bool:
     states = zip(pieces, _split(pieces, state), strict=True)
     return all(program.fits(x, own) for (_, program), own in states if isinstance(program, Program))
+
+
+def _captured_in_turn(in_turn: InTurn, units: Sequence[Unit], x: Tensor, states: Sequence[Any]) -> list[Any]:
+    """What each unit does; of those that are alike, what one of them does with the others' parameters."""
+    steps: list[Captured | str] = []
+    seen: list[tuple[Hashable, Unit, Captured]] = []
+    for unit, state in zip(units, states, strict=True):
+        leaves = pytree.tree_leaves(state)
+        form = (form_of(leaves), *numbers_of(leaves))
+        for known, twin, step in seen:
+            if known == form and are_alike(twin, unit) and _unhooked(unit) is None:
+                steps.append(replace(step, tensors=rebound(step.tensors, twin, unit)))
+                break
+        else:
+            steps.append(_captured(in_turn, unit, x, state))
+            if not isinstance(steps[-1], str):
+                seen.append((form, unit, steps[-1]))
+    return steps
+
+
+def _unhooked(unit: Unit) -> str | None:
+    """Why a unit's modules are not to be captured, as hooks are not to see that; ``None`` where they are."""
+    try:
+        Watch(chain.from_iterable(layer.modules() for layer in unit))
+    except Unserved as reason:
+        return str(reason)
+    return None
 
 
 def _captured(in_turn: InTurn, unit: Unit, x: Tensor, state: Any) -> Captured | str:

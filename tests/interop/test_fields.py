@@ -9,7 +9,7 @@ import torch
 
 from seqarch.interop import FAMILIES, lm_config, weight_map
 from seqarch.testing import assert_close
-from tests.support.families import EXAMPLES, VARIANTS
+from tests.support.families import VARIANTS
 from tests.support.fields import Edit, Models, edits
 
 BOUND = 1e-5
@@ -54,8 +54,11 @@ def difference(models: Models, edit: Edit) -> str | None:
     return None
 
 
-SURROUNDED = [pytest.param(name, False, marks=() if name in EXAMPLES else (pytest.mark.slow,)) for name in VARIANTS]
-ALONE = [pytest.param(name, True, id=f"{name}-alone") for name in VARIANTS if name not in EXAMPLES]
+QUICK = ("Mamba2ForCausalLM", "MixtralForCausalLM", "RecurrentGemmaForCausalLM")
+"""Classes whose every field is varied by default, those of other families among them; of the others when slow."""
+
+SURROUNDED = [pytest.param(name, False, marks=() if name in QUICK else (pytest.mark.slow,)) for name in VARIANTS]
+ALONE = [pytest.param(name, True, id=f"{name}-alone") for name in ("LlamaForCausalLM", "BambaForCausalLM")]
 
 
 @pytest.mark.filterwarnings("ignore:.*rope_scaling. is deprecated")
