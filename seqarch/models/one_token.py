@@ -89,7 +89,10 @@ class OneToken:
             known = self.known[len(x)] = Known(layers)
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
-        state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
+        return self._through(known, x, pytree.tree_map_only(Tensor, Tensor.contiguous, state))
+
+    def _through(self, known: Known, x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
+        layers = known.layers
         for pieces in list(known.variants):
             programs = [program for _, program in pieces if isinstance(program, Program)]
             memory = [program.watch.hold() for program in programs]  # kept until the end of the run
