@@ -24,6 +24,7 @@ using namespace seqarch;
 constexpr int64_t kSmallWork = 1 << 18;  // weights fewer than starting the threads is worth
 constexpr int64_t kBlock = 256;          // numbers of a pointwise instruction at a time, in the first cache
 constexpr int64_t kMostRegisters = 32;
+constexpr int64_t kWidest = 1024;  // values of a head in attention
 constexpr int64_t kLine = 16;            // numbers of a line of the cache, which is one thread's
 
 struct Member {
@@ -382,7 +383,7 @@ void recurrence(const Instruction& in) {
 // Softmax attention of one query a head. Views o [B, H], q [B, H], k [B, G, N], v [B, G, N]; sizes B, H, N, K, V, G. The
 // numbers of keys and values lie side by side. Heads that share keys read them together, up to kTogether at a time.
 void attend(const Instruction& in) {
-    constexpr int64_t kKeys = 64, kWidest = 1024, kTogether = 4;
+    constexpr int64_t kKeys = 64, kTogether = 4;
     const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), sharing = H / in.size(5);
     const int64_t parts = (sharing + kTogether - 1) / kTogether;
     const float scale = static_cast<float>(in.i.factor);
@@ -431,6 +432,22 @@ void attend(const Instruction& in) {
     }
 }
 
+// Whether an instruction's sizes can be counted, and what it keeps in arrays fits them.
+bool valid(const seqarch_tape_instruction& i) {
+    if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ATTEND || i.views < 0 || i.steps < 0) return false;
+    if (!countable({i.sizes[0], i.sizes[1], i.sizes[2], i.sizes[3], i.sizes[4], i.sizes[5]})) return false;
+    switch (i.kind) {
+        case SEQARCH_ELEMENTWISE:
+            return i.outputs > 0 && i.inputs >= 0 && i.count >= 0 && i.outputs + i.inputs < 32 &&
+                   i.inputs + i.count <= kMostRegisters;
+        case SEQARCH_STEP_CONVOLUTION: return i.sizes[2] > 1;
+        case SEQARCH_STEP_LINEAR_ATTENTION:
+        case SEQARCH_STEP_DELTA_RULE: return i.sizes[5] > 0 && i.sizes[2] % i.sizes[5] == 0;
+        case SEQARCH_ATTEND: return i.sizes[5] > 0 && i.sizes[1] % i.sizes[5] == 0 && i.sizes[4] <= kWidest;
+        default: return true;
+    }
+}
+
 int32_t run(const Instruction& in) {
     switch (in.i.kind) {
         case SEQARCH_MAP: in.i.flags == SEQARCH_BFLOAT16 ? map<bfloat16>(in) : map<float>(in); return SEQARCH_OK;
@@ -454,6 +471,7 @@ int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int
         const seqarch_patch& patch = tape->patches[p];
         *static_cast<int64_t*>(patch.field) = patch.base + patch.factor * registers[patch.number];
     }
+    if (!std::all_of(tape->instructions, tape->instructions + tape->count, valid)) return SEQARCH_BAD_ARGUMENT;
     double weights = 0;
     for (int64_t i = 0; i < tape->count; ++i)
         if (tape->instructions[i].kind == SEQARCH_MAP)

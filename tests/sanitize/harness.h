@@ -192,4 +192,4 @@ void rms_norm(Random& random);
 void rotary(Random& random);
 void selective_scan(Random& random);
 void swiglu(Random& random);
-void token(Random& random);
+void tape(Random& random);

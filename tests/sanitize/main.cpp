@@ -15,7 +15,7 @@ int main(int count, char** arguments) {
         rotary(random);
         selective_scan(random);
         swiglu(random);
-        token(random);
+        tape(random);
     }
     std::printf("%d rounds: no error\n", rounds);
 }

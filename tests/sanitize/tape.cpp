@@ -1,0 +1,129 @@
+#include "harness.h"
+
+namespace {
+
+// A view of numbers without gaps: the strides of up to five sizes.
+seqarch_view view(const Numbers& numbers, std::initializer_list<int64_t> sizes) {
+    seqarch_view found{numbers.data(), {0, 0, 0, 0, 0}};
+    int64_t step = 1;
+    for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
+        found.strides[d] = step;
+        step *= sizes.begin()[d];
+    }
+    return found;
+}
+
+seqarch_tape_instruction instruction(int32_t kind, std::initializer_list<int64_t> sizes, int32_t flags = 0) {
+    seqarch_tape_instruction found{kind, flags, 0, 0, 0, 0, 0, 0, 0.5, {1, 1, 1, 1, 1, 1}};
+    std::copy(sizes.begin(), sizes.end(), found.sizes);
+    return found;
+}
+
+int32_t run(const seqarch_tape_instruction& one, const std::vector<seqarch_view>& views,
+            const std::vector<seqarch_step>& steps, int32_t threads) {
+    const seqarch_tape tape{&one, views.data(), steps.data(), nullptr, 1, 0};
+    return seqarch_run_tape(&tape, nullptr, threads);
+}
+
+// Each size of an instruction in turn as none that there is; then the instruction itself.
+void check(const seqarch_tape_instruction& one, const std::vector<seqarch_view>& views, int32_t threads,
+           const std::vector<seqarch_step>& steps = {}) {
+    for (int64_t d = 0; d < 6; ++d)
+        for (int64_t wrong : {int64_t{-1}, int64_t{1} << 60}) {
+            seqarch_tape_instruction changed = one;
+            changed.sizes[d] = wrong;
+            const bool nothing = wrong > 0 && std::any_of(one.sizes, one.sizes + 6, [](int64_t n) { return n == 0; });
+            require(nothing || run(changed, views, steps, threads) != SEQARCH_OK, "run_tape took a wrong size");
+        }
+    require(run(one, views, steps, threads) == SEQARCH_OK, "run_tape refused");
+}
+
+}  // namespace
+
+// Each kind of instruction on memory of exactly its size.
+void tape(Random& random) {
+    const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3}));
+    const int64_t rows = random.pick({1, 2, 5, 8}), width = random.pick({1, 7, 16, 33, 64});
+    const int64_t channels = random.pick({1, 5, 16, 40, 300}), taps = random.pick({2, 4, 8}), states = random.pick({1, 7, 16});
+    const int64_t groups = random.pick({1, 2, 3}), sharing = random.pick({1, 2, 5}), heads = groups * sharing;
+    const int64_t keys = random.pick({1, 8, 33}), values = random.pick({1, 8, 70}), tokens = random.pick({1, 5, 64, 130});
+    const auto numbers = [&](int64_t count) { return Numbers(SEQARCH_FLOAT32, count, random); };
+    const auto empty = [](int64_t count) { return Numbers(SEQARCH_FLOAT32, count); };
+    const Numbers x = numbers(rows * width), weight = numbers(channels * width), bias = numbers(channels);
+    const seqarch_view none{nullptr, {0, 0, 0, 0, 0}};
+    const seqarch_view added = random.coin() ? view(bias, {}) : none;
+
+    const Numbers mapped = empty(rows * channels);
+    check(instruction(SEQARCH_MAP, {rows, width, channels}, SEQARCH_FLOAT32),
+          {view(mapped, {rows, channels}), view(x, {rows, width}), view(weight, {}), added}, threads);
+    all_written(mapped, "run_tape map");
+
+    const Numbers y = empty(rows * channels), wide(SEQARCH_FLOAT64, rows * channels);
+    const std::vector<seqarch_step> steps = {{SEQARCH_SILU_OF, 0, -1, -1, 0, 0}, {SEQARCH_MULTIPLY, 1, 0, -1, 0, 0},
+                                             {SEQARCH_COPY, 2, -1, -1, 0, 0}, {SEQARCH_COPY, 1, -1, -1, 0, 0}};
+    seqarch_tape_instruction gate = instruction(SEQARCH_ELEMENTWISE, {1, 1, 1, rows, channels}, random.coin() ? 2 : 0);
+    gate.outputs = 1 + (gate.flags != 0), gate.inputs = 1, gate.count = 2;
+    const seqarch_view from = view(mapped, {1, 1, 1, rows, channels}), to = view(y, {1, 1, 1, rows, channels});
+    const seqarch_view to_wide = view(wide, {1, 1, 1, rows, channels});
+    check(gate, gate.flags ? std::vector<seqarch_view>{to, to_wide, from} : std::vector<seqarch_view>{to, from}, threads,
+          steps);
+    all_written(y, "run_tape elementwise");
+    gate.count = 40;
+    require(run(gate, {to, from}, steps, threads) != SEQARCH_OK, "run_tape took too many steps");
+
+    const Numbers sums = empty(rows);
+    check(instruction(SEQARCH_REDUCE, {1, 1, rows, 1, channels}, static_cast<int32_t>(random.pick({0, 1, 2}))),
+          {view(sums, {1, 1, rows}), view(mapped, {1, 1, rows, 1, channels})}, threads);
+    all_written(sums, "run_tape reduce");
+
+    const Numbers product = empty(rows * channels), right = numbers(width * channels);
+    check(instruction(SEQARCH_PRODUCT, {1, 1, rows, channels, width}),
+          {view(product, {1, 1, rows, channels}), view(x, {1, 1, rows, width}), view(right, {1, 1, width, channels})},
+          threads);
+    all_written(product, "run_tape product");
+
+    const Numbers convolved = empty(rows * channels), conv = numbers(channels * taps);
+    const Numbers inputs = numbers(rows * (taps - 1) * channels);
+    check(instruction(SEQARCH_STEP_CONVOLUTION, {rows, channels, taps}, random.coin()),
+          {view(convolved, {rows, channels}), view(mapped, {rows, channels}), view(conv, {}), added,
+           view(inputs, {rows, (taps - 1) * channels})},
+          threads);
+    all_written(convolved, "run_tape convolution");
+
+    const Numbers scanned = empty(rows * channels), B = numbers(rows * states), C = numbers(rows * states);
+    const Numbers memory = numbers(rows * channels * states);
+    Numbers A = numbers(channels * states);
+    make_log_decays(A, random);
+    check(instruction(SEQARCH_STEP_SCAN, {rows, channels, states}, static_cast<int32_t>(random.pick({1, 3}))),
+          {view(scanned, {rows, channels}), view(y, {rows, channels}), view(mapped, {rows, channels}), view(A, {}),
+           view(B, {rows, states}), view(C, {rows, states}), added, random.coin() ? view(convolved, {rows, channels}) : none,
+           none, view(memory, {rows, channels * states})},
+          threads);
+    all_written(scanned, "run_tape scan");
+
+    const int64_t T = random.pick({1, 2});
+    const Numbers o = empty(rows * T * heads * values), q = numbers(rows * T * groups * keys), k = numbers(rows * T * groups * keys);
+    const Numbers v = numbers(rows * T * heads * values), beta = numbers(rows * T * heads);
+    const Numbers state = numbers(rows * heads * keys * values);
+    Numbers decay = numbers(rows * T * heads * keys);
+    make_log_decays(decay, random);
+    const int32_t kind = static_cast<int32_t>(random.pick({0, 1, 2}));
+    const seqarch_view decays = kind == 2 ? view(decay, {rows, T, heads, keys}) : kind ? view(decay, {rows, T, heads}) : none;
+    const auto shared = [&](const Numbers& each) { return view(each, {rows, T, groups, keys}); };
+    const seqarch_view out = view(o, {rows, T, heads, values}), read = random.coin() ? shared(q) : none;
+    const std::initializer_list<int64_t> sizes = {rows, T, heads, keys, values, groups};
+    const seqarch_view held = view(state, {rows, heads * keys * values}), in = view(v, {rows, T, heads, values});
+    check(instruction(SEQARCH_STEP_LINEAR_ATTENTION, sizes, kind), {out, shared(q), shared(k), in, decays, held}, threads);
+    all_written(o, "run_tape linear_attention");
+    check(instruction(SEQARCH_STEP_DELTA_RULE, sizes, kind),
+          {out, shared(q), shared(k), in, decays, held, view(beta, {rows, T, heads}), read, random.coin() ? read : none},
+          threads);
+
+    const Numbers answer = empty(rows * heads * values), query = numbers(rows * heads * keys);
+    const Numbers cached = numbers(rows * groups * tokens * keys), written = numbers(rows * groups * tokens * values);
+    check(instruction(SEQARCH_ATTEND, {rows, heads, tokens, keys, values, groups}),
+          {view(answer, {rows, heads, values}), view(query, {rows, heads, keys}), view(cached, {rows, groups, tokens, keys}),
+           view(written, {rows, groups, tokens, values})},
+          threads);
+    all_written(answer, "run_tape attend");
+}
