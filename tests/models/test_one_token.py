@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from seqarch import ops
+from seqarch.decoding.alike import are_alike
 from seqarch.decoding.program import Program
 from seqarch.layers import MIXERS, clone_state
 from seqarch.layers.state_space.mamba import Mamba
@@ -208,6 +209,18 @@ def test_what_changes_in_a_layer_changes_its_program(runs: Runs):
     compare(stack, 1, runs)
     stack.layers[1].norm.eps = 0.5  # type: ignore[union-attr]
     compare(stack, 1, runs)
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_layers_that_are_alike_are_captured_once(name: str):
+    """After they have run, too, whatever they keep from call to call."""
+    stack = make(name, width=64)
+    with torch.no_grad():
+        stack(torch.randn(1, 3, 64))
+    first, second = stack.layers
+    assert are_alike([first], [second])
+    second.norm.eps = 0.5  # type: ignore[union-attr]
+    assert not are_alike([first], [second])
 
 
 @torch.no_grad()

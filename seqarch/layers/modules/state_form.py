@@ -28,6 +28,11 @@ class StateForm:
             elif hasattr(high, "_fields"):
                 self.parts[name] = StateForm(low, high)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StateForm) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def check(self, mixer: str, path: str, state: Any, rows: int) -> None:
         """Raise unless the state looks so and has so many rows; another named tuple may stand in for a part."""
         for name, bounds in self.sizes.items():
