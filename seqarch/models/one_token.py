@@ -89,7 +89,7 @@ class OneToken:
             known = self.known[len(x)] = Known(layers)
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
-        return self._through(known, x, pytree.tree_map_only(Tensor, Tensor.contiguous, state))
+        return self._through(known, x, _without_gaps(state))
 
     def _through(self, known: Known, x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         layers = known.layers
@@ -122,8 +122,7 @@ class OneToken:
         """The pieces for such a state; none where nothing of it is compiled."""
         # what layers keep from call to call, such as tables, is made of tensors with values
         self.in_turn(known.layers, x, clone_state(state), None)
-        together = any(layer.exchanges for layer in known.layers)
-        units = [known.layers] if together else [[layer] for layer in known.layers]
+        units = _units(known.layers)
         states = _split([([unit], "") for unit in units], state)
         steps = _captured_in_turn(self.in_turn, units, x, [own for (own,) in states])
         pieces: list[Piece] = []
@@ -160,25 +159,34 @@ class OneToken:
             and tape.unavailable() is None
         )
 
+    @torch.no_grad()
     def explain(self, layers: Unit) -> list[str]:
         """For each layer, whether one token of it is compiled and what of it is not, or why it is not at all."""
-        if any(layer.exchanges for layer in layers):
-            return [self._explain(layers)] * len(layers)
-        return [self._explain([layer]) for layer in layers]
-
-    @torch.no_grad()
-    def _explain(self, unit: Unit) -> str:
-        x = unit[0].example()
-        state: Any = tuple(tuple(m.init_state(1, 4 * EXPLAINED) for m in layer.mixers) for layer in unit)  # type: ignore[operator]
+        x = layers[0].example()
+        state: Any = tuple(tuple(m.init_state(1, 4 * EXPLAINED) for m in layer.mixers) for layer in layers)  # type: ignore[operator]
         for _ in range(EXPLAINED):
-            _, state = self.in_turn(unit, x, state, None)
-        state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
-        step = _captured(self.in_turn, unit, x, state)
-        program = step if isinstance(step, str) else _program([step], [unit], x, [state])
-        if isinstance(program, str):
-            return program
-        (reasons,) = program.explain()
-        return "; ".join(["compiled", *(f"torch: {each}" for each in dict.fromkeys(reasons))])
+            _, state = self.in_turn(layers, x, state, None)
+        units = _units(layers)
+        states = [own for (own,) in _split([([unit], "") for unit in units], _without_gaps(state))]
+        steps = _captured_in_turn(self.in_turn, units, x, states)
+        said = [_said(step, unit, x, own) for step, unit, own in zip(steps, units, states, strict=True)]
+        return said if len(said) == len(layers) else said * len(layers)
+
+
+def _units(layers: Unit) -> list[Unit]:
+    return [layers] if any(layer.exchanges for layer in layers) else [[layer] for layer in layers]
+
+
+def _without_gaps(state: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.contiguous, state)
+
+
+def _said(step: Captured | str, unit: Unit, x: Tensor, state: Any) -> str:
+    program = step if isinstance(step, str) else _program([step], [unit], x, [state])
+    if isinstance(program, str):
+        return program
+    (reasons,) = program.explain()
+    return "; ".join(["compiled", *(f"torch: {each}" for each in dict.fromkeys(reasons))])
 
 
 def _split(pieces: Sequence[Piece], state: StackState) -> list[list[StackState]]:
