@@ -47,13 +47,17 @@ for name, target in PLAIN.items():
     lowers(target)(_plain(name))
 
 
+USUAL: dict[Any, list[float]] = {aten.softplus.default: [1, 20], aten.elu.default: [1, 1, 1]}
+"""Options that a formula holds for."""
+
+
 def _formula(*targets: Any) -> Callable[[Callable[[Group, int], int]], Callable[[Group, int], int]]:
     """The rule of operators of one tensor, from what they make of its source."""
 
     def register(formula: Callable[[Group, int], int]) -> Callable[[Group, int], int]:
         @lowers(*targets)
         def rule(low: Lowering, node: fx.Node) -> None:
-            if any(each not in (1, 20, False, None) for each in node.args[1:]):
+            if list(node.args[1:]) != USUAL.get(node.target, [])[: len(node.args) - 1] or node.kwargs:
                 raise Unserved(f"{node.target} has options")
             low.elementwise(node, lambda group: formula(group, low.source(group, node.args[0])))
 
@@ -164,6 +168,8 @@ def _multiply(low: Lowering, node: fx.Node) -> None:
 @lowers(aten.div.Tensor, aten.div.Scalar)
 def _divide(low: Lowering, node: fx.Node) -> None:
     x, y = node.args
+    if not is_tensor(y) and number(y) == 0:
+        raise Unserved("a division by 0")
 
     def write(group: Group) -> int:
         if not is_tensor(y):
@@ -284,7 +290,13 @@ def _compare(low: Lowering, node: fx.Node) -> None:
 
 @lowers(aten._to_copy.default)
 def _convert(low: Lowering, node: fx.Node) -> None:
-    low.elementwise(node, lambda group: group.step("copy", low.source(group, node.args[0])))
+    def write(group: Group) -> int:
+        x = low.source(group, node.args[0])
+        if node.meta["val"].dtype == torch.bool:
+            return group.step("not", group.step("not", x))
+        return group.step("copy", x)
+
+    low.elementwise(node, write)
 
 
 @lowers(aten.glu.default)

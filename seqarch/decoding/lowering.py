@@ -300,9 +300,9 @@ class Lowering:
         self.close()
         return views
 
-    def elementwise(self, node: fx.Node, write: Callable[[Group], int], sizes: Sequence[Amount] | None = None) -> None:
+    def elementwise(self, node: fx.Node, write: Callable[[Group], int]) -> None:
         """``node`` is what ``write`` makes of the group that it is given, number by number."""
-        sizes = shape_of(node) if sizes is None else tuple(sizes)
+        sizes = shape_of(node)
         view = self.tape.value(sizes, is_wide(node))
         if 0 not in sizes:
             group = self._group(sizes, node)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from seqarch import ops
 from seqarch.decoding.alike import are_alike
+from seqarch.decoding.capture import capture
 from seqarch.decoding.program import Program
 from seqarch.layers import MIXERS, clone_state
 from seqarch.layers.state_space.mamba import Mamba
@@ -161,6 +163,24 @@ def test_a_mixer_of_ones_own_is_compiled(runs: Runs, monkeypatch: pytest.MonkeyP
     stack = make("own_mixer.mixers:LearntRetention", width=32)
     compare(stack, 2, runs)
     assert stack.explain_one_token() == ["compiled"] * 2
+
+
+class Odd(nn.Module):
+    """Operators with options, truths of numbers, and a division by 0, after a norm of its own."""
+
+    def forward(self, x: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
+        y = F.softplus(x, beta=20) + F.softplus(x) + F.elu(x, alpha=0.5) + F.elu(x)
+        return y + (x > 0).to(x.dtype) * x.relu().bool().to(x.dtype) + torch.nan_to_num(x / 0), (state[0] + y,)
+
+
+@torch.no_grad()
+def test_operators_with_options(runs: Runs):
+    layer, x, state = Odd(), torch.randn(2, 1, 16), (torch.zeros(2, 1, 16),)
+    program = Program([capture(layer, x, state)], layer.modules(), x, [state])
+    expected, (after,) = layer(x, state)
+    y, ((found,),) = program.run(x, [(state[0].clone(),)])
+    assert_close(y, expected, BOUND)
+    assert_close(found, after, BOUND)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
