@@ -1,9 +1,9 @@
 // One token through a list of instructions, of any layer whose step was captured. See seqarch.h.
 //
-// All threads take each instruction together, a part of its results each, and wait for one another after it. A result is
-// computed by one thread from the same numbers in the same order, so it does not depend on how many there are.
+// The calling thread goes through the instructions. Those with much to do are in pieces, which the other threads take as
+// they come (team.h). A result is computed by one thread from the same numbers in the same order, so it does not depend
+// on how many threads there are, nor on which of them took it.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -16,55 +16,80 @@
 #include "linear.h"
 #include "numbers.h"
 #include "seqarch.h"
+#include "team.h"
 
 namespace {
 
 using namespace seqarch;
 
-constexpr int64_t kSmallWork = 1 << 18;  // weights fewer than starting the threads is worth
+constexpr int64_t kSmallWork = 1 << 20;  // bytes of weights, fewer than starting the threads is worth
+constexpr int64_t kPiece = 1 << 16;      // bytes of weights in a piece, or products
+constexpr int64_t kRoom = 4096;          // results of a piece
+constexpr int64_t kFetched = 2048, kMostFetched = 3 << 17;  // bytes of weights, at a time and in all
+constexpr int64_t kTurns = 4096;         // of a thread that finds nothing to do, before others may have the processor
 constexpr int64_t kBlock = 256;          // numbers of a pointwise instruction at a time, in the first cache
 constexpr int64_t kMostRegisters = 32;
 constexpr int64_t kWidest = 1024;  // values of a head in attention
 constexpr int64_t kLine = 16;            // numbers of a line of the cache, which is one thread's
 
-struct Member {
-    int number, team;
-};
-
 struct Range {
     int64_t begin, end;
 };
 
-Range share(int64_t n, Member member, int64_t unit = 1) {
+Range share(int64_t n, Piece piece, int64_t unit = 1) {
     const int64_t units = (n + unit - 1) / unit;
-    const auto from = [&](int64_t number) { return std::min(n, units * number / member.team * unit); };
-    return {from(member.number), from(member.number + 1)};
+    const auto from = [&](int64_t number) { return std::min(n, units * number / piece.of * unit); };
+    return {from(piece.number), from(piece.number + 1)};
 }
 
+// A piece of an instruction.
 struct Instruction {
     const seqarch_tape_instruction& i;
     const seqarch_view* views;
     const seqarch_step* steps;
-    Member member;
+    Piece piece;
 
     float* data(int v) const { return static_cast<float*>(views[v].data); }
     int64_t stride(int v, int d) const { return views[v].strides[d]; }
     int64_t size(int d) const { return i.sizes[d]; }
 };
 
+int64_t weight_bytes(const seqarch_tape_instruction& map) {
+    return map.sizes[1] * map.sizes[2] * (map.flags == SEQARCH_BFLOAT16 ? 2 : 4);
+}
+
+// The results `own` of a map, at y for the first of them: of all rows y_row apart, of a row y_step.
 template <class T>
-void map(const Instruction& in) {
-    const int64_t rows = in.size(0), depth = in.size(1), width = in.size(2);
-    float *y = in.data(0), *x = in.data(1);
+void map_to(const Instruction& in, Range own, float* y, int64_t y_row, int64_t y_step) {
+    const int64_t rows = in.size(0), depth = in.size(1), x_row = in.stride(1, 0);
+    const float *x = in.data(1), *bias = in.data(3);
     const T* weight = static_cast<const T*>(in.views[2].data);
-    const float* bias = in.data(3);
-    const int64_t y_row = in.stride(0, 0), y_step = in.stride(0, 1), x_row = in.stride(1, 0);
-    const Range own = share(width, in.member, kLine);
     for (int64_t j = own.begin; j < own.end; ++j) {
         const float add = bias ? bias[j] : 0.0f;
         products_of_all(rows, depth, weight + j * depth, x, x_row,
-                        [&](int64_t r, float sum) { y[r * y_row + j * y_step] = sum + add; });
+                        [&](int64_t r, float sum) { y[r * y_row + (j - own.begin) * y_step] = sum + add; });
     }
+}
+
+void map_to(const Instruction& in, Range own, float* y, int64_t y_row, int64_t y_step) {
+    if (in.i.flags == SEQARCH_BFLOAT16)
+        map_to<bfloat16>(in, own, y, y_row, y_step);
+    else
+        map_to<float>(in, own, y, y_row, y_step);
+}
+
+Range outputs_of_map(const Instruction& in) { return share(in.size(2), in.piece, kLine); }
+
+void map(const Instruction& in) {
+    const Range own = outputs_of_map(in);
+    map_to(in, own, in.data(0) + own.begin * in.stride(0, 1), in.stride(0, 0), in.stride(0, 1));
+}
+
+// The results of a map that lie in `room`, row after row, to their place.
+void hand_over(const Instruction& in, const float* room) {
+    const Range own = outputs_of_map(in);
+    for (int64_t r = 0; r < in.size(0); ++r)
+        for (int64_t j = own.begin; j < own.end; ++j) in.data(0)[r * in.stride(0, 0) + j * in.stride(0, 1)] = *room++;
 }
 
 // to[k] = f(k) for n numbers.
@@ -156,7 +181,7 @@ void elementwise(const Instruction& in) {
     alignas(64) A memory[kMostRegisters][kBlock];
     const A* source[kMostRegisters];
     const auto is_wide = [&](int v) { return (in.i.flags >> v & 1) != 0; };
-    const Range own = share(outer * parts, in.member);
+    const Range own = share(outer * parts, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         int64_t place[5], rest = t / parts;
         for (int d = 3; d >= 0; --d) {
@@ -193,7 +218,7 @@ void elementwise(const Instruction& in) {
 // y [s0, s1, s2] from x [s0, s1, s2, s3, s4], over the last two.
 void reduce(const Instruction& in) {
     const int64_t outer = in.size(0) * in.size(1) * in.size(2), stride = in.stride(1, 4);
-    const Range own = share(outer, in.member);
+    const Range own = share(outer, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         const int64_t place[3] = {t / in.size(2) / in.size(1), t / in.size(2) % in.size(1), t % in.size(2)};
         const float* x = in.data(1) + offset(in, 1, place, 3);
@@ -228,7 +253,7 @@ void reduce(const Instruction& in) {
 // y [s0, s1, M, N] = a [s0, s1, M, K] b [s0, s1, K, N].
 void product_of(const Instruction& in) {
     const int64_t M = in.size(2), N = in.size(3), K = in.size(4), outer = in.size(0) * in.size(1) * M;
-    const Range own = share(outer * N, in.member, kLine);
+    const Range own = share(outer * N, in.piece, kLine);
     for (int64_t t = own.begin; t < own.end; ++t) {
         const int64_t row = t / N, n = t % N, m = row % M;
         const int64_t place[2] = {row / M / in.size(1), row / M % in.size(1)};
@@ -248,7 +273,7 @@ void product_of(const Instruction& in) {
 void convolve(const Instruction& in) {
     const int64_t channels = in.size(1), taps = in.size(2);
     const float *weight = in.data(2), *bias = in.data(3);
-    const Range own = share(channels, in.member, kLine);
+    const Range own = share(channels, in.piece, kLine);
     for (int64_t r = 0; r < in.size(0); ++r) {
         const float* __restrict x = in.data(1) + r * in.stride(1, 0);
         float* __restrict y = in.data(0) + r * in.stride(0, 0);
@@ -270,7 +295,7 @@ void convolve(const Instruction& in) {
 // Views y, x, dt, A, B, C, D, z, dt_bias, state; sizes B, D, N; flags: 1 softplus, 2 scale_input.
 int32_t scan(const Instruction& in) {
     const int64_t channels = in.size(1), states = in.size(2);
-    const Range own = share(channels, in.member, kLine);
+    const Range own = share(channels, in.piece, kLine);
     int32_t code = SEQARCH_OK;
     for (int64_t r = 0; r < in.size(0) && own.begin < own.end; ++r) {
         const auto rows = [&](int v, int64_t first) {
@@ -310,7 +335,7 @@ void recurrence(const Instruction& in) {
     const float scale = static_cast<float>(in.i.factor);
     constexpr int64_t kWidth = 64;  // values at a time
     const int64_t parts = (V + kWidth - 1) / kWidth;
-    const Range own = share(in.size(0) * H * parts, in.member);
+    const Range own = share(in.size(0) * H * parts, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         const int64_t b = t / parts / H, h = t / parts % H, first = t % parts * kWidth, n = std::min(kWidth, V - first);
         float* state = in.data(5) + b * in.stride(5, 0) + h * K * V + first;
@@ -380,16 +405,37 @@ void recurrence(const Instruction& in) {
     }
 }
 
+// to[x] += sum_j weight[j] rows[j stride + x] for n rows of V numbers. Sums stay in registers.
+void add_weighted(int64_t n, int64_t V, const float* weight, const float* rows, int64_t stride, float* to) {
+    constexpr int64_t L = kLanes<float>, kWide = 4;
+    int64_t x = 0;
+    for (; x + kWide * L <= V; x += kWide * L) {
+        Vector<float> sum[kWide];
+        for (int64_t i = 0; i < kWide; ++i) sum[i] = load_vector(to + x + i * L);
+        for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < kWide; ++i) sum[i] += weight[j] * load_vector(rows + j * stride + x + i * L);
+        for (int64_t i = 0; i < kWide; ++i) std::memcpy(to + x + i * L, &sum[i], sizeof sum[i]);
+    }
+    for (int64_t j = 0; j < n; ++j)
+        for (int64_t rest = x; rest < V; ++rest) to[rest] += weight[j] * rows[j * stride + rest];
+}
+
+void fetch(const float* row, int64_t numbers) {
+    for (int64_t k = 0; k < numbers; k += kLine) __builtin_prefetch(row + k);
+}
+
 // Softmax attention of one query a head. Views o [B, H], q [B, H], k [B, G, N], v [B, G, N]; sizes B, H, N, K, V, G. The
-// numbers of keys and values lie side by side. Heads that share keys read them together, up to kTogether at a time.
+// numbers of keys and values lie side by side, those of one token a whole row of a cache after those of the one before, so
+// that they are fetched early. Heads that share keys read them together, up to kTogether at a time.
 void attend(const Instruction& in) {
-    constexpr int64_t kKeys = 64, kTogether = 4;
+    constexpr int64_t kKeys = 64, kTogether = 4, kEarly = 16;
     const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), sharing = H / in.size(5);
-    const int64_t parts = (sharing + kTogether - 1) / kTogether;
+    const int64_t parts = (sharing + kTogether - 1) / kTogether, key_row = in.stride(2, 2), value_row = in.stride(3, 2);
     const float scale = static_cast<float>(in.i.factor);
     const auto head = [&](int v, int64_t b, int64_t h) { return in.data(v) + b * in.stride(v, 0) + h * in.stride(v, 1); };
     alignas(64) float sums[kTogether][kWidest], score[kKeys];
-    const Range own = share(in.size(0) * in.size(5) * parts, in.member);
+    const Range own = share(in.size(0) * in.size(5) * parts, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         const int64_t b = t / parts / in.size(5), g = t / parts % in.size(5), first_head = g * sharing + t % parts * kTogether;
         const int64_t heads = std::min(kTogether, (g + 1) * sharing - first_head);
@@ -404,25 +450,27 @@ void attend(const Instruction& in) {
             const int64_t n = std::min(kKeys, N - first);
             for (int64_t i = 0; i < heads; ++i) {
                 const float* q = head(1, b, first_head + i);
-                float* __restrict sum = sums[i];
                 float highest = most[i];
                 for (int64_t j = 0; j < n; ++j) {
-                    score[j] = scale * product(K, q, keys + (first + j) * in.stride(2, 2));
+                    if (i == 0) {
+                        if (first + j + kEarly < N) fetch(keys + (first + j + kEarly) * key_row, K);
+                        fetch(values + (first + j) * value_row, V);
+                    }
+                    score[j] = scale * product(K, q, keys + (first + j) * key_row);
                     highest = std::max(highest, score[j]);
                 }
                 if (first > 0 && highest > most[i]) {
                     const float keep = exponential(most[i] - highest);
                     total[i] *= keep;
-                    for (int64_t x = 0; x < V; ++x) sum[x] *= keep;
+                    for (int64_t x = 0; x < V; ++x) sums[i][x] *= keep;
                 }
                 most[i] = highest;
-                for (int64_t j = 0; j < n; ++j) {
-                    const float weight = exponential(score[j] - highest);
-                    const float* __restrict row = values + (first + j) * in.stride(3, 2);
-                    total[i] += weight;
-#pragma omp simd
-                    for (int64_t x = 0; x < V; ++x) sum[x] += weight * row[x];
-                }
+                each(n, score, [&](int64_t j) { return exponential(score[j] - highest); });
+                float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < n; ++j) sum += score[j];
+                total[i] += sum;
+                add_weighted(n, V, score, values + first * value_row, value_row, sums[i]);
             }
         }
         for (int64_t i = 0; i < heads; ++i) {
@@ -450,7 +498,7 @@ bool valid(const seqarch_tape_instruction& i) {
 
 int32_t run(const Instruction& in) {
     switch (in.i.kind) {
-        case SEQARCH_MAP: in.i.flags == SEQARCH_BFLOAT16 ? map<bfloat16>(in) : map<float>(in); return SEQARCH_OK;
+        case SEQARCH_MAP: map(in); return SEQARCH_OK;
         case SEQARCH_ELEMENTWISE: in.i.flags ? elementwise<double>(in) : elementwise<float>(in); return SEQARCH_OK;
         case SEQARCH_REDUCE: reduce(in); return SEQARCH_OK;
         case SEQARCH_PRODUCT: product_of(in); return SEQARCH_OK;
@@ -463,6 +511,124 @@ int32_t run(const Instruction& in) {
     }
 }
 
+// How many pieces an instruction is best taken in: each is long beside what it takes to be handed out.
+int64_t pieces_of(const seqarch_tape_instruction& i) {
+    const auto cut = [](int64_t work, int64_t piece, int64_t most) {
+        return std::max<int64_t>(1, std::min({work / piece, most, Team::kMostPieces}));
+    };
+    const int64_t* n = i.sizes;
+    switch (i.kind) {
+        case SEQARCH_MAP: return cut(weight_bytes(i), kPiece, n[2] / kLine);
+        case SEQARCH_ELEMENTWISE: {
+            const int64_t numbers = n[0] * n[1] * n[2] * n[3] * n[4];
+            return cut(numbers * (i.inputs + i.count), kPiece, numbers / kBlock);
+        }
+        case SEQARCH_REDUCE: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * n[2]);
+        case SEQARCH_PRODUCT: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * n[2] * n[3] / kLine);
+        case SEQARCH_STEP_CONVOLUTION: return cut(n[0] * n[1] * n[2], kPiece, n[1] / kLine);
+        case SEQARCH_STEP_SCAN: return cut(n[0] * n[1] * n[2], kPiece / 16, n[1] / kLine);
+        case SEQARCH_ATTEND: return cut(n[0] * n[5] * n[2] * (n[3] + n[4]), kPiece / 4, n[0] * n[1]);
+        default: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece / 4, n[0] * n[2] * n[4] / kLine);
+    }
+}
+
+// Whether a piece's results have room in kRoom numbers, so that another thread may do it again meanwhile.
+bool is_repeatable(const Instruction& in) {
+    const Range own = outputs_of_map(in);
+    return in.i.kind == SEQARCH_MAP && in.size(0) * (own.end - own.begin) <= kRoom;
+}
+
+// Fetch some of the weights that a thread will take next: line after line of a map's last pieces.
+void fetch_ahead(const seqarch_tape& tape, int64_t instruction, int64_t turn, int64_t number, int64_t team) {
+    if (turn * kFetched >= kMostFetched) return;
+    while (instruction < tape.count && tape.instructions[instruction].kind != SEQARCH_MAP) ++instruction;
+    if (instruction == tape.count) return;
+    const seqarch_tape_instruction& i = tape.instructions[instruction];
+    const int64_t bytes = weight_bytes(i), from_end = (turn * (team - 1) + number) * kFetched;
+    if (from_end > bytes) return;
+    const char* at = static_cast<const char*>(tape.views[i.views + 2].data) + bytes - from_end;
+    for (int64_t line = 0; line < kFetched; line += 64) __builtin_prefetch(at + line);
+}
+
+class Runner {
+public:
+    explicit Runner(const seqarch_tape& tape) : tape_(tape) {}
+
+    int32_t alone() {
+        for (int64_t i = 0; i < tape_.count; ++i) note(run(piece(i, {0, 1})));
+        return code_;
+    }
+
+    int32_t together(int team) {
+#pragma omp parallel num_threads(team)
+        {
+#ifdef _OPENMP
+            const int number = omp_get_thread_num();
+#else
+            const int number = 0;
+#endif
+            if (number == 0)
+                lead();
+            else
+                follow(number, team);
+        }
+        return code_;
+    }
+
+private:
+    Instruction piece(int64_t i, Piece which) const {
+        const seqarch_tape_instruction& one = tape_.instructions[i];
+        return {one, tape_.views + one.views, tape_.steps + one.steps, which};
+    }
+
+    void note(int32_t code) {
+        if (code != SEQARCH_OK) code_ = code;
+    }
+
+    void lead() {
+        for (int64_t i = 0; i < tape_.count; ++i) {
+            const int64_t pieces = pieces_of(tape_.instructions[i]);
+            if (pieces == 1) {
+                note(run(piece(i, {0, 1})));
+                continue;
+            }
+            team_.open(i, pieces);
+            for (int64_t p; (p = team_.take_front()) >= 0; team_.finish(i, p)) note(run(piece(i, {p, pieces})));
+            team_.wait_for(i, pieces, [&](int64_t p) { note(run(piece(i, {p, pieces}))); });
+        }
+        team_.end();
+    }
+
+    void follow(int64_t number, int64_t team) {
+        alignas(64) float room[kRoom];
+        team_.follow(
+            [&](Team::Taken taken) {
+                const Instruction in = piece(taken.instruction, {taken.piece, pieces_of(tape_.instructions[taken.instruction])});
+                if (is_repeatable(in)) {
+                    const Range own = outputs_of_map(in);
+                    map_to(in, own, room, own.end - own.begin, 1);
+                    if (!team_.begin(taken.instruction, taken.piece)) return;
+                    hand_over(in, room);
+                } else {
+                    if (!team_.begin(taken.instruction, taken.piece)) return;
+                    note(run(in));
+                }
+                team_.finish(taken.instruction, taken.piece);
+            },
+            [&](int64_t instruction, int64_t turn) {
+                if (turn >= kTurns)
+                    std::this_thread::yield();
+                else
+                    fetch_ahead(tape_, instruction + 1, turn, number, team);
+                pause();
+            });
+    }
+
+    const seqarch_tape& tape_;
+    Team team_;
+    std::atomic<int32_t> code_{SEQARCH_OK};
+};
+
 }  // namespace
 
 int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int32_t num_threads) {
@@ -474,23 +640,7 @@ int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int
     if (!std::all_of(tape->instructions, tape->instructions + tape->count, valid)) return SEQARCH_BAD_ARGUMENT;
     double weights = 0;
     for (int64_t i = 0; i < tape->count; ++i)
-        if (tape->instructions[i].kind == SEQARCH_MAP)
-            weights += static_cast<double>(tape->instructions[i].sizes[1]) * tape->instructions[i].sizes[2];
-    const int team = weights < kSmallWork ? 1 : num_threads;
-    std::atomic<int32_t> code{SEQARCH_OK};
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-#ifdef _OPENMP
-        const Member member{omp_get_thread_num(), omp_get_num_threads()};
-#else
-        const Member member{0, 1};
-#endif
-        for (int64_t i = 0; i < tape->count; ++i) {
-            const seqarch_tape_instruction& each_one = tape->instructions[i];
-            const int32_t own = run({each_one, tape->views + each_one.views, tape->steps + each_one.steps, member});
-            if (own != SEQARCH_OK) code = own;  // the others go on: they would wait for this thread at the barrier
-#pragma omp barrier
-        }
-    }
-    return code;
+        if (tape->instructions[i].kind == SEQARCH_MAP) weights += static_cast<double>(weight_bytes(tape->instructions[i]));
+    Runner runner(*tape);
+    return num_threads == 1 || weights < kSmallWork ? runner.alone() : runner.together(num_threads);
 }

@@ -41,14 +41,12 @@ class Captured:
         tensors: parameters, buffers and constants, by the names that the graph has for them.
         symbols: of the numbers that may change (:func:`seqarch.decoding.form.numbers_of`), in their order.
         holds: whether the graph is right for such numbers.
-        structure: of the state.
     """
 
     graph: fx.Graph
     tensors: Mapping[str, Tensor]
     symbols: list[sympy.Symbol]
     holds: Callable[..., bool]
-    structure: pytree.TreeSpec
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -85,7 +83,7 @@ def capture(layer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state
     graph.graph.eliminate_dead_code(_is_wanted)
     names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     tensors = {name: getattr(graph, name) for name in names}
-    return Captured(graph.graph, tensors, symbols, _holds(shapes, symbols), structure)
+    return Captured(graph.graph, tensors, symbols, _holds(shapes, symbols))
 
 
 def _input(fake: FakeTensorMode, shapes: ShapeEnv, number: int, leaf: Any, leaves: Sequence[Any]) -> Any:

@@ -6,13 +6,40 @@ K]`` in a state that counts its tokens. A prompt of another length or with other
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 CAPACITY = 1
 """The dimension of a cache that is its room."""
+
+
+LEAVES = (Tensor, int, type(None))
+"""Of most states."""
+
+
+def leaves_of(state: Any) -> list[Any]:
+    """What a state holds, in order. States are tuples of tuples as a rule, which torch takes long to go through."""
+    found: list[Any] = []
+    for each in state if type(state) is tuple else (state,):
+        if type(each) is tuple:
+            found += leaves_of(each)
+        elif type(each) in LEAVES:
+            found.append(each)
+        else:
+            found += pytree.tree_leaves(each)
+    return found
+
+
+def with_leaves(state: Any, leaves: Iterator[Any]) -> Any:
+    """A state of the same form that holds others, in order."""
+    if type(state) is tuple:
+        return tuple([with_leaves(each, leaves) for each in state])
+    if type(state) in LEAVES:
+        return next(leaves)
+    return pytree.tree_map(lambda _: next(leaves), state)
 
 
 def has_capacity(leaf: Any, leaves: Sequence[Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from seqarch.decoding import elementwise, operations, reductions, shapes  # noqa: F401  (fill RULES)
-from seqarch.decoding.form import form_of, is_plain, numbers_of
+from seqarch.decoding.form import form_of, is_plain, leaves_of, numbers_of, with_leaves
 from seqarch.decoding.lowering import Call, Called, Changing, Lowered, Lowering, Seen, is_wide, shape_of
 from seqarch.decoding.watch import Watch
 from seqarch.ops.native import huge_pages
@@ -30,21 +30,26 @@ class Part:
     """A layer in a program.
 
     Attributes:
+        inputs: the nodes that the state's leaves are given to.
         form: of its state, which a run's has to be.
         changing: the expressions that change from token to token, by scope; ``amounts`` gives them from the state's
             whole numbers, and ``limits`` are the largest for which values have room.
         before: what torch makes of the state's leaves before the tape runs: the values of ``made``.
+        is_replaced: whether the state after a token is that before it, replaced in place. Nobody looks at it then, which
+            counts, since weights have pushed all else out of the cache.
         shared: what of other layers gives the same, from the same whole numbers; ``None`` where tensors take part.
     """
 
     captured: Captured
     lowered: Lowered
+    inputs: list[fx.Node]
     form: tuple[Hashable, ...]
     changing: list[tuple[int, Amount]]
     amounts: Callable[..., list[int]]
     limits: list[int]
     before: fx.GraphModule
     made: list[fx.Node]
+    is_replaced: bool
     shared: str | None
 
     def fits(self, leaves: Leaves) -> bool:
@@ -54,16 +59,13 @@ class Part:
             return False
         return not any(map(operator.gt, self.amounts(*numbers), self.limits))
 
-    @property
-    def inputs(self) -> list[fx.Node]:
-        """Those that the state's leaves are given to."""
-        return self.captured.inputs[1:]
-
-    def after(self, before: Leaves, values: Mapping[fx.Node, Any]) -> Any:
-        """The state after a token, from the leaves before it and what torch has made."""
+    def after(self, state: Any, before: Leaves, values: Mapping[fx.Node, Any]) -> Any:
+        """The state after a token, from that before it, its leaves and what torch has made."""
+        if self.is_replaced:
+            return state
         kinds = zip(before, self.lowered.state, strict=True)
         new = [old if kind == "kept" else values[what] if kind == "torch" else what for old, (kind, what) in kinds]
-        return pytree.tree_unflatten(new, self.captured.structure)
+        return with_leaves(state, iter(new))
 
 
 class Program:
@@ -85,7 +87,7 @@ class Program:
         self.parts: list[Part] = []
         for captured, state in zip(steps, states, strict=True):
             tape.scope, tape.used = len(self.parts), kept  # values of all layers lie in the same place
-            leaves, views = pytree.tree_leaves(state), []
+            leaves, views = leaves_of(state), []
             for leaf, node in zip(leaves, captured.inputs[1:], strict=True):
                 views.append(_state_view(leaf, node, count) if isinstance(leaf, Tensor) else None)
                 count += isinstance(leaf, Tensor)
@@ -99,19 +101,19 @@ class Program:
         for tensor in tape.tensors.values():
             huge_pages.collapse(tensor)
 
-    def fits(self, x: Tensor, states: Sequence[Any]) -> bool:
-        """Whether the program is right for this input and these states."""
-        same = x.shape == self.input.sizes
-        return same and all(
-            part.fits(pytree.tree_leaves(state)) for part, state in zip(self.parts, states, strict=True)
-        )
+    def fits(self, x: Tensor, leaves: Sequence[Leaves]) -> bool:
+        """Whether the program is right for this input and these leaves of each layer's state."""
+        return x.shape == self.input.sizes and all(map(Part.fits, self.parts, leaves))
 
-    def run(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+    def run(self, x: Tensor, states: Sequence[Any], leaves: list[Leaves] | None = None) -> tuple[Tensor, list[Any]]:
         """The output for ``x``, and the states after it, tensors replaced in place; any number of threads may.
 
-        The states :meth:`fit <fits>`, and the modules are :meth:`held <Watch.hold>`.
+        The states' leaves :meth:`fit <fits>`, and the modules are :meth:`held <Watch.hold>`.
+
+        Args:
+            leaves: of each state, where they are at hand.
         """
-        leaves = [pytree.tree_leaves(state) for state in states]
+        leaves = list(map(leaves_of, states)) if leaves is None else leaves
         numbers = list(map(numbers_of, leaves))
         amounts: dict[tuple[int, Amount], int] = {}
         for part, own in zip(self.parts, numbers, strict=True):
@@ -123,16 +125,19 @@ class Program:
         run = Run(workspace, leaves, amounts, self.tape.tensors)
         workspace.begin(run.states, amounts)
         workspace.tensor(self.input).copy_(x)
-        after = self._run(run, numbers)
+        after = self._run(run, states, numbers)
         y = workspace.tensor(self.output).clone()
         self._workspaces.append(workspace)
         return y, after
 
-    def _run(self, run: Run, numbers: list[list[int]]) -> list[Any]:
+    def _run(self, run: Run, states: Sequence[Any], numbers: list[list[int]]) -> list[Any]:
         """The instructions, and what torch does before and among them; the states after the token."""
         known: dict[Hashable, Sequence[Any]] = {}
         values: list[dict[fx.Node, Any]] = []
         for i, (part, own, given) in enumerate(zip(self.parts, run.leaves, numbers, strict=True)):
+            if not part.made and not part.lowered.calls:
+                values.append({})
+                continue
             key = i if part.shared is None else (part.shared, *given)
             if key not in known:
                 known[key] = part.before(*own)
@@ -145,7 +150,7 @@ class Program:
                 values[i][call.node] = run.call(call, i, values[i])
                 run.give(part, values[i], [call.node])
         run.instructions(at, len(self.tape.instructions))
-        return [part.after(own, made) for part, own, made in zip(self.parts, run.leaves, values, strict=True)]
+        return list(map(Part.after, self.parts, states, run.leaves, values))
 
     def explain(self) -> list[list[str]]:
         """For each layer, why torch does what has no instructions."""
@@ -228,7 +233,12 @@ def _part(tape: Tape, captured: Captured, lowered: Lowered, leaves: Leaves) -> P
     before, made, shared = _before(captured, lowered)
     names, limits = [(tape.scope, each) for each in changing], [tape.limit(each) for each in changing]
     amounts = captured.function(changing)
-    return Part(captured, lowered, form_of(leaves), names, amounts, limits, before, made, shared)
+    inputs = captured.inputs[1:]
+    is_replaced = all(
+        kind == "kept" or (leaf is what is None and kind == "constant")
+        for leaf, (kind, what) in zip(leaves, lowered.state, strict=True)
+    )
+    return Part(captured, lowered, inputs, form_of(leaves), names, amounts, limits, before, made, is_replaced, shared)
 
 
 def _of_calls(calls: Sequence[Call]) -> list[Amount]:

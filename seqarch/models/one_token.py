@@ -18,7 +18,7 @@ from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
 from seqarch.decoding.alike import are_alike, rebound
-from seqarch.decoding.form import form_of, numbers_of
+from seqarch.decoding.form import form_of, leaves_of, numbers_of
 from seqarch.decoding.program import Program
 from seqarch.decoding.watch import Watch
 from seqarch.layers.mixer import clone_state
@@ -49,6 +49,9 @@ Unit = list["StackLayer"]
 
 Piece = tuple[list[Unit], Program | str]
 """Neighbouring units, and their program or why they have none."""
+
+Given = tuple[list["StackState"], list[list[Any]]]
+"""Of a piece the states of its units, and what each holds."""
 
 InTurn = Callable[..., tuple[Tensor, "StackState"]]
 
@@ -89,7 +92,7 @@ class OneToken:
             known = self.known[len(x)] = Known(layers)
         if state is None:
             state = tuple(tuple(mixer.init_state(len(x)) for mixer in layer.mixers) for layer in layers)  # type: ignore[operator]
-        return self._through(known, x, _without_gaps(state))
+        return self._through(known, x, state)
 
     def _through(self, known: Known, x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
         layers = known.layers
@@ -99,19 +102,20 @@ class OneToken:
             if None in memory:
                 known = self.known[len(x)] = Known(layers)  # something has changed: all begins anew
                 break
-            if _fit(pieces, x, state):
-                return self._run(pieces, x, state)
+            if (given := _given(pieces, x, state)) is not None:
+                return self._run(pieces, x, given)
+        if not all(each.is_contiguous() for each in leaves_of(state) if isinstance(each, Tensor)):
+            return self._through(known, x, pytree.tree_map_only(Tensor, Tensor.contiguous, state))
         pieces = self._write(known, x, state) if known.captures < MOST_CAPTURES else []
         memory = [program.watch.hold() for _, program in pieces if isinstance(program, Program)]
-        if not memory or None in memory or not _fit(pieces, x, state):
-            return self.in_turn(layers, x, state, None)
-        return self._run(pieces, x, state)
+        given = _given(pieces, x, state) if memory and None not in memory else None
+        return self.in_turn(layers, x, state, None) if given is None else self._run(pieces, x, given)
 
-    def _run(self, pieces: Sequence[Piece], x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
+    def _run(self, pieces: Sequence[Piece], x: Tensor, given: Sequence[Given]) -> tuple[Tensor, StackState]:
         after: list[Any] = []
-        for (units, program), before in zip(pieces, _split(pieces, state), strict=True):
+        for (units, program), (before, leaves) in zip(pieces, given, strict=True):
             if isinstance(program, Program):
-                x, carried = program.run(x, before)
+                x, carried = program.run(x, before, leaves)
                 after += chain.from_iterable(carried)
             else:
                 x, carried = self.in_turn([*chain.from_iterable(units)], x, tuple(chain.from_iterable(before)), None)
@@ -166,8 +170,9 @@ class OneToken:
         state: Any = tuple(tuple(m.init_state(1, 4 * EXPLAINED) for m in layer.mixers) for layer in layers)  # type: ignore[operator]
         for _ in range(EXPLAINED):
             _, state = self.in_turn(layers, x, state, None)
+        state = pytree.tree_map_only(Tensor, Tensor.contiguous, state)
         units = _units(layers)
-        states = [own for (own,) in _split([([unit], "") for unit in units], _without_gaps(state))]
+        states = [own for (own,) in _split([([unit], "") for unit in units], state)]
         steps = _captured_in_turn(self.in_turn, units, x, states)
         said = [_said(step, unit, x, own) for step, unit, own in zip(steps, units, states, strict=True)]
         return said if len(said) == len(layers) else said * len(layers)
@@ -175,10 +180,6 @@ class OneToken:
 
 def _units(layers: Unit) -> list[Unit]:
     return [layers] if any(layer.exchanges for layer in layers) else [[layer] for layer in layers]
-
-
-def _without_gaps(state: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.contiguous, state)
 
 
 def _said(step: Captured | str, unit: Unit, x: Tensor, state: Any) -> str:
@@ -196,9 +197,15 @@ def _split(pieces: Sequence[Piece], state: StackState) -> list[list[StackState]]
     return [[next(states) for _ in units] for units, _ in pieces]
 
 
-def _fit(pieces: Sequence[Piece], x: Tensor, state: StackState) -> bool:
-    states = zip(pieces, _split(pieces, state), strict=True)
-    return all(program.fits(x, own) for (_, program), own in states if isinstance(program, Program))
+def _given(pieces: Sequence[Piece], x: Tensor, state: StackState) -> list[Given] | None:
+    """Of each piece the states of its units, and their leaves if it has a program; ``None`` where one does not fit."""
+    found: list[Given] = []
+    for (_, program), own in zip(pieces, _split(pieces, state), strict=True):
+        leaves = list(map(leaves_of, own)) if isinstance(program, Program) else []
+        if isinstance(program, Program) and not program.fits(x, leaves):
+            return None
+        found.append((own, leaves))
+    return found
 
 
 def _captured_in_turn(in_turn: InTurn, units: Sequence[Unit], x: Tensor, states: Sequence[Any]) -> list[Any]:
@@ -206,7 +213,7 @@ def _captured_in_turn(in_turn: InTurn, units: Sequence[Unit], x: Tensor, states:
     steps: list[Captured | str] = []
     seen: list[tuple[Hashable, Unit, Captured]] = []
     for unit, state in zip(units, states, strict=True):
-        leaves = pytree.tree_leaves(state)
+        leaves = leaves_of(state)
         form = (form_of(leaves), *numbers_of(leaves))
         for known, twin, step in seen:
             if known == form and are_alike(twin, unit) and _unhooked(unit) is None:

@@ -193,3 +193,4 @@ void rotary(Random& random);
 void selective_scan(Random& random);
 void swiglu(Random& random);
 void tape(Random& random);
+void team(Random& random);

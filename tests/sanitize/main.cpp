@@ -16,6 +16,7 @@ int main(int count, char** arguments) {
         selective_scan(random);
         swiglu(random);
         tape(random);
+        team(random);
     }
     std::printf("%d rounds: no error\n", rounds);
 }

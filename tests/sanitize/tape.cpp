@@ -57,6 +57,13 @@ void tape(Random& random) {
     check(instruction(SEQARCH_MAP, {rows, width, channels}, SEQARCH_FLOAT32),
           {view(mapped, {rows, channels}), view(x, {rows, width}), view(weight, {}), added}, threads);
     all_written(mapped, "run_tape map");
+    if (threads > 1 && random.coin()) {  // large enough for several threads
+        const Numbers wide_x = numbers(rows * 1024), wide_weight = numbers(300 * 1024), wide_y = empty(rows * 300);
+        require(run(instruction(SEQARCH_MAP, {rows, 1024, 300}, SEQARCH_FLOAT32),
+                    {view(wide_y, {rows, 300}), view(wide_x, {rows, 1024}), view(wide_weight, {}), none}, {}, threads) == SEQARCH_OK,
+                "run_tape refused a wide map");
+        all_written(wide_y, "run_tape wide map");
+    }
 
     const Numbers y = empty(rows * channels), wide(SEQARCH_FLOAT64, rows * channels);
     const std::vector<seqarch_step> steps = {{SEQARCH_SILU_OF, 0, -1, -1, 0, 0}, {SEQARCH_MULTIPLY, 1, 0, -1, 0, 0},
