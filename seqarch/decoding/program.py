@@ -35,8 +35,8 @@ class Part:
         changing: the expressions that change from token to token, by scope; ``amounts`` gives them from the state's
             whole numbers, and ``limits`` are the largest for which values have room.
         before: what torch makes of the state's leaves before the tape runs: the values of ``made``.
-        is_replaced: whether the state after a token is that before it, replaced in place. Nobody looks at it then, which
-            counts, since weights have pushed all else out of the cache.
+        is_replaced: whether the state after a token is that before it, replaced in place. Nobody looks at it then,
+            which counts, since weights have pushed all else out of the cache.
         shared: what of other layers gives the same, from the same whole numbers; ``None`` where tensors take part.
     """
 
