@@ -4,7 +4,7 @@ Each benchmark is run at several sizes, its implementations in turn, and written
 ``.csv``, on a CPU with its plot too: medians with quartiles, the ratio to the first baseline, the share of the device's
 own ceilings, measured in the same run, and the peak of memory. ``--device cuda`` measures this machine's GPU, and only
 once the kernels have passed every check on it. ``targets`` prints the project's table of targets for a CPU instead,
-with what this machine reaches.
+with what this machine reaches, and ``tokens`` one decoded token of each mixer beside reading its weights once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench import checks, targets
+from experiments.bench import checks, targets, tokens
 from experiments.bench.benchmarks import BENCHMARKS, names_on
 from experiments.bench.devices import DEVICES, Ceilings, Device
 from experiments.bench.measure import Measurement, plan
@@ -32,6 +32,10 @@ QUICK = (512, 2048, 8192)
 QUICK_BUDGET = 0.5
 NO_DEVICE = "this bench times a CUDA device, and torch sees none: run it where there is one, with torch's CUDA build"
 NO_TESTS = "this bench first runs the kernels' tests on a GPU, and only a checkout of seqarch has them: run it from one"
+COMMANDS = {
+    "targets": (targets.run, "print the targets beside what is reached"),
+    "tokens": (tokens.run, "one decoded token of each mixer, beside reading its weights once"),
+}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -51,10 +55,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="for everything; long lengths are left out as time runs short")
     parser.add_argument("--folder", type=Path, help=", ".join(f"{k}: {one.folder}" for k, one in SETUPS.items()))
     parser.add_argument("--only-checks", action="store_true", help="check the kernels on a GPU and time nothing")
-    commands = parser.add_subparsers(dest="command", metavar="targets")
-    commands.add_parser("targets", help="print the targets beside what is reached").add_argument(
-        "--only", default="", help="the rows whose work has this in it, which are shown and not written"
-    )
+    commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
+    for name, (_, what) in COMMANDS.items():
+        commands.add_parser(name, help=what).add_argument(
+            "--only", default="", help="the rows whose name has this in it, which are shown and not written"
+        )
     options = parser.parse_args(arguments)
     setup = SETUPS[options.device]
     if problem := _for_the_other_device(options, setup):
@@ -67,7 +72,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _for_the_other_device(options: argparse.Namespace, setup: Setup) -> str | None:
     if setup.kind == "cuda":
-        return "targets are those of a CPU: leave --device out" if options.command else None
+        return f"{options.command} are those of a CPU: leave --device out" if options.command else None
     given = [name for name in ("widths", "tokens", "only_checks") if getattr(options, name)]
     return f"--{given[0].replace('_', '-')} is of --device cuda" if given else None
 
@@ -134,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cuda" and INSTALLED:
         raise SystemExit(NO_TESTS)
     try:
-        if options.command == "targets":
-            targets.run(options.only, options.folder, options.budget)
+        if options.command:
+            COMMANDS[options.command][0](options.only, options.folder, options.budget)
             return
         if not options.only_checks:
             prepare_folder(options.folder, (file_name(n, options.device, options.dtype) for n in options.benchmarks))

@@ -8,15 +8,17 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from docs import benchmarks
 from docs.benchmarks import kept_targets
 from experiments.bench import __main__ as command
-from experiments.bench import baselines, devices, measure, models, peak_memory, targets, training_steps
+from experiments.bench import baselines, devices, measure, models, peak_memory, targets, tokens, training_steps
 from experiments.bench.benchmark import AUTO, MODES, PASSES, Absent, Benchmark, Cost, Implementation, Workload
 from experiments.bench.benchmarks import BENCHMARKS, OPERATIONS, names_on
 from experiments.bench.devices import Ceilings, Cpu
@@ -24,7 +26,9 @@ from experiments.bench.measure import Measurement, quartiles
 from experiments.bench.record import Record, prepare_folder
 from experiments.bench.sizes import CPU, Sizes
 from experiments.util.errors import RunnerError
+from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel
+from seqarch.models.stack import Stack
 from seqarch.ops import OPS
 
 ON_CPU = [name for name in OPERATIONS if name in names_on("cpu")]
@@ -365,7 +369,7 @@ def test_bad_arguments(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("more", [[], ["targets"]])
+@pytest.mark.parametrize("more", [[], ["targets"], ["tokens"]])
 def test_a_folder_that_cannot_be_written_is_one_line(small, more, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"cannot write .*file/bench"):
@@ -386,6 +390,24 @@ def test_records_of_a_bench_are_written_again(small, tmp_path):
     (tmp_path / "targets.csv").write_text("mine")
     with pytest.raises(RunnerError, match=r"targets\.csv is no record of a bench"):
         prepare_folder(tmp_path, ["small", "targets"])
+
+
+def test_a_token_is_measured_beside_its_weights(tmp_path, monkeypatch, capsys):
+    assert {*MIXERS} < set(tokens.stacks())
+    monkeypatch.setattr(tokens, "stacks", lambda: ["mamba", "gla"])
+    monkeypatch.setattr(tokens, "measure", partial(tokens.measure, width=32, depth=1, prompt=5))
+    command.main(["--budget", "0.01", "--folder", str(tmp_path), "tokens", "--only", "gl"])
+    assert not [*tmp_path.iterdir()]
+    command.main(["--budget", "0.2", "--folder", str(tmp_path), "tokens"])
+    mamba, gla = json.loads((tmp_path / "tokens.json").read_text())["tokens"]
+    assert (mamba["stack"], gla["stack"]) == ("mamba", "gla")
+    stack = Stack(d_model=32, pattern="gla", depth=1, channel="swiglu")
+    assert gla["megabytes"] == pytest.approx(4e-6 * sum(map(Tensor.numel, stack.parameters())))
+    for found in (mamba, gla):
+        assert found["rounds"] > 0
+        assert 0 < found["share"] < 1
+        assert found["milliseconds"] < 50
+    assert "of the bound" in capsys.readouterr().out
 
 
 def test_targets_are_of_benchmarks_that_there_are():

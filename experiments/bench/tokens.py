@@ -1,0 +1,128 @@
+"""One decoded token of a stack of each mixer, beside reading its weights once: ``experiments.bench tokens``.
+
+Twelve layers of width 768 with random weights, float32, after a prompt of 512 tokens. In turn: a token as the stack
+decodes it, one of four rows, one layer after another in torch, and the sum of as many numbers as the weights have: the
+least time that a token of one row can take where weights are in memory and in no cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.bench.benchmark import timed
+from experiments.bench.devices import Cpu
+from experiments.bench.measure import alternate, ratio
+from experiments.bench.record import prepare_folder, provenance, text_table
+from experiments.util.files import write_atomic
+from seqarch.layers import MIXERS
+from seqarch.models.stack import Stack, in_turn
+
+WIDTH, DEPTH, PROMPT, ROWS = 768, 12, 512, 4
+ROUNDS = 60
+ROOM = 4096
+"""Tokens that may be decoded before a cache is full."""
+
+WITHOUT_CHANNEL = ("mamba",)
+"""Mixers that stacks have alone: the others take turns with a SwiGLU."""
+
+HYBRIDS = ("3*gated_delta_net attention", "mamba2 attention", "3*kda mla")
+HEADER = ("stack", "MB", "token ms", "torch ms", "weights ms", "of the bound", f"{ROWS} rows")
+
+
+@dataclass(frozen=True)
+class Token:
+    """Medians of one stack.
+
+    Attributes:
+        megabytes: of weights.
+        milliseconds: of a token; ``torch`` layer by layer in torch; ``weights`` for reading all weights once.
+        share: ``weights`` over ``milliseconds``, the median of the rounds.
+        rows: tokens of :data:`ROWS` rows over those of one, in the same time.
+        rounds: that the medians are of.
+    """
+
+    stack: str
+    megabytes: float
+    milliseconds: float
+    torch: float
+    weights: float
+    share: float
+    rows: float
+    rounds: int
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        times = (f"{each:.2f}" for each in (self.milliseconds, self.torch, self.weights, self.share, self.rows))
+        return self.stack, f"{self.megabytes:.0f}", *times
+
+
+def stacks() -> list[str]:
+    """The patterns that are measured."""
+    return [*MIXERS, *HYBRIDS]
+
+
+@torch.no_grad()
+def measure(pattern: str, budget: float, width: int = WIDTH, depth: int = DEPTH, prompt: int = PROMPT) -> Token:
+    """One stack, ``budget`` seconds for each of what takes turns."""
+    torch.manual_seed(0)
+    channel = "none" if pattern in WITHOUT_CHANNEL else "swiglu"
+    stack = Stack(d_model=width, pattern=pattern, depth=depth, channel=channel).eval()
+    count = sum(parameter.numel() for parameter in stack.parameters())
+    layer_by_layer = partial(in_turn, stack._layers(), cu_seqlens=None)
+    works = {
+        "token": _decoding(stack, stack, 1, prompt),
+        "rows": _decoding(stack, stack, ROWS, prompt),
+        "torch": _decoding(stack, layer_by_layer, 1, prompt),
+        "weights": torch.ones(count).sum,
+    }
+    device = Cpu()
+    times = alternate({name: partial(device.seconds, timed(work, {})) for name, work in works.items()}, budget, ROUNDS)
+    median = {name: 1e3 * sorted(found)[len(found) // 2] for name, found in times.items()}
+    return Token(
+        pattern,
+        4e-6 * count,
+        median["token"],
+        median["torch"],
+        median["weights"],
+        ratio(times["weights"], times["token"]),
+        ROWS * ratio(times["token"], times["rows"]),
+        min(map(len, times.values())),
+    )
+
+
+def _decoding(stack: Stack, step: Callable[..., Any], rows: int, prompt: int) -> Callable[[], Tensor]:
+    """A call that decodes one more token after a prompt."""
+    _, state = stack(torch.randn(rows, prompt, stack.config.d_model), stack.init_state(rows, prompt + ROOM))
+    x = torch.randn(rows, 1, stack.config.d_model)
+
+    def token() -> Tensor:
+        nonlocal state
+        y, state = step(x, state)
+        return y
+
+    return token
+
+
+def run(only: str, folder: Path, budget: float) -> None:
+    """Measure the stacks whose pattern has ``only`` in it, print a table, and write ``tokens.json`` if that is all."""
+    prepare_folder(folder, ["tokens"])
+    found: list[Token] = []
+    for token in _measured(only, budget):
+        found.append(token)
+        print("  ".join(f"{name} {cell}" for name, cell in zip(HEADER, token.cells, strict=True)), flush=True)
+        if not only:
+            kept = {"tokens": [asdict(each) for each in found]} | provenance(Cpu())
+            write_atomic(folder / "tokens.json", json.dumps(kept, indent=1) + "\n")
+    print("\n".join(text_table(HEADER, [each.cells for each in found], left=("stack",))))
+
+
+def _measured(only: str, budget: float) -> Iterator[Token]:
+    return (measure(pattern, budget) for pattern in stacks() if only in pattern)
