@@ -22,6 +22,8 @@ from seqarch.ops.native.view import Amount, Buffer, Unserved, View, side_by_side
 if TYPE_CHECKING:
     from seqarch.decoding.capture import Captured
 
+aten = torch.ops.aten
+
 Leaves = list[Any]
 
 
@@ -199,7 +201,7 @@ class Run:
             return self.tensor(value.view, scope).to(value.dtype) if isinstance(value, Seen) else value
 
         args, kwargs = pytree.tree_map(operand, (call.args, call.kwargs))
-        return call.node.target(*args, **kwargs)  # type: ignore[operator]
+        return AS_STORED.get(call.node.target, call.node.target)(*args, **kwargs)
 
     def tensor(self, view: View, scope: int) -> Tensor:
         """Numbers of the tape as torch sees them."""
@@ -216,6 +218,10 @@ class Run:
         else:
             memory = self.states[buffer.what] if buffer.kind == "state" else self.tables[buffer.what]
         return memory.as_strided(sizes, strides, memory.storage_offset() + offset)
+
+
+AS_STORED: Mapping[Any, Any] = dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default)
+"""What takes the place of an operator that wants numbers without gaps: a value whose size changes may have some."""
 
 
 def _limit(captured: Captured, leaves: Leaves) -> Callable[[Amount], int]:

@@ -102,6 +102,11 @@ def test_every_mixer_equals_torch(name: str, runs: Runs):
     assert all(said.startswith("compiled") for said in stack.explain_one_token())
 
 
+def test_torch_gives_numbers_with_gaps_another_shape(runs: Runs):
+    """Blocks of several rows, whose count has room to grow."""
+    compare(make("moba", depth=1, width=64), 4, runs, context=512)
+
+
 @pytest.mark.usefixtures("isa")
 def test_it_equals_torch_on_every_instruction_set(runs: Runs):
     for pattern in ("mamba/swiglu", "gated_delta_net+attention/mlp", "rwkv7/moe"):
