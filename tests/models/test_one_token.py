@@ -104,7 +104,7 @@ def test_every_mixer_equals_torch(name: str, runs: Runs):
 
 def test_torch_gives_numbers_with_gaps_another_shape(runs: Runs):
     """Blocks of several rows, whose count has room to grow."""
-    compare(make("moba", depth=1, width=64), 4, runs, context=512)
+    compare(make("moba", depth=1, width=256), 4, runs, context=512)
 
 
 @pytest.mark.usefixtures("isa")
