@@ -15,6 +15,7 @@ from seqarch.models.generation import Prompts, as_rows
 from seqarch.models.sampling import GenerationOptions
 from seqarch.ops.dispatch.checks import fits, show
 from seqarch.serving.request import Request
+from seqarch.state.prefix_cache import PrefixCache
 
 ROOM = 512
 """Tokens for which room is reserved in caches at a time; then they are copied into larger ones."""
@@ -37,14 +38,28 @@ class Generator:
         model: its parameters are not to change meanwhile.
         max_rows: requests that are decoded at a time, the others wait in the order in which they came. On a CPU up to
             8 rows take the compiled path for one token.
-        prefill_tokens: tokens of prompts that are read in a step, at most, and in any case one part.
+        prefill_tokens: tokens of prompts that are read in a step, at most.
+        prefix_cache: of states after prompts, and after what several have in common, where reading then begins.
+
+    Raises:
+        ValueError: a bound is of another kind or below 1, or the cache is of another model.
     """
 
-    def __init__(self, model: LanguageModel, *, max_rows: int = 8, prefill_tokens: int = 2048):
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        max_rows: int = 8,
+        prefill_tokens: int = 2048,
+        prefix_cache: PrefixCache | None = None,
+    ):
         for name, count in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
             if not fits(count, (int,)) or count < 1:
                 raise ValueError(f"Generator: {name} is {show(count)}, expected an int of at least 1")
+        if prefix_cache is not None and prefix_cache.model is not model:
+            raise ValueError("Generator: prefix_cache is of another model, expected one made with this one")
         self.model, self.max_rows, self.prefill_tokens = model, max_rows, prefill_tokens
+        self.prefix_cache = prefix_cache
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._state: Any = None  # of the running requests, a row each
@@ -156,7 +171,7 @@ class Generator:
             elif request.read == len(request.prompt):
                 joining.append(request)
             else:
-                break
+                continue
             self.waiting.popleft()
         if joining:
             states = [*([] if self._state is None else [self._state]), *(request.state for request in joining)]
@@ -168,11 +183,26 @@ class Generator:
     def _read(self, request: Request, most: int) -> int:
         """Read at most so many tokens of a prompt and, after its last, choose the first new one: how many were read."""
         if request.state is None:
-            request.state = self.model.init_state(1)
-        part = request.prompt[request.read : request.read + most]
+            self._start(request)
+        end = min(request.read + most, len(request.prompt))
+        if request.read < request.shared < end:
+            end = request.shared
+        part = request.prompt[request.read : end]
         last = torch.tensor([len(part) - 1], device=part.device)
         features, request.state = self.model.features(part[None], request.state, places=last)
-        request.read += len(part)
-        if request.read == len(request.prompt):
+        request.read = end
+        if self.prefix_cache is not None and end in (request.shared, len(request.prompt)):
+            self.prefix_cache.insert(request.prompt[:end], request.state)
+        if end == len(request.prompt):
             request.choose(self.model.logits(features[:, 0]))
         return len(part)
+
+    def _start(self, request: Request) -> None:
+        """Give a request the state from which its prompt is read: its last token in any case, for the logits."""
+        if self.prefix_cache is not None:
+            before = request.prompt[:-1]
+            request.reused, request.state = self.prefix_cache.longest(before)
+            request.read, shared = request.reused, self.prefix_cache.shared(before)
+            request.shared = shared if shared >= self.prefix_cache.min_tokens else 0
+        if request.state is None:
+            request.state = self.model.init_state(1)

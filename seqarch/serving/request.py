@@ -35,6 +35,7 @@ class Request:
         self.prompt, self.options = prompt, options
         self.new: list[int] = []
         self.read = self.reused = 0
+        self.shared = 0  # tokens that others begin with, too, after which a prefix cache keeps a state
         self.done = not options.max_new_tokens
         self.error: BaseException | None = None
         self.state: Any = None

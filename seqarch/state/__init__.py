@@ -17,9 +17,11 @@ from seqarch.layers.rows import leave_rows as leave
 from seqarch.layers.rows import row_count
 from seqarch.layers.rows import state_rows as select
 from seqarch.state.files import STATE_VERSION, StateError, fingerprint, load, save
+from seqarch.state.prefix_cache import PrefixCache
 
 __all__ = [
     "STATE_VERSION",
+    "PrefixCache",
     "StateError",
     "clone",
     "fingerprint",
