@@ -10,5 +10,6 @@ print(second.result())
 
 from seqarch.serving.generator import Generator
 from seqarch.serving.request import Cancelled, Request
+from seqarch.serving.speculative import Draft, PromptLookup, Speculated, speculate
 
-__all__ = ["Cancelled", "Generator", "Request"]
+__all__ = ["Cancelled", "Draft", "Generator", "PromptLookup", "Request", "Speculated", "speculate"]

@@ -16,11 +16,13 @@ from seqarch.layers.rows import join_rows as join
 from seqarch.layers.rows import leave_rows as leave
 from seqarch.layers.rows import row_count
 from seqarch.layers.rows import state_rows as select
+from seqarch.state.checkpoints import Checkpoints
 from seqarch.state.files import STATE_VERSION, StateError, fingerprint, load, save
 from seqarch.state.prefix_cache import PrefixCache
 
 __all__ = [
     "STATE_VERSION",
+    "Checkpoints",
     "PrefixCache",
     "StateError",
     "clone",
