@@ -86,22 +86,11 @@ def generate(
     """Continue each prompt by up to ``max_new_tokens`` tokens.
 
     The prompts take one pass, packed where their lengths differ; after it each token costs one step of the state. The
-    options act in the order and with the meaning that they have in ``transformers``: penalty, processors, temperature,
-    ``top_k``, ``top_p``, ``min_p``. At temperature 0 the last three change nothing.
+    options that are not named here are those of :class:`seqarch.models.sampling.GenerationOptions`.
 
     Args:
         prompt: one prompt (integers or a tensor ``[T]``) or several (a tensor ``[B, T]`` or a list).
-        temperature: 0 is greedy.
-        top_k: sample from so many of the likeliest tokens; 0 from all.
-        top_p: nucleus of each distribution that is sampled from, in (0, 1].
-        min_p: sample from tokens that are at least so likely in relation to the likeliest, in [0, 1].
-        repetition_penalty: above 1, tokens of the prompt and of what follows it become less likely.
-        logits_processors: each is called for each row by itself, with its tokens so far ``[1, T]`` and its logits
-            ``[1, vocab]``, and returns logits: those of ``transformers`` can be given as they are.
-        stop_token: a row ends with this token, or any of several, which is kept.
-        stop_sequences: lists of tokens; a row ends where its new tokens end with one of them, which is kept.
         num_sequences: continuations of each prompt, which is read once.
-        generator: source of randomness, on the model's device.
 
     Returns:
         For each prompt, the prompt and what follows it, ``[T + new]``; several continuations of one stand together.

@@ -20,9 +20,23 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """The options of :meth:`seqarch.LanguageModel.generate` that concern each row by itself; they are described there.
+    """The options of :meth:`seqarch.LanguageModel.generate` that concern each row by itself.
 
-    They act in the order of ``transformers``: penalty, processors, temperature, ``top_k``, ``top_p``, ``min_p``.
+    They have the meaning and the order of ``transformers``: penalty, processors, temperature, ``top_k``, ``top_p``,
+    ``min_p``. At temperature 0 the last three change nothing.
+
+    Attributes:
+        max_new_tokens: tokens after the prompt, at most.
+        temperature: 0 is greedy.
+        top_k: sample from so many of the likeliest tokens; 0 from all.
+        top_p: nucleus of each distribution that is sampled from, in (0, 1].
+        min_p: sample from tokens that are at least so likely in relation to the likeliest, in [0, 1].
+        repetition_penalty: above 1, tokens of the prompt and of what follows it become less likely.
+        logits_processors: each is called for each row by itself, with its tokens so far ``[1, T]`` and its logits
+            ``[1, vocab]``, and returns logits: those of ``transformers`` can be given as they are.
+        stop_token: a row ends with this token, or any of several, which is kept.
+        stop_sequences: lists of tokens; a row ends where its new tokens end with one of them, which is kept.
+        generator: source of randomness, on the model's device.
     """
 
     max_new_tokens: int

@@ -25,6 +25,7 @@ from seqarch.layers.modules.kv_cache import PackedKV
 from seqarch.layers.rows import row_count
 from seqarch.layers.sparse_attention.row_attention import PackedRows
 from seqarch.models import LanguageModel
+from seqarch.models.stack_layer import StackLayer
 from seqarch.ops.dispatch.checks import show
 
 STATE_VERSION = 1
@@ -126,7 +127,7 @@ def _check(state: Any, model: LanguageModel, where: str) -> None:
     """Raise unless each mixer takes its part, all of as many rows."""
     try:
         rows = row_count(state)
-        layers = [layer.mixers for layer in model.stack.layers]
+        layers = [[*layer.mixers] for layer in model.stack.layers if isinstance(layer, StackLayer)]
         if not isinstance(state, tuple) or len(state) != len(layers):
             raise ValueError(f"{len(layers)} layers were expected, the state is {show(state)}")
         for own, mixers in zip(state, layers, strict=True):

@@ -86,11 +86,12 @@ def test_any_of_several_tokens_or_sequences_ends_a_row():
     lm = model()
     free = [row[len(prompt) :].tolist() for prompt, row in zip(PROMPTS, lm.generate(PROMPTS, 12), strict=True)]
     tokens, sequences = [free[0][3], free[1][2]], [free[2][4:7], [free[0][5]]]
-    for options, ends in (
+    cases: list[tuple[dict[str, Any], list[list[int]]]] = [
         ({"stop_token": tokens}, [[token] for token in tokens]),
         ({"stop_sequences": sequences}, sequences),
         ({"stop_token": tokens[0], "stop_sequences": sequences[:1]}, [tokens[:1], sequences[0]]),
-    ):
+    ]
+    for options, ends in cases:
         got = lm.generate(PROMPTS, 12, **options)
         for prompt, row, whole in zip(PROMPTS, got, free, strict=True):
             counts = [n for n in range(1, 13) if any(whole[:n][-len(end) :] == end for end in ends)]

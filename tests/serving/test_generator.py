@@ -72,12 +72,13 @@ def test_a_bad_request_gets_its_error_and_the_others_go_on():
     generator = Generator(lm)
     good = generator.submit([3, 1, 4], 8)
     generator.step()
-    for options, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"temperature": -1.0}, "temperature is float -1.0"),
         ({"stop_token": [12]}, r"stop_token is list \[12\]"),
         ({"seed": "1"}, "seed is str '1', expected an int or None"),
         ({"seed": 1, "generator": torch.Generator()}, "both a seed and a generator"),
-    ):
+    ]
+    for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             generator.submit([1, 2], 4, **options)
     for prompt, message in (([1, 11], "tokens 1 to 11"), ([[1], [2]], "2 prompts were given, expected one a request")):

@@ -23,7 +23,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 def model(pattern: str = "gated_delta_net attention", depth: int = 2, seed: int = 0, **options: Any) -> LanguageModel:
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 11, "d_model": 32} | options
+    sizes: dict[str, Any] = {"vocab_size": 11, "d_model": 32} | options
     return LanguageModel(pattern=pattern, depth=depth, **sizes).double().eval()
 
 
