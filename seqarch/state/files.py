@@ -127,7 +127,7 @@ def _check(state: Any, model: LanguageModel, where: str) -> None:
     """Raise unless each mixer takes its part, all of as many rows."""
     try:
         rows = row_count(state)
-        layers = [[*layer.mixers] for layer in model.stack.layers if isinstance(layer, StackLayer)]
+        layers: list[list[Any]] = [[*each.mixers] for each in model.stack.layers if isinstance(each, StackLayer)]
         if not isinstance(state, tuple) or len(state) != len(layers):
             raise ValueError(f"{len(layers)} layers were expected, the state is {show(state)}")
         for own, mixers in zip(state, layers, strict=True):
