@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from seqarch.layers.mixer import first_tensor
+from seqarch.layers.mixer import MOST, first_tensor
 from seqarch.layers.rows import join_rows, leave_rows
 from seqarch.models import LanguageModel
 from seqarch.models.generation import Prompts, as_rows
@@ -81,8 +81,8 @@ class Generator:
         vocab_size, device = self.model.config.vocab_size, first_tensor(self.model).device
         if options.get("generator") is None:
             source = torch.Generator(device=device)
-            if seed is not None and not fits(seed, (int,)):
-                raise ValueError(f"submit: seed is {show(seed)}, expected an int or None")
+            if seed is not None and not (fits(seed, (int,)) and 0 <= seed <= MOST):
+                raise ValueError(f"submit: seed is {show(seed)}, expected an int from 0 to {MOST}, or None")
             source.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
             options["generator"] = source
         elif seed is not None:

@@ -45,6 +45,14 @@ class PromptLookup:
     longest: int = 3
     shortest: int = 1
 
+    def __post_init__(self):
+        right = all(fits(size, (int,)) for size in (self.longest, self.shortest))
+        if not right or not 1 <= self.shortest <= self.longest:
+            raise ValueError(
+                f"PromptLookup: longest is {show(self.longest)} and shortest {show(self.shortest)}, expected"
+                " ints of at least 1, the longest no smaller"
+            )
+
     def propose(self, tokens: Sequence[int], count: int) -> tuple[list[int], Tensor | None]:
         known = [*tokens]
         for size in range(min(self.longest, len(known) - 1), self.shortest - 1, -1):

@@ -75,7 +75,7 @@ def test_a_bad_request_gets_its_error_and_the_others_go_on():
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"temperature": -1.0}, "temperature is float -1.0"),
         ({"stop_token": [12]}, r"stop_token is list \[12\]"),
-        ({"seed": "1"}, "seed is str '1', expected an int or None"),
+        ({"seed": "1"}, "seed is str '1', expected an int from 0 to"),
         ({"seed": 1, "generator": torch.Generator()}, "both a seed and a generator"),
     ]
     for options, message in wrong:

@@ -17,6 +17,14 @@ from seqarch.serving import PromptLookup, speculate
 from seqarch.serving.speculative import judged
 from seqarch.state import Checkpoints, StateError
 
+
+class Wrong:
+    """Proposes what is no token."""
+
+    def propose(self, tokens: Sequence[int], count: int) -> tuple[list[int], None]:
+        return [20] * count, None
+
+
 SLOW = pytest.mark.slow
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
@@ -174,3 +182,9 @@ def test_a_wrong_draft_or_prompt_is_named():
     for prompt, given, message in wrong:
         with pytest.raises(ValueError, match=f"speculate: {message}"):
             speculate(lm, prompt, 5, **given)
+    with pytest.raises(
+        ValueError, match="PromptLookup: longest is int 2 and shortest int 3, expected ints of at least"
+    ):
+        PromptLookup(longest=2, shortest=3)
+    with pytest.raises(ValueError, match=r"the draft proposed \[20.*\], expected at most 4 tokens below 11"):
+        speculate(lm, PROMPT, 5, draft=Wrong())
