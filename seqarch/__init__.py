@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from seqarch import ops as ops
     from seqarch import parallel as parallel
     from seqarch import pretrained as pretrained
+    from seqarch import serving as serving
+    from seqarch import state as state
     from seqarch import testing as testing
     from seqarch.checkpoints.loading import *  # noqa: F403
     from seqarch.layers import *  # noqa: F403

@@ -40,7 +40,7 @@ EDGES = {
     },
     "gguf": {"seqarch/pretrained/gguf_file.py"},
     "lm_eval": {"experiments/harness/adapter.py", "experiments/harness/evaluate.py"},
-    "safetensors": {"seqarch/pretrained/shards.py", "seqarch/pretrained/tensor_files.py"},
+    "safetensors": {"seqarch/pretrained/shards.py", "seqarch/pretrained/tensor_files.py", "seqarch/state/files.py"},
     "transformers": {
         *(f"seqarch/interop/hf/{name}.py" for name in ("__init__", "cache", "config", "model", "routers")),
         *("experiments/bench/baselines.py", "experiments/bench/models.py"),

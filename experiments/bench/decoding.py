@@ -21,7 +21,7 @@ from torch import Tensor
 from experiments.util.errors import RunnerError
 from seqarch.layers.modules.kv_cache import KVCache
 from seqarch.models import LanguageModel, LMConfig
-from seqarch.models.generation import sample
+from seqarch.models.sampling import sample
 
 ROOM = 32
 """Tokens that a cache has room for behind the longest context: a burst decodes fewer."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from seqarch.layers.mixer import first_tensor
 from seqarch.layers.rows import state_rows
 from seqarch.models import LanguageModel
-from seqarch.models.generation import sample
+from seqarch.models.sampling import sample
 from seqarch.ops.dispatch.checks import accumulation_dtype
 
 Tokens = tuple[int, ...]
@@ -204,8 +204,7 @@ class Scorer:
         new: list[list[int]] = [[] for _ in contexts]
         running = [*range(len(contexts))]
         for step in range(how.max_new_tokens):
-            logits = _likeliest(self.model.logits(features), how.top_k)
-            tokens = sample(logits, how.temperature, how.top_p)
+            tokens = sample(self.model.logits(features), how.temperature, how.top_p, top_k=how.top_k)
             kept = [k for k, token in enumerate(tokens.tolist()) if self._goes_on(new[running[k]], token, how, ends)]
             if not kept or step + 1 == how.max_new_tokens:
                 break
@@ -225,13 +224,6 @@ class Scorer:
         longest = max(len(text.encode()) for text in how.until)  # a token stands for a byte at least
         tail = self.model.tokenizer.decode(tokens[-longest - 1 :])
         return not any(text in tail for text in how.until)
-
-
-def _likeliest(logits: Tensor, count: int) -> Tensor:
-    """The logits ``[B, vocab]`` with all but the ``count`` largest of each row at minus infinity; all where it is 0."""
-    if not 0 < count < logits.shape[-1]:
-        return logits
-    return logits.masked_fill(logits < logits.topk(count, dim=-1).values[:, -1:], -torch.inf)
 
 
 def _until(text: str, until: Sequence[str]) -> str:

@@ -29,39 +29,79 @@ def state_rows(state: Any, index: Sequence[int] | Tensor) -> Any:
     Raises:
         ValueError: it is no state, its parts differ in their rows, or the index is of another kind or out of range.
     """
+    return select(state, _row_numbers(index, row_count(state)))
+
+
+def leave_rows(state: Any, index: Sequence[int] | Tensor) -> Any:
+    """The state without the rows ``index``: a copy of the others, in their order.
+
+    Raises:
+        ValueError: as of :func:`state_rows`, or a row is named twice.
+    """
+    rows = row_count(state)
+    leaving = _row_numbers(index, rows)
+    if len(set(leaving)) < len(leaving):
+        raise ValueError(f"leave_rows: index is {show(leaving)}, expected each row once")
+    return select(state, [row for row in range(rows) if row not in leaving])
+
+
+def row_count(state: Any) -> int:
+    """The rows of a state of a mixer, a stack or a model.
+
+    Raises:
+        ValueError: it is no state, or its parts differ in their rows.
+    """
     counts = set(_counts(state))
     if len(counts) != 1:
         what = f"parts of {sorted(counts)} rows" if counts else show(state)
         raise ValueError(f"state_rows: the state is {what}, expected one that a mixer, a stack or a model returned")
-    return select(state, _row_numbers(index, counts.pop()))
+    return counts.pop()
 
 
 def join_rows(states: Sequence[Any]) -> Any:
     """The rows of several states of one mixer, stack or model, one after another, as one state: a copy.
 
-    For states of a fixed size and caches of keys and values as rows. Tensors are of the first state's dtype. A part
+    Sequences may differ in length: caches are then as long as the longest there is, and have the room of the roomiest,
+    so that ``init_state(0, max_length)`` among the states reserves room. Tensors are of the first state's dtype. A part
     that holds its rows in another way has a method ``joined(others)``, as
-    :class:`~seqarch.layers.modules.kv_cache.KVCache` has; one that only a packed call returns has none, and a packed
-    call from ``init_state(rows, max_length=1)`` returns rows.
+    :class:`~seqarch.layers.modules.kv_cache.KVCache` has, one that is a list of states ``one_by_one()``, and one
+    that another form of the same is put together as, ``as_rows()``.
 
     Raises:
-        ValueError: they are of different kinds, or of parts that cannot be put together.
+        ValueError: there are none, they are of different kinds, or of parts that cannot be put together.
     """
-    first, *others = states
+    if not states:
+        raise ValueError("join_rows: no state was given, expected at least one")
+    parts = [part for state in states for part in (state.one_by_one() if hasattr(state, "one_by_one") else [state])]
+    first, *others = parts = [part.as_rows() if hasattr(part, "as_rows") else part for part in parts]
+    kinds = sorted({type(part).__name__ for part in parts})
+    if len(kinds) > 1 or (hasattr(first, "select_rows") and not hasattr(first, "joined")):
+        raise ValueError(f"join_rows: states with parts {', '.join(kinds)} cannot be put together")
     if hasattr(first, "joined"):
         return first.joined(others)
-    if any(type(other) is not type(first) for other in others) or hasattr(first, "select_rows"):
-        kinds = sorted({type(state).__name__ for state in states})
-        raise ValueError(f"join_rows: states with parts {', '.join(kinds)} cannot be put together")
     if isinstance(first, Tensor):
         if any(other.shape[1:] != first.shape[1:] for other in others):
-            shapes = [list(state.shape) for state in states]
+            shapes = [list(part.shape) for part in parts]
             raise ValueError(f"join_rows: tensors of shapes {shapes}, expected shapes that differ in their rows alone")
         return torch.cat([first, *(other.to(first.dtype) for other in others)]) if first.ndim else first
     if isinstance(first, (tuple, list)):
-        made = [join_rows(parts) for parts in zip(*states, strict=True)]
+        if any(len(other) != len(first) for other in others):
+            raise ValueError(f"join_rows: states of {[len(part) for part in parts]} parts cannot be put together")
+        made = [join_rows(same) for same in zip(*parts, strict=True)]
         return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
     return first
+
+
+def padded_to(tensors: Sequence[Tensor], dim: int, dtype: torch.dtype, *, left: bool = False) -> Tensor:
+    """The rows of tensors that differ in one dimension, in which shorter ones get zeros after them, or before."""
+    longest = max(tensor.shape[dim] for tensor in tensors)
+    made = []
+    for tensor in tensors:
+        shape = [*tensor.shape]
+        shape[dim] = longest - shape[dim]
+        zeros, tensor = tensor.new_zeros(shape, dtype=dtype), tensor.to(dtype)
+        made.append(torch.cat([zeros, tensor] if left else [tensor, zeros], dim))
+    return torch.cat(made)
 
 
 def select(part: Any, index: list[int]) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from seqarch.layers.mixer import MOST_COUNTED, first_tensor
+from seqarch.layers.rows import state_rows
+from seqarch.models.sampling import GenerationOptions, LogitsProcessor
 from seqarch.ops.dispatch.checks import fits, show
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor]
 
 
-def _as_rows(prompt: Prompts, vocab_size: int, device: torch.device) -> list[Tensor]:
+def as_rows(prompt: Prompts, vocab_size: int, device: torch.device) -> list[Tensor]:
     """The prompts as 1-D tensors.
 
     Raises:
@@ -65,25 +66,6 @@ def _as_row(i: int, row: Any) -> Tensor:
         raise ValueError(f"generate: prompt {i} is {show(row)}, expected a list of integers or a tensor [T]") from error
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
-    """One token per row of ``logits [B, vocab]``: ``[B]``.
-
-    Args:
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-        top_p: keep the likeliest tokens whose probabilities reach this sum (Holtzman et al. 2020, section 3.1).
-        generator: source of randomness.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float()
-    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # overflows to -inf alone
-    if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-
-
 @torch.no_grad()
 def generate(
     self: LanguageModel,
@@ -91,71 +73,140 @@ def generate(
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
-    stop_token: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    stop_token: int | Sequence[int] | None = None,
+    stop_sequences: Sequence[Sequence[int]] = (),
+    num_sequences: int = 1,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """Continue each prompt by up to ``max_new_tokens`` tokens.
 
-    The prompts take one pass, packed where their lengths differ; after it each token costs one step of the state.
+    The prompts take one pass, packed where their lengths differ; after it each token costs one step of the state. The
+    options that are not named here are those of :class:`seqarch.models.sampling.GenerationOptions`.
 
     Args:
         prompt: one prompt (integers or a tensor ``[T]``) or several (a tensor ``[B, T]`` or a list).
-        temperature: 0 is greedy.
-        top_p: nucleus of each distribution that is sampled from, in (0, 1].
-        stop_token: a row ends with this token, which is kept.
-        generator: source of randomness, on the model's device.
+        num_sequences: continuations of each prompt, which is read once.
 
     Returns:
-        For each prompt, the prompt and what follows it, ``[T + new]``.
+        For each prompt, the prompt and what follows it, ``[T + new]``; several continuations of one stand together.
 
     Raises:
-        ValueError: a prompt is empty, of another kind or holds a token outside the vocabulary, or an option is of
-            another kind or out of range.
+        ValueError: a prompt is empty, of another kind or holds a token outside the vocabulary, an option is of
+            another kind or out of range, or a processor returned something else than logits.
         RuntimeError: the logits of a row that still runs have no largest number: one is NaN or infinite.
     """
-    _check_options(max_new_tokens, temperature, top_p, stop_token, generator, self.config.vocab_size)
-    device = first_tensor(self).device
-    rows = _as_rows(prompt, self.config.vocab_size, device)
-    logits, state = _read_prompts(self, rows, max_new_tokens)
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        logits_processors=logits_processors,
+        stop_token=stop_token,
+        stop_sequences=stop_sequences,
+        generator=generator,
+    )
+    rows = _checked(self, prompt, options, num_sequences)
+    steps = [*_steps(self, rows, options, num_sequences)]
+    rows = [row for row in rows for _ in range(num_sequences)]
+    if not steps:
+        return rows
+    following = torch.stack([tokens for tokens, _ in steps], dim=1)
+    counts = torch.stack([running for _, running in steps]).sum(0).tolist()
+    return [torch.cat([row, new[:count]]) for row, new, count in zip(rows, following, counts, strict=True)]
+
+
+def stream(self: LanguageModel, prompt: Prompts, max_new_tokens: int, **options: Any) -> Iterator[int]:
+    """Continue one prompt, a token at a time: each is there as soon as it is chosen.
+
+    Whoever stops asking has paid for the tokens that were asked for. Several prompts at a time are what
+    :class:`seqarch.serving.Generator` is for.
+
+    Args:
+        options: those of :meth:`generate`, but for ``num_sequences``; the tokens are the same.
+
+    Raises:
+        ValueError: as of :meth:`generate`, or there are several prompts; before anything is read.
+        RuntimeError: as of :meth:`generate`, when the token is asked for.
+    """
+    checked = GenerationOptions(max_new_tokens=max_new_tokens, **options)
+    rows = _checked(self, prompt, checked, 1)
+    if len(rows) != 1:
+        raise ValueError(f"stream: {len(rows)} prompts were given, expected one")
+    return (int(tokens) for tokens, _ in _steps(self, rows, checked, 1))
+
+
+def _checked(model: LanguageModel, prompt: Prompts, options: GenerationOptions, num_sequences: Any) -> list[Tensor]:
+    """The prompts as 1-D tensors on the model's device.
+
+    Raises:
+        ValueError: they, or the options, are not as :func:`generate` takes them.
+    """
+    vocab_size = model.config.vocab_size
+    options.check_vocabulary(vocab_size)
+    if not fits(num_sequences, (int,)) or not 1 <= num_sequences <= MOST_COUNTED:
+        raise ValueError(f"generate: num_sequences is {show(num_sequences)}, expected an int of at least 1")
+    if num_sequences > 1 and options.temperature == 0:
+        raise ValueError(
+            f"generate: num_sequences is {num_sequences} at temperature 0, expected 1, as all would be the same"
+        )
+    return as_rows(prompt, vocab_size, first_tensor(model).device)
+
+
+@torch.no_grad()
+def _steps(
+    model: LanguageModel, rows: list[Tensor], options: GenerationOptions, num_sequences: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of each step, ``[B]``, and which rows had not ended before it, ``[B]``."""
+    if not options.max_new_tokens:
+        return
+    logits, state = _read_prompts(model, rows, options.max_new_tokens)
+    if num_sequences > 1:
+        index = [row for row in range(len(rows)) for _ in range(num_sequences)]
+        rows, logits, state = [rows[i] for i in index], logits[index], state_rows(state, index)
+    tokens_so_far = _TokensSoFar(rows, options.max_new_tokens) if options.reads_tokens else None
     new: list[Tensor] = []
-    running = torch.ones(len(rows), dtype=torch.bool, device=device)
-    while len(new) < max_new_tokens and bool(running.any()):
-        _check_logits(logits, running, len(new))
-        tokens = sample(logits, temperature, top_p, generator)
-        new.append(tokens)
-        if stop_token is not None:
-            running &= tokens != stop_token
-        if len(new) < max_new_tokens:
-            features, state = self.features(tokens.unsqueeze(1), state)
-            logits = self.logits(features[:, 0])
-    following = torch.stack(new, dim=1) if new else torch.empty(len(rows), 0, dtype=torch.int64, device=device)
-    return [torch.cat([row, _until(tokens, stop_token)]) for row, tokens in zip(rows, following, strict=True)]
+    running = torch.ones(len(rows), dtype=torch.bool, device=logits.device)
+    while True:
+        check_logits(logits, running, len(new))
+        if tokens_so_far is not None:
+            logits = options.adjusted(logits, tokens_so_far.rows)
+        new.append(options.choose(logits, options.generator))
+        yield new[-1], running
+        if options.ends:
+            running = running & ~options.rows_ended(new)
+        if len(new) == options.max_new_tokens or not bool(running.any()):
+            return
+        if tokens_so_far is not None:
+            tokens_so_far.add(new[-1])
+        features, state = model.features(new[-1].unsqueeze(1), state)
+        logits = model.logits(features[:, 0])
 
 
-def _check_options(
-    max_new_tokens: Any, temperature: Any, top_p: Any, stop_token: Any, generator: Any, vocab_size: int
-) -> None:
-    last = vocab_size - 1
-    rules = [
-        ("max_new_tokens", max_new_tokens, (int,), lambda: 0 <= max_new_tokens <= MOST_COUNTED, "an int of at least 0"),
-        ("temperature", temperature, (float,), lambda: temperature >= 0, "a float of at least 0"),
-        ("top_p", top_p, (float,), lambda: 0 < top_p <= 1, "a float in (0, 1]"),
-        (
-            "stop_token",
-            stop_token,
-            (int, NoneType),
-            lambda: stop_token is None or 0 <= stop_token <= last,
-            f"an int from 0 to {last}",
-        ),
-        ("generator", generator, (torch.Generator, NoneType), lambda: True, "a torch.Generator or None"),
-    ]
-    for name, value, kinds, holds, expected in rules:
-        if not fits(value, kinds) or not holds():
-            raise ValueError(f"generate: {name} is {show(value)}, expected {expected}")
+class _TokensSoFar:
+    """The tokens of rows of different lengths, in memory that is there from the start."""
+
+    def __init__(self, rows: list[Tensor], room: int):
+        self.memory = [torch.cat([row, row.new_empty(room)]) for row in rows]
+        self.lengths = [len(row) for row in rows]
+
+    @property
+    def rows(self) -> list[Tensor]:
+        return [tokens[:length] for tokens, length in zip(self.memory, self.lengths, strict=True)]
+
+    def add(self, tokens: Tensor) -> None:
+        for i, token in enumerate(tokens):
+            self.memory[i][self.lengths[i]] = token
+            self.lengths[i] += 1
 
 
-def _check_logits(logits: Tensor, running: Tensor, step: int) -> None:
+def check_logits(logits: Tensor, running: Tensor, step: int) -> None:
     """Raise where the largest logit of a running row is no number; greedy decoding would take some token even so."""
     lost = ~logits.amax(dim=-1).isfinite() & running
     if bool(lost.any()):
@@ -176,9 +227,3 @@ def _read_prompts(model: LanguageModel, rows: list[Tensor], max_new_tokens: int)
     cu_seqlens = [0, *accumulate(lengths)]
     features, state = model.features(torch.cat(rows).unsqueeze(0), state, cu_seqlens=cu_seqlens)
     return model.logits(features[0, [end - 1 for end in cu_seqlens[1:]]]), state
-
-
-def _until(tokens: Tensor, stop_token: int | None) -> Tensor:
-    """The tokens up to and including the first stop token."""
-    hits = (tokens == stop_token).nonzero() if stop_token is not None else tokens.new_empty(0)
-    return tokens[: int(hits[0]) + 1] if len(hits) else tokens

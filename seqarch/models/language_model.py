@@ -15,7 +15,7 @@ from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
 from seqarch.layers.modules.norms import build_norm
 from seqarch.models.config import LMConfig
-from seqarch.models.generation import generate
+from seqarch.models.generation import generate, stream
 from seqarch.models.loss import head_cross_entropy, serves
 from seqarch.models.stack import Stack, StackState
 from seqarch.ops.dispatch.checks import accumulation_dtype, entries_within, fits, show, unknown_name
@@ -41,6 +41,7 @@ class LanguageModel(Configured):
     tokenizer: Any = None
     origin: Any = None
     generate = generate
+    stream = stream
 
     @from_options
     def __init__(self, config: LMConfig):

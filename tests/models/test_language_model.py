@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel, LMConfig
-from seqarch.models.generation import sample
+from seqarch.models.sampling import sample
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 10], [7, 7]]
 

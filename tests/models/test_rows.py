@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from seqarch.layers import MIXERS, build_mixer, clone_state
-from seqarch.layers.rows import join_rows
+from seqarch.layers.rows import join_rows, leave_rows
 from seqarch.models import LanguageModel, LMConfig, state_rows
 from seqarch.testing import assert_close
 from seqarch.testing.laws import FLOAT64_ERROR
@@ -72,21 +72,35 @@ def test_chosen_rows_go_on_as_their_prompts_alone(name: str, options: dict[str, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("hyena", "moba", "nsa", "dsa")])
-def test_rows_that_were_put_together_go_on_as_their_prompts_alone(name: str):
-    """Of states of different lengths, with room and without, and of no token yet; all of these are as they were."""
+@pytest.mark.parametrize("name", MIXERS)
+def test_rows_join_and_leave_while_others_decode(name: str):
+    """And each goes on as its prompt alone: of states of different lengths, with room, without, and of no token yet."""
     mixer = build_mixer(name, d_model=32, **VARIANTS.get(name, [{}])[-1]).double()
     rows = [torch.randn(1, length, 32, dtype=torch.float64) for length in LENGTHS]
     more = torch.randn(4, 9, 32, dtype=torch.float64)
-    new = mixer.init_state(1, max_length=1)
+    packed = mixer(torch.cat(rows[1:3], dim=1), None, [0, 1, 41])[1]
     roomy = mixer(torch.cat(rows, dim=1), mixer.init_state(4, max_length=60), offsets(LENGTHS))[1]
-    expected = [mixer(more[i : i + 1], mixer(row)[1])[0] for i, row in enumerate((rows[2], rows[1], rows[3]))]
-    expected.append(mixer(more[3:])[0])
-    parts = [mixer(rows[2])[1], state_rows(roomy, [1, 3]), new]
+    # the long row from a packed call, one of 1 and one of 17 tokens with room, and one of none, which joins later
+    parts = [state_rows(packed, [1]), state_rows(roomy, [1, 3]), mixer.init_state(1, max_length=1)]
+    prompts = [rows[2], rows[1], rows[3], more[:1, :0]]
     kept = clone_state(parts)
-    joined = join_rows(parts)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(parts), tensors(kept), strict=True))
-    assert_close(mixer(more, joined)[0], torch.cat(expected), FLOAT64_ERROR, "joined")
+    state = join_rows([mixer.init_state(0, max_length=50), *parts[:2]])
+    running, outputs = [0, 1, 2], [[], [], [], []]
+    for step in range(9):
+        if step == 3:
+            state, running = join_rows([state, parts[2]]), [0, 1, 2, 3]
+        if step == 5:
+            state, running = leave_rows(state, [0]), [1, 2, 3]
+        if step == 7:
+            state, running = join_rows([leave_rows(state, [2])]), [1, 2]
+        y, state = mixer(torch.stack([more[row, len(outputs[row]) :][:1] for row in running]), state)
+        for row, own in zip(running, y, strict=True):
+            outputs[row].append(own)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(parts[:2]), tensors(kept[:2]), strict=True))
+    for row, prompt in enumerate(prompts):
+        got = torch.cat(outputs[row])
+        expected = mixer(more[row : row + 1, : len(got)], mixer(prompt)[1])[0][0]
+        assert_close(got, expected, 1e-12, f"row {row} of {len(got)} steps")
 
 
 @pytest.mark.parametrize("name", MIXERS)

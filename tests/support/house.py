@@ -67,6 +67,8 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room("seqarch.testing"),
         _room("seqarch.parallel"),
         _room("seqarch.checkpoints"),
+        _room("seqarch.state"),
+        _room("seqarch.serving", "state"),
         _room("seqarch.pretrained", "interop", "checkpoints"),
         _room("seqarch.interop.hf", "checkpoints", "pretrained"),
         Room("python -m seqarch", ("seqarch.__main__",), ("pretrained",)),

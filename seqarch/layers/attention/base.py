@@ -221,7 +221,7 @@ class CacheMixer(Mixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
         # the cache as rows, and where this call's tokens are in their sequences
         conv, cache, *entries = state
-        cache = kv_cache.as_rows(cache, self.cache_window, sink_tokens=self.sink_tokens)
+        cache = cache.as_rows()
         _check_cache(cache, row_count(x, cu_seqlens), self.cache_window)
         place = Place(_positions(cache, x, cu_seqlens), cache.length + _longest(x, cu_seqlens), cu_seqlens)
         # q [B, T, H, K], k and v [B, T, G, K], normed and rotated; sparse kinds choose what each query reads
@@ -245,8 +245,8 @@ class CacheMixer(Mixer):
         if not cache.length:
             q, *selection = queries
             o = self.attend(q, k, v, *selection, cu_seqlens=cu_seqlens)
-            packed, reserved = PackedKV(k, v, cu_seqlens), cache.capacity
-            return o, kv_cache.as_rows(packed, self.cache_window, reserved, self.sink_tokens) if reserved else packed
+            packed, reserved = PackedKV(k, v, cu_seqlens, self.cache_window, self.sink_tokens), cache.capacity
+            return o, packed.as_rows(reserved) if reserved else packed
         keys, values, cache = kv_cache.extend_packed(cache, k, v, cu_seqlens, self.cache_window, self.sink_tokens)
         lengths = [end - start for start, end in pairwise(cu_seqlens)]
         rows = zip(keys, values, *(part.split(lengths, dim=1) for part in queries), strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from seqarch.layers.modules import long_conv
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear, is_plain_linear, widened
 from seqarch.layers.modules.short_conv import ShortConvolution
-from seqarch.layers.rows import select
+from seqarch.layers.rows import join_rows, padded_to, select
 from seqarch.ops.dispatch.autocast import without_autocast
 
 SLOWEST, FASTEST = math.log(100) / 1.5, math.log(100) / 0.3
@@ -75,6 +76,13 @@ class HyenaState(NamedTuple):
     def select_rows(self, index: list[int]) -> HyenaState:
         conv, inputs = (select(part, index) for part in (self.conv, self.inputs))
         return HyenaState(conv, inputs, tuple(self.lengths[i] for i in index))
+
+    def joined(self, others: Sequence[HyenaState]) -> HyenaState:
+        """Its rows and then those of the others, with room for as much as in the roomiest of them."""
+        states = self, *others
+        conv = join_rows([state.conv for state in states])
+        inputs = padded_to([state.inputs for state in states], 2, self.inputs.dtype, left=True)
+        return HyenaState(conv, inputs, tuple(length for state in states for length in state.lengths))
 
 
 class Hyena(Mixer):

@@ -50,18 +50,19 @@ class KVCache(NamedTuple):
         """``[B]``, the first held key of each row that is not padding."""
         return None if self.start is None else (self.start - (self.length - self.held(cache_window))).clamp(min=0)
 
+    def as_rows(self) -> KVCache:
+        """Itself; a :class:`PackedKV` has a form of its own."""
+        return self
+
     def joined(self, others: Sequence[KVCache]) -> KVCache:
         """Its rows and then those of the others (:func:`seqarch.layers.rows.join_rows`), right-aligned: a copy.
 
-        What a row holds ends where the keys in use do; a cache that has seen more than its capacity is full.
-
-        Raises:
-            ValueError: another is of another kind.
+        What a row holds ends where the keys in use do; a cache that has seen more than its capacity is full. There is
+        room for as much as in the roomiest of them, also where that has no rows.
         """
         keys, values, lengths = [], [], []
-        for cache in (self, *others):
-            if not isinstance(cache, KVCache):
-                raise ValueError(f"join_rows: {type(cache).__name__} cannot be put together with a KVCache")
+        caches = self, *others
+        for cache in caches:
             held = min(cache.length, cache.capacity)
             starts = [0] * len(cache.keys) if cache.start is None else cache.start.tolist()
             for row, start in enumerate(starts):
@@ -69,7 +70,9 @@ class KVCache(NamedTuple):
                 keys.append(cache.keys[row, used].to(self.keys.dtype))
                 values.append(cache.values[row, used].to(self.values.dtype))
                 lengths.append(cache.length - start)
-        return right_aligned(keys, values, lengths, None, max(cache.capacity for cache in (self, *others)))
+        if not lengths:
+            return self
+        return right_aligned(keys, values, lengths, None, max(cache.capacity for cache in caches))
 
 
 class PackedKV(NamedTuple):
@@ -78,11 +81,14 @@ class PackedKV(NamedTuple):
     Attributes:
         keys, values: ``[1, T, G, K]`` and ``[1, T, G, V]``.
         cu_seqlens: boundaries of the sequences.
+        cache_window, sink_tokens: what the rows that they become are to hold, as above.
     """
 
     keys: Tensor
     values: Tensor
     cu_seqlens: tuple[int, ...]
+    cache_window: int | None = None
+    sink_tokens: int = 0
 
     @property
     def row_count(self) -> int:
@@ -96,17 +102,13 @@ class PackedKV(NamedTuple):
         lengths = [self.cu_seqlens[i + 1] - self.cu_seqlens[i] for i in index]
         pieces = [slice(self.cu_seqlens[i], self.cu_seqlens[i + 1]) for i in index]
         keys, values = (torch.cat([x[:, piece] for piece in pieces], dim=1) for x in (self.keys, self.values))
-        return PackedKV(keys, values, tuple(accumulate(lengths, initial=0)))
+        return self._replace(keys=keys, values=values, cu_seqlens=tuple(accumulate(lengths, initial=0)))
 
-
-def as_rows(cache: KVCache | PackedKV, cache_window: int | None, capacity: int = 0, sink_tokens: int = 0) -> KVCache:
-    """The cache with one row per sequence, right-aligned."""
-    if isinstance(cache, KVCache):
-        return cache
-    lengths = [end - start for start, end in pairwise(cache.cu_seqlens)]
-    return right_aligned(
-        cache.keys[0].split(lengths), cache.values[0].split(lengths), lengths, cache_window, capacity, sink_tokens
-    )
+    def as_rows(self, capacity: int = 0) -> KVCache:
+        """One row per sequence, right-aligned."""
+        lengths = [end - start for start, end in pairwise(self.cu_seqlens)]
+        pieces = self.keys[0].split(lengths), self.values[0].split(lengths)
+        return right_aligned(*pieces, lengths, self.cache_window, capacity, self.sink_tokens)
 
 
 def right_aligned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from seqarch.layers.attention.base import Place
 from seqarch.layers.mixer import Device, first_tensor
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV
 from seqarch.layers.modules.positions import block_of
+from seqarch.layers.rows import join_rows, padded_to
 from seqarch.layers.sparse_attention.base import BlockSparse, BlockSparseConfig
 from seqarch.ops.dispatch.checks import accumulation_dtype
 
@@ -43,6 +45,11 @@ class MoBAState(NamedTuple):
     conv: Tensor | None
     cache: KVCache | PackedKV
     sums: Tensor
+
+    def joined(self, others: Sequence[MoBAState]) -> MoBAState:
+        """Its rows and then those of the others: each row's blocks count from its own first token."""
+        conv, cache = (join_rows([state[i] for state in (self, *others)]) for i in range(2))
+        return MoBAState(conv, cache, padded_to([state.sums for state in (self, *others)], 1, self.sums.dtype))
 
 
 class MoBA(BlockSparse):

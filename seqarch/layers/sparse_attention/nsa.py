@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.layers.attention.base import KVHeadsConfig
@@ -17,6 +17,7 @@ from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.kv_cache import KVCache
 from seqarch.layers.modules.linear import Linear
+from seqarch.layers.rows import join_rows, padded_to
 from seqarch.layers.sparse_attention.compression import BlockCompressor
 from seqarch.layers.sparse_attention.row_attention import CacheShape, RowAttention, positions
 from seqarch.ops.attention import flops as window_flops
@@ -71,7 +72,7 @@ class NSAState(NamedTuple):
     Attributes:
         recent: the last keys and values to compress, as they come: those of blocks that are not complete.
         compressed: the compressed keys (rotated) and values, ``length`` of them in the longest row; each row's begin
-            at its first token, whatever its length.
+            at its first token, and ``start`` says how many fewer it has.
         selected, window: keys (rotated) and values of these branches.
     """
 
@@ -79,6 +80,12 @@ class NSAState(NamedTuple):
     compressed: KVCache
     selected: KVCache
     window: KVCache
+
+    def joined(self, others: Sequence[NSAState]) -> NSAState:
+        """Its rows and then those of the others, right-aligned, but for the compressed keys."""
+        states = self, *others
+        recent, _, selected, window = (join_rows(caches) for caches in zip(*states, strict=True))
+        return NSAState(recent, _join_compressed([state.compressed for state in states]), selected, window)
 
 
 class NSA(RowAttention):
@@ -155,7 +162,7 @@ class NSA(RowAttention):
             self._append(old, keys[i : i + 1, firsts[i] :], values[i : i + 1, firsts[i] :], lengths[i])
             for i, old in enumerate(self._split_compressed(state.compressed, [n - k.shape[1] for n in lengths]))
         ]
-        return recent, self._join_compressed(rows)
+        return recent, _join_compressed(rows)
 
     def _append(self, compressed: KVCache, keys: Tensor, values: Tensor, length: int) -> KVCache:
         """The cache with what the last keys and values, of ``length`` tokens in all, complete."""
@@ -171,12 +178,6 @@ class NSA(RowAttention):
         rows = zip(compressed.keys.split(1), compressed.values.split(1), lengths, strict=True)
         return [KVCache(key, value, self.config.blocks.complete(length)) for key, value, length in rows]
 
-    def _join_compressed(self, rows: list[KVCache]) -> KVCache:
-        capacity = max(row.capacity for row in rows)
-        both = ([row.keys for row in rows], [row.values for row in rows])
-        keys, values = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, capacity - x.shape[1])) for x in part]) for part in both)
-        return KVCache(keys, values, max(row.length for row in rows))
-
     def split(self, state: NSAState) -> list[NSAState]:
         rows = super().split(state)
         compressed = self._split_compressed(state.compressed, [row.selected.length for row in rows])
@@ -184,7 +185,7 @@ class NSA(RowAttention):
 
     def join(self, states: list[NSAState]) -> NSAState:
         joined = super().join(states)
-        return joined._replace(compressed=self._join_compressed([state.compressed for state in states]))
+        return joined._replace(compressed=_join_compressed([state.compressed for state in states]))
 
     def caches(self, length: int) -> list[CacheShape]:
         config = self.config
@@ -214,3 +215,14 @@ class NSA(RowAttention):
             + selected
             + window_flops(queries, after, heads, width, width, True, config.window, batch_size)
         )
+
+
+def _join_compressed(caches: Sequence[KVCache]) -> KVCache:
+    """The rows of several caches whose rows begin together, at the left."""
+    counts = torch.cat([cache.lengths().expand(len(cache.keys)) for cache in caches])
+    longest = int(counts.max()) if len(counts) else 0
+    fewer = longest - counts
+    keys, values = (
+        padded_to(part, 1, part[0].dtype) for part in list(zip(*((c.keys, c.values) for c in caches), strict=True))
+    )
+    return KVCache(keys, values, longest, fewer if bool(fewer.any()) else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,6 +47,10 @@ class PackedRows(NamedTuple):
 
     def select_rows(self, index: list[int]) -> Any:
         return PackedRows(tuple(select(self.rows[i], [0]) for i in index)) if index else select(self.rows[0], [])
+
+    def one_by_one(self) -> Sequence[Any]:
+        """As :func:`seqarch.layers.rows.join_rows` takes them."""
+        return self.rows
 
 
 def positions(x: Tensor, before: int, start: Tensor | None) -> Tensor:

@@ -96,9 +96,8 @@ class TestStates:
         assert run.engine.gradients(run.model, batch).item() == pytest.approx(losses_of_texts(run, [batch])[0])
 
     def test_states_that_cannot_be_put_together_are_refused(self):
-        packed = build_mixer("attention", d_model=32)(torch.randn(1, 5, 32), None, [0, 2, 5])[1]
-        with pytest.raises(ValueError, match="PackedKV cannot be put together"):
-            join_rows([packed, packed])
+        with pytest.raises(ValueError, match="parts AttentionState, RecurrentState cannot be put together"):
+            join_rows([build_mixer(name, d_model=32).init_state(1) for name in ("attention", "gla")])
         one, other = (build_mixer("gla", d_model=width).init_state(1) for width in (32, 64))
         with pytest.raises(ValueError, match="shapes that differ in their rows alone"):
             join_rows([one, other])
