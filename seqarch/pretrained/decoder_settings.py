@@ -143,16 +143,15 @@ def _starcoder2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
 
 
 def _latent(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    """What DeepSeek's families say; without dense layers or without experts, of those at most the width."""
+    """What DeepSeek's families say; the dense width is that of the experts where no layer is dense."""
     mixer, dense = layers.get("mla"), layers.places("swiglu")
     channel = layers.get("swiglu" if dense else "moe")
-    rotary = rotary_settings(mixer)
     return {
-        **rotary,
+        **rotary_settings(mixer),
         "num_key_value_heads": mixer.heads,
         "first_k_dense_replace": len(dense),
         "intermediate_size": channel.hidden_width,
-        "hidden_act": THEIR_ACTIVATIONS[channel.activation],
+        "hidden_act": THEIR_ACTIVATIONS.get(channel.activation, "silu"),
     }
 
 

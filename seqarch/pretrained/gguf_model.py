@@ -140,11 +140,14 @@ def _scaled_angles(model: Model, scaling: Mapping[str, Any]) -> Metadata:
     if kind == "linear":
         return keys
     known = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-    others = [name for name, value in scaling.items() if name not in known and value not in (None, True)]
-    if kind != "yarn" or others:
-        name = "rope_scaling" if model.settings.rope_scaling else "rope_parameters"
-        of_kind = f"those of type linear or yarn, without {' and '.join(others)}" if others else "type linear or yarn"
-        raise model.refuse(name, of_kind)
+    without = {name: value for name, value in scaling.items() if name not in known and value is not None}
+    if without.get("truncate") is True:  # as llama.cpp does
+        del without["truncate"]
+    name = "rope_scaling" if model.settings.rope_scaling else "rope_parameters"
+    if kind != "yarn":
+        raise model.refuse(name, "type linear or yarn")
+    if without:
+        raise model.refuse(name, f"yarn without {' and '.join(without)}")
     keys["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
     betas = {f"rope.scaling.yarn_{name}": scaling.get(name) for name in ("beta_fast", "beta_slow")}
     return {**keys, **{name: float(value) for name, value in betas.items() if value is not None}}

@@ -64,7 +64,7 @@ def _heads(ssm: Any) -> dict[str, Any]:
 
 
 def _granitemoehybrid(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    """Only its layers of experts have a shared MLP besides; without experts that is all they have."""
+    """Layers have a shared MLP, and experts beside it if any."""
     ssm = layers.get("mamba2")
     own: dict[str, Any] = {}
     if "swiglu" in layers.configs:

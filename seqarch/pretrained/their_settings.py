@@ -166,7 +166,7 @@ def _mixtral(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     mixer, dense = layers.get("sliding_window" if windowed else "attention"), layers.get("moe")
     return {
         **head_settings(mixer),
-        "hidden_act": THEIR_ACTIVATIONS[dense.activation],
+        "hidden_act": THEIR_ACTIVATIONS.get(dense.activation, "silu"),
         "sliding_window": mixer.window if windowed else None,
     }
 
@@ -228,7 +228,7 @@ def _qwen3_next(layers: Layers, model: LanguageModel) -> dict[str, Any]:
 
 
 def _kimi_linear(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    """Without experts, or without dense layers, of those no more than the width."""
+    """What its tables do not say; it has both kinds of attention."""
     layers.get("kda")
     return {"num_key_value_heads": layers.get("mla").heads}
 

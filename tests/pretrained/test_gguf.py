@@ -23,7 +23,7 @@ from seqarch.pretrained.gguf_command import main
 from seqarch.pretrained.gguf_file import save_gguf
 from seqarch.pretrained.gguf_tokenizer import QWEN2
 from tests.support import decoder_families, families, hybrid_families
-from tests.support.decoder_families import LLAMA3
+from tests.support.decoder_families import LLAMA3, YARN
 
 CONFIGS = {
     "mamba": families.mamba,
@@ -315,6 +315,7 @@ def test_scaled_rotary_positions_are_keys(tmp_path):
         ("lfm2_moe", {"norm_topk_prob": False}, "norm_topk_prob=False, but only true"),
         ("nemotron_h", {"layers_block_type": None}, "no nemotron_h with both mlp and moe blocks"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "but only type linear or yarn"),
+        ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.0}}, "but only yarn without attention_factor"),
         ("falcon_h1", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate=True, but only false"),
     ],
 )
