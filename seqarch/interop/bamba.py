@@ -18,6 +18,15 @@ class SsmSettings(BaseSettings):
     """Fields of a Mamba-2 whose inner width is ``mamba_expand`` times that of the stream."""
 
     only: ClassVar = {"hidden_act": "silu", "mamba_conv_bias": True, "mamba_proj_bias": False}
+    options: ClassVar = {
+        "model": {"norm_eps": "rms_norm_eps"},
+        "mamba2": {
+            "d_state": "mamba_d_state",
+            "n_groups": "mamba_n_groups",
+            "conv_width": "mamba_d_conv",
+            "norm_eps": "rms_norm_eps",
+        },
+    }
 
     mamba_n_heads: int = 128
     mamba_d_head: int | str = "auto"
@@ -34,15 +43,7 @@ class SsmSettings(BaseSettings):
         width = inner // self.mamba_n_heads
         if self.mamba_d_head not in ("auto", width) or width * self.mamba_n_heads != inner:
             raise self.refuse("mamba_d_head", f"mamba_expand times hidden_size ({inner}) over mamba_n_heads")
-        return {
-            "d_state": self.mamba_d_state,
-            "head_dim": width,
-            "d_inner": inner,
-            "n_groups": self.mamba_n_groups,
-            "conv_width": self.mamba_d_conv,
-            "norm_eps": self.rms_norm_eps,
-            **mamba2.step_size_limits(self),
-        }
+        return {"head_dim": width, "d_inner": inner, **self.options_of("mamba2"), **mamba2.step_size_limits(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,6 @@ def lm_config(settings: Settings) -> LMConfig:
         [f"{mixer}/swiglu" for mixer in mixers],
         {"attention": settings.attention(**settings.biases()), "mamba2": settings.ssm()},
         {"swiglu": settings.gated_mlp(bias=settings.mlp_bias)},
-        norm_eps=settings.rms_norm_eps,
     )
 
 

@@ -18,6 +18,7 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
     only: ClassVar = {**decoder.DecoderSettings.only, "use_qk_norm": False}
     aliases: ClassVar = {"layer_norm_eps": "rms_norm_eps"}
     unread = ("rms_norm_eps",)
+    options: ClassVar = {"model": {"logit_scale": "logit_scale"}}
 
     vocab_size: int = 256000
     hidden_size: int = 8192

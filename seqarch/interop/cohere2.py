@@ -18,6 +18,7 @@ class Settings(decoder.DecoderSettings, decoder.LayerTypeSettings, decoder.BiasS
     in_files_only = (*decoder.DecoderSettings.in_files_only, "sliding_window_pattern")
     aliases: ClassVar = {"layer_norm_eps": "rms_norm_eps"}
     unread = ("rms_norm_eps",)
+    options: ClassVar = {"model": {"logit_scale": "logit_scale"}}
 
     vocab_size: int = 256000
     hidden_size: int = 8192

@@ -34,6 +34,11 @@ class DecoderSettings(RotarySettings):
     """The fields that all of these families have."""
 
     only: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0}
+    options: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "model": {"norm_eps": "rms_norm_eps"},
+        "swiglu": {"hidden": "intermediate_size"},
+        "mlp": {"hidden": "intermediate_size"},
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -99,13 +104,16 @@ class LayerTypeSettings(BaseSettings):
         layer_types: for each layer ``"full_attention"`` or ``"sliding_attention"``.
     """
 
+    options: ClassVar[Mapping[str, Mapping[str, str]]] = {"sliding_window": {"window": "sliding_window"}}
+    layer_kinds: ClassVar[Mapping[str, Mapping[str, str]]] = {"layer_types": MIXERS}
+
     sliding_window: int | None = 4096
     layer_types: list[str] | None = None
 
     def kinds(self, default: Sequence[str]) -> list[str]:
         """The kind of each layer, ``default`` where no field names them."""
         entries = list(default) if self.layer_types is None else self.layer_types
-        kinds = self.chosen("layer_types", {FULL: FULL, SLIDING: SLIDING}, entries, self.num_hidden_layers)
+        kinds = self.chosen("layer_types", {name: name for name in MIXERS}, entries, self.num_hidden_layers)
         if SLIDING in kinds and self.sliding_window is None:
             raise self.refuse("sliding_window", "an integer, as layer_types has sliding_attention")
         return kinds
@@ -156,6 +164,15 @@ class ByKindSettings(DecoderSettings, LayerTypeSettings):
 class SparseSettings(BaseSettings):
     """Experts in some layers and a gated MLP in the others (Qwen's families)."""
 
+    options: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "moe": {
+            "num_experts": "num_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "moe_intermediate_size",
+            "normalise_weights": "norm_topk_prob",
+        }
+    }
+
     mlp_only_layers: list[int] | None = None
     decoder_sparse_step: int = 1
     moe_intermediate_size: int = 768
@@ -176,18 +193,14 @@ class SparseSettings(BaseSettings):
             ValueError: its router could not learn.
         """
         parts.check_top_k(self, "num_experts_per_tok", self.norm_topk_prob and "moe" in self.channels())
-        return {
-            "num_experts": self.num_experts,
-            "top_k": self.num_experts_per_tok,
-            "hidden": self.moe_intermediate_size,
-            "normalise_weights": self.norm_topk_prob,
-            **others,
-        }
+        return {**self.options_of("moe"), **others}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiplierSettings(BaseSettings):
     """Constants that Granite multiplies by."""
+
+    options: ClassVar[Mapping[str, Mapping[str, str]]] = {"model": {"embedding_scale": "embedding_multiplier"}}
 
     embedding_multiplier: float = 1.0
     attention_multiplier: float = 1.0
@@ -245,5 +258,5 @@ def lm_config(
         layers,
         {MIXERS[kind]: options[kind] for kind in MIXERS if kind in kinds},
         {name: dict(channels[name]) for name in channels if name in each_channel},
-        **{"norm_eps": settings.rms_norm_eps, **others},
+        **others,
     )

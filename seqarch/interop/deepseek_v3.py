@@ -16,6 +16,9 @@ class Settings(latent.LatentSettings):
 
     model_type = "deepseek_v3"
     aliases: ClassVar = {"num_local_experts": "n_routed_experts"}
+    options: ClassVar = {
+        "moe": {"normalise_weights": "norm_topk_prob", "num_groups": "n_group", "top_groups": "topk_group"}
+    }
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -40,7 +43,6 @@ def lm_config(settings: Settings) -> LMConfig:
         moe = settings.experts(
             router="sigmoid",
             expert_bias=True,
-            normalise_weights=settings.norm_topk_prob,
             **settings.groups(settings.n_group, settings.topk_group),
         )
     return latent.lm_config(settings, moe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from seqarch.interop import mamba
 from seqarch.models import LMConfig
@@ -13,12 +14,13 @@ class Settings(mamba.Settings):
     """Fields of ``FalconMambaConfig``."""
 
     model_type = "falcon_mamba"
+    options: ClassVar = {"mamba": {"norm_eps": "mixer_rms_eps"}}
 
     mixer_rms_eps: float = 1e-6
 
 
 def lm_config(settings: Settings) -> LMConfig:
-    return mamba.model_of(settings, {"dt_bc_norm": "rms_without_weights", "norm_eps": settings.mixer_rms_eps})
+    return mamba.model_of(settings, {"dt_bc_norm": "rms_without_weights"})
 
 
 weights = mamba.weights

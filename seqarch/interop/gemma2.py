@@ -18,6 +18,7 @@ class Settings(decoder.DecoderSettings, decoder.LayerTypeSettings, decoder.BiasS
     only: ClassVar = {**decoder.DecoderSettings.only, "use_bidirectional_attention": None}
     aliases: ClassVar = {"hidden_activation": "hidden_act"}
     unread = ("hidden_act",)
+    options: ClassVar = {"model": {"logit_cap": "final_logit_softcapping"}}
 
     vocab_size: int = 256000
     hidden_size: int = 2304
@@ -46,7 +47,6 @@ def lm_config(settings: Settings) -> LMConfig:
         norm_placement="both",
         zero_centred_norms=True,
         embedding_scale=settings.hidden_size**0.5,
-        logit_cap=settings.final_logit_softcapping,
     )
 
 

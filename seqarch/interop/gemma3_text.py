@@ -18,6 +18,7 @@ class Settings(decoder.ByKindSettings, decoder.BiasSettings):
     only: ClassVar = {**decoder.DecoderSettings.only, "use_bidirectional_attention": False}
     aliases: ClassVar = {"hidden_activation": "hidden_act", "rope_local_base_freq": "local_theta"}
     unread = ("hidden_act", *decoder.ByKindSettings.unread)
+    options: ClassVar = {"model": {"logit_cap": "final_logit_softcapping"}}
     in_files_only = (*decoder.DecoderSettings.in_files_only, "rope_local_base_freq", "sliding_window_pattern")
 
     vocab_size: int = 262208
@@ -57,7 +58,6 @@ def lm_config(settings: Settings) -> LMConfig:
         norm_placement="both",
         zero_centred_norms=True,
         embedding_scale=settings.hidden_size**0.5,
-        logit_cap=settings.final_logit_softcapping,
     )
 
 

@@ -24,6 +24,14 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings, decoder.LayerTypeS
     only: ClassVar = {"attention_dropout": 0.0, "swiglu_alpha": 1.702}
     aliases: ClassVar = {"num_experts": "num_local_experts"}
     unread = ("hidden_act",)
+    options: ClassVar = {
+        "moe": {
+            "num_experts": "num_local_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "intermediate_size",
+            "limit": "swiglu_limit",
+        }
+    }
 
     vocab_size: int = 201088
     hidden_size: int = 2880
@@ -51,13 +59,10 @@ def lm_config(settings: Settings) -> LMConfig:
     parts.check_top_k(settings, "num_experts_per_tok", normalised=True)
     depth = settings.num_hidden_layers
     moe = {
-        "num_experts": settings.num_local_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.intermediate_size,
+        **settings.options_of("moe"),
         "bias": True,
         "router_bias": True,
         "activation": "quick_gelu",
-        "limit": settings.swiglu_limit,
         "value_offset": 1.0,
     }
     return decoder.lm_config(

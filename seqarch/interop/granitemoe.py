@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from seqarch.interop import decoder, parts
 from seqarch.interop.weights import WeightMap
@@ -14,6 +15,13 @@ class Settings(decoder.DecoderSettings, decoder.MultiplierSettings, decoder.Bias
     """Fields of ``GraniteMoeConfig``."""
 
     model_type = "granitemoe"
+    options: ClassVar = {
+        "moe": {
+            "num_experts": "num_local_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "intermediate_size",
+        }
+    }
 
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
@@ -22,12 +30,7 @@ class Settings(decoder.DecoderSettings, decoder.MultiplierSettings, decoder.Bias
 def lm_config(settings: Settings) -> LMConfig:
     parts.check_top_k(settings, "num_experts_per_tok", normalised=True)
     attention = settings.attention(**settings.biases(), **settings.score_scale())
-    moe = {
-        "num_experts": settings.num_local_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.intermediate_size,
-        **settings.activation(),
-    }
+    moe = {**settings.options_of("moe"), **settings.activation()}
     return decoder.lm_config(settings, attention, {"moe": moe}, **settings.multipliers("attention", "moe"))
 
 

@@ -21,6 +21,15 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings, decoder.Multiplier
     only: ClassVar = {**SsmSettings.only, **decoder.DecoderSettings.only}
     aliases: ClassVar = {"layers_block_type": "layer_types"}
     may_be_zero = ("num_local_experts",)
+    options: ClassVar = {
+        "moe": {
+            "num_experts": "num_local_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "intermediate_size",
+            "shared_hidden": "shared_intermediate_size",
+        }
+    }
+    layer_kinds: ClassVar = {"layer_types": MIXERS}
 
     layer_types: list[str] | None = None
     position_embedding_type: str | None = None
@@ -35,13 +44,7 @@ def lm_config(settings: Settings) -> LMConfig:
     others = {**settings.score_scale(), **settings.biases()}
     turned = settings.position_embedding_type == "rope"
     attention = settings.attention(**others) if turned else {**settings.heads(), "position": "none", **others}
-    moe = {
-        "num_experts": settings.num_local_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.intermediate_size,
-        "shared_experts": 1,
-        "shared_hidden": settings.shared_intermediate_size,
-    }
+    moe = {**settings.options_of("moe"), "shared_experts": 1}
     entries = ["linear_attention"] * depth if settings.layer_types is None else settings.layer_types
     channel, options = ("moe", moe) if routed else ("swiglu", {"hidden": settings.shared_intermediate_size})
     return parts.lm_config(
@@ -49,7 +52,6 @@ def lm_config(settings: Settings) -> LMConfig:
         [f"{mixer}/{channel}" for mixer in settings.chosen("layer_types", MIXERS, entries, depth)],
         {"attention": attention, "mamba2": settings.ssm()},
         {channel: options},
-        norm_eps=settings.rms_norm_eps,
         **settings.multipliers("attention", "mamba2", channel),
     )
 

@@ -25,6 +25,17 @@ class Settings(BaseSettings):
     }
     aliases: ClassVar = {"num_local_experts": "num_experts"}
     may_be_zero = ("attn_layer_offset", "expert_layer_offset")
+    options: ClassVar = {
+        "model": {"norm_eps": "rms_norm_eps"},
+        "attention": {
+            "num_heads": "num_attention_heads",
+            "num_kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+        },
+        "mamba": {"d_state": "mamba_d_state", "conv_width": "mamba_d_conv", "norm_eps": "rms_norm_eps"},
+        "moe": {"num_experts": "num_experts", "top_k": "num_experts_per_tok", "hidden": "intermediate_size"},
+        "swiglu": {"hidden": "intermediate_size"},
+    }
 
     vocab_size: int = 65536
     hidden_size: int = 4096
@@ -49,31 +60,23 @@ class Settings(BaseSettings):
 def lm_config(settings: Settings) -> LMConfig:
     heads = settings.num_attention_heads
     options = {
-        "num_heads": heads,
+        **settings.options_of("attention"),
         "num_kv_heads": settings.num_key_value_heads or heads,
         "head_dim": settings.head_dim or settings.hidden_size // heads,
         "position": "none",
     }
     ssm = {
-        "d_state": settings.mamba_d_state,
+        **settings.options_of("mamba"),
         "d_inner": settings.mamba_expand * settings.hidden_size,
-        "conv_width": settings.mamba_d_conv,
         "dt_rank": mamba.dt_rank(settings, "mamba_dt_rank"),
         "dt_bc_norm": "rms",
-        "norm_eps": settings.rms_norm_eps,
     }
-    moe = {
-        "num_experts": settings.num_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.intermediate_size,
-        "normalise_weights": False,
-    }
+    moe = {**settings.options_of("moe"), "normalise_weights": False}
     return parts.lm_config(
         settings,
         _layers(settings),
         {"attention": options, "mamba": ssm},
-        {"moe": moe, "swiglu": {"hidden": settings.intermediate_size}},
-        norm_eps=settings.rms_norm_eps,
+        {"moe": moe, "swiglu": settings.options_of("swiglu")},
     )
 
 

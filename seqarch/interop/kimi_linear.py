@@ -36,6 +36,33 @@ class Settings(BaseSettings):
         "num_shared_experts": "n_shared_experts",
     }
     in_files_only = ("linear_attn_config", "first_k_dense_replace")
+    options: ClassVar = {
+        "model": {"norm_eps": "rms_norm_eps"},
+        "kda": {
+            "num_heads": "linear_num_heads",
+            "key_width": "linear_head_dim",
+            "conv_width": "linear_conv_kernel_dim",
+            "norm_eps": "rms_norm_eps",
+        },
+        "mla": {
+            "num_heads": "num_attention_heads",
+            "qk_nope_head_dim": "qk_nope_head_dim",
+            "v_head_dim": "v_head_dim",
+            "qk_rope_head_dim": "qk_rope_head_dim",
+            "kv_lora_rank": "kv_lora_rank",
+            "q_lora_rank": "q_lora_rank",
+        },
+        "moe": {
+            "num_experts": "num_local_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "moe_intermediate_size",
+            "normalise_weights": "norm_topk_prob",
+            "weight_scale": "routed_scaling_factor",
+            "shared_experts": "n_shared_experts",
+        },
+        "swiglu": {"hidden": "intermediate_size"},
+    }
+    layer_kinds: ClassVar = {"layer_types": MIXERS, "mlp_layer_types": CHANNELS}
     may_be_zero = ("first_k_dense_replace",)
 
     vocab_size: int = 163840
@@ -75,37 +102,26 @@ def lm_config(settings: Settings) -> LMConfig:
     routed = "moe" in [channel for _, channel in _layers(settings)]
     parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob and routed)
     delta = {
+        **settings.options_of("kda"),
         "num_heads": settings.linear("num_heads", settings.linear_num_heads),
         "key_width": settings.linear("head_dim", settings.linear_head_dim),
         "conv_width": settings.linear("short_conv_kernel_size", settings.linear_conv_kernel_dim),
-        "norm_eps": settings.rms_norm_eps,
     }
     latent = {
-        "num_heads": settings.num_attention_heads,
-        "qk_nope_head_dim": settings.qk_nope_head_dim,
-        "v_head_dim": settings.v_head_dim,
-        "qk_rope_head_dim": settings.qk_rope_head_dim,
-        "kv_lora_rank": settings.kv_lora_rank,
-        "q_lora_rank": settings.q_lora_rank,
+        **settings.options_of("mla"),
         "position": "none",
         "norm_eps": 1e-6,  # whatever rms_norm_eps
     }
     moe = {
-        "num_experts": settings.num_local_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.moe_intermediate_size,
+        **settings.options_of("moe"),
         "router": "sigmoid",
-        "normalise_weights": settings.norm_topk_prob,
-        "weight_scale": settings.routed_scaling_factor,
         "expert_bias": True,
-        "shared_experts": settings.n_shared_experts,
     }
     return parts.lm_config(
         settings,
         [f"{mixer}/{channel}" for mixer, channel in _layers(settings)],
         {"kda": delta, "mla": latent},
-        {"moe": moe, "swiglu": {"hidden": settings.intermediate_size}},
-        norm_eps=settings.rms_norm_eps,
+        {"moe": moe, "swiglu": settings.options_of("swiglu")},
         tie_embeddings=False,  # theirs ties them for no configuration
     )
 

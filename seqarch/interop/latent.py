@@ -19,6 +19,23 @@ class LatentSettings(decoder.DecoderSettings):
     only: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0, "attention_bias": False}
     unread: ClassVar[tuple[str, ...]] = ("head_dim", "num_key_value_heads")
     may_be_zero: ClassVar[tuple[str, ...]] = ("first_k_dense_replace",)
+    options: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "mla": {
+            "num_heads": "num_attention_heads",
+            "qk_nope_head_dim": "qk_nope_head_dim",
+            "v_head_dim": "v_head_dim",
+            "qk_rope_head_dim": "qk_rope_head_dim",
+            "kv_lora_rank": "kv_lora_rank",
+            "q_lora_rank": "q_lora_rank",
+        },
+        "moe": {
+            "num_experts": "n_routed_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "moe_intermediate_size",
+            "weight_scale": "routed_scaling_factor",
+            "shared_experts": "n_shared_experts",
+        },
+    }
 
     kv_lora_rank: int = 512
     q_lora_rank: int | None = 1536
@@ -38,16 +55,7 @@ class LatentSettings(decoder.DecoderSettings):
             raise self.refuse("qk_rope_head_dim", "an even number of channels that turn")
         rotary = self.rotary(self.qk_rope_head_dim)
         rotary.pop("rotary_fraction")
-        return {
-            "num_heads": self.num_attention_heads,
-            "qk_nope_head_dim": self.qk_nope_head_dim,
-            "v_head_dim": self.v_head_dim,
-            "qk_rope_head_dim": self.qk_rope_head_dim,
-            "kv_lora_rank": self.kv_lora_rank,
-            "q_lora_rank": self.q_lora_rank,
-            "norm_eps": 1e-6,  # whatever rms_norm_eps
-            **rotary,
-        }
+        return {**self.options_of("mla"), "norm_eps": 1e-6, **rotary}  # whatever rms_norm_eps
 
     def channels(self) -> list[str]:
         """The channel mixer of each layer."""
@@ -55,15 +63,7 @@ class LatentSettings(decoder.DecoderSettings):
 
     def experts(self, **others: Any) -> dict[str, Any]:
         """Options of a ``moe``."""
-        return {
-            "num_experts": self.n_routed_experts,
-            "top_k": self.num_experts_per_tok,
-            "hidden": self.moe_intermediate_size,
-            "weight_scale": self.routed_scaling_factor,
-            "shared_experts": self.n_shared_experts,
-            **self.activation(),
-            **others,
-        }
+        return {**self.options_of("moe"), **self.activation(), **others}
 
     def groups(self, n_group: int, topk_group: int) -> dict[str, int]:
         """Options of a router of groups.
@@ -90,7 +90,6 @@ def lm_config(settings: LatentSettings, moe: dict[str, Any]) -> LMConfig:
         [LayerPattern(("mla",), channel) for channel in each],
         {"mla": settings.latent()},
         {name: channels[name] for name in channels if name in each},
-        norm_eps=settings.rms_norm_eps,
     )
 
 

@@ -21,6 +21,12 @@ class ConvolutionSettings(RotarySettings):
 
     in_files_only = (*RotarySettings.in_files_only, "tie_embedding", "block_ff_dim")
     aliases: ClassVar = {"tie_embedding": "tie_word_embeddings"}
+    options: ClassVar = {
+        "model": {"norm_eps": "norm_eps"},
+        "gated_short_conv": {"conv_width": "conv_L_cache", "bias": "conv_bias"},
+        "swiglu": {"hidden": "intermediate_size"},
+    }
+    layer_kinds: ClassVar = {"layer_types": MIXERS}
 
     vocab_size: int = 65536
     hidden_size: int = 2560
@@ -51,7 +57,7 @@ class ConvolutionSettings(RotarySettings):
             "norm_eps": self.norm_eps,
             **rotary,
         }
-        return {"gated_short_conv": {"conv_width": self.conv_L_cache, "bias": self.conv_bias}, "attention": attention}
+        return {"gated_short_conv": self.options_of("gated_short_conv"), "attention": attention}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +95,6 @@ def lm_config(settings: Settings) -> LMConfig:
         [f"{mixer}/swiglu" for mixer in settings.chosen("layer_types", MIXERS, entries, depth)],
         settings.mixers(),
         {"swiglu": {"hidden": settings.hidden}},
-        norm_eps=settings.norm_eps,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from seqarch.interop import lfm2, parts
 from seqarch.interop.weights import WeightMap, rule
@@ -15,6 +16,16 @@ class Settings(lfm2.ConvolutionSettings):
 
     model_type = "lfm2_moe"
     may_be_zero = ("num_dense_layers",)
+    options: ClassVar = {
+        "moe": {
+            "num_experts": "num_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "moe_intermediate_size",
+            "normalise_weights": "norm_topk_prob",
+            "weight_scale": "routed_scaling_factor",
+            "expert_bias": "use_expert_bias",
+        }
+    }
 
     hidden_size: int = 2048
     intermediate_size: int = 7168
@@ -31,21 +42,12 @@ def lm_config(settings: Settings) -> LMConfig:
     depth, dense = settings.num_hidden_layers, settings.num_dense_layers
     parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob and dense < depth)
     mixers = settings.chosen("layer_types", lfm2.MIXERS, settings.layer_types or [], depth)
-    moe = {
-        "num_experts": settings.num_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.moe_intermediate_size,
-        "router": "sigmoid",
-        "normalise_weights": settings.norm_topk_prob,
-        "weight_scale": settings.routed_scaling_factor,
-        "expert_bias": settings.use_expert_bias,
-    }
+    moe = {**settings.options_of("moe"), "router": "sigmoid"}
     return parts.lm_config(
         settings,
         [f"{mixer}/{'swiglu' if i < dense else 'moe'}" for i, mixer in enumerate(mixers)],
         settings.mixers(),
-        {"moe": moe, "swiglu": {"hidden": settings.intermediate_size}},
-        norm_eps=settings.norm_eps,
+        {"moe": moe, "swiglu": settings.options_of("swiglu")},
     )
 
 

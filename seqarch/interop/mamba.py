@@ -19,6 +19,10 @@ class Settings(BaseSettings):
 
     model_type = "mamba"
     only: ClassVar = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True}
+    options: ClassVar = {
+        "model": {"norm_eps": "layer_norm_epsilon"},
+        "mamba": {"d_state": "state_size", "conv_width": "conv_kernel", "d_inner": "intermediate_size"},
+    }
 
     vocab_size: int = 50280
     hidden_size: int = 768
@@ -39,14 +43,13 @@ def lm_config(settings: Settings) -> LMConfig:
 def model_of(settings: Settings, selection: dict[str, Any]) -> LMConfig:
     """Our configuration, with these options of the mixer besides."""
     options = {
-        "d_state": settings.state_size,
+        **settings.options_of("mamba"),
         "d_inner": settings.intermediate_size or settings.expand * settings.hidden_size,
-        "conv_width": settings.conv_kernel,
         "dt_rank": dt_rank(settings, "time_step_rank"),
         **selection,
     }
     layers = ["mamba/none"] * settings.num_hidden_layers
-    return parts.lm_config(settings, layers, {"mamba": options}, norm_eps=settings.layer_norm_epsilon)
+    return parts.lm_config(settings, layers, {"mamba": options})
 
 
 def dt_rank(settings: BaseSettings, name: str) -> int:

@@ -19,6 +19,16 @@ class Settings(BaseSettings):
 
     model_type = "mamba2"
     only: ClassVar = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "time_step_limit": [0.0, inf]}
+    options: ClassVar = {
+        "model": {"norm_eps": "layer_norm_epsilon"},
+        "mamba2": {
+            "d_state": "state_size",
+            "head_dim": "head_dim",
+            "n_groups": "n_groups",
+            "conv_width": "conv_kernel",
+            "norm_eps": "layer_norm_epsilon",
+        },
+    }
 
     vocab_size: int = 32768
     hidden_size: int = 4096
@@ -37,16 +47,8 @@ def lm_config(settings: Settings) -> LMConfig:
     if inner != settings.expand * settings.hidden_size:
         sizes = f"num_heads={settings.num_heads} times head_dim={settings.head_dim}"
         raise settings.refuse("expand", f"{sizes} over hidden_size={settings.hidden_size}")
-    options = {
-        "d_state": settings.state_size,
-        "head_dim": settings.head_dim,
-        "d_inner": inner,
-        "n_groups": settings.n_groups,
-        "conv_width": settings.conv_kernel,
-        "norm_eps": settings.layer_norm_epsilon,
-    }
-    layers = ["mamba2/none"] * settings.num_hidden_layers
-    return parts.lm_config(settings, layers, {"mamba2": options}, norm_eps=settings.layer_norm_epsilon)
+    options = {**settings.options_of("mamba2"), "d_inner": inner}
+    return parts.lm_config(settings, ["mamba2/none"] * settings.num_hidden_layers, {"mamba2": options})
 
 
 def step_size_limits(settings: Any) -> dict[str, Any]:

@@ -17,6 +17,13 @@ class Settings(decoder.DecoderSettings):
     model_type = "mixtral"
     only: ClassVar = {**decoder.DecoderSettings.only, "router_jitter_noise": 0.0}
     aliases: ClassVar = {"num_experts": "num_local_experts"}
+    options: ClassVar = {
+        "moe": {
+            "num_experts": "num_local_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "intermediate_size",
+        }
+    }
 
     num_key_value_heads: int | None = 8
     sliding_window: int | None = None
@@ -30,12 +37,7 @@ class Settings(decoder.DecoderSettings):
 
 def lm_config(settings: Settings) -> LMConfig:
     parts.check_top_k(settings, "num_experts_per_tok", normalised=True)
-    moe = {
-        "num_experts": settings.num_local_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.intermediate_size,
-        **settings.activation(),
-    }
+    moe = {**settings.options_of("moe"), **settings.activation()}
     return decoder.lm_config(settings, settings.attention(), {"moe": moe}, window=settings.sliding_window)
 
 

@@ -41,6 +41,34 @@ class Settings(BaseSettings):
         "mamba_dt_min": "time_step_min",
         "mamba_conv_bias": "use_conv_bias",
     }
+    options: ClassVar = {
+        "model": {"norm_eps": "layer_norm_epsilon"},
+        "attention": {
+            "num_heads": "num_attention_heads",
+            "num_kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+        },
+        "mamba2": {
+            "d_state": "ssm_state_size",
+            "head_dim": "mamba_head_dim",
+            "n_groups": "n_groups",
+            "conv_width": "conv_kernel",
+            "norm_eps": "layer_norm_epsilon",
+            "dt_limit_min": "time_step_min",
+        },
+        "mlp": {"hidden": "intermediate_size"},
+        "moe": {
+            "num_experts": "n_routed_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "moe_intermediate_size",
+            "normalise_weights": "norm_topk_prob",
+            "weight_scale": "routed_scaling_factor",
+            "shared_hidden": "moe_shared_expert_intermediate_size",
+            "latent": "moe_latent_size",
+            "num_groups": "n_group",
+            "top_groups": "topk_group",
+        },
+    }
     in_files_only = (
         *("hybrid_override_pattern", "num_hidden_layers"),
         *("mamba_n_groups", "mamba_d_conv", "mamba_dt_min", "mamba_conv_bias"),
@@ -79,46 +107,30 @@ def lm_config(settings: Settings) -> LMConfig:
     parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob and routed)
     heads = settings.num_attention_heads
     options = {
-        "num_heads": heads,
+        **settings.options_of("attention"),
         "num_kv_heads": settings.num_key_value_heads or heads,
-        "head_dim": settings.head_dim,
         "position": "none",
     }
-    ssm = {
-        "d_state": settings.ssm_state_size,
-        "head_dim": settings.mamba_head_dim,
-        "d_inner": settings.mamba_num_heads * settings.mamba_head_dim,
-        "n_groups": settings.n_groups,
-        "conv_width": settings.conv_kernel,
-        "norm_eps": settings.layer_norm_epsilon,
-        "dt_limit_min": settings.time_step_min,
-    }
+    ssm = {**settings.options_of("mamba2"), "d_inner": settings.mamba_num_heads * settings.mamba_head_dim}
     return parts.lm_config(
         settings,
         layers,
         {"attention": options, "mamba2": ssm},
-        {"mlp": {"hidden": settings.intermediate_size, "activation": "squared_relu"}, "moe": _moe(settings)},
-        norm_eps=settings.layer_norm_epsilon,
+        {"mlp": {**settings.options_of("mlp"), "activation": "squared_relu"}, "moe": _moe(settings)},
         tie_embeddings=False,  # theirs ties them for no configuration
     )
 
 
 def _moe(settings: Settings) -> dict[str, Any]:
-    groups = {} if settings.n_group == 1 else {"num_groups": settings.n_group, "top_groups": settings.topk_group}
     return {
-        "num_experts": settings.n_routed_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.moe_intermediate_size,
+        **settings.options_of("moe"),
         "gated": False,
         "activation": "squared_relu",
         "router": "sigmoid",
-        "normalise_weights": settings.norm_topk_prob,
         "weight_scale": float(settings.routed_scaling_factor),
         "expert_bias": True,
         "shared_experts": 1,
-        "shared_hidden": settings.moe_shared_expert_intermediate_size,
-        "latent": settings.moe_latent_size,
-        **groups,
+        **({"top_groups": None} if settings.n_group == 1 else {}),
     }
 
 

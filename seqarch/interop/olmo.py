@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from seqarch.interop import decoder, parts
 from seqarch.interop.weights import WeightMap
@@ -15,6 +16,7 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
 
     model_type = "olmo"
     unread = ("rms_norm_eps",)
+    options: ClassVar = {"attention": {"qkv_clip": "clip_qkv"}}
 
     vocab_size: int = 50304
     clip_qkv: float | None = None
@@ -22,7 +24,7 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
 
 
 def lm_config(settings: Settings) -> LMConfig:
-    attention = settings.attention(qkv_clip=settings.clip_qkv, **settings.biases())
+    attention = settings.attention(**settings.options_of("attention"), **settings.biases())
     return decoder.lm_config(settings, attention, {"swiglu": settings.gated_mlp()}, norm="layer_without_weights")
 
 

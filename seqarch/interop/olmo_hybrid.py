@@ -20,6 +20,16 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
     model_type = "olmo_hybrid"
     only: ClassVar = {**decoder.DecoderSettings.only, "hidden_act": "silu"}
     in_objects: ClassVar = {**decoder.DecoderSettings.in_objects, "rope_theta": None}
+    options: ClassVar = {
+        "gated_delta_net": {
+            "num_heads": "linear_num_value_heads",
+            "num_key_heads": "linear_num_key_heads",
+            "key_width": "linear_key_head_dim",
+            "conv_width": "linear_conv_kernel_dim",
+            "negative_eigenvalues": "linear_allow_neg_eigval",
+        }
+    }
+    layer_kinds: ClassVar = {"layer_types": MIXERS}
 
     vocab_size: int = 100352
     hidden_size: int = 3840
@@ -39,13 +49,12 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
         key_heads = self.linear_num_key_heads or self.num_attention_heads
         keys = self.linear_key_head_dim or int(0.75 * self.hidden_size / key_heads)
         return {
+            **self.options_of("gated_delta_net"),
             "num_heads": heads,
             "num_key_heads": key_heads,
             "key_width": keys,
             "expand_v": (self.linear_value_head_dim or 2 * keys) / keys,
-            "conv_width": self.linear_conv_kernel_dim,
             "norm_eps": 1e-5,  # whatever rms_norm_eps
-            "negative_eigenvalues": self.linear_allow_neg_eigval,
         }
 
     def turns(self) -> bool:
@@ -61,7 +70,6 @@ def lm_config(settings: Settings) -> LMConfig:
         [f"{mixer}/swiglu" for mixer in _mixers(settings)],
         {"attention": settings.attention(**norms) if settings.turns() else still, "gated_delta_net": settings.delta()},
         {"swiglu": settings.gated_mlp()},
-        norm_eps=settings.rms_norm_eps,
         norm_placements={"attention": "post"},
     )
 

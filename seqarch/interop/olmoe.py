@@ -16,6 +16,15 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
 
     model_type = "olmoe"
     aliases: ClassVar = {"num_local_experts": "num_experts"}
+    options: ClassVar = {
+        "attention": {"qkv_clip": "clip_qkv"},
+        "moe": {
+            "num_experts": "num_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "intermediate_size",
+            "normalise_weights": "norm_topk_prob",
+        },
+    }
 
     vocab_size: int = 50304
     hidden_size: int = 2048
@@ -33,16 +42,9 @@ class Settings(decoder.DecoderSettings, decoder.BiasSettings):
 def lm_config(settings: Settings) -> LMConfig:
     parts.check_top_k(settings, "num_experts_per_tok", settings.norm_topk_prob)
     norms = {"qk_norm": True, "qk_norm_scope": "all", "norm_eps": settings.rms_norm_eps}
-    moe = {
-        "num_experts": settings.num_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.intermediate_size,
-        "normalise_weights": settings.norm_topk_prob,
-        **settings.activation(),
-    }
-    return decoder.lm_config(
-        settings, settings.attention(qkv_clip=settings.clip_qkv, **norms, **settings.biases()), {"moe": moe}
-    )
+    moe = {**settings.options_of("moe"), **settings.activation()}
+    attention = settings.attention(**settings.options_of("attention"), **norms, **settings.biases())
+    return decoder.lm_config(settings, attention, {"moe": moe})
 
 
 def weights(settings: Settings) -> WeightMap:

@@ -96,13 +96,11 @@ def lm_config(
 ) -> LMConfig:
     """Our configuration of these layers, each a pattern, and of the settings that all families share."""
     return LMConfig(
-        vocab_size=settings.vocab_size,
-        d_model=settings.hidden_size,
         pattern=pattern_of(layers),
         depth=len(layers),
         mixers=mixers,
         channels=channels or {},
-        **{"tie_embeddings": settings.tie_word_embeddings, **others},
+        **{**settings.options_of("model"), **others},
     )
 
 

@@ -17,6 +17,11 @@ class Settings(decoder.DecoderSettings, decoder.SparseSettings, decoder.SomeWind
     model_type = "qwen2_moe"
     in_files_only = (*decoder.DecoderSettings.in_files_only, *decoder.SomeWindowsSettings.in_files_only)
     may_be_zero: ClassVar = ("sliding_window",)
+    options: ClassVar = {
+        "attention": {"qkv_bias": "qkv_bias"},
+        "sliding_window": {"qkv_bias": "qkv_bias"},
+        "moe": {"shared_hidden": "shared_expert_intermediate_size"},
+    }
 
     vocab_size: int = 151936
     hidden_size: int = 2048
@@ -36,10 +41,10 @@ def lm_config(settings: Settings) -> LMConfig:
     depth = settings.num_hidden_layers
     last = settings.max_window_layers if settings.use_sliding_window else 0
     kinds = settings.kinds([decoder.SLIDING if i % 2 == 0 and i < last else decoder.FULL for i in range(depth)])
-    shared = {"shared_experts": 1, "shared_hidden": settings.shared_expert_intermediate_size, "shared_gate": True}
+    shared = {"shared_experts": 1, "shared_gate": True}
     return decoder.lm_config(
         settings,
-        settings.attention(qkv_bias=settings.qkv_bias),
+        settings.attention(**settings.options_of("attention")),
         {"moe": settings.experts(**shared, **settings.activation()), "swiglu": settings.gated_mlp()},
         kinds=kinds,
         each_channel=settings.channels(),

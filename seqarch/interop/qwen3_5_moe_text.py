@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from seqarch.interop import parts, qwen3_5_text, qwen3_next
 from seqarch.interop.parts import experts, gated_mlp
@@ -15,6 +16,14 @@ class Settings(qwen3_next.MixerSettings):
     """Fields of ``Qwen3_5MoeTextConfig``."""
 
     model_type = "qwen3_5_moe_text"
+    options: ClassVar = {
+        "moe": {
+            "num_experts": "num_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "moe_intermediate_size",
+            "shared_hidden": "shared_expert_intermediate_size",
+        }
+    }
 
     vocab_size: int = 248320
     hidden_size: int = 2048
@@ -27,14 +36,7 @@ class Settings(qwen3_next.MixerSettings):
 
 def lm_config(settings: Settings) -> LMConfig:
     parts.check_top_k(settings, "num_experts_per_tok", normalised=True)
-    moe = {
-        "num_experts": settings.num_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": settings.moe_intermediate_size,
-        "shared_experts": 1,
-        "shared_hidden": settings.shared_expert_intermediate_size,
-        "shared_gate": True,
-    }
+    moe = {**settings.options_of("moe"), "shared_experts": 1, "shared_gate": True}
     return qwen3_5_text.model_of(settings, {"moe": moe})
 
 

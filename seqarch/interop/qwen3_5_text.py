@@ -28,7 +28,7 @@ class Settings(qwen3_next.MixerSettings):
 
 
 def lm_config(settings: Settings) -> LMConfig:
-    return model_of(settings, {"swiglu": {"hidden": settings.intermediate_size}})
+    return model_of(settings, {"swiglu": settings.options_of("swiglu")})
 
 
 def model_of(settings: qwen3_next.MixerSettings, channels: dict[str, dict[str, Any]]) -> LMConfig:
@@ -39,7 +39,6 @@ def model_of(settings: qwen3_next.MixerSettings, channels: dict[str, dict[str, A
         [f"{mixer}/{channel}" for mixer in qwen3_next.mixers(settings)],
         qwen3_next.mixer_options(settings),
         channels,
-        norm_eps=settings.rms_norm_eps,
         zero_centred_norms=True,
     )
 

@@ -11,6 +11,7 @@ from seqarch.interop.settings import PartialRotarySettings
 from seqarch.interop.weights import Rule, WeightMap, concatenate, reorder, rule, split, under
 from seqarch.models import LMConfig
 
+MIXERS = {"linear_attention": "gated_delta_net", "full_attention": "attention"}
 MOST_ROWS = 1 << 22
 """Of a projection whose rows are put in another order: far more than any model's, and few enough to list."""
 
@@ -21,6 +22,23 @@ class MixerSettings(PartialRotarySettings):
 
     only: ClassVar = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
     in_files_only = (*PartialRotarySettings.in_files_only, "full_attention_interval")
+    options: ClassVar = {
+        "model": {"norm_eps": "rms_norm_eps"},
+        "attention": {
+            "num_heads": "num_attention_heads",
+            "num_kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+        },
+        "gated_delta_net": {
+            "num_heads": "linear_num_value_heads",
+            "num_key_heads": "linear_num_key_heads",
+            "key_width": "linear_key_head_dim",
+            "conv_width": "linear_conv_kernel_dim",
+            "norm_eps": "rms_norm_eps",
+        },
+        "swiglu": {"hidden": "intermediate_size"},
+    }
+    layer_kinds: ClassVar = {"layer_types": MIXERS}
 
     layer_types: list[str] | None = None
     full_attention_interval: int = 4
@@ -43,6 +61,14 @@ class Settings(MixerSettings):
 
     model_type = "qwen3_next"
     may_be_zero = ("shared_expert_intermediate_size",)
+    options: ClassVar = {
+        "moe": {
+            "num_experts": "num_experts",
+            "top_k": "num_experts_per_tok",
+            "hidden": "moe_intermediate_size",
+            "normalise_weights": "norm_topk_prob",
+        }
+    }
 
     vocab_size: int = 151936
     hidden_size: int = 2048
@@ -64,8 +90,7 @@ def lm_config(settings: Settings) -> LMConfig:
         settings,
         layers,
         mixer_options(settings),
-        {"moe": _moe(settings), "swiglu": {"hidden": settings.intermediate_size}},
-        norm_eps=settings.rms_norm_eps,
+        {"moe": _moe(settings), "swiglu": settings.options_of("swiglu")},
         zero_centred_norms=True,
     )
 
@@ -73,9 +98,7 @@ def lm_config(settings: Settings) -> LMConfig:
 def mixer_options(settings: MixerSettings) -> dict[str, dict[str, Any]]:
     """Options of the attention and of the linear attention."""
     attention = {
-        "num_heads": settings.num_attention_heads,
-        "num_kv_heads": settings.num_key_value_heads,
-        "head_dim": settings.head_dim,
+        **settings.options_of("attention"),
         "qk_norm": True,
         "norm_eps": settings.rms_norm_eps,
         "zero_centred_norms": True,
@@ -83,12 +106,8 @@ def mixer_options(settings: MixerSettings) -> dict[str, dict[str, Any]]:
         **settings.rotary(settings.head_dim),
     }
     delta = {
-        "num_heads": settings.linear_num_value_heads,
-        "num_key_heads": settings.linear_num_key_heads,
-        "key_width": settings.linear_key_head_dim,
+        **settings.options_of("gated_delta_net"),
         "expand_v": settings.linear_value_head_dim / settings.linear_key_head_dim,
-        "conv_width": settings.linear_conv_kernel_dim,
-        "norm_eps": settings.rms_norm_eps,
     }
     return {"attention": attention, "gated_delta_net": delta}
 
@@ -96,9 +115,8 @@ def mixer_options(settings: MixerSettings) -> dict[str, dict[str, Any]]:
 def mixers(settings: MixerSettings) -> list[str]:
     depth, every = settings.num_hidden_layers, settings.full_attention_interval
     default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(depth)]
-    names = {"linear_attention": "gated_delta_net", "full_attention": "attention"}
     entries = default if settings.layer_types is None else settings.layer_types
-    return settings.chosen("layer_types", names, entries, depth)
+    return settings.chosen("layer_types", MIXERS, entries, depth)
 
 
 def _channels(settings: Settings) -> list[str]:
@@ -115,10 +133,7 @@ def _moe(settings: Settings) -> dict[str, Any]:
             f" moe_intermediate_size={hidden})"
         )
     return {
-        "num_experts": settings.num_experts,
-        "top_k": settings.num_experts_per_tok,
-        "hidden": hidden,
-        "normalise_weights": settings.norm_topk_prob,
+        **settings.options_of("moe"),
         "shared_experts": shared // hidden,
         "shared_gate": True,
     }

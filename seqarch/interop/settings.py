@@ -30,6 +30,10 @@ class BaseSettings:
         in_files_only: fields that theirs reads from a file and turns into others, so that an object's do not count.
         in_objects: what such fields are in an object, where that is not the default of files.
         may_be_zero: numbers that may be 0; all others are positive.
+        options: the field that each option is, as it stands, by our name of the mixer or channel mixer, and of the
+            model as ``"model"``. A family's are added to those of its bases; they are read by :meth:`options_of` and
+            written by ``seqarch.pretrained``.
+        layer_kinds: fields that name what each layer has, with our names by theirs, that to be written first.
     """
 
     model_type: ClassVar[str]
@@ -39,6 +43,10 @@ class BaseSettings:
     in_files_only: ClassVar[tuple[str, ...]] = ()
     in_objects: ClassVar[Mapping[str, Any]] = {"partial_rotary_factor": None}
     may_be_zero: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "model": {"vocab_size": "vocab_size", "d_model": "hidden_size", "tie_embeddings": "tie_word_embeddings"}
+    }
+    layer_kinds: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     vocab_size: int
     hidden_size: int
@@ -76,9 +84,23 @@ class BaseSettings:
             raise ValueError(f"{cls.model_type}: {error}{also}") from error
         return settings
 
-    def called(self, name: str) -> str:
+    @classmethod
+    def all_options(cls) -> dict[str, dict[str, str]]:
+        """Those of :attr:`options` of the family and of its bases."""
+        found: dict[str, dict[str, str]] = {}
+        for each in reversed(cls.__mro__):
+            for name, options in vars(each).get("options", {}).items():
+                found[name] = {**found.get(name, {}), **options}
+        return found
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        """What fields say, as they stand, of the mixer or channel mixer ``name``, or of the ``"model"``."""
+        return {option: getattr(self, field) for option, field in self.all_options()[name].items()}
+
+    @classmethod
+    def called(cls, name: str) -> str:
         """What the field ``name`` is called in theirs."""
-        return next((alias for alias, own in self.aliases.items() if own == name in self.unread), name)
+        return next((alias for alias, own in cls.aliases.items() if own == name in cls.unread), name)
 
     def refuse(self, name: str, expected: str) -> ValueError:
         """The error for a field whose value fits its type but not the others."""

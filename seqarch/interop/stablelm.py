@@ -23,6 +23,7 @@ class Settings(decoder.DecoderSettings, PartialRotarySettings):
     }
     aliases: ClassVar = {"layer_norm_eps": "rms_norm_eps"}
     unread = ("rms_norm_eps",)
+    options: ClassVar = {"attention": {"qkv_bias": "use_qkv_bias"}}
 
     vocab_size: int = 50304
     hidden_size: int = 2560
@@ -36,7 +37,7 @@ class Settings(decoder.DecoderSettings, PartialRotarySettings):
 
 
 def lm_config(settings: Settings) -> LMConfig:
-    attention = settings.attention(qkv_bias=settings.use_qkv_bias)
+    attention = settings.attention(**settings.options_of("attention"))
     parallel = "one_norm" if settings.use_parallel_residual else "none"
     return decoder.lm_config(settings, attention, {"swiglu": settings.gated_mlp()}, norm="layer", parallel=parallel)
 

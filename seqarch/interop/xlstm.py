@@ -18,6 +18,15 @@ class Settings(BaseSettings):
 
     model_type = "xlstm"
     only: ClassVar = {"use_bias": False, "weight_mode": "single"}
+    options: ClassVar = {
+        "model": {"norm_eps": "norm_eps", "logit_cap": "output_logit_soft_cap"},
+        "mlstm": {
+            "num_heads": "num_heads",
+            "gate_cap": "gate_soft_cap",
+            "norm_eps": "norm_eps",
+            "denominator_eps": "eps",
+        },
+    }
 
     vocab_size: int = 50304
     hidden_size: int = 4096
@@ -54,20 +63,15 @@ def lm_config(settings: Settings) -> LMConfig:
     if settings.embedding_dim not in (None, settings.hidden_size):
         raise settings.refuse("embedding_dim", f"hidden_size, {settings.hidden_size}")
     cell = {
-        "num_heads": settings.num_heads,
+        **settings.options_of("mlstm"),
         "key_width": settings.inner("qk_dim_factor") // settings.num_heads,
         "value_width": settings.inner("v_dim_factor") // settings.num_heads,
-        "gate_cap": settings.gate_soft_cap,
-        "norm_eps": settings.norm_eps,
-        "denominator_eps": settings.eps,
     }
     return parts.lm_config(
         settings,
         ["mlstm/swiglu"] * (settings.num_blocks or settings.num_hidden_layers),
         {"mlstm": cell},
         {"swiglu": {"hidden": settings.hidden}},
-        norm_eps=settings.norm_eps,
-        logit_cap=settings.output_logit_soft_cap,
         tie_embeddings=False,  # theirs ties them for no configuration
     )
 

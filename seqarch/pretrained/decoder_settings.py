@@ -12,16 +12,19 @@ from seqarch.pretrained.kinds_of_layers import Layers
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {
     "gelu_tanh": "gelu_pytorch_tanh"
 }
-KINDS = {ours: theirs for theirs, ours in MIXERS.items()}
 
 
 def rotary_settings(config: Any) -> dict[str, Any]:
     """The rotary positions of an attention, by today's name."""
-    rope = {"rope_type": "default", "rope_theta": config.rotary_base, "partial_rotary_factor": config.rotary_fraction}
+    fraction = getattr(config, "rotary_fraction", 1.0)
+    rope = {"rope_type": "default", "rope_theta": config.rotary_base, "partial_rotary_factor": fraction}
     scaling = {name: value for name, value in (config.rope_scaling or {}).items() if value is not None}
     first = scaling.get("original_max_position_embeddings")
-    longest = {"max_position_embeddings": first} if scaling.get("rope_type") == "dynamic" else {}
-    return {"rope_parameters": {**rope, **scaling}, **longest}
+    beside = {"max_position_embeddings": first} if scaling.get("rope_type") == "dynamic" else {}
+    if scaling.get("rope_type") == "longrope":
+        longest = round(scaling.get("factor", 1.0) * first)
+        beside = {"original_max_position_embeddings": first, "max_position_embeddings": longest}
+    return {"rope_parameters": {**rope, **scaling}, **beside}
 
 
 def head_settings(config: Any) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def _decoder(layers: Layers, model: LanguageModel, channel: str = "swiglu") -> d
     dense = layers.get(channel)
     return {
         **head_settings(mixer),
-        "hidden_act": THEIR_ACTIVATIONS[dense.activation],
+        "hidden_act": THEIR_ACTIVATIONS.get(dense.activation, "silu"),
         "intermediate_size": dense.hidden_width,
         "rms_norm_eps": model.config.norm_eps,
         "attention_bias": mixer.output_bias,
@@ -52,67 +55,153 @@ def _window(layers: Layers) -> int | None:
     return layers.configs["sliding_window"].window if "sliding_window" in layers.configs else None
 
 
-def _layer_types(layers: Layers) -> list[str]:
-    return [KINDS.get(mixers[0], mixers[0]) for mixers, _ in layers.kinds]
-
-
 def _llama(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     return {**_decoder(layers, model), "mlp_bias": layers.get("swiglu").bias}
 
 
 def _windowed(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    windows = {"use_sliding_window": _window(layers) is not None, "layer_types": _layer_types(layers)}
-    return {**_decoder(layers, model), **windows}
+    return {**_decoder(layers, model), "use_sliding_window": _window(layers) is not None}
 
 
-def _qwen3_moe(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    moe = layers.get("moe")
-    dense = [i for i, (_, channel) in enumerate(layers.kinds) if channel != "moe"]
+def _by_kind(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """Rotary positions of each kind of layer, of the other where there are none of a kind."""
+    others = _decoder(layers, model)
+    any_kind = layers.configs.get("attention", layers.configs.get("sliding_window"))
+    turning = {theirs: rotary_settings(layers.configs.get(ours, any_kind)) for theirs, ours in MIXERS.items()}
+    return {**others, "rope_parameters": {kind: each["rope_parameters"] for kind, each in turning.items()}}
+
+
+def _sparse(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    moe, dense = layers.get("moe"), layers.places("swiglu")
     return {
         **_decoder(layers, model, "swiglu" if dense else "moe"),
         "use_sliding_window": _window(layers) is not None,
         "mlp_only_layers": dense,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.hidden_width,
-        "norm_topk_prob": moe.normalise_weights,
     }
 
 
+def _experts(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    return _decoder(layers, model, "moe")
+
+
+def _gpt_oss(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """Theirs asks for a window even where no layer has one."""
+    return {name: value for name, value in _experts(layers, model).items() if (name, value) != ("sliding_window", None)}
+
+
+def _granitemoe(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    return {**_experts(layers, model), **multipliers(layers, model)}
+
+
 def _granite(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    config, attention = model.config, layers.get("attention")
+    return {**_llama(layers, model), **multipliers(layers, model)}
+
+
+def multipliers(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """Granite's constants, but for that of the embedding."""
+    config, attention = model.config, layers.configs.get("attention")
+    scale = 1.0 if attention is None else attention.head_width**-0.5 if attention.scale is None else attention.scale
     return {
-        **_llama(layers, model),
-        "embedding_multiplier": config.embedding_scale,
-        "attention_multiplier": attention.head_width**-0.5 if attention.scale is None else attention.scale,
-        "residual_multiplier": config.output_factors.get("attention", 1.0),
+        "attention_multiplier": scale,
+        "residual_multiplier": next(iter(config.output_factors.values()), 1.0),
         "logits_scaling": 1 / config.logit_scale,
     }
 
 
-def _gemma2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    attention = next(iter(layers.configs.values()))
-    decoder = _decoder(layers, model)
+def _cohere(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    return {**_decoder(layers, model), "layer_norm_eps": model.config.norm_eps}
+
+
+def _cohere2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """Layers over all tokens know no positions."""
+    turning = layers.configs.get("sliding_window", layers.configs.get("attention"))
+    return {**_cohere(layers, model), **rotary_settings(turning)}
+
+
+def _smollm3(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    turning = [config for config in layers.each if getattr(config, "position", "none") != "none"]
     return {
-        **decoder,
-        "hidden_activation": decoder["hidden_act"],
-        "layer_types": _layer_types(layers),
-        "query_pre_attn_scalar": attention.head_width if attention.scale is None else round(attention.scale**-2),
-        "attn_logit_softcapping": attention.logit_cap,
-        "final_logit_softcapping": model.config.logit_cap,
+        **_llama(layers, model),
+        **_windowed(layers, model),
+        **(rotary_settings(turning[0]) if turning else {}),
+        "no_rope_layers": [int(config in turning) for config in layers.each],
     }
 
 
+def _stablelm(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    return {
+        **_decoder(layers, model),
+        "layer_norm_eps": model.config.norm_eps,
+        "use_parallel_residual": model.config.parallel != "none",
+    }
+
+
+def _starcoder2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    others = _decoder(layers, model, "mlp")
+    return {**others, "norm_epsilon": model.config.norm_eps, "use_bias": layers.get("mlp").bias}
+
+
+def _latent(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """What DeepSeek's families say; the dense width is that of the experts where no layer is dense."""
+    mixer, dense = layers.get("mla"), layers.places("swiglu")
+    channel = layers.get("swiglu" if dense else "moe")
+    return {
+        **rotary_settings(mixer),
+        "num_key_value_heads": mixer.heads,
+        "first_k_dense_replace": len(dense),
+        "intermediate_size": channel.hidden_width,
+        "hidden_act": THEIR_ACTIVATIONS.get(channel.activation, "silu"),
+    }
+
+
+def _deepseek_v2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    moe = layers.configs.get("moe")
+    if moe is None or moe.num_groups == 1:
+        return {**_latent(layers, model), "topk_method": "greedy"}
+    groups = {"n_group": moe.num_groups, "topk_group": moe.chosen_groups, "topk_method": "group_limited_greedy"}
+    return {**_latent(layers, model), **groups}
+
+
+def _gemma2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    decoder = _decoder(layers, model)
+    attention = layers.get("attention" if "attention" in layers.configs else "sliding_window")
+    return {
+        **decoder,
+        "hidden_activation": decoder["hidden_act"],
+        "query_pre_attn_scalar": attention.head_width if attention.scale is None else round(attention.scale**-2),
+        "attn_logit_softcapping": attention.logit_cap,
+    }
+
+
+def _gemma3(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    return {**_gemma2(layers, model), **_by_kind(layers, model)}
+
+
 DECODERS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
+    "cohere": _cohere,
+    "cohere2": _cohere2,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _latent,
     "gemma": _decoder,
     "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "gpt_oss": _gpt_oss,
     "granite": _granite,
+    "granitemoe": _granitemoe,
     "llama": _llama,
     "mistral": _decoder,
+    "olmo": _decoder,
     "olmo2": _decoder,
+    "olmo3": _by_kind,
+    "olmoe": _experts,
     "phi3": _decoder,
     "qwen2": _windowed,
+    "qwen2_moe": _sparse,
     "qwen3": _windowed,
-    "qwen3_moe": _qwen3_moe,
+    "qwen3_moe": _sparse,
+    "smollm3": _smollm3,
+    "stablelm": _stablelm,
+    "starcoder2": _starcoder2,
 }
-"""By family, besides what all families say."""
+"""By family, besides the options that are its fields."""

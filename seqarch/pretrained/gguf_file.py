@@ -17,14 +17,21 @@ from seqarch.interop import FAMILIES, weight_map
 from seqarch.interop.file_names import written_names
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
-from seqarch.pretrained.gguf_architectures import ARCHITECTURES, Architecture, Model
+from seqarch.pretrained.gguf_architectures import ARCHITECTURES
+from seqarch.pretrained.gguf_model import Architecture, Model
 from seqarch.pretrained.gguf_tokenizer import Vocabulary, vocabulary
 from seqarch.pretrained.their_settings import their_settings
 
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 """llama.cpp's number of the dtype that matrices have in a file."""
 
-WIDE = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
+WIDE = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "ssm_conv1d.weight",
+    "shortconv.conv.weight",
+)
 """Ends of the names of matrices that are float32 in every file, as all vectors are."""
 
 
@@ -95,13 +102,13 @@ def _write(
 ) -> None:
     from gguf import GGML_QUANT_VERSION, GGUFWriter
 
-    writer = GGUFWriter(path, architecture.name)
+    writer = GGUFWriter(path, architecture.name_of(model))
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_metadata(writer, architecture, model)
-    _add_tokenizer(writer, words, architecture.name, model.settings.vocab_size)
+    _add_tokenizer(writer, words, architecture.name_of(model), model.settings.vocab_size)
     meta = {each: tensor.to("meta") for each, tensor in state.items()}
     for stored_name, shape, stored_dtype in _forms(_tensors(architecture, model, meta), dtype):
         _add_tensor(writer, stored_name, shape, stored_dtype)
@@ -137,8 +144,8 @@ def _stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def _add_metadata(writer: Any, architecture: Architecture, model: Model) -> None:
     for key, value in architecture.metadata(model).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add(f"{architecture.name}.{key}", value)
+        kinds = {bool: writer.add_bool, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        kinds.get(type(value), writer.add_uint32)(f"{architecture.name_of(model)}.{key}", value)
 
 
 def _add_tokenizer(writer: Any, words: Vocabulary | None, architecture: str, rows: int) -> None:
@@ -168,7 +175,9 @@ def _tensors(architecture: Architecture, model: Model, state: Mapping[str, Tenso
     Raises:
         ValueError: llama.cpp has none of that name; it is named.
     """
-    names, table = _names(architecture.name, model.settings.num_hidden_layers), weight_map(model.config)
+    own = architecture.name_of(model)
+    names, table = _names(own, architecture.metadata(model)["block_count"]), weight_map(model.config)
+    yield from architecture.further(model)
     for rule in table.rules:
         for name, tensor in rule.to_theirs({own: state[own] for own in rule.ours}).items():
             if name in table.tied:
@@ -178,7 +187,7 @@ def _tensors(architecture: Architecture, model: Model, state: Mapping[str, Tenso
                     piece = piece.cpu()
                 for known, changed in architecture.change(model, theirs, piece.float()):
                     if (found := names.get_name(known, try_suffixes=(".weight", ".bias"))) is None:
-                        raise ValueError(f"llama.cpp's {architecture.name} has no tensor for {known}")
+                        raise ValueError(f"llama.cpp's {own} has no tensor for {known}")
                     yield found, changed
 
 
@@ -189,7 +198,7 @@ def _stacked(names: tuple[str, ...], tensor: Tensor) -> Iterator[tuple[str, Tens
         yield name.replace(".{}", ""), piece
 
 
-def _names(architecture: str, layers: int) -> Any:
+def _names(architecture: str, layers: Any) -> Any:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     (number,) = (number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)

@@ -6,14 +6,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from seqarch.interop import nemotron_h
 from seqarch.models import LanguageModel
-from seqarch.pretrained.decoder_settings import head_settings
+from seqarch.pretrained.decoder_settings import head_settings, multipliers
 from seqarch.pretrained.kinds_of_layers import Layers
 
+NO_HEADS = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
+"""Of an attention that no layer has: theirs says something of it all the same."""
 
-def _places(layers: Layers, name: str) -> list[int]:
-    """The layers that have this mixer or channel mixer."""
-    return [i for i, (mixers, channel) in enumerate(layers.kinds) if name in (*mixers, channel)]
+
+def _any_heads(layers: Layers) -> dict[str, Any]:
+    """Heads and rotary positions of the attention, if a layer has one."""
+    return head_settings(layers.get("attention")) if "attention" in layers.configs else NO_HEADS
 
 
 def _inner(config: Any, name: str) -> dict[str, Any]:
@@ -24,74 +28,138 @@ def _inner(config: Any, name: str) -> dict[str, Any]:
     return {name: int(times)}
 
 
-def _limits(ssm: Any) -> list[float]:
-    return [ssm.dt_limit_min, math.inf if ssm.dt_limit_max is None else ssm.dt_limit_max]
-
-
-def _falcon_mamba(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+def _mamba(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     ssm = layers.get("mamba")
-    return {
-        **_inner(ssm, "expand"),
-        "state_size": ssm.d_state,
-        "conv_kernel": ssm.conv_width,
-        "time_step_rank": "auto" if ssm.dt_rank is None else ssm.dt_rank,
-        "mixer_rms_eps": ssm.norm_eps,
-        "layer_norm_epsilon": model.config.norm_eps,
-    }
+    expand = math.ceil(ssm.inner_width / ssm.d_model)  # of no effect beside the width itself
+    return {"expand": expand, "time_step_rank": "auto" if ssm.dt_rank is None else ssm.dt_rank}
+
+
+def _mamba2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    ssm = layers.get("mamba2")
+    return {**_inner(ssm, "expand"), "num_heads": ssm.inner_width // ssm.head_dim, "rms_norm": True}
 
 
 def _bamba(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    ssm, mixer, dense = layers.get("mamba2"), layers.get("attention"), layers.get("swiglu")
+    ssm, dense = layers.get("mamba2"), layers.get("swiglu")
     return {
-        **head_settings(mixer),
+        **_any_heads(layers),
         **_inner(ssm, "mamba_expand"),
-        "attention_bias": mixer.output_bias,
-        "attn_layer_indices": _places(layers, "attention"),
-        "mamba_n_heads": ssm.inner_width // ssm.head_dim,
-        "mamba_d_head": ssm.head_dim,
-        "mamba_n_groups": ssm.n_groups,
-        "mamba_d_state": ssm.d_state,
-        "mamba_d_conv": ssm.conv_width,
-        "time_step_limit": _limits(ssm),
+        "attention_bias": _has_biases(layers),
+        "attn_layer_indices": layers.places("attention"),
+        **_heads(ssm),
         "intermediate_size": dense.hidden_width,
         "mlp_bias": dense.bias,
-        "rms_norm_eps": model.config.norm_eps,
+    }
+
+
+def _has_biases(layers: Layers) -> bool:
+    return getattr(layers.configs.get("attention"), "output_bias", False)
+
+
+def _heads(ssm: Any) -> dict[str, Any]:
+    """Of a Mamba-2."""
+    limits = [ssm.dt_limit_min, math.inf if ssm.dt_limit_max is None else ssm.dt_limit_max]
+    heads = {"mamba_n_heads": ssm.inner_width // ssm.head_dim, "mamba_d_head": ssm.head_dim}
+    return {**heads, "time_step_limit": limits}
+
+
+def _granitemoehybrid(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """Layers have a shared MLP, and experts beside it if any."""
+    ssm = layers.get("mamba2")
+    own: dict[str, Any] = {}
+    if "swiglu" in layers.configs:
+        own = {"num_local_experts": 0, "shared_intermediate_size": layers.get("swiglu").hidden_width}
+    turns = getattr(layers.configs.get("attention"), "position", "none") == "rotary"
+    return {
+        **_any_heads(layers),
+        **_inner(ssm, "mamba_expand"),
+        **_heads(ssm),
+        **multipliers(layers, model),
+        "attention_bias": _has_biases(layers),
+        "position_embedding_type": "rope" if turns else None,
+        **own,
+    }
+
+
+def _every(layers: Layers, name: str) -> tuple[int, int]:
+    """The period and the offset of the layers that have this mixer or channel mixer."""
+    places, depth = layers.places(name), len(layers.kinds)
+    for period in range(1, depth + 2):
+        for offset in range(period):
+            if [i for i in range(depth) if i % period == offset] == places:
+                return period, offset
+    raise ValueError(f"its layers of {name} are {places} (from 0), expected one in each period of equal length")
+
+
+def _jamba(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    ssm = layers.get("mamba")
+    full, routed = _every(layers, "attention"), _every(layers, "moe")
+    return {
+        **_inner(ssm, "mamba_expand"),
+        "mamba_dt_rank": "auto" if ssm.dt_rank is None else ssm.dt_rank,
+        "attn_layer_period": full[0],
+        "attn_layer_offset": full[1],
+        "expert_layer_period": routed[0],
+        "expert_layer_offset": routed[1],
+        **({} if "moe" in layers.configs else {"num_experts": 1}),
+    }
+
+
+def _nemotron_h(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """One of their blocks for each mixer and for each channel mixer."""
+    ssm = layers.get("mamba2")
+    names = {ours: theirs for theirs, ours in reversed((nemotron_h.MIXERS | nemotron_h.CHANNELS).items())}
+    blocks = [each for mixers, channel in layers.kinds for each in (*mixers, channel) if each != "none"]
+    return {
+        "num_hidden_layers": len(blocks),
+        "layers_block_type": [names.get(block, block) for block in blocks],
+        "mamba_num_heads": ssm.inner_width // ssm.head_dim,
+    }
+
+
+def _olmo_hybrid(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    delta, mixer, dense = layers.get("gated_delta_net"), layers.get("attention"), layers.get("swiglu")
+    still = {"rope_parameters": {"rope_type": "default", "rope_theta": None}}
+    return {
+        **head_settings(mixer),
+        **(still if mixer.position == "none" else {}),
+        "attention_bias": mixer.output_bias,
+        "linear_value_head_dim": delta.values,
+        "intermediate_size": dense.hidden_width,
     }
 
 
 def _lfm2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    convolution, mixer = layers.get("gated_short_conv"), layers.get("attention")
-    full = _places(layers, "attention")
-    return {
-        **head_settings(mixer),
-        "layer_types": ["full_attention" if i in full else "conv" for i in range(model.config.depth)],
-        "conv_L_cache": convolution.conv_width,
-        "conv_bias": convolution.bias,
-        "block_auto_adjust_ff_dim": False,
-        "intermediate_size": layers.get("swiglu").hidden_width,
-        "norm_eps": model.config.norm_eps,
-    }
+    layers.get("gated_short_conv")
+    return {**_any_heads(layers), "block_auto_adjust_ff_dim": False}
+
+
+def _lfm2_moe(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    layers.get("gated_short_conv")
+    return {**_any_heads(layers), "num_dense_layers": len(layers.places("swiglu"))}
 
 
 def _xlstm(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     cell = layers.get("mlstm")
     return {
-        "num_heads": cell.num_heads,
         "qk_dim_factor": cell.num_heads * cell.keys / cell.d_model,
         "v_dim_factor": cell.num_heads * cell.values / cell.d_model,
-        "gate_soft_cap": cell.gate_cap,
-        "eps": cell.denominator_eps,
         "ffn_proj_factor": layers.get("swiglu").hidden_width / cell.d_model,
         "ffn_round_up_to_multiple_of": 1,
-        "output_logit_soft_cap": model.config.logit_cap,
-        "norm_eps": model.config.norm_eps,
     }
 
 
 HYBRIDS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     "bamba": _bamba,
-    "falcon_mamba": _falcon_mamba,
+    "falcon_mamba": _mamba,
+    "granitemoehybrid": _granitemoehybrid,
+    "jamba": _jamba,
     "lfm2": _lfm2,
+    "lfm2_moe": _lfm2_moe,
+    "mamba": _mamba,
+    "mamba2": _mamba2,
+    "nemotron_h": _nemotron_h,
+    "olmo_hybrid": _olmo_hybrid,
     "xlstm": _xlstm,
 }
 """By family."""

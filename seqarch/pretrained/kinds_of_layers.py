@@ -14,16 +14,22 @@ def kinds_of_layers(model: LanguageModel) -> list[tuple[tuple[str, ...], str]]:
 
 
 class Layers:
-    """The layers of a model: their kinds, and the config of each kind."""
+    """The layers of a model: their kinds, the config of each kind, and that of each layer's first mixer."""
 
     def __init__(self, model: LanguageModel):
         self.kinds = kinds_of_layers(model)
         self.configs: dict[str, Any] = {}
+        self.each: list[Any] = []
         for layer, (mixers, channel) in zip(model.stack.layers, self.kinds, strict=True):
             found: Any = layer
+            self.each.append(found.mixers[0].config)
             self.configs.update({name: mixer.config for name, mixer in zip(mixers, found.mixers, strict=True)})
             if found.channel is not None:
                 self.configs[channel] = found.channel.config
+
+    def places(self, name: str) -> list[int]:
+        """The layers that have this mixer or channel mixer."""
+        return [i for i, (mixers, channel) in enumerate(self.kinds) if name in (*mixers, channel)]
 
     def get(self, name: str) -> Any:
         if name not in self.configs:

@@ -14,10 +14,10 @@ from seqarch.checkpoints.building import build
 from seqarch.interop import lm_config
 from seqarch.layers import Layer
 from seqarch.models import LanguageModel
-from seqarch.ops.dispatch.checks import unknown_name
-from seqarch.pretrained.decoder_settings import DECODERS, head_settings
+from seqarch.pretrained.decoder_settings import DECODERS, THEIR_ACTIVATIONS, head_settings, rotary_settings
 from seqarch.pretrained.hybrid_settings import HYBRIDS
 from seqarch.pretrained.kinds_of_layers import Layers, kinds_of_layers
+from seqarch.pretrained.options_as_settings import chosen, options_as_settings
 
 CLASSES = {
     "bamba": "BambaForCausalLM",
@@ -94,10 +94,8 @@ def their_settings(family: str, model: LanguageModel, dtype: torch.dtype) -> dic
     try:
         if origin is not None and origin.family == family and origin.settings is not None:
             settings = dict(origin.settings)
-        elif family not in MADE_HERE:
-            raise unknown_name("family to write a new model in", family, MADE_HERE)
         else:
-            settings = _shared_settings(family, model) | MADE_HERE[family](Layers(model), model)
+            settings = _new_settings(family, model)
         differences = _differences(model, settings)
     except ValueError as error:
         raise ValueError(f"the model is no {family}: {error}") from error
@@ -127,7 +125,7 @@ def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
 def _differing(where: str, own: Any, other: Any) -> list[str]:
     if type(own) is not type(other):
         return [f"{where}{type(own).__name__}, expected {type(other).__name__}"]
-    ours, theirs = ({option: _without_ones(value) for option, value in asdict(each).items()} for each in (own, other))
+    ours, theirs = ({name: _without_ones(chosen(each, name)) for name in asdict(each)} for each in (own, other))
     return [
         f"{where}{option}={value!r}, expected {theirs[option]!r}"
         for option, value in ours.items()
@@ -149,61 +147,27 @@ def _without_ones(value: Any) -> Any:
     return None if isinstance(value, list) and all(factor == 1 for factor in value) else value
 
 
-def _shared_settings(family: str, model: LanguageModel) -> dict[str, Any]:
-    config = model.config
+def _new_settings(family: str, model: LanguageModel) -> dict[str, Any]:
+    """By the tables that the family is read by, and by its own function for what is no option as it stands."""
+    layers = Layers(model)
     return {
         "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.depth,
-        "tie_word_embeddings": config.tie_embeddings,
+        "num_hidden_layers": model.config.depth,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-    }
-
-
-def _whole(value: float, what: str) -> int:
-    if value != int(value):
-        raise ValueError(f"{what} is {value}, expected a whole number")
-    return int(value)
-
-
-def _mamba(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    config = layers.get("mamba")
-    return {
-        "state_size": config.d_state,
-        "expand": _whole(config.inner_width / config.d_model, "the inner width over d_model"),
-        "conv_kernel": config.conv_width,
-        "time_step_rank": "auto" if config.dt_rank is None else config.dt_rank,
-        "layer_norm_epsilon": model.config.norm_eps,
-    }
-
-
-def _mamba2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    config = layers.get("mamba2")
-    return {
-        "state_size": config.d_state,
-        "expand": _whole(config.inner_width / config.d_model, "the inner width over d_model"),
-        "num_heads": config.inner_width // config.head_dim,
-        "head_dim": config.head_dim,
-        "n_groups": config.n_groups,
-        "conv_kernel": config.conv_width,
-        "layer_norm_epsilon": model.config.norm_eps,
-        "rms_norm": True,
+        **options_as_settings(family, layers, model),
+        **MADE_HERE[family](layers, model),
     }
 
 
 def _mixtral(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     windowed = "sliding_window" in layers.configs
-    mixer, moe = layers.get("sliding_window" if windowed else "attention"), layers.get("moe")
+    mixer, dense = layers.get("sliding_window" if windowed else "attention"), layers.get("moe")
     return {
         **head_settings(mixer),
+        "hidden_act": THEIR_ACTIVATIONS.get(dense.activation, "silu"),
         "sliding_window": mixer.window if windowed else None,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "intermediate_size": moe.hidden_width,
-        "rms_norm_eps": model.config.norm_eps,
     }
 
 
@@ -250,55 +214,23 @@ def _recurrent_gemma(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _qwen3_next(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    delta, moe = layers.get("gated_delta_net"), layers.get("moe")
-    names = {"gated_delta_net": "linear_attention", "attention": "full_attention"}
-    dense = [i for i, (_, channel) in enumerate(layers.kinds) if channel != "moe"]
+def _qwen3_5(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     return {
-        **head_settings(layers.get("attention")),
-        "layer_types": [names.get(mixers[0], mixers[0]) for mixers, _ in layers.kinds],
-        "mlp_only_layers": dense,
-        "decoder_sparse_step": 1,
-        "intermediate_size": layers.get("swiglu").hidden_width if dense else model.config.d_model,
-        "linear_num_value_heads": delta.value_shape[0],
-        "linear_num_key_heads": delta.key_shape[0],
-        "linear_key_head_dim": delta.keys,
-        "linear_value_head_dim": delta.values,
-        "linear_conv_kernel_dim": delta.conv_width,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": moe.normalise_weights,
-        "moe_intermediate_size": moe.hidden_width,
-        "shared_expert_intermediate_size": moe.shared_experts * moe.hidden_width,
-        "rms_norm_eps": model.config.norm_eps,
+        **rotary_settings(layers.get("attention")),
+        "linear_value_head_dim": layers.get("gated_delta_net").values,
     }
+
+
+def _qwen3_next(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    moe = layers.configs.get("moe")
+    shared = {} if moe is None else {"shared_expert_intermediate_size": moe.shared_width}
+    return {**_qwen3_5(layers, model), "mlp_only_layers": layers.places("swiglu"), **shared}
 
 
 def _kimi_linear(layers: Layers, model: LanguageModel) -> dict[str, Any]:
-    delta, latent, moe = layers.get("kda"), layers.get("mla"), layers.get("moe")
-    names, channels = {"kda": "linear_attention", "mla": "full_attention"}, {"swiglu": "dense", "moe": "sparse"}
-    return {
-        "layer_types": [names.get(mixers[0], mixers[0]) for mixers, _ in layers.kinds],
-        "mlp_layer_types": [channels.get(channel, channel) for _, channel in layers.kinds],
-        "num_attention_heads": latent.heads,
-        "num_key_value_heads": latent.heads,
-        "qk_nope_head_dim": latent.keys,
-        "qk_rope_head_dim": latent.shared,
-        "v_head_dim": latent.values,
-        "kv_lora_rank": latent.rank,
-        "q_lora_rank": latent.q_lora_rank,
-        "linear_num_heads": delta.value_shape[0],
-        "linear_head_dim": delta.keys,
-        "linear_conv_kernel_dim": delta.conv_width,
-        "intermediate_size": layers.get("swiglu").hidden_width if "swiglu" in layers.configs else model.config.d_model,
-        "moe_intermediate_size": moe.hidden_width,
-        "num_experts": moe.num_experts,
-        "num_experts_per_token": moe.top_k,
-        "num_shared_experts": moe.shared_experts,
-        "moe_renormalize": moe.normalise_weights,
-        "routed_scaling_factor": moe.weight_scale,
-        "rms_norm_eps": model.config.norm_eps,
-    }
+    """What its tables do not say; it has both kinds of attention."""
+    layers.get("kda")
+    return {"num_key_value_heads": layers.get("mla").heads}
 
 
 MADE_HERE: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
@@ -306,10 +238,10 @@ MADE_HERE: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     **HYBRIDS,
     "falcon_h1": _falcon_h1,
     "kimi_linear": _kimi_linear,
-    "mamba": _mamba,
-    "mamba2": _mamba2,
     "mixtral": _mixtral,
+    "qwen3_5_moe_text": _qwen3_5,
+    "qwen3_5_text": _qwen3_5,
     "qwen3_next": _qwen3_next,
     "recurrent_gemma": _recurrent_gemma,
 }
-"""By family, what its configuration says of a model that was made here, besides what all families say."""
+"""By family, what its configuration says of a model that was made here, besides the options that are its fields."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from tests.support import decoder_families, hybrid_families
 from tests.support.family_sizes import ATTENTION, EPS, SMALL, SPECIAL
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def mamba(**changes: Any) -> Any:
@@ -177,8 +180,8 @@ def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
     return config, randomise(getattr(transformers, name)(config)).train(False)
 
 
-def randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with random parameters and buffers, the same each time."""
+def randomise(model: M) -> M:
+    """A model of theirs or of ours with random parameters and buffers, the same each time."""
     torch.manual_seed(0)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
