@@ -43,6 +43,18 @@ def options_as_settings(family: str, layers: Layers, model: LanguageModel) -> di
     return found | _kinds(settings.layer_kinds, layers)
 
 
+def options_named(family: str, message: str) -> str:
+    """What the fields are here that an error names, in parentheses after a space; nothing where it names none."""
+    settings, words = FAMILIES[family].Settings, message.replace("=", " ").split()
+    found = [
+        f"{settings.called(field)} is {option} of {name}"
+        for name, table in settings.all_options().items()
+        for option, field in table.items()
+        if settings.called(field) in words
+    ]
+    return f" ({'; '.join(found)})" if found else ""
+
+
 def chosen(config: Any, option: str) -> Any:
     """The value of an option, chosen by the config where it is not given."""
     value = getattr(config, option)

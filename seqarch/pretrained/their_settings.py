@@ -17,7 +17,7 @@ from seqarch.models import LanguageModel
 from seqarch.pretrained.decoder_settings import DECODERS, THEIR_ACTIVATIONS, head_settings, rotary_settings
 from seqarch.pretrained.hybrid_settings import HYBRIDS
 from seqarch.pretrained.kinds_of_layers import Layers, kinds_of_layers
-from seqarch.pretrained.options_as_settings import chosen, options_as_settings
+from seqarch.pretrained.options_as_settings import chosen, options_as_settings, options_named
 
 CLASSES = {
     "bamba": "BambaForCausalLM",
@@ -98,7 +98,7 @@ def their_settings(family: str, model: LanguageModel, dtype: torch.dtype) -> dic
             settings = _new_settings(family, model)
         differences = _differences(model, settings)
     except ValueError as error:
-        raise ValueError(f"the model is no {family}: {error}") from error
+        raise ValueError(f"the model is no {family}: {error}{options_named(family, str(error))}") from error
     if differences:
         raise ValueError(f"the model is no {family}: {'; '.join(differences[:5])}")
     settings.pop("torch_dtype", None)

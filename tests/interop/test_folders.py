@@ -275,6 +275,9 @@ def test_what_differs_is_named(tmp_path):
     mixed = LanguageModel(vocab_size=53, d_model=32, depth=2, pattern="mamba2/none retention/none")
     with pytest.raises(ValueError, match=r"its layers are 'mamba2/none retention/none', expected 'mamba2/none'"):
         mixed.save_pretrained(tmp_path / "saved", family="mamba2")
+    unbounded = LanguageModel(**{"vocab_size": 53, "d_model": 32, **NEW["nemotron_h"], "mixers": {}})
+    with pytest.raises(ValueError, match=r"time_step_min must be positive, got 0\.0 \(.*is dt_limit_min of mamba2\)"):
+        unbounded.save_pretrained(tmp_path / "saved", family="nemotron_h")
     griffin = copy.deepcopy(NEW["recurrent_gemma"])
     del griffin["mixers"]["rg_lru"]
     gates = LanguageModel(**{"vocab_size": 53, "d_model": 32, "depth": 2, **griffin})
