@@ -16,6 +16,7 @@
 #include "linear.h"
 #include "numbers.h"
 #include "seqarch.h"
+#include "small_weights.h"
 
 namespace {
 
@@ -52,6 +53,11 @@ struct Instruction {
     int64_t size(int d) const { return i.sizes[d]; }
 };
 
+SmallWeights small_weights(const seqarch_tape_instruction& i, const seqarch_view* views) {
+    const void *codes = views ? views[2].data : nullptr, *scales = views ? views[4].data : nullptr;
+    return {i.flags, static_cast<const uint8_t*>(codes), static_cast<const bfloat16*>(scales), i.sizes[1], i.sizes[3]};
+}
+
 template <class T>
 void map(const Instruction& in) {
     const int64_t rows = in.size(0), depth = in.size(1), width = in.size(2);
@@ -65,6 +71,18 @@ void map(const Instruction& in) {
         products_of_all(rows, depth, weight + j * depth, x, x_row,
                         [&](int64_t r, float sum) { y[r * y_row + j * y_step] = sum + add; });
     }
+}
+
+// The same with weights of few bits.
+void map_small(const Instruction& in) {
+    float *y = in.data(0), *x = in.data(1);
+    const float* bias = in.data(3);
+    const int64_t y_row = in.stride(0, 0), y_step = in.stride(0, 1);
+    const Range own = share(in.size(2), in.member, kLine);
+    small_products_of_all(small_weights(in.i, in.views), own.begin, own.end, in.size(0), x, in.stride(1, 0),
+                          [=](int64_t r, int64_t j, float sum) {
+                              y[r * y_row + j * y_step] = sum + (bias ? bias[j] : 0.0f);
+                          });
 }
 
 // to[k] = f(k) for n numbers.
@@ -437,6 +455,7 @@ bool valid(const seqarch_tape_instruction& i) {
     if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ATTEND || i.views < 0 || i.steps < 0) return false;
     if (!countable({i.sizes[0], i.sizes[1], i.sizes[2], i.sizes[3], i.sizes[4], i.sizes[5]})) return false;
     switch (i.kind) {
+        case SEQARCH_MAP: return i.flags < SEQARCH_INT8 || small_weights(i, nullptr).valid();
         case SEQARCH_ELEMENTWISE:
             return i.outputs > 0 && i.inputs >= 0 && i.count >= 0 && i.outputs + i.inputs < 32 &&
                    i.inputs + i.count <= kMostRegisters;
@@ -450,7 +469,12 @@ bool valid(const seqarch_tape_instruction& i) {
 
 int32_t run(const Instruction& in) {
     switch (in.i.kind) {
-        case SEQARCH_MAP: in.i.flags == SEQARCH_BFLOAT16 ? map<bfloat16>(in) : map<float>(in); return SEQARCH_OK;
+        case SEQARCH_MAP:
+            if (in.i.flags >= SEQARCH_INT8)
+                map_small(in);
+            else
+                in.i.flags == SEQARCH_BFLOAT16 ? map<bfloat16>(in) : map<float>(in);
+            return SEQARCH_OK;
         case SEQARCH_ELEMENTWISE: in.i.flags ? elementwise<double>(in) : elementwise<float>(in); return SEQARCH_OK;
         case SEQARCH_REDUCE: reduce(in); return SEQARCH_OK;
         case SEQARCH_PRODUCT: product_of(in); return SEQARCH_OK;
