@@ -28,7 +28,8 @@ _NAMES = {
         "measured_state_bytes mixer_class register_channel_mixer register_mixer state_rows"
     ),
     "models": (
-        "LMConfig LanguageModel LayerPattern Stack StackConfig parameter_groups parse_pattern state_rows tile_pattern"
+        "LMConfig LanguageModel LayerPattern Stack StackConfig dequantize parameter_groups parse_pattern quantize "
+        "state_rows tile_pattern weight_bytes"
     ),
     "checkpoints.loading": "load",
 }

@@ -16,6 +16,7 @@
 #include "linear.h"
 #include "numbers.h"
 #include "seqarch.h"
+#include "small_weights.h"
 #include "team.h"
 
 namespace {
@@ -54,7 +55,13 @@ struct Instruction {
     int64_t size(int d) const { return i.sizes[d]; }
 };
 
+SmallWeights small_weights(const seqarch_tape_instruction& i, const seqarch_view* views) {
+    const void *codes = views ? views[2].data : nullptr, *scales = views ? views[4].data : nullptr;
+    return {i.flags, static_cast<const uint8_t*>(codes), static_cast<const bfloat16*>(scales), i.sizes[1], i.sizes[3]};
+}
+
 int64_t weight_bytes(const seqarch_tape_instruction& map) {
+    if (map.flags >= SEQARCH_INT8) return map.sizes[2] * small_weights(map, nullptr).row_bytes();
     return map.sizes[1] * map.sizes[2] * (map.flags == SEQARCH_BFLOAT16 ? 2 : 4);
 }
 
@@ -72,10 +79,13 @@ void map_to(const Instruction& in, Range own, float* y, int64_t y_row, int64_t y
 }
 
 void map_to(const Instruction& in, Range own, float* y, int64_t y_row, int64_t y_step) {
-    if (in.i.flags == SEQARCH_BFLOAT16)
-        map_to<bfloat16>(in, own, y, y_row, y_step);
-    else
-        map_to<float>(in, own, y, y_row, y_step);
+    if (in.i.flags == SEQARCH_FLOAT32) return map_to<float>(in, own, y, y_row, y_step);
+    if (in.i.flags == SEQARCH_BFLOAT16) return map_to<bfloat16>(in, own, y, y_row, y_step);
+    const float* bias = in.data(3);
+    small_products_of_all(small_weights(in.i, in.views), own.begin, own.end, in.size(0), in.data(1), in.stride(1, 0),
+                          [=](int64_t r, int64_t j, float sum) {
+                              y[r * y_row + (j - own.begin) * y_step] = sum + (bias ? bias[j] : 0.0f);
+                          });
 }
 
 Range outputs_of_map(const Instruction& in) { return share(in.size(2), in.piece, kLine); }
@@ -485,6 +495,7 @@ bool valid(const seqarch_tape_instruction& i) {
     if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ATTEND || i.views < 0 || i.steps < 0) return false;
     if (!countable({i.sizes[0], i.sizes[1], i.sizes[2], i.sizes[3], i.sizes[4], i.sizes[5]})) return false;
     switch (i.kind) {
+        case SEQARCH_MAP: return i.flags < SEQARCH_INT8 || small_weights(i, nullptr).valid();
         case SEQARCH_ELEMENTWISE:
             return i.outputs > 0 && i.inputs >= 0 && i.count >= 0 && i.outputs + i.inputs < 32 &&
                    i.inputs + i.count <= kMostRegisters;
@@ -518,7 +529,7 @@ int64_t pieces_of(const seqarch_tape_instruction& i) {
     };
     const int64_t* n = i.sizes;
     switch (i.kind) {
-        case SEQARCH_MAP: return cut(weight_bytes(i), kPiece, n[2] / kLine);
+        case SEQARCH_MAP: return cut(std::max(weight_bytes(i), n[1] * n[2]), kPiece, n[2] / kLine);
         case SEQARCH_ELEMENTWISE: {
             const int64_t numbers = n[0] * n[1] * n[2] * n[3] * n[4];
             return cut(numbers * (i.inputs + i.count), kPiece, numbers / kBlock);

@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 9
+#define SEQARCH_INTERFACE 10
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -73,6 +73,25 @@ typedef struct {
 } seqarch_linear_arguments;
 
 SEQARCH_API int32_t seqarch_linear(const seqarch_linear_arguments* arguments, int32_t num_threads);
+
+/* The same with weights of 8 or 4 bits in groups of 32 or 64, weight = code scale: x, bias and y are float32.
+ *
+ *   scales           [width, groups], bfloat16
+ *   codes            of SEQARCH_INT8 [width, depth]. Of SEQARCH_INT4 [width, ceil(depth / 128), 64] bytes, each row in
+ *                    blocks of 128, the last filled up: 16 little-endian words of 32 bits, of which word l holds the code
+ *                    16 j + l of the block in bits 4 j to 4 j + 3, in two's complement.
+ */
+enum { SEQARCH_INT8 = 3, SEQARCH_INT4 = 4 };
+
+typedef struct {
+    int32_t format;
+    const void *x, *codes, *scales, *bias;
+    void* y;
+    int64_t rows, depth, width, groups;
+} seqarch_quantized_linear_arguments;
+
+SEQARCH_API int32_t seqarch_quantized_linear(const seqarch_quantized_linear_arguments* arguments,
+                                             int32_t num_threads);
 
 /* RMS norm of rows of W = width numbers, with a gate or without, in SEQARCH_FLOAT32 or SEQARCH_FLOAT64:
  *
@@ -156,7 +175,9 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
  * brackets say so. Sizes come in the order below.
  *
  *   MAP               y [M, N], x [M], weight, [bias]        y = x weight^T + bias; sizes M, K, N; weight [N, K] without
- *                                                            gaps, of the dtype in the flags
+ *                                                            gaps, of the dtype in the flags; or, with flags
+ *                                                            SEQARCH_INT8 or SEQARCH_INT4, codes, and after the bias
+ *                                                            scales, as seqarch_quantized_linear, with a size of groups
  *   ELEMENTWISE       outputs, inputs                        steps on numbers of five dimensions; see seqarch_step
  *   REDUCE            y [3], x [3 + 2]                       factor times the sum over the last two of five sizes, or the
  *                                                            largest (flags 1) or least (2)

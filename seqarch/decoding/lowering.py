@@ -287,6 +287,16 @@ class Lowering:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.constant)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def held(self, node: Any) -> Tensor:
+        """A parameter, a buffer or a constant without gaps, for an instruction that reads whole numbers.
+
+        Raises:
+            Unserved: it is computed, or has gaps.
+        """
+        if node.op != "get_attr" or not self.tensor_of(node).is_contiguous():
+            raise Unserved("codes or scales of weights are computed")
+        return self.tensor_of(node)
+
     def read(self, node: Any) -> View:
         """Where a tensor lies, computed by now: for an instruction that reads it."""
         view = self.view(node)

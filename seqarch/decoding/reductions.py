@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import seqarch.ops.native.linear  # noqa: F401  (defines seqarch::linear)
+import seqarch.ops.native.linear
+import seqarch.ops.native.quantized_linear  # noqa: F401  (these define the operators)
 from seqarch.decoding.lowering import Lowering, lowers, number, shape_of
 from seqarch.decoding.shapes import rows
 from seqarch.ops.native.tape import Step
@@ -115,6 +116,21 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     if not _is_map(flat, weight, bias):
         raise Unserved("a map has weights that are computed")
     low.tape.map(target, flat, weight, bias)
+    low.values[node] = to
+
+
+@lowers(torch.ops.seqarch.quantized_linear.default)
+def _quantized_linear(low: Lowering, node: fx.Node) -> None:
+    x, bias = low.reads(node.args[0], node.args[3])
+    codes, scales = (low.held(each) for each in node.args[1:3])
+    flat = rows(low.tape.dense(x, 1)) or rows(low.tape.copy(x))
+    to = low.tape.value(shape_of(node))
+    target = rows(to)
+    assert flat is not None
+    assert target is not None
+    if bias is not None and not (bias.is_dense(1) and bias.buffer.kind == "parameter"):
+        raise Unserved("a map has a bias that is computed")
+    low.tape.quantized_map(target, flat, codes, scales, bias)
     low.values[node] = to
 
 

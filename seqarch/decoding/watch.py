@@ -16,6 +16,10 @@ WATCHED = (Tensor, nn.Module, bool, int, float, str)
 """What a module's forward pass may depend on."""
 
 
+TAKEN = (torch.float32, torch.int8, torch.uint8, torch.int16)
+"""Of parameters: float32, and codes and scales of quantised weights, whose instructions alone read whole numbers."""
+
+
 class Watch:
     """The sources of a program: modules, their hooks, submodules, numbers and names, and the parameters' memory.
 
@@ -46,7 +50,7 @@ class Watch:
 
     def take(self, tensor: Tensor) -> int:
         """The address of a parameter, a buffer or a constant."""
-        if tensor.dtype != torch.float32 or not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
+        if tensor.dtype not in TAKEN or not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
             kind = type(tensor).__name__
             raise Unserved(f"a parameter is a {kind} of {tensor.dtype} on {tensor.device}")
         self.tensors.append(tensor)

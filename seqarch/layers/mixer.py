@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from seqarch.layers.modules.configured import Configured, build_config, build_layer, from_options  # noqa: F401
+from seqarch.layers.modules.quantized import QuantizedLinear
 from seqarch.layers.modules.short_conv import ShortConvolution
 from seqarch.layers.modules.state_form import StateForm
 from seqarch.ops.dispatch.checks import annotated_kinds, fits, sequence_offsets, show, show_kinds
@@ -26,6 +27,9 @@ Boundaries = tuple[int, ...] | None
 """``cu_seqlens`` once they are checked, as every mixer's own code gets them."""
 
 Device = torch.device | str | None
+
+MAPS = (nn.Linear, QuantizedLinear)
+"""What counts as a linear map."""
 
 MOST = 2**63 - 1
 """The largest whole number among options: what torch and kernels take."""
@@ -102,6 +106,8 @@ class Layer(Configured, ABC):
     """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
     projections: ClassVar[tuple[str, ...]] = ()
     """Names of own tensors that multiply features as linear maps do, for low-rank adapters; submodules have theirs."""
+    unquantized: ClassVar[tuple[str, ...]] = ()
+    """Names of submodules that :func:`seqarch.quantize` leaves as they are, such as what makes decays."""
 
     @from_options
     def __init__(self, config: Any):
@@ -273,7 +279,7 @@ class Mixer(Layer):
         return next((module for module in self.modules() if isinstance(module, ShortConvolution)), None)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        own = sum(linear_flops(m, batch_size * length) for m in self.modules() if isinstance(m, nn.Linear))
+        own = sum(linear_flops(m, batch_size * length) for m in self.modules() if isinstance(m, MAPS))
         convolutions = (m for m in self.modules() if isinstance(m, ShortConvolution))
         own += sum(convolution.flops(length, batch_size) for convolution in convolutions)
         return own + self.sequence_flops(length, batch_size)
@@ -354,7 +360,7 @@ def choose_heads(d_model: int, num_heads: int | None, width: int | None = None) 
 
 def linear_flops(module: nn.Module, tokens: int) -> int:
     """FLOPs of a linear map of ``tokens`` rows, or of those inside a module in its place."""
-    maps = [module] if isinstance(module, nn.Linear) else [m for m in module.modules() if isinstance(m, nn.Linear)]
+    maps = [module] if isinstance(module, MAPS) else [m for m in module.modules() if isinstance(m, MAPS)]
     return sum(2 * each.in_features * each.out_features * tokens for each in maps)
 
 

@@ -5,6 +5,7 @@ from seqarch.models.config import LMConfig, StackConfig
 from seqarch.models.language_model import LanguageModel
 from seqarch.models.optimisation import parameter_groups
 from seqarch.models.pattern import LayerPattern, parse_pattern, tile_pattern
+from seqarch.models.quantization import dequantize, quantize, weight_bytes
 from seqarch.models.stack import Stack
 
 __all__ = [
@@ -13,8 +14,11 @@ __all__ = [
     "LayerPattern",
     "Stack",
     "StackConfig",
+    "dequantize",
     "parameter_groups",
     "parse_pattern",
+    "quantize",
     "state_rows",
     "tile_pattern",
+    "weight_bytes",
 ]

@@ -14,6 +14,7 @@ from seqarch.layers.mixer import CuSeqlens, first_tensor, linear_flops
 from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
 from seqarch.layers.modules.norms import build_norm
+from seqarch.layers.modules.quantized import QuantizedWeight
 from seqarch.models.config import LMConfig
 from seqarch.models.generation import generate, stream
 from seqarch.models.loss import head_cross_entropy, serves
@@ -337,8 +338,9 @@ class LanguageModel(Configured):
         return self.stack.step_flops(length, batch_size) + linear_flops(self.head, batch_size)
 
     def num_parameters(self) -> int:
-        """Parameters, shared ones counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Parameters and quantised weights, shared ones counted once."""
+        small = {id(q.codes): q.weights for q in self.modules() if isinstance(q, QuantizedWeight)}
+        return sum(parameter.numel() for parameter in self.parameters()) + sum(small.values())
 
     def auxiliary_loss(self) -> Tensor:
         """The layers' terms of the loss of the last forward pass (such as routers' losses), summed; 0 without any."""
@@ -366,8 +368,11 @@ def _norm(config: LMConfig, kind: str) -> nn.Module:
 
 def _tie(model: LanguageModel, *_: Any) -> None:
     """Make the head's weight the embedding's again, where a conversion or an assignment has made two of it."""
-    parts = (model.embedding._parameters, model.head._parameters)
-    if model.config.tie_embeddings and all(part.get("weight") is not None for part in parts):
+    if not model.config.tie_embeddings:
+        return
+    if isinstance(model.embedding, QuantizedWeight) and isinstance(model.head, QuantizedWeight):
+        model.head.codes, model.head.scales = model.embedding.codes, model.embedding.scales
+    elif all(part._parameters.get("weight") is not None for part in (model.embedding, model.head)):
         model.head.weight = model.embedding.weight
 
 

@@ -36,6 +36,8 @@ class HyperConnection(nn.Module):
         number: of the branch in its stack, which says what stream it reads at first.
     """
 
+    unquantized = ("dynamic",)
+
     no_weight_decay = ("mixing",)
 
     def __init__(self, width: int, streams: int, eps: float, number: int, sinkhorn_steps: int = 0):
@@ -73,6 +75,8 @@ class ManifoldHyperConnection(nn.Module):
         number: of the branch in its stack; not used here.
     """
 
+    unquantized = ("dynamic",)
+
     def __init__(self, width: int, streams: int, eps: float, number: int, sinkhorn_steps: int = 20):
         super().__init__()
         self.width, self.streams, self.steps = width, streams, sinkhorn_steps
@@ -104,6 +108,8 @@ class ManifoldHyperConnection(nn.Module):
 
 class WeightedStreams(nn.Module):
     """One stream of several: their sum with weights ``sigmoid(s W norm(X) + c)``, as at DeepSeek-V4's head."""
+
+    unquantized = ("dynamic",)
 
     def __init__(self, width: int, streams: int, eps: float):
         super().__init__()

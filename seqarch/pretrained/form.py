@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from seqarch.checkpoints.errors import CheckpointError
 from seqarch.checkpoints.manifest import MANIFEST, manifest_digest, read_manifest
 from seqarch.checkpoints.tokenizers import ByteTokenizer
 from seqarch.layers import CHANNEL_MIXERS, MIXERS
+from seqarch.layers.modules.quantized import WeightFormat
 from seqarch.models import LanguageModel, LMConfig, parse_pattern
+from seqarch.models.quantization import formats_of, replace
 
 OWN = "seqarch"
 """``model_type`` in the ``config.json`` of a model in seqarch's own form."""
@@ -39,6 +42,8 @@ def own_config(model: LanguageModel, dtype: torch.dtype, version: str) -> dict[s
         "plugins": _plugins(model),
         "model": asdict(model.config),
     }
+    if formats := formats_of(model):
+        config["quantization"] = {path: asdict(form) for path, form in formats.items()}
     if isinstance(model.tokenizer, ByteTokenizer):
         config["tokens"] = "bytes"
     try:
@@ -48,6 +53,25 @@ def own_config(model: LanguageModel, dtype: torch.dtype, version: str) -> dict[s
     if not same:
         raise ValueError(f"the model's config does not come back from JSON as it is: {model.config}")
     return config
+
+
+def tied_names(model: LanguageModel) -> set[str]:
+    """Names of the head's tensors that are the embedding's, which files do not hold twice."""
+    names = ("head.weight", "head.codes", "head.scales") if model.config.tie_embeddings else ()
+    return {name for name in names if name in model.state_dict()}
+
+
+def quantize_as(model: LanguageModel, config: Mapping[str, Any], file: Path) -> None:
+    """Give a model on the meta device the quantised weights that ``config.json`` names.
+
+    Raises:
+        CheckpointError: it names something else than such weights of the model.
+    """
+    given = config.get("quantization", {})
+    try:
+        replace(model, {path: WeightFormat(**each) for path, each in given.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: quantization is not that of its model: {error}") from error
 
 
 def _plugins(model: LanguageModel) -> list[str]:

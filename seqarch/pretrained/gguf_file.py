@@ -16,6 +16,7 @@ from seqarch.checkpoints.tokenizers import FileTokenizer
 from seqarch.interop import FAMILIES, weight_map
 from seqarch.interop.file_names import written_names
 from seqarch.models import LanguageModel
+from seqarch.models.quantization import formats_of
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.gguf_architectures import ARCHITECTURES
 from seqarch.pretrained.gguf_model import Architecture, Model
@@ -68,6 +69,8 @@ def save_gguf(
         raise ValueError(f"the model is not read from a family's folder: name its family, {' or '.join(ARCHITECTURES)}")
     if family not in ARCHITECTURES:
         raise unknown_name("family", family, ARCHITECTURES)
+    if formats := formats_of(model):
+        raise ValueError(f"{next(iter(formats))} is quantised: dequantize the model first")
     state = model.state_dict()
     dtype = dtype or main_dtype((tensor.dtype, tensor.numel()) for tensor in state.values())
     if dtype not in FILE_TYPES:

@@ -24,7 +24,7 @@ from seqarch.interop.weights import WeightMap, rule
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.filling import filling
-from seqarch.pretrained.form import FORMAT, OWN, model_manifest
+from seqarch.pretrained.form import FORMAT, OWN, model_manifest, quantize_as, tied_names
 from seqarch.pretrained.sources import check_names, sources
 from seqarch.pretrained.tensor_files import DTYPES, StoredTensor, stored_tensors
 
@@ -73,12 +73,12 @@ def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, dev
         raise CheckpointError(f"{file}: plugins is {plugins!r}, expected a list of modules' names")
     stored = stored_tensors(folder)
     model = build(options, plugins, folder)
-    names = [name for name in model.state_dict() if not (name == "head.weight" and model.config.tie_embeddings)]
+    quantize_as(model, config, file)
+    names = [name for name in model.state_dict() if name not in tied_names(model)]
     check_names(set(names) - set(stored), set(stored) - set(names), folder)
     form = filling(model, stored, dtype, device, folder)
     made = {name: form.apply(rule(name, name), stored)[name] for name in names}
-    if model.config.tie_embeddings:
-        made["head.weight"] = made["embedding.weight"]
+    made.update((name, made[name.replace("head.", "embedding.")]) for name in tied_names(model))
     fill(model, made, folder, file)
     model.tokenizer = _tokenizer(folder, {"tokens": config.get("tokens")}, model.config.vocab_size)
     model.origin = _origin(folder, OWN, stored, plugins=tuple(plugins))

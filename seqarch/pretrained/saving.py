@@ -19,8 +19,9 @@ from seqarch.checkpoints.tokenizers import FILE, FileTokenizer
 from seqarch.interop import FAMILIES, weight_map
 from seqarch.interop.file_names import written_names
 from seqarch.models import LanguageModel
+from seqarch.models.quantization import formats_of, replace
 from seqarch.ops.dispatch.checks import unknown_name
-from seqarch.pretrained.form import own_config, write_manifest
+from seqarch.pretrained.form import own_config, tied_names, write_manifest
 from seqarch.pretrained.place import check_place, written_beside
 from seqarch.pretrained.shards import Shards, size_in_bytes
 from seqarch.pretrained.tensor_files import DTYPES
@@ -42,6 +43,9 @@ def save_pretrained(
     state = model.state_dict()
     if nowhere := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"the model is on the meta device, without numbers to save: {nowhere[0]} is")
+    if family is not None and (formats := formats_of(model)):
+        first = next(iter(formats))
+        raise ValueError(f"{first} is quantised, which no family's folder holds: dequantize the model first")
     _check_described(model, state)
     _check_tied(model, state)
     dtype = main_dtype((tensor.dtype, tensor.numel()) for tensor in state.values())
@@ -71,7 +75,7 @@ def _write_beside(folder: Path, model: LanguageModel, config: Mapping[str, Any])
 
 
 def _own_tensors(model: LanguageModel, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    tied = {"head.weight"} if model.config.tie_embeddings else set()
+    tied = tied_names(model)
     return ((name, tensor) for name, tensor in state.items() if name not in tied)
 
 
@@ -98,13 +102,15 @@ def _check_tied(model: LanguageModel, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: it has not, so that the folder would hold another model; the tensors are named.
     """
-    tied, of_memory = model.config.tie_embeddings, {}
-    if tied and not torch.equal(state["head.weight"], state["embedding.weight"]):
-        raise ValueError("tie_embeddings is true, but head.weight and embedding.weight hold different numbers")
+    tied, of_memory = tied_names(model), {}
+    for name in sorted(tied):
+        other = name.replace("head.", "embedding.")
+        if other not in state or not torch.equal(state[name], state[other]):
+            raise ValueError(f"tie_embeddings is true, but {name} and {other} hold different numbers")
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{name} is of {tensor.dtype}, expected one of {', '.join(map(str, DTYPES.values()))}")
-        if not tensor.numel() or (tied and name == "head.weight"):
+        if not tensor.numel() or name in tied:
             continue
         other = of_memory.setdefault((tensor.device, tensor.data_ptr()), name)
         if other != name and state[other].shape == tensor.shape:
@@ -118,7 +124,9 @@ def _check_described(model: LanguageModel, state: Mapping[str, Tensor]) -> None:
         ValueError: it does not, since modules were put in place of others, say; the first tensors are named.
     """
     options = {field.name: getattr(model.config, field.name) for field in fields(model.config)}
-    described = build(options, (), Path("the model's config")).state_dict()
+    other_model = build(options, (), Path("the model's config"))
+    replace(other_model, formats_of(model))
+    described = other_model.state_dict()
     own, other = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (state, described))
     differ = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if differ:

@@ -188,6 +188,7 @@ void causal_conv1d(Random& random);
 void delta_rule(Random& random);
 void linear(Random& random);
 void linear_attention(Random& random);
+void quantized_linear(Random& random);
 void rms_norm(Random& random);
 void rotary(Random& random);
 void selective_scan(Random& random);

@@ -11,6 +11,7 @@ int main(int count, char** arguments) {
         delta_rule(random);
         linear(random);
         linear_attention(random);
+        quantized_linear(random);
         rms_norm(random);
         rotary(random);
         selective_scan(random);

@@ -18,12 +18,15 @@ from seqarch.layers.channel.router import (
     router_z_loss,
     routing_metrics,
 )
-from seqarch.layers.mixer import ChannelMixer, linear_flops
+from seqarch.layers.mixer import ChannelMixer, first_tensor, linear_flops
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.quantized import QuantizedMatrices
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.experts import flops as experts_flops
 from seqarch.ops.experts.activations import ACTIVATIONS
+from seqarch.ops.experts.quantized import quantized_experts
+from seqarch.ops.native import quantized_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ class MixtureOfExperts(ChannelMixer):
     Config = MixtureOfExpertsConfig
     takes_mask = True
     projections = ("w_gate", "w_in", "w_out")
+    unquantized = ("shared_gate",)
     no_weight_decay = ("b_in", "b_out", "b_gate")  # vectors, one for each expert
 
     @from_options
@@ -148,7 +152,14 @@ class MixtureOfExperts(ChannelMixer):
     def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         config, biases = self.config, {"b_in": self.b_in, "b_out": self.b_out, "b_gate": self.b_gate}
         unit = {"activation": config.activation, "limit": config.limit, "value_offset": config.value_offset}
-        return ops.experts(tokens, self.w_in, self.w_out, index, weight, w_gate=self.w_gate, **biases, **unit)
+        maps = {"w_in": self.w_in, "w_out": self.w_out, "w_gate": self.w_gate}
+        if isinstance(self.w_in, QuantizedMatrices) and quantized_linear.serves(tokens[:1], self.b_in):
+            pairs = {name: [] if each is None else [each.codes, each.scales] for name, each in maps.items()}
+            choices = index.view(-1, config.top_k), weight.view(-1, config.top_k).to(tokens.dtype)
+            unit["limit"] = config.limit or 0.0
+            return quantized_experts(tokens, *choices, **pairs, **biases, **unit)
+        wide = {name: each.matrices() if isinstance(each, QuantizedMatrices) else each for name, each in maps.items()}
+        return ops.experts(tokens, wide.pop("w_in"), wide.pop("w_out"), index, weight, **wide, **biases, **unit)
 
     def auxiliary_loss(self) -> Tensor:
         """The weighted load-balance and router z-losses of the last forward pass: a scalar, 0 unless in training.
@@ -160,7 +171,7 @@ class MixtureOfExperts(ChannelMixer):
         routing, config = self._routing, self.config
         weighed = config.load_balance_weight or config.router_z_weight
         if routing is None or not routing.training or not len(routing.index) or not weighed:
-            return torch.zeros((), device=self.w_in.device)
+            return torch.zeros((), device=first_tensor(self).device)
         learns = any(parameter.requires_grad for parameter in self.router.parameters())
         if torch.is_grad_enabled() and learns and not routing.logits.requires_grad:
             raise RuntimeError(

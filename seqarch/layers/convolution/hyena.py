@@ -101,6 +101,7 @@ class Hyena(Mixer):
     """
 
     Config = HyenaConfig
+    unquantized = ("filters",)
 
     @from_options
     def __init__(self, config: HyenaConfig):

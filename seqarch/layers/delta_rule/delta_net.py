@@ -29,6 +29,7 @@ class DeltaNet(DeltaRuleMixer):
     """
 
     Config = DeltaNetConfig
+    unquantized = ("beta_proj",)
 
     @from_options
     def __init__(self, config: DeltaNetConfig):

@@ -42,6 +42,7 @@ class GatedDeltaNet(DeltaRuleMixer):
     """
 
     Config = GatedDeltaNetConfig
+    unquantized = ("ab_proj",)
 
     @from_options
     def __init__(self, config: GatedDeltaNetConfig, steps: int = 1):

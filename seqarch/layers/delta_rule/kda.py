@@ -39,6 +39,7 @@ class KDA(DeltaRuleMixer):
     """
 
     Config = KDAConfig
+    unquantized = ("decay", "beta_proj")
 
     @from_options
     def __init__(self, config: KDAConfig, betas: int | None = None):

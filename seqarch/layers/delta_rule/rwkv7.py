@@ -76,6 +76,7 @@ class Rwkv7(RecurrentMixer):
     """
 
     Config = Rwkv7Config
+    unquantized = ("decay", "rate", "value_gate")
     no_weight_decay = ("shares", "bonus")
 
     @from_options

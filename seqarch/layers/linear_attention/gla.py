@@ -78,6 +78,7 @@ class Gla(LinearMixer):
     """
 
     Config = GlaConfig
+    unquantized = ("decay",)
 
     @from_options
     def __init__(self, config: GlaConfig):

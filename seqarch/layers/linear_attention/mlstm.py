@@ -105,6 +105,7 @@ class Mlstm(LinearMixer):
     """
 
     Config = MlstmConfig
+    unquantized = ("gates",)
 
     @from_options
     def __init__(self, config: MlstmConfig):

@@ -45,6 +45,7 @@ class Rwkv6(LinearMixer):
     """
 
     Config = Rwkv6Config
+    unquantized = ("shares", "decay")
     no_weight_decay = ("bonus",)
 
     @from_options

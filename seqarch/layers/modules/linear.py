@@ -6,6 +6,7 @@ from itertools import chain
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from seqarch.ops.dispatch.eager import is_untouched
 from seqarch.ops.native import linear, onednn
@@ -22,12 +23,17 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.weight) in PLAIN:
-            if linear.serves(x, self.weight, self.bias):
-                return linear.linear(x, self.weight, self.bias)
-            if onednn.serves(x, self.weight):
-                return onednn.linear(x, self.weight, self.bias)
-        return super().forward(x)
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weight^T + bias`` by what is fastest."""
+    if type(weight) in PLAIN:
+        if linear.serves(x, weight, bias):
+            return linear.linear(x, weight, bias)
+        if onednn.serves(x, weight):
+            return onednn.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

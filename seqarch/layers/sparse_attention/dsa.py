@@ -93,6 +93,7 @@ class DSA(RowAttention):
     """
 
     Config = DSAConfig
+    unquantized = ("index_weight",)
     State = DSAState
 
     @from_options

@@ -114,6 +114,7 @@ class NSA(RowAttention):
     """
 
     Config = NSAConfig
+    unquantized = ("gate",)
     State = NSAState
 
     @from_options

@@ -80,6 +80,7 @@ class Mamba(RecurrentMixer):
     """
 
     Config = MambaConfig
+    unquantized = ("dt",)
     no_weight_decay = ("A_log",)
 
     @from_options

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.native import cpu_library
+from seqarch.ops.native.quantized_linear import FORMATS
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View, merged, numel, side_by_side
 
 # The numbers of the header, csrc/include/seqarch.h.
@@ -207,6 +208,13 @@ class Tape:
         """``to [M, N] = x [M, K] weight^T + bias``, weight ``[N, K]`` without gaps, x's rows without gaps too."""
         operands = (to, (0, 1)), (x, (0,)), (weight, ()), None if bias is None else (bias, ())
         self.write("map", operands, [*x.sizes, weight.sizes[0]])
+
+    def quantized_map(self, to: View, x: View, codes: Tensor, scales: Tensor, bias: View | None) -> None:
+        """The same of weights by their codes and scales, as :mod:`seqarch.ops.native.quantized_linear` takes them."""
+        added = None if bias is None else (bias, ())
+        held = [(self.parameter(each), ()) for each in (codes, scales)]
+        operands = (to, (0, 1)), (x, (0,)), held[0], added, held[1]
+        self.write("map", operands, [*x.sizes, len(codes), scales.shape[1]], FORMATS[codes.dtype])
 
 
 def _operand(view: View, dims: Sequence[int]) -> Operand:

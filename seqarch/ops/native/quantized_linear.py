@@ -1,0 +1,67 @@
+"""A linear map with weights of 8 or 4 bits: of a few rows by the compiled CPU kernel (``csrc/cpu/small_weights.cpp``).
+
+Its time is that of reading the codes. The operator takes any number of rows; from :data:`MOST_ROWS` on it is as fast to
+widen the weights once and multiply by them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqarch.ops.dispatch.eager import active_transform
+from seqarch.ops.native import cpu_library
+
+MOST_ROWS = 16
+
+FORMATS = {torch.int8: 3, torch.uint8: 4}
+"""By the dtype of codes, the header's number: 8 bits, or 4 in blocks."""
+
+BLOCK = 128
+"""Codes of 4 bits in a block, 64 bytes."""
+
+_quantized_linear = cpu_library.Kernel("quantized_linear", "quantized_linear_arguments")
+
+
+def serves(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel computes a map of ``x``: a few rows of float32 on a CPU, and no gradients."""
+    tensors = (x,) if bias is None else (x, bias)
+    return (
+        x.numel() <= MOST_ROWS * x.shape[-1]
+        and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not torch.is_autocast_enabled("cpu")
+        and active_transform() is None
+        and cpu_library.unavailable() is None
+    )
+
+
+torch.library.define("seqarch::quantized_linear", "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor")
+quantized_linear = torch.ops.seqarch.quantized_linear.default
+
+
+@torch.library.impl("seqarch::quantized_linear", "CPU")
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., K]`` to ``[..., N]``: codes and scales as in the header, scales ``[N, groups]``, ``bias [N]``."""
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], len(codes))
+    width, depth = len(codes), x.shape[-1]
+    arguments = {
+        "format": FORMATS[codes.dtype],
+        "x": x,
+        "codes": codes.contiguous(),
+        "scales": scales.contiguous(),
+        "bias": bias,
+        "y": y,
+        "rows": y.numel() // max(1, width),
+        "depth": depth,
+        "width": width,
+        "groups": scales.shape[1],
+    }
+    _quantized_linear(arguments)
+    return y
+
+
+@torch.library.register_fake("seqarch::quantized_linear")
+def _(x, codes, scales, bias):
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
