@@ -147,7 +147,9 @@ inline void small_products_of_all(const SmallWeights& a, int64_t begin, int64_t 
     const std::integral_constant<int, 3> three;
     const std::integral_constant<int, 4> four;
     int64_t j = begin;
-    if (rows == 1)  // several rows of weights then share what is read of x
+    // Of 4 bits several rows of weights share what is read of x, as reading is not all there is to do. Codes of 8 bits come
+    // from memory 1.6 times as fast where they are read in their order.
+    if (Bits == 4 && rows == 1)
         for (; j + 4 <= end; j += 4) some(four, one, j, 0);
     for (; j < end; ++j)
         for (int64_t r = 0; r < rows; r += kRows) switch (rows - r) {

@@ -79,7 +79,7 @@ def replace(model: nn.Module, formats: Mapping[str, WeightFormat]) -> None:
             twin = twin if twin is not None and twin.form == form else None
             codes, scales = form.encode(weight) if twin is None else (twin.codes, twin.scales)
             kind = QuantizedEmbedding if isinstance(former, nn.Embedding) else QuantizedLinear
-            others = () if kind is QuantizedEmbedding else (former.bias,)
+            others: tuple[Any, ...] = () if kind is QuantizedEmbedding else (former.bias,)
             made = done[id(weight)] = kind(codes, scales, form, weight.dtype, *others)
         setattr(place, name, made.train(place.training))
 
@@ -107,7 +107,7 @@ def dequantize(model: M) -> M:
             setattr(place, name, weight)
             continue
         if isinstance(module, QuantizedEmbedding):
-            plain: Any = nn.Embedding(*module.shape, device="meta")
+            plain: Any = nn.Embedding(module.shape[0], module.shape[1], device="meta")
         else:
             plain = Linear(module.shape[1], module.shape[0], bias=False, device="meta")
             plain.bias = module.bias  # type: ignore[attr-defined]

@@ -79,11 +79,13 @@ def test_the_operator_keeps_torchs_rules_and_refuses_other_groups():
 def test_many_rows_gradients_and_other_dtypes_are_torchs():
     layer = QuantizedLinear.of(torch.randn(96, 64), FORMS[3], nn.Parameter(torch.randn(96)))
     plain = Linear(64, 96)
-    plain.weight.data, plain.bias.data = layer.dequantized(), layer.bias.data
+    plain.load_state_dict({"weight": layer.dequantized(), "bias": layer.bias})  # type: ignore[dict-item]
     for x in (torch.randn(40, 64), torch.randn(2, 64)):
         x, other = x.clone().requires_grad_(), x.clone().requires_grad_()
         layer(x).square().sum().backward()
         plain(other).square().sum().backward()
+        assert x.grad is not None
+        assert other.grad is not None
         assert_close(x.grad, other.grad, 1e-6)
     wide = copy.deepcopy(layer).double()
     assert wide(x.double()).dtype == torch.float64
@@ -155,7 +157,9 @@ def test_experts_that_are_chosen_are_read_alone():
     tokens = torch.randint(40, (1, 5))
     plain = seqarch.dequantize(seqarch.quantize(copy.deepcopy(own), "int8", group_size=32))
     seqarch.quantize(own, "int8", group_size=32)
-    assert sum(isinstance(each, QuantizedWeight) for each in own.stack.layers[1].channel.children()) == 3
+    assert (
+        sum(isinstance(each, QuantizedWeight) for each in own.get_submodule("stack.layers.1.channel").children()) == 3
+    )
     assert_close(own(tokens)[0], plain(tokens)[0], 1e-5)
     state, outputs = None, []
     for token in tokens.split(1, dim=1):
@@ -189,7 +193,7 @@ def test_other_models_that_cannot_be_quantised():
         seqarch.quantize(own, "int4", keep="head")
     with pytest.raises(ValueError, match="has no quantised weights"):
         seqarch.dequantize(own)
-    hooked = own.stack.layers[0].mixers[0].out_proj
+    hooked = own.get_submodule("stack.layers.0.mixers.0.out_proj")
     handle = hooked.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="out_proj has hooks"):
         seqarch.quantize(own, "int4", group_size=32)
