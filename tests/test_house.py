@@ -95,14 +95,18 @@ def test_imports_are_read_in_every_form():
     assert sorted(imports(source, "p.q")) == ["a.b", "d.e", "d.f", "p.j.k", "p.q.g", "p.q.h.i"]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_imports_go_down(file):
+def test_imports_go_down():
     """To the rooms on floors below, or to those on the same floor that ``FLOORS`` names."""
-    room = room_of(module_name(file))
-    if room is not None:
-        others = {other: room_of(other) for other in imported(file)}
-        wrong = [f"{other} in {to.name}" for other, to in others.items() if to is not None and not may_import(room, to)]
-        assert not wrong, f"{room.name} may not import that"
+    wrong = []
+    for file in FILES:
+        room = room_of(module_name(file))
+        others = {other: room_of(other) for other in imported(file)} if room is not None else {}
+        wrong += [
+            f"{file} in {room.name}: {other} in {to.name}"
+            for other, to in others.items()
+            if to is not None and not may_import(room, to)
+        ]
+    assert not wrong
 
 
 def test_every_folder_is_a_room():
@@ -139,37 +143,37 @@ def test_no_module_of_the_runner_imports_itself_through_others():
     TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("seqarch/")])
-def test_the_library_needs_little(file):
-    edge = {package for package, files in EDGES.items() if file in files}
-    assert {other.split(".")[0] for other in imported(file)} <= LIBRARY | set(ENGINES) | edge
+def test_the_library_needs_little():
+    for file in (file for file in FILES if file.startswith("seqarch/")):
+        edge = {package for package, files in EDGES.items() if file in files}
+        assert {other.split(".")[0] for other in imported(file)} <= LIBRARY | set(ENGINES) | edge, file
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("seqarch/ops/")])
-def test_no_operation_imports_another(file):
-    if file != "seqarch/ops/__init__.py":
+def test_no_operation_imports_another():
+    for file in (file for file in FILES if file.startswith("seqarch/ops/") and file != "seqarch/ops/__init__.py"):
         own = operation(module_name(file))
-        assert {operation(other) for other in imported(file)} <= {own, None}
+        assert {operation(other) for other in imported(file)} <= {own, None}, file
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_backends_are_known_to_their_operation_alone(file):
+def test_backends_are_known_to_their_operation_alone():
     foreign = [
-        other for other in imported(file) if is_backend(other) and operation(other) != operation(module_name(file))
+        (file, other)
+        for file in FILES
+        for other in imported(file)
+        if is_backend(other) and operation(other) != operation(module_name(file))
     ]
     assert not foreign
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_engines_stay_in_their_backends(file):
-    for other in imported(file):
+def test_engines_stay_in_their_backends():
+    for file, other in [(each, other) for each in FILES for other in imported(each)]:
         engine = ENGINES.get(other.split(".")[0])
         shared = Path(file).stem == "kernels" or (engine == "triton" and file.startswith("seqarch/ops/triton/"))
-        assert engine is None or Path(file).stem.endswith(f"_{engine}") or shared, other
+        assert engine is None or Path(file).stem.endswith(f"_{engine}") or shared, (file, other)
         if any(below(other, loader) for loader in NATIVE):
             tellers = ("seqarch/__main__.py", "experiments/util/environment.py")
             own = Path(file).stem.endswith(("_cpp", "_cuda")) or file.startswith("seqarch/ops/native/")
-            assert own or file in tellers, other
+            assert own or file in tellers, (file, other)
 
 
 @pytest.mark.parametrize("package", EDGES)
@@ -224,15 +228,16 @@ def test_tasks_live_in_the_files_of_their_names():
         assert task.name == name == task.__module__.rpartition(".")[2]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_files_and_functions_are_short(file):
-    text = (ROOT / file).read_text(encoding="utf-8")
-    assert text.count("\n") <= 400
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno - node.lineno >= 60}
-    assert not long
+def test_files_and_functions_are_short():
+    for file in FILES:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, file
+        nodes = ast.walk(ast.parse(text))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+        assert not {name: length for name, length in lengths.items() if length > 60}, file
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_file_says_what_it_is(file):
-    assert ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+def test_every_file_says_what_it_is():
+    silent = [file for file in FILES if not ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))]
+    assert not silent
