@@ -73,6 +73,29 @@ def _lfm2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
+def _minimax(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    moe, kept, added = layers.get("moe"), model.config.residual_factors, model.config.output_factors
+    windowed = "sliding_window" in layers.configs
+    mixer = layers.get("sliding_window" if windowed else "attention")
+    linear = _places(layers, "lightning_attention")
+    names = {"full_attn": "sliding_window" if windowed else "attention", "linear_attn": "lightning_attention"}
+    factors = {
+        f"{name}_{each}_factor": given.get(own, 1.0)
+        for name, own in {**names, "mlp": "moe"}.items()
+        for each, given in (("alpha", kept), ("beta", added))
+    }
+    return {
+        **head_settings(mixer),
+        "layer_types": ["linear_attention" if i in linear else "full_attention" for i in range(model.config.depth)],
+        "sliding_window": mixer.window,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.hidden_width,
+        **factors,
+        "rms_norm_eps": model.config.norm_eps,
+    }
+
+
 def _xlstm(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     cell = layers.get("mlstm")
     return {
@@ -92,6 +115,7 @@ HYBRIDS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     "bamba": _bamba,
     "falcon_mamba": _falcon_mamba,
     "lfm2": _lfm2,
+    "minimax": _minimax,
     "xlstm": _xlstm,
 }
 """By family."""

@@ -98,8 +98,7 @@ def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, 
         raise CheckpointError(f"{file}: {error}") from error
     stored = stored_tensors(folder)
     model = build({field.name: getattr(ours, field.name) for field in fields(ours)}, (), folder)
-    names = [name for rule in table.rules for name in rule.theirs]
-    theirs = sources(family, names, table.tied, stored, folder)
+    theirs = sources(family, table, stored, folder)
     form, made = filling(model, stored, dtype, device, folder), {}
     shared = _shared(table, theirs)
     for each in table.rules:

@@ -178,10 +178,12 @@ def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
 
 
 def randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with random parameters and buffers, the same each time."""
+    """The model with random parameters and buffers, the same each time, but for those that follow from settings."""
     torch.manual_seed(0)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
+            if key.endswith(("_decay", "slope_rate")):
+                continue
             if key.endswith("A_log"):
                 tensor.uniform_(-3, 0)  # a memory of many tokens: outputs near 0 would let the norm after them round
             elif tensor.ndim >= 2 and "conv" not in key:

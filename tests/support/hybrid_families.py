@@ -84,6 +84,25 @@ def lfm2_moe(**changes: Any) -> Any:
     return transformers.Lfm2MoeConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
 
 
+def minimax(**changes: Any) -> Any:
+    options = {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "block_size": 16,
+        "full_attn_alpha_factor": 1.3,
+        "full_attn_beta_factor": 0.6,
+        "linear_attn_alpha_factor": 1.4,
+        "linear_attn_beta_factor": 0.8,
+        "mlp_alpha_factor": 1.2,
+        "mlp_beta_factor": 0.7,
+        "rms_norm_eps": EPS,
+    }
+    return transformers.MiniMaxConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
 def nemotron_h(**changes: Any) -> Any:
     options = {
         "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
@@ -175,6 +194,10 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "Lfm2MoeForCausalLM": (
         lfm2_moe,
         [{}, {"use_expert_bias": False, "norm_topk_prob": False, "num_dense_layers": 0, "num_experts_per_tok": 1}],
+    ),
+    "MiniMaxForCausalLM": (
+        minimax,
+        [{}, {"tie_word_embeddings": True, "layer_types": None, "head_dim": 12, "sliding_window": 5}],
     ),
     "NemotronHForCausalLM": (
         nemotron_h,
