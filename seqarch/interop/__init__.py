@@ -52,6 +52,7 @@ from seqarch.interop import (
     stablelm,
     starcoder2,
     xlstm,
+    zamba2,
 )
 from seqarch.interop.weights import WeightMap
 from seqarch.models import LanguageModel, LMConfig
@@ -101,6 +102,7 @@ FAMILIES: dict[str, ModuleType] = {
     "stablelm": stablelm,
     "starcoder2": starcoder2,
     "xlstm": xlstm,
+    "zamba2": zamba2,
 }
 """By their ``model_type``; each module has its ``Settings``, ``lm_config(settings)`` and ``weights(settings)``."""
 

@@ -148,7 +148,7 @@ class WeightMap:
     Attributes:
         rules: every tensor of both sides is in exactly one of them.
         tied: names of theirs that repeat another tensor of theirs, as ``{copy: original}``: a state dict may leave the
-            copies out, or holds the same numbers twice.
+            copies out, or holds the same numbers twice. Where ours has the tensor once, a copy is in no rule.
         computed: tensors of theirs that follow from the configuration and that nothing of ours is made of, as functions
             which make them in float32. A state dict may leave them out, and is refused if it holds others.
     """
@@ -175,14 +175,22 @@ class WeightMap:
         for copy, original in self.tied.items():
             if original in given:
                 given.setdefault(copy, given[original])
-        _account(given, [name for rule in self.rules for name in rule.theirs], "the state dict to read")
+        expected = [*(name for rule in self.rules for name in rule.theirs), *(self.more.keys() & given.keys())]
+        _account(given, expected, "the state dict to read")
         self._check_tied(given)
         return {name: tensor for rule in self.rules for name, tensor in rule.to_ours(given).items()}
+
+    @property
+    def more(self) -> dict[str, str]:
+        """Of the tied, the copies that are in no rule."""
+        named = {name for rule in self.rules for name in rule.theirs}
+        return {copy: original for copy, original in self.tied.items() if copy not in named}
 
     def to_transformers(self, state_dict: Mapping[str, Tensor]) -> Weights:
         """Their state dict from ours; errors as in :meth:`to_seqarch`."""
         _account(state_dict, [name for rule in self.rules for name in rule.ours], "seqarch's state dict")
         made = {name: tensor for rule in self.rules for name, tensor in rule.to_theirs(state_dict).items()}
+        made |= {copy: made[original] for copy, original in self.more.items()}
         self._check_tied(made)
         return made | self.computed_tensors(next(iter(made.values())))
 

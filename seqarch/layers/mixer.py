@@ -102,6 +102,8 @@ class Layer(Configured, ABC):
     """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
     projections: ClassVar[tuple[str, ...]] = ()
     """Names of own tensors that multiply features as linear maps do, for low-rank adapters; submodules have theirs."""
+    unshared: ClassVar[tuple[str, ...]] = ()
+    """Names of submodules that stay each layer's own where a pattern says ``share``."""
 
     @from_options
     def __init__(self, config: Any):

@@ -6,7 +6,7 @@ occurrence. A state dict has them once, by the names of the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,7 @@ def check_sharing(name: str, own: Mapping[str, Any]) -> None:
     share, rank, adapted = (own.get(option) for option in OPTIONS)
     if not isinstance(share, str):
         raise ValueError(f"{name}: share is {show(share)}, expected a name, as adapters belong to shared layers")
-    if "adapter_rank" in own and not (fits(rank, (int,)) and rank > 0):
+    if "adapter_rank" in own and not (isinstance(rank, int) and fits(rank, (int,)) and rank > 0):
         raise ValueError(f"{name}: adapter_rank is {show(rank)}, expected an int of at least 1")
     if "adapted" in own and (rank is None or not adapted or not all(isinstance(each, str) for each in adapted)):
         raise ValueError(f"{name}: adapted is {show(adapted)}, expected names of parts, beside an adapter_rank")
@@ -58,18 +58,26 @@ def share(occurrences: Sequence[tuple[str, nn.Module, Mapping[str, Any]]]) -> li
                     f"{name}(share={own['share']}) has other options than its first occurrence: {module.config},"
                     f" expected {known.config}"
                 )
-            pairs += zip(module.modules(), known.modules(), strict=True)
+            pairs += zip(_shared(module), _shared(known), strict=True)
     for _, module, own in occurrences:  # afterwards: the modules of all are alike until then
         if "adapter_rank" in own:
             adapt(module, own["adapter_rank"], own.get("adapted"))
     return pairs
 
 
+def _shared(module: Any) -> Iterator[nn.Module]:
+    """The modules in one whose tensors are shared, but for those that it names as each layer's own."""
+    yield module
+    for name, child in module.named_children():
+        if name not in module.unshared:
+            yield from child.modules()
+
+
 def tie(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
     """Make the tensors of each module those of the other again."""
     for module, first in pairs:
-        for own, shared in ((module._parameters, first._parameters), (module._buffers, first._buffers)):
-            own.update((name, tensor) for name, tensor in shared.items())
+        module._parameters.update(first._parameters)
+        module._buffers.update(first._buffers)
 
 
 def copies(stack: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> dict[str, str]:

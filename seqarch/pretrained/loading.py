@@ -114,7 +114,8 @@ def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, 
 def _shared(table: WeightMap, theirs: Mapping[str, Any]) -> dict[str, str]:
     """Our copies of tensors that files hold once, by the names of what they repeat."""
     plain = {rule.theirs[0]: rule.ours[0] for rule in table.rules if len(rule.theirs) == 1 and not rule.steps}
-    pairs = [(copy, original) for copy, original in table.tied.items() if theirs[copy] is theirs[original]]
+    tied = table.tied.items() - table.more.items()
+    pairs = [(copy, original) for copy, original in tied if theirs[copy] is theirs[original]]
     return {plain[copy]: plain[original] for copy, original in pairs if {copy, original} <= plain.keys()}
 
 

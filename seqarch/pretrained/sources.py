@@ -75,8 +75,11 @@ def sources(family: str, table: WeightMap, stored: Mapping[str, StoredTensor], f
         stored = {name if name == "lm_head.weight" else prefix + name: tensor for name, tensor in stored.items()}
     for name in table.computed.keys() & stored.keys():
         _check_computed(table, name, stored.pop(name))
+    for name, original in table.more.items():
+        if name in stored:
+            _check_copy(stored.pop(name), stored.get(original))
     found = {name: pieces_there(family, name, stored) for name in names}
-    for copy, original in tied.items():
+    for copy, original in tied.items() - table.more.items():
         found[copy] = found[copy] or found[original]
     used = {piece for pieces in found.values() if pieces for entry in pieces.entries for piece in entry}
     missing = [piece for name, pieces in found.items() if pieces is None for piece in written_names(family, name)]
@@ -84,11 +87,21 @@ def sources(family: str, table: WeightMap, stored: Mapping[str, StoredTensor], f
     return {name: _source(pieces, stored, name) for name, pieces in found.items() if pieces is not None}
 
 
-def _check_computed(table: WeightMap, name: str, stored: StoredTensor) -> None:
+def _read(stored: StoredTensor) -> Tensor:
     tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
     stored.read_into(tensor)
+    return tensor
+
+
+def _check_copy(copy: StoredTensor, original: StoredTensor | None) -> None:
+    """Raise where what repeats another tensor of theirs is another; where that is missing, its absence is named."""
+    if original is not None and not torch.equal(_read(copy), _read(original)):
+        raise CheckpointError(f"{copy.file}: {copy.name} and {original.name} are one tensor, but differ here")
+
+
+def _check_computed(table: WeightMap, name: str, stored: StoredTensor) -> None:
     try:
-        table.check_computed(name, tensor)
+        table.check_computed(name, _read(stored))
     except ValueError as error:
         raise CheckpointError(f"{stored.file}: {error}") from error
 

@@ -63,6 +63,7 @@ CLASSES = {
     "stablelm": "StableLmForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
     "xlstm": "xLSTMForCausalLM",
+    "zamba2": "Zamba2ForCausalLM",
 }
 """What ``transformers`` calls the language models of each family."""
 
@@ -115,14 +116,17 @@ def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
     if kinds_of_layers(other) != kinds_of_layers(model):
         return [f"its layers are {model.config.pattern!r}, expected {other.config.pattern!r} (channel by channel)"]
     plain: dict[str, Any] = {"pattern": "mamba", "depth": 1, "channel": "none", "mixers": {}, "channels": {}}
+    plain["norm_placements"] = {}  # by path, perhaps, of what only the pattern names
     found = _differing("", replace(model.config, **plain), replace(other.config, **plain))
+    if (own := model.config.norm_placements) != (expected := other.config.norm_placements):
+        found.append(f"norm_placements={own!r}, expected {expected!r}")
     modules = dict(other.named_modules())
     for name, module in model.named_modules():
         if isinstance(module, Layer):
             found += _differing(f"{name}: ", module.config, getattr(modules.get(name), "config", None))
-    shapes, expected = ({n: list(t.shape) for n, t in each.state_dict().items()} for each in (model, other))
-    names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-    return [*found, *(f"{name} is {shapes.get(name, 'absent')}, expected {expected.get(name)}" for name in names)]
+    shapes, wanted = ({n: list(t.shape) for n, t in each.state_dict().items()} for each in (model, other))
+    names = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    return [*found, *(f"{name} is {shapes.get(name, 'absent')}, expected {wanted.get(name)}" for name in names)]
 
 
 def _differing(where: str, own: Any, other: Any) -> list[str]:

@@ -140,19 +140,20 @@ def test_stacks_that_hand_tensors_on_hold_the_laws(pattern: str):
 def test_keys_and_values_of_an_earlier_layer_are_read_and_not_held():
     torch.manual_seed(0)
     model, x = stack("attention(give_kv=a) mamba attention(take_kv=a, window=5)", 3), torch.randn(2, 9, 32).double()
-    first, middle, last = (layer for layer in model.layers)
-    giver, taker = first.mixers[0], last.mixers[0]  # type: ignore[union-attr, index]
+    layers: list[Any] = [*model.layers]
+    first, middle, last = layers
+    giver, taker = first.mixers[0], last.mixers[0]
     y, state = model(x)
     before, (held,) = first(x, (None,), None, handed={})[:2]
     before, _ = middle(before, (None,), None)
     keys, values = (each.repeat_interleave(2, dim=2) for each in held.cache[:2])
-    (q,), _ = taker.project(last.norm(before), None, giver_place(9))  # type: ignore[operator]
+    (q,), _ = taker.project(last.norm(before), None, giver_place(9))
     scores = torch.einsum("bihk,bjhk->bhij", q, keys) * 8**-0.5
     apart = torch.arange(9)[:, None] - torch.arange(9)
     weights = scores.masked_fill((apart < 0) | (apart >= 5), -torch.inf).softmax(-1)
     read = torch.einsum("bhij,bjhk->bihk", weights, values).flatten(2)
-    expected = before + taker.out_proj(read)  # type: ignore[operator]
-    expected = expected + last.channel(last.channel_norm(expected))  # type: ignore[operator]
+    expected = before + taker.out_proj(read)
+    expected = expected + last.channel(last.channel_norm(expected))
     assert_close(y, expected, 1e-12)
     both = stack("attention mamba attention(window=5)", 3)
     assert model.state_bytes(1000, 2) == measured_state_bytes(state) - giver.state_bytes(9, 2) + giver.state_bytes(

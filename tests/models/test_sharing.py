@@ -123,3 +123,34 @@ def test_shared_tensors_stay_one(tmp_path: Any):
 def test_what_cannot_be_shared_is_named(pattern: str, message: str):
     with pytest.raises(ValueError, match=message):
         Stack(d_model=32, pattern=pattern, depth=1 + pattern.count(" attention"))
+
+
+HYBRID = "seqarch.layers.hybrid.zamba2:Zamba2"
+
+
+def test_a_mixer_of_parts_shares_some_and_holds_the_laws():
+    """Zamba 2's: attention and MLP are shared, Mamba-2 is not, and the stack's input is handed to all."""
+    torch.manual_seed(0)
+    block = {"with_input": True, "attention": {"num_heads": 2}, "mamba2": {"head_dim": 16, "d_state": 4}, "hidden": 24}
+    own = "(share=a, adapter_rank=2, adapted=[channel.in_proj])"
+    options: dict[str, Any] = {"mixers": {HYBRID: block}, "norm_placements": {HYBRID: "none"}}
+    stack = Stack(
+        d_model=32, pattern=f"{HYBRID}{own} mamba2 {HYBRID}{own}", depth=3, channel="none", **options
+    ).double()
+    parts: list[Any] = [stack.layers[i].mixers[0] for i in (0, 2)]  # type: ignore[union-attr, index]
+    first, later = parts
+    assert first.attention.out_proj.weight is later.attention.out_proj.weight
+    assert first.attention_norm.weight is later.attention_norm.weight
+    for name in ("after", "mamba2_norm", "mamba2.in_proj"):
+        assert first.get_submodule(name).weight is not later.get_submodule(name).weight
+    x = torch.randn(1, 12, 32, dtype=torch.float64)
+    y, after = stack(x)
+    state, pieces = stack.init_state(1), []
+    for piece in x.split([5, 1, 6], dim=1):
+        out, state = stack(piece, state)
+        pieces.append(out)
+    assert_close(torch.cat(pieces, 1), y, 1e-10)
+    assert_close(stack(x, None, [0, 5, 12])[0][:, 5:], stack(x[:, 5:])[0], 1e-10)
+    assert measured_state_bytes(after) == stack.state_bytes(12)
+    with pytest.raises(ValueError, match="Zamba2: it takes input from an earlier layer of a stack"):
+        first(x)

@@ -170,6 +170,26 @@ def xlstm(**changes: Any) -> Any:
     return transformers.xLSTMConfig(**{**SMALL, **SPECIAL, **options, **changes})
 
 
+def zamba2(**changes: Any) -> Any:
+    options = {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "mamba_expand": 4,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 2,
+        "chunk_size": 16,
+        "time_step_min": 0.05,
+        "intermediate_size": 40,
+        "num_key_value_heads": 4,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 3,
+        "use_mem_rope": True,
+        "rms_norm_eps": 5 * EPS,
+    }
+    return transformers.Zamba2Config(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
 VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "BambaForCausalLM": (
         bamba,
@@ -213,6 +233,15 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     ),
     "Qwen3_5ForCausalLM": (qwen3_5, [{}, {"tie_word_embeddings": True, "head_dim": 8, "linear_conv_kernel_dim": 3}]),
     "Qwen3_5MoeForCausalLM": (qwen3_5_moe, [{}]),
+    "Zamba2ForCausalLM": (
+        zamba2,
+        [
+            {},
+            {"use_shared_attention_adapter": False, "num_mem_blocks": 2, "num_hidden_layers": 4}
+            | {"layers_block_type": ["hybrid", "hybrid", "mamba", "hybrid"], "use_mem_rope": False}
+            | {"num_attention_heads": 8, "intermediate_size": None},
+        ],
+    ),
     "xLSTMForCausalLM": (xlstm, [{}, {"qk_dim_factor": 0.75, "v_dim_factor": 1.5, "eps": 1e-2}]),
 }
 """For each class, what makes its configuration, and settings under which it is tried."""
