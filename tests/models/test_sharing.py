@@ -152,5 +152,8 @@ def test_a_mixer_of_parts_shares_some_and_holds_the_laws():
     assert_close(torch.cat(pieces, 1), y, 1e-10)
     assert_close(stack(x, None, [0, 5, 12])[0][:, 5:], stack(x[:, 5:])[0], 1e-10)
     assert measured_state_bytes(after) == stack.state_bytes(12)
+    single = stack.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(single(x.float())[0].float(), y.float(), 0.05)
     with pytest.raises(ValueError, match="Zamba2: it takes input from an earlier layer of a stack"):
         first(x)

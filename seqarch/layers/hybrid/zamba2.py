@@ -18,7 +18,7 @@ from seqarch.layers.channel.mlp import SwiGlu
 from seqarch.layers.mixer import Boundaries, Device, LayerConfig, Mixer
 from seqarch.layers.modules.configured import build_config, from_options
 from seqarch.layers.modules.linear import Linear
-from seqarch.layers.modules.norms import RMSNorm
+from seqarch.layers.modules.norms import HeadNorm
 from seqarch.layers.recurrent_mixer import RecurrentState
 from seqarch.layers.state_space.mamba2 import Mamba2
 
@@ -86,16 +86,16 @@ class Zamba2(Mixer):
         super().__init__(config)
         width, eps = config.d_model, config.norm_eps
         self.takes = ("input",) if config.with_input else ()
-        self.attention_norm = RMSNorm(config.width, eps)
+        self.attention_norm = HeadNorm(config.width, eps)
         self.attention = Attention(config.attention_config)
         if config.with_input:
             read = self.attention.out_proj
             self.attention.out_proj = Linear(read.in_features, width, bias=read.bias is not None)
-        self.channel_norm = RMSNorm(width, eps)
+        self.channel_norm = HeadNorm(width, eps)
         hidden = 4 * width if config.hidden is None else config.hidden
         self.channel = SwiGlu(d_model=width, hidden=hidden, activation=config.activation)
         self.after = Linear(width, width, bias=False)
-        self.mamba2_norm = RMSNorm(width, eps)
+        self.mamba2_norm = HeadNorm(width, eps)
         self.mamba2 = Mamba2(config.mamba2_config)
 
     def mix(self, x: Tensor, state: Zamba2State, cu_seqlens: Boundaries) -> tuple[Tensor, Zamba2State]:

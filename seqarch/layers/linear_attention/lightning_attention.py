@@ -13,7 +13,7 @@ from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadWidthConfig
 from seqarch.layers.modules.linear import Linear
-from seqarch.layers.modules.norms import RMSNorm
+from seqarch.layers.modules.norms import HeadNorm
 from seqarch.layers.recurrent_mixer import LinearMixer, RecurrentState
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.experts.activations import ACTIVATIONS
@@ -57,7 +57,7 @@ class LightningAttention(LinearMixer):
         heads, width = config.heads, config.head_width
         self.qkv_proj = HeadProjection(config.d_model, [(heads, width)] * 3)
         self.gate = Linear(config.d_model, config.inner, bias=False)
-        self.norm = RMSNorm(config.inner, config.norm_eps)
+        self.norm = HeadNorm(config.inner, config.norm_eps)  # of all heads as one
         self.out_proj = Linear(config.inner, config.d_model, bias=False)
         self.state_shape = (heads, width, width)
 
