@@ -20,12 +20,12 @@ _NAMES = {
         "BigBirdConfig ChannelMixer DSAConfig DeltaNet DeltaNetConfig GatedDeltaNet GatedDeltaNet2 "
         "GatedDeltaNet2Config GatedDeltaNetConfig GatedDeltaProduct GatedDeltaProductConfig GatedShortConv "
         "GatedShortConvConfig Gla GlaConfig Hgrn Hgrn2 Hgrn2Config HgrnConfig Hyena HyenaConfig KDAConfig Layer "
-        "LayerConfig LinearAttention LinearAttentionConfig Longformer LongformerConfig MLAConfig Mamba Mamba2 "
-        "Mamba2Config Mamba3 Mamba3Config MambaConfig MinGru MinGruConfig Mixer MixtureOfExperts "
-        "MixtureOfExpertsConfig Mlp MlpConfig Mlstm MlstmConfig MoBA MoBAConfig NSAConfig Retention RetentionConfig "
-        "RgLru RgLruConfig Rwkv6 Rwkv6Config Rwkv7 Rwkv7Config S4d S4dConfig SlidingWindow SlidingWindowConfig SwiGlu "
-        "SwiGluConfig build_channel_mixer build_mixer channel_mixer_class clone_state detach_state materialize "
-        "measured_state_bytes mixer_class register_channel_mixer register_mixer state_rows"
+        "LayerConfig LightningAttention LightningAttentionConfig LinearAttention LinearAttentionConfig Longformer "
+        "LongformerConfig MLAConfig Mamba Mamba2 Mamba2Config Mamba3 Mamba3Config MambaConfig MinGru MinGruConfig "
+        "Mixer MixtureOfExperts MixtureOfExpertsConfig Mlp MlpConfig Mlstm MlstmConfig MoBA MoBAConfig NSAConfig "
+        "Retention RetentionConfig RgLru RgLruConfig Rwkv6 Rwkv6Config Rwkv7 Rwkv7Config S4d S4dConfig SlidingWindow "
+        "SlidingWindowConfig SwiGlu SwiGluConfig build_channel_mixer build_mixer channel_mixer_class clone_state "
+        "detach_state materialize measured_state_bytes mixer_class register_channel_mixer register_mixer state_rows"
     ),
     "models": (
         "LMConfig LanguageModel LayerPattern Stack StackConfig dequantize parameter_groups parse_pattern quantize "

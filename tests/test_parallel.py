@@ -37,6 +37,7 @@ PATTERNS = {
     **{name: f"2*{name}" for name in MIXERS},
     "hybrid": "mamba2 sliding_window+gated_delta_net/mlp",
     "first values": "rwkv7(value_residual=give) rwkv7(value_residual=take)",
+    "keys and values": "attention(give_kv=a) attention(take_kv=a)",
     "streams": "mamba2 sliding_window/mlp",
 }
 OPTIONS: dict[str, dict[str, Any]] = {"streams": {"residual_streams": 2, "stream_mixing": "manifold"}}

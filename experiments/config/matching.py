@@ -118,6 +118,12 @@ class _Search:
 
     def __init__(self, options: LMConfig, match: MatchConfig, goal: Goal, length: int):
         self.options, self.match, self.goal, self.length = options, match, goal, length
+        if "parameters" in goal.wanted and any(
+            own
+            for layer in tile_pattern(options.pattern, options.depth)
+            for own in (*layer.sharing, layer.channel_sharing)
+        ):
+            raise NothingClose("match.parameters: layers share parameters (share), whose sizes are not solved for")
         mixers, channels = _parts(options)
         self.channels = [part for part in channels if part.sizes and "parameters" in goal.wanted]
         # a mixer is sized by its state; by its parameters only where nothing else can bring them

@@ -30,6 +30,7 @@ from seqarch.interop import (
     llama,
     mamba,
     mamba2,
+    minimax,
     mistral,
     mixtral,
     nemotron_h,
@@ -51,6 +52,7 @@ from seqarch.interop import (
     stablelm,
     starcoder2,
     xlstm,
+    zamba2,
 )
 from seqarch.interop.weights import WeightMap
 from seqarch.models import LanguageModel, LMConfig
@@ -78,6 +80,7 @@ FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mamba": mamba,
     "mamba2": mamba2,
+    "minimax": minimax,
     "mistral": mistral,
     "mixtral": mixtral,
     "nemotron_h": nemotron_h,
@@ -99,6 +102,7 @@ FAMILIES: dict[str, ModuleType] = {
     "stablelm": stablelm,
     "starcoder2": starcoder2,
     "xlstm": xlstm,
+    "zamba2": zamba2,
 }
 """By their ``model_type``; each module has its ``Settings``, ``lm_config(settings)`` and ``weights(settings)``."""
 

@@ -76,6 +76,10 @@ FILE_RULES: dict[str, tuple[FileRule, ...]] = {
     "lfm2_moe": _experts("feed_forward", "w1", "w3", "w2", "feed_forward"),
     "mamba": _EARLIER_EMBEDDING,
     "mamba2": _EARLIER_EMBEDDING,
+    "minimax": (
+        *_MIXTRAL,
+        FileRule(r"(.*)\.mlp\.gate\.weight", (r"\1.block_sparse_moe.gate.weight",)),
+    ),
     "mixtral": (
         *_MIXTRAL,
         FileRule(r"(.*)\.mlp\.gate\.weight", (r"\1.block_sparse_moe.gate.weight",)),

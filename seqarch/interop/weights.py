@@ -148,11 +148,14 @@ class WeightMap:
     Attributes:
         rules: every tensor of both sides is in exactly one of them.
         tied: names of theirs that repeat another tensor of theirs, as ``{copy: original}``: a state dict may leave the
-            copies out, or holds the same numbers twice.
+            copies out, or holds the same numbers twice. Where ours has the tensor once, a copy is in no rule.
+        computed: tensors of theirs that follow from the configuration and that nothing of ours is made of, as functions
+            which make them in float32. A state dict may leave them out, and is refused if it holds others.
     """
 
     rules: Sequence[Rule]
     tied: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
         for side in ([name for rule in self.rules for name in names(rule)] for names in (_theirs, _ours)):
@@ -166,20 +169,46 @@ class WeightMap:
         Raises:
             ValueError: tensors are missing or left over (all are listed), of another shape, or tied ones differ.
         """
-        given = dict(state_dict)
+        given = {name: tensor for name, tensor in state_dict.items() if name not in self.computed}
+        for name in self.computed.keys() & state_dict.keys():
+            self.check_computed(name, state_dict[name])
         for copy, original in self.tied.items():
             if original in given:
                 given.setdefault(copy, given[original])
-        _account(given, [name for rule in self.rules for name in rule.theirs], "the state dict to read")
+        expected = [*(name for rule in self.rules for name in rule.theirs), *(self.more.keys() & given.keys())]
+        _account(given, expected, "the state dict to read")
         self._check_tied(given)
         return {name: tensor for rule in self.rules for name, tensor in rule.to_ours(given).items()}
+
+    @property
+    def more(self) -> dict[str, str]:
+        """Of the tied, the copies that are in no rule."""
+        named = {name for rule in self.rules for name in rule.theirs}
+        return {copy: original for copy, original in self.tied.items() if copy not in named}
 
     def to_transformers(self, state_dict: Mapping[str, Tensor]) -> Weights:
         """Their state dict from ours; errors as in :meth:`to_seqarch`."""
         _account(state_dict, [name for rule in self.rules for name in rule.ours], "seqarch's state dict")
         made = {name: tensor for rule in self.rules for name, tensor in rule.to_theirs(state_dict).items()}
+        made |= {copy: made[original] for copy, original in self.more.items()}
         self._check_tied(made)
-        return made
+        return made | self.computed_tensors(next(iter(made.values())))
+
+    def computed_tensors(self, like: Tensor) -> Weights:
+        """Those of theirs that follow from the configuration, in the dtype and on the device of a tensor."""
+        return {name: make().to(like) for name, make in self.computed.items()}
+
+    def check_computed(self, name: str, tensor: Tensor) -> None:
+        """Raise where a tensor of theirs is not what follows from the configuration, as rounded to its dtype."""
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{name} is no tensor of floating point")
+        if tensor.is_meta:
+            return
+        expected = self.computed[name]().to(tensor.device)
+        _expect(list(tensor.shape), list(expected.shape), f"{name}: the shape")
+        tolerance = 16 * torch.finfo(tensor.dtype).eps
+        if not torch.allclose(tensor.to(expected), expected, rtol=tolerance, atol=tolerance):
+            raise ValueError(f"{name} is not what its configuration says, which no model here can have")
 
     def _check_tied(self, weights: Weights) -> None:
         for copy, original in self.tied.items():

@@ -18,6 +18,7 @@ from seqarch.layers.delta_rule.rwkv7 import Rwkv7, Rwkv7Config
 from seqarch.layers.linear_attention.based import Based, BasedConfig
 from seqarch.layers.linear_attention.gla import Gla, GlaConfig
 from seqarch.layers.linear_attention.hgrn2 import Hgrn2, Hgrn2Config
+from seqarch.layers.linear_attention.lightning_attention import LightningAttention, LightningAttentionConfig
 from seqarch.layers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
 from seqarch.layers.linear_attention.mlstm import Mlstm, MlstmConfig
 from seqarch.layers.linear_attention.retention import Retention, RetentionConfig
@@ -64,6 +65,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "hyena": Hyena,
     "kda": KDA,
     "mla": MLA,
+    "lightning_attention": LightningAttention,
     "linear_attention": LinearAttention,
     "longformer": Longformer,
     "mamba": Mamba,
@@ -83,7 +85,16 @@ MIXERS: dict[str, type[Mixer]] = {
 FAMILIES: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "sliding_window", "mla"),
     "sparse attention": ("big_bird", "moba", "dsa", "longformer", "nsa"),
-    "linear attention": ("linear_attention", "retention", "based", "gla", "hgrn2", "mlstm", "rwkv6"),
+    "linear attention": (
+        "linear_attention",
+        "retention",
+        "lightning_attention",
+        "based",
+        "gla",
+        "hgrn2",
+        "mlstm",
+        "rwkv6",
+    ),
     "state space": ("mamba2", "mamba", "mamba3"),
     "delta rule": ("gated_delta_net", "delta_net", "kda", "gated_delta_net_2", "gated_delta_product", "rwkv7"),
     "recurrence": ("rg_lru", "hgrn", "min_gru"),
@@ -178,6 +189,8 @@ __all__ = [
     "KDAConfig",
     "Layer",
     "LayerConfig",
+    "LightningAttention",
+    "LightningAttentionConfig",
     "LinearAttention",
     "LinearAttentionConfig",
     "Longformer",

@@ -108,6 +108,8 @@ class Layer(Configured, ABC):
     """Names of own tensors that multiply features as linear maps do, for low-rank adapters; submodules have theirs."""
     unquantized: ClassVar[tuple[str, ...]] = ()
     """Names of submodules that :func:`seqarch.quantize` leaves as they are, such as what makes decays."""
+    unshared: ClassVar[tuple[str, ...]] = ()
+    """Names of submodules that stay each layer's own where a pattern says ``share``."""
 
     @from_options
     def __init__(self, config: Any):
@@ -223,9 +225,17 @@ class Mixer(Layer):
     ) -> tuple[Tensor, Any, Mapping[str, Any]]:
         """As :meth:`mix`, of a mixer with ``takes`` or ``gives``, with what it takes; and by name what it gives.
 
-        What is given is of the tokens of this call alone, ``[B, T, ...]``, so that sequences may be split and packed.
+        What is given is of the tokens of this call, ``[B, T, ...]``, or also of what this mixer's own state holds of
+        those before them, so that sequences may be split and packed.
         """
         return *self.mix(x, state, cu_seqlens), {}
+
+    def check_giver(self, giver: Mixer) -> None:
+        """Raise where this mixer cannot take what the earlier one gives.
+
+        Raises:
+            ValueError: saying why, without the names of the two.
+        """
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:

@@ -36,8 +36,10 @@ PLACEMENTS: dict[str, Placement] = {
     "both": Placement(reads=True, writes=True),
     "residual": Placement(reads=True, keeps=True),
     "sum": Placement(sums=True),
+    "none": Placement(),
 }
-"""``x + f(norm(x))``; ``x + norm(f(x))``; ``x + norm(f(norm(x)))``; ``norm(x) + f(norm(x))``; ``norm(x + f(x))``."""
+"""``x + f(norm(x))``; ``x + norm(f(x))``; ``x + norm(f(norm(x)))``; ``norm(x) + f(norm(x))``; ``norm(x + f(x))``; and
+``x + f(x)``, of what has norms of its own."""
 
 
 PARALLEL = ("none", "one_norm", "two_norms")
@@ -67,7 +69,8 @@ class StackConfig:
         zero_centred_norms: the norms of the residual stream multiply by ``1 + weight``, with weights of 0 at first.
         norm_placement: where a mixer or channel mixer f has its norm: ``"pre"``, ``x + f(norm(x))``; ``"post"``,
             ``x + norm(f(x))`` (OLMo 2); ``"both"``, ``x + norm(f(norm(x)))`` (Gemma 2); ``"residual"``,
-            ``norm(x) + f(norm(x))`` (MiniMax-01); ``"sum"``, ``norm(x + f(x))`` (Vaswani et al. 2017).
+            ``norm(x) + f(norm(x))`` (MiniMax-01); ``"sum"``, ``norm(x + f(x))`` (Vaswani et al. 2017); ``"none"``,
+            ``x + f(x)``, where f has norms of its own (Zamba 2).
         norm_placements: another by the name of a mixer, which holds for the whole layer, or of a channel mixer, as
             ``{"attention": "post"}``; the same for mixers side by side.
         parallel: whether mixers and channel mixer are added to the same residual stream, ``x + mix(norm(x)) +

@@ -7,6 +7,7 @@
     mamba2/moe attention/swiglu    the layer's channel mixer after a slash ("none" for none)
     mamba2 my_package.mixers:Leaky a class by its import path, where a name may stand
     attention(window=512) mamba2   options of this occurrence, which go before those that the name has everywhere
+    attention(share=a, adapter_rank=8) mamba2 attention(share=a)   one attention in two layers, an adapter in the first
 
 A pattern is tiled over the depth. Commas read as spaces. Options have commas between them, and their values are as YAML
 or Python writes them: ``attention/moe(top_k=2, router=sigmoid)``, ``mamba2(in_factors=[1, 1, 2, 1, 1])``,
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seqarch.models.pattern_options import Malformed, begin_at, read_options, write_options
+from seqarch.models.sharing import OPTIONS as SHARING
+from seqarch.models.sharing import check_sharing
 from seqarch.ops.dispatch.checks import fits, show
 
 _NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?::[A-Za-z_]\w*)?"
@@ -42,12 +45,17 @@ class LayerPattern:
     Attributes:
         options: of each of the mixers, as this occurrence gives them; by default none of any.
         channel_options: likewise of the channel mixer.
+        sharing: of what is given as options of each of the mixers, what says which layers share it
+            (:mod:`seqarch.models.sharing`); it is no longer among the options.
+        channel_sharing: likewise of the channel mixer.
     """
 
     mixers: tuple[str, ...]
     channel: str | None = None
     options: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     channel_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    sharing: tuple[dict[str, Any], ...] = field(default=(), init=False, hash=False)
+    channel_sharing: dict[str, Any] = field(default_factory=dict, init=False, hash=False)
 
     def __post_init__(self):
         own = self.options or ({},) * len(self.mixers)
@@ -55,11 +63,25 @@ class LayerPattern:
             raise ValueError(f"layer pattern: options of {len(own)} mixers are given, expected {len(self.mixers)}")
         if self.channel_options and self.channel in (None, "none"):
             raise ValueError("layer pattern: options of a channel mixer are given, and no channel mixer")
-        object.__setattr__(self, "options", own)
+        parted = [_parted(each) for each in (*own, self.channel_options)]
+        for name, (_, sharing) in zip((*self.mixers, self.channel or ""), parted, strict=True):
+            check_sharing(name, sharing)
+        options, sharing = zip(*parted, strict=True)
+        parts = {"options": options[:-1], "channel_options": options[-1]}
+        for name, part in (parts | {"sharing": sharing[:-1], "channel_sharing": sharing[-1]}).items():
+            object.__setattr__(self, name, part)
 
     def __str__(self) -> str:
-        mixers = "+".join(name + write_options(own) for name, own in zip(self.mixers, self.options, strict=True))
-        return mixers + (f"/{self.channel}{write_options(self.channel_options)}" if self.channel else "")
+        shown = zip(self.mixers, self.options, self.sharing, strict=True)
+        mixers = "+".join(name + write_options({**own, **sharing}) for name, own, sharing in shown)
+        channel = write_options({**self.channel_options, **self.channel_sharing})
+        return mixers + (f"/{self.channel}{channel}" if self.channel else "")
+
+
+def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a mixer, and what is said of sharing."""
+    sharing = {name: value for name, value in options.items() if name in SHARING}
+    return {name: value for name, value in options.items() if name not in SHARING}, sharing
 
 
 def parse_pattern(pattern: str) -> list[LayerPattern]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from seqarch.layers.mixer import CuSeqlens, State, check_features, check_mask
 from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.models.config import StackConfig
 from seqarch.models.one_token import OneToken
-from seqarch.models.pattern import tile_pattern
+from seqarch.models.pattern import LayerPattern, tile_pattern
+from seqarch.models.sharing import copies, share, tie
 from seqarch.models.stack_layer import INPUT, StackLayer, at, check_exchange, run_layer, within
 from seqarch.models.streams import WeightedStreams, first, split
 from seqarch.ops.dispatch.checks import show
@@ -61,6 +62,33 @@ Schedule = Callable[..., tuple[Tensor, StackState]]
 """Runs the layers of a stack, as :func:`in_turn` does; :mod:`seqarch.parallel` has another."""
 
 
+def _parts(own: LayerPattern, layer: StackLayer) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """The mixers and the channel mixer of a layer, with their names and what is said of sharing."""
+    yield from zip(own.mixers, layer.mixers, own.sharing, strict=True)
+    if layer.channel is not None:
+        yield own.channel or "", layer.channel, own.channel_sharing
+
+
+def _drop_copies(stack: Stack, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Tensors that layers share are in a state dict once."""
+    for name in copies(stack, stack.shared):
+        state_dict.pop(prefix + name, None)
+
+
+def _tie(stack: Stack, *_: Any) -> None:
+    tie(stack.shared)
+
+
+def _add_copies(stack: Stack, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """And are read by each layer."""
+    unexpected = others[3]
+    for name, original in copies(stack, stack.shared).items():
+        if prefix + name in state_dict:
+            unexpected.append(prefix + name)
+        if prefix + original in state_dict:
+            state_dict[prefix + name] = state_dict[prefix + original]
+
+
 class Stack(Configured):
     """Layers on a residual stream: ``y, state = stack(x, state, cu_seqlens)`` with ``x, y: [B, T, D]``.
 
@@ -87,6 +115,12 @@ class Stack(Configured):
         if config.residual_streams > 1 and config.stream_output == "weighted":
             self.weighted_streams = WeightedStreams(config.d_model, config.residual_streams, config.norm_eps)
         check_exchange(self._layers())
+        occurrences = [each for own, layer in zip(layers, self._layers(), strict=True) for each in _parts(own, layer)]
+        self.shared = share([(name or config.channel, module, own) for name, module, own in occurrences])
+        tie(self.shared)
+        self.register_state_dict_post_hook(_drop_copies)
+        self.register_load_state_dict_pre_hook(_add_copies)
+        self.register_load_state_dict_post_hook(_tie)
         self.schedule: Schedule = in_turn
         self.token_programs = OneToken(in_turn)
 
@@ -133,6 +167,11 @@ class Stack(Configured):
         if self.weighted_streams is not None:
             return self.weighted_streams(x)
         return x.sum(2) if self.config.stream_output == "sum" else x.mean(2)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Stack:
+        super()._apply(fn, recurse)
+        tie(self.shared)  # each module's tensors are converted by themselves, as by to_empty
+        return self
 
     def _layers(self) -> list[StackLayer]:
         return [layer for layer in self.layers if isinstance(layer, StackLayer)]

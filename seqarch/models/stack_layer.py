@@ -209,22 +209,32 @@ def run_layer(
 
 
 def check_exchange(layers: Sequence[StackLayer]) -> None:
-    """Raise unless what each mixer takes is given by an earlier layer, and each name by one mixer of a layer.
+    """Raise unless what each mixer takes is given by an earlier layer and fits, and each name by one mixer of a layer.
 
     Raises:
         ValueError: naming the layer, the mixer and what.
     """
-    known = {INPUT}
+    known: dict[str, Any] = {INPUT: None}
     for i, layer in enumerate(layers):
-        given: set[str] = set()
+        given: dict[str, Any] = {}
         for mixer in layer.mixers:
-            who, own = f"stack: layer {i}: {type(mixer).__name__}", set(mixer.gives)  # type: ignore[arg-type]
+            who, own = f"stack: layer {i}: {type(mixer).__name__}", dict.fromkeys(mixer.gives, mixer)  # type: ignore[arg-type]
             if missing := [name for name in mixer.takes if name not in known]:  # type: ignore[union-attr]
                 raise ValueError(f"{who} takes {' and '.join(missing)}, which no earlier layer gives")
-            if twice := sorted(own & (given | {INPUT})):
+            for name in mixer.takes:  # type: ignore[union-attr]
+                if known[name] is not None:
+                    _check_pair(who, mixer, known[name])
+            if twice := sorted(own.keys() & (given.keys() | {INPUT})):
                 raise ValueError(f"{who} gives {' and '.join(twice)}, as a mixer beside it or the stack's input does")
             given |= own
         known |= given
+
+
+def _check_pair(who: str, taker: Any, giver: Any) -> None:
+    try:
+        taker.check_giver(giver)
+    except ValueError as error:
+        raise ValueError(f"{who} takes what {type(giver).__name__} gives, but {error}") from error
 
 
 def _norm(config: StackConfig, wanted: bool) -> nn.Module:

@@ -139,6 +139,29 @@ def _lfm2_moe(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     return {**_any_heads(layers), "num_dense_layers": len(layers.places("swiglu"))}
 
 
+def _minimax(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    moe, kept, added = layers.get("moe"), model.config.residual_factors, model.config.output_factors
+    windowed = "sliding_window" in layers.configs
+    mixer = layers.get("sliding_window" if windowed else "attention")
+    linear = layers.places("lightning_attention")
+    names = {"full_attn": "sliding_window" if windowed else "attention", "linear_attn": "lightning_attention"}
+    factors = {
+        f"{name}_{each}_factor": given.get(own, 1.0)
+        for name, own in {**names, "mlp": "moe"}.items()
+        for each, given in (("alpha", kept), ("beta", added))
+    }
+    return {
+        **head_settings(mixer),
+        "layer_types": ["linear_attention" if i in linear else "full_attention" for i in range(model.config.depth)],
+        "sliding_window": mixer.window,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "intermediate_size": moe.hidden_width,
+        **factors,
+        "rms_norm_eps": model.config.norm_eps,
+    }
+
+
 def _xlstm(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     cell = layers.get("mlstm")
     return {
@@ -158,6 +181,7 @@ HYBRIDS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     "lfm2_moe": _lfm2_moe,
     "mamba": _mamba,
     "mamba2": _mamba2,
+    "minimax": _minimax,
     "nemotron_h": _nemotron_h,
     "olmo_hybrid": _olmo_hybrid,
     "xlstm": _xlstm,

@@ -98,8 +98,7 @@ def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, 
         raise CheckpointError(f"{file}: {error}") from error
     stored = stored_tensors(folder)
     model = build({field.name: getattr(ours, field.name) for field in fields(ours)}, (), folder)
-    names = [name for rule in table.rules for name in rule.theirs]
-    theirs = sources(family, names, table.tied, stored, folder)
+    theirs = sources(family, table, stored, folder)
     form, made = filling(model, stored, dtype, device, folder), {}
     shared = _shared(table, theirs)
     for each in table.rules:
@@ -115,7 +114,8 @@ def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, 
 def _shared(table: WeightMap, theirs: Mapping[str, Any]) -> dict[str, str]:
     """Our copies of tensors that files hold once, by the names of what they repeat."""
     plain = {rule.theirs[0]: rule.ours[0] for rule in table.rules if len(rule.theirs) == 1 and not rule.steps}
-    pairs = [(copy, original) for copy, original in table.tied.items() if theirs[copy] is theirs[original]]
+    tied = table.tied.items() - table.more.items()
+    pairs = [(copy, original) for copy, original in tied if theirs[copy] is theirs[original]]
     return {plain[copy]: plain[original] for copy, original in pairs if {copy, original} <= plain.keys()}
 
 

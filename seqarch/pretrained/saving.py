@@ -80,8 +80,9 @@ def _own_tensors(model: LanguageModel, state: Mapping[str, Tensor]) -> Iterator[
 
 
 def _their_tensors(family: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Those of the family's files, rule by rule."""
+    """Those of the family's files, rule by rule, and those that follow from the configuration."""
     table = weight_map(config)
+    yield from table.computed_tensors(next(iter(state.values()))).items()
     for rule in table.rules:
         for name, tensor in rule.to_theirs({own: state[own] for own in rule.ours}).items():
             if name not in table.tied:

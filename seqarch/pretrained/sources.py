@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop.file_names import Pieces, is_unused, pieces_there, written_names
+from seqarch.interop.weights import WeightMap
 from seqarch.pretrained.tensor_files import StoredTensor
 
 
@@ -59,29 +60,50 @@ class Stacked:
             entry.read_into(own)
 
 
-def sources(
-    family: str, names: Iterable[str], tied: Mapping[str, str], stored: Mapping[str, StoredTensor], folder: Path
-) -> dict[str, Source]:
-    """Each tensor of a family's state dict, by its name there.
-
-    Args:
-        tied: copies that files may leave out, by the names of what they repeat.
+def sources(family: str, table: WeightMap, stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, Source]:
+    """Each tensor of a family's state dict that the table makes something of, by its name there.
 
     Raises:
-        CheckpointError: tensors are missing or left over (all are listed), or pieces do not fit together.
+        CheckpointError: tensors are missing or left over (all are listed), pieces do not fit together, or those that
+            follow from the configuration are others.
     """
-    names, stored = list(names), dict(stored)
+    names, tied = [name for rule in table.rules for name in rule.theirs], table.tied
+    stored = dict(stored)
     prefix = names[0].partition(".")[0] + "."
     if pieces_there(family, names[0], stored) is None and names[0].removeprefix(prefix) in stored:
         # the file of a model without a head
         stored = {name if name == "lm_head.weight" else prefix + name: tensor for name, tensor in stored.items()}
+    for name in table.computed.keys() & stored.keys():
+        _check_computed(table, name, stored.pop(name))
+    for name, original in table.more.items():
+        if name in stored:
+            _check_copy(stored.pop(name), stored.get(original))
     found = {name: pieces_there(family, name, stored) for name in names}
-    for copy, original in tied.items():
+    for copy, original in tied.items() - table.more.items():
         found[copy] = found[copy] or found[original]
     used = {piece for pieces in found.values() if pieces for entry in pieces.entries for piece in entry}
     missing = [piece for name, pieces in found.items() if pieces is None for piece in written_names(family, name)]
     check_names(missing, [name for name in stored if name not in used and not is_unused(family, name)], folder)
     return {name: _source(pieces, stored, name) for name, pieces in found.items() if pieces is not None}
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+    stored.read_into(tensor)
+    return tensor
+
+
+def _check_copy(copy: StoredTensor, original: StoredTensor | None) -> None:
+    """Raise where what repeats another tensor of theirs is another; where that is missing, its absence is named."""
+    if original is not None and not torch.equal(_read(copy), _read(original)):
+        raise CheckpointError(f"{copy.file}: {copy.name} and {original.name} are one tensor, but differ here")
+
+
+def _check_computed(table: WeightMap, name: str, stored: StoredTensor) -> None:
+    try:
+        table.check_computed(name, _read(stored))
+    except ValueError as error:
+        raise CheckpointError(f"{stored.file}: {error}") from error
 
 
 def check_names(missing: Iterable[str], left_over: Iterable[str], folder: Path) -> None:

@@ -14,6 +14,7 @@ from seqarch.checkpoints.building import build
 from seqarch.interop import lm_config
 from seqarch.layers import Layer
 from seqarch.models import LanguageModel
+from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.decoder_settings import DECODERS, THEIR_ACTIVATIONS, head_settings, rotary_settings
 from seqarch.pretrained.hybrid_settings import HYBRIDS
 from seqarch.pretrained.kinds_of_layers import Layers, kinds_of_layers
@@ -41,6 +42,7 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "mamba": "MambaForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
+    "minimax": "MiniMaxForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
@@ -62,6 +64,7 @@ CLASSES = {
     "stablelm": "StableLmForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
     "xlstm": "xLSTMForCausalLM",
+    "zamba2": "Zamba2ForCausalLM",
 }
 """What ``transformers`` calls the language models of each family."""
 
@@ -112,14 +115,17 @@ def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
     if kinds_of_layers(other) != kinds_of_layers(model):
         return [f"its layers are {model.config.pattern!r}, expected {other.config.pattern!r} (channel by channel)"]
     plain: dict[str, Any] = {"pattern": "mamba", "depth": 1, "channel": "none", "mixers": {}, "channels": {}}
+    plain["norm_placements"] = {}  # by path, perhaps, of what only the pattern names
     found = _differing("", replace(model.config, **plain), replace(other.config, **plain))
+    if (own := model.config.norm_placements) != (expected := other.config.norm_placements):
+        found.append(f"norm_placements={own!r}, expected {expected!r}")
     modules = dict(other.named_modules())
     for name, module in model.named_modules():
         if isinstance(module, Layer):
             found += _differing(f"{name}: ", module.config, getattr(modules.get(name), "config", None))
-    shapes, expected = ({n: list(t.shape) for n, t in each.state_dict().items()} for each in (model, other))
-    names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-    return [*found, *(f"{name} is {shapes.get(name, 'absent')}, expected {expected.get(name)}" for name in names)]
+    shapes, wanted = ({n: list(t.shape) for n, t in each.state_dict().items()} for each in (model, other))
+    names = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    return [*found, *(f"{name} is {shapes.get(name, 'absent')}, expected {wanted.get(name)}" for name in names)]
 
 
 def _differing(where: str, own: Any, other: Any) -> list[str]:
@@ -149,6 +155,8 @@ def _without_ones(value: Any) -> Any:
 
 def _new_settings(family: str, model: LanguageModel) -> dict[str, Any]:
     """By the tables that the family is read by, and by its own function for what is no option as it stands."""
+    if family not in MADE_HERE:
+        raise unknown_name("family to write a new model in", family, MADE_HERE)
     layers = Layers(model)
     return {
         "model_type": family,

@@ -64,21 +64,26 @@ def test_the_imported_model_computes_and_generates_what_theirs_does(name: str, c
 @each_case_slowly
 @torch.no_grad()
 def test_the_weights_come_back_bit_for_bit(name: str, changes: dict[str, Any]):
-    """In float32 and in bfloat16, by the table alone, from a model of that dtype and from one of float32."""
+    """In float32 and in bfloat16, by the table alone, from a model of that dtype and from one of float32.
+
+    What theirs computes from settings and keeps as tensors is here as exact as float32 in a model of float32.
+    """
     config, theirs = build(name, changes)
+    table = weight_map(config)
+    computed = {key: tensor.clone() for key, tensor in theirs.state_dict().items() if key in table.computed}
     for dtype in (torch.float32, torch.bfloat16):
         state = {key: tensor.to(dtype) for key, tensor in theirs.state_dict().items()}
         model = from_transformers(config, state).train(False)
-        theirs.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+        theirs.load_state_dict({key: tensor.float() for key, tensor in state.items()} | computed)
         assert_close(model(TOKENS)[0], theirs(TOKENS, use_cache=False).logits, BOUND, f"logits of {dtype}")
-        table = weight_map(config)
         again = table.to_transformers(table.to_seqarch(state))
-        wide, narrow = (to_transformers(config, each) for each in (model, model.to(dtype)))
+        wide = to_transformers(config, model)
+        narrow = to_transformers(config, model.to(dtype))
         assert again.keys() == wide.keys() == narrow.keys() == state.keys()
         for key, tensor in state.items():
             assert again[key].dtype == dtype
             assert torch.equal(again[key], tensor), key
-            assert torch.equal(wide[key], tensor.float()), key
+            assert torch.equal(wide[key], computed.get(key, tensor.float())), key
             assert torch.equal(narrow[key].to(dtype), tensor), key
 
 
@@ -141,7 +146,8 @@ def test_released_sizes_fit(name: str):
 def test_tensors_that_do_not_belong_are_all_named(name: str):
     config, theirs = build(name, {})
     state = theirs.state_dict()
-    first, last = (key for key in (list(state)[1], list(state)[-2]))
+    needed = [key for key in state if key not in weight_map(config).computed]
+    first, last = needed[1], needed[-2]
     state["model.rotary.inv_freq"] = torch.ones(2)
     del state[first], state[last]
     with pytest.raises(ValueError, match="does not match this model's configuration") as caught:
@@ -179,6 +185,19 @@ UNSUPPORTED: list[tuple[str, dict[str, Any], str]] = [
 def test_settings_without_a_counterpart_are_named(name: str, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         lm_config(VARIANTS[name][0](**changes))
+
+
+def test_tensors_that_follow_from_settings_may_be_absent_and_must_be_theirs():
+    config, theirs = build("MiniMaxForCausalLM", {})
+    state = theirs.state_dict()
+    bare = {key: tensor for key, tensor in state.items() if key not in weight_map(config).computed}
+    assert len(state) - len(bare) == 8
+    model, whole = from_transformers(config, bare), from_transformers(config, state)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    name = "model.layers.2.self_attn.key_decay"
+    for other, message in ((state[name] + 1e-4, "is not what its configuration says"), (state[name][1:], "the shape")):
+        with pytest.raises(ValueError, match=message):
+            from_transformers(config, {**state, name: other})
 
 
 def test_unknown_families_and_missing_settings_are_named():

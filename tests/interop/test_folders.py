@@ -106,6 +106,11 @@ NEW: dict[str, dict[str, Any]] = {
         **{"pattern": "gated_short_conv attention", "tie_embeddings": True},
         "mixers": {"attention": {"num_heads": 2, "qk_norm": True, "norm_eps": 1e-5}},
     },
+    "minimax": {
+        **{"pattern": f"attention/moe lightning_attention(decay_factor={1 - 1 / (1 + 1e-5) + 1e-5})/moe"},
+        **{"mixers": {"lightning_attention": {"num_heads": 2}, "attention": {"num_heads": 2}}},
+        **{"norm_placement": "residual", "residual_factors": {"moe": 3.5}, "output_factors": {"attention": 0.5}},
+    },
     "xlstm": {
         **{"pattern": "mlstm", "logit_cap": 30.0, "norm_eps": 1e-6},
         "mixers": {"mlstm": {"num_heads": 2, "denominator_eps": 1e-6}},
@@ -405,7 +410,7 @@ def test_weights_where_theirs_has_a_constant_are_refused(tmp_path):
 
 def test_every_family_has_a_class_and_rules_are_of_families():
     assert {VARIANTS[name][0]().model_type: name for name in VARIANTS} == CLASSES
-    assert NEW.keys() <= MADE_HERE.keys() == FAMILIES.keys()
+    assert NEW.keys() <= MADE_HERE.keys() == FAMILIES.keys() - {"zamba2"}
     assert FILE_RULES.keys() <= FAMILIES.keys()
 
 

@@ -1,4 +1,4 @@
-"""Tensors that a layer of a stack gives to later ones: RWKV-7's first values, the stack's input, and wrong ones."""
+"""What a layer gives to later ones: RWKV-7's first values, keys and values, the stack's input, and wrong ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from seqarch.layers import MIXERS, measured_state_bytes, register_mixer
+from seqarch.layers.attention.base import Place
 from seqarch.layers.linear_attention.linear_attention import LinearAttention
 from seqarch.models import LanguageModel, Stack
 from seqarch.testing import assert_close
 
 RWKV7 = "rwkv7(value_residual=give) mamba rwkv7(value_residual=take)+attention rwkv7(value_residual=take)"
-OPTIONS: dict[str, Any] = {"mixers": {"rwkv7": {"num_heads": 2, "value_rank": 4}}, "channel": "swiglu"}
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}
+OPTIONS: dict[str, Any] = {
+    "mixers": {"rwkv7": {"num_heads": 2, "value_rank": 4}, "attention": HEADS, "sliding_window": HEADS},
+    "channel": "swiglu",
+}
+SHARED = (
+    "attention(give_kv=all)+sliding_window(window=4, give_kv=last) mamba sliding_window(window=3, take_kv=last)"
+    " attention(take_kv=all)+sliding_window(window=6, take_kv=all)"
+)
 
 
 class Shown(LinearAttention):
@@ -94,7 +103,7 @@ def test_first_values_reach_the_layers_that_take_them():
     assert model.flops(9, 2) - plain.flops(9, 2) == 2 * 18 * added
 
 
-@pytest.mark.parametrize("pattern", [RWKV7, "shown mamba second shown+second", "mamba shown rwkv7 second"])
+@pytest.mark.parametrize("pattern", [RWKV7, SHARED, "shown mamba second shown+second", "mamba shown rwkv7 second"])
 def test_stacks_that_hand_tensors_on_hold_the_laws(pattern: str):
     """Split anywhere, packed as separate, at some places, a token at a time, compiled, checkpointed."""
     model = stack(pattern, 4)
@@ -106,7 +115,10 @@ def test_stacks_that_hand_tensors_on_hold_the_laws(pattern: str):
             out, state = model(piece, state)
             outputs.append(out)
         assert_close(torch.cat(outputs, 1), y, 1e-10)
-        assert_close(model(x, None, [0, 5, 12])[0][:, 5:], model(x[:, 5:])[0], 1e-10)
+        packed, state = model(x, None, [0, 5, 12])
+        assert_close(packed[:, 5:], model(x[:, 5:])[0], 1e-10)
+        more, _ = model(x[:, 3:8], state, [0, 2, 5])
+        assert_close(more[:, 2:], model(torch.cat([x[:, 5:], x[:, 5:8]], 1))[0][:, 7:], 1e-10)
         places = torch.tensor([7, 2])
         assert_close(model(x, places=places)[0], y[:, places], 1e-10)
         single = stack(pattern, 4).float()
@@ -123,6 +135,39 @@ def test_stacks_that_hand_tensors_on_hold_the_laws(pattern: str):
     again, _ = model(x)
     for own, other in zip(torch.autograd.grad(again.sin().sum(), [*model.parameters()]), gradients, strict=True):
         assert_close(own, other, 1e-10)
+
+
+def test_keys_and_values_of_an_earlier_layer_are_read_and_not_held():
+    torch.manual_seed(0)
+    model, x = stack("attention(give_kv=a) mamba attention(take_kv=a, window=5)", 3), torch.randn(2, 9, 32).double()
+    layers: list[Any] = [*model.layers]
+    first, middle, last = layers
+    giver, taker = first.mixers[0], last.mixers[0]
+    y, state = model(x)
+    before, (held,) = first(x, (None,), None, handed={})[:2]
+    before, _ = middle(before, (None,), None)
+    keys, values = (each.repeat_interleave(2, dim=2) for each in held.cache[:2])
+    (q,), _ = taker.project(last.norm(before), None, giver_place(9))
+    scores = torch.einsum("bihk,bjhk->bhij", q, keys) * 8**-0.5
+    apart = torch.arange(9)[:, None] - torch.arange(9)
+    weights = scores.masked_fill((apart < 0) | (apart >= 5), -torch.inf).softmax(-1)
+    read = torch.einsum("bhij,bjhk->bihk", weights, values).flatten(2)
+    expected = before + taker.out_proj(read)
+    expected = expected + last.channel(last.channel_norm(expected))
+    assert_close(y, expected, 1e-12)
+    both = stack("attention mamba attention(window=5)", 3)
+    assert model.state_bytes(1000, 2) == measured_state_bytes(state) - giver.state_bytes(9, 2) + giver.state_bytes(
+        1000, 2
+    )
+    assert both.state_bytes(1000, 2) - model.state_bytes(1000, 2) == both.layers[2].mixers[0].state_bytes(1000, 2)  # type: ignore[union-attr, index]
+    saved = 2 * 32 * 16  # weights of its keys and values, 2 heads of 8 channels each
+    assert sum(p.numel() for p in both.parameters()) - sum(p.numel() for p in model.parameters()) == saved + 2 * 16 + 8
+    assert both.flops(9, 2) - model.flops(9, 2) == 2 * 18 * saved
+    assert giver.cache_shape == (2, 8, 8)
+
+
+def giver_place(length: int) -> Place:
+    return Place(torch.arange(length)[None], length, None)
 
 
 def test_what_a_stack_was_given_is_its_input():
@@ -160,6 +205,21 @@ def test_a_language_model_generates_with_them():
             "rwkv7(value_residual=give)+rwkv7(value_residual=give)",
             "layer 0: Rwkv7 gives first_value, as a mixer beside",
         ),
+        ("attention(take_kv=a)", "layer 0: Attention takes keys and values 'a', which no earlier layer gives"),
+        (
+            "attention(give_kv=a) attention(take_kv=a, num_kv_heads=4)",
+            "layer 1: Attention takes what Attention gives, but it has kv_heads=4, expected 2 as",
+        ),
+        (
+            "attention(give_kv=a) attention(take_kv=a, rotary_base=5.0)",
+            r"it has rotary_base=5\.0, expected 10000\.0 as",
+        ),
+        (
+            "sliding_window(give_kv=a, window=4) attention(take_kv=a)",
+            "its window is None, expected at most the 4 tokens that 'a' holds",
+        ),
+        ("attention(give_kv=a, take_kv=b)", "give_kv .'a'. and take_kv .'b'.: expected one of them"),
+        ("attention(take_kv=a, conv_width=3)", "has no state for a short convolution: conv_width is 3"),
         ("rwkv7(value_residual=always)", "unknown value_residual 'always': expected one of give, none, take"),
     ],
 )

@@ -1,14 +1,16 @@
 """Measures how far every family of ``seqarch.interop`` is from ``transformers``, for ``python -m seqarch families``.
 
-    python -m tests.support.checked_families
+    python -m tests.support.checked_families [CLASS ...]
 
-writes ``seqarch/pretrained/checked.json``. It is run again when a family or the version of ``transformers`` changes;
-the tests of ``tests/interop`` hold the same to their bound every time.
+writes ``seqarch/pretrained/checked.json``, or what it says of these classes of ``transformers``. It is run again when a
+family or the version of ``transformers`` changes; the tests of ``tests/interop`` hold the same to their bound every
+time.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,12 @@ def measure(name: str) -> tuple[str, dict[str, Any]]:
 def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    families = dict(sorted(measure(name) for name in VARIANTS))
-    record = {"transformers": transformers.__version__, "families": families}
+    names, record = sys.argv[1:] or list(VARIANTS), {"transformers": transformers.__version__}
+    former = json.loads(CHECKED.read_text(encoding="utf-8")) if sys.argv[1:] else {}
+    if former.get("transformers", transformers.__version__) != transformers.__version__:
+        raise SystemExit(f"{CHECKED} is of another version of transformers: measure all families")
+    families = former.get("families", {}) | dict(measure(name) for name in names)
+    record["families"] = dict(sorted(families.items()))
     CHECKED.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

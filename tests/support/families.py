@@ -181,10 +181,14 @@ def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
 
 
 def randomise(model: M) -> M:
-    """A model of theirs or of ours with random parameters and buffers, the same each time."""
+    """A model of theirs or of ours with random parameters and buffers, the same each time, but for those that follow
+    from settings.
+    """
     torch.manual_seed(0)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
+            if key.endswith(("_decay", "slope_rate")):
+                continue
             if key.endswith("A_log"):
                 tensor.uniform_(-3, 0)  # a memory of many tokens: outputs near 0 would let the norm after them round
             elif tensor.ndim >= 2 and "conv" not in key:

@@ -60,6 +60,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room(f"{_LAYERS}.sparse_attention", "layers/attention"),
         _room(f"{_LAYERS}.linear_attention", "layers/attention"),
         _room(f"{_LAYERS}.state_space", "layers/recurrent"),
+        _room(f"{_LAYERS}.hybrid", "layers/attention", "layers/channel", "layers/state_space"),
     ),
     "stacks": (_room("seqarch.layers"), _room("seqarch.models", "layers")),
     "around them": (

@@ -84,6 +84,25 @@ def lfm2_moe(**changes: Any) -> Any:
     return transformers.Lfm2MoeConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
 
 
+def minimax(**changes: Any) -> Any:
+    options = {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "block_size": 16,
+        "full_attn_alpha_factor": 1.3,
+        "full_attn_beta_factor": 0.6,
+        "linear_attn_alpha_factor": 1.4,
+        "linear_attn_beta_factor": 0.8,
+        "mlp_alpha_factor": 1.2,
+        "mlp_beta_factor": 0.7,
+        "rms_norm_eps": EPS,
+    }
+    return transformers.MiniMaxConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
 def nemotron_h(**changes: Any) -> Any:
     options = {
         "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
@@ -151,6 +170,26 @@ def xlstm(**changes: Any) -> Any:
     return transformers.xLSTMConfig(**{**SMALL, **SPECIAL, **options, **changes})
 
 
+def zamba2(**changes: Any) -> Any:
+    options = {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "mamba_expand": 4,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 2,
+        "chunk_size": 16,
+        "time_step_min": 0.05,
+        "intermediate_size": 40,
+        "num_key_value_heads": 4,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 3,
+        "use_mem_rope": True,
+        "rms_norm_eps": 5 * EPS,
+    }
+    return transformers.Zamba2Config(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
+
+
 VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "BambaForCausalLM": (
         bamba,
@@ -176,6 +215,10 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         lfm2_moe,
         [{}, {"use_expert_bias": False, "norm_topk_prob": False, "num_dense_layers": 0, "num_experts_per_tok": 1}],
     ),
+    "MiniMaxForCausalLM": (
+        minimax,
+        [{}, {"tie_word_embeddings": True, "layer_types": None, "head_dim": 12, "sliding_window": 5}],
+    ),
     "NemotronHForCausalLM": (
         nemotron_h,
         [{}, {"moe_latent_size": 12, "n_group": 2, "topk_group": 1, "norm_topk_prob": False}],
@@ -190,6 +233,15 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     ),
     "Qwen3_5ForCausalLM": (qwen3_5, [{}, {"tie_word_embeddings": True, "head_dim": 8, "linear_conv_kernel_dim": 3}]),
     "Qwen3_5MoeForCausalLM": (qwen3_5_moe, [{}]),
+    "Zamba2ForCausalLM": (
+        zamba2,
+        [
+            {},
+            {"use_shared_attention_adapter": False, "num_mem_blocks": 2, "num_hidden_layers": 4}
+            | {"layers_block_type": ["hybrid", "hybrid", "mamba", "hybrid"], "use_mem_rope": False}
+            | {"num_attention_heads": 8, "intermediate_size": None},
+        ],
+    ),
     "xLSTMForCausalLM": (xlstm, [{}, {"qk_dim_factor": 0.75, "v_dim_factor": 1.5, "eps": 1e-2}]),
 }
 """For each class, what makes its configuration, and settings under which it is tried."""

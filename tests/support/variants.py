@@ -52,6 +52,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "kv_lora_rank": 24, "q_lora_rank": 5, "v_head_dim": 8, "position": "none"},
         {"num_heads": 2, "kv_lora_rank": 10},
     ],
+    "lightning_attention": [{"num_heads": 3, "head_dim": 6, "decay_factor": 0.3, "activation": "gelu"}],
     "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
     "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
     "mamba": [

@@ -170,6 +170,24 @@ class Place(NamedTuple):
     cu_seqlens: Boundaries
 
 
+class Kept(NamedTuple):
+    """All keys and values that a call's queries may read, held and new.
+
+    Attributes:
+        place: of the call's tokens.
+        keys, values: ``[B, held + T, G, K]`` and ``[B, held + T, G, V]``; under packed sequences that go on, a list of
+            those of each, ``[held + new, G, K]``.
+        start: ``[B]``, the first that is held of each row; ``None`` for 0.
+        window: how many tokens before it a token finds; ``None`` for all.
+    """
+
+    place: Place
+    keys: Tensor | list[Tensor]
+    values: Tensor | list[Tensor]
+    start: Tensor | None
+    window: int | None
+
+
 class CacheMixer(Mixer):
     """The cache of an attention; a subclass makes its entries in :meth:`project` and reads them in :meth:`attend`.
 
@@ -219,6 +237,11 @@ class CacheMixer(Mixer):
         return 0
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
+        y, state, _ = self.mix_and_keep(x, state, cu_seqlens)
+        return y, state
+
+    def mix_and_keep(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any, Kept]:
+        """As :meth:`mix`, and the keys and values that it has read."""
         # the cache as rows, and where this call's tokens are in their sequences
         conv, cache, *entries = state
         cache = cache.as_rows()
@@ -227,30 +250,38 @@ class CacheMixer(Mixer):
         # q [B, T, H, K], k and v [B, T, G, K], normed and rotated; sparse kinds choose what each query reads
         (q, k, v), conv = self.project(x, conv, place)
         selection, entries = self.select(q, k, place, *entries)
-        # over the keys held and new; packed sequences from an empty cache are one call
-        if cu_seqlens is None:
-            start = cache.first_held(self.cache_window)
-            keys, values, cache = kv_cache.extend(cache, k, v, self.cache_window, self.sink_tokens)
-            o = self.attend(q, keys, values, *selection, key_start=start)
+        kept, cache = self._keep(cache, k, v, place)
+        return self.read(x, (q, *selection), kept), self.State(conv, cache, *entries), kept
+
+    def read(self, x: Tensor, queries: Sequence[Tensor], kept: Kept) -> Tensor:
+        """The mixer's outputs ``[B, T, D]``: what queries, and what they choose, read of all keys and values."""
+        cu_seqlens, keys, values = kept.place.cu_seqlens, kept.keys, kept.values
+        q, *selection = queries
+        if isinstance(keys, Tensor):
+            where = {"key_start": kept.start} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+            o = self.attend(q, keys, values, *selection, **where)  # type: ignore[arg-type]
         else:
-            o, cache = self._attend_packed((q, *selection), k, v, cache, cu_seqlens)
+            assert cu_seqlens is not None
+            lengths = [end - start for start, end in pairwise(cu_seqlens)]
+            rows = zip(keys, values, *(part.split(lengths, dim=1) for part in queries), strict=True)
+            o = torch.cat([self.attend(q, key[None], value[None], *s) for key, value, q, *s in rows], dim=1)
         # gate, heads together, last projection
         if self.gate is not None:  # of each channel or, broadcast, of each head
             o = o * self.gate(x).sigmoid().unflatten(-1, (o.shape[2], -1))
-        return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), self.State(conv, cache, *entries)
+        return self.out_proj(rearrange(o, "b t h v -> b t (h v)"))
 
-    def _attend_packed(
-        self, queries: Sequence[Tensor], k: Tensor, v: Tensor, cache: KVCache, cu_seqlens: tuple[int, ...]
-    ) -> tuple[Tensor, KVCache | PackedKV]:
+    def _keep(self, cache: KVCache, k: Tensor, v: Tensor, place: Place) -> tuple[Kept, KVCache | PackedKV]:
+        """The keys and values held and new, and the cache after them; packed ones from an empty cache are one call."""
+        window, sinks, cu_seqlens = self.cache_window, self.sink_tokens, place.cu_seqlens
+        if cu_seqlens is None:
+            start = cache.first_held(window)
+            keys, values, cache = kv_cache.extend(cache, k, v, window, sinks)
+            return Kept(place, keys, values, start, window), cache
         if not cache.length:
-            q, *selection = queries
-            o = self.attend(q, k, v, *selection, cu_seqlens=cu_seqlens)
-            packed, reserved = PackedKV(k, v, cu_seqlens, self.cache_window, self.sink_tokens), cache.capacity
-            return o, packed.as_rows(reserved) if reserved else packed
-        keys, values, cache = kv_cache.extend_packed(cache, k, v, cu_seqlens, self.cache_window, self.sink_tokens)
-        lengths = [end - start for start, end in pairwise(cu_seqlens)]
-        rows = zip(keys, values, *(part.split(lengths, dim=1) for part in queries), strict=True)
-        return torch.cat([self.attend(q, key[None], value[None], *s) for key, value, q, *s in rows], dim=1), cache
+            packed, reserved = PackedKV(k, v, cu_seqlens, window, sinks), cache.capacity
+            return Kept(place, k, v, None, window), packed.as_rows(reserved) if reserved else packed
+        rows = kv_cache.extend_packed(cache, k, v, cu_seqlens, window, sinks)
+        return Kept(place, rows[0], rows[1], None, window), rows[2]
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
         like = first_tensor(self)
@@ -280,27 +311,35 @@ class CacheMixer(Mixer):
 class CachedAttention(CacheMixer):
     """Projections and positions of an attention by heads; a subclass decides in :meth:`attend` which keys are seen."""
 
+    @property
+    def projected(self) -> int:
+        """How many of queries, keys and values it projects to."""
+        return 3
+
     @from_options
     def __init__(self, config: CachedAttentionConfig):
         super().__init__(config)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
-        parts = [(heads, width), (kv_heads, width), (kv_heads, width)]
+        parts = [(heads, width), (kv_heads, width), (kv_heads, width)][: self.projected]
         self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, bias=config.qkv_bias)
-        self.query_norm, self.key_norm = _norm(config, heads), _norm(config, kv_heads)
+        self.query_norm = _norm(config, heads)
+        self.key_norm = _norm(config, kv_heads) if self.projected > 1 else nn.Identity()
         gates = heads if config.output_gate_scope == "head" else heads * width
         self.gate = Linear(config.d_model, gates, bias=False) if config.output_gate else None
         self.out_proj = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)
 
     def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
-        (q, k, v), conv = self.qkv_proj(x, conv, place.cu_seqlens)
-        q, k, config = self.query_norm(q), self.key_norm(k), self.config
+        parts, conv = self.qkv_proj(x, conv, place.cu_seqlens)
+        norms, config = (self.query_norm, self.key_norm), self.config
+        turned = [norm(part) for norm, part in zip(norms, parts, strict=False)]  # a taker has queries alone
+        parts = [*turned, *parts[2:]]
         if config.qkv_clip is not None:
-            q, k, v = (part.clamp(-config.qkv_clip, config.qkv_clip) for part in (q, k, v))
+            parts = [part.clamp(-config.qkv_clip, config.qkv_clip) for part in parts]
         if config.position == "rotary":
             tables = rotary_tables(place.positions, config.rotary_width, config.rotary_base, config.scaling)
-            q, k = rotate(q, tables), rotate(k, tables)
-        return [q, k, v], conv
+            parts = [*(rotate(part, tables) for part in parts[:2]), *parts[2:]]
+        return parts, conv
 
 
 def _norm(config: CachedAttentionConfig, heads: int) -> nn.Module:

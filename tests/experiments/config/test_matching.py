@@ -145,6 +145,7 @@ REFUSED = {
         "no sizes of min_gru, swiglu come within 3% of 20 KiB of state after 16 tokens and 100,000 parameters; the"
         r" closest is min_gru with d_inner=2560; swiglu with hidden=1: 20 KiB of state after 16 tokens and 1,002,176",
     ),
+    "shared parameters": (("gla(share=a) gla(share=a)",), {"parameters": "100k"}, "layers share parameters"),
     "a cache that is larger alone": (
         ("mamba2 attention",),
         {"state_bytes": "4KiB"},

@@ -1,4 +1,4 @@
-"""Gated linear attention, HGRN2, Based, mLSTM, Mamba-3 and RWKV-6 against their papers' equations, token by token."""
+"""GLA, HGRN2, Based, lightning attention, mLSTM, Mamba-3 and RWKV-6 against their papers' equations, token by token."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ def read_all(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
         state = decay[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
         outputs.append((q[:, t, ..., None] * state).sum(-2))
     return torch.stack(outputs, dim=1)
+
+
+def test_lightning_attention_is_its_equation():
+    mixer, x = build("lightning_attention", num_heads=3, head_dim=6, decay_factor=0.3), inputs(40)
+    q, k, v = (F.silu(each) for each in parts(mixer, x))
+    slopes = torch.tensor([2 ** (-8 * h / 3) for h in (1, 2, 3)], dtype=torch.float64)
+    o = read_all(q, k, v, torch.exp(-0.3 * slopes)[None, None, :, None].expand_as(k))
+    o = rms(o.flatten(2), 1e-6) * mixer.norm.weight * torch.sigmoid(x @ mixer.gate.weight.T)
+    assert error(mixer(x)[0], o @ mixer.out_proj.weight.T) < EXACT
+    with pytest.raises(ValueError, match=r"unknown activation 'silv'.* Did you mean 'silu'\?"):
+        build_mixer("lightning_attention", d_model=32, activation="silv")
 
 
 @pytest.mark.parametrize("negative", [False, True])

@@ -1,0 +1,1 @@
+"""Mixers that are made of mixers of other families."""
