@@ -52,7 +52,7 @@ THEIRS = {
         {"temperature": 0.8, "repetition_penalty": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
         {"temperature": 1.2, "logits_processors": [NoRepeatNGramLogitsProcessor(2)], "repetition_penalty": 1.1},
     ],
-    ids=str,
+    ids=lambda options: " ".join(options),
 )
 def test_probabilities_are_those_of_transformers(given: dict[str, Any]):
     torch.manual_seed(0)
