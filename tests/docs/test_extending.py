@@ -123,6 +123,7 @@ def test_what_is_added_passes_the_linter(copy):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_new_mixer_trains_through_its_yaml(copy):
     command = "python -m experiments.run experiment=mqar model=simple_gla train.steps=1"
     follow(copy, command, "train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")
@@ -141,6 +142,7 @@ def test_a_mixer_of_ones_own_is_held_to_the_laws(own):
     assert f"{2 + len(LAWS) * len(available('linear_attention'))} passed" in said
 
 
+@pytest.mark.slow
 def test_a_mixer_and_a_task_of_ones_own_are_in_the_runner(own):
     command = "python -m experiments.run --config-dir conf --multirun experiment=majority model=learnt_retention,mamba2"
     less = ("train.batch_size=2", "task.validation_examples=4", "task.test_examples=4")

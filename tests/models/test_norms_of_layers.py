@@ -39,6 +39,9 @@ def norms_of(*modules: nn.Module | None) -> list[Function]:
 
 def branch(place: str, x: Tensor, f: Function, norms: Sequence[Function], residual: float, factor: float) -> Tensor:
     """A branch f written out, with as many norms as its place has."""
+    if place == "none":
+        assert not norms
+        return residual * x + factor * f(x)
     first, *more = norms
     assert len(more) == (place == "both")
     match place:
@@ -220,7 +223,7 @@ def test_a_language_model_has_them_before_and_after_its_stack(kind: str):
         ({"norm": "none"}, "unknown norm 'none'"),
         ({"final_norm": "rms_norm"}, "unknown final_norm 'rms_norm': expected .*none, rms"),
         ({"embedding_norm": "x"}, "unknown embedding_norm 'x'"),
-        ({"norm_placement": "after"}, "unknown placement of norms 'after': expected one of both, post, pre"),
+        ({"norm_placement": "after"}, "unknown placement of norms 'after': expected one of both, none, post, pre"),
         ({"norm_placements": {"mamba2": "Pre"}}, "unknown placement of norms 'Pre'.*Did you mean 'pre'"),
         ({"norm_placements": {"mamba2": 1}}, "unknown placement of norms 1"),
         ({"norm_placements": {"mamba9": "pre"}}, "unknown mixer or channel mixer in norm_placements 'mamba9'"),

@@ -102,7 +102,7 @@ def test_modules_to_import_are_imported_first_and_tell_no_runs_apart(tmp_path, m
         ({"model__pattern": "attention(windo=4)"}, ["model.pattern", "attention", "windo", "Did you mean 'window'?"]),
         ({"model__pattern": "attention/swiglu(hidden=-1)"}, ["model.pattern", "swiglu", "hidden", "got -1"]),
         ({"model__pattern": "attention(window=4"}, ["model.pattern", "options of attention: expected ',' or ')'"]),
-        ({"model__norm_placement": "before"}, ["model", "placement of norms", "both, post, pre"]),
+        ({"model__norm_placement": "before"}, ["model", "placement of norms", "both, none, post, pre"]),
         ({"model__mixers": {"attention": {"num_heads": 5}}}, ["model", "num_heads (5)", "32"]),
         ({"model__mixers": {"attention": {"heads": 2}}}, ["model", "'heads'", "num_heads"]),
         ({"model__mixers": {"atention": {}}}, ["model.mixers.atention", "Did you mean 'attention'?"]),

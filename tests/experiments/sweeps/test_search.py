@@ -253,6 +253,7 @@ def test_a_pruner_compares_with_the_median_of_earlier_trials(tmp_path):
     assert "0.4 on validation at step 5 is worse than the median" in pruner.reason
 
 
+@pytest.mark.slow
 def test_a_search_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Two trials at a time, each a real run; another time nothing is trained, and a full output is said once."""
     arguments = [*TINY, "train.steps=10", SPACE[0], "search.trials=2", "search.jobs=2"]

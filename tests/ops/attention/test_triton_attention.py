@@ -258,7 +258,9 @@ def test_nothing_is_read_beyond_the_tensors():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device would need the memory, a sparse file does not")
-@pytest.mark.parametrize("kind", ["attention", "block_sparse_attention", "experts"])
+@pytest.mark.parametrize(
+    "kind", ["attention", "block_sparse_attention", pytest.param("experts", marks=pytest.mark.slow)]
+)
 def test_offsets_beyond_32_bits(kind: str, tmp_path: Path):
     """Rows that lie 2^23 numbers apart, so that the last of them lie beyond 2^31 of the first."""
     T = 270
