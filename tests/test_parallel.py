@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "big_bird": {"block_size": 16},
     "moba": {"block_size": 16},
     "dsa": {"top_k": 5},
+    "sparse_mla": {"top_k": 5},
     "longformer": {"window": 20, "global_tokens": 16},
     "nsa": {"compressed_length": 8, "compressed_stride": 4, "block_size": 8, "window": 16},
     "sliding_window": {"window": 24},

@@ -44,6 +44,7 @@ from seqarch.layers.sparse_attention.dsa import DSA, DSAConfig
 from seqarch.layers.sparse_attention.longformer import Longformer, LongformerConfig
 from seqarch.layers.sparse_attention.moba import MoBA, MoBAConfig
 from seqarch.layers.sparse_attention.nsa import NSA, NSAConfig
+from seqarch.layers.sparse_attention.sparse_mla import SparseMLA, SparseMLAConfig
 from seqarch.layers.state_space.mamba import Mamba, MambaConfig
 from seqarch.layers.state_space.mamba2 import Mamba2, Mamba2Config
 from seqarch.layers.state_space.mamba3 import Mamba3, Mamba3Config
@@ -80,11 +81,12 @@ MIXERS: dict[str, type[Mixer]] = {
     "rwkv7": Rwkv7,
     "s4d": S4d,
     "sliding_window": SlidingWindow,
+    "sparse_mla": SparseMLA,
 }
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "sliding_window", "mla"),
-    "sparse attention": ("big_bird", "moba", "dsa", "longformer", "nsa"),
+    "sparse attention": ("big_bird", "moba", "dsa", "sparse_mla", "longformer", "nsa"),
     "linear attention": (
         "linear_attention",
         "retention",
@@ -226,6 +228,8 @@ __all__ = [
     "S4dConfig",
     "SlidingWindow",
     "SlidingWindowConfig",
+    "SparseMLA",
+    "SparseMLAConfig",
     "SwiGlu",
     "SwiGluConfig",
     "build_channel_mixer",

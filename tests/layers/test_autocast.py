@@ -56,6 +56,7 @@ CACHED: dict[str, dict[str, Any]] = {
     "based": {"window": 6},
     "moba": {"block_size": 4},
     "dsa": {"top_k": 5},
+    "sparse_mla": {"top_k": 5},
     "mla": {},
     "longformer": {"window": 6, "global_tokens": 4, "block_size": 2},
     "nsa": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 6},

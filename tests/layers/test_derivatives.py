@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "big_bird": {"block_size": 4, "window_blocks": 2, "random_blocks": 1},
     "moba": {"block_size": 4},
     "dsa": {"top_k": 3, "num_heads": 2, "num_kv_heads": 1},
+    "sparse_mla": {"top_k": 3, "num_heads": 2, "q_lora_rank": 6},
     "longformer": {"block_size": 4, "window": 4, "global_tokens": 4},
     "nsa": {
         **{"compressed_length": 4, "compressed_stride": 2, "block_size": 4},
@@ -77,7 +78,7 @@ def test_derivatives_of_any_kind(name: str):
         got = forward_ad.unpack_dual(loss.outputs(forward_ad.make_dual(loss.x, tangents[0]), duals)).tangent
     assert error(got, outputs) < BOUND
 
-    if name == "dsa":  # its loss is detached from all but the indexer, which differences do not see
+    if name in ("dsa", "sparse_mla"):  # its loss is detached from all but the indexer, which differences do not see
         keys = ["", *loss.parameters]
         tangents = [t * key.startswith("index") for key, t in zip(keys, tangents, strict=True)]
         along = (tangents[0], dict(zip(loss.parameters, tangents[1:], strict=True)))

@@ -91,6 +91,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "rwkv7": [{"num_heads": 3, "head_dim": 6, "decay_rank": 3, "rate_rank": 4, "gate_rank": 5}],
     "rg_lru": [{"lru_width": 48, "num_heads": 4, "scale_first": True, "negative_eigenvalues": True}],
     "s4d": [{"d_state": 4, "init": "legs"}],
+    "sparse_mla": [
+        {"num_heads": 2, "kv_lora_rank": 24, "q_lora_rank": 5, "v_head_dim": 8, "position": "none", "top_k": 3},
+        {"num_heads": 2, "kv_lora_rank": 10, "q_lora_rank": 6, "top_k": 5, "index_heads": 3},
+    ],
     "sliding_window": [{"window": 2}, {"window": 16, "num_heads": 2, "sinks": True}, {"window": 5, "logit_cap": 0.5}],
 }
 

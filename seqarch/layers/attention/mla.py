@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.attention.base import POSITIONS, CacheMixer, Place
-from seqarch.layers.mixer import choose_heads
+from seqarch.layers.mixer import Mixer, choose_heads
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.modules.linear import Linear, is_plain_linear
@@ -90,7 +91,87 @@ class MLAConfig(HeadsConfig):
         return self.kv_lora_rank or 4 * self.keys
 
 
-class MLA(CacheMixer):
+class LatentMixer(Mixer):
+    """The projections of latent attention, and its two forms; a subclass says which keys each query reads."""
+
+    config: MLAConfig
+
+    def __init__(self, config: MLAConfig):
+        super().__init__(config)
+        heads, keys, values, d_model = config.heads, config.keys, config.values, config.d_model
+        width = heads * (keys + config.shared)
+        if config.q_lora_rank is None:
+            self.query = Linear(d_model, width, bias=False)
+        else:
+            self.query = nn.Sequential(
+                Linear(d_model, config.q_lora_rank, bias=False),
+                HeadNorm(config.q_lora_rank, eps=config.norm_eps),
+                Linear(config.q_lora_rank, width, bias=False),
+            )
+        self.compress = Linear(d_model, config.rank + config.shared, bias=False)
+        self.norm = HeadNorm(config.rank, eps=config.norm_eps)
+        self.expand = Linear(config.rank, heads * (keys + values), bias=False)
+        self.gate = None
+        self.out_proj = Linear(heads * values, d_model, bias=False)
+
+    def latents(self, x: Tensor, q: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, T, H, K + R]`` of ``q [B, T, H (K + R)]``, rotated, and latents and shared keys ``[B, T, 1, C +
+        R]`` of x.
+        """
+        config, q = self.config, q.unflatten(-1, (self.config.heads, -1))
+        latent, shared = self.compress(x).unsqueeze(2).split([config.rank, config.shared], dim=-1)
+        if config.position == "rotary":
+            tables = rotary_tables(positions, config.shared, config.rotary_base, config.scaling)
+            own, turned = q.split([config.keys, config.shared], dim=-1)
+            q, shared = torch.cat([own, rotate(turned, tables)], dim=-1), rotate(shared, tables)
+        return q, torch.cat([self.norm(latent), shared], dim=-1)
+
+    def read_latents(self, q: Tensor, entries: Tensor, attention: Callable[..., Tensor], reach: int | None) -> Tensor:
+        """The outputs ``[B, Tq, H, V]`` of ``attention(q, k, v)`` in the form that takes fewer FLOPs.
+
+        Args:
+            reach: the most keys that a query reads; ``None`` for all up to its own.
+        """
+        absorbed = self.is_absorbed(q.shape[1], entries.shape[1], reach)
+        return self._absorbed(q, entries, attention) if absorbed else attention(q, *self.expanded(entries))
+
+    def _absorbed(self, q: Tensor, entries: Tensor, attention: Callable[..., Tensor]) -> Tensor:
+        o = attention(self.absorb(q), entries, entries[..., : self.config.rank])
+        return torch.einsum("bthc,hvc->bthv", o, self._maps()[1])
+
+    def is_absorbed(self, queries: int, keys: int, reach: int | None) -> bool:
+        """Whether queries go to the latents, and not the latents to keys and values of every head."""
+        expanded, absorbed = self.costs(queries, keys, reach)
+        return absorbed < expanded and is_plain_linear(self.expand)
+
+    def expanded(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, T, H, K + R]`` and values ``[B, T, H, V]``."""
+        config = self.config
+        latent, shared = entries.split([config.rank, config.shared], dim=-1)
+        k, v = self.expand(latent.squeeze(2)).unflatten(-1, (config.heads, -1)).split([config.keys, config.values], -1)
+        return torch.cat([k, shared.expand(-1, -1, config.heads, -1)], dim=-1), v
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """Queries ``[B, T, H, C + R]`` in the space of the latents."""
+        own, turned = q.split([self.config.keys, self.config.shared], dim=-1)
+        return torch.cat([torch.einsum("bthk,hkc->bthc", own, self._maps()[0]), turned], dim=-1)
+
+    def _maps(self) -> tuple[Tensor, ...]:
+        """The maps of the latents to each head's keys ``[H, K, C]`` and values ``[H, V, C]``."""
+        maps = self.expand.weight.unflatten(0, (self.config.heads, -1))
+        return maps.split([self.config.keys, self.config.values], dim=1)
+
+    def costs(self, queries: int, keys: int, reach: int | None = None) -> tuple[int, int]:
+        """FLOPs per row of the two forms, but for what both share: ``expand`` once per query."""
+        config = self.config
+        pairs = partial(attention_flops, queries, keys, config.heads, window=reach)
+        expand = 2 * config.rank * config.heads * (config.keys + config.values)
+        expanded = pairs(key_width=config.keys + config.shared, value_width=config.values)
+        absorbed = pairs(key_width=config.rank + config.shared, value_width=config.rank)
+        return expanded + expand * (keys - queries), absorbed
+
+
+class MLA(LatentMixer, CacheMixer):
     """``o_t = sum_j softmax_j((q_t . W_k c_j + p_t . r_j) / sqrt(K + R)) W_v c_j`` with one latent c_j for all heads.
 
     ``c = norm(W_c x)``; ``r = W_r x`` is one rotated key for all heads, p the rotated part of each head's query; W_k
@@ -112,67 +193,19 @@ class MLA(CacheMixer):
     @from_options
     def __init__(self, config: MLAConfig):
         super().__init__(config)
-        heads, keys, values, d_model = config.heads, config.keys, config.values, config.d_model
-        width = heads * (keys + config.shared)
-        if config.q_lora_rank is None:
-            self.query = Linear(d_model, width, bias=False)
-        else:
-            self.query = nn.Sequential(
-                Linear(d_model, config.q_lora_rank, bias=False),
-                HeadNorm(config.q_lora_rank, eps=config.norm_eps),
-                Linear(config.q_lora_rank, width, bias=False),
-            )
-        self.compress = Linear(d_model, config.rank + config.shared, bias=False)
-        self.norm = HeadNorm(config.rank, eps=config.norm_eps)
-        self.expand = Linear(config.rank, heads * (keys + values), bias=False)
-        self.gate = None
-        self.out_proj = Linear(heads * values, d_model, bias=False)
         self.cache_shape = (1, config.rank + config.shared, 0)
 
     def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
         """Queries ``[B, T, H, K + R]``, latents and shared keys ``[B, T, 1, C + R]``, and no values."""
-        q = self.query(x).unflatten(-1, (self.config.heads, -1))
-        latent, shared = self.compress(x).unsqueeze(2).split([self.config.rank, self.config.shared], dim=-1)
-        if self.config.position == "rotary":
-            config = self.config
-            tables = rotary_tables(place.positions, config.shared, config.rotary_base, config.scaling)
-            own, turned = q.split([self.config.keys, self.config.shared], dim=-1)
-            q, shared = torch.cat([own, rotate(turned, tables)], dim=-1), rotate(shared, tables)
-        entries = torch.cat([self.norm(latent), shared], dim=-1)
+        q, entries = self.latents(x, self.query(x), place.positions)
         return [q, entries, entries[..., :0]], None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
-        expanded, absorbed = self._costs(q.shape[1], k.shape[1])
-        read = self._absorbed if absorbed < expanded and is_plain_linear(self.expand) else self._expanded
-        return read(q, k, scale=self.config.scale, **where)
-
-    def _expanded(self, q: Tensor, entries: Tensor, **options: Any) -> Tensor:
-        config = self.config
-        latent, shared = entries.split([config.rank, config.shared], dim=-1)
-        k, v = self.expand(latent.squeeze(2)).unflatten(-1, (config.heads, -1)).split([config.keys, config.values], -1)
-        k = torch.cat([k, shared.expand(-1, -1, config.heads, -1)], dim=-1)
-        return ops.attention(q, k, v, **options)
-
-    def _absorbed(self, q: Tensor, entries: Tensor, **options: Any) -> Tensor:
-        config = self.config
-        maps = self.expand.weight.unflatten(0, (config.heads, -1))
-        to_keys, to_values = maps.split([config.keys, config.values], dim=1)
-        own, turned = q.split([config.keys, config.shared], dim=-1)
-        q = torch.cat([torch.einsum("bthk,hkc->bthc", own, to_keys), turned], dim=-1)
-        o = ops.attention(q, entries, entries[..., : config.rank], **options)
-        return torch.einsum("bthc,hvc->bthv", o, to_values)
-
-    def _costs(self, queries: int, keys: int) -> tuple[int, int]:
-        """FLOPs per row of the two forms, but for what both share: ``expand`` once per query."""
-        config = self.config
-        expanded = attention_flops(queries, keys, config.heads, config.keys + config.shared, config.values)
-        absorbed = attention_flops(queries, keys, config.heads, config.rank + config.shared, config.rank)
-        expand = 2 * config.rank * config.heads * (config.keys + config.values)
-        return expanded + expand * (keys - queries), absorbed
+        return self.read_latents(q, k, partial(ops.attention, scale=self.config.scale, **where), None)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
-        return batch_size * min(self._costs(length, length))
+        return batch_size * min(self.costs(length, length))
 
     def step_flops(self, length: int, batch_size: int = 1) -> int:
         maps = self.flops(1) - self.sequence_flops(1)
-        return batch_size * (maps + min(self._costs(1, length + 1)))
+        return batch_size * (maps + min(self.costs(1, length + 1)))

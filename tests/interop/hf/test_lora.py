@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attention": {"qk_norm": True, "output_gate": True, "conv_width": 4},
     "moba": {"block_size": 4},
     "dsa": {"top_k": 3},
+    "sparse_mla": {"top_k": 3},
     "mla": {"q_lora_rank": 5},
     "nsa": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 8},
 }

@@ -21,6 +21,7 @@ BOUND = 1e-5
 SHORT: dict[str, dict[str, Any]] = {
     "attention": {"conv_width": 3},
     "dsa": {"top_k": 3},
+    "sparse_mla": {"top_k": 3},
     "big_bird": {"block_size": 2},
     "longformer": {"window": 3},
     "moba": {"block_size": 2},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,8 +67,8 @@ def test_both_forms_read_the_same(options: dict):
     q = inputs(7 if packed else 3, batch=1 if packed else 2, width=48).unflatten(-1, (4, 12)).requires_grad_()
     entries = inputs(7, batch=1 if packed else 2, width=16).unsqueeze(2).requires_grad_()
     found = []
-    for form in (mixer._expanded, mixer._absorbed):
-        o = form(q, entries, scale=12**-0.5, **options)
+    attend = partial(ops.attention, scale=12**-0.5, **options)
+    for o in (attend(q, *mixer.expanded(entries)), mixer._absorbed(q, entries, attend)):
         found.append((o, *torch.autograd.grad(o.sin().sum(), [q, entries, mixer.expand.weight])))
     for a, b in zip(*found, strict=True):
         same(a, b)
@@ -88,8 +90,8 @@ def test_the_cheaper_form_is_taken():
     width, state = read_width(mixer, 1, state)
     assert width == absorbed
     # 41 latents are held, worth 6888: 15 queries make 735 pairs, worth 7350, and 14 of them make 679, worth 6790
-    assert mixer._costs(14, 55)[0] > mixer._costs(14, 55)[1]
-    assert mixer._costs(15, 56)[0] < mixer._costs(15, 56)[1]
+    assert mixer.costs(14, 55)[0] > mixer.costs(14, 55)[1]
+    assert mixer.costs(15, 56)[0] < mixer.costs(15, 56)[1]
     assert read_width(mixer, 15, state)[0] == expanded
     assert read_width(build(kv_lora_rank=5), 40, None)[0] == 5 + 4  # a latent below the mean of K and V
 
