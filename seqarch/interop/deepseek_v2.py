@@ -43,4 +43,5 @@ def _groups(settings: Settings) -> dict[str, int | str]:
 
 
 def weights(settings: Settings) -> WeightMap:
-    return latent.weights(lm_config(settings))
+    config = lm_config(settings)
+    return latent.weights(config, latent.attention(config.mixers["mla"], pairs=True))

@@ -49,4 +49,5 @@ def lm_config(settings: Settings) -> LMConfig:
 
 
 def weights(settings: Settings) -> WeightMap:
-    return latent.weights(lm_config(settings), settings.rope_interleave)
+    config = lm_config(settings)
+    return latent.weights(config, latent.attention(config.mixers["mla"], settings.rope_interleave))

@@ -60,6 +60,7 @@ _BESIDE_IMAGES = (FileRule(r"model\.(.*)", (r"model.language_model.\1",), writte
 FILE_RULES: dict[str, tuple[FileRule, ...]] = {
     "deepseek_v2": _QWEN_MOE,
     "deepseek_v3": _QWEN_MOE,
+    "deepseek_v32": _QWEN_MOE,
     "granitemoe": _GRANITE_MOE,
     "granitemoehybrid": _GRANITE_MOE,
     "jamba": _experts("feed_forward", "gate_proj", "up_proj", "down_proj", "feed_forward"),
@@ -106,10 +107,14 @@ FILE_RULES: dict[str, tuple[FileRule, ...]] = {
 """By family. Of several rules for a tensor the first whose pieces are there is read; files may also hold the tensor
 itself, as the state dict does."""
 
+_OF_FURTHER_TOKENS = r"model\.layers\.61\..*"
+
 _OF_IMAGES = r"(mtp|model\.visual)\..*"
 
 UNUSED = {
     "": r".*rotary_emb\.inv_freq",
+    "deepseek_v3": _OF_FURTHER_TOKENS,
+    "deepseek_v32": _OF_FURTHER_TOKENS,
     "nemotron_h": r"mtp\..*",
     "qwen3_5_moe_text": _OF_IMAGES,
     "qwen3_5_text": _OF_IMAGES,

@@ -14,7 +14,13 @@ from seqarch.models import LayerPattern, LMConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSettings(decoder.DecoderSettings):
-    """The fields that these families have."""
+    """The fields that these families have.
+
+    Class attributes:
+        mixer: our name of their attention.
+    """
+
+    mixer: ClassVar[str] = "mla"
 
     only: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0, "attention_bias": False}
     unread: ClassVar[tuple[str, ...]] = ("head_dim", "num_key_value_heads")
@@ -50,12 +56,12 @@ class LatentSettings(decoder.DecoderSettings):
     num_experts_per_tok: int = 8
 
     def latent(self) -> dict[str, Any]:
-        """Options of an ``mla``."""
+        """Options of the attention."""
         if self.qk_rope_head_dim % 2:
             raise self.refuse("qk_rope_head_dim", "an even number of channels that turn")
         rotary = self.rotary(self.qk_rope_head_dim)
         rotary.pop("rotary_fraction")
-        return {**self.options_of("mla"), "norm_eps": 1e-6, **rotary}  # whatever rms_norm_eps
+        return {**self.options_of(self.mixer), "norm_eps": 1e-6, **rotary}  # whatever rms_norm_eps
 
     def channels(self) -> list[str]:
         """The channel mixer of each layer."""
@@ -87,13 +93,13 @@ def lm_config(settings: LatentSettings, moe: dict[str, Any]) -> LMConfig:
     each = settings.channels()
     return parts.lm_config(
         settings,
-        [LayerPattern(("mla",), channel) for channel in each],
-        {"mla": settings.latent()},
+        [LayerPattern((settings.mixer,), channel) for channel in each],
+        {settings.mixer: settings.latent()},
         {name: channels[name] for name in channels if name in each},
     )
 
 
-def attention(options: dict[str, Any], pairs: bool) -> list[Rule]:
+def attention(options: Mapping[str, Any], pairs: bool) -> list[Rule]:
     """``q_proj`` or ``q_a_proj`` and ``q_b_proj``, ``kv_a_proj_with_mqa``, ``kv_b_proj`` and ``o_proj`` as an ``mla``.
 
     Args:
@@ -117,9 +123,9 @@ def attention(options: dict[str, Any], pairs: bool) -> list[Rule]:
     return [*low, rule("q_b_proj.weight", "query.2.weight", *queries), *rules]
 
 
-def weights(config: LMConfig, pairs: bool = True) -> WeightMap:
-    """The rules of such a model."""
-    tables = {"mla": under("self_attn.", "mixers.0.", attention(config.mixers["mla"], pairs))}
+def weights(config: LMConfig, mixer: list[Rule]) -> WeightMap:
+    """The rules of such a model, with those of its one kind of attention."""
+    tables = {name: under("self_attn.", "mixers.0.", mixer) for name in config.mixers}
     if "moe" in config.channels:
         moe = config.channels["moe"]
         bias = (

@@ -15,6 +15,7 @@ from seqarch.layers.delta_rule.gated_delta_net_2 import GatedDeltaNet2, GatedDel
 from seqarch.layers.delta_rule.gated_delta_product import GatedDeltaProduct, GatedDeltaProductConfig
 from seqarch.layers.delta_rule.kda import KDA, KDAConfig
 from seqarch.layers.delta_rule.rwkv7 import Rwkv7, Rwkv7Config
+from seqarch.layers.hybrid.rwkv_channel_mix import RwkvChannelMix, RwkvChannelMixConfig
 from seqarch.layers.linear_attention.based import Based, BasedConfig
 from seqarch.layers.linear_attention.gla import Gla, GlaConfig
 from seqarch.layers.linear_attention.hgrn2 import Hgrn2, Hgrn2Config
@@ -79,6 +80,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "rg_lru": RgLru,
     "rwkv6": Rwkv6,
     "rwkv7": Rwkv7,
+    "rwkv_channel_mix": RwkvChannelMix,
     "s4d": S4d,
     "sliding_window": SlidingWindow,
     "sparse_mla": SparseMLA,
@@ -100,7 +102,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "state space": ("mamba2", "mamba", "mamba3"),
     "delta rule": ("gated_delta_net", "delta_net", "kda", "gated_delta_net_2", "gated_delta_product", "rwkv7"),
     "recurrence": ("rg_lru", "hgrn", "min_gru"),
-    "convolution": ("hyena", "s4d", "gated_short_conv"),
+    "convolution": ("hyena", "s4d", "gated_short_conv", "rwkv_channel_mix"),
 }
 """The mixers by kind, for tables and plots; the order is that in which they are shown."""
 
@@ -224,6 +226,8 @@ __all__ = [
     "Rwkv6Config",
     "Rwkv7",
     "Rwkv7Config",
+    "RwkvChannelMix",
+    "RwkvChannelMixConfig",
     "S4d",
     "S4dConfig",
     "SlidingWindow",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from seqarch.interop.decoder import ACTIVATIONS, MIXERS
@@ -142,9 +143,9 @@ def _starcoder2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     return {**others, "norm_epsilon": model.config.norm_eps, "use_bias": layers.get("mlp").bias}
 
 
-def _latent(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+def _latent(layers: Layers, model: LanguageModel, name: str = "mla") -> dict[str, Any]:
     """What DeepSeek's families say; the dense width is that of the experts where no layer is dense."""
-    mixer, dense = layers.get("mla"), layers.places("swiglu")
+    mixer, dense = layers.get(name), layers.places("swiglu")
     channel = layers.get("swiglu" if dense else "moe")
     return {
         **rotary_settings(mixer),
@@ -183,6 +184,7 @@ DECODERS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     "cohere2": _cohere2,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _latent,
+    "deepseek_v32": partial(_latent, name="sparse_mla"),
     "gemma": _decoder,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,

@@ -12,6 +12,8 @@ from seqarch.pretrained.kinds_of_layers import Layers
 
 CHOSEN = {
     "d_inner": "inner_width",
+    "decay_rank": "chosen_decay_rank",
+    "gate_rank": "chosen_gate_rank",
     "head_dim": "head_width",
     "hidden": "hidden_width",
     "key_width": "keys",
@@ -20,8 +22,10 @@ CHOSEN = {
     "num_kv_heads": "kv_heads",
     "qk_nope_head_dim": "keys",
     "qk_rope_head_dim": "shared",
+    "rate_rank": "chosen_rate_rank",
     "top_groups": "chosen_groups",
     "v_head_dim": "values",
+    "value_rank": "chosen_value_rank",
 }
 """What a config calls the value of an option that is chosen where it is not given."""
 

@@ -26,6 +26,7 @@ CASES: list[tuple[str, dict[str, Any], str, int]] = [
     ("moba", {"block_size": 4}, "top_k", 10),
     ("moba", {}, "block_size", LENGTH),
     ("dsa", {}, "top_k", LENGTH),
+    ("sparse_mla", {}, "top_k", LENGTH),
     ("nsa", {}, "window", LENGTH),
     ("nsa", {}, "selected_blocks", 40),
     ("nsa", {"compressed_length": 2, "compressed_stride": 1}, "block_size", LENGTH),

@@ -71,6 +71,17 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
             {"q_lora_rank": None, "norm_topk_prob": False, "rope_interleave": False, "first_k_dense_replace": 0},
         ],
     ),
+    "DeepseekV32ForCausalLM": (
+        decoders(
+            "DeepseekV32Config",
+            **{**LATENT, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2},
+            **{"index_topk": 7, "index_n_heads": 12, "index_head_dim": 8},
+        ),
+        [
+            {"rope_parameters": {**YARN, "rope_theta": 300.0, "mscale": 0.7, "mscale_all_dim": 0.9}},
+            {"mlp_layer_types": ["sparse", "dense"], "norm_topk_prob": False, "index_topk": 64},
+        ],
+    ),
     "Gemma2ForCausalLM": (
         decoders("Gemma2Config", head_dim=12, sliding_window=5, query_pre_attn_scalar=9),
         [{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, {"attention_bias": True}],

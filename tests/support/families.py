@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.support import decoder_families, hybrid_families
+from tests.support import decoder_families, hybrid_families, rwkv7_model
 from tests.support.family_sizes import ATTENTION, EPS, SMALL, SPECIAL
 
 M = TypeVar("M", bound=nn.Module)
@@ -106,6 +106,13 @@ def kimi_linear(**changes: Any) -> Any:
     return transformers.KimiLinearConfig(**{**SMALL, **SPECIAL, **ATTENTION, **options, **changes})
 
 
+def rwkv7(**changes: Any) -> Any:
+    ranks = {"decay_low_rank_dim": 5, "gate_low_rank_dim": 7, "a_low_rank_dim": 6, "v_low_rank_dim": 4}
+    return rwkv7_model.RWKV7Config(
+        **{**SMALL, **SPECIAL, **ranks, "head_dim": 8, "intermediate_size": 40, "norm_eps": EPS, **changes}
+    )
+
+
 VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "MambaForCausalLM": (mamba, [{}, {"tie_word_embeddings": False, "expand": 3, "time_step_rank": 5}]),
     "Mamba2ForCausalLM": (mamba2, [{}, {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-2}]),
@@ -131,6 +138,14 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "RecurrentGemmaForCausalLM": (
         recurrent_gemma,
         [{}, {"tie_word_embeddings": False, "block_types": ["attention", "recurrent"], "lru_width": None}],
+    ),
+    "RWKV7ForCausalLM": (
+        rwkv7,
+        [
+            {},
+            {"num_hidden_layers": 3, "norm_first": False, "norm_bias": False, "tie_word_embeddings": True}
+            | {"intermediate_size": None, "hidden_ratio": 2.5, "head_dim": None, "num_heads": 2, "hidden_act": "gelu"},
+        ],
     ),
     "Qwen3NextForCausalLM": (qwen3_next, [{}, {"norm_topk_prob": False, "decoder_sparse_step": 2, "head_dim": 8}]),
     **decoder_families.VARIANTS,
@@ -174,10 +189,15 @@ each_class_slowly = pytest.mark.parametrize(
 """A test of the examples by default."""
 
 
+def class_of(name: str) -> Any:
+    """The class of ``transformers``, or of another package's layout that is written out here."""
+    return getattr(transformers, name, None) or getattr(rwkv7_model, name)
+
+
 def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
     """The configuration and the model, with random parameters and buffers."""
     config = VARIANTS[name][0](**changes)
-    return config, randomise(getattr(transformers, name)(config)).train(False)
+    return config, randomise(class_of(name)(config)).train(False)
 
 
 def randomise(model: M) -> M:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from seqarch.interop import FAMILIES, from_transformers, lm_config
-from tests.support.families import VARIANTS, randomise
+from tests.support.families import VARIANTS, class_of, randomise
 
 TOKENS = torch.randint(3, 53, (1, 11), generator=torch.Generator().manual_seed(1))
 
@@ -165,7 +164,7 @@ class Models:
     """Their models of one family in training mode, one per set of values of the attributes that models read."""
 
     def __init__(self, name: str):
-        self.model, self.base = getattr(transformers, name), VARIANTS[name][0]()
+        self.model, self.base = class_of(name), VARIANTS[name][0]()
         self.read = self._recorded()
         self.known: dict[str, tuple[dict[str, Tensor], Tensor] | None] = {}
         self.imported: dict[str, Tensor] = {}

@@ -89,6 +89,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "retention": [{"num_heads": 3, "key_width": 6, "value_width": 5, "conv_width": 4}],
     "rwkv6": [{"num_heads": 3, "head_dim": 6, "mix_rank": 3, "decay_rank": 5}],
     "rwkv7": [{"num_heads": 3, "head_dim": 6, "decay_rank": 3, "rate_rank": 4, "gate_rank": 5}],
+    "rwkv_channel_mix": [{"hidden": 24, "activation": "gelu"}],
     "rg_lru": [{"lru_width": 48, "num_heads": 4, "scale_first": True, "negative_eigenvalues": True}],
     "s4d": [{"d_state": 4, "init": "legs"}],
     "sparse_mla": [

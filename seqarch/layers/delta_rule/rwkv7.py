@@ -42,6 +42,7 @@ class Rwkv7Config(HeadWidthConfig):
             in all others: ``rwkv7(value_residual=give) 11*rwkv7(value_residual=take)``.
         value_rank: rank of the map from the input to how far they move; by default the release's ``1.7 sqrt(D)``,
             rounded likewise.
+        norm_eps: times K added to the variance in the norm of each head.
     """
 
     decay_rank: int | None = None
@@ -49,13 +50,30 @@ class Rwkv7Config(HeadWidthConfig):
     gate_rank: int | None = None
     value_residual: str = "none"
     value_rank: int | None = None
+    norm_eps: float = 1e-5
 
     def __post_init__(self):
         super().__post_init__()
         if self.value_residual not in VALUE_RESIDUALS:
             raise unknown_name("value_residual", self.value_residual, VALUE_RESIDUALS)
 
-    def rank(self, given: int | None, factor: float) -> int:
+    @property
+    def chosen_decay_rank(self) -> int:
+        return self._rank(self.decay_rank, 2.5)
+
+    @property
+    def chosen_rate_rank(self) -> int:
+        return self._rank(self.rate_rank, 2.5)
+
+    @property
+    def chosen_gate_rank(self) -> int:
+        return self._rank(self.gate_rank, 5.0)
+
+    @property
+    def chosen_value_rank(self) -> int:
+        return self._rank(self.value_rank, 1.7)
+
+    def _rank(self, given: int | None, factor: float) -> int:
         return given or max(32, 32 * round(factor * self.d_model**0.5 / 32))
 
 
@@ -93,19 +111,19 @@ class Rwkv7(RecurrentMixer):
         self.shares = nn.Parameter(torch.stack(shares))
         self.receptance, self.key, self.value = (_uniform(size, inner, bound) for bound in (0.5, 0.05, 0.5))
         decay = -5.5 + 6 * line ** (1 + DEPTH**0.3) + 2.5 * zigzag
-        self.decay = low_rank(size, config.rank(config.decay_rank, 2.5), nn.Tanh(), decay, inner)
+        self.decay = low_rank(size, config.chosen_decay_rank, nn.Tanh(), decay, inner)
         rate = -0.19 + 0.3 * zigzag + 0.4 * (line - 0.5)
-        self.rate = low_rank(size, config.rank(config.rate_rank, 2.5), nn.Identity(), rate, inner)
-        self.gate = low_rank(size, config.rank(config.gate_rank, 5.0), nn.Sigmoid(), outputs=inner)
+        self.rate = low_rank(size, config.chosen_rate_rank, nn.Identity(), rate, inner)
+        self.gate = low_rank(size, config.chosen_gate_rank, nn.Sigmoid(), outputs=inner)
         self.gives = (FIRST_VALUE,) if config.value_residual == "give" else ()
         self.takes = (FIRST_VALUE,) if config.value_residual == "take" else ()
         if self.takes:
             towards = 0.73 - 0.4 * (line - 0.5)
-            self.value_gate = low_rank(size, config.rank(config.value_rank, 1.7), nn.Identity(), towards, inner)
+            self.value_gate = low_rank(size, config.chosen_value_rank, nn.Identity(), towards, inner)
         self.removal = nn.Parameter(0.71 - 0.1 * (line - 0.5))
         self.replacement = nn.Parameter(torch.full((inner,), 1.02))
         self.bonus = nn.Parameter(torch.full((heads, width), -0.04))
-        self.norm = nn.GroupNorm(heads, inner, eps=1e-5 * width)
+        self.norm = nn.GroupNorm(heads, inner, eps=config.norm_eps * width)
         nn.init.constant_(self.norm.weight, DEPTH**0.7)
         self.out_proj = Linear(inner, size, bias=False)
         self.state_shape = (heads, width, width)

@@ -29,7 +29,8 @@ class IndexedConfig(LayerConfig):
         top_k: tokens that a query attends to, or all before it where they are fewer.
         index_heads: heads of the indexer's queries; the release has half as many as the attention.
         index_width: width of its queries and of its one key per token.
-        index_loss_weight: what ``auxiliary_loss`` weighs the indexer's loss by.
+        index_loss_weight: what ``auxiliary_loss`` weighs the indexer's loss by; with 0 there is none, and the indexer
+            stays as it is.
     """
 
     may_be_zero = (*LayerConfig.may_be_zero, "index_loss_weight")
@@ -107,7 +108,7 @@ class IndexedAttention(RowAttention):
         indexer, chosen = (index_q, index_k.squeeze(2), weight), None
         if k.shape[1] > self.config.top_k:
             chosen = ops.index_topk(*indexer, self.config.top_k, key_start=start)
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.config.index_loss_weight:
             *scored, scale = self.scored(q, k)
             loss = ops.indexer_loss(*indexer, *scored, chosen, scale=scale, key_start=start).sum()
             self._losses = [*self._losses, loss]

@@ -39,8 +39,9 @@ class SparseMLA(LatentMixer, IndexedAttention):
     <seqarch.layers.sparse_attention.dsa.DSA>`, which learns as there. Not DSA, whose attention has plain grouped heads.
     The indexer's queries come from the low-rank queries where there are such, else from the input; the first
     ``qk_rope_head_dim`` of its channels turn, in halves also in the release, where those of the attention turn in
-    pairs. Index keys have a layer norm with ``norm_eps``. As in DSA the indexer, and the low-rank queries with it, runs in float32 or wider, without the
-    release's 8-bit scores and their Hadamard transform, and of equal scores the earlier token is chosen.
+    pairs. Index keys have a layer norm with ``norm_eps``. As in DSA the indexer runs in float32 or wider, and the
+    low-rank queries that it reads too, without the release's 8-bit scores and their Hadamard transform; of equal scores
+    the earlier token is chosen.
 
     Per token are kept the latent and the shared key, C + R numbers, and the indexer's key in float32. Chosen tokens are
     read in that of MLA's two forms that takes fewer FLOPs: absorbed, a query reads ``top_k`` latents; expanded, all

@@ -57,10 +57,12 @@ def test_every_type_is_compared():
     assert {options["rope_type"] for options in SCALINGS} == ROPE_TYPES.keys()
 
 
-@pytest.mark.parametrize("name", ["attention", "dsa", "moba", "mla", "nsa"])
+@pytest.mark.parametrize("name", ["attention", "dsa", "moba", "mla", "nsa", "sparse_mla"])
 @pytest.mark.parametrize("options", [SCALINGS[2], SCALINGS[4], SCALINGS[8]], ids=lambda options: options["rope_type"])
 def test_mixers_turn_by_it_and_keep_the_laws(name: str, options: dict[str, Any]):
-    more = {"dsa": {"index_width": 8}, "mla": {"qk_rope_head_dim": 8}, "moba": {"block_size": 16}}.get(name, {})
+    widths = {"qk_rope_head_dim": 8}
+    options_of = {"dsa": {"index_width": 8}, "mla": widths, "moba": {"block_size": 16}, "sparse_mla": widths}
+    more = options_of.get(name, {})
     layer = type(build_mixer(name, d_model=32))
     case, plain = (
         Case(layer, "", "", {"num_heads": 4, **more, **scaled}) for scaled in ({"rope_scaling": options}, {})

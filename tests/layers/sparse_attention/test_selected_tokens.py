@@ -29,6 +29,9 @@ SMALL = {
 }
 
 
+LATENT = {"top_k": 5, "num_heads": 2, "q_lora_rank": 8}
+
+
 def native(**options) -> NSA:
     mixer = build_mixer("nsa", d_model=32, **{**SMALL, **options}).double()
     assert isinstance(mixer, NSA)
@@ -159,7 +162,9 @@ def test_room_is_written_in_place_also_after_packed_prompts():
         assert measured_state_bytes(state) == mixer.state_bytes(40, 2)
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("nsa", SMALL), ("dsa", {"top_k": 5, "num_heads": 2})])
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("nsa", SMALL), ("dsa", {"top_k": 5, "num_heads": 2}), ("sparse_mla", LATENT)]
+)
 def test_prompts_of_different_lengths_continue_as_they_do_alone(name, chosen):
     config = LMConfig(vocab_size=31, d_model=32, pattern=name, depth=2, mixers={name: chosen})
     model = LanguageModel(config).double()
@@ -295,7 +300,7 @@ def test_dsa_options_are_checked():
 
 def test_no_tensor_holds_all_pairs():
     length = 2048
-    for name, chosen in (("nsa", {"window": 64}), ("dsa", {"top_k": 16})):
+    for name, chosen in (("nsa", {"window": 64}), ("dsa", {"top_k": 16}), ("sparse_mla", {"top_k": 16})):
         mixer = build_mixer(name, d_model=32, **chosen)
         x = torch.randn(1, length, 32, requires_grad=True)
         with LargestTensor() as seen:
@@ -305,7 +310,7 @@ def test_no_tensor_holds_all_pairs():
         assert 0 < seen.elements <= length * length / 8
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("nsa", SMALL), ("dsa", {"top_k": 4})])
+@pytest.mark.parametrize(("name", "chosen"), [("nsa", SMALL), ("dsa", {"top_k": 4}), ("sparse_mla", LATENT)])
 def test_autocast_chooses_in_full_precision(name, chosen):
     mixer, x = build_mixer(name, d_model=32, **chosen), torch.randn(2, 40, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,74 @@
+"""DeepSeek-V3.2: ``DeepseekV32ForCausalLM``, DeepSeek-V3 with an indexer that picks what latent attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from seqarch.interop import deepseek_v3, latent
+from seqarch.interop.weights import Rule, WeightMap, rule, under
+from seqarch.models import LMConfig
+
+CHANNELS = {"dense": "swiglu", "sparse": "moe"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(deepseek_v3.Settings):
+    """Fields of ``DeepseekV32Config``."""
+
+    model_type = "deepseek_v32"
+    mixer = "sparse_mla"
+    aliases: ClassVar = {**deepseek_v3.Settings.aliases, "num_experts": "n_routed_experts"}
+    unread: ClassVar = (*latent.LatentSettings.unread, "rope_interleave")
+    options: ClassVar = {
+        "sparse_mla": {
+            **latent.LatentSettings.options["mla"],
+            "top_k": "index_topk",
+            "index_heads": "index_n_heads",
+            "index_width": "index_head_dim",
+        }
+    }
+    layer_kinds: ClassVar = {"mlp_layer_types": CHANNELS}
+
+    max_position_embeddings: int = 163840
+    q_lora_rank: int = 1536
+    mlp_layer_types: list[str] | None = None
+    index_topk: int = 2048
+    index_head_dim: int = 128
+    index_n_heads: int = 64
+
+    def latent(self) -> dict[str, Any]:
+        """Options of a ``sparse_mla``, whose indexer does not learn, as theirs."""
+        if self.index_topk == 1:
+            raise self.refuse("index_topk", "at least 2: an indexer of one token learns nothing")
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise self.refuse("index_head_dim", f"at least qk_rope_head_dim ({self.qk_rope_head_dim}), which turn")
+        return {**super().latent(), "index_loss_weight": 0.0}
+
+    def channels(self) -> list[str]:
+        if self.mlp_layer_types is None:
+            return super().channels()
+        return self.chosen("mlp_layer_types", CHANNELS, self.mlp_layer_types, self.num_hidden_layers)
+
+
+def lm_config(settings: Settings) -> LMConfig:
+    return deepseek_v3.lm_config(settings)
+
+
+def attention(options: Mapping[str, Any]) -> list[Rule]:
+    """Latent attention and its ``indexer``, as a ``sparse_mla``."""
+    names = {
+        "wq_b.weight": "index_query.weight",
+        "wk.weight": "index_key.weight",
+        "k_norm.weight": "index_norm.weight",
+        "k_norm.bias": "index_norm.bias",
+        "weights_proj.weight": "index_weight.weight",
+    }
+    own = [rule(theirs, ours) for theirs, ours in names.items()]
+    return [*latent.attention(options, pairs=True), *under("indexer.", "", own)]
+
+
+def weights(settings: Settings) -> WeightMap:
+    config = lm_config(settings)
+    return latent.weights(config, attention(config.mixers["sparse_mla"]))
