@@ -23,6 +23,7 @@ from seqarch.pretrained.gguf_model import (
     heads_of_mamba2,
     state_space,
 )
+from seqarch.pretrained.gguf_rwkv7 import RWKV7
 
 
 def _mamba(model: Model) -> Metadata:
@@ -150,5 +151,6 @@ ARCHITECTURES = {
     "mamba2": Architecture("mamba2", _mamba2, change_mamba2),
     "mixtral": Architecture("llama", _mixtral, _change_llama, further=frequency_divisors),
     "qwen3_next": Architecture("qwen3next", _qwen3_next, _change_qwen3_next),
+    "rwkv7": RWKV7,
 }
 """By family of :data:`seqarch.interop.FAMILIES`."""

@@ -32,6 +32,9 @@ WIDE = (
     "ffn_gate_inp_shexp.weight",
     "ssm_conv1d.weight",
     "shortconv.conv.weight",
+    "time_mix_lerp_fused.weight",
+    "time_mix_w1.weight",
+    "time_mix_w2.weight",
 )
 """Ends of the names of matrices that are float32 in every file, as all vectors are."""
 
@@ -182,16 +185,23 @@ def _tensors(architecture: Architecture, model: Model, state: Mapping[str, Tenso
     names, table = _names(own, architecture.metadata(model)["block_count"]), weight_map(model.config)
     yield from architecture.further(model)
     for rule in table.rules:
-        for name, tensor in rule.to_theirs({own: state[own] for own in rule.ours}).items():
+        given = rule.to_theirs({own: state[own] for own in rule.ours})
+        for name, tensor in architecture.join(given).items():
             if name in table.tied:
                 continue
             for theirs, piece in _stacked(written_names(model.settings.model_type, name), tensor):
                 if not piece.is_meta:
                     piece = piece.cpu()
                 for known, changed in architecture.change(model, theirs, piece.float()):
-                    if (found := names.get_name(known, try_suffixes=(".weight", ".bias"))) is None:
-                        raise ValueError(f"llama.cpp's {own} has no tensor for {known}")
-                    yield found, changed
+                    yield _stored_name(names, known, own), changed
+
+
+def _stored_name(names: Any, known: str, architecture: str) -> str:
+    """llama.cpp's own name for what it or ``gguf``'s table calls so."""
+    found = known if known.startswith("blk.") else names.get_name(known, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise ValueError(f"llama.cpp's {architecture} has no tensor for {known}")
+    return found
 
 
 def _stacked(names: tuple[str, ...], tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -64,6 +64,7 @@ class Architecture:
         change: from a tensor of theirs to those that the file holds, by names that ``gguf``'s table knows.
         with_experts: its name where the model has experts, if that is another.
         further: tensors that are not theirs, by llama.cpp's own names.
+        join: of several tensors of theirs that are one of ours, those that the file holds.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Architecture:
     change: Callable[[Model, str, Tensor], list[Named]]
     with_experts: str | None = None
     further: Callable[[Model], list[Named]] = lambda model: []
+    join: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
 
     def name_of(self, model: Model) -> str:
         return self.with_experts if self.with_experts is not None and model.routed else self.name

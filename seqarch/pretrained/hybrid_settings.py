@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from seqarch.interop import nemotron_h
+from seqarch.interop import nemotron_h, rwkv7
 from seqarch.models import LanguageModel
 from seqarch.pretrained.decoder_settings import head_settings, multipliers
 from seqarch.pretrained.kinds_of_layers import Layers
@@ -162,6 +162,19 @@ def _minimax(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
+def _rwkv7(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """Their layers are two of ours, and what is between them and the head has a bias or not in all norms alike."""
+    time, channel, config = layers.get("rwkv7"), layers.get("rwkv_channel_mix"), model.config
+    names = {ours: theirs for theirs, ours in reversed([*rwkv7.ACTIVATIONS.items()])}
+    return {
+        "num_hidden_layers": -(-config.depth // 2),
+        "num_heads": time.heads,
+        "norm_first": config.embedding_norm != "none",
+        "norm_bias": config.norm == rwkv7.NORMS[True],
+        "hidden_act": names.get(channel.activation, "sqrelu"),
+    }
+
+
 def _xlstm(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     cell = layers.get("mlstm")
     return {
@@ -184,6 +197,7 @@ HYBRIDS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     "minimax": _minimax,
     "nemotron_h": _nemotron_h,
     "olmo_hybrid": _olmo_hybrid,
+    "rwkv7": _rwkv7,
     "xlstm": _xlstm,
 }
 """By family."""

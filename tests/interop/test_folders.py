@@ -188,6 +188,11 @@ NEW: dict[str, dict[str, Any]] = {
         "mixers": {"sparse_mla": {"q_lora_rank": 6, "top_k": 5, "index_heads": 12}},
         "channels": {"moe": {"router": "sigmoid", "expert_bias": True, "shared_experts": 2, "num_groups": 2}},
     },
+    "rwkv7": {
+        "pattern": "rwkv7(value_residual=give)/none rwkv_channel_mix/none rwkv7(value_residual=take)/none "
+        "rwkv_channel_mix/none",
+        **{"depth": 4, "norm": "layer", "embedding_norm": "layer", "mixers": {"rwkv7": {"num_heads": 2}}},
+    },
     "mamba": {"pattern": "mamba", "channel": "none", "tie_embeddings": True, "mixers": {"mamba": {"d_state": 5}}},
     "mamba2": {"pattern": "mamba2", "channel": "none", "mixers": {"mamba2": {"head_dim": 16, "d_state": 8}}},
     "mixtral": {"pattern": "sliding_window/moe", "mixers": {"sliding_window": {"num_heads": 4, "window": 5}}},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ CONFIGS = {
     "qwen3_5_moe_text": lambda **changes: hybrid_families.qwen3_5_moe(
         **{"layer_types": None, "num_hidden_layers": 4, **changes}
     ),
+    "rwkv7": lambda **changes: families.rwkv7(**{"norm_eps": 8e-5, **changes}),
     "qwen3_next": lambda **changes: families.qwen3_next(
         **{"layer_types": None, "num_hidden_layers": 4, "mlp_only_layers": None, **changes}
     ),
@@ -85,6 +88,9 @@ KEYS = {
     "falcon_h1": STATE_SPACE | ATTENTION | {"ssm.group_count", "vocab_size"},
     "mixtral": ATTENTION | {"vocab_size", "rope.dimension_count", "expert_count", "expert_used_count"},
     "qwen3_next": DELTA | SHARED,
+    "rwkv7": {"attention.decay_lora_rank", "attention.iclr_lora_rank", "attention.value_residual_mix_lora_rank"}
+    | {"attention.gate_lora_rank", "attention.layer_norm_epsilon", "attention.head_count", "wkv.head_size"}
+    | {"context_length", "embedding_length", "block_count", "feed_forward_length"},
 }
 """What llama.cpp's converter writes for the architecture, below its name."""
 
@@ -133,6 +139,8 @@ def expected(config: dict[str, Any], state: dict[str, Tensor], name: str, names:
     part = name.removeprefix(f"blk.{layer}.")
     kind = config["model_type"]
     theirs = f"model.layers.{layer}."
+    if kind == "rwkv7" and part.startswith(("time_mix", "channel_mix", "attn_norm")):
+        return _of_rwkv7(get, theirs, layer, *part.split("."))
     if "exps" in part:
         module = theirs + {"jamba": "feed_forward", "lfm2_moe": "feed_forward", "nemotron_h": "mixer"}.get(kind, "mlp")
         if kind == "nemotron_h":
@@ -175,6 +183,25 @@ def expected(config: dict[str, Any], state: dict[str, Tensor], name: str, names:
         order = [head * 8 + pair + 4 * half for head in range(len(tensor) // 8) for pair in range(4) for half in (0, 1)]
         tensor = tensor[order]
     return _multiplied(tensor, part) if kind == "falcon_h1" else tensor
+
+
+def _of_rwkv7(get: Callable[[str], Tensor], theirs: str, layer: str, part: str, kind: str) -> Tensor:
+    if part == "time_mix_lerp_fused":
+        return torch.stack([get(f"{theirs}attn.x_{each}") for each in "rwkvag"])
+    named = {"attn_norm": "attn_norm", "attn_norm_2": "ffn_norm", "time_mix_ln": "attn.g_norm"}
+    if part in named:
+        return get(f"{theirs}{named[part]}.{kind}")
+    if part == "channel_mix_lerp_k":
+        return get(f"{theirs}ffn.x_k")
+    block, _, own = part.partition("_mix_")
+    if own in ("k_k", "k_a", "r_k"):
+        return get(f"{theirs}attn.{own}").flatten()
+    if own[1:] in ("0", "1", "2"):
+        letter = "a" if own[0] == "v" and layer == "0" else own[0]  # of no use there, but expected
+        return get(f"{theirs}attn.{letter}_lora.lora." + {"0": "2.bias", "1": "0.weight", "2": "2.weight"}[own[1]])
+    if block == "channel":
+        return get(f"{theirs}ffn.{own}.weight")
+    return get(f"{theirs}attn.{own[0]}_proj.weight")
 
 
 IN_TURN = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -227,12 +254,14 @@ def test_each_tensor_and_key_is_what_llama_cpp_reads(theirs, tmp_path):
         wanted = expected(config, state, name, names)
         assert torch.equal(tensor, wanted.to(tensor.dtype)), name
         vector = tensor.ndim < 2 or not name.endswith("weight")
-        wide = vector or any(part in name for part in ("norm", "gate_inp", "conv1d", "conv.conv"))
+        wide = vector or any(part in name for part in ("norm", "gate_inp", "conv1d", "conv.conv", "lerp", "mix_w"))
         assert tensor.dtype == (torch.float32 if wide else torch.bfloat16), name
-    assert sum(map(torch.numel, tensors.values())) == sum(map(torch.numel, state.values()))
+    unused = [tensor for name, tensor in tensors.items() if re.match(r"blk\.0\.time_mix_v\d", name)]
+    stored = [tensor for tensor in tensors.values() if not any(tensor is each for each in unused)]
+    assert sum(map(torch.numel, stored)) == sum(map(torch.numel, state.values()))
     known = {gguf.TENSOR_NAMES[each] for each in gguf.MODEL_TENSORS[number]}
-    assert {each.replace(f".{each.split('.')[1]}.", ".{bid}.").removesuffix(".weight").removesuffix(".bias")
-            if each.startswith("blk.") else each.removesuffix(".weight") for each in tensors} <= known  # fmt: skip
+    bare = [each.removesuffix(".weight").removesuffix(".bias") for each in tensors]
+    assert {re.sub(r"^blk\.\d+", "blk.{bid}", each) for each in bare} <= known
 
     own = {name.removeprefix(f"{architecture}.") for name in fields if name.startswith(f"{architecture}.")}
     assert own == KEYS[architecture if architecture == "nemotron_h_moe" else kind]
@@ -316,6 +345,8 @@ def test_scaled_rotary_positions_are_keys(tmp_path):
         ("nemotron_h", {"layers_block_type": None}, "no nemotron_h with both mlp and moe blocks"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "but only type linear or yarn"),
         ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.0}}, "but only yarn without attention_factor"),
+        ("rwkv7", {"norm_eps": 1e-5}, "norm_eps=1e-05, but only 8e-05, at heads of 8 channels"),
+        ("rwkv7", {"tie_word_embeddings": True}, "tie_word_embeddings=True, but only false"),
         ("falcon_h1", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate=True, but only false"),
     ],
 )

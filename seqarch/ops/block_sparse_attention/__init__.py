@@ -12,6 +12,9 @@ Blocks have ``block_size`` tokens and count from each sequence's own first token
 key: of Tq queries and Tk keys, query i has position ``i + Tk - Tq``. A block listed twice counts once, -1 is no block,
 and what lies after the query is not seen, listed or not. A query that sees no key gives 0, with gradient 0.
 
+``return_lse`` asks for the logarithms of the sums below the fraction, too, by which attentions over parts of the keys
+are put together.
+
 Inputs are expected to be finite. A NaN or an infinity in v reaches the queries that see it and may reach earlier ones
 of its block, in ``parallel_torch`` all earlier ones, but never another row, head or packed sequence. In ``chunk_torch``
 and ``recurrent_torch`` it reaches only the queries that see it.
@@ -23,6 +26,7 @@ all pairs of queries and keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,8 +69,9 @@ def block_sparse_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     key_start: Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """Softmax attention of each query over the tokens up to its own in the blocks listed for it.
 
     Args:
@@ -83,10 +88,12 @@ def block_sparse_attention(
             start of each sequence.
         key_start: ``[B]``, the first key of each row that is not padding: for rows of different lengths that end
             together, as in a cache. Blocks count from it. Below 0 it counts as 0, past Tk it hides the whole row.
+        return_lse: whether the logarithms of the sums are returned, too.
         backend: a name, or ``"auto"``.
 
     Returns:
-        o ``[B, Tq, H, V]`` in v's dtype.
+        o ``[B, Tq, H, V]`` in v's dtype; with ``return_lse`` o and ``[B, Tq, H]``, float32 or float64: -inf of a query
+        that sees no key.
 
     Raises:
         ValueError: shapes disagree, heads do not divide, offsets are wrong, ``block_size`` or ``window`` is below 1, a
@@ -111,7 +118,8 @@ def block_sparse_attention(
     block_size = min(block_size, max(LEAST_BLOCK, sizes["Tk"]))
     key_start = None if key_start is None else key_start.clamp(0, sizes["Tk"])
     scale = checks.finite_scale(NAME, scale, sizes["K"])
-    return OP(backend, BlockSparseAttentionInputs(q, k, v, block_index, block_size, window, scale, offsets, key_start))
+    given = q, k, v, block_index, block_size, window, scale, offsets, key_start, return_lse
+    return OP(backend, BlockSparseAttentionInputs(*given))
 
 
 def _check_lists(block_index: Tensor, device: torch.device) -> None:

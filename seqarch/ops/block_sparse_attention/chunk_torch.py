@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
-from seqarch.ops.block_sparse_attention.lists import attend, hidden, list_operator, rows, zero_outputs
+from seqarch.ops.block_sparse_attention.lists import ListOperators, attend, hidden, rows, zero_outputs
 from seqarch.ops.native.custom_op import Upstream, as_given
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
@@ -79,13 +79,13 @@ def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
 
 def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
     q, k, v, scale, window = inputs.q, inputs.k, inputs.v, inputs.scale, inputs.window
-    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    (o, log_sum), (do, *dlse) = upstream.kept, upstream.gradients
     wide, count = log_sum.dtype, inputs.lists.shape[2]
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     if inputs.empty():
         return as_given(inputs, (dq, dk, dv, None, None))
     chunks = _Chunks(inputs)
-    queries, o, do, log_sum = (_by_lists(x, count) for x in (q, o, do, log_sum))
+    queries, o, do, log_sum, *dlse = (_by_lists(x, count) for x in (q, o, do, log_sum, *dlse))
     dq_lists, (dk_rows, steps), (dv_rows, _) = _by_lists(dq, count), rows(dk), rows(dv)
     key_rows, value_rows = (rows(x.contiguous())[0] for x in (k, v))
     for part, inside, times in chunks:
@@ -97,14 +97,16 @@ def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
         weights.masked_fill_(unseen.unsqueeze(2), -torch.inf).exp_()
         dv_rows.index_add_(0, place, (weights.mT @ dout).flatten(0, 2))
         own = (dout * o[part].to(wide)).sum(-1, keepdim=True)
+        for each in dlse:
+            own = own - each[part].unsqueeze(-1)
         dscores = (dout @ values.mT).sub_(own).mul_(weights)
         dq_lists[part] = dscores @ keys * scale
         dk_rows.index_add_(0, place, (dscores.mT @ query).flatten(0, 2))
     return as_given(inputs, (dq, dk, dv, None, None))
 
 
-operator = list_operator("block_sparse_attention_chunk", forward, backward)
+operators = ListOperators("block_sparse_attention_chunk", forward, backward)
 
 
-def run(inputs: BlockSparseAttentionInputs) -> Tensor:
-    return attend(operator, inputs)
+def run(inputs: BlockSparseAttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    return attend(operators, inputs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
-from seqarch.ops.block_sparse_attention.lists import list_operator, zero_outputs
+from seqarch.ops.block_sparse_attention.lists import ListOperators, zero_outputs
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.custom_op import Upstream, as_given
 from seqarch.ops.native.huge_pages import in_huge_pages
@@ -52,6 +53,7 @@ def _fields(inputs: ListInputs) -> dict[str, Any]:
 
 
 def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
+    """Logarithms are to base 2."""
     o, log_sum = zero_outputs(inputs)
     inputs = inputs.to(cpu_library.common_dtype(inputs.q, inputs.k, inputs.v))
     wide = o.to(inputs.v.dtype)
@@ -60,17 +62,19 @@ def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
-    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    (o, log_sum), (do, *dlse) = upstream.kept, upstream.gradients
     dtype = cpu_library.common_dtype(inputs.q, inputs.k, inputs.v)
     dq, dk, dv = (in_huge_pages(torch.empty(x.shape, dtype=dtype)) for x in (inputs.q, inputs.k, inputs.v))
     outputs = {"o": cpu_library.rows(o.to(dtype)), "dout": cpu_library.rows(do.to(dtype))}
-    outputs |= {"log_sum": log_sum.contiguous(), "dlse": None}
+    outputs |= {"log_sum": log_sum.contiguous(), "dlse": dlse[0].div(math.log(2)).contiguous() if dlse else None}
     _backward(_fields(inputs.to(dtype)), outputs | {"dq": dq, "dk": dk, "dv": dv})
     return as_given(inputs, (dq, dk, dv, None, None))
 
 
-operator = list_operator("block_sparse_attention_compiled", forward, backward, blocks=lambda lists: lists)
+operators = ListOperators(
+    "block_sparse_attention_compiled", forward, backward, blocks=lambda lists: lists, unit=math.log(2)
+)
 
 
-def run(inputs: BlockSparseAttentionInputs) -> Tensor:
-    return operator(ListInputs.of(inputs))[0]
+def run(inputs: BlockSparseAttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    return operators(inputs, ListInputs.of(inputs))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
-from seqarch.ops.block_sparse_attention.lists import attend, hidden, list_operator, zero_outputs
+from seqarch.ops.block_sparse_attention.lists import ListOperators, attend, hidden, zero_outputs
 from seqarch.ops.native.custom_op import Upstream, as_given
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
@@ -137,14 +137,14 @@ def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
-    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    (o, log_sum), (do, *dlse) = upstream.kept, upstream.gradients
     q, v, wide, count = inputs.q, inputs.v, log_sum.dtype, inputs.lists.shape[2]
     if inputs.empty():
         return as_given(inputs, (*(torch.zeros_like(x) for x in (q, inputs.k, v)), None, None))
     query_rows, key_rows, value_rows = rows = _in_rows(inputs, wide)
     dq, dk, dv = (torch.zeros_like(x) for x in rows)
     tiles, do = _Tiles(inputs), do.to(wide)
-    own = _flat((do * o).sum(-1), count)
+    own = _flat(sum((-each for each in dlse), (do * o).sum(-1)), count)
     total, do = _flat(log_sum, count), _flat(do, count)
     for chunk in tiles:
         query, keys, scores = _scores(chunk, query_rows, key_rows, q.shape[3])
@@ -158,8 +158,8 @@ def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
     return as_given(inputs, (dq.mul_(inputs.scale), dk, dv, None, None))
 
 
-operator = list_operator("block_sparse_attention_grouped", forward, backward)
+operators = ListOperators("block_sparse_attention_grouped", forward, backward)
 
 
-def run(inputs: BlockSparseAttentionInputs) -> Tensor:
-    return attend(operator, inputs)
+def run(inputs: BlockSparseAttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    return attend(operators, inputs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
-from seqarch.ops.block_sparse_attention.lists import attend, list_operator, zero_outputs
+from seqarch.ops.block_sparse_attention.lists import ListOperators, attend, zero_outputs
 from seqarch.ops.dispatch.checks import promoted_dtype
 from seqarch.ops.native.custom_op import Upstream, as_given
 from seqarch.ops.triton import availability
@@ -51,11 +51,11 @@ def forward(inputs: ListInputs) -> tuple[Tensor, Tensor]:
 def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
     from seqarch.ops.block_sparse_attention.launches_triton import parts
 
-    (o, log_sum), (do,) = upstream.kept, upstream.gradients
+    (o, log_sum), (do, *dlse) = upstream.kept, upstream.gradients
     wide = inputs.to(promoted_dtype(inputs.q, inputs.k, inputs.v))
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (wide.q, wide.k, wide.v))
     if not inputs.empty():
-        between = (do.to(log_sum.dtype) * o.to(log_sum.dtype)).sum(-1)
+        between = sum((-each for each in dlse), (do.to(log_sum.dtype) * o.to(log_sum.dtype)).sum(-1))
         for part, row, heads, group in parts(wide, wide.q.shape[3]):
             part.differentiate(
                 do[row, :, heads].to(dq.dtype), log_sum[row, :, heads], between[row, :, heads], dq[row, :, heads],
@@ -64,8 +64,8 @@ def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
     return as_given(inputs, (dq, dk, dv, None, None))
 
 
-operator = list_operator("block_sparse_attention_triton", forward, backward)
+operators = ListOperators("block_sparse_attention_triton", forward, backward)
 
 
-def run(inputs: BlockSparseAttentionInputs) -> Tensor:
-    return attend(operator, inputs)
+def run(inputs: BlockSparseAttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    return attend(operators, inputs)

@@ -25,6 +25,7 @@ class BlockSparseAttentionInputs(Inputs):
         scale: of the scores.
         offsets: the boundaries of packed sequences, from 0 to T; ``None`` where nothing is packed.
         key_start: ``[B]``, from 0 to Tk, the first key of each row that is not padding, or ``None``.
+        return_lse: whether the result is ``(o, lse)``.
     """
 
     q: Tensor
@@ -36,6 +37,20 @@ class BlockSparseAttentionInputs(Inputs):
     scale: float
     offsets: tuple[int, ...] | None
     key_start: Tensor | None
+    return_lse: bool = False
+
+    def positions(self, first: Tensor) -> Tensor:
+        """Of queries in their sequences, which begin at ``first``: ``[B or 1, Tq]``; negative before them."""
+        keys = self.k.shape[1]
+        return torch.arange(keys - self.length, keys, device=self.device) - first
+
+    def blind(self) -> Tensor:
+        """Which queries see no key, ``[B, Tq, H]``."""
+        position, index = self.positions(sequence_starts(self))[..., None, None], self.block_index
+        seen = ((index >= 0) & (index <= position // self.block_size)).any(-1)
+        if self.window:
+            seen = seen | (position.squeeze(-1) >= 0)
+        return ~seen.repeat_interleave(self.q.shape[2] // index.shape[2], dim=2)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from seqarch.ops.native.custom_op import Operator, Upstream
 from seqarch.ops.native.huge_pages import in_huge_pages
 
 
-def attend(operator: Operator[ListInputs], inputs: BlockSparseAttentionInputs) -> Tensor:
-    """o, by an operator that takes plain lists."""
-    as_given, keys = ListInputs.of(inputs), inputs.k.shape[1]
-    position = torch.arange(keys - inputs.length, keys, device=inputs.device) - as_given.first
+def attend(operators: ListOperators, inputs: BlockSparseAttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    """The results, by operators that take plain lists."""
+    as_given = ListInputs.of(inputs)
+    position = inputs.positions(as_given.first)
     lists = plain_lists(inputs.block_index, position, inputs.block_size, inputs.window)
-    return operator(as_given.replace(lists=lists))[0]
+    return operators(inputs, as_given.replace(lists=lists))
 
 
 def plain_lists(block_index: Tensor, position: Tensor, block_size: int, window: int) -> Tensor:
@@ -60,22 +60,45 @@ def blocks_of(entries: Tensor) -> Tensor:
     return torch.where((entries >= 0) & (entries % 2 == 0), entries >> 1, -1)
 
 
-def list_operator(
-    name: str,
-    forward: Callable[[ListInputs], tuple[Tensor, Tensor]],
-    backward: Callable[[ListInputs, Upstream], Sequence[Tensor]],
-    blocks: Callable[[Tensor], Tensor] = blocks_of,
-) -> Operator[ListInputs]:
-    """The operator of o and the logarithm of each softmax's sum, both of which the backward pass takes.
+class ListOperators:
+    """A pair of kernels as two custom operators: of o alone, and of o and the logarithms of the softmax's sums.
 
-    Compilers leave it whole: its loop over chunks stays a loop, its memory bounded. ``blocks`` gives the blocks that
-    entries of its lists stand for.
+    Both keep these logarithms for the backward pass, and the second has their gradient too. Compilers leave operators
+    whole: a loop over chunks stays a loop, its memory bounded.
+
+    Args:
+        blocks: the blocks that entries of the operators' lists stand for.
+        unit: natural logarithms in one of the kernel's.
     """
 
-    def by_torch(inputs: ListInputs) -> Tensor:
-        return parallel_torch.attend(inputs.replace(lists=blocks(inputs.lists)))
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[[ListInputs], tuple[Tensor, Tensor]],
+        backward: Callable[[ListInputs, Upstream], Sequence[Tensor]],
+        blocks: Callable[[Tensor], Tensor] = blocks_of,
+        unit: float = 1.0,
+    ):
+        def with_sums(inputs: ListInputs) -> tuple[Tensor, Tensor]:
+            o, lse = parallel_torch.attend(inputs.replace(lists=blocks(inputs.lists)))
+            return o, lse / unit
 
-    return Operator(name, ListInputs, forward, backward, by_torch, zero_outputs, keeps=(0, 1))
+        def by_torch(inputs: ListInputs) -> Tensor:
+            return with_sums(inputs)[0]
+
+        self.unit = unit
+        self.outputs = Operator(name, ListInputs, forward, backward, by_torch, zero_outputs, keeps=(0, 1))
+        self.with_sums = Operator(
+            f"{name}_lse", ListInputs, forward, backward, with_sums, zero_outputs, results=2, keeps=(0, 1)
+        )
+
+    def __call__(self, inputs: BlockSparseAttentionInputs, given: ListInputs) -> Tensor | tuple[Tensor, Tensor]:
+        """o in v's dtype, and the logarithms where the call asks for them, of the lists that are ``given``."""
+        if not inputs.return_lse:
+            return self.outputs(given)[0]
+        o, log_sum = self.with_sums(given)
+        lse = log_sum * self.unit if self.unit != 1 else log_sum
+        return o, lse.masked_fill(inputs.blind(), -torch.inf)
 
 
 def zero_outputs(inputs: ListInputs) -> tuple[Tensor, Tensor]:

@@ -7,29 +7,36 @@ from torch import Tensor
 
 from seqarch.ops.block_sparse_attention.inputs import BlockSparseAttentionInputs, ListInputs
 from seqarch.ops.chunked.packing import split_sequences
-from seqarch.ops.chunked.softmax import masked_softmax
+from seqarch.ops.chunked.softmax import masked_logsumexp, masked_softmax
 from seqarch.ops.dispatch.checks import accumulation_dtype
 
 TRANSFORMABLE = True
 
 
-def run(inputs: BlockSparseAttentionInputs) -> Tensor:
+def run(inputs: BlockSparseAttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
+    o, lse = _attend(inputs)
+    return (o, lse) if inputs.return_lse else o
+
+
+def _attend(inputs: BlockSparseAttentionInputs) -> tuple[Tensor, Tensor]:
     if inputs.offsets is None:
         return attend(ListInputs.of(inputs))
     sequences = split_sequences(inputs.offsets, inputs.q, inputs.k, inputs.v, inputs.block_index)
     alone = (inputs.replace(q=q, k=k, v=v, block_index=index, offsets=None) for q, k, v, index in sequences)
-    return torch.cat([attend(ListInputs.of(each)) for each in alone], dim=1)
+    outputs, sums = zip(*(attend(ListInputs.of(each)) for each in alone), strict=True)
+    return torch.cat(outputs, dim=1), torch.cat(sums, dim=1)
 
 
-def attend(inputs: ListInputs) -> Tensor:
-    """o ``[B, Tq, H, V]`` in v's dtype, for lists of blocks."""
+def attend(inputs: ListInputs) -> tuple[Tensor, Tensor]:
+    """o ``[B, Tq, H, V]`` in v's dtype and the logarithms of the sums ``[B, Tq, H]``, for lists of blocks."""
     q, k, v = inputs.q, inputs.k, inputs.v
     wide, lists, groups = accumulation_dtype(q, k, v), inputs.lists.shape[2], k.shape[2]
     seen = visible(inputs.lists, inputs.first, k.shape[1], inputs.block_size, inputs.window)
     queries = (q.to(wide) * inputs.scale).unflatten(2, (groups, lists // groups, -1))  # [B, Tq, G, I / G, H / I, K]
     scores = torch.einsum("btgirk,bsgk->btgirs", queries, k.to(wide))
-    weights = masked_softmax(scores, seen.unflatten(2, (groups, -1)).unsqueeze(4))
-    return torch.einsum("btgirs,bsgv->btgirv", weights, v.to(wide)).flatten(2, 4).to(v.dtype)
+    seen = seen.unflatten(2, (groups, -1)).unsqueeze(4)
+    o = torch.einsum("btgirs,bsgv->btgirv", masked_softmax(scores, seen), v.to(wide))
+    return o.flatten(2, 4).to(v.dtype), masked_logsumexp(scores, seen).flatten(2, 4)
 
 
 def visible(block_index: Tensor, first: Tensor, keys: int, block_size: int, window: int) -> Tensor:

@@ -205,8 +205,8 @@ class LargestTensor(TorchDispatchMode):
 def _inside(module: Any) -> dict[Any, Callable[..., Any]]:
     """What the two custom operators of a backend compute, by their overloads."""
     return {
-        module.operator.operator._opoverload: lambda *values: module.forward(ListInputs(*values)),
-        module.operator.gradient._opoverload: lambda *values: module.backward(
+        module.operators.outputs.operator._opoverload: lambda *values: module.forward(ListInputs(*values)),
+        module.operators.outputs.gradient._opoverload: lambda *values: module.backward(
             ListInputs(*values[:-4]), Upstream(values[-4:-2], values[-2:-1], values[-1])
         ),
     }
@@ -257,7 +257,7 @@ def test_the_custom_operators_are_sound(backend):
     entries = lists.plain_lists(index, torch.arange(170, 300)[None], options["block_size"], 0)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     first = torch.zeros(1, 130, dtype=torch.int64)
-    torch.library.opcheck(module.operator.operator, (*leaves, entries, first, options["block_size"], 0, 0.3))
+    torch.library.opcheck(module.operators.outputs.operator, (*leaves, entries, first, options["block_size"], 0, 0.3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
