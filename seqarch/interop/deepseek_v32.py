@@ -20,6 +20,7 @@ class Settings(deepseek_v3.Settings):
     model_type = "deepseek_v32"
     mixer = "sparse_mla"
     aliases: ClassVar = {**deepseek_v3.Settings.aliases, "num_experts": "n_routed_experts"}
+    in_files_only: ClassVar = (*deepseek_v3.Settings.in_files_only, "num_experts")
     unread: ClassVar = (*latent.LatentSettings.unread, "rope_interleave")
     options: ClassVar = {
         "sparse_mla": {

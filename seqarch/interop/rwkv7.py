@@ -68,7 +68,7 @@ def lm_config(settings: Settings) -> LMConfig:
     depth, size = settings.num_hidden_layers, settings.hidden_size
     values = [settings.value_dim] * depth if fits(settings.value_dim, (int,)) else settings.value_dim
     if values not in (None, [size] * depth):
-        raise settings.refuse("value_dim", f"hidden_size, {size}, in each of {depth} layers")
+        raise settings.refuse("value_dim", f"hidden_size, {size}, in each of {depth} layers (num_hidden_layers)")
     (activation,) = settings.chosen("hidden_act", ACTIVATIONS, [settings.hidden_act])
     ratio = 4.0 if settings.hidden_ratio is None else settings.hidden_ratio
     hidden = round_up(int(size * ratio)) if settings.intermediate_size is None else settings.intermediate_size

@@ -34,5 +34,7 @@ def explanation() -> str:
     return (
         f"Against transformers {version}, tiny random models in float32: RMS of the difference over that of theirs,\n"
         "of the logits of 37 tokens, of the same in pieces of 20, 1, 1 and 15, and of each parameter's gradient;\n"
-        "and whether its tensors come back when a folder of theirs is read, saved for them and loaded there."
+        "and whether its tensors come back when a folder of theirs is read, saved for them and loaded there.\n"
+        "RWKV7ForCausalLM is flash-linear-attention's: measured against its equations, token by token, which the\n"
+        "tests hold to what that package computes."
     )

@@ -17,13 +17,19 @@ from torch.nn import functional as F
 from seqarch.interop import FAMILIES, from_transformers, lm_config, to_transformers, weight_map
 from seqarch.models import LanguageModel
 from seqarch.testing import assert_close
-from tests.support.families import CASES, VARIANTS, build, class_of, each_case, each_case_slowly, each_class_slowly
+from tests.support.families import (
+    CASES,
+    UNTAUGHT,
+    VARIANTS,
+    build,
+    class_of,
+    each_case,
+    each_case_slowly,
+    each_class_slowly,
+)
 
 BOUND = 1e-5
 """RMS of the difference over the RMS of what is expected, in float32: of the logits, and of each gradient by itself."""
-
-UNTAUGHT = ".indexer."
-"""In the names of tensors of theirs that get no gradient."""
 
 TOKENS = torch.randint(3, 53, (2, 37), generator=torch.Generator().manual_seed(1))
 

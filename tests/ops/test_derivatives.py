@@ -49,6 +49,11 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Tensor], dict[str, Any]]]] = 
     "window": lambda: ("attention", heads(), {"window": 2, "key_start": torch.tensor([0, 2])}),
     "sums": lambda: ("attention", {**heads(), "sinks": draw(2)}, {"return_lse": True}),
     "lists": lambda: ("block_sparse_attention", heads(), {"block_index": LISTS, "block_size": 2, "window": 2}),
+    "sums_of_lists": lambda: (
+        "block_sparse_attention",
+        heads(),
+        {"block_index": LISTS, "block_size": 2, "window": 2, "return_lse": True},
+    ),
     "wide_blocks": lambda: (
         "block_sparse_attention",
         heads(18),

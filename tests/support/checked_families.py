@@ -23,7 +23,7 @@ from torch.func import functional_call
 from seqarch import LanguageModel
 from seqarch.interop import lm_config, weight_map
 from seqarch.pretrained.families import CHECKED
-from tests.support.families import VARIANTS, build
+from tests.support.families import UNTAUGHT, VARIANTS, build
 
 TOKENS = torch.randint(3, 53, (2, 37), generator=torch.Generator().manual_seed(1))
 
@@ -35,12 +35,13 @@ def distance(got: Tensor, expected: Tensor) -> float:
 
 def gradients(config: Any, theirs: Any) -> float:
     """The largest distance of a parameter's gradient from theirs."""
-    leaves = dict(theirs.named_parameters())
+    tensors = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+    leaves = {name: each for name, each in theirs.named_parameters() if UNTAUGHT not in name}
     weights = torch.randn(*TOKENS.shape, 53, generator=torch.Generator().manual_seed(2))
     expected = torch.autograd.grad((theirs(TOKENS, use_cache=False).logits * weights).sum(), list(leaves.values()))
-    buffers = {key: tensor for key, tensor in theirs.state_dict().items() if key in dict(theirs.named_buffers())}
+    state = {key: tensors[key] for key in theirs.state_dict() if key in tensors}
     model = LanguageModel(lm_config(config)).eval()
-    logits, _ = functional_call(model, weight_map(config).to_seqarch({**buffers, **leaves}), (TOKENS,))
+    logits, _ = functional_call(model, weight_map(config).to_seqarch(state), (TOKENS,))
     found = torch.autograd.grad((logits * weights).sum(), list(leaves.values()))
     return max(distance(got, wanted) for got, wanted in zip(found, expected, strict=True))
 

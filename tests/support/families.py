@@ -153,6 +153,9 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
 }
 """For each class, what makes its configuration, and settings under which it is tried."""
 
+UNTAUGHT = ".indexer."
+"""In the names of tensors of theirs that get no gradient."""
+
 CASES = [(name, changes) for name, (_, variants) in VARIANTS.items() for changes in variants]
 
 EXAMPLES = {

@@ -29,6 +29,7 @@ from seqarch.testing import assert_close
 from tests.ops.attention import test_attention as whole
 from tests.ops.attention import test_log_sums as sums
 from tests.ops.block_sparse_attention import test_block_sparse_attention as listed
+from tests.ops.block_sparse_attention import test_log_sums_of_lists as sums_of_lists
 from tests.ops.chunked.test_triton_recurrences import BOUND, DEVICE, EXACT
 from tests.ops.experts import test_experts as routed
 from tests.support.surrounded import surrounded
@@ -180,6 +181,22 @@ def test_few_queries_without_keys_or_rows(batch: int, keys: int):
 @pytest.mark.parametrize("call", QUICK_LISTED)
 def test_listed_blocks_equal_a_dense_softmax(call: str):
     compare_listed(call)
+
+
+@pytest.mark.parametrize("call", ["key_start", pytest.param("packed_window", marks=pytest.mark.slow)])
+def test_the_sums_of_listed_blocks_equal_those_of_a_dense_softmax(call: str):
+    (*inputs, index), options = listed.make(call)
+    given = [x.to(EXACT) for x in inputs]
+    right = sums.with_gradients(
+        lambda *x: sums_of_lists.dense_sums(*x, index=index, **options), [x.double() for x in given]
+    )
+    call_here = sums_of_lists.call("grouped_triton", index.to(DEVICE), **placed(options))
+    for name, one, other in zip(
+        sums_of_lists.NAMES, sums.with_gradients(call_here, [x.to(DEVICE) for x in given]), right, strict=True
+    ):
+        some = other.isfinite()
+        assert torch.equal(one.cpu().isfinite(), some)
+        assert_close(one.cpu().where(some, 0), other.where(some, 0), BOUND[EXACT], name)
 
 
 @pytest.mark.slow
