@@ -28,6 +28,7 @@ ROTARY = [
 ]
 MORE: dict[str, list[Any]] = {
     "_block_types": [["attention"]],
+    "attn": [{"layers": [1], "num_heads": 4}],
     "first_k_dense_replace": [0, 2],
     "clip_qkv": [0.5],
     "no_rope_layer_interval": [2],

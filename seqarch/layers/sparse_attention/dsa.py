@@ -47,8 +47,8 @@ class DSA(IndexedAttention):
     alone. This is the paper's sparse stage. Its dense warm-up is the same loss with ``top_k`` no smaller than the
     sequences and all other parameters frozen.
 
-    Departures: the release builds on multi-head latent attention and reads the indexer's queries from its latent;
-    here they come from the input, and the attention has plain grouped heads. ``rotary_fraction`` holds for index heads
+    Departures: the release builds on multi-head latent attention and reads the indexer's queries from its latent, as
+    ``sparse_mla`` does; here they come from the input, and the attention has plain grouped heads. ``rotary_fraction`` holds for index heads
     too (in the release half of them turns). Its 8-bit scores and their Hadamard transform are left out: the indexer
     runs in float32 whatever the rest runs in, since in bfloat16 it would choose otherwise. As there, index keys have a
     layer norm and scores are scaled by ``(heads width)^-1/2``. Projections have ``nn.Linear``'s initialisation.
