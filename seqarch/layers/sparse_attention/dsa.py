@@ -48,10 +48,11 @@ class DSA(IndexedAttention):
     sequences and all other parameters frozen.
 
     Departures: the release builds on multi-head latent attention and reads the indexer's queries from its latent, as
-    ``sparse_mla`` does; here they come from the input, and the attention has plain grouped heads. ``rotary_fraction`` holds for index heads
-    too (in the release half of them turns). Its 8-bit scores and their Hadamard transform are left out: the indexer
-    runs in float32 whatever the rest runs in, since in bfloat16 it would choose otherwise. As there, index keys have a
-    layer norm and scores are scaled by ``(heads width)^-1/2``. Projections have ``nn.Linear``'s initialisation.
+    ``sparse_mla`` does; here they come from the input, and the attention has plain grouped heads. ``rotary_fraction``
+    holds for index heads too (in the release half of them turns). Its 8-bit scores and their Hadamard transform are
+    left out: the indexer runs in float32 whatever the rest runs in, since in bfloat16 it would choose otherwise. As
+    there, index keys have a layer norm and scores are scaled by ``(heads width)^-1/2``. Projections have
+    ``nn.Linear``'s initialisation.
 
     The indexer scores all ``T^2 / 2`` pairs, a chunk of queries at a time; attention reads ``T top_k``. In training the
     loss needs the attention's scores once more, of all pairs a chunk at a time, which beats gathering the chosen keys

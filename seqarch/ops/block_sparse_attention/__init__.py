@@ -102,10 +102,7 @@ def block_sparse_attention(
         BackendError: the named backend cannot serve the call.
     """
     checks.floating_on_one_device(NAME, q=q, k=k, v=v)
-    shapes = {"q": (q, "B Tq H K"), "k": (k, "B Tk G K"), "v": (v, "B Tk G V"), "key_start": (key_start, "B")}
-    sizes = checks.match_shapes(NAME, **shapes, block_index=(block_index, "B Tq I S"))
-    checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["I"], "the heads of block_index")
-    checks.divides(NAME, sizes["I"], "the heads of block_index", sizes["H"], "the heads of q")
+    sizes = _sizes(q=q, k=k, v=v, key_start=key_start, block_index=block_index)
     _check_lists(block_index, q.device)
     _check_counts(block_size=block_size, window=1 if window is None else window)
     if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
@@ -120,6 +117,17 @@ def block_sparse_attention(
     scale = checks.finite_scale(NAME, scale, sizes["K"])
     given = q, k, v, block_index, block_size, window, scale, offsets, key_start, return_lse
     return OP(backend, BlockSparseAttentionInputs(*given))
+
+
+PATTERNS = {"q": "B Tq H K", "k": "B Tk G K", "v": "B Tk G V", "key_start": "B", "block_index": "B Tq I S"}
+
+
+def _sizes(**tensors: Tensor | None) -> dict[str, int]:
+    """The sizes that the shapes agree on."""
+    sizes = checks.match_shapes(NAME, **{name: (tensor, PATTERNS[name]) for name, tensor in tensors.items()})
+    checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["I"], "the heads of block_index")
+    checks.divides(NAME, sizes["I"], "the heads of block_index", sizes["H"], "the heads of q")
+    return sizes
 
 
 def _check_lists(block_index: Tensor, device: torch.device) -> None:
