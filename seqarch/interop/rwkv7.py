@@ -15,12 +15,15 @@ from seqarch.ops.dispatch.checks import fits
 ACTIVATIONS = {"sqrelu": "squared_relu", "relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu_tanh"}
 """Ours by their names there."""
 
+REMOVAL_EPS = {True: 1e-6, False: 1e-12}
+"""By whether norms are fused."""
+
 NORMS = {True: "layer", False: "layer_without_bias"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BaseSettings):
-    """Fields of ``RWKV7Config``; of those that choose a kernel, ``fuse_norm`` among them, the results are the same."""
+    """Fields of ``RWKV7Config``; ``fuse_norm`` adds another number to the squared length of removal keys."""
 
     model_type = "rwkv7"
     only: ClassVar = {"attn": None}
@@ -53,6 +56,7 @@ class Settings(BaseSettings):
     norm_first: bool = True
     norm_bias: bool = True
     norm_eps: float = 1e-5
+    fuse_norm: bool = True
 
     def head_width(self) -> int:
         """K: as many heads as fit are the whole width."""
@@ -74,6 +78,7 @@ def lm_config(settings: Settings) -> LMConfig:
     hidden = round_up(int(size * ratio)) if settings.intermediate_size is None else settings.intermediate_size
     width = settings.head_width()
     time = {**settings.options_of("rwkv7"), "head_dim": width, "num_heads": size // width}
+    time["removal_eps"] = REMOVAL_EPS[settings.fuse_norm]
     layers = []
     for i in range(depth):
         residual = {"value_residual": "take" if i else "give"}

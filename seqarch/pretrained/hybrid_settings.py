@@ -170,6 +170,7 @@ def _rwkv7(layers: Layers, model: LanguageModel) -> dict[str, Any]:
         "num_hidden_layers": -(-config.depth // 2),
         "num_heads": time.heads,
         "norm_first": config.embedding_norm != "none",
+        "fuse_norm": time.removal_eps == rwkv7.REMOVAL_EPS[True],
         "norm_bias": config.norm == rwkv7.NORMS[True],
         "hidden_act": names.get(channel.activation, "sqrelu"),
     }

@@ -143,7 +143,13 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         rwkv7,
         [
             {},
-            {"num_hidden_layers": 3, "norm_first": False, "norm_bias": False, "tie_word_embeddings": True}
+            {
+                "num_hidden_layers": 3,
+                "fuse_norm": False,
+                "norm_first": False,
+                "norm_bias": False,
+                "tie_word_embeddings": True,
+            }
             | {"intermediate_size": None, "hidden_ratio": 2.5, "head_dim": None, "num_heads": 2, "hidden_act": "gelu"},
         ],
     ),

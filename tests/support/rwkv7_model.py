@@ -43,6 +43,7 @@ class RWKV7Config(PreTrainedConfig):
     norm_first: bool = True
     norm_bias: bool = True
     norm_eps: float = 1e-5
+    fuse_norm: bool = True
     attn: dict[str, Any] | None = None
     value_dim: Any = None
     tie_word_embeddings: bool = False
@@ -85,6 +86,7 @@ class Attention(nn.Module):
         self.v_lora = None if first else LoRA(size, config.v_low_rank_dim, nn.Identity())
         self.a_lora = LoRA(size, config.a_low_rank_dim, nn.Identity())
         self.g_lora = LoRA(size, config.gate_low_rank_dim, nn.Sigmoid(), bias=False)
+        self.fused = config.fuse_norm
         self.g_norm = nn.GroupNorm(heads, size, eps=self.width * config.norm_eps)
 
     def forward(self, x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,9 @@ class Attention(nn.Module):
         if self.v_lora is not None and first is not None:
             v = v + (first - v) * self.v_lora(into).sigmoid()
         a, g = self.a_lora(a).sigmoid(), self.g_lora(g)
-        removal = F.normalize((k * self.k_k).unflatten(-1, (-1, self.width)), dim=-1)
+        removal = (k * self.k_k).unflatten(-1, (-1, self.width))
+        squares = removal.square().sum(-1, keepdim=True)
+        removal = removal / (squares + 1e-6).sqrt() if self.fused else F.normalize(removal, dim=-1)
         k = k * (1 + (a - 1) * self.k_a)
         r, k, values, a, decay = (m.unflatten(-1, (-1, self.width)) for m in (r, k, v, a, decay))
         state = x.new_zeros(len(x), r.shape[2], self.width, self.width)  # [B, H, K, V]

@@ -43,6 +43,7 @@ class Rwkv7Config(HeadWidthConfig):
         value_rank: rank of the map from the input to how far they move; by default the release's ``1.7 sqrt(D)``,
             rounded likewise.
         norm_eps: times K added to the variance in the norm of each head.
+        removal_eps: added to the squared length of z; flash-linear-attention has 1e-6 there with ``fuse_norm``.
     """
 
     decay_rank: int | None = None
@@ -51,6 +52,7 @@ class Rwkv7Config(HeadWidthConfig):
     value_residual: str = "none"
     value_rank: int | None = None
     norm_eps: float = 1e-5
+    removal_eps: float = 1e-12
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,7 +149,7 @@ class Rwkv7(RecurrentMixer):
         log_decay = -math.exp(-0.5) * self.decay(xw).to(self.state_dtype).sigmoid()
         split = (rearrange(m, "b t (h k) -> b t h k", h=self.state_shape[0]) for m in (r, k, v, a, z, log_decay))
         r, k, v, a, z, log_decay = split
-        z = l2_normalise(z, eps=1e-12)  # k starts small: the usual 1e-6 would be seen
+        z = l2_normalise(z, eps=self.config.removal_eps)  # k starts small: 1e-6 would be seen
         # z reads the state before its decay, the operation after it: divide by the decay
         read = (z * torch.exp(-log_decay)).to(z.dtype)
         o, recurrent = ops.delta_rule(

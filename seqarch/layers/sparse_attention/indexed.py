@@ -109,8 +109,8 @@ class IndexedAttention(RowAttention):
         if k.shape[1] > self.config.top_k:
             chosen = ops.index_topk(*indexer, self.config.top_k, key_start=start)
         if self.training and torch.is_grad_enabled() and self.config.index_loss_weight:
-            *scored, scale = self.scored(q, k)
-            loss = ops.indexer_loss(*indexer, *scored, chosen, scale=scale, key_start=start).sum()
+            queries, keys, scale = self.scored(q, k)
+            loss = ops.indexer_loss(*indexer, queries, keys, chosen, scale=scale, key_start=start).sum()
             self._losses = [*self._losses, loss]
         o = self.attend(q, k, v, chosen, start)
         return self.out_proj(rearrange(o, "b t h v -> b t (h v)")), IndexedState(cache, index)

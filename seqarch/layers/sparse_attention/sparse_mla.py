@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.attention.mla import LatentMixer, MLAConfig
@@ -49,6 +49,7 @@ class SparseMLA(LatentMixer, IndexedAttention):
     """
 
     Config = SparseMLAConfig
+    config: SparseMLAConfig
 
     @from_options
     def __init__(self, config: SparseMLAConfig):
@@ -56,7 +57,7 @@ class SparseMLA(LatentMixer, IndexedAttention):
         self.make_indexer(config.q_lora_rank or config.d_model, config.norm_eps)
 
     def project(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.config.q_lora_rank is None:
+        if not isinstance(self.query, nn.Sequential):
             source, q = x, self.query(x)
         else:
             compress, norm, expand = self.query
