@@ -31,7 +31,8 @@ def lora_targets(model: nn.Module, *names: str) -> dict[str, list[str]]:
 
     ``LoraConfig(r=8, **lora_targets(model))`` adapts all of them: ``target_modules`` are the linear maps,
     ``target_parameters`` the stacked or shared matrices that are none: of experts, of gates in blocks, of what
-    compresses blocks of keys. Embedding, head, norms, convolutions and routers stay as they are.
+    compresses blocks of keys. Embedding, head, norms, convolutions, routers and indexers without a loss stay as they
+    are.
 
     Args:
         model: a :class:`seqarch.LanguageModel`, or what has one inside.
@@ -79,9 +80,10 @@ def _projections(model: LanguageModel) -> Iterator[Projection]:
 
 
 def _of(layer: str, module: nn.Module, path: str) -> Iterator[Projection]:
-    """Linear maps, and the matrices that a module names in ``projections``."""
+    """Linear maps that learn, and the matrices that a module names in ``projections``."""
+    fixed = getattr(module, "without_gradient", ())
     for own, inner in module.named_modules():
-        if isinstance(inner, nn.Linear):
+        if isinstance(inner, nn.Linear) and own not in fixed:
             yield Projection(layer, f"{path}.{own}", own, True)
         for tensor in getattr(inner, "projections", ()):
             if getattr(inner, tensor) is not None:

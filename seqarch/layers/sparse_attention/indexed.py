@@ -91,6 +91,11 @@ class IndexedAttention(RowAttention):
     def scored(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float | None]:
         """Queries, keys and the scale whose softmax are the attention's weights, for the indexer's loss."""
 
+    @property
+    def without_gradient(self) -> tuple[str, ...]:
+        """The linear maps that do not learn."""
+        return () if self.config.index_loss_weight else ("index_query", "index_key", "index_weight")
+
     def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
         self._losses = []
         y, state = super().mix(x, state, cu_seqlens)

@@ -166,3 +166,12 @@ def test_a_model_with_adapters_counts_generates_and_checkpoints_as_one_without()
     assert len(gradients[0]) == len(gradients[1]) > 0
     for a, b in zip(*gradients, strict=True):
         assert_close(a, b, FLOAT64_ERROR, "gradient")
+
+
+def test_an_indexer_without_a_loss_has_no_adapters():
+    for weight, expected in ((1.0, True), (0.0, False)):
+        options = {"sparse_mla": {**OPTIONS["sparse_mla"], "index_loss_weight": weight}}
+        model = LanguageModel(vocab_size=31, d_model=32, pattern="sparse_mla", depth=1, mixers=options)
+        targets = hf.lora_targets(model)["target_modules"]
+        assert any("index_" in name for name in targets) is expected
+        assert any(name.endswith("out_proj") for name in targets)
