@@ -117,7 +117,7 @@ def _time_mixing(size: int, first: bool) -> list[Rule]:
 
 def weights(settings: Settings) -> WeightMap:
     config = lm_config(settings)
-    names = {"x_k": "share", "key.weight": "mlp.in_proj.weight", "value.weight": "mlp.out_proj.weight"}
+    names = {"x_k": "share", "key.weight": "in_proj.weight", "value.weight": "out_proj.weight"}
     channel_mixing = [rule(theirs, ours) for theirs, ours in names.items()]
     rules = [
         rule("model.embeddings.weight", "embedding.weight"),

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seqarch.layers.channel.mlp import HiddenConfig, Mlp
+from seqarch.layers.channel.mlp import HiddenConfig
 from seqarch.layers.mixer import Boundaries, Device, Mixer, first_tensor, measured_state_bytes
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.token_shift import DEPTH, TokenShift
+from seqarch.ops.experts.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +50,13 @@ class RwkvChannelMix(Mixer):
         size = config.d_model
         self.shift = TokenShift(size)
         self.share = nn.Parameter(1 - (torch.arange(size) / size) ** ((1 - DEPTH) ** 4))
-        self.mlp = Mlp(d_model=size, hidden=config.hidden_width, activation=config.activation)
+        self.in_proj = Linear(size, config.hidden_width, bias=False)
+        self.out_proj = Linear(config.hidden_width, size, bias=False)
 
     def mix(self, x: Tensor, state: RwkvChannelMixState, cu_seqlens: Boundaries) -> tuple[Tensor, RwkvChannelMixState]:
         before, last = self.shift(x, state.conv, cu_seqlens)
-        return self.mlp(torch.lerp(x, before, self.share.to(x.dtype))), RwkvChannelMixState(last)
+        hidden = self.in_proj(torch.lerp(x, before, self.share.to(x.dtype)))
+        return self.out_proj(ACTIVATIONS[self.config.activation](hidden)), RwkvChannelMixState(last)
 
     def new_state(
         self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None
