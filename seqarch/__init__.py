@@ -23,9 +23,10 @@ _NAMES = {
         "LayerConfig LightningAttention LightningAttentionConfig LinearAttention LinearAttentionConfig Longformer "
         "LongformerConfig MLAConfig Mamba Mamba2 Mamba2Config Mamba3 Mamba3Config MambaConfig MinGru MinGruConfig "
         "Mixer MixtureOfExperts MixtureOfExpertsConfig Mlp MlpConfig Mlstm MlstmConfig MoBA MoBAConfig NSAConfig "
-        "Retention RetentionConfig RgLru RgLruConfig Rwkv6 Rwkv6Config Rwkv7 Rwkv7Config S4d S4dConfig SlidingWindow "
-        "SlidingWindowConfig SwiGlu SwiGluConfig build_channel_mixer build_mixer channel_mixer_class clone_state "
-        "detach_state materialize measured_state_bytes mixer_class register_channel_mixer register_mixer state_rows"
+        "Retention RetentionConfig RgLru RgLruConfig Rwkv6 Rwkv6Config Rwkv7 Rwkv7Config RwkvChannelMix "
+        "RwkvChannelMixConfig S4d S4dConfig SlidingWindow SlidingWindowConfig SparseMLA SparseMLAConfig SwiGlu "
+        "SwiGluConfig build_channel_mixer build_mixer channel_mixer_class clone_state detach_state materialize "
+        "measured_state_bytes mixer_class register_channel_mixer register_mixer state_rows"
     ),
     "models": (
         "LMConfig LanguageModel LayerPattern Stack StackConfig dequantize parameter_groups parse_pattern quantize "
