@@ -1,7 +1,7 @@
 """The generated parts of the documentation: ``python -m docs.tables`` writes them, a test fails where they are stale.
 
-README.md, docs/architecture.md, docs/bench.md, docs/matching.md, docs/mixers.md, docs/tasks.md and the pages of
-docs/results hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the pages of docs/ops/ and the
+README.md, docs/architecture.md, docs/bench.md, docs/choosing.md, docs/matching.md, docs/mixers.md, docs/tasks.md and the
+pages of docs/results hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the pages of docs/ops/ and the
 pictures of the rooms are generated whole. All of it comes from the registries, the docstrings, the imports and the
 measurements kept in docs/results, so it is the same on every machine, whatever backends run there.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from docs.benchmarks import bench_tables, gpu_tables, target_table
+from docs.choosing import quality_table, speed_table, state_table
 from docs.costs import costs
 from docs.docstrings import (
     cell,
@@ -148,6 +149,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
     Path("docs/architecture.md"): {"rooms": room_table},
     Path("docs/bench.md"): {"targets": target_table, "bench": bench_tables, "gpu bench": gpu_tables},
+    Path("docs/choosing.md"): {"states": state_table, "speed": speed_table, "quality": quality_table},
     Path("docs/matching.md"): {f"matching {width}": partial(matching_table, width) for width in PARAMETERS},
     Path("docs/tasks.md"): {"overview": task_table, "tasks": task_sections},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},

@@ -7,6 +7,7 @@ from pathlib import Path
 from experiments.report.comparison import TUNED, Comparison, Setting, listed
 from experiments.report.figures import bytes_text, test_of
 from experiments.report.lm_eval_table import lm_eval_table
+from experiments.report.starts import start_text
 from experiments.util.blocks import table
 from experiments.util.files import write_atomic
 
@@ -91,7 +92,7 @@ def _section(comparison: Comparison, plots: list[tuple[str, str]], titled: bool)
         f"{better} is better; chance is {metric['chance']:.3g} ({metric['chance_label']}). Seeds: {seeds}. Every run"
         f" was tested once, with {_tested(comparison)}; {_chosen(comparison)}. Training FLOPs and tokens per second are"
         " medians over seeds; tokens per second are by the clock, on the machine as it was, with whatever else ran"
-        f" there. FLOPs are {sample['cost']['flops_formula']}."
+        f" there. FLOPs are {sample['cost']['flops_formula']}. {_starts(comparison)}"
     )
     parts += _remarks(comparison)
     if scores := lm_eval_table(comparison):
@@ -119,6 +120,16 @@ def _tested(comparison: Comparison) -> str:
     if len(last) == len(comparison.shown):
         return "its last checkpoint"
     return f"{chosen}, or its last checkpoint ({', '.join(last)})"
+
+
+def _starts(comparison: Comparison) -> str:
+    """How the models began, by their labels where they differ."""
+    starts: dict[str, list[str]] = {}
+    for setting in comparison.shown:
+        starts.setdefault(start_text(setting.finished[0].config["model"]), []).append(setting.label)
+    if len(starts) == 1:
+        return f"All models began with {next(iter(starts))}."
+    return "Models began with " + "; ".join(f"{start} ({', '.join(labels)})" for start, labels in starts.items()) + "."
 
 
 def _chosen(comparison: Comparison) -> str:

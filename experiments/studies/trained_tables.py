@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from experiments.report.comparison import listed
 from experiments.report.figures import bytes_text
+from experiments.report.starts import start_text
 from experiments.report.statistics import Interval, mean_interval
 from experiments.runs.recorded import RecordedRun
 from experiments.studies.claims import Decision, adjusted, bonferroni, decide, not_learnt, scores_of
@@ -57,8 +58,8 @@ def _answer(decision: Decision) -> str:
 
 def training(found: Results) -> Table:
     """How each arm was tuned, and what twice its budget gained."""
-    header = ["arm", "rate, of those tried", "steps", "stable phase ended by", "twice the budget gains", "parameters",
-              "state", "processor time"]  # fmt: skip
+    header = ["arm", "start", "rate, of those tried", "steps", "stable phase ended by", "twice the budget gains",
+              "parameters", "state", "processor time"]  # fmt: skip
     rows = [header, *(_training_row(each) for each in found.arms.values())]
     if found.version.learnt is None:
         return Table("Tuning and convergence", rows)
@@ -86,12 +87,13 @@ def _training_row(progress: Progress) -> list[str]:
     name, tried = progress.arm.name, listed([rate_of(rate) for rate in progress.rates])
     runs = [run for run in progress.reporting if run.finished]
     if progress.chosen is None or not runs:
-        return [name, f"none yet of {tried}", "", "", "", "", "", ""]
+        return [name, "", f"none yet of {tried}", "", "", "", "", "", ""]
     endings = Counter(run.record["results"].get("stable_phase", {}).get("ending", "its steps") for run in runs)
     gained, model = progress.gained(), runs[0].record["model"]
     steps = [run.record["cost"]["steps"] for run in runs]
     return [
         name,
+        start_text(runs[0].config["model"]),
         f"{progress.chosen:g} of {tried}" + (", **at the edge**" if progress.at_edge else ""),
         f"{statistics.median(steps):,.0f}",
         ", ".join(f"{ending} {number}" for ending, number in sorted(endings.items())),

@@ -59,6 +59,10 @@ class LayerConfig:
     of the config that has its value where it is not given, ``{"key_width": "keys"}``. State and parameters are to be
     polynomials of at most degree 2 in each, over values that the config takes."""
 
+    slow_gates: ClassVar[dict[str, float]] = {}
+    """Options with which gates forget more slowly at first than as released, as the study of initialisation has them:
+    for several hundred tokens. Empty where there are no such options."""
+
     def __post_init__(self):
         check_options(self, self.may_be_zero)
 

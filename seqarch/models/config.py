@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,6 +46,10 @@ PARALLEL = ("none", "one_norm", "two_norms")
 """Whether a layer's channel mixer stands beside its mixers, and reads their norm or one of its own."""
 
 
+STARTS = ("release", "slow_gates")
+"""How gates may begin."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
     """A stack of layers.
@@ -83,6 +87,9 @@ class StackConfig:
         stream_output: what several come to after the last layer: their ``"sum"``, their ``"mean"`` or, with learnt
             weights, ``"weighted"``.
         sinkhorn_steps: how often ``"manifold"`` divides by the sums of columns, and of rows between.
+        init: how gates begin: ``"release"``, as in each mixer's own release, or ``"slow_gates"``, where they forget more
+            slowly, by the options that the mixer's ``Config.slow_gates`` names; options that are given go before these,
+            and a mixer without any begins as released (docs/results/initialisation.md).
     """
 
     d_model: int
@@ -106,6 +113,7 @@ class StackConfig:
     stream_mixing: str = "hyper_connections"
     stream_output: str = "sum"
     sinkhorn_steps: int = 20
+    init: str = "release"
 
     def __post_init__(self):
         check_options(self)
@@ -118,8 +126,9 @@ class StackConfig:
         for name in (*self.channels, *(self.channel_of(layer) for layer in layers)):
             if name != "none":
                 channel_mixer_class(name)
-        if self.parallel not in PARALLEL:
-            raise unknown_name("parallel", self.parallel, PARALLEL)
+        for option, choices in (("parallel", PARALLEL), ("init", STARTS)):
+            if (given := getattr(self, option)) not in choices:
+                raise unknown_name(option, given, choices)
         self._check_factors(layers)
         self._check_placements(layers)
         self._check_streams(layers)
@@ -132,6 +141,11 @@ class StackConfig:
     def channel_of(self, layer: LayerPattern) -> str:
         """The name of a layer's channel mixer, ``"none"`` without one."""
         return layer.channel or self.channel
+
+    def options_of(self, mixer: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a mixer in a layer: those of its occurrence, of its name, and of how gates begin."""
+        slow = mixer_class(mixer).Config.slow_gates if self.init == "slow_gates" else {}
+        return {**slow, **self.mixers.get(mixer, {}), **own}
 
     def placements_of(self, layer: LayerPattern) -> tuple[Placement, Placement]:
         """Where a layer's mixers have their norms, and where its channel mixer."""

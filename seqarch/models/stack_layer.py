@@ -44,7 +44,7 @@ class StackLayer(nn.Module):
         self.placement, self.channel_placement = config.placements_of(pattern)
         self.norm = _norm(config, self.placement.reads or self.placement.sums)
         self.mixers = nn.ModuleList(
-            build_mixer(name, d_model=width, **{**config.mixers.get(name, {}), **own})
+            build_mixer(name, d_model=width, **config.options_of(name, own))
             for name, own in zip(pattern.mixers, pattern.options, strict=True)
         )
         self.exchanges = any(mixer.takes or mixer.gives for mixer in self.mixers)  # type: ignore[union-attr]

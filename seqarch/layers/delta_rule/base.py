@@ -77,6 +77,8 @@ class GatedDeltaRuleConfig(DeltaRuleConfig):
         dt_min, dt_max, dt_floor: range of the initial step sizes of the decay.
     """
 
+    slow_gates: ClassVar[dict[str, float]] = {"dt_min": 1e-4, "dt_max": 1e-3}
+
     num_key_heads: int | None = None
     expand_v: float = 1.0
     dt_min: float = 0.001

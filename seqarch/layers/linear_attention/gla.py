@@ -37,6 +37,8 @@ class GlaConfig(LayerConfig):
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "num_heads", "key_width": "keys", "value_width": "values"}
 
+    slow_gates: ClassVar[dict[str, float]] = {"decay_bias": 4.0}
+
     num_heads: int = 4
     expand_k: float = 0.5
     expand_v: float = 1.0

@@ -44,6 +44,8 @@ class MlstmConfig(LayerConfig):
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "num_heads", "key_width": "keys", "value_width": "values"}
 
+    slow_gates: ClassVar[dict[str, float]] = {"forget_min": 6.0, "forget_max": 9.0}
+
     num_heads: int = 4
     expand_k: float = 0.5
     key_width: int | None = None

@@ -46,6 +46,8 @@ class MambaConfig(LayerConfig):
 
     size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "d_inner": "inner_width"}
 
+    slow_gates: ClassVar[dict[str, float]] = {"A_scale": 0.01, "dt_min": 0.1, "dt_max": 1.0}
+
     d_state: int = 16
     expand: int = 2
     d_inner: int | None = None

@@ -55,6 +55,8 @@ class Mamba2Config(LayerConfig):
 
     size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "d_inner": "inner_width"}
 
+    slow_gates: ClassVar[dict[str, float]] = {"A_min": 0.01, "A_max": 0.1, "dt_min": 0.1, "dt_max": 1.0}
+
     d_state: int = 128
     head_dim: int = 64
     expand: int = 2

@@ -507,6 +507,21 @@ def test_the_page_says_which_checkpoint_was_tested(tmp_path):
     assert "with its last checkpoint;" in page()
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_says_how_models_began(tmp_path):
+    folders = [record_run(tmp_path, model, 0, 0.5) for model in ("attention", "mamba2")]
+    page = report(tmp_path)[0] / "index.md"
+    assert "All models began with embedding 0.02, gates as released." in page.read_text()
+    config = json.loads((folders[1] / "config.json").read_text())
+    config["model"]["init"] = "slow_gates"
+    (folders[1] / "config.json").write_text(json.dumps(config))
+    report(tmp_path)
+    assert (
+        "Models began with embedding 0.02, gates as released (attention); embedding 0.02, gates slow (mamba2"
+        in page.read_text()
+    )
+
+
 def test_spread_keeps_order_and_distance():
     wanted = [0.5, 0.5, 0.51, 0.9, 0.0]
     placed = spread(wanted, 0.1, 0.0, 1.0)
