@@ -23,6 +23,12 @@ BLOCK = 128
 _quantized_linear = cpu_library.Kernel("quantized_linear", "quantized_linear_arguments")
 
 
+def integer_products(allow: bool) -> bool:
+    """Let the kernel's sums be of integers where the processor has AVX-512 VNNI, as at the start, or forbid it; returns
+    whether they are from now on. For tests: it holds for the process."""
+    return bool(cpu_library.library().seqarch_integer_products(int(allow)))
+
+
 def serves(x: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel computes a map of ``x``: a few rows of float32 on a CPU, and no gradients."""
     tensors = (x,) if bias is None else (x, bias)
