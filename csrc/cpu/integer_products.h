@@ -1,11 +1,11 @@
-// Products of float32 with weights of 8 or 4 bits as sums of integers, for processors with AVX-512 VNNI.
+// Products of one row of float32 with weights of 8 or 4 bits as sums of integers, for processors with AVX-512 VNNI.
 //
-// A row of x becomes integers: its largest number 2^22, or nearly 2^23 for codes of 4 bits, so that all of them are within
+// x becomes integers: its largest number 2^22, or nearly 2^23 for codes of 4 bits, so that all of them are within
 // 2^-23 of the largest, as the sums of float32 are. They are written with three digits of 8 bits with a sign. One
 // instruction adds the products of 64 unsigned codes with 64 digits into 16 sums; those of three digits make the exact sum
 // of a lane, which then meets the scale of its group. Codes are made unsigned by adding 8 or 128, and what that adds, which
 // x alone says, is taken off. Sums of lanes stay below 2^31 (8 8 2^23 and 4 127 2^22); what overflows on the way does so
-// modulo 2^32. A row of x with a number that is not finite gives NaN.
+// modulo 2^32. An x with a number that is not finite gives NaN.
 //
 // Included by small_weights.h alone. What the compiler may use is said here and not for the whole library, as processors
 // with AVX-512 lack these instructions or have them; has_integer_products() says which.
@@ -126,20 +126,18 @@ template <int Groups>
     return _mm512_castsi512_ps(all);
 }
 
-// total[w][r] += what block `b` adds, of which `count` groups are there.
-template <int Bits, int Group, bool Whole, int Weights, int Rows>
-[[gnu::always_inline]] inline void add_integers(const uint8_t* codes, int64_t row_bytes, const DigitsOfRow<Bits>* const (&x)[Rows],
+// total[w] += what block `b` adds, of which `count` groups are there.
+template <int Bits, int Group, bool Whole, int Weights>
+[[gnu::always_inline]] inline void add_integers(const uint8_t* codes, int64_t row_bytes, const DigitsOfRow<Bits>& x,
                                                 int64_t b, const bfloat16* scales, int64_t groups, int64_t count,
-                                                __m512 (&total)[Weights][Rows]) {
+                                                __m512 (&total)[Weights]) {
     constexpr int kVectors = Digits<Bits>::kVectors, kGroups = Digits<Bits>::kWeights / Group;
+    const Digits<Bits>& right = x.blocks[b];
 #pragma GCC unroll 4
     for (int w = 0; w < Weights; ++w) {
         const uint8_t* from = codes + w * row_bytes + b * 64;
-        __m512i words;
-        if constexpr (Whole || Bits == 4)
-            words = _mm512_loadu_si512(from);
-        else
-            words = _mm512_maskz_loadu_epi8(0xffffffff, from);
+        const __mmask64 there = Whole || Bits == 4 ? ~uint64_t{0} : 0xffffffff;
+        const __m512i words = _mm512_maskz_loadu_epi8(there, from);
         __m512i left[kVectors];
         if constexpr (Bits == 4) {
             left[0] = _mm512_and_si512(words, _mm512_set1_epi8(15));
@@ -147,46 +145,38 @@ template <int Bits, int Group, bool Whole, int Weights, int Rows>
         } else {
             left[0] = _mm512_xor_si512(words, _mm512_set1_epi8(-128));
         }
-        const __m512 scale = scales_of_block<kGroups>(scales + w * groups + b * kGroups, Whole ? kGroups : count);
+        __m512i sum[kDigits];
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
-            const Digits<Bits>& right = x[r]->blocks[b];
-            __m512i sum[kDigits];
-#pragma GCC unroll 4
-            for (int d = 0; d < kDigits; ++d) {
-                sum[d] = d + 1 == kDigits ? _mm512_loadu_si512(right.less) : _mm512_setzero_si512();
+        for (int d = 0; d < kDigits; ++d) {
+            sum[d] = d + 1 == kDigits ? _mm512_loadu_si512(right.less) : _mm512_setzero_si512();
 #pragma GCC unroll 2
-                for (int v = 0; v < kVectors; ++v)
-                    sum[d] = _mm512_dpbusd_epi32(sum[d], left[v], _mm512_loadu_si512(right.digits[d][v]));
-            }
-            const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum[0], 8), sum[1]);
-            const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(high, 8), sum[2]);
-            total[w][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), scale, total[w][r]);
+            for (int v = 0; v < kVectors; ++v)
+                sum[d] = _mm512_dpbusd_epi32(sum[d], left[v], _mm512_loadu_si512(right.digits[d][v]));
         }
+        const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum[0], 8), sum[1]);
+        const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(high, 8), sum[2]);
+        const __m512 scale = scales_of_block<kGroups>(scales + w * groups + b * kGroups, Whole ? kGroups : count);
+        total[w] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), scale, total[w]);
     }
 }
 
-// y[w][r] = x[r] . weights[w] for `Weights` rows of weights and `Rows` prepared rows of x, `stride` bytes apart.
-template <int Bits, int Group, int Weights, int Rows>
-inline void integer_products(const SmallWeights& a, int64_t first, const uint8_t* x, int64_t stride,
-                             float (&y)[Weights][Rows]) {
+// y[w] = x . weights[w] for `Weights` rows of weights and a prepared row of x.
+template <int Bits, int Group, int Weights>
+inline void integer_products(const SmallWeights& a, int64_t first, const void* x, float (&y)[Weights]) {
     constexpr int kGroups = Digits<Bits>::kWeights / Group;
     const int64_t row_bytes = a.row_bytes(), whole = a.groups / kGroups, left = a.groups - whole * kGroups;
     const uint8_t* codes = a.codes + first * row_bytes;
     const bfloat16* scales = a.scales + first * a.groups;
-    const DigitsOfRow<Bits>* rows[Rows];
-    for (int r = 0; r < Rows; ++r) rows[r] = reinterpret_cast<const DigitsOfRow<Bits>*>(x + r * stride);
-    __m512 total[Weights][Rows];
-    for (int w = 0; w < Weights; ++w)
-        for (int r = 0; r < Rows; ++r) total[w][r] = _mm512_setzero_ps();
+    const auto& row = *static_cast<const DigitsOfRow<Bits>*>(x);
+    __m512 total[Weights];
+    for (int w = 0; w < Weights; ++w) total[w] = _mm512_setzero_ps();
     for (int64_t b = 0; b < whole; ++b) {
         // in the order in which they lie, as the processor fetches lines that follow one another best
         for (int w = 0; w < Weights; ++w) __builtin_prefetch(codes + (b * Weights + w) * 64 + kAhead);
-        add_integers<Bits, Group, true>(codes, row_bytes, rows, b, scales, a.groups, kGroups, total);
+        add_integers<Bits, Group, true>(codes, row_bytes, row, b, scales, a.groups, kGroups, total);
     }
-    if (left) add_integers<Bits, Group, false>(codes, row_bytes, rows, whole, scales, a.groups, left, total);
-    for (int w = 0; w < Weights; ++w)
-        for (int r = 0; r < Rows; ++r) y[w][r] = _mm512_reduce_add_ps(total[w][r]) * rows[r]->unit;
+    if (left) add_integers<Bits, Group, false>(codes, row_bytes, row, whole, scales, a.groups, left, total);
+    for (int w = 0; w < Weights; ++w) y[w] = _mm512_reduce_add_ps(total[w]) * row.unit;
 }
 
 }  // namespace seqarch

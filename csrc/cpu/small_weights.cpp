@@ -49,7 +49,7 @@ int32_t seqarch_quantized_linear(const seqarch_quantized_linear_arguments* argum
     static thread_local Kept kept;
     uint8_t* prepared;
     try {
-        prepared = kept.at_least(a.rows * prepared_bytes(weights, integers));
+        prepared = kept.at_least(prepared_bytes(weights, a.rows, integers));
     } catch (const std::bad_alloc&) {
         return SEQARCH_OUT_OF_MEMORY;
     }

@@ -94,104 +94,90 @@ inline Vector<float> scales_of_lanes(const float* scales) {
     return __builtin_shuffle(load_vector(scales), which);
 }
 
-// total[w][r] += what one block of 4 bits adds, of `Weights` rows of codes and `Rows` rows of x.
-template <int Group, int Weights, int Rows>
-inline void add_block(const uint8_t* codes, int64_t row_bytes, const float* x, int64_t stride,
-                      const float (&scale)[Weights][2 * kScales], int64_t g, Vector<float> (&total)[Weights][Rows]) {
+// total[r] += what one block of 4 bits adds, for `Rows` rows of x; `scale` begins at the block's first.
+template <int Group, int Rows>
+inline void add_block(const uint8_t* codes, const float* x, int64_t stride, const float* scale, Vector<float> (&total)[Rows]) {
     constexpr int L = kLanes<float>;
 #pragma GCC unroll 4
     for (int l = 0; l < kWords; l += L) {
-        Vector<float> sum[Weights][Rows] = {};
-        Words words[Weights];
-        for (int w = 0; w < Weights; ++w) std::memcpy(&words[w], codes + w * row_bytes + 4 * l, sizeof words[w]);
+        Vector<float> sum[Rows] = {};
+        Words words;
+        std::memcpy(&words, codes + 4 * l, sizeof words);
 #pragma GCC unroll 8
         for (int j = 0; j < kInWord; ++j) {
-            Vector<float> right[Rows];
+            const Vector<float> left = codes_at(words, 4 * j);
 #pragma GCC unroll 4
-            for (int r = 0; r < Rows; ++r) right[r] = load_vector(x + r * stride + j * kWords + l);
-#pragma GCC unroll 4
-            for (int w = 0; w < Weights; ++w) {
-                const Vector<float> left = codes_at(words[w], 4 * j);
-#pragma GCC unroll 4
-                for (int r = 0; r < Rows; ++r) sum[w][r] += left * right[r];
-            }
+            for (int r = 0; r < Rows; ++r) sum[r] += left * load_vector(x + r * stride + j * kWords + l);
         }
+        const Vector<float> own = scales_of_lanes<Group>(scale + l * kInWord / Group);
 #pragma GCC unroll 4
-        for (int w = 0; w < Weights; ++w) {
-            const Vector<float> own = scales_of_lanes<Group>(scale[w] + g + l * kInWord / Group);
-#pragma GCC unroll 4
-            for (int r = 0; r < Rows; ++r) total[w][r] += sum[w][r] * own;
-        }
+        for (int r = 0; r < Rows; ++r) total[r] += sum[r] * own;
     }
 }
 
-// total[w][r] += what one group of 8 bits adds.
-template <int Group, int Weights, int Rows>
-inline void add_group(const uint8_t* codes, int64_t row_bytes, const float* x, int64_t stride,
-                      const float (&scale)[Weights][2 * kScales], int64_t g, Vector<float> (&total)[Weights][Rows]) {
-    Vector<float> sum[Weights][Rows] = {};
+// total[r] += what one group of 8 bits adds.
+template <int Group, int Rows>
+inline void add_group(const uint8_t* codes, const float* x, int64_t stride, float scale, Vector<float> (&total)[Rows]) {
+    Vector<float> sum[Rows] = {};
 #pragma GCC unroll 16
-    for (int k = 0; k < Group; k += kLanes<float>)
+    for (int k = 0; k < Group; k += kLanes<float>) {
+        const Vector<float> left = load_codes(codes + k);
 #pragma GCC unroll 4
-        for (int w = 0; w < Weights; ++w) {
-            const Vector<float> left = load_codes(codes + w * row_bytes + k);
+        for (int r = 0; r < Rows; ++r) sum[r] += left * load_vector(x + r * stride + k);
+    }
 #pragma GCC unroll 4
-            for (int r = 0; r < Rows; ++r) sum[w][r] += left * load_vector(x + r * stride + k);
-        }
-    for (int w = 0; w < Weights; ++w)
-        for (int r = 0; r < Rows; ++r) total[w][r] += sum[w][r] * scale[w][g];
+    for (int r = 0; r < Rows; ++r) total[r] += sum[r] * scale;
 }
 
-// y[w][r] = x[r] . weights[w] for `Weights` rows of weights and `Rows` prepared rows of x, `stride` apart.
-template <int Bits, int Group, int Weights, int Rows>
-inline void small_products(const SmallWeights& a, int64_t first, const float* x, int64_t stride,
-                           float (&y)[Weights][Rows]) {
+// y[r] = x[r] . weights[row] for `Rows` prepared rows of x, `stride` apart.
+template <int Bits, int Group, int Rows>
+inline void small_products(const SmallWeights& a, int64_t row, const float* x, int64_t stride, float (&y)[Rows]) {
     constexpr int kGroups = (Bits == 4 ? kBlockWeights : 64) / Group;  // of 64 bytes of codes
-    const int64_t row_bytes = a.row_bytes();
-    const uint8_t* codes = a.codes + first * row_bytes;
-    const bfloat16* scales = a.scales + first * a.groups;
-    Vector<float> total[Weights][Rows] = {};
-    alignas(64) float scale[Weights][2 * kScales] = {};
+    const uint8_t* codes = a.codes + row * a.row_bytes();
+    const bfloat16* scales = a.scales + row * a.groups;
+    Vector<float> total[Rows] = {};
+    alignas(64) float scale[2 * kScales] = {};  // a vector of them is read from any
     for (int64_t from = 0; from < a.groups; from += kScales) {
         const int64_t to = std::min(a.groups, from + kScales);
-        for (int w = 0; w < Weights; ++w) {
-            for (int64_t g = from; g < to; ++g) scale[w][g - from] = load(scales[w * a.groups + g]);
-            std::fill(scale[w] + to - from, scale[w] + kScales, 0.0f);
-        }
+        for (int64_t g = from; g < to; ++g) scale[g - from] = load(scales[g]);
+        std::fill(scale + to - from, scale + kScales, 0.0f);
         for (int64_t g = from; g < to; g += kGroups) {
             const uint8_t* block = codes + (Bits == 4 ? g / kGroups * kBlockBytes : g * Group);
-#pragma GCC unroll 4
-            for (int w = 0; w < Weights; ++w) __builtin_prefetch(block + w * row_bytes + kAhead);
+            __builtin_prefetch(block + kAhead);
             if constexpr (Bits == 4)
-                add_block<Group>(block, row_bytes, x + g * Group, stride, scale, g - from, total);
+                add_block<Group>(block, x + g * Group, stride, scale + g - from, total);
             else
                 for (int64_t i = 0; i < std::min<int64_t>(kGroups, to - g); ++i)
-                    add_group<Group>(block + i * Group, row_bytes, x + (g + i) * Group, stride, scale, g - from + i, total);
+                    add_group<Group>(block + i * Group, x + (g + i) * Group, stride, scale[g - from + i], total);
         }
     }
-    for (int w = 0; w < Weights; ++w)
-        for (int r = 0; r < Rows; ++r) y[w][r] = sum_of_lanes(total[w][r]);
+    for (int r = 0; r < Rows; ++r) y[r] = sum_of_lanes(total[r]);
 }
 
-// Bytes that a row of x takes as the products read it, and the products' kind: of integers, or of numbers as they are.
-inline int64_t prepared_bytes(const SmallWeights& a, bool integers) {
+// How x is read: one row as integers where that may be, as several cost no less so than as they are.
+inline bool by_integers(int64_t rows, bool allowed) { return allowed && rows == 1; }
+
+// Bytes that a row of x takes as the products read it.
+inline int64_t row_bytes_of_x(const SmallWeights& a, bool integers) {
 #ifdef SEQARCH_INTEGER_PRODUCTS
     if (integers) return a.format == SEQARCH_INT8 ? DigitsOfRow<8>::bytes(a.depth) : DigitsOfRow<4>::bytes(a.depth);
 #endif
     static_cast<void>(integers);
     return (a.format == SEQARCH_INT8 ? (a.depth + 15) / 16 * 16 : a.blocks() * kBlockWeights) * sizeof(float);
 }
+inline int64_t prepared_bytes(const SmallWeights& a, int64_t rows, bool allowed) {
+    return rows * row_bytes_of_x(a, by_integers(rows, allowed));
+}
 
-// Rows of x, `stride` apart, as the products read them; `to` has prepared_bytes() for each, and begins at a line of the cache.
-inline void prepare(const SmallWeights& a, int64_t rows, const float* x, int64_t stride, bool integers, uint8_t* to) {
-    const int64_t bytes = prepared_bytes(a, integers);
-    for (int64_t r = 0; r < rows; ++r, x += stride, to += bytes) {
+// Rows of x, `stride` apart, as the products read them; `to` has prepared_bytes() and begins at a line of the cache.
+inline void prepare(const SmallWeights& a, int64_t rows, const float* x, int64_t stride, bool allowed, uint8_t* to) {
 #ifdef SEQARCH_INTEGER_PRODUCTS
-        if (integers) {
-            a.format == SEQARCH_INT8 ? prepare_integers<8>(x, a.depth, to) : prepare_integers<4>(x, a.depth, to);
-            continue;
-        }
+    if (by_integers(rows, allowed))
+        return a.format == SEQARCH_INT8 ? prepare_integers<8>(x, a.depth, to) : prepare_integers<4>(x, a.depth, to);
 #endif
+    static_cast<void>(allowed);
+    const int64_t bytes = row_bytes_of_x(a, false);
+    for (int64_t r = 0; r < rows; ++r, x += stride, to += bytes) {
         float* row = reinterpret_cast<float*>(to);
         if (a.format == SEQARCH_INT8) {
             std::copy_n(x, a.depth, row);
@@ -204,52 +190,46 @@ inline void prepare(const SmallWeights& a, int64_t rows, const float* x, int64_t
     }
 }
 
-// Rows [begin, end) of weights with all rows of x, `Together` rows of weights at a time for a single one:
-// products(first of weights, first of x, sums), then finish(row of x, row of weights, sum) for each.
-template <int Together, class Products, class Finish>
-inline void all_products(int64_t begin, int64_t end, int64_t rows, Products products, Finish finish) {
-    const auto some = [&](auto weights, auto count, int64_t j, int64_t r) {
-        float sums[decltype(weights)::value][decltype(count)::value];
-        products(j, r, sums);
-        for (int w = 0; w < weights; ++w)
-            for (int i = 0; i < count; ++i) finish(r + i, j + w, sums[w][i]);
-    };
-    const std::integral_constant<int, 1> one;
-    const std::integral_constant<int, 2> two;
-    const std::integral_constant<int, 3> three;
-    const std::integral_constant<int, 4> four;
-    const std::integral_constant<int, Together> together;
-    int64_t j = begin;
-    if (Together > 1 && rows == 1)
-        for (; j + Together <= end; j += Together) some(together, one, j, 0);
-    for (; j < end; ++j)
-        for (int64_t r = 0; r < rows; r += kRows) switch (rows - r) {
-                case 1: some(one, one, j, r); break;
-                case 2: some(one, two, j, r); break;
-                case 3: some(one, three, j, r); break;
-                default: some(one, four, j, r);
-            }
-}
-
 // Rows [begin, end) of weights with all prepared rows of x: finish(row of x, row of weights, sum) for each.
 template <class Finish>
-inline void small_products_of_all(const SmallWeights& a, int64_t begin, int64_t end, int64_t rows, bool integers,
+inline void small_products_of_all(const SmallWeights& a, int64_t begin, int64_t end, int64_t rows, bool allowed,
                                   const uint8_t* x, Finish finish) {
-    const int64_t bytes = prepared_bytes(a, integers);
-    with_format(a, [&](auto bits, auto group) {
-        constexpr int Bits = decltype(bits)::value, Group = decltype(group)::value;
+    const auto floats = [&](auto bits, auto group) {
+        const int64_t stride = row_bytes_of_x(a, false) / sizeof(float);
+        const auto some = [&](auto count, int64_t j, int64_t r) {
+            float sums[decltype(count)::value];
+            const float* from = reinterpret_cast<const float*>(x) + r * stride;
+            small_products<decltype(bits)::value, decltype(group)::value>(a, j, from, stride, sums);
+            for (int i = 0; i < count; ++i) finish(r + i, j, sums[i]);
+        };
+        for (int64_t j = begin; j < end; ++j)
+            for (int64_t r = 0; r < rows; r += kRows) switch (rows - r) {
+                    case 1: some(std::integral_constant<int, 1>(), j, r); break;
+                    case 2: some(std::integral_constant<int, 2>(), j, r); break;
+                    case 3: some(std::integral_constant<int, 3>(), j, r); break;
+                    default: some(std::integral_constant<int, 4>(), j, r);
+                }
+    };
 #ifdef SEQARCH_INTEGER_PRODUCTS
-        // Rows of weights share what is read of x: 2 of 8 bits, as 4 came slower from memory.
-        if (integers)
-            return all_products<Bits == 4 ? 4 : 2>(begin, end, rows, [&](int64_t j, int64_t r, auto& sums) {
-                integer_products<Bits, Group>(a, j, x + r * bytes, bytes, sums);
-            }, finish);
+    const auto integers = [&](auto bits, auto group) {
+        constexpr int Bits = decltype(bits)::value, Group = decltype(group)::value;
+        constexpr int kTogether = Bits == 4 ? 4 : 2;  // rows that share what is read of x; 4 of 8 bits came slower
+        int64_t j = begin;
+        for (; j + kTogether <= end; j += kTogether) {
+            float sums[kTogether];
+            integer_products<Bits, Group>(a, j, x, sums);
+            for (int w = 0; w < kTogether; ++w) finish(0, j + w, sums[w]);
+        }
+        for (; j < end; ++j) {
+            float sum[1];
+            integer_products<Bits, Group>(a, j, x, sum);
+            finish(0, j, sum[0]);
+        }
+    };
+    if (by_integers(rows, allowed)) return with_format(a, integers);
 #endif
-        const int64_t stride = bytes / sizeof(float);
-        all_products<1>(begin, end, rows, [&](int64_t j, int64_t r, auto& sums) {
-            small_products<Bits, Group>(a, j, reinterpret_cast<const float*>(x) + r * stride, stride, sums);
-        }, finish);
-    });
+    static_cast<void>(allowed);
+    with_format(a, floats);
 }
 
 }  // namespace seqarch

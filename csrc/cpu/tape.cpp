@@ -575,7 +575,7 @@ public:
     static int64_t room_for(const seqarch_tape& tape, bool integers) {
         int64_t most = 0;
         for (const auto* i = tape.instructions; i < tape.instructions + tape.count; ++i)
-            if (has_small_weights(*i)) most = std::max(most, i->sizes[0] * prepared_bytes(small_weights(*i, nullptr), integers));
+            if (has_small_weights(*i)) most = std::max(most, prepared_bytes(small_weights(*i, nullptr), i->sizes[0], integers));
         return most;
     }
 

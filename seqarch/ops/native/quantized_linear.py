@@ -1,6 +1,6 @@
 """A linear map with weights of 8 or 4 bits: of a few rows by the compiled CPU kernel (``csrc/cpu/small_weights.cpp``).
 
-Its time is that of reading the codes. The operator takes any number of rows; from :data:`MOST_ROWS` on it is as fast to
+Its time is that of reading the codes. The operator takes any number of rows; beyond :data:`MOST_ROWS` it is faster to
 widen the weights once and multiply by them.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native import cpu_library
 
-MOST_ROWS = 16
+MOST_ROWS = 32
 
 FORMATS = {torch.int8: 3, torch.uint8: 4}
 """By the dtype of codes, the header's number: 8 bits, or 4 in blocks."""
