@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ class Token:
         return self.stack, self.weights, f"{self.megabytes:.0f}", *shown
 
 
-def _torchao(stack: Stack) -> nn.Module:
+def _torchao(stack: Stack) -> Stack:
     """torchao's 8 bits, whose tensors torch's own maps multiply.
 
     Raises:
@@ -77,13 +78,13 @@ def _torchao(stack: Stack) -> nn.Module:
 
 def _bytes(stack: nn.Module) -> int:
     """Of its weights, and of what tensors of another package are made of."""
-    parts = {id(each): each for each in stack.parameters() if hasattr(each, "__tensor_flatten__")}
+    parts: dict[int, Any] = {id(each): each for each in stack.parameters() if hasattr(each, "__tensor_flatten__")}
     held = [getattr(each, name) for each in parts.values() for name in each.__tensor_flatten__()[0]]
     shown = sum(each.numel() * each.element_size() for each in parts.values())
     return weight_bytes(stack) - shown + sum(each.numel() * each.element_size() for each in held)
 
 
-FORMS: dict[str, Callable[[Stack], nn.Module]] = {
+FORMS: dict[str, Callable[[Stack], Stack]] = {
     "float32": lambda stack: stack,
     "bfloat16": lambda stack: stack.bfloat16(),
     "int8": partial(quantize, name="int8"),
