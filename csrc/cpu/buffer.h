@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <new>
 
 namespace seqarch {
@@ -27,6 +28,23 @@ class Buffer {
     }
     static constexpr std::align_val_t kAlignment{64};
     A* data_;
+};
+
+// Memory that is kept from call to call, so that none is asked for once there was enough. Throws std::bad_alloc.
+class Kept {
+  public:
+    uint8_t* at_least(int64_t bytes) {
+        if (bytes > bytes_) {
+            bytes_ = 0;
+            memory_ = std::make_unique<Buffer<uint8_t>>(bytes);
+            bytes_ = bytes;
+        }
+        return memory_ ? static_cast<uint8_t*>(*memory_) : nullptr;
+    }
+
+  private:
+    std::unique_ptr<Buffer<uint8_t>> memory_;
+    int64_t bytes_ = 0;
 };
 
 }  // namespace seqarch

@@ -13,6 +13,7 @@
 #endif
 
 #include "arguments.h"
+#include "buffer.h"
 #include "linear.h"
 #include "numbers.h"
 #include "seqarch.h"
@@ -48,6 +49,8 @@ struct Instruction {
     const seqarch_tape_instruction& i;
     const seqarch_view* views;
     const seqarch_step* steps;
+    const uint8_t* prepared;  // x of a map with weights of few bits
+    bool integers;
     Piece piece;
 
     float* data(int v) const { return static_cast<float*>(views[v].data); }
@@ -60,8 +63,10 @@ SmallWeights small_weights(const seqarch_tape_instruction& i, const seqarch_view
     return {i.flags, static_cast<const uint8_t*>(codes), static_cast<const bfloat16*>(scales), i.sizes[1], i.sizes[3]};
 }
 
+bool has_small_weights(const seqarch_tape_instruction& i) { return i.kind == SEQARCH_MAP && i.flags >= SEQARCH_INT8; }
+
 int64_t weight_bytes(const seqarch_tape_instruction& map) {
-    if (map.flags >= SEQARCH_INT8) return map.sizes[2] * small_weights(map, nullptr).row_bytes();
+    if (has_small_weights(map)) return map.sizes[2] * small_weights(map, nullptr).row_bytes();
     return map.sizes[1] * map.sizes[2] * (map.flags == SEQARCH_BFLOAT16 ? 2 : 4);
 }
 
@@ -82,7 +87,7 @@ void map_to(const Instruction& in, Range own, float* y, int64_t y_row, int64_t y
     if (in.i.flags == SEQARCH_FLOAT32) return map_to<float>(in, own, y, y_row, y_step);
     if (in.i.flags == SEQARCH_BFLOAT16) return map_to<bfloat16>(in, own, y, y_row, y_step);
     const float* bias = in.data(3);
-    small_products_of_all(small_weights(in.i, in.views), own.begin, own.end, in.size(0), in.data(1), in.stride(1, 0),
+    small_products_of_all(small_weights(in.i, in.views), own.begin, own.end, in.size(0), in.integers, in.prepared,
                           [=](int64_t r, int64_t j, float sum) {
                               y[r * y_row + (j - own.begin) * y_step] = sum + (bias ? bias[j] : 0.0f);
                           });
@@ -563,10 +568,22 @@ void fetch_ahead(const seqarch_tape& tape, int64_t instruction, int64_t turn, in
 
 class Runner {
 public:
-    explicit Runner(const seqarch_tape& tape) : tape_(tape) {}
+    // `room` is as large as room_for() says.
+    Runner(const seqarch_tape& tape, uint8_t* room, bool integers) : tape_(tape), room_(room), integers_(integers) {}
+
+    // Bytes for x of the largest map with weights of few bits.
+    static int64_t room_for(const seqarch_tape& tape, bool integers) {
+        int64_t most = 0;
+        for (const auto* i = tape.instructions; i < tape.instructions + tape.count; ++i)
+            if (has_small_weights(*i)) most = std::max(most, prepared_bytes(small_weights(*i, nullptr), i->sizes[0], integers));
+        return most;
+    }
 
     int32_t alone() {
-        for (int64_t i = 0; i < tape_.count; ++i) note(run(piece(i, {0, 1})));
+        for (int64_t i = 0; i < tape_.count; ++i) {
+            prepare_for(i);
+            note(run(piece(i, {0, 1})));
+        }
         return code_;
     }
 
@@ -589,7 +606,23 @@ public:
 private:
     Instruction piece(int64_t i, Piece which) const {
         const seqarch_tape_instruction& one = tape_.instructions[i];
-        return {one, tape_.views + one.views, tape_.steps + one.steps, which};
+        return {one, tape_.views + one.views, tape_.steps + one.steps, room_, integers_, which};
+    }
+
+    // Put x in order for a map with weights of few bits; several in a row may be of the same x. A thread that was stopped
+    // within an earlier map may still read here: its results are not taken.
+    void prepare_for(int64_t i) {
+        const seqarch_tape_instruction& map = tape_.instructions[i];
+        if (!has_small_weights(map)) return;
+        const seqarch_view& x = tape_.views[map.views + 1];
+        if (i > 0 && has_small_weights(tape_.instructions[i - 1])) {
+            const seqarch_tape_instruction& before = tape_.instructions[i - 1];
+            const seqarch_view& former = tape_.views[before.views + 1];
+            if (former.data == x.data && former.strides[0] == x.strides[0] && before.flags == map.flags &&
+                std::equal(map.sizes, map.sizes + 2, before.sizes) && before.sizes[3] == map.sizes[3])
+                return;
+        }
+        prepare(small_weights(map, nullptr), map.sizes[0], static_cast<const float*>(x.data), x.strides[0], integers_, room_);
     }
 
     void note(int32_t code) {
@@ -599,6 +632,7 @@ private:
     void lead() {
         for (int64_t i = 0; i < tape_.count; ++i) {
             const int64_t pieces = pieces_of(tape_.instructions[i]);
+            prepare_for(i);
             if (pieces == 1) {
                 note(run(piece(i, {0, 1})));
                 continue;
@@ -636,6 +670,8 @@ private:
     }
 
     const seqarch_tape& tape_;
+    uint8_t* const room_;
+    const bool integers_;
     Team team_;
     std::atomic<int32_t> code_{SEQARCH_OK};
 };
@@ -652,6 +688,14 @@ int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int
     double weights = 0;
     for (int64_t i = 0; i < tape->count; ++i)
         if (tape->instructions[i].kind == SEQARCH_MAP) weights += static_cast<double>(weight_bytes(tape->instructions[i]));
-    Runner runner(*tape);
+    static thread_local Kept kept;
+    const bool integers = has_integer_products();
+    uint8_t* room;
+    try {
+        room = kept.at_least(Runner::room_for(*tape, integers));
+    } catch (const std::bad_alloc&) {
+        return SEQARCH_OUT_OF_MEMORY;
+    }
+    Runner runner(*tape, room, integers);
     return num_threads == 1 || weights < kSmallWork ? runner.alone() : runner.together(num_threads);
 }

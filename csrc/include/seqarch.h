@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 10
+#define SEQARCH_INTERFACE 13
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -77,10 +77,11 @@ SEQARCH_API int32_t seqarch_linear(const seqarch_linear_arguments* arguments, in
 /* The same with weights of 8 or 4 bits in groups of 32 or 64, weight = code scale: x, bias and y are float32.
  *
  *   scales           [width, groups], bfloat16
- *   codes            of SEQARCH_INT8 [width, depth]. Of SEQARCH_INT4 [width, ceil(depth / 128), 64] bytes, each row in
- *                    blocks of 128, the last filled up: 16 little-endian words of 32 bits, of which word l holds the code
- *                    16 j + l of the block in bits 4 j to 4 j + 3, in two's complement.
- */
+ *   codes            of SEQARCH_INT8 [width, depth]. Of SEQARCH_INT4 [width, ceil(depth / 128) 64] bytes of code + 8, two
+ *                    in a byte, the first in bits 0 to 3; rows are filled up to whole blocks of 128 codes.
+ *
+ * With AVX-512 VNNI a row of x is rounded to integers of which its largest number is 2^22 or more; one that has a number
+ * that is not finite gives NaN. */
 enum { SEQARCH_INT8 = 3, SEQARCH_INT4 = 4 };
 
 typedef struct {
@@ -92,6 +93,10 @@ typedef struct {
 
 SEQARCH_API int32_t seqarch_quantized_linear(const seqarch_quantized_linear_arguments* arguments,
                                              int32_t num_threads);
+
+/* Let products with such weights be of integers, as at the start, or forbid it, so that a test computes as processors
+ * without AVX-512 VNNI do. Returns 1 if they are from now on, 0 if not. */
+SEQARCH_API int32_t seqarch_integer_products(int32_t allow);
 
 /* RMS norm of rows of W = width numbers, with a gate or without, in SEQARCH_FLOAT32 or SEQARCH_FLOAT64:
  *

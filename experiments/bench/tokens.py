@@ -78,9 +78,9 @@ def measure(pattern: str, budget: float, width: int = WIDTH, depth: int = DEPTH,
     count = sum(parameter.numel() for parameter in stack.parameters())
     layer_by_layer = partial(in_turn, stack._layers(), cu_seqlens=None)
     works = {
-        "token": _decoding(stack, stack, 1, prompt),
-        "rows": _decoding(stack, stack, ROWS, prompt),
-        "torch": _decoding(stack, layer_by_layer, 1, prompt),
+        "token": decoding(stack, stack, 1, prompt),
+        "rows": decoding(stack, stack, ROWS, prompt),
+        "torch": decoding(stack, layer_by_layer, 1, prompt),
         "weights": torch.ones(count).sum,
     }
     device = Cpu()
@@ -98,10 +98,11 @@ def measure(pattern: str, budget: float, width: int = WIDTH, depth: int = DEPTH,
     )
 
 
-def _decoding(stack: Stack, step: Callable[..., Any], rows: int, prompt: int) -> Callable[[], Tensor]:
-    """A call that decodes one more token after a prompt."""
-    _, state = stack(torch.randn(rows, prompt, stack.config.d_model), stack.init_state(rows, prompt + ROOM))
-    x = torch.randn(rows, 1, stack.config.d_model)
+def decoding(stack: Stack, step: Callable[..., Any], rows: int, prompt: int) -> Callable[[], Tensor]:
+    """A call that decodes one more token after a prompt, in the dtype of the stack."""
+    dtype = next(stack.parameters()).dtype
+    prompts, x = (torch.randn(rows, length, stack.config.d_model, dtype=dtype) for length in (prompt, 1))
+    _, state = stack(prompts, stack.init_state(rows, prompt + ROOM))
 
     def token() -> Tensor:
         nonlocal state

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -19,28 +21,44 @@ from seqarch.layers.modules.quantized import (
     QuantizedWeight,
     WeightFormat,
 )
+from seqarch.models.calibration import calibrated, check_moments, in_order, moments
 from seqarch.ops.dispatch.checks import show, unknown_name
 from seqarch.ops.dispatch.eager import is_untouched
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def quantize(model: M, name: str, *, group_size: int | None = None, keep: str | Sequence[str] = ()) -> M:
+def quantize(
+    model: M,
+    name: str,
+    *,
+    group_size: int | None = None,
+    keep: str | Sequence[str] = (),
+    calibration: torch.Tensor | None = None,
+) -> M:
     """Round the weights of linear maps, embeddings, heads and experts to 8 or 4 bits, in place; returns the model.
 
     What makes decays and step sizes stays as it is (``unquantized`` of each mixer), and so do norms, convolutions,
     routers and all that is no matrix of a linear map. One token on a CPU in float32 reads the codes alone; all other
     calls, gradients of inputs among them, widen the weights first. Nothing is changed where an error is raised.
 
+    Each weight is rounded to the nearest code. With ``calibration`` linear maps are rounded by GPTQ
+    (:mod:`seqarch.models.calibration`), so that what they put out for such inputs changes less: layer after layer,
+    each on what the rounded layers before it put out. The model reads all of ``calibration`` once for each layer.
+    Embeddings, heads that share their weights and experts are rounded to the nearest all the same.
+
     Args:
         name: ``"int8"`` or ``"int4"``.
         group_size: how many weights share a scale, 32 or 64; by default 64 of ``"int8"`` and 32 of ``"int4"``.
         keep: names of modules to leave as they are, with all inside of them, as ``"head"``, ``"stack.layers.0"`` or
             ``"*.out_proj"``.
+        calibration: what the model is called with, a sequence a row, as tokens ``[B, T]``: text of the kind that it is
+            for, some tens of thousands of tokens.
 
     Raises:
         ValueError: there is no such format or group size, ``keep`` names nothing, groups do not divide a map's inputs,
-            a map is quantised, adapted or hooked, its weights are no finite numbers, or there is nothing to quantise.
+            a map is quantised, adapted or hooked, its weights are no finite numbers, or there is nothing to quantise;
+            or ``calibration`` has no rows, or the model does not call a map on it.
     """
     form = WeightFormat(name, GROUPS.get(name, 32) if group_size is None else group_size)
     everything = dict(_targets(model))
@@ -54,12 +72,57 @@ def quantize(model: M, name: str, *, group_size: int | None = None, keep: str | 
         raise ValueError(f"{type(model).__name__} has no linear map, embedding or experts left to quantise")
     for path, tensor in targets.items():
         _check(model, path, tensor, form)
-    replace(model, dict.fromkeys(targets, form))
+    if calibration is None:
+        replace(model, dict.fromkeys(targets, form))
+    else:
+        _calibrate(model, targets, form, calibration)
     return model
 
 
-def replace(model: nn.Module, formats: Mapping[str, WeightFormat]) -> None:
-    """Put quantised modules in place of those of these names; tensors that two share they share after it."""
+def _calibrate(model: nn.Module, targets: Mapping[str, torch.Tensor], form: WeightFormat, inputs: torch.Tensor) -> None:
+    """Quantise one layer after the other; where an error is raised, those done are put back."""
+    if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2 or not inputs.numel():
+        raise ValueError(f"calibration is {show(inputs)}, expected what the model is called with, a sequence a row")
+    former = {path: _at(model, path) for path in targets}
+    owners = Counter(map(id, targets.values()))
+    maps = [p for p, weight in targets.items() if isinstance(former[p], nn.Linear) and owners[id(weight)] == 1]
+    try:
+        replace(model, {path: form for path in targets if path not in maps})
+        for names in in_order(maps):
+            found = moments(model, names, inputs)
+            check_moments(names, found)
+            encoded = {path: calibrated(targets[path], found[path], form) for path in names}
+            replace(model, dict.fromkeys(names, form), encoded)
+    except BaseException:
+        for path, each in former.items():
+            _put(model, path, each)
+        raise
+
+
+def _at(model: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
+
+
+def _put(model: nn.Module, path: str, former: Any) -> None:
+    owner, _, name = path.rpartition(".")
+    place = model.get_submodule(owner)
+    if isinstance(former, nn.Parameter):
+        place._modules.pop(name, None)
+    setattr(place, name, former)
+
+
+Encoded = tuple[torch.Tensor, torch.Tensor]
+"""Codes and scales."""
+
+
+def replace(
+    model: nn.Module, formats: Mapping[str, WeightFormat], encoded: Mapping[str, Encoded] = MappingProxyType({})
+) -> None:
+    """Put quantised modules in place of those of these names; tensors that two share they share after it.
+
+    Weights are rounded to the nearest but for those whose codes and scales are ``encoded``.
+    """
     done: dict[int, QuantizedWeight] = {}
     targets = dict(_targets(model))
     for path, form in formats.items():
@@ -77,7 +140,10 @@ def replace(model: nn.Module, formats: Mapping[str, WeightFormat]) -> None:
         else:
             twin = done.get(id(weight))
             twin = twin if twin is not None and twin.form == form else None
-            codes, scales = form.encode(weight) if twin is None else (twin.codes, twin.scales)
+            if path in encoded:
+                codes, scales = encoded[path]
+            else:
+                codes, scales = form.encode(weight) if twin is None else (twin.codes, twin.scales)
             kind = QuantizedEmbedding if isinstance(former, nn.Embedding) else QuantizedLinear
             others: tuple[Any, ...] = () if kind is QuantizedEmbedding else (former.bias,)
             made = done[id(weight)] = kind(codes, scales, form, weight.dtype, *others)
@@ -162,8 +228,7 @@ def _without_kept(targets: Mapping[str, torch.Tensor], keep: Sequence[str]) -> d
 
 
 def _check(model: nn.Module, path: str, weight: torch.Tensor, form: WeightFormat) -> None:
-    owner, _, name = path.rpartition(".")
-    module = getattr(model.get_submodule(owner), name)
+    module = _at(model, path)
     if isinstance(module, nn.Linear):
         plain = is_plain_linear(module)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,45 @@ def test_weights_are_rounded_to_the_nearest_code(form: WeightFormat):
     assert torch.equal(form.decode(codes, scales, torch.float64).float(), rounded)
 
 
+@pytest.fixture(params=[True, False], ids=["integers", "floats"])
+def integers(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether sums may be of integers: processors without AVX-512 VNNI compute as where they may not."""
+    quantized_linear.integer_products(request.param)
+    yield request.param
+    quantized_linear.integer_products(True)
+
+
 @pytest.mark.parametrize("isa", cpu_library.supported_isas())
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_kernel_multiplies_by_what_codes_stand_for(form: WeightFormat, isa: str):
+def test_the_kernel_multiplies_by_what_codes_stand_for(form: WeightFormat, isa: str, integers: bool):
     torch.manual_seed(0)
-    for depth, width in ((64, 5), (192, 17), (1216, 33)):
-        module = QuantizedLinear.of(torch.randn(width, depth), form)
-        for rows in (1, 2, 3, 4, 9):
-            x, bias = torch.randn(rows, 1, depth), torch.randn(width)
-            expected = F.linear(x.double(), module.dequantized(torch.float64), bias.double())
-            with cpu_library.use_isa(isa):
+    with cpu_library.use_isa(isa):
+        assert not (quantized_linear.integer_products(integers) and (isa != "avx512" or not integers))
+        for depth, width in ((64, 5), (192, 17), (1216, 33)):
+            module = QuantizedLinear.of(torch.randn(width, depth), form)
+            for rows in (1, 2, 3, 4, 9):
+                x, bias = torch.randn(rows, 1, depth), torch.randn(width)
+                expected = F.linear(x.double(), module.dequantized(torch.float64), bias.double())
                 got = quantized_linear.quantized_linear(x, module.codes, module.scales, bias)
-            assert_close(got, expected, 1e-6, f"{depth} {width} {rows}")
+                assert_close(got, expected, 1e-6, f"{depth} {width} {rows}")
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_rows_of_any_size_are_multiplied(form: WeightFormat, integers: bool):
+    torch.manual_seed(0)
+    module, x = QuantizedLinear.of(torch.randn(9, 128), form), torch.randn(7, 128)
+    x[0] = 0
+    x[1] *= 1e-20
+    x[2] *= 1e30
+    x[3, 5] = 1e6
+    x[4, 5], x[5, 5] = torch.nan, torch.inf
+    y = quantized_linear.quantized_linear(x, module.codes, module.scales, None)
+    assert not y[0].any()
+    for row in (1, 2, 3, 6):
+        expected = F.linear(x[row].double(), module.dequantized(torch.float64))
+        assert_close(y[row], expected, 1e-6, str(row))
+    assert y[4].isnan().all()
+    assert not y[5].isfinite().any()
 
 
 def test_the_operator_keeps_torchs_rules_and_refuses_other_groups():

@@ -49,17 +49,26 @@ class WeightFormat:
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes ``[..., N, bytes]`` and the bits of scales ``[..., N, K / group_size]`` of ``weight [..., N, K]``."""
-        wide = weight.detach().float()
-        grouped = wide.unflatten(-1, (-1, self.group_size))
+        grouped = weight.detach().float().unflatten(-1, (-1, self.group_size))
+        scales = self.scales_of(grouped)
+        return self.packed(self.rounded(grouped, scales[..., None]).flatten(-2)), scales.view(torch.int16)
+
+    def scales_of(self, groups: Tensor) -> Tensor:
+        """The scale of each group ``[..., group_size]`` by its largest weight, in bfloat16."""
         if self.name == "int8":
-            scale, least, most = grouped.abs().amax(-1) / 127, -127, 127
-        else:
-            at = grouped.abs().argmax(-1, keepdim=True)
-            scale, least, most = grouped.gather(-1, at)[..., 0] / -8, -8, 7
-        scale = scale.bfloat16()
-        divisor = scale.float().where(scale != 0, 1.0)[..., None]
-        codes = (grouped / divisor).round().clamp(least, most).flatten(-2).to(torch.int8)
-        return codes if self.name == "int8" else _packed(codes), scale.view(torch.int16)
+            return (groups.abs().amax(-1) / 127).bfloat16()
+        at = groups.abs().argmax(-1, keepdim=True)
+        return (groups.gather(-1, at)[..., 0] / -8).bfloat16()
+
+    def rounded(self, weights: Tensor, scales: Tensor) -> Tensor:
+        """The codes nearest to weights, as int8, for scales that broadcast."""
+        least, most = (-127, 127) if self.name == "int8" else (-8, 7)
+        divisor = scales.to(weights.dtype).where(scales != 0, 1.0)
+        return (weights / divisor).round().clamp(least, most).to(torch.int8)
+
+    def packed(self, codes: Tensor) -> Tensor:
+        """Codes ``[..., K]`` as they are held."""
+        return codes if self.name == "int8" else _packed(codes)
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """The numbers ``[..., K]`` that codes and scales stand for."""
@@ -70,18 +79,13 @@ class WeightFormat:
 
 
 def _packed(codes: Tensor) -> Tensor:
-    """Codes of 4 bits ``[..., K]`` as bytes: blocks of 128, of which word l holds the codes 16 j + l in bits 4 j on."""
-    codes = F.pad(codes, (0, -codes.shape[-1] % kernel.BLOCK)).unflatten(-1, (-1, 8, 16)).to(torch.int32) & 15
-    words = codes[..., 0, :]
-    for j in range(1, 8):
-        words = words | codes[..., j, :] << 4 * j
-    return words.flatten(-2).contiguous().view(torch.uint8)
+    """Codes of 4 bits ``[..., K]`` plus 8 as bytes, the first of two in the lower half; rows of whole blocks of 128."""
+    pairs = (F.pad(codes, (0, -codes.shape[-1] % kernel.BLOCK)) + 8).to(torch.uint8).unflatten(-1, (-1, 2))
+    return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def _unpacked(codes: Tensor) -> Tensor:
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)[:, None]
-    words = codes.contiguous().view(torch.int32).unflatten(-1, (-1, 1, 16))
-    return ((words >> shifts & 15 ^ 8) - 8).flatten(-3)
+    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.int8) - 8
 
 
 class QuantizedWeight(nn.Module):

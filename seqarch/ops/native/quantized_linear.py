@@ -1,6 +1,6 @@
 """A linear map with weights of 8 or 4 bits: of a few rows by the compiled CPU kernel (``csrc/cpu/small_weights.cpp``).
 
-Its time is that of reading the codes. The operator takes any number of rows; from :data:`MOST_ROWS` on it is as fast to
+Its time is that of reading the codes. The operator takes any number of rows; beyond :data:`MOST_ROWS` it is faster to
 widen the weights once and multiply by them.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native import cpu_library
 
-MOST_ROWS = 16
+MOST_ROWS = 32
 
 FORMATS = {torch.int8: 3, torch.uint8: 4}
 """By the dtype of codes, the header's number: 8 bits, or 4 in blocks."""
@@ -21,6 +21,12 @@ BLOCK = 128
 """Codes of 4 bits in a block, 64 bytes."""
 
 _quantized_linear = cpu_library.Kernel("quantized_linear", "quantized_linear_arguments")
+
+
+def integer_products(allow: bool) -> bool:
+    """Let the kernel's sums be of integers where the processor has AVX-512 VNNI, as at the start, or forbid it; returns
+    whether they are from now on. For tests: it holds for the process."""
+    return bool(cpu_library.library().seqarch_integer_products(int(allow)))
 
 
 def serves(x: Tensor, bias: Tensor | None) -> bool:

@@ -18,7 +18,17 @@ from torch import Tensor
 from docs import benchmarks
 from docs.benchmarks import kept_targets
 from experiments.bench import __main__ as command
-from experiments.bench import baselines, devices, measure, models, peak_memory, targets, tokens, training_steps
+from experiments.bench import (
+    baselines,
+    devices,
+    measure,
+    models,
+    peak_memory,
+    quantized,
+    targets,
+    tokens,
+    training_steps,
+)
 from experiments.bench.benchmark import AUTO, MODES, PASSES, Absent, Benchmark, Cost, Implementation, Workload
 from experiments.bench.benchmarks import BENCHMARKS, OPERATIONS, names_on
 from experiments.bench.devices import Ceilings, Cpu
@@ -369,7 +379,7 @@ def test_bad_arguments(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("more", [[], ["targets"], ["tokens"]])
+@pytest.mark.parametrize("more", [[], ["targets"], ["tokens"], ["quantized"]])
 def test_a_folder_that_cannot_be_written_is_one_line(small, more, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"cannot write .*file/bench"):
@@ -408,6 +418,34 @@ def test_a_token_is_measured_beside_its_weights(tmp_path, monkeypatch, capsys):
         assert 0 < found["share"] < 1
         assert found["milliseconds"] < 50
     assert "of the bound" in capsys.readouterr().out
+
+
+def test_weights_of_fewer_bits_are_measured_beside_float32(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quantized, "STACKS", ("mamba", "gla"))
+    monkeypatch.setattr(quantized, "measure", partial(quantized.measure, width=64, depth=1, prompt=5))
+    monkeypatch.setattr(quantized, "FORMS", quantized.FORMS | {"torchao int8": absent})
+    command.main(["--budget", "0.01", "--folder", str(tmp_path), "quantized", "--only", "gl"])
+    assert not [*tmp_path.iterdir()]
+    command.main(["--budget", "0.05", "--folder", str(tmp_path), "quantized"])
+    rows = json.loads((tmp_path / "quantized.json").read_text())["quantized"]
+    assert [(row["stack"], row["weights"]) for row in rows] == [
+        (stack, form) for stack in ("mamba", "gla") for form in ("float32", "bfloat16", "int8", "int4")
+    ]
+    for wide, half, byte, few in (rows[:4], rows[4:]):
+        assert wide["times"] == 1
+        assert half["megabytes"] == pytest.approx(wide["megabytes"] / 2)
+        assert few["megabytes"] < byte["megabytes"] < half["megabytes"]
+    assert "torchao int8 is absent: not here" in capsys.readouterr().out
+
+
+def absent(_: Stack) -> Stack:
+    raise Absent("not here")
+
+
+@pytest.mark.slow
+def test_torchao_multiplies_by_its_own_weights_of_eight_bits():
+    found = {row.weights: row for row in quantized.measure("gla", 0.01, width=64, depth=1, prompt=5)}
+    assert found["torchao int8"].megabytes < found["bfloat16"].megabytes
 
 
 def test_targets_are_of_benchmarks_that_there_are():
