@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 10
+#define SEQARCH_INTERFACE 16
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -224,9 +224,10 @@ typedef struct {
     double number, other;
 } seqarch_step;
 
-/* `views` and `steps` are where those of the instruction begin in the tape's lists. */
+/* `views` and `steps` are where those of the instruction begin in the tape's lists. A view of an elementwise instruction
+ * is of float64 where its bit is set in the flags, and of int64 where it is set in `whole` too. */
 typedef struct {
-    int32_t kind, flags, views, steps, outputs, inputs, count, unused;
+    int32_t kind, flags, views, steps, outputs, inputs, count, whole;
     double factor;
     int64_t sizes[6];
 } seqarch_tape_instruction;
@@ -237,12 +238,16 @@ typedef struct {
     int64_t base, factor, number;
 } seqarch_patch;
 
+/* `wanted` are addresses that the caller will look at next, which weights have pushed out of the cache: they are fetched
+ * at the end, and never read. */
 typedef struct {
     const seqarch_tape_instruction* instructions;
     const seqarch_view* views;
     const seqarch_step* steps;
     const seqarch_patch* patches;
     int64_t count, patch_count;
+    const int64_t* wanted;
+    int64_t wanted_count;
 } seqarch_tape;
 
 SEQARCH_API int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int32_t num_threads);

@@ -76,6 +76,7 @@ class Instruction:
     outputs: int = 0
     steps: tuple[Step, ...] = ()
     results: tuple[int, ...] = ()
+    whole: int = 0
     scope: int = 0
 
     def amounts(self) -> Iterator[Amount]:
@@ -103,7 +104,8 @@ class Tape:
 
     def __init__(self, take: Callable[[Tensor], int]):
         self.instructions: list[Instruction] = []
-        self.fills: list[tuple[View, float]] = []
+        self.fills: list[tuple[View, float | Tensor]] = []
+        self.numbers: list[tuple[int, Amount]] = []
         self.tables = self.used = self.size = self.lasting = 0
         self.limit: Callable[[Amount], int] = int
         self.tensors: dict[Buffer, Tensor] = {}
@@ -139,6 +141,22 @@ class Tape:
         self.fills.append((view, number))
         return view
 
+    def constant(self, tensor: Tensor, wide: bool = False) -> View:
+        """The numbers of a tensor, in memory of their own."""
+        used, self.used = self.used, self.lasting
+        view = self.value(tuple(tensor.shape), wide)
+        self.lasting, self.used = self.used, used
+        view = replace(view, buffer=Buffer("lasting", view.buffer.what))
+        self.fills.append((view, tensor))
+        return view
+
+    def number(self, amount: Amount) -> View:
+        """A whole number that each token has a value for."""
+        name = (self.scope, amount)
+        if name not in self.numbers:
+            self.numbers.append(name)
+        return View(Buffer("number", self.numbers.index(name)), 0, (), (), wide=True)
+
     def dense(self, view: View, dims: int) -> View:
         """It, or a copy, so that the numbers of the last dimensions lie side by side."""
         return view if view.is_dense(dims) else self.copy(view)
@@ -156,7 +174,7 @@ class Tape:
         self._append(kind, [None if each is None else _operand(*each) for each in operands], sizes, flags, factor)
 
     def _append(self, kind: str, operands: Sequence[Operand | None], sizes: Sequence[Amount], *others: Any) -> None:
-        named = dict(zip(("flags", "factor", "outputs", "steps", "results"), others, strict=False))
+        named = dict(zip(("flags", "factor", "outputs", "steps", "results", "whole"), others, strict=False))
         self.instructions.append(Instruction(kind, tuple(operands), tuple(sizes), scope=self.scope, **named))
 
     def amounts(self, scope: int) -> list[Amount]:
@@ -181,8 +199,11 @@ class Tape:
         operands = [
             Operand(v.buffer, v.offset, tuple(own[i] for _, own in dims), 4 * (1 + v.wide)) for i, v in enumerate(views)
         ]
-        sizes, wide = [size for size, _ in dims], sum(view.wide << i for i, view in enumerate(views))
-        self._append("elementwise", operands, sizes, wide, 1.0, len(outputs), tuple(steps), tuple(results))
+        wide, whole = (
+            sum(flag << i for i, flag in enumerate(flags)) for flags in zip(*map(_kinds, views), strict=True)
+        )
+        sizes = [size for size, _ in dims]
+        self._append("elementwise", operands, sizes, wide, 1.0, len(outputs), tuple(steps), tuple(results), whole)
 
     def reduce(self, kind: str, to: View, view: View, dims: Sequence[int], factor: float = 1.0) -> None:
         """``to``, without gaps, is the sum or an extreme of ``view`` over some dimensions, times ``factor``."""
@@ -223,9 +244,13 @@ def _operand(view: View, dims: Sequence[int]) -> Operand:
     return Operand(view.buffer, view.offset, tuple(view.strides[d] for d in dims))
 
 
+def _kinds(view: View) -> tuple[bool, bool]:
+    return view.wide, view.whole
+
+
 def _is_worth_going_inside(size: Amount, strides: tuple[Amount, ...]) -> int:
-    """How many views have the numbers of a long dimension side by side."""
-    return sum(stride == 1 for stride in strides) if isinstance(size, int) and size >= 2 * LINE else 0
+    """0 for a short dimension; of a long one, how many views have its numbers side by side, and one more."""
+    return 1 + sum(stride == 1 for stride in strides) if isinstance(size, int) and size >= 2 * LINE else 0
 
 
 class Workspace:
@@ -233,8 +258,9 @@ class Workspace:
 
     def __init__(self, tape: Tape):
         self.memory, self.lasting = torch.zeros(tape.size), torch.zeros(tape.lasting)
-        for view, number in tape.fills:
-            self.tensor(view).fill_(number)
+        for view, numbers in tape.fills:
+            self.tensor(view).copy_(torch.as_tensor(numbers))
+        self.names, self.numbers = tape.numbers, (cpu_library.float64 * len(tape.numbers))()
         operands = [(each.scope, operand) for each in tape.instructions for operand in each.operands]
         steps = [step for each in tape.instructions for step in _steps(each)]
         self.instructions = cpu_library.array("tape_instruction", len(tape.instructions))
@@ -269,6 +295,8 @@ class Workspace:
         for name, number in self.registers.items():
             if name[0] != "table":
                 self.values[number] = amounts[name]
+        for place, name in enumerate(self.names):
+            self.numbers[place] = amounts[name]
 
     def run(self, first: int, last: int, tables: Mapping[int, Tensor]) -> None:
         """Run the instructions from one on until another one.
@@ -289,6 +317,7 @@ class Workspace:
             to.kind, to.flags, to.factor = KINDS.index(each.kind), each.flags, each.factor
             to.views, to.steps = operands, steps
             to.outputs, to.inputs, to.count = each.outputs, len(each.operands) - each.outputs, len(each.steps)
+            to.whole = each.whole
             for d, size in enumerate(each.sizes):
                 self._set(to.sizes, d, (each.scope, size))
             operands, steps = operands + len(each.operands), steps + len(each.steps) + len(each.results)
@@ -304,6 +333,8 @@ class Workspace:
             raise Unserved("a part of a value that moves from token to token is read")
         elif kind == "table":
             self._fixed.append((field, operand.itemsize * operand.offset, 1, self._register(("table", what))))
+        elif kind == "number":
+            place.data = cpu_library.address(self.numbers) + operand.itemsize * what
         else:
             memory = {"value": self.memory, "lasting": self.lasting}
             first = what if kind == "parameter" else memory[kind].data_ptr() + 4 * what
