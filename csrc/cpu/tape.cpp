@@ -230,6 +230,28 @@ void elementwise(const Instruction& in) {
     }
 }
 
+// The largest of sign row[k] and of `most`; NaN if one is.
+float extreme(int64_t n, const float* row, int64_t stride, float most, float sign) {
+    int64_t k = 0;
+    if (stride == 1) {
+        float side[kLine];
+        std::fill_n(side, kLine, most);
+        for (; k + kLine <= n; k += kLine)
+#pragma omp simd
+            for (int64_t i = 0; i < kLine; ++i) {
+                const float next = sign * row[k + i];
+                side[i] = next > side[i] || next != next ? next : side[i];
+            }
+        for (float next : side)
+            if (next > most || next != next) most = next;
+    }
+    for (; k < n; ++k) {
+        const float next = sign * row[k * stride];
+        if (next > most || next != next) most = next;
+    }
+    return most;
+}
+
 // y [s0, s1, s2] from x [s0, s1, s2, s3, s4], over the last two.
 void reduce(const Instruction& in) {
     const int64_t outer = in.size(0) * in.size(1) * in.size(2), stride = in.stride(1, 4);
@@ -252,13 +274,8 @@ void reduce(const Instruction& in) {
                     }
                     result += sum;
                     break;
-                case 1:
-                    for (int64_t k = 0; k < in.size(4); ++k)
-                        if (!(row[k * stride] <= result)) result = row[k * stride];
-                    break;
-                default:
-                    for (int64_t k = 0; k < in.size(4); ++k)
-                        if (!(row[k * stride] >= result)) result = row[k * stride];
+                case 1: result = extreme(in.size(4), row, stride, result, 1.0f); break;
+                default: result = -extreme(in.size(4), row, stride, -result, -1.0f);
             }
         }
         in.data(0)[offset(in, 0, place, 3)] = result * static_cast<float>(in.i.factor);
@@ -511,9 +528,30 @@ void attend(const Instruction& in) {
     }
 }
 
+// Views y [R], index [R], weight; sizes R, D, V.
+int32_t look_up(const Instruction& in) {
+    for (int64_t r = 0; r < in.size(0); ++r) {
+        const int64_t row = static_cast<const int64_t*>(in.views[1].data)[r * in.stride(1, 0)];
+        if (row < 0 || row >= in.size(2)) return SEQARCH_BAD_ARGUMENT;
+        std::copy_n(in.data(2) + row * in.size(1), in.size(1), in.data(0) + r * in.stride(0, 0));
+    }
+    return SEQARCH_OK;
+}
+
+// Views y [R] of float64, x [R]; sizes R, V.
+void argmax(const Instruction& in) {
+    for (int64_t r = 0; r < in.size(0); ++r) {
+        const float* x = in.data(1) + r * in.stride(1, 0);
+        const float most = extreme(in.size(1), x, 1, -std::numeric_limits<float>::infinity(), 1.0f);
+        int64_t k = 0;
+        while (k + 1 < in.size(1) && x[k] != most && x[k] == x[k]) ++k;
+        static_cast<double*>(in.views[0].data)[r * in.stride(0, 0)] = static_cast<double>(k);
+    }
+}
+
 // Whether an instruction's sizes can be counted, and what it keeps in arrays fits them.
 bool valid(const seqarch_tape_instruction& i) {
-    if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ATTEND || i.views < 0 || i.steps < 0) return false;
+    if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ARGMAX || i.views < 0 || i.steps < 0) return false;
     if (!countable({i.sizes[0], i.sizes[1], i.sizes[2], i.sizes[3], i.sizes[4], i.sizes[5]})) return false;
     switch (i.kind) {
         case SEQARCH_MAP: return i.flags < SEQARCH_INT8 || small_weights(i, nullptr).valid();
@@ -539,6 +577,8 @@ int32_t run(const Instruction& in) {
         case SEQARCH_STEP_LINEAR_ATTENTION: recurrence<false>(in); return SEQARCH_OK;
         case SEQARCH_STEP_DELTA_RULE: recurrence<true>(in); return SEQARCH_OK;
         case SEQARCH_ATTEND: attend(in); return SEQARCH_OK;
+        case SEQARCH_LOOKUP: return look_up(in);
+        case SEQARCH_ARGMAX: argmax(in); return SEQARCH_OK;
         default: return SEQARCH_BAD_ARGUMENT;
     }
 }
@@ -560,6 +600,7 @@ int64_t pieces_of(const seqarch_tape_instruction& i) {
         case SEQARCH_STEP_CONVOLUTION: return cut(n[0] * n[1] * n[2], kPiece, n[1] / kLine);
         case SEQARCH_STEP_SCAN: return cut(n[0] * n[1] * n[2], kPiece / 16, n[1] / kLine);
         case SEQARCH_ATTEND: return cut(n[0] * n[5] * n[2] * (n[3] + n[4]), kPiece / 4, n[0] * n[1]);
+        case SEQARCH_LOOKUP: case SEQARCH_ARGMAX: return 1;
         default: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece / 4, n[0] * n[2] * n[4] / kLine);
     }
 }

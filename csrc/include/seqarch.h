@@ -193,12 +193,17 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
  *   DELTA_RULE        the same, beta, [read], [erase] [B, T, H]  of seqarch_delta_rule_forward
  *   ATTEND            o, q [B, H], k, v [B, G, N]            softmax attention of one query a head, times factor; sizes
  *                                                            B, H, N, K, V, G
+ *   LOOKUP            y [R], index [R], weight               y[r] = weight[index[r]]; the index is int64, the weight
+ *                                                            [V, D] without gaps; sizes R, D, V
+ *   ARGMAX            y [R], x [R]                           the place of the largest number of a row, the first of
+ *                                                            equals or of NaN, as float64; sizes R, V
  *
  * States are replaced. Values that one instruction reads and writes must not overlap, but for the same numbers in
  * ELEMENTWISE. */
 enum {
     SEQARCH_MAP = 0, SEQARCH_ELEMENTWISE = 1, SEQARCH_REDUCE = 2, SEQARCH_PRODUCT = 3, SEQARCH_STEP_CONVOLUTION = 4,
-    SEQARCH_STEP_SCAN = 5, SEQARCH_STEP_LINEAR_ATTENTION = 6, SEQARCH_STEP_DELTA_RULE = 7, SEQARCH_ATTEND = 8
+    SEQARCH_STEP_SCAN = 5, SEQARCH_STEP_LINEAR_ATTENTION = 6, SEQARCH_STEP_DELTA_RULE = 7, SEQARCH_ATTEND = 8,
+    SEQARCH_LOOKUP = 9, SEQARCH_ARGMAX = 10
 };
 
 /* Codes of steps, f(a, b, c) with two numbers of the step's own, n and m. */

@@ -25,6 +25,8 @@ from seqarch.ops.native.view import Amount, Buffer, Unserved, View
 if TYPE_CHECKING:
     from seqarch.decoding.capture import Captured
 
+aten = torch.ops.aten
+
 Rule = Callable[["Lowering", fx.Node], None]
 
 RULES: dict[Any, Rule] = {}
@@ -233,6 +235,8 @@ class Lowering:
         for node in reversed(self.nodes):
             if node in wanted:
                 wanted.update(node.all_input_nodes)
+        if self.nodes[0] in wanted:
+            raise Unserved("torch reads the input, of whole numbers")
         return [node for node in self.nodes if node in wanted and node.op in ("call_function", "get_attr")]
 
     def _call(self, node: fx.Node) -> None:
@@ -246,7 +250,7 @@ class Lowering:
             rule, value = RULES.get(node.target), node.meta["val"]
             if rule is None:
                 raise Unserved(f"no instruction does what {node.target} does")
-            if isinstance(value, Tensor) and value.dtype not in FLOATS:
+            if isinstance(value, Tensor) and value.dtype not in FLOATS and node.target is not aten.argmax.default:
                 raise Unserved(f"{node.target} gives {value.dtype}")
             rule(self, node)
         except Unserved as reason:  # what the rule has written by then fills values that nobody reads

@@ -17,6 +17,7 @@ from seqarch.decoding.parts import Leaves, Part, part_of, scopes_of
 from seqarch.decoding.watch import Watch
 from seqarch.decoding.whole_numbers import lower_whole
 from seqarch.ops.native import huge_pages
+from seqarch.ops.native.nearby import lines
 from seqarch.ops.native.tape import Tape, Workspace
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View, side_by_side
 
@@ -40,8 +41,9 @@ class Program:
     def __init__(self, steps: Sequence[Captured], modules: Iterable[nn.Module], x: Tensor, states: Sequence[Any]):
         self.watch = Watch(modules)
         self.tape = tape = Tape(self.watch.take)
-        self.input = here = tape.value(x.shape)
-        there, count = tape.value(x.shape), 0
+        self.input = here = replace(tape.value(x.shape, x.dtype == torch.int64), whole=x.dtype == torch.int64)
+        outputs, count = list(map(_output_sizes, steps)), 0
+        rooms = {sizes: (tape.value(sizes), tape.value(sizes)) for sizes in outputs}
         kept, leaves = tape.used, list(map(leaves_of, states))
         self.forms, self.scopes = list(map(form_of, leaves)), scopes_of(steps, leaves)
         scope_of = {i: number for number, scope in enumerate(self.scopes) for i in scope.members}
@@ -54,21 +56,21 @@ class Program:
                 views.append(_state_view(leaf, node, count) if isinstance(leaf, Tensor) else None)
                 count += isinstance(leaf, Tensor)
             lowering = Lowering(tape, captured)
-            lower_whole(lowering, views)
+            lower_whole(lowering, [here, *views])
             lowered = lowering.lower(here, views)
-            tape.copy(lowered.output, there)
-            here, there = there, here
+            here = tape.copy(lowered.output, rooms[outputs[i]][i % 2])
             self.parts.append(part_of(captured, lowered, scope_of[i], own))
         self.output = here
         for number, scope in enumerate(self.scopes):
             scope.close(tape, number, self.parts)
+        tape.wanted = lines(self.watch.objects())
         self._workspaces = [Workspace(tape)]
         for tensor in tape.tensors.values():
             huge_pages.collapse(tensor)
 
-    def fits(self, x: Tensor, leaves: Sequence[Leaves]) -> bool:
-        """Whether the program is right for this input and these leaves of each layer's state."""
-        same = x.shape == self.input.sizes and list(map(form_of, leaves)) == self.forms
+    def fits(self, x: Tensor | None, leaves: Sequence[Leaves]) -> bool:
+        """Whether the program is right for this input, if it is known, and these leaves of each layer's state."""
+        same = (x is None or x.shape == self.input.sizes) and list(map(form_of, leaves)) == self.forms
         return same and all(scope.fits(leaves) for scope in self.scopes)
 
     def run(self, x: Tensor, states: Sequence[Any], leaves: list[Leaves] | None = None) -> tuple[Tensor, list[Any]]:
@@ -188,6 +190,10 @@ class Run:
 
 AS_STORED: Mapping[Any, Any] = dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default)
 """What takes the place of an operator that wants numbers without gaps: a value whose size changes may have some."""
+
+
+def _output_sizes(captured: Captured) -> tuple[Amount, ...]:
+    return shape_of(list(captured.graph.nodes)[-1].args[0][0])  # type: ignore[index, arg-type]
 
 
 def _state_view(leaf: Tensor, node: fx.Node, number: int) -> View:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from seqarch.decoding.lowering import RULES, WHOLE, Lowering, amount, is_tensor, is_wide, lowers, number, shape_of
-from seqarch.ops.native.view import Unserved, View, fixed
+from seqarch.decoding.shapes import rows
+from seqarch.ops.native.view import Unserved, View, fixed, numel
 
 aten = torch.ops.aten
 
@@ -23,14 +24,14 @@ MOST_CONSTANTS = 1 << 16
 """Numbers of a tensor that depends on nothing."""
 
 
-def lower_whole(low: Lowering, state: Sequence[View | None]) -> None:
+def lower_whole(low: Lowering, inputs: Sequence[View | None]) -> None:
     """Write the instructions of nodes that are not the tape's otherwise, as far as its nodes, or the state, want them.
 
     Args:
-        state: where the state's leaves lie; those of whole numbers are read.
+        inputs: where the input and the state's leaves lie; those of whole numbers are read.
     """
-    places = [node for node in low.nodes if node.op == "placeholder"][1:]
-    low.values |= {node: view for node, view in zip(places, state, strict=True) if view is not None and view.whole}
+    places = [node for node in low.nodes if node.op == "placeholder"]
+    low.values |= {node: view for node, view in zip(places, inputs, strict=True) if view is not None and view.whole}
     constant = _constants(low)
     wanted = _wanted(low)
     for node in low.nodes:
@@ -95,6 +96,31 @@ def _check_exact(node: fx.Node) -> None:
         factors = [each for each in node.args if not is_tensor(each)]
         if not factors or abs(number(factors[0])) > LARGEST_FACTOR:
             raise Unserved("a product of whole numbers may be too large")
+
+
+@lowers(aten.embedding.default)
+def _look_up(low: Lowering, node: fx.Node) -> None:
+    weight, index = low.reads(*node.args[:2])
+    flat = index.reshaped((numel(index.sizes),))
+    if not index.whole or flat is None or weight.buffer.kind != "parameter" or not weight.is_dense(2):
+        raise Unserved("rows are chosen by a computed index, or from numbers that are computed")
+    low.values[node] = to = low.tape.value(shape_of(node))
+    target = rows(to)
+    assert target is not None
+    low.tape.look_up(target, flat, weight)
+
+
+@lowers(aten.argmax.default)
+def _largest(low: Lowering, node: fx.Node) -> None:
+    (x,) = low.reads(node.args[0])
+    if len(node.args) != 2 or int(node.args[1]) % x.rank != x.rank - 1:  # type: ignore[arg-type]
+        raise Unserved("the largest number of another dimension than the last")
+    flat = rows(low.tape.dense(x, 1)) or rows(low.tape.copy(x))
+    assert flat is not None
+    low.values[node] = to = low.tape.value(shape_of(node), wide=True)
+    target = to.reshaped((flat.sizes[0],))
+    assert target is not None
+    low.tape.argmax(target, flat)
 
 
 @lowers(aten.full.default)

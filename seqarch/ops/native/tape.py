@@ -21,7 +21,10 @@ from seqarch.ops.native.quantized_linear import FORMATS
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View, merged, numel, side_by_side
 
 # The numbers of the header, csrc/include/seqarch.h.
-KINDS = ("map", "elementwise", "reduce", "product", "convolution", "scan", "linear_attention", "delta_rule", "attend")
+KINDS = (
+    *("map", "elementwise", "reduce", "product", "convolution", "scan", "linear_attention", "delta_rule", "attend"),
+    *("lookup", "argmax"),
+)
 CODES = (
     *("copy", "add", "multiply", "divide", "affine", "over", "maximum", "minimum", "clamp", "where", "less"),
     *("less_equal", "equal", "not", "absolute", "sqrt", "rsqrt", "exp", "sigmoid", "silu", "softplus", "power", "tanh"),
@@ -95,6 +98,8 @@ class Tape:
 
         limit: the largest that what changes from token to token may be, for which values have room.
         tensors: of parameters, by their buffer.
+        numbers: the whole numbers that each token has a value for, by scope.
+        wanted: addresses that are fetched after the run.
 
     Args:
         take: gives the address of a parameter.
@@ -106,6 +111,7 @@ class Tape:
         self.instructions: list[Instruction] = []
         self.fills: list[tuple[View, float | Tensor]] = []
         self.numbers: list[tuple[int, Amount]] = []
+        self.wanted: list[int] = []
         self.tables = self.used = self.size = self.lasting = 0
         self.limit: Callable[[Amount], int] = int
         self.tensors: dict[Buffer, Tensor] = {}
@@ -230,6 +236,17 @@ class Tape:
         operands = (to, (0, 1)), (x, (0,)), (weight, ()), None if bias is None else (bias, ())
         self.write("map", operands, [*x.sizes, weight.sizes[0]])
 
+    def look_up(self, to: View, index: View, weight: View) -> None:
+        """``to [R, D] = weight[index]``: an index ``[R]`` of whole numbers, a weight ``[V, D]`` without gaps."""
+        places = Operand(index.buffer, index.offset, (index.strides[0],), 8)
+        operands = [_operand(to, (0,)), places, _operand(weight, ())]
+        self._append("lookup", operands, [*to.sizes, weight.sizes[0]])
+
+    def argmax(self, to: View, x: View) -> None:
+        """``to [R]``, as float64, is the place of the largest number of each row of ``x [R, V]``, rows without gaps."""
+        places = Operand(to.buffer, to.offset, (to.strides[0],), 8)
+        self._append("argmax", [places, _operand(x, (0,))], x.sizes)
+
     def quantized_map(self, to: View, x: View, codes: Tensor, scales: Tensor, bias: View | None) -> None:
         """The same of weights by their codes and scales, as :mod:`seqarch.ops.native.quantized_linear` takes them."""
         added = None if bias is None else (bias, ())
@@ -278,13 +295,14 @@ class Workspace:
             to.code, to.number, to.other = code, number, other
             to.a, to.b, to.c = sources
         self.addresses: list[int] = []
+        self.wanted = (cpu_library.int64 * len(tape.wanted))(*tape.wanted)
 
     def tensor(self, view: View) -> Tensor:
         """A value as torch sees it."""
         memory = self.memory if view.buffer.kind == "value" else self.lasting
         first = view.buffer.what
         if view.wide:
-            memory, first = memory.view(torch.float64), first // 2
+            memory, first = memory.view(torch.int64 if view.whole else torch.float64), first // 2
         return memory.as_strided(view.sizes, view.strides, first + view.offset)
 
     def begin(self, states: Sequence[Tensor], amounts: Mapping[tuple[int, Amount], int]) -> None:
@@ -309,6 +327,7 @@ class Workspace:
                 self.values[self.registers["table", number]] = tensor.data_ptr()
         self.whole.instructions = cpu_library.address(self.instructions) + first * self._instruction_bytes
         self.whole.count = last - first
+        self.whole.wanted_count = len(self.wanted) if last == len(self.instructions) else 0
         cpu_library.call("run_tape", cpu_library.reference(self.whole), self.values)
 
     def _lay_out(self, tape: Tape) -> None:
@@ -364,7 +383,7 @@ class Workspace:
             to.field, to.base, to.factor, to.number = field, base, factor, number
         self.values = (cpu_library.int64 * max(len(self.registers), 1))()
         (self.whole,) = cpu_library.array("tape", 1)
-        for name in ("views", "steps", "patches"):
+        for name in ("views", "steps", "patches", "wanted"):
             setattr(self.whole, name, cpu_library.address(getattr(self, name)))
         self.whole.patch_count = len(patches)
         self.addresses = addresses
