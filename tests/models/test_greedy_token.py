@@ -17,9 +17,9 @@ from seqarch.models.one_token import Known
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
 
 
-def make(pattern: str = "mamba2 attention", **options: Any) -> LanguageModel:
+def make(pattern: str = "min_gru", **options: Any) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(LMConfig(vocab_size=517, d_model=64, depth=2, pattern=pattern, **options)).eval()
+    return LanguageModel(LMConfig(vocab_size=517, d_model=32, depth=2, pattern=pattern, **options)).eval()
 
 
 def known(model: LanguageModel) -> Known | None:
@@ -34,10 +34,13 @@ def in_torch(model: LanguageModel, tokens: int = 12) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"pattern": "mamba2 attention"},
         {"tie_embeddings": True, "embedding_scale": 3.0, "logit_cap": 5.0, "logit_scale": 0.5},
-        {"pattern": "mamba", "residual_streams": 2, "stream_output": "weighted", "embedding_norm": "rms"},
-        {"pattern": "rwkv7(value_residual=give) rwkv7(value_residual=take)"},
+        pytest.param(
+            {"pattern": "mamba", "residual_streams": 2, "stream_output": "weighted", "embedding_norm": "rms"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"pattern": "rwkv7(value_residual=give) rwkv7(value_residual=take)"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -87,6 +90,7 @@ def test_what_has_changed_is_seen():
     assert all(map(torch.equal, copy.deepcopy(model).generate(PROMPTS, 5), in_torch(model, 5)))
 
 
+@pytest.mark.slow
 def test_small_weights_and_own_logits():
     model = make(tie_embeddings=False)
     seqarch.quantize(model, "int8")
