@@ -73,7 +73,7 @@ def _written(low: Lowering, node: fx.Node, constant: set[fx.Node]) -> View:
     if node in constant:
         if not fixed(shape_of(node)) or value.numel() > MOST_CONSTANTS:
             raise Unserved("it is large")
-        return low.tape.constant(low.constant(node), is_wide(node))
+        return low.tape.filled(shape_of(node), low.constant(node), is_wide(node))
     if any(is_tensor(each) and each not in low.values for each in node.all_input_nodes):
         raise Unserved("torch makes what it is made of")
     if node.op != "call_function" or node.target is operator.getitem or (rule := RULES.get(node.target)) is None:

@@ -138,22 +138,13 @@ class Tape:
         self.tables += 1
         return View(Buffer("table", self.tables - 1), 0, tuple(sizes), side_by_side(sizes), wide)
 
-    def filled(self, sizes: Sequence[Amount], number: float) -> View:
-        """A number again and again, in memory of its own: it stays where no instruction writes over it."""
+    def filled(self, sizes: Sequence[Amount], numbers: float | Tensor, wide: bool = False) -> View:
+        """A number again and again, or those of a tensor, in memory of its own: it stays until written over."""
         used, self.used = self.used, self.lasting
-        view = self.value(sizes)
+        view = self.value(sizes, wide)
         self.lasting, self.used = self.used, used
         view = replace(view, buffer=Buffer("lasting", view.buffer.what))
-        self.fills.append((view, number))
-        return view
-
-    def constant(self, tensor: Tensor, wide: bool = False) -> View:
-        """The numbers of a tensor, in memory of their own."""
-        used, self.used = self.used, self.lasting
-        view = self.value(tuple(tensor.shape), wide)
-        self.lasting, self.used = self.used, used
-        view = replace(view, buffer=Buffer("lasting", view.buffer.what))
-        self.fills.append((view, tensor))
+        self.fills.append((view, numbers))
         return view
 
     def number(self, amount: Amount) -> View:
