@@ -30,6 +30,7 @@ constexpr int64_t kRoom = 4096;          // results of a piece
 constexpr int64_t kFetched = 2048, kMostFetched = 3 << 17;  // bytes of weights, at a time and in all
 constexpr int64_t kTurns = 4096;         // of a thread that finds nothing to do, before others may have the processor
 constexpr int64_t kBlock = 256;          // numbers of a pointwise instruction at a time, in the first cache
+constexpr int64_t kColumns = 64;         // of a product at a time
 constexpr int64_t kMostRegisters = 32;
 constexpr int64_t kWidest = 1024;  // values of a head in attention
 constexpr int64_t kLine = 16;            // numbers of a line of the cache, which is one thread's
@@ -187,7 +188,7 @@ void scatter(const A* from, int64_t n, T* to, int64_t stride) {
 }
 
 // Views: the outputs, then the inputs. Sources of a step: inputs, then the results of steps. In type A; a view is of
-// float64 where its bit is set in the flags.
+// float64 where its bit is set in the flags, of int64 where it is set in `whole`.
 template <class A>
 void elementwise(const Instruction& in) {
     const int outputs = in.i.outputs, inputs = in.i.inputs;
@@ -196,6 +197,7 @@ void elementwise(const Instruction& in) {
     alignas(64) A memory[kMostRegisters][kBlock];
     const A* source[kMostRegisters];
     const auto is_wide = [&](int v) { return (in.i.flags >> v & 1) != 0; };
+    const auto is_whole = [&](int v) { return (in.i.whole >> v & 1) != 0; };
     const Range own = share(outer * parts, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         int64_t place[5], rest = t / parts;
@@ -208,8 +210,9 @@ void elementwise(const Instruction& in) {
         for (int i = 0; i < inputs; ++i) {
             const int v = outputs + i;
             const int64_t at = offset(in, v, place, 5), stride = in.stride(v, 4);
-            source[i] = is_wide(v) ? gather(static_cast<double*>(in.views[v].data) + at, stride, n, memory[i])
-                                   : gather(in.data(v) + at, stride, n, memory[i]);
+            source[i] = is_whole(v)  ? gather(static_cast<int64_t*>(in.views[v].data) + at, stride, n, memory[i])
+                        : is_wide(v) ? gather(static_cast<double*>(in.views[v].data) + at, stride, n, memory[i])
+                                     : gather(in.data(v) + at, stride, n, memory[i]);
         }
         for (int s = 0; s < in.i.count; ++s) {
             const seqarch_step& one = in.steps[s];
@@ -220,7 +223,9 @@ void elementwise(const Instruction& in) {
         for (int v = 0; v < outputs; ++v) {
             const A* from = source[in.steps[in.i.count + v].a];
             const int64_t at = offset(in, v, place, 5), stride = in.stride(v, 4);
-            if (is_wide(v))
+            if (is_whole(v))
+                scatter(from, n, static_cast<int64_t*>(in.views[v].data) + at, stride);
+            else if (is_wide(v))
                 scatter(from, n, static_cast<double*>(in.views[v].data) + at, stride);
             else if (stride == 1 && std::is_same_v<A, float>)
                 std::copy_n(from, n, in.data(v) + at);
@@ -228,6 +233,28 @@ void elementwise(const Instruction& in) {
                 scatter(from, n, in.data(v) + at, stride);
         }
     }
+}
+
+// The largest of sign row[k] and of `most`; NaN if one is.
+float extreme(int64_t n, const float* row, int64_t stride, float most, float sign) {
+    int64_t k = 0;
+    if (stride == 1) {
+        float side[kLine];
+        std::fill_n(side, kLine, most);
+        for (; k + kLine <= n; k += kLine)
+#pragma omp simd
+            for (int64_t i = 0; i < kLine; ++i) {
+                const float next = sign * row[k + i];
+                side[i] = next > side[i] || next != next ? next : side[i];
+            }
+        for (float next : side)
+            if (next > most || next != next) most = next;
+    }
+    for (; k < n; ++k) {
+        const float next = sign * row[k * stride];
+        if (next > most || next != next) most = next;
+    }
+    return most;
 }
 
 // y [s0, s1, s2] from x [s0, s1, s2, s3, s4], over the last two.
@@ -252,35 +279,62 @@ void reduce(const Instruction& in) {
                     }
                     result += sum;
                     break;
-                case 1:
-                    for (int64_t k = 0; k < in.size(4); ++k)
-                        if (!(row[k * stride] <= result)) result = row[k * stride];
-                    break;
-                default:
-                    for (int64_t k = 0; k < in.size(4); ++k)
-                        if (!(row[k * stride] >= result)) result = row[k * stride];
+                case 1: result = extreme(in.size(4), row, stride, result, 1.0f); break;
+                default: result = -extreme(in.size(4), row, stride, -result, -1.0f);
             }
         }
         in.data(0)[offset(in, 0, place, 3)] = result * static_cast<float>(in.i.factor);
     }
 }
 
-// y [s0, s1, M, N] = a [s0, s1, M, K] b [s0, s1, K, N].
+// to[x] += sum_j weight[j] rows[j stride + x] for n rows of V numbers. Sums stay in registers.
+void add_weighted(int64_t n, int64_t V, const float* weight, const float* rows, int64_t stride, float* to) {
+    constexpr int64_t L = kLanes<float>, kWide = 4;
+    int64_t x = 0;
+    for (; x + kWide * L <= V; x += kWide * L) {
+        Vector<float> sum[kWide];
+        for (int64_t i = 0; i < kWide; ++i) sum[i] = load_vector(to + x + i * L);
+        for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < kWide; ++i) sum[i] += weight[j] * load_vector(rows + j * stride + x + i * L);
+        for (int64_t i = 0; i < kWide; ++i) std::memcpy(to + x + i * L, &sum[i], sizeof sum[i]);
+    }
+    for (int64_t j = 0; j < n; ++j)
+        for (int64_t rest = x; rest < V; ++rest) to[rest] += weight[j] * rows[j * stride + rest];
+}
+
+float product_of_strided(int64_t n, const float* a, int64_t a_step, const float* b, int64_t b_step) {
+    if (a_step == 1 && b_step == 1) return product(n, a, b);
+    float sum = 0.0f;
+    for (int64_t k = 0; k < n; ++k) sum += a[k * a_step] * b[k * b_step];
+    return sum;
+}
+
+// y [s0, s1, M, N] = a [s0, s1, M, K] b [s0, s1, K, N]. A block of b's columns serves all M rows of a while it is in the
+// cache; the columns of a piece are whole blocks.
 void product_of(const Instruction& in) {
-    const int64_t M = in.size(2), N = in.size(3), K = in.size(4), outer = in.size(0) * in.size(1) * M;
-    const Range own = share(outer * N, in.piece, kLine);
+    const int64_t M = in.size(2), N = in.size(3), K = in.size(4), blocks = (N + kColumns - 1) / kColumns;
+    const int64_t a_step = in.stride(1, 3), b_step = in.stride(2, 2), b_column = in.stride(2, 3), y_step = in.stride(0, 3);
+    const Range own = share(in.size(0) * in.size(1) * blocks, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
-        const int64_t row = t / N, n = t % N, m = row % M;
-        const int64_t place[2] = {row / M / in.size(1), row / M % in.size(1)};
-        const float* a = in.data(1) + offset(in, 1, place, 2) + m * in.stride(1, 2);
-        const float* b = in.data(2) + offset(in, 2, place, 2) + n * in.stride(2, 3);
-        const int64_t a_step = in.stride(1, 3), b_step = in.stride(2, 2);
-        float sum = 0.0f;
-        if (a_step == 1 && b_step == 1)
-            sum = product(K, a, b);
-        else
-            for (int64_t k = 0; k < K; ++k) sum += a[k * a_step] * b[k * b_step];
-        in.data(0)[offset(in, 0, place, 2) + m * in.stride(0, 2) + n * in.stride(0, 3)] = sum;
+        const int64_t place[2] = {t / blocks / in.size(1), t / blocks % in.size(1)};
+        const int64_t first = t % blocks * kColumns, columns = std::min(kColumns, N - first);
+        const float* b = in.data(2) + offset(in, 2, place, 2) + first * b_column;
+        for (int64_t m = 0; m < M; ++m) {
+            const float* a = in.data(1) + offset(in, 1, place, 2) + m * in.stride(1, 2);
+            float* y = in.data(0) + offset(in, 0, place, 2) + m * in.stride(0, 2) + first * y_step;
+            alignas(64) float sum[kColumns] = {};
+            if (b_column == 1 && columns > 1) {
+                alignas(64) float part[kBlock];
+                for (int64_t k = 0; k < K; k += kBlock) {
+                    const int64_t n = std::min(kBlock, K - k);
+                    add_weighted(n, columns, gather(a + k * a_step, a_step, n, part), b + k * b_step, b_step, sum);
+                }
+            } else {
+                for (int64_t j = 0; j < columns; ++j) sum[j] = product_of_strided(K, a, a_step, b + j * b_column, b_step);
+            }
+            scatter(sum, columns, y, y_step);
+        }
     }
 }
 
@@ -420,22 +474,6 @@ void recurrence(const Instruction& in) {
     }
 }
 
-// to[x] += sum_j weight[j] rows[j stride + x] for n rows of V numbers. Sums stay in registers.
-void add_weighted(int64_t n, int64_t V, const float* weight, const float* rows, int64_t stride, float* to) {
-    constexpr int64_t L = kLanes<float>, kWide = 4;
-    int64_t x = 0;
-    for (; x + kWide * L <= V; x += kWide * L) {
-        Vector<float> sum[kWide];
-        for (int64_t i = 0; i < kWide; ++i) sum[i] = load_vector(to + x + i * L);
-        for (int64_t j = 0; j < n; ++j)
-#pragma GCC unroll 4
-            for (int64_t i = 0; i < kWide; ++i) sum[i] += weight[j] * load_vector(rows + j * stride + x + i * L);
-        for (int64_t i = 0; i < kWide; ++i) std::memcpy(to + x + i * L, &sum[i], sizeof sum[i]);
-    }
-    for (int64_t j = 0; j < n; ++j)
-        for (int64_t rest = x; rest < V; ++rest) to[rest] += weight[j] * rows[j * stride + rest];
-}
-
 void fetch(const float* row, int64_t numbers) {
     for (int64_t k = 0; k < numbers; k += kLine) __builtin_prefetch(row + k);
 }
@@ -495,9 +533,30 @@ void attend(const Instruction& in) {
     }
 }
 
+// Views y [R], index [R], weight; sizes R, D, V.
+int32_t look_up(const Instruction& in) {
+    for (int64_t r = 0; r < in.size(0); ++r) {
+        const int64_t row = static_cast<const int64_t*>(in.views[1].data)[r * in.stride(1, 0)];
+        if (row < 0 || row >= in.size(2)) return SEQARCH_BAD_ARGUMENT;
+        std::copy_n(in.data(2) + row * in.size(1), in.size(1), in.data(0) + r * in.stride(0, 0));
+    }
+    return SEQARCH_OK;
+}
+
+// Views y [R] of float64, x [R]; sizes R, V.
+void argmax(const Instruction& in) {
+    for (int64_t r = 0; r < in.size(0); ++r) {
+        const float* x = in.data(1) + r * in.stride(1, 0);
+        const float most = extreme(in.size(1), x, 1, -std::numeric_limits<float>::infinity(), 1.0f);
+        int64_t k = 0;
+        while (k + 1 < in.size(1) && x[k] != most && x[k] == x[k]) ++k;
+        static_cast<double*>(in.views[0].data)[r * in.stride(0, 0)] = static_cast<double>(k);
+    }
+}
+
 // Whether an instruction's sizes can be counted, and what it keeps in arrays fits them.
 bool valid(const seqarch_tape_instruction& i) {
-    if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ATTEND || i.views < 0 || i.steps < 0) return false;
+    if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ARGMAX || i.views < 0 || i.steps < 0) return false;
     if (!countable({i.sizes[0], i.sizes[1], i.sizes[2], i.sizes[3], i.sizes[4], i.sizes[5]})) return false;
     switch (i.kind) {
         case SEQARCH_MAP: return i.flags < SEQARCH_INT8 || small_weights(i, nullptr).valid();
@@ -523,6 +582,8 @@ int32_t run(const Instruction& in) {
         case SEQARCH_STEP_LINEAR_ATTENTION: recurrence<false>(in); return SEQARCH_OK;
         case SEQARCH_STEP_DELTA_RULE: recurrence<true>(in); return SEQARCH_OK;
         case SEQARCH_ATTEND: attend(in); return SEQARCH_OK;
+        case SEQARCH_LOOKUP: return look_up(in);
+        case SEQARCH_ARGMAX: argmax(in); return SEQARCH_OK;
         default: return SEQARCH_BAD_ARGUMENT;
     }
 }
@@ -540,10 +601,11 @@ int64_t pieces_of(const seqarch_tape_instruction& i) {
             return cut(numbers * (i.inputs + i.count), kPiece, numbers / kBlock);
         }
         case SEQARCH_REDUCE: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * n[2]);
-        case SEQARCH_PRODUCT: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * n[2] * n[3] / kLine);
+        case SEQARCH_PRODUCT: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * ((n[3] + kColumns - 1) / kColumns));
         case SEQARCH_STEP_CONVOLUTION: return cut(n[0] * n[1] * n[2], kPiece, n[1] / kLine);
         case SEQARCH_STEP_SCAN: return cut(n[0] * n[1] * n[2], kPiece / 16, n[1] / kLine);
         case SEQARCH_ATTEND: return cut(n[0] * n[5] * n[2] * (n[3] + n[4]), kPiece / 4, n[0] * n[1]);
+        case SEQARCH_LOOKUP: case SEQARCH_ARGMAX: return 1;
         default: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece / 4, n[0] * n[2] * n[4] / kLine);
     }
 }
@@ -697,5 +759,7 @@ int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int
         return SEQARCH_OUT_OF_MEMORY;
     }
     Runner runner(*tape, room, integers);
-    return num_threads == 1 || weights < kSmallWork ? runner.alone() : runner.together(num_threads);
+    const int32_t code = num_threads == 1 || weights < kSmallWork ? runner.alone() : runner.together(num_threads);
+    for (int64_t w = 0; w < tape->wanted_count; ++w) __builtin_prefetch(reinterpret_cast<const char*>(tape->wanted[w]));
+    return code;
 }

@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 13
+#define SEQARCH_INTERFACE 16
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -198,12 +198,17 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
  *   DELTA_RULE        the same, beta, [read], [erase] [B, T, H]  of seqarch_delta_rule_forward
  *   ATTEND            o, q [B, H], k, v [B, G, N]            softmax attention of one query a head, times factor; sizes
  *                                                            B, H, N, K, V, G
+ *   LOOKUP            y [R], index [R], weight               y[r] = weight[index[r]]; the index is int64, the weight
+ *                                                            [V, D] without gaps; sizes R, D, V
+ *   ARGMAX            y [R], x [R]                           the place of the largest number of a row, the first of
+ *                                                            equals or of NaN, as float64; sizes R, V
  *
  * States are replaced. Values that one instruction reads and writes must not overlap, but for the same numbers in
  * ELEMENTWISE. */
 enum {
     SEQARCH_MAP = 0, SEQARCH_ELEMENTWISE = 1, SEQARCH_REDUCE = 2, SEQARCH_PRODUCT = 3, SEQARCH_STEP_CONVOLUTION = 4,
-    SEQARCH_STEP_SCAN = 5, SEQARCH_STEP_LINEAR_ATTENTION = 6, SEQARCH_STEP_DELTA_RULE = 7, SEQARCH_ATTEND = 8
+    SEQARCH_STEP_SCAN = 5, SEQARCH_STEP_LINEAR_ATTENTION = 6, SEQARCH_STEP_DELTA_RULE = 7, SEQARCH_ATTEND = 8,
+    SEQARCH_LOOKUP = 9, SEQARCH_ARGMAX = 10
 };
 
 /* Codes of steps, f(a, b, c) with two numbers of the step's own, n and m. */
@@ -229,9 +234,10 @@ typedef struct {
     double number, other;
 } seqarch_step;
 
-/* `views` and `steps` are where those of the instruction begin in the tape's lists. */
+/* `views` and `steps` are where those of the instruction begin in the tape's lists. A view of an elementwise instruction
+ * is of float64 where its bit is set in the flags, and of int64 where it is set in `whole` too. */
 typedef struct {
-    int32_t kind, flags, views, steps, outputs, inputs, count, unused;
+    int32_t kind, flags, views, steps, outputs, inputs, count, whole;
     double factor;
     int64_t sizes[6];
 } seqarch_tape_instruction;
@@ -242,12 +248,16 @@ typedef struct {
     int64_t base, factor, number;
 } seqarch_patch;
 
+/* `wanted` are addresses that the caller will look at next, which weights have pushed out of the cache: they are fetched
+ * at the end, and never read. */
 typedef struct {
     const seqarch_tape_instruction* instructions;
     const seqarch_view* views;
     const seqarch_step* steps;
     const seqarch_patch* patches;
     int64_t count, patch_count;
+    const int64_t* wanted;
+    int64_t wanted_count;
 } seqarch_tape;
 
 SEQARCH_API int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int32_t num_threads);

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from seqarch.decoding.lowering import Group, Lowering, Rule, is_tensor, lowers, number, shape_of
+from seqarch.decoding.lowering import WHOLE, Group, Lowering, Rule, is_tensor, lowers, number, shape_of
 from seqarch.ops.native.view import Unserved
 
 aten = torch.ops.aten
@@ -173,7 +173,10 @@ def _divide(low: Lowering, node: fx.Node) -> None:
 
     def write(group: Group) -> int:
         if not is_tensor(y):
-            return group.affine(low.source(group, x), 1 / number(y))
+            x_source = low.source(group, x)
+            if group.wide:  # a whole number over another one, whose fraction counts
+                return group.step("divide", x_source, _constant(group, x_source, number(y)))
+            return group.affine(x_source, 1 / number(y))
         if not is_tensor(x):
             return group.step("over", low.source(group, y), number=number(x))
         return group.step("divide", low.source(group, x), low.source(group, y))
@@ -294,6 +297,8 @@ def _convert(low: Lowering, node: fx.Node) -> None:
         x = low.source(group, node.args[0])
         if node.meta["val"].dtype == torch.bool:
             return group.step("not", group.step("not", x))
+        if node.meta["val"].dtype in WHOLE and node.args[0].meta["val"].is_floating_point():  # type: ignore[union-attr]
+            return group.step("multiply", group.step("sign", x), group.step("floor", group.step("absolute", x)))
         return group.step("copy", x)
 
     low.elementwise(node, write)

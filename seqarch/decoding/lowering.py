@@ -1,10 +1,12 @@
 """A captured step as instructions of a tape.
 
-Nodes that depend on neither the input, parameters nor float tensors of the state are left to torch, which runs them
-before the tape: positions, angles, masks. What they give to the others are the tape's tables. Views are arithmetic and
-cost nothing. Elementwise operations on numbers of one shape are joined into one instruction as long as they follow one
-another; all others are instructions of their own, by :data:`RULES`. What has no rule is left to torch as well, among
-the instructions: it sees values of the tape as tensors, and what it gives is a table of the instructions after it.
+Nodes that depend on neither the input, parameters nor float tensors of the state, such as positions, angles and masks,
+are computed as float64, in which whole numbers are exact; what depends on nothing is computed once. Where they have no
+instructions torch runs them before the tape, and what they give to the others are the tape's tables. Views are
+arithmetic and cost nothing. Elementwise operations on numbers of one shape are joined into one instruction as long as
+they follow one another; all others are instructions of their own, by :data:`RULES`. What has no rule is left to torch
+as well, among the instructions: it sees values of the tape as tensors, and what it gives is a table of the instructions
+after it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from seqarch.ops.native.view import Amount, Buffer, Unserved, View
 
 if TYPE_CHECKING:
     from seqarch.decoding.capture import Captured
+
+aten = torch.ops.aten
 
 Rule = Callable[["Lowering", fx.Node], None]
 
@@ -53,9 +57,11 @@ def shape_of(node: fx.Node) -> tuple[Amount, ...]:
 
 
 def is_wide(node: fx.Node) -> bool:
-    return node.meta["val"].dtype == torch.float64
+    """Whether a tape has a node's numbers as float64."""
+    return node.meta["val"].dtype in (torch.float64, *WHOLE)
 
 
+WHOLE = (torch.int64, torch.int32)
 FLOATS = (torch.float32, torch.float64, torch.bool)
 """What a tape computes with; truth is 0 or 1 there."""
 
@@ -133,7 +139,8 @@ class Lowered:
     Attributes:
         output: of the layer.
         state: of each leaf of the new state ``("kept", None)`` where it is the old one, replaced in place;
-            ``("torch", node)`` where torch makes it; ``("constant", value)``.
+            ``("torch", node)`` where torch makes it; ``("amount", expression)`` of a whole number;
+            ``("constant", value)``.
         tables: the numbers of the tape's tables, with the nodes that they are the values of.
         before: the nodes that torch runs before the tape, in order.
         calls: those that it runs in between.
@@ -197,8 +204,8 @@ class Lowering:
         after = [self._leaf(leaf, view) for leaf, view in zip(leaves, state, strict=True)]  # type: ignore[union-attr]
         view = self.view(y)
         self.close()
-        for leaf, to in zip(leaves, state, strict=True):  # type: ignore[union-attr]
-            if isinstance(leaf, fx.Node) and isinstance(found := self.values.get(leaf), View) and found is not to:
+        for leaf, to, (kind, _) in zip(leaves, state, after, strict=True):  # type: ignore[union-attr]
+            if kind == "kept" and (found := self.values[leaf]) is not to:
                 self.tape.copy(found, to)
         tables = {table.buffer.what: node for node, table in self.tables.items()}
         return Lowered(view, after, tables, self._before(after), self.calls)
@@ -206,7 +213,11 @@ class Lowering:
     def _leaf(self, leaf: Any, before: View | None) -> tuple[str, Any]:
         if not isinstance(leaf, fx.Node):
             return "constant", leaf
-        if leaf not in self.main or isinstance(self.values[leaf], Called):
+        if isinstance(leaf.meta["val"], torch.SymInt):
+            return "amount", amount(leaf)
+        value = self.values.get(leaf)
+        is_kept = before is not None and before.whole and isinstance(value, View) and value.sizes == before.sizes
+        if isinstance(value, Called) or (leaf not in self.main and not is_kept):
             return "torch", leaf
         view = self.view(leaf)
         if before is None or view.sizes != before.sizes:
@@ -224,6 +235,8 @@ class Lowering:
         for node in reversed(self.nodes):
             if node in wanted:
                 wanted.update(node.all_input_nodes)
+        if self.nodes[0] in wanted:
+            raise Unserved("torch reads the input, of whole numbers")
         return [node for node in self.nodes if node in wanted and node.op in ("call_function", "get_attr")]
 
     def _call(self, node: fx.Node) -> None:
@@ -237,7 +250,7 @@ class Lowering:
             rule, value = RULES.get(node.target), node.meta["val"]
             if rule is None:
                 raise Unserved(f"no instruction does what {node.target} does")
-            if isinstance(value, Tensor) and value.dtype not in FLOATS:
+            if isinstance(value, Tensor) and value.dtype not in FLOATS and node.target is not aten.argmax.default:
                 raise Unserved(f"{node.target} gives {value.dtype}")
             rule(self, node)
         except Unserved as reason:  # what the rule has written by then fills values that nobody reads

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +11,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from seqarch.decoding import elementwise, operations, reductions, shapes  # noqa: F401  (fill RULES)
-from seqarch.decoding.form import form_of, is_plain, leaves_of, numbers_of, with_leaves
-from seqarch.decoding.lowering import Call, Called, Changing, Lowered, Lowering, Seen, is_wide, shape_of
+from seqarch.decoding.form import form_of, is_plain, leaves_of, numbers_of
+from seqarch.decoding.lowering import Call, Called, Changing, Lowering, Seen, is_wide, shape_of
+from seqarch.decoding.parts import Leaves, Part, part_of, scopes_of
 from seqarch.decoding.watch import Watch
+from seqarch.decoding.whole_numbers import lower_whole
 from seqarch.ops.native import huge_pages
+from seqarch.ops.native.nearby import lines
 from seqarch.ops.native.tape import Tape, Workspace
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View, side_by_side
 
@@ -23,51 +25,6 @@ if TYPE_CHECKING:
     from seqarch.decoding.capture import Captured
 
 aten = torch.ops.aten
-
-Leaves = list[Any]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A layer in a program.
-
-    Attributes:
-        inputs: the nodes that the state's leaves are given to.
-        form: of its state, which a run's has to be.
-        changing: the expressions that change from token to token, by scope; ``amounts`` gives them from the state's
-            whole numbers, and ``limits`` are the largest for which values have room.
-        before: what torch makes of the state's leaves before the tape runs: the values of ``made``.
-        is_replaced: whether the state after a token is that before it, replaced in place. Nobody looks at it then,
-            which counts, since weights have pushed all else out of the cache.
-        shared: what of other layers gives the same, from the same whole numbers; ``None`` where tensors take part.
-    """
-
-    captured: Captured
-    lowered: Lowered
-    inputs: list[fx.Node]
-    form: tuple[Hashable, ...]
-    changing: list[tuple[int, Amount]]
-    amounts: Callable[..., list[int]]
-    limits: list[int]
-    before: fx.GraphModule
-    made: list[fx.Node]
-    is_replaced: bool
-    shared: str | None
-
-    def fits(self, leaves: Leaves) -> bool:
-        """Whether a state has the form, and whole numbers, that the layer was captured with."""
-        numbers = numbers_of(leaves)
-        if form_of(leaves) != self.form or not self.captured.holds(*numbers):
-            return False
-        return not any(map(operator.gt, self.amounts(*numbers), self.limits))
-
-    def after(self, state: Any, before: Leaves, values: Mapping[fx.Node, Any]) -> Any:
-        """The state after a token, from that before it, its leaves and what torch has made."""
-        if self.is_replaced:
-            return state
-        kinds = zip(before, self.lowered.state, strict=True)
-        new = [old if kind == "kept" else values[what] if kind == "torch" else what for old, (kind, what) in kinds]
-        return with_leaves(state, iter(new))
 
 
 class Program:
@@ -84,28 +41,37 @@ class Program:
     def __init__(self, steps: Sequence[Captured], modules: Iterable[nn.Module], x: Tensor, states: Sequence[Any]):
         self.watch = Watch(modules)
         self.tape = tape = Tape(self.watch.take)
-        here, there = tape.value(x.shape), tape.value(x.shape)
-        self.input, kept, count = here, tape.used, 0
+        self.input = here = replace(tape.value(x.shape, x.dtype == torch.int64), whole=x.dtype == torch.int64)
+        outputs, count = list(map(_output_sizes, steps)), 0
+        rooms = {sizes: (tape.value(sizes), tape.value(sizes)) for sizes in outputs}
+        kept, leaves = tape.used, list(map(leaves_of, states))
+        self.forms, self.scopes = list(map(form_of, leaves)), scopes_of(steps, leaves)
+        scope_of = {i: number for number, scope in enumerate(self.scopes) for i in scope.members}
         self.parts: list[Part] = []
-        for captured, state in zip(steps, states, strict=True):
-            tape.scope, tape.used = len(self.parts), kept  # values of all layers lie in the same place
-            leaves, views = leaves_of(state), []
-            for leaf, node in zip(leaves, captured.inputs[1:], strict=True):
+        for i, (captured, own) in enumerate(zip(steps, leaves, strict=True)):
+            tape.scope, tape.used = scope_of[i], kept  # values of all layers lie in the same place
+            tape.limit = self.scopes[scope_of[i]].limit
+            views = []
+            for leaf, node in zip(own, captured.inputs[1:], strict=True):
                 views.append(_state_view(leaf, node, count) if isinstance(leaf, Tensor) else None)
                 count += isinstance(leaf, Tensor)
-            tape.limit = _limit(captured, leaves)
-            lowered = Lowering(tape, captured).lower(here, views)
-            tape.copy(lowered.output, there)
-            here, there = there, here
-            self.parts.append(_part(tape, captured, lowered, leaves))
+            lowering = Lowering(tape, captured)
+            lower_whole(lowering, [here, *views])
+            lowered = lowering.lower(here, views)
+            here = tape.copy(lowered.output, rooms[outputs[i]][i % 2])
+            self.parts.append(part_of(captured, lowered, scope_of[i], own))
         self.output = here
+        for number, scope in enumerate(self.scopes):
+            scope.close(tape, number, self.parts)
+        tape.wanted = lines(self.watch.objects())
         self._workspaces = [Workspace(tape)]
         for tensor in tape.tensors.values():
             huge_pages.collapse(tensor)
 
-    def fits(self, x: Tensor, leaves: Sequence[Leaves]) -> bool:
-        """Whether the program is right for this input and these leaves of each layer's state."""
-        return x.shape == self.input.sizes and all(map(Part.fits, self.parts, leaves))
+    def fits(self, x: Tensor | None, leaves: Sequence[Leaves]) -> bool:
+        """Whether the program is right for this input, if it is known, and these leaves of each layer's state."""
+        same = (x is None or x.shape == self.input.sizes) and list(map(form_of, leaves)) == self.forms
+        return same and all(scope.fits(leaves) for scope in self.scopes)
 
     def run(self, x: Tensor, states: Sequence[Any], leaves: list[Leaves] | None = None) -> tuple[Tensor, list[Any]]:
         """The output for ``x``, and the states after it, tensors replaced in place; any number of threads may.
@@ -116,10 +82,9 @@ class Program:
             leaves: of each state, where they are at hand.
         """
         leaves = list(map(leaves_of, states)) if leaves is None else leaves
-        numbers = list(map(numbers_of, leaves))
         amounts: dict[tuple[int, Amount], int] = {}
-        for part, own in zip(self.parts, numbers, strict=True):
-            amounts |= zip(part.changing, part.amounts(*own), strict=True)
+        for scope in self.scopes:
+            amounts |= zip(scope.names, scope.amounts(*numbers_of(leaves[scope.members[0]])), strict=True)
         try:
             workspace = self._workspaces.pop()
         except IndexError:  # as many runs are under way as there are workspaces
@@ -127,20 +92,20 @@ class Program:
         run = Run(workspace, leaves, amounts, self.tape.tensors)
         workspace.begin(run.states, amounts)
         workspace.tensor(self.input).copy_(x)
-        after = self._run(run, states, numbers)
+        after = self._run(run, states)
         y = workspace.tensor(self.output).clone()
         self._workspaces.append(workspace)
         return y, after
 
-    def _run(self, run: Run, states: Sequence[Any], numbers: list[list[int]]) -> list[Any]:
+    def _run(self, run: Run, states: Sequence[Any]) -> list[Any]:
         """The instructions, and what torch does before and among them; the states after the token."""
         known: dict[Hashable, Sequence[Any]] = {}
         values: list[dict[fx.Node, Any]] = []
-        for i, (part, own, given) in enumerate(zip(self.parts, run.leaves, numbers, strict=True)):
+        for i, (part, own) in enumerate(zip(self.parts, run.leaves, strict=True)):
             if not part.made and not part.lowered.calls:
                 values.append({})
                 continue
-            key = i if part.shared is None else (part.shared, *given)
+            key = i if part.shared is None else (part.shared, *numbers_of(own))
             if key not in known:
                 known[key] = part.before(*own)
             values.append(dict(zip((*part.inputs, *part.made), (*own, *known[key]), strict=True)))
@@ -149,10 +114,13 @@ class Program:
         for i, part in enumerate(self.parts):
             for call in part.lowered.calls:
                 at = run.instructions(at, call.after)
-                values[i][call.node] = run.call(call, i, values[i])
+                values[i][call.node] = run.call(call, part.scope, values[i])
                 run.give(part, values[i], [call.node])
         run.instructions(at, len(self.tape.instructions))
-        return list(map(Part.after, self.parts, states, run.leaves, values))
+        return [
+            part.after(state, own, made, run.amounts)
+            for part, state, own, made in zip(self.parts, states, run.leaves, values, strict=True)
+        ]
 
     def explain(self) -> list[list[str]]:
         """For each layer, why torch does what has no instructions."""
@@ -224,57 +192,17 @@ AS_STORED: Mapping[Any, Any] = dict.fromkeys((aten.view.default, aten._unsafe_vi
 """What takes the place of an operator that wants numbers without gaps: a value whose size changes may have some."""
 
 
-def _limit(captured: Captured, leaves: Leaves) -> Callable[[Amount], int]:
-    """Room for values whose size changes: for twice the tokens so far, and some."""
-    numbers = [2 * number + ROOM for number in numbers_of(leaves)]
-    return lambda amount: captured.function([amount])(*numbers)[0]
-
-
-ROOM = 64
-"""Tokens."""
-
-
-def _part(tape: Tape, captured: Captured, lowered: Lowered, leaves: Leaves) -> Part:
-    changing = list(dict.fromkeys([*tape.amounts(tape.scope), *_of_calls(lowered.calls)]))
-    before, made, shared = _before(captured, lowered)
-    names, limits = [(tape.scope, each) for each in changing], [tape.limit(each) for each in changing]
-    amounts = captured.function(changing)
-    inputs = captured.inputs[1:]
-    is_replaced = all(
-        kind == "kept" or (leaf is what is None and kind == "constant")
-        for leaf, (kind, what) in zip(leaves, lowered.state, strict=True)
-    )
-    return Part(captured, lowered, inputs, form_of(leaves), names, amounts, limits, before, made, is_replaced, shared)
-
-
-def _of_calls(calls: Sequence[Call]) -> list[Amount]:
-    operands = [each for call in calls for each in pytree.tree_leaves((call.args, call.kwargs))]
-    views = [each.view for each in operands if isinstance(each, Seen)]
-    amounts = [amount for view in views for amount in (view.offset, *view.sizes, *view.strides)]
-    amounts += [each.amount for each in operands if isinstance(each, Changing)]
-    return [amount for amount in amounts if not isinstance(amount, int)]
-
-
-def _before(captured: Captured, lowered: Lowered) -> tuple[fx.GraphModule, list[fx.Node], str | None]:
-    """What torch does before the tape as a function of the state's leaves; its code where nothing else takes part."""
-    graph, inputs, nodes = fx.Graph(), captured.inputs[1:], lowered.before
-    copies = {node: graph.placeholder(node.name) for node in inputs}
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output([copies[node] for node in nodes])
-    module = fx.GraphModule(dict(captured.tensors), graph)
-    read = {each for node in nodes for each in node.all_input_nodes if each.op == "placeholder"}
-    tensors = any(isinstance(node.meta.get("val"), Tensor) for node in read)
-    alone = not tensors and all(node.op != "get_attr" for node in nodes)
-    return module, nodes, module.code if alone else None
+def _output_sizes(captured: Captured) -> tuple[Amount, ...]:
+    return shape_of(list(captured.graph.nodes)[-1].args[0][0])  # type: ignore[index, arg-type]
 
 
 def _state_view(leaf: Tensor, node: fx.Node, number: int) -> View:
     if not is_plain(leaf) or leaf.dtype not in STATES:
         raise Unserved(f"a tensor of the state is {leaf.dtype} on {leaf.device}, has gaps, or wants gradients")
     sizes = shape_of(node)
-    return View(Buffer("state", number), 0, sizes, side_by_side(sizes), leaf.dtype == torch.float64)
+    wide, whole = leaf.dtype in (torch.float64, torch.int64), leaf.dtype == torch.int64
+    return View(Buffer("state", number), 0, sizes, side_by_side(sizes), wide, whole)
 
 
 STATES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
-"""Of tensors in a state; those without a fraction are torch's alone."""
+"""Of tensors in a state; int32 and truths are torch's alone."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from operator import getitem, is_
 from typing import Any
 
@@ -56,6 +57,11 @@ class Watch:
         self.tensors.append(tensor)
         self.addresses.append(tensor.data_ptr())
         return self.addresses[-1]
+
+    def objects(self) -> Iterator[Any]:
+        """What :meth:`hold` looks at."""
+        yield from (self.modules, self.owners, self.names, self.values, self.hooks, self.tensors, self.addresses)
+        yield from chain(self.modules, self.owners, self.values, self.hooks, self.tensors, map(vars, self.modules))
 
     def hold(self) -> list[UntypedStorage] | None:
         """The parameters' memory, to be kept while the program runs: another thread may give a parameter other memory.

@@ -173,11 +173,12 @@ def _steps(
     tokens_so_far = _TokensSoFar(rows, options.max_new_tokens) if options.reads_tokens else None
     new: list[Tensor] = []
     running = torch.ones(len(rows), dtype=torch.bool, device=logits.device)
+    likeliest: Tensor | None = None
     while True:
         check_logits(logits, running, len(new))
         if tokens_so_far is not None:
             logits = options.adjusted(logits, tokens_so_far.rows)
-        new.append(options.choose(logits, options.generator))
+        new.append(options.choose(logits, options.generator) if likeliest is None else likeliest)
         yield new[-1], running
         if options.ends:
             running = running & ~options.rows_ended(new)
@@ -185,8 +186,12 @@ def _steps(
             return
         if tokens_so_far is not None:
             tokens_so_far.add(new[-1])
+        if options.is_greedy and model.greedy_token.serves(model, new[-1]):
+            likeliest, largest, state = model.greedy_token(model, new[-1], state)
+            logits = largest.unsqueeze(1)  # the largest of each row is all that is checked
+            continue
         features, state = model.features(new[-1].unsqueeze(1), state)
-        logits = model.logits(features[:, 0])
+        logits, likeliest = model.logits(features[:, 0]), None
 
 
 class _TokensSoFar:

@@ -17,6 +17,7 @@ from seqarch.layers.modules.norms import build_norm
 from seqarch.layers.modules.quantized import QuantizedWeight
 from seqarch.models.config import LMConfig
 from seqarch.models.generation import generate, stream
+from seqarch.models.greedy_token import GreedyToken
 from seqarch.models.loss import head_cross_entropy, serves
 from seqarch.models.stack import Stack, StackState
 from seqarch.ops.dispatch.checks import accumulation_dtype, entries_within, fits, show, unknown_name
@@ -56,6 +57,7 @@ class LanguageModel(Configured):
         self.stack = Stack(config)
         self.norm = _norm(config, config.final_norm or config.norm)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.greedy_token = GreedyToken()
         _tie(self)
         self.register_load_state_dict_post_hook(_tie)
 
@@ -154,17 +156,20 @@ class LanguageModel(Configured):
         """
         self._check_tokens(tokens)
         try:
-            embedded = self.embedding(tokens)
+            embedded = self.embedded(tokens)
         except IndexError:  # a check of every token in advance would cost one-token decoding 3 %
             entries_within("language model", "tokens", tokens, 0, self.config.vocab_size - 1)
             raise
-        if self.config.embedding_scale != 1:
-            embedded = embedded * self.config.embedding_scale
-        if self.embedding_norm is not None:
-            embedded = self.embedding_norm(embedded)
         asked = {} if places is None else {"places": places}
         x, after = self.stack(embedded, state, cu_seqlens, token_mask, **asked)
         return self.norm(x), after
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """What the stack reads of the tokens: ``[B, T, D]``."""
+        embedded = self.embedding(tokens)
+        if self.config.embedding_scale != 1:
+            embedded = embedded * self.config.embedding_scale
+        return embedded if self.embedding_norm is None else self.embedding_norm(embedded)
 
     @staticmethod
     def _check_tokens(tokens: Tensor) -> None:

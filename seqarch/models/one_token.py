@@ -133,8 +133,9 @@ class OneToken:
         begin = 0
         for _, group in groupby(steps, key=lambda step: isinstance(step, str)):
             own = list(group)
+            given = x if begin == 0 else _features(x, known.layers)
             part, before = units[begin : begin + len(own)], [each for (each,) in states[begin : begin + len(own)]]
-            pieces.append((part, own[0] if isinstance(own[0], str) else _program(own, part, x, before)))
+            pieces.append((part, own[0] if isinstance(own[0], str) else _program(own, part, given, before)))
             begin += len(own)
         if not any(isinstance(program, Program) for _, program in pieces):
             known.captures += FUTILE
@@ -144,7 +145,7 @@ class OneToken:
         return pieces
 
     @staticmethod
-    def serves(x: Tensor) -> bool:
+    def serves(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
         """Whether a program may run: one token of a few rows, on a CPU, in float32, without gradients, unobserved.
 
         Whoever chose or records backends, or looks at torch's calls otherwise, sees the layers run in torch.
@@ -153,7 +154,7 @@ class OneToken:
             x.shape[1] == 1
             and 0 < x.shape[0] <= MOST_ROWS
             and type(x) is Tensor
-            and x.dtype == torch.float32
+            and x.dtype == dtype
             and x.device.type == "cpu"
             and not torch.is_grad_enabled()
             and is_eager(x.device)
@@ -179,7 +180,21 @@ class OneToken:
 
 
 def _units(layers: Unit) -> list[Unit]:
-    return [layers] if any(layer.exchanges for layer in layers) else [[layer] for layer in layers]
+    """Layers by themselves; those of a stack that hand tensors on together, without what stands before and after it."""
+    own = [layer for layer in layers if layer.mixers]
+    if not any(layer.exchanges for layer in own):
+        return [[layer] for layer in layers]
+    begin = layers.index(own[0])
+    before, after = layers[:begin], layers[begin + len(own) :]
+    return [*([each] for each in before), own, *([each] for each in after)]
+
+
+def _features(x: Tensor, layers: Unit) -> Tensor:
+    """What goes from layer to layer, where the first of them takes tokens."""
+    if x.is_floating_point():
+        return x
+    (example,) = (layer.example() for layer in layers[1:2])
+    return example.new_zeros(len(x), *example.shape[1:])
 
 
 def _said(step: Captured | str, unit: Unit, x: Tensor, state: Any) -> str:
@@ -200,9 +215,9 @@ def _split(pieces: Sequence[Piece], state: StackState) -> list[list[StackState]]
 def _given(pieces: Sequence[Piece], x: Tensor, state: StackState) -> list[Given] | None:
     """Of each piece the states of its units, and their leaves if it has a program; ``None`` where one does not fit."""
     found: list[Given] = []
-    for (_, program), own in zip(pieces, _split(pieces, state), strict=True):
+    for i, ((_, program), own) in enumerate(zip(pieces, _split(pieces, state), strict=True)):
         leaves = list(map(leaves_of, own)) if isinstance(program, Program) else []
-        if isinstance(program, Program) and not program.fits(x, leaves):
+        if isinstance(program, Program) and not program.fits(x if i == 0 else None, leaves):
             return None
         found.append((own, leaves))
     return found
@@ -212,15 +227,16 @@ def _captured_in_turn(in_turn: InTurn, units: Sequence[Unit], x: Tensor, states:
     """What each unit does; of those that are alike, what one of them does with the others' parameters."""
     steps: list[Captured | str] = []
     seen: list[tuple[Hashable, Unit, Captured]] = []
-    for unit, state in zip(units, states, strict=True):
-        leaves = leaves_of(state)
+    features = _features(x, [*chain.from_iterable(units)])
+    for i, (unit, state) in enumerate(zip(units, states, strict=True)):
+        given, leaves = features if i else x, leaves_of(state)
         form = (form_of(leaves), *numbers_of(leaves))
         for known, twin, step in seen:
             if known == form and are_alike(twin, unit) and _unhooked(unit) is None:
                 steps.append(replace(step, tensors=rebound(step.tensors, twin, unit)))
                 break
         else:
-            steps.append(_captured(in_turn, unit, x, state))
+            steps.append(_captured(in_turn, unit, given, state))
             if not isinstance(steps[-1], str):
                 seen.append((form, unit, steps[-1]))
     return steps

@@ -89,6 +89,11 @@ class GenerationOptions:
         """Whether the choice depends on the tokens before, and not on the logits alone."""
         return self.repetition_penalty != 1 or bool(self.logits_processors)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next token is the likeliest, whatever the tokens before."""
+        return self.temperature == 0 and not self.reads_tokens
+
     @cached_property
     def ends(self) -> tuple[tuple[int, ...], ...]:
         """The sequences of new tokens, any of which ends a continuation and is kept."""

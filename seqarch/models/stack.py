@@ -139,7 +139,7 @@ class Stack(Configured):
         if token_mask is not None:
             check_mask("stack", token_mask, x)
         x, after = self._through(layers, split(x, self.config.residual_streams), state, cu_seqlens, token_mask, places)
-        return self._joined(x), after
+        return self.joined(x), after
 
     def _through(
         self,
@@ -160,7 +160,7 @@ class Stack(Configured):
         x, after = self.schedule(layers, x, state, cu_seqlens, token_mask)
         return x if places is None else at(places, x), after
 
-    def _joined(self, x: Tensor) -> Tensor:
+    def joined(self, x: Tensor) -> Tensor:
         """One residual stream ``[B, T, D]`` of those after the last layer."""
         if self.config.residual_streams == 1:
             return x

@@ -209,7 +209,7 @@ def test_prompts_and_room_of_any_length_need_one_program(runs: Runs):
     for length, new in ((5, 6), (9, 3), (30, 20)):
         model.generate([list(range(length))], new)
     assert runs.count == 5 + 2 + 19
-    assert model.stack.token_programs.known[1].captures == 1
+    assert model.greedy_token.programs.known[1].captures == 1
 
 
 def test_a_state_that_takes_ever_other_forms_is_left_to_torch(runs: Runs):

@@ -88,6 +88,23 @@ void tape(Random& random) {
           {view(product, {1, 1, rows, channels}), view(x, {1, 1, rows, width}), view(right, {1, 1, width, channels})},
           threads);
     all_written(product, "run_tape product");
+    const Numbers by_rows = empty(rows * channels);
+    seqarch_view turned = view(weight, {1, 1, channels, width});
+    std::swap(turned.strides[2], turned.strides[3]);
+    check(instruction(SEQARCH_PRODUCT, {1, 1, rows, channels, width}),
+          {view(by_rows, {1, 1, rows, channels}), view(x, {1, 1, rows, width}), turned}, threads);
+    all_written(by_rows, "run_tape product with rows of b side by side");
+
+    std::vector<int64_t> chosen(rows, channels - 1);
+    const Numbers found = empty(rows * width), places(SEQARCH_FLOAT64, rows);
+    const std::vector<seqarch_view> looked = {view(found, {rows, width}), {chosen.data(), {1, 0, 0, 0, 0}}, view(weight, {})};
+    check(instruction(SEQARCH_LOOKUP, {rows, width, channels}), looked, threads);
+    all_written(found, "run_tape lookup");
+    chosen[0] = random.coin() ? -1 : channels;
+    require(run(instruction(SEQARCH_LOOKUP, {rows, width, channels}), looked, {}, threads) != SEQARCH_OK,
+            "run_tape took a row that there is not");
+    check(instruction(SEQARCH_ARGMAX, {rows, channels}), {view(places, {rows}), view(mapped, {rows, channels})}, threads);
+    all_written(places, "run_tape argmax");
 
     const Numbers convolved = empty(rows * channels), conv = numbers(channels * taps);
     const Numbers inputs = numbers(rows * (taps - 1) * channels);

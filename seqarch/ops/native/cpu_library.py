@@ -27,7 +27,7 @@ from seqarch.ops.dispatch.inputs import RecurrenceInputs
 from seqarch.ops.dispatch.scoped import Scoped
 from seqarch.ops.native.arguments import NUMBERS, packer, structures_beside
 
-INTERFACE = 13
+INTERFACE = 16
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
 
 ISAS = ("baseline", "avx2", "avx512")
@@ -36,7 +36,8 @@ ISAS = ("baseline", "avx2", "avx512")
 DTYPES = {dtype: NUMBERS[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 """The header's number of each activation dtype that the CPU's kernels take."""
 
-int64, address, reference, size = ctypes.c_int64, ctypes.addressof, ctypes.byref, ctypes.sizeof
+int64, float64 = ctypes.c_int64, ctypes.c_double
+address, reference, size = ctypes.addressof, ctypes.byref, ctypes.sizeof
 
 ERRORS = {1: (ValueError, "an argument is outside its domain"), 2: (MemoryError, "out of memory")}
 

@@ -21,7 +21,10 @@ from seqarch.ops.native.quantized_linear import FORMATS
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View, merged, numel, side_by_side
 
 # The numbers of the header, csrc/include/seqarch.h.
-KINDS = ("map", "elementwise", "reduce", "product", "convolution", "scan", "linear_attention", "delta_rule", "attend")
+KINDS = (
+    *("map", "elementwise", "reduce", "product", "convolution", "scan", "linear_attention", "delta_rule", "attend"),
+    *("lookup", "argmax"),
+)
 CODES = (
     *("copy", "add", "multiply", "divide", "affine", "over", "maximum", "minimum", "clamp", "where", "less"),
     *("less_equal", "equal", "not", "absolute", "sqrt", "rsqrt", "exp", "sigmoid", "silu", "softplus", "power", "tanh"),
@@ -76,6 +79,7 @@ class Instruction:
     outputs: int = 0
     steps: tuple[Step, ...] = ()
     results: tuple[int, ...] = ()
+    whole: int = 0
     scope: int = 0
 
     def amounts(self) -> Iterator[Amount]:
@@ -94,6 +98,8 @@ class Tape:
 
         limit: the largest that what changes from token to token may be, for which values have room.
         tensors: of parameters, by their buffer.
+        numbers: the whole numbers that each token has a value for, by scope.
+        wanted: addresses that are fetched after the run.
 
     Args:
         take: gives the address of a parameter.
@@ -103,7 +109,9 @@ class Tape:
 
     def __init__(self, take: Callable[[Tensor], int]):
         self.instructions: list[Instruction] = []
-        self.fills: list[tuple[View, float]] = []
+        self.fills: list[tuple[View, float | Tensor]] = []
+        self.numbers: list[tuple[int, Amount]] = []
+        self.wanted: list[int] = []
         self.tables = self.used = self.size = self.lasting = 0
         self.limit: Callable[[Amount], int] = int
         self.tensors: dict[Buffer, Tensor] = {}
@@ -130,14 +138,21 @@ class Tape:
         self.tables += 1
         return View(Buffer("table", self.tables - 1), 0, tuple(sizes), side_by_side(sizes), wide)
 
-    def filled(self, sizes: Sequence[Amount], number: float) -> View:
-        """A number again and again, in memory of its own: it stays where no instruction writes over it."""
+    def filled(self, sizes: Sequence[Amount], numbers: float | Tensor, wide: bool = False) -> View:
+        """A number again and again, or those of a tensor, in memory of its own: it stays until written over."""
         used, self.used = self.used, self.lasting
-        view = self.value(sizes)
+        view = self.value(sizes, wide)
         self.lasting, self.used = self.used, used
         view = replace(view, buffer=Buffer("lasting", view.buffer.what))
-        self.fills.append((view, number))
+        self.fills.append((view, numbers))
         return view
+
+    def number(self, amount: Amount) -> View:
+        """A whole number that each token has a value for."""
+        name = (self.scope, amount)
+        if name not in self.numbers:
+            self.numbers.append(name)
+        return View(Buffer("number", self.numbers.index(name)), 0, (), (), wide=True)
 
     def dense(self, view: View, dims: int) -> View:
         """It, or a copy, so that the numbers of the last dimensions lie side by side."""
@@ -156,7 +171,7 @@ class Tape:
         self._append(kind, [None if each is None else _operand(*each) for each in operands], sizes, flags, factor)
 
     def _append(self, kind: str, operands: Sequence[Operand | None], sizes: Sequence[Amount], *others: Any) -> None:
-        named = dict(zip(("flags", "factor", "outputs", "steps", "results"), others, strict=False))
+        named = dict(zip(("flags", "factor", "outputs", "steps", "results", "whole"), others, strict=False))
         self.instructions.append(Instruction(kind, tuple(operands), tuple(sizes), scope=self.scope, **named))
 
     def amounts(self, scope: int) -> list[Amount]:
@@ -181,8 +196,11 @@ class Tape:
         operands = [
             Operand(v.buffer, v.offset, tuple(own[i] for _, own in dims), 4 * (1 + v.wide)) for i, v in enumerate(views)
         ]
-        sizes, wide = [size for size, _ in dims], sum(view.wide << i for i, view in enumerate(views))
-        self._append("elementwise", operands, sizes, wide, 1.0, len(outputs), tuple(steps), tuple(results))
+        wide, whole = (
+            sum(flag << i for i, flag in enumerate(flags)) for flags in zip(*map(_kinds, views), strict=True)
+        )
+        sizes = [size for size, _ in dims]
+        self._append("elementwise", operands, sizes, wide, 1.0, len(outputs), tuple(steps), tuple(results), whole)
 
     def reduce(self, kind: str, to: View, view: View, dims: Sequence[int], factor: float = 1.0) -> None:
         """``to``, without gaps, is the sum or an extreme of ``view`` over some dimensions, times ``factor``."""
@@ -209,6 +227,17 @@ class Tape:
         operands = (to, (0, 1)), (x, (0,)), (weight, ()), None if bias is None else (bias, ())
         self.write("map", operands, [*x.sizes, weight.sizes[0]])
 
+    def look_up(self, to: View, index: View, weight: View) -> None:
+        """``to [R, D] = weight[index]``: an index ``[R]`` of whole numbers, a weight ``[V, D]`` without gaps."""
+        places = Operand(index.buffer, index.offset, (index.strides[0],), 8)
+        operands = [_operand(to, (0,)), places, _operand(weight, ())]
+        self._append("lookup", operands, [*to.sizes, weight.sizes[0]])
+
+    def argmax(self, to: View, x: View) -> None:
+        """``to [R]``, as float64, is the place of the largest number of each row of ``x [R, V]``, rows without gaps."""
+        places = Operand(to.buffer, to.offset, (to.strides[0],), 8)
+        self._append("argmax", [places, _operand(x, (0,))], x.sizes)
+
     def quantized_map(self, to: View, x: View, codes: Tensor, scales: Tensor, bias: View | None) -> None:
         """The same of weights by their codes and scales, as :mod:`seqarch.ops.native.quantized_linear` takes them."""
         added = None if bias is None else (bias, ())
@@ -223,9 +252,13 @@ def _operand(view: View, dims: Sequence[int]) -> Operand:
     return Operand(view.buffer, view.offset, tuple(view.strides[d] for d in dims))
 
 
+def _kinds(view: View) -> tuple[bool, bool]:
+    return view.wide, view.whole
+
+
 def _is_worth_going_inside(size: Amount, strides: tuple[Amount, ...]) -> int:
-    """How many views have the numbers of a long dimension side by side."""
-    return sum(stride == 1 for stride in strides) if isinstance(size, int) and size >= 2 * LINE else 0
+    """0 for a short dimension; of a long one, how many views have its numbers side by side, and one more."""
+    return 1 + sum(stride == 1 for stride in strides) if isinstance(size, int) and size >= 2 * LINE else 0
 
 
 class Workspace:
@@ -233,8 +266,9 @@ class Workspace:
 
     def __init__(self, tape: Tape):
         self.memory, self.lasting = torch.zeros(tape.size), torch.zeros(tape.lasting)
-        for view, number in tape.fills:
-            self.tensor(view).fill_(number)
+        for view, numbers in tape.fills:
+            self.tensor(view).copy_(torch.as_tensor(numbers))
+        self.names, self.numbers = tape.numbers, (cpu_library.float64 * len(tape.numbers))()
         operands = [(each.scope, operand) for each in tape.instructions for operand in each.operands]
         steps = [step for each in tape.instructions for step in _steps(each)]
         self.instructions = cpu_library.array("tape_instruction", len(tape.instructions))
@@ -252,13 +286,14 @@ class Workspace:
             to.code, to.number, to.other = code, number, other
             to.a, to.b, to.c = sources
         self.addresses: list[int] = []
+        self.wanted = (cpu_library.int64 * len(tape.wanted))(*tape.wanted)
 
     def tensor(self, view: View) -> Tensor:
         """A value as torch sees it."""
         memory = self.memory if view.buffer.kind == "value" else self.lasting
         first = view.buffer.what
         if view.wide:
-            memory, first = memory.view(torch.float64), first // 2
+            memory, first = memory.view(torch.int64 if view.whole else torch.float64), first // 2
         return memory.as_strided(view.sizes, view.strides, first + view.offset)
 
     def begin(self, states: Sequence[Tensor], amounts: Mapping[tuple[int, Amount], int]) -> None:
@@ -269,6 +304,8 @@ class Workspace:
         for name, number in self.registers.items():
             if name[0] != "table":
                 self.values[number] = amounts[name]
+        for place, name in enumerate(self.names):
+            self.numbers[place] = amounts[name]
 
     def run(self, first: int, last: int, tables: Mapping[int, Tensor]) -> None:
         """Run the instructions from one on until another one.
@@ -281,6 +318,7 @@ class Workspace:
                 self.values[self.registers["table", number]] = tensor.data_ptr()
         self.whole.instructions = cpu_library.address(self.instructions) + first * self._instruction_bytes
         self.whole.count = last - first
+        self.whole.wanted_count = len(self.wanted) if last == len(self.instructions) else 0
         cpu_library.call("run_tape", cpu_library.reference(self.whole), self.values)
 
     def _lay_out(self, tape: Tape) -> None:
@@ -289,6 +327,7 @@ class Workspace:
             to.kind, to.flags, to.factor = KINDS.index(each.kind), each.flags, each.factor
             to.views, to.steps = operands, steps
             to.outputs, to.inputs, to.count = each.outputs, len(each.operands) - each.outputs, len(each.steps)
+            to.whole = each.whole
             for d, size in enumerate(each.sizes):
                 self._set(to.sizes, d, (each.scope, size))
             operands, steps = operands + len(each.operands), steps + len(each.steps) + len(each.results)
@@ -304,6 +343,8 @@ class Workspace:
             raise Unserved("a part of a value that moves from token to token is read")
         elif kind == "table":
             self._fixed.append((field, operand.itemsize * operand.offset, 1, self._register(("table", what))))
+        elif kind == "number":
+            place.data = cpu_library.address(self.numbers) + operand.itemsize * what
         else:
             memory = {"value": self.memory, "lasting": self.lasting}
             first = what if kind == "parameter" else memory[kind].data_ptr() + 4 * what
@@ -333,7 +374,7 @@ class Workspace:
             to.field, to.base, to.factor, to.number = field, base, factor, number
         self.values = (cpu_library.int64 * max(len(self.registers), 1))()
         (self.whole,) = cpu_library.array("tape", 1)
-        for name in ("views", "steps", "patches"):
+        for name in ("views", "steps", "patches", "wanted"):
             setattr(self.whole, name, cpu_library.address(getattr(self, name)))
         self.whole.patch_count = len(patches)
         self.addresses = addresses

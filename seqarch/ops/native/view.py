@@ -18,7 +18,8 @@ class Unserved(Exception):
 @dataclass(frozen=True, eq=False)
 class Buffer:
     """Memory: a ``"value"`` of a tape, or a ``"lasting"`` one (``what`` is where it begins), a ``"parameter"`` (its
-    address), a tensor of the ``"state"`` (its number) or a ``"table"`` that torch makes for each token (its number).
+    address), a tensor of the ``"state"`` (its number), a ``"table"`` that torch makes for each token (its number), or a
+    whole ``"number"`` of the state that each token has a value for (its place among those).
     """
 
     kind: str
@@ -27,13 +28,16 @@ class Buffer:
 
 @dataclass(frozen=True)
 class View:
-    """Numbers of a buffer, as a strided tensor is of its storage: float32, or float64 where they are ``wide``."""
+    """Numbers of a buffer, as a strided tensor is of its storage: float32, or float64 where they are ``wide``, or
+    int64 where they are ``whole`` as well, which instructions read and write as float64.
+    """
 
     buffer: Buffer
     offset: Amount
     sizes: tuple[Amount, ...]
     strides: tuple[Amount, ...]
     wide: bool = False
+    whole: bool = False
 
     @property
     def rank(self) -> int:
@@ -124,7 +128,11 @@ def merged(dims: Sequence[tuple[Amount, tuple[Amount, ...]]]) -> list[tuple[Amou
 
 def _strides_of_shape(view: View, sizes: Sequence[Amount]) -> list[Amount] | None:
     if not fixed([*view.sizes, *sizes]):
-        raise Unserved("numbers whose count changes from token to token are given another shape")
+        own = [(size, stride) for size, stride in zip(view.sizes, view.strides, strict=True) if size != 1]
+        if [size for size, _ in own] != [size for size in sizes if size != 1]:
+            raise Unserved("numbers whose count changes from token to token are given another shape")
+        kept = iter(own)
+        return [0 if size == 1 else next(kept)[1] for size in sizes]
     if 0 in sizes:
         return list(side_by_side(sizes))
     runs = merged([(size, (stride,)) for size, stride in zip(view.sizes, view.strides, strict=True)]) or [(1, (1,))]
