@@ -28,8 +28,8 @@ _NAMES = {
         "detach_state materialize measured_state_bytes mixer_class register_channel_mixer register_mixer state_rows"
     ),
     "models": (
-        "LMConfig LanguageModel LayerPattern Stack StackConfig dequantize parameter_groups parse_pattern quantize "
-        "state_rows tile_pattern weight_bytes"
+        "LMConfig LanguageModel LayerPattern Stack StackConfig dequantize dequantize_state parameter_groups "
+        "parse_pattern quantize quantize_state state_rows tile_pattern weight_bytes"
     ),
     "checkpoints.loading": "load",
 }
