@@ -276,5 +276,14 @@ def _state_view(leaf: Tensor, node: fx.Node, number: int) -> View:
     return View(Buffer("state", number), 0, sizes, side_by_side(sizes), leaf.dtype == torch.float64)
 
 
-STATES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
+STATES = (
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)
 """Of tensors in a state; those without a fraction are torch's alone."""

@@ -1,11 +1,12 @@
 """Mixers whose state is held in few bits between calls.
 
-What a mixer carries is of three kinds, told by the names that fields have in states. ``recurrent`` is computed anew with
+What a mixer carries is of three kinds, told by the names of fields in its state. ``recurrent`` is computed anew with
 every token, so that errors of rounding go on: it is decoded before a call and coded after it, with stochastic rounding
 and error feedback where they are asked for. Keys and values, and what else is a ``KVCache``, are coded when they are
-written (:mod:`seqarch.layers.modules.coded_cache`). ``conv`` and ``inputs`` are inputs of convolutions, which stay as
-they are once they are rounded to the nearest: with their scales a token, coding them again changes nothing. Whatever has
-another name stays as it is: positions, counts, angles, what keeps exponents in range, sums by which blocks are chosen.
+written (:mod:`seqarch.layers.modules.coded_cache`). ``conv`` and ``inputs`` are inputs of convolutions, which are
+rounded to the nearest and then stay as they are: each token has scales of its own, so coding them again changes nothing.
+Whatever has another name stays as it is: positions, counts, angles, what keeps exponents in range, sums by which blocks
+are chosen.
 """
 
 from __future__ import annotations

@@ -31,14 +31,14 @@ def quantize_state(
     """Let mixers hold what they carry from call to call in few bits, in place; returns the model.
 
     A recurrent state is coded after each call, so that its rounding errors go on: a prompt is read in full precision
-    within a call and coded at its end, a token in each step. Keys and values are coded as they are written, and every
-    query reads them so. Inputs of convolutions are rounded to the nearest, in 8 bits under ``"int4"``. Positions, counts
-    and the like stay as they are. Weights, names and folders do not change, and ``state_bytes`` counts what is held.
+    within a call and coded at its end, then with every token. Keys and values are coded as they are written, and every
+    query reads them so. Inputs of convolutions are rounded to the nearest, in 8 bits under ``"int4"``. Positions,
+    counts and the like stay as they are. Weights, names and folders do not change; ``state_bytes`` counts what is held.
 
     Args:
         name: ``"bfloat16"``, ``"int8"``, ``"int4"``, or ``"float32"``, which rounds nothing in a float32 model.
         rounding: ``"nearest"``, or ``"stochastic"``: up or down by chance, with the right mean; from the seed and each
-            token's position, so that it can be repeated, in any row and batch. A recurrent state then counts its tokens.
+            token's position, so that it repeats in any row and batch. A recurrent state then counts its tokens.
         error_feedback: keep what rounding a recurrent state leaves over in 4 bits a number, and add it before the next
             rounding.
         group_size: how many numbers share a scale; by default 64 of ``"int8"`` and 32 of ``"int4"``.
@@ -53,7 +53,7 @@ def quantize_state(
     mixers = dict(_mixers(model))
     kept: set[str] = set()
     for entry in (keep,) if isinstance(keep, str) else tuple(keep):
-        found = {p for p in mixers if isinstance(entry, str) and (fnmatchcase(p, entry) or f"{p}.".startswith(f"{entry}."))}
+        found = {path for path in mixers if isinstance(entry, str) and _is_named(path, entry)}
         if not found:
             raise unknown_name("mixer to keep", entry, mixers)
         kept |= found
@@ -78,6 +78,10 @@ def dequantize_state(model: M) -> M:
         take_small_state(mixer)
     _forget_programs(model)
     return model
+
+
+def _is_named(path: str, entry: str) -> bool:
+    return fnmatchcase(path, entry) or f"{path}.".startswith(f"{entry}.")
 
 
 def _mixers(model: nn.Module) -> Iterator[tuple[str, Mixer]]:

@@ -8,6 +8,7 @@ rows, windows, padding and reserved room are those of any cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +111,10 @@ class SmallCache(NamedTuple):
         read, after = [], []
         for i, (part, new) in enumerate(((self.keys, k), (self.values, v))):
             codes, scales = _coded(self.form, new, places, i)
-            read.append(torch.cat([self._plain(part, held, i, new.dtype), self._read(codes, scales, i, new)], 1))
+            # a copy: what is held may be written in place
+            both = (torch.cat([old[:, :held], now], 1) for old, now in zip(part[:2], (codes, scales), strict=True))
+            found = self._decoded(*both, i, new.dtype)
+            read.append(torch.cat([found[:, :held], _passing(found[:, held:], new)], 1) if _is_needed(new) else found)
             after.append(kv_cache.extend(part, codes, scales, cache_window, sink_tokens)[2])
         return read[0], read[1], self._replace(keys=after[0], values=after[1])
 
@@ -123,10 +127,12 @@ class SmallCache(NamedTuple):
         for i, (part, new) in enumerate(((self.keys, k), (self.values, v))):
             codes, scales = _coded(self.form, new, places, i)
             rows = kv_cache.extend_packed(part, codes, scales, cu_seqlens, cache_window, sink_tokens)
-            pieces = self._read(codes, scales, i, new)[0].split([b - a for a, b in zip(cu_seqlens, cu_seqlens[1:])])
-            held = [(each[: len(each) - len(p)] for each in both) for *both, p in zip(rows[0], rows[1], pieces)]
-            old = (self._decoded(*(each[None] for each in both), i, new.dtype)[0] for both in held)
-            read.append([torch.cat(both) for both in zip(old, pieces, strict=True)])
+            pieces, found = new[0].split([end - begin for begin, end in pairwise(cu_seqlens)]), []
+            for key, value, piece in zip(rows[0], rows[1], pieces, strict=True):
+                row = self._decoded(key[None], value[None], i, new.dtype)[0]
+                held, now = row.split([len(row) - len(piece), len(piece)])
+                found.append(torch.cat([held, _passing(now, piece)]) if _is_needed(new) else row)
+            read.append(found)
             after.append(rows[2])
         return read[0], read[1], self._replace(keys=after[0], values=after[1])
 
@@ -134,12 +140,12 @@ class SmallCache(NamedTuple):
         self, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], cache_window: int | None, sink_tokens: int
     ) -> tuple[Tensor, Tensor, SmallCache]:
         """As :func:`kv_cache.begin_packed <seqarch.layers.modules.kv_cache.begin_packed>`: always in rows."""
-        lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        lengths = [end - begin for begin, end in pairwise(cu_seqlens)]
         places = token_positions(k.new_zeros(len(lengths), dtype=torch.int64), k.shape[1], cu_seqlens)[0]
         read, after = [], []
         for i, new in enumerate((k, v)):
             both = _coded(self.form, new, places, i)
-            read.append(self._read(*both, i, new))
+            read.append(_passing(self._decoded(*both, i, new.dtype), new))
             pieces = [each[0].split(lengths) for each in both]
             after.append(kv_cache.right_aligned(*pieces, lengths, cache_window, self.capacity, sink_tokens))
         return read[0], read[1], self._replace(keys=after[0], values=after[1])
@@ -163,10 +169,15 @@ class SmallCache(NamedTuple):
         coded = Coded(codes, scales if self.form.most else None, None, None)
         return self.form.decode(coded, width, dtype).reshape(*codes.shape[:2], *shape)
 
-    def _read(self, codes: Tensor, scales: Tensor, number: int, given: Tensor) -> Tensor:
-        """What new keys or values are read as; gradients pass by the rounding."""
-        found = self._decoded(codes, scales, number, given.dtype)
-        return given + (found - given).detach() if torch.is_grad_enabled() and given.requires_grad else found
+
+def _is_needed(given: Tensor) -> bool:
+    """Whether gradients of new keys or values are wanted."""
+    return torch.is_grad_enabled() and given.requires_grad
+
+
+def _passing(found: Tensor, given: Tensor) -> Tensor:
+    """What new keys or values are read as; gradients pass by the rounding."""
+    return given + (found - given).detach() if _is_needed(given) else found
 
 
 def _coded(form: StateFormat, x: Tensor, places: Tensor, number: int) -> tuple[Tensor, Tensor]:

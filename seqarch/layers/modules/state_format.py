@@ -1,11 +1,11 @@
 """How a small state holds numbers: codes of 16, 8 or 4 bits, rounded to the nearest or by chance.
 
-Numbers side by side share a scale, and a number is ``code scale``: codes are whole numbers from -127 to 127, or -7 to 7,
-and scales are bfloat16. Everything is held as whole numbers, bfloat16 as its 16 bits in int16, so that no conversion of
-dtypes changes it. *Stochastic rounding* goes up with the probability that makes the mean right; its noise is a hash of
-the seed, the position in the sequence and the number's place, so that the same text gets the same noise in whatever
-row, batch or process. What rounding leaves over can be kept in 4 bits, in units of the code's own step: it is added to
-the numbers before they are rounded the next time (*error feedback*: Seide et al. 2014; in 4 bits Modoranu et al. 2024).
+Numbers side by side share a scale, and a number is ``code scale``: codes are whole numbers from -127 to 127, or from -7
+to 7, and scales are bfloat16. Everything is held as whole numbers, bfloat16 as its 16 bits in int16. *Stochastic
+rounding* goes up with the probability that makes the mean right; its noise is a hash of the seed, the position in the
+sequence and the number's place, so that the same text gets the same noise in whatever row, batch or process. What
+rounding leaves over can be kept in 4 bits, in units of the code's own step: it is added to the numbers before they are
+rounded the next time (*error feedback*: Seide et al. 2014; with the rest in 4 bits, Modoranu et al. 2024).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Coded(NamedTuple):
     """Numbers ``[B, ...]`` of a state as codes.
 
     Attributes:
-        codes: float32 as the numbers are; int16 or int8 ``[B, ..., N]``, or uint8 ``[B, ..., ceil(N / 2)]`` with two in a
-            byte. N is the last size, or the last few together where they are less than a group.
+        codes: float32 as the numbers are; int16 or int8 ``[B, ..., N]``, or uint8 ``[B, ..., ceil(N / 2)]`` with two in
+            a byte. N is the last size, or the last few together where they are less than a group.
         scales: int16 ``[B, ..., ceil(N / group_size)]``; ``None`` without.
         residual: uint8 ``[B, ..., ceil(N / 2)]``, what rounding left over; ``None`` without error feedback.
         seen: int64 ``[B]``, tokens of each row so far, from which noise is made; ``None`` without stochastic rounding.
@@ -233,7 +233,7 @@ def encode_state(
 
 
 @encode_state.register_fake
-def _(x, places, name, stochastic, feedback, group, seed):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _(x, places, name, stochastic, feedback, group, seed):  # type: ignore[no-untyped-def]
     lead, width = x.shape[:-1], x.shape[-1]
     half, groups = (width + 1) // 2, (width + group - 1) // group
     codes = {"bfloat16": (width, torch.int16), "int8": (width, torch.int8), "int4": (half, torch.uint8)}[name]
@@ -252,7 +252,7 @@ def decode_state(codes: Tensor, scales: Tensor, name: str, group: int, width: in
 
 
 @decode_state.register_fake
-def _(codes, scales, name, group, width):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _(codes, scales, name, group, width):  # type: ignore[no-untyped-def]
     return codes.new_empty((*codes.shape[:-1], width) if FORMATS[name] else codes.shape, dtype=torch.float32)
 
 
@@ -263,5 +263,5 @@ def decode_residual(residual: Tensor, scales: Tensor, name: str, group: int, wid
 
 
 @decode_residual.register_fake
-def _(residual, scales, name, group, width, parts):  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _(residual, scales, name, group, width, parts):  # type: ignore[no-untyped-def]
     return residual.new_empty((*residual.shape[:-1], width), dtype=torch.float32)
