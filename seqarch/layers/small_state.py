@@ -4,7 +4,7 @@ What a mixer carries is of three kinds, told by the names of fields in its state
 every token, so that errors of rounding go on: it is decoded before a call and coded after it, with stochastic rounding
 and error feedback where they are asked for. Keys and values, and what else is a ``KVCache``, are coded when they are
 written (:mod:`seqarch.layers.modules.coded_cache`). ``conv`` and ``inputs`` are inputs of convolutions, which are
-rounded to the nearest and then stay as they are: each token has scales of its own, so coding them again changes nothing.
+rounded to the nearest and then stay as they are: a token has scales of its own, so coding them again changes nothing.
 Whatever has another name stays as it is: positions, counts, angles, what keeps exponents in range, sums by which blocks
 are chosen.
 """
