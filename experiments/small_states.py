@@ -61,7 +61,8 @@ def small_states(arguments: argparse.Namespace) -> int:
                 f"{line.run}: {line.length:,} tokens, {line.format}: {line.bytes:,} bytes, recall {recall:.3f}",
                 flush=True,
             )
-    print(f"Picture: {draw(arguments.folder)}")
+    picture = draw(arguments.folder)
+    print(f"Picture: {picture}" if picture else "No picture: it takes two runs of a mixer, as of two seeds")
     return 0
 
 

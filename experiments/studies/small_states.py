@@ -27,7 +27,6 @@ from experiments.util.errors import RunnerError
 from experiments.util.files import append_line
 from seqarch import LanguageModel, load
 from seqarch.checkpoints.errors import CheckpointError
-from seqarch.layers.modules.state_format import StateFormat
 from seqarch.models import quantize_state
 
 RECORDS = "records.jsonl"
@@ -173,9 +172,3 @@ def _model(run: RecordedRun) -> LanguageModel:
         return load(run.path, device="cpu").eval()
     except CheckpointError as error:
         raise RunnerError(str(error)) from error
-
-
-def check_formats(names: Iterable[str]) -> None:
-    """Raise unless each is a format of the study, and can be made."""
-    for name in names:
-        StateFormat(**FORMATS[name])

@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.report.figures import bytes_text
 from experiments.report.statistics import Interval, mean_interval
 from experiments.studies import plots
 from experiments.studies.records import digest
 from experiments.studies.small_states import FORMATS, WAYS, Line, read_records
 from experiments.util.blocks import table
-from experiments.util.plot_style import COLOURS, figure
+from experiments.util.plot_style import COLOURS, INK, QUIET, figure
 
 FIGURE = "recall.png"
 FULL = "float32"
-HEADER = ("mixer", "tokens", "state", "bytes of state", "recall", "less float32's", "loss less float32's")
+HEADER = ("mixer", "tokens", "state", "bytes", "recall", "recall less float32's", "loss less float32's")
 STYLES = dict(zip(WAYS, (("o", "-"), ("s", (0, (4, 2))), ("^", (0, (1, 1)))), strict=True))
 """Marker and line of each way to round."""
 
@@ -39,44 +38,61 @@ def less(lines: Sequence[Line], mixer: str, length: int, name: str, of: str = "r
 
 
 def complete(lines: Sequence[Line]) -> list[Line]:
-    """The lines of mixers and lengths that have all their runs in float32 and the same runs in each other format."""
+    """The lines of formats with the same runs as float32 has, two at least: one says nothing of how seeds differ."""
     runs: dict[tuple[str, int, str], set[str]] = {}
     for line in lines:
         runs.setdefault((line.mixer, line.length, line.format), set()).add(line.run)
+    full = {key[:2]: own for key, own in runs.items() if key[2] == FULL and len(own) > 1}
     return [
         line for line in lines
-        if runs.get((line.mixer, line.length, FULL)) == runs[line.mixer, line.length, line.format]
+        if runs[line.mixer, line.length, line.format] == full.get((line.mixer, line.length))
     ]  # fmt: skip
 
 
 def small_states_table(folder: Path) -> str:
     """A row for each mixer, length and format on record."""
     lines = complete(read_records(folder))
-    rows = []
-    for mixer, length in sorted({(line.mixer, line.length) for line in lines}):
-        for name in FORMATS:
-            own = [line for line in lines if (line.mixer, line.length, line.format) == (mixer, length, name)]
-            if own:
-                recall = mean_interval(scores(lines, mixer, length, name))
-                changes = ("", "") if name == FULL else (
-                    _signed(less(lines, mixer, length, name)), _signed(less(lines, mixer, length, name, "loss")))  # fmt: skip
-                rows.append([mixer, f"{length:,}", name, f"{own[0].bytes:,}", f"{recall.estimate:.3f}", *changes])
-    return table(HEADER, rows, align="--:", left=1) if rows else ""
+    found = [_row(lines, *key, name) for key in _cases(lines) for name in FORMATS]
+    return table(HEADER, [row for row in found if row])
+
+
+def _cases(lines: Sequence[Line]) -> list[tuple[str, int]]:
+    """Each mixer with each of its lengths."""
+    return sorted({(line.mixer, line.length) for line in lines})
+
+
+def _row(lines: Sequence[Line], mixer: str, length: int, name: str) -> list[str]:
+    """The row of one format; empty where it was not measured."""
+    size = sizes(lines, mixer, length).get(name)
+    if size is None:
+        return []
+    recall = mean_interval(scores(lines, mixer, length, name)).estimate
+    changes = [] if name == FULL else [less(lines, mixer, length, name, of) for of in ("recall", "loss")]
+    return [mixer, f"{length:,}", name, f"{size:,}", f"{recall:.3f}", *(map(_signed, changes) if changes else ("", ""))]
+
+
+def sizes(lines: Sequence[Line], mixer: str, length: int) -> dict[str, int]:
+    """The bytes of a state in each format that was measured."""
+    return {line.format: line.bytes for line in lines if (line.mixer, line.length) == (mixer, length)}
 
 
 def _signed(found: Interval) -> str:
     return f"{found.estimate:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
-def draw(folder: Path) -> Path:
-    """Write the picture of the longest sequences on record: a column a mixer, recall above and loss below."""
+def draw(folder: Path) -> Path | None:
+    """Write the picture of the longest sequences on record: a column a mixer, recall above and loss below.
+
+    Nothing is drawn where no mixer has two runs.
+    """
     lines = complete(read_records(folder))
+    if not lines:
+        return None
     length = max(line.length for line in lines)
     mixers = sorted({line.mixer for line in lines if line.length == length})
-    path = folder / FIGURE
-    size = (3.3 * len(mixers), 6.4)
+    path, size = folder / FIGURE, (3.4 * len(mixers), 6.6)
     with figure([path], columns=len(mixers), rows=2, size=size, source=digest(folder), sharey="row") as (drawing, axes):
-        drawing.suptitle(f"Recall over {length:,} tokens, read one by one, against the bytes of a state in fewer bits")
+        drawing.suptitle(f"{length:,} tokens read one by one: recall, and the loss of the answers, by bytes of state")
         for column, mixer in enumerate(mixers):
             for row, of in enumerate(("recall", "loss")):
                 _panel(axes[row * len(mixers) + column], lines, mixer, length, of)
@@ -89,38 +105,20 @@ def draw(folder: Path) -> Path:
 
 
 def _panel(axes: Axes, lines: Sequence[Line], mixer: str, length: int, of: str) -> None:
-    own = {line.format: line.bytes for line in lines if (line.mixer, line.length) == (mixer, length)}
+    own = sizes(lines, mixer, length)
+    full = mean_interval(scores(lines, mixer, length, FULL, of)).estimate
     for (way, (marker, dashes)), colour in zip(STYLES.items(), COLOURS.values(), strict=False):
-        names = [name for name in own if name.endswith(f", {way}")]
-        points = sorted((own[name], mean_interval(scores(lines, mixer, length, name, of))) for name in names)
-        if points:
-            x, y = [size for size, _ in points], [found.estimate for _, found in points]
-            reach = [
-                [found.estimate - found.low for _, found in points],
-                [found.high - found.estimate for _, found in points],
-            ]
-            axes.errorbar(
-                x, y, reach, marker=marker, linestyle=dashes, color=colour, label=way, elinewidth=1, markersize=5
-            )
-    full = mean_interval(scores(lines, mixer, length, FULL, of))
-    axes.axhline(full.estimate, color="#999999", linewidth=1, zorder=1)
-    axes.plot([own[FULL]], [full.estimate], marker="D", color="#444444", linestyle="none", label="float32")
+        named = sorted((own[name], name) for name in own if name.endswith(f", {way}"))
+        found = [mean_interval(scores(lines, mixer, length, name, of)) for _, name in named]
+        if found:
+            x, y = [size for size, _ in named], [each.estimate for each in found]
+            reach = [[each.estimate - each.low for each in found], [each.high - each.estimate for each in found]]
+            line = {"marker": marker, "linestyle": dashes, "color": colour, "markersize": 5, "elinewidth": 1}
+            axes.errorbar(x, y, reach, label=way, **line)
+    axes.axhline(full, color=QUIET, linewidth=1, zorder=1)
+    axes.plot([own[FULL]], [full], marker="D", color=INK, linestyle="none", label=FULL)
     plots.byte_axis(axes, list(own.values()))
     for name, size in own.items():
         if name.endswith(", nearest"):
-            axes.annotate(
-                name.partition(",")[0], (size, 0.02), xycoords=("data", "axes fraction"), fontsize=7, ha="center"
-            )
-
-
-def summary(folder: Path) -> str:
-    """What is on record, in a line a mixer, for a terminal."""
-    lines = complete(read_records(folder))
-    said = []
-    for mixer, length in sorted({(line.mixer, line.length) for line in lines}):
-        for name in FORMATS:
-            own = [line for line in lines if (line.mixer, line.length, line.format) == (mixer, length, name)]
-            if own:
-                recall = mean_interval(scores(lines, mixer, length, name)).estimate
-                said.append(f"{mixer:20} {length:6} {name:24} {bytes_text(own[0].bytes):>10} {recall:.3f}")
-    return "\n".join(said)
+            place = {"xycoords": ("data", "axes fraction"), "fontsize": 7, "ha": "center"}
+            axes.annotate(name.partition(",")[0], (size, 0.02), **place)
