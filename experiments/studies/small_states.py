@@ -136,7 +136,8 @@ def test_batch(config: RunConfig, length: int, sequences: int) -> Batch:
         batches = list(task.evaluation("test"))
     except (TypeError, ValueError) as error:
         raise RunnerError(f"sequences of {length} tokens of the task {config.task.name}: {error}") from error
-    return Batch(*(np.concatenate([getattr(each, name) for each in batches]) for name in ("tokens", "targets")))
+    tokens, targets = (np.concatenate([getattr(each, name) for each in batches]) for name in ("tokens", "targets"))
+    return Batch(tokens, targets)
 
 
 @torch.no_grad()

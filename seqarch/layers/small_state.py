@@ -146,5 +146,5 @@ def take_small_state(mixer: Mixer) -> None:
     for name in CACHED:
         vars(mixer).pop(name, None)
     if isinstance(mixer, SmallState):
-        mixer.__class__ = mixer.plain
         del mixer.state_format
+        mixer.__class__ = mixer.plain  # pyright: ignore[reportAttributeAccessIssue]

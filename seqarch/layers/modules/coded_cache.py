@@ -58,8 +58,9 @@ class SmallCache(NamedTuple):
         """Of a plain cache, as of a state before the first token."""
         shapes, lead = (cache.keys.shape[2:], cache.values.shape[2:]), cache.keys.shape[:2]
         places = torch.zeros(lead, dtype=torch.int64, device=cache.keys.device)
-        parts = (_coded(form, each, places, 0) for each in (cache.keys, cache.values))
-        return cls(*(KVCache(*each, cache.length, cache.start) for each in parts), form, shapes)
+        keys, values = (_coded(form, each, places, i) for i, each in enumerate(cache[:2]))
+        length, start = cache.length, cache.start
+        return cls(KVCache(keys[0], keys[1], length, start), KVCache(values[0], values[1], length, start), form, shapes)
 
     @classmethod
     def in_call(cls, cache: CodedCache, form: StateFormat, shapes: tuple[torch.Size, torch.Size]) -> SmallCache:
@@ -112,8 +113,9 @@ class SmallCache(NamedTuple):
         for i, (part, new) in enumerate(((self.keys, k), (self.values, v))):
             codes, scales = _coded(self.form, new, places, i)
             # a copy: what is held may be written in place
-            both = (torch.cat([old[:, :held], now], 1) for old, now in zip(part[:2], (codes, scales), strict=True))
-            found = self._decoded(*both, i, new.dtype)
+            all_codes = torch.cat([part.keys[:, :held], codes], 1)
+            all_scales = torch.cat([part.values[:, :held], scales], 1)
+            found = self._decoded(all_codes, all_scales, i, new.dtype)
             read.append(torch.cat([found[:, :held], _passing(found[:, held:], new)], 1) if _is_needed(new) else found)
             after.append(kv_cache.extend(part, codes, scales, cache_window, sink_tokens)[2])
         return read[0], read[1], self._replace(keys=after[0], values=after[1])
@@ -144,9 +146,9 @@ class SmallCache(NamedTuple):
         places = token_positions(k.new_zeros(len(lengths), dtype=torch.int64), k.shape[1], cu_seqlens)[0]
         read, after = [], []
         for i, new in enumerate((k, v)):
-            both = _coded(self.form, new, places, i)
-            read.append(_passing(self._decoded(*both, i, new.dtype), new))
-            pieces = [each[0].split(lengths) for each in both]
+            codes, scales = _coded(self.form, new, places, i)
+            read.append(_passing(self._decoded(codes, scales, i, new.dtype), new))
+            pieces = codes[0].split(lengths), scales[0].split(lengths)
             after.append(kv_cache.right_aligned(*pieces, lengths, cache_window, self.capacity, sink_tokens))
         return read[0], read[1], self._replace(keys=after[0], values=after[1])
 

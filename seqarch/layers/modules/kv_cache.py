@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -168,7 +168,8 @@ def join_rows(rows: Sequence[AnyCache], cache_window: int | None) -> AnyCache:
     """The caches of one row each as one, right-aligned, with room for as much as the longest."""
     if not isinstance(rows[0], KVCache):
         return rows[0].joined_by(lambda parts: join_rows(parts, cache_window), rows[1:])
-    held = [(row.keys[0, : row.held(cache_window)], row.values[0, : row.held(cache_window)]) for row in rows]
+    plain: Sequence[Any] = rows
+    held = [(row.keys[0, : row.held(cache_window)], row.values[0, : row.held(cache_window)]) for row in plain]
     keys, values = zip(*held, strict=True)
     return right_aligned(keys, values, [row.length for row in rows], cache_window, max(row.capacity for row in rows))
 

@@ -18,18 +18,18 @@ from seqarch import load, quantize_state
 
 def test_runs_are_measured_token_by_token_once_and_compared(trained, tmp_path, capsys):
     runs = [run for run in find_runs(trained) if run.finished]
-    given = [*(str(run.path) for run in runs), "--length", "16", "--sequences", "8", "--folder", str(tmp_path)]
+    given = [*(str(run.path) for run in runs), "--length", "16", "--sequences", "9", "--folder", str(tmp_path)]
     assert small_states.main([*given, "--format", "int8, stochastic"]) == 0
     assert (tmp_path / "recall.png").stat().st_size > 10_000
     lines = read_records(tmp_path)
     assert [line.format for line in lines] == ["float32", "int8, stochastic"] * len(runs)
-    assert all(len(line.recall) == len(line.loss) == 8 for line in lines)
+    assert all(len(line.recall) == len(line.loss) == 9 for line in lines)
     assert {line.bytes for line in lines[::2]} == {load(runs[0].path).state_bytes(16)}
     assert {line.bytes for line in lines[1::2]} == {quantize_state(load(runs[0].path), "int8").state_bytes(16)}
     # float32 read token by token is what the runner tests with all tokens in one call
     items = runs[0].items()
     assert items is not None
-    assert np.allclose(lines[0].recall, items[:8], atol=1e-6)
+    assert np.allclose(lines[0].recall, items[:9], atol=1e-6)
     before = (tmp_path / RECORDS).read_bytes()
     capsys.readouterr()
     assert small_states.main([*given, "--format", "int8, stochastic"]) == 0
