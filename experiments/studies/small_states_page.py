@@ -11,15 +11,21 @@ from matplotlib.axes import Axes
 from experiments.report.statistics import Interval, mean_interval
 from experiments.studies import plots
 from experiments.studies.records import digest
-from experiments.studies.small_states import FORMATS, WAYS, Line, read_records
+from experiments.studies.small_states import FORMATS, Line, read_records
 from experiments.util.blocks import table
 from experiments.util.plot_style import COLOURS, INK, QUIET, figure
 
 FIGURE = "recall.png"
 FULL = "float32"
 HEADER = ("mixer", "tokens", "state", "bytes", "recall", "recall less float32's", "loss less float32's")
-STYLES = dict(zip(WAYS, (("o", "-"), ("s", (0, (4, 2))), ("^", (0, (1, 1)))), strict=True))
-"""Marker and line of each way to round."""
+STYLES = {
+    "nearest": {"marker": "o", "linestyle": "-", "color": COLOURS["attention"]},
+    "stochastic": {"marker": "s", "linestyle": (0, (4, 2)), "color": COLOURS["delta rule"]},
+    "error feedback": {"marker": "^", "linestyle": (0, (1, 1)), "color": COLOURS["state space"]},
+}
+"""Of each way to round."""
+
+MEASURES = {"recall": "Recall less float32's", "loss": "Loss of answers less float32's (nats)"}
 
 
 def scores(lines: Sequence[Line], mixer: str, length: int, name: str, of: str = "recall") -> np.ndarray:
@@ -81,7 +87,7 @@ def _signed(found: Interval) -> str:
 
 
 def draw(folder: Path) -> Path | None:
-    """Write the picture of the longest sequences on record: a column a mixer, recall above and loss below.
+    """Write the picture of the longest sequences on record, a column a mixer: what recall and loss lose by each format.
 
     Nothing is drawn where no mixer has two runs.
     """
@@ -90,33 +96,32 @@ def draw(folder: Path) -> Path | None:
         return None
     length = max(line.length for line in lines)
     mixers = sorted({line.mixer for line in lines if line.length == length})
-    path, size = folder / FIGURE, (3.4 * len(mixers), 6.6)
+    path, size = folder / FIGURE, (3.3 * len(mixers), 6.6)
     with figure([path], columns=len(mixers), rows=2, size=size, source=digest(folder), sharey="row") as (drawing, axes):
-        drawing.suptitle(f"{length:,} tokens read one by one: recall, and the loss of the answers, by bytes of state")
+        drawing.suptitle(f"{length:,} tokens read one by one, by the bytes of a state")
         for column, mixer in enumerate(mixers):
-            for row, of in enumerate(("recall", "loss")):
+            for row, of in enumerate(MEASURES):
                 _panel(axes[row * len(mixers) + column], lines, mixer, length, of)
-            axes[column].set_title(mixer)
+            full = scores(lines, mixer, length, FULL).mean()
+            axes[column].set_title(f"{mixer}\nrecalls {full:.1%} in float32")
             axes[len(mixers) + column].set_xlabel("Bytes of state (logarithmic)")
-        axes[0].set_ylabel("Recall")
-        axes[len(mixers)].set_ylabel("Loss of answers (nats)")
-        axes[0].legend(loc="lower right", fontsize=8)
+        for row, said in enumerate(MEASURES.values()):
+            axes[row * len(mixers)].set_ylabel(said)
+        axes[len(mixers)].legend(loc="upper right", fontsize=8)
     return path
 
 
 def _panel(axes: Axes, lines: Sequence[Line], mixer: str, length: int, of: str) -> None:
     own = sizes(lines, mixer, length)
-    full = mean_interval(scores(lines, mixer, length, FULL, of)).estimate
-    for (way, (marker, dashes)), colour in zip(STYLES.items(), COLOURS.values(), strict=False):
+    for way, style in STYLES.items():
         named = sorted((own[name], name) for name in own if name.endswith(f", {way}"))
-        found = [mean_interval(scores(lines, mixer, length, name, of)) for _, name in named]
+        found = [less(lines, mixer, length, name, of) for _, name in named]
         if found:
             x, y = [size for size, _ in named], [each.estimate for each in found]
             reach = [[each.estimate - each.low for each in found], [each.high - each.estimate for each in found]]
-            line = {"marker": marker, "linestyle": dashes, "color": colour, "markersize": 5, "elinewidth": 1}
-            axes.errorbar(x, y, reach, label=way, **line)
-    axes.axhline(full, color=QUIET, linewidth=1, zorder=1)
-    axes.plot([own[FULL]], [full], marker="D", color=INK, linestyle="none", label=FULL)
+            axes.errorbar(x, y, reach, label=way, markersize=5, elinewidth=1, **style)
+    axes.axhline(0, color=QUIET, linewidth=1, zorder=1)
+    axes.plot([own[FULL]], [0], marker="D", color=INK, linestyle="none", label=FULL)
     plots.byte_axis(axes, list(own.values()))
     for name, size in own.items():
         if name.endswith(", nearest"):
