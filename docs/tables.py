@@ -33,6 +33,7 @@ from docs.matching import PARAMETERS, matching_table
 from docs.rooms import picture, room_table
 from docs.tasks import task_sections, task_table
 from experiments.studies.page import PAGES, blocks
+from experiments.studies.small_states_page import small_states_table
 from experiments.util.blocks import fill, table
 from experiments.util.docstrings import entries, split_sections
 from seqarch import ops
@@ -154,6 +155,9 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("docs/tasks.md"): {"overview": task_table, "tasks": task_sections},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},
     **{page: blocks(name) for name, page in PAGES.items()},
+    Path("docs/results/small_states.md"): {
+        "small states": partial(small_states_table, ROOT / "docs/results/small_states")
+    },
 }
 
 

@@ -76,6 +76,11 @@ COMMANDS = {
         "answer a published question anew: train, select, draw and write its page",
         "--all --version --plan --draw --results --runs --config-dir --jobs",
     ),
+    "small-states": Command(
+        "small_states",
+        "measure what trained runs recall with their states in bfloat16, 8 and 4 bits",
+        "--length --sequences --format --folder",
+    ),
     "demo": Command("demo", "train six small models on recall and needles, and report on them"),
     "completion": Command("completion", "print the completion of this command for a shell", "bash zsh"),
 }

@@ -29,8 +29,8 @@ _NAMES = {
         "measured_state_bytes mixer_class register_channel_mixer register_mixer state_rows"
     ),
     "models": (
-        "LMConfig LanguageModel LayerPattern Stack StackConfig dequantize parameter_groups parse_pattern quantize "
-        "state_rows tile_pattern weight_bytes"
+        "LMConfig LanguageModel LayerPattern Stack StackConfig dequantize dequantize_state parameter_groups "
+        "parse_pattern quantize quantize_state state_rows tile_pattern weight_bytes"
     ),
     "checkpoints.loading": "load",
 }

@@ -204,5 +204,8 @@ def _state_view(leaf: Tensor, node: fx.Node, number: int) -> View:
     return View(Buffer("state", number), 0, sizes, side_by_side(sizes), wide, whole)
 
 
-STATES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
-"""Of tensors in a state; int32 and truths are torch's alone."""
+STATES = (
+    *(torch.float32, torch.float64, torch.int64),
+    *(torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+"""Of tensors in a state; those of the second line are torch's alone."""

@@ -92,8 +92,15 @@ def join_rows(states: Sequence[Any]) -> Any:
     return first
 
 
-def padded_to(tensors: Sequence[Tensor], dim: int, dtype: torch.dtype, *, left: bool = False) -> Tensor:
-    """The rows of tensors that differ in one dimension, in which shorter ones get zeros after them, or before."""
+def padded_to(tensors: Sequence[Any], dim: int, dtype: torch.dtype | None = None, *, left: bool = False) -> Any:
+    """The rows of tensors that differ in one dimension, in which shorter ones get zeros after them, or before.
+
+    Of named tuples of tensors, such as codes and scales, each of the tensors. The dtype is by default the first one's.
+    """
+    if hasattr(tensors[0], "_fields"):
+        parts = zip(*tensors, strict=True)
+        return type(tensors[0])(*(None if part[0] is None else padded_to(part, dim, left=left) for part in parts))
+    dtype = tensors[0].dtype if dtype is None else dtype
     longest = max(tensor.shape[dim] for tensor in tensors)
     made = []
     for tensor in tensors:

@@ -27,6 +27,7 @@ COMMANDS = [
     "report.__main__",
     "runs.__main__",
     "search",
+    "small_states",
     "study",
     "tokenizer",
     "train",

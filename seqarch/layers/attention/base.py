@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from seqarch.layers.mixer import Boundaries, Device, Mixer, choose_heads, first_tensor, measured_state_bytes, row_count
 from seqarch.layers.modules import kv_cache
+from seqarch.layers.modules.coded_cache import SmallCache
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV
@@ -270,7 +271,7 @@ class CacheMixer(Mixer):
             o = o * self.gate(x).sigmoid().unflatten(-1, (o.shape[2], -1))
         return self.out_proj(rearrange(o, "b t h v -> b t (h v)"))
 
-    def _keep(self, cache: KVCache, k: Tensor, v: Tensor, place: Place) -> tuple[Kept, KVCache | PackedKV]:
+    def _keep(self, cache: Any, k: Tensor, v: Tensor, place: Place) -> tuple[Kept, Any]:
         """The keys and values held and new, and the cache after them; packed ones from an empty cache are one call."""
         window, sinks, cu_seqlens = self.cache_window, self.sink_tokens, place.cu_seqlens
         if cu_seqlens is None:
@@ -278,8 +279,8 @@ class CacheMixer(Mixer):
             keys, values, cache = kv_cache.extend(cache, k, v, window, sinks)
             return Kept(place, keys, values, start, window), cache
         if not cache.length:
-            packed, reserved = PackedKV(k, v, cu_seqlens, window, sinks), cache.capacity
-            return Kept(place, k, v, None, window), packed.as_rows(reserved) if reserved else packed
+            keys, values, cache = kv_cache.begin_packed(cache, k, v, cu_seqlens, window, sinks)
+            return Kept(place, keys, values, None, window), cache
         rows = kv_cache.extend_packed(cache, k, v, cu_seqlens, window, sinks)
         return Kept(place, rows[0], rows[1], None, window), rows[2]
 
@@ -351,17 +352,17 @@ def _norm(config: CachedAttentionConfig, heads: int) -> nn.Module:
     return HeadNorm(config.head_width, config.norm_eps, config.zero_centred_norms)
 
 
-def _check_cache(cache: KVCache, rows: int, cache_window: int | None) -> None:
+def _check_cache(cache: KVCache | SmallCache, rows: int, cache_window: int | None) -> None:
     """Raise where only the cache itself shows it: rows of packed sequences, or keys that a shorter cache has lost."""
-    if cache.keys.shape[0] != rows:
-        raise ValueError(f"attention: the state has {cache.keys.shape[0]} rows, the call {rows} sequences")
+    if cache.rows != rows:
+        raise ValueError(f"attention: the state has {cache.rows} rows, the call {rows} sequences")
     if cache.capacity < cache.held(cache_window):
         raise ValueError(
             f"attention: the state holds {cache.capacity} keys, expected {cache.held(cache_window)}: another mixer's?"
         )
 
 
-def _positions(cache: KVCache, x: Tensor, cu_seqlens: Boundaries) -> Tensor:
+def _positions(cache: KVCache | SmallCache, x: Tensor, cu_seqlens: Boundaries) -> Tensor:
     """``[1, T]`` where all rows are equally long, whose rotation is computed once for the batch; else ``[B, T]``."""
     before = cache.lengths()
     if cu_seqlens is not None:

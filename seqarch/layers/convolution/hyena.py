@@ -81,7 +81,7 @@ class HyenaState(NamedTuple):
         """Its rows and then those of the others, with room for as much as in the roomiest of them."""
         states = self, *others
         conv = join_rows([state.conv for state in states])
-        inputs = padded_to([state.inputs for state in states], 2, self.inputs.dtype, left=True)
+        inputs = padded_to([state.inputs for state in states], 2, left=True)
         return HyenaState(conv, inputs, tuple(length for state in states for length in state.lengths))
 
 

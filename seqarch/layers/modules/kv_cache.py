@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from seqarch.layers.modules.coded_cache import SmallCache
 
 
 class KVCache(NamedTuple):
@@ -34,6 +37,10 @@ class KVCache(NamedTuple):
     start: Tensor | None = None
 
     @property
+    def rows(self) -> int:
+        return self.keys.shape[0]
+
+    @property
     def capacity(self) -> int:
         return self.keys.shape[1]
 
@@ -49,6 +56,10 @@ class KVCache(NamedTuple):
     def first_held(self, cache_window: int | None) -> Tensor | None:
         """``[B]``, the first held key of each row that is not padding."""
         return None if self.start is None else (self.start - (self.length - self.held(cache_window))).clamp(min=0)
+
+    def in_use(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, length, G, K]``, of a cache that holds all."""
+        return self.keys[:, : self.length].to(dtype), self.values[:, : self.length].to(dtype)
 
     def as_rows(self) -> KVCache:
         """Itself; a :class:`PackedKV` has a form of its own."""
@@ -136,8 +147,14 @@ def right_aligned(
     return KVCache(rows(keys), rows(values), longest, start)
 
 
-def split_rows(cache: KVCache, cache_window: int | None) -> list[KVCache]:
+AnyCache = TypeVar("AnyCache", KVCache, "SmallCache")
+"""Of keys and values, or of their codes (:mod:`seqarch.layers.modules.coded_cache`)."""
+
+
+def split_rows(cache: AnyCache, cache_window: int | None) -> list[AnyCache]:
     """Each row as a cache of its own, without padding: views. For caches of the last keys alone."""
+    if not isinstance(cache, KVCache):
+        return cache.split_by(lambda part: split_rows(part, cache_window))
     starts, lengths = [0] * len(cache.keys), [cache.length] * len(cache.keys)
     if (first := cache.first_held(cache_window)) is not None:
         starts, lengths = first.tolist(), cache.lengths().tolist()
@@ -147,20 +164,25 @@ def split_rows(cache: KVCache, cache_window: int | None) -> list[KVCache]:
     ]
 
 
-def join_rows(rows: Sequence[KVCache], cache_window: int | None) -> KVCache:
+def join_rows(rows: Sequence[AnyCache], cache_window: int | None) -> AnyCache:
     """The caches of one row each as one, right-aligned, with room for as much as the longest."""
-    held = [(row.keys[0, : row.held(cache_window)], row.values[0, : row.held(cache_window)]) for row in rows]
+    if not isinstance(rows[0], KVCache):
+        return rows[0].joined_by(lambda parts: join_rows(parts, cache_window), rows[1:])
+    plain: Sequence[Any] = rows
+    held = [(row.keys[0, : row.held(cache_window)], row.values[0, : row.held(cache_window)]) for row in plain]
     keys, values = zip(*held, strict=True)
     return right_aligned(keys, values, [row.length for row in rows], cache_window, max(row.capacity for row in rows))
 
 
 def extend(
-    cache: KVCache, k: Tensor, v: Tensor, cache_window: int | None, sink_tokens: int = 0
-) -> tuple[Tensor, Tensor, KVCache]:
+    cache: AnyCache, k: Tensor, v: Tensor, cache_window: int | None, sink_tokens: int = 0
+) -> tuple[Tensor, Tensor, AnyCache]:
     """Append ``k: [B, T, G, K]`` and ``v`` to every row: all held keys and values, old and new, and the cache after.
 
     Those come back in the dtypes of k and v, whatever the cache holds.
     """
+    if not isinstance(cache, KVCache):
+        return cache.extended(k, v, cache_window, sink_tokens)
     length = cache.length + k.shape[1]
     if not cache.capacity:
         start = cache.start
@@ -207,14 +229,29 @@ def _write(buffer: Tensor, x: Tensor, at: int) -> Tensor:
     return buffer
 
 
+def begin_packed(
+    cache: AnyCache, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], cache_window: int | None, sink_tokens: int = 0
+) -> tuple[Tensor, Tensor, AnyCache | PackedKV]:
+    """Packed ``k: [1, T, G, K]`` and ``v`` of sequences that begin: as they are read, and the cache after them.
+
+    They are copied into rows where room was reserved.
+    """
+    if not isinstance(cache, KVCache):
+        return cache.begun_packed(k, v, cu_seqlens, cache_window, sink_tokens)
+    packed, reserved = PackedKV(k, v, cu_seqlens, cache_window, sink_tokens), cache.capacity
+    return k, v, packed.as_rows(reserved) if reserved else packed
+
+
 def extend_packed(
-    cache: KVCache, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], cache_window: int | None, sink_tokens: int = 0
-) -> tuple[list[Tensor], list[Tensor], KVCache]:
+    cache: AnyCache, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], cache_window: int | None, sink_tokens: int = 0
+) -> tuple[list[Tensor], list[Tensor], AnyCache]:
     """Append packed ``k: [1, T, G, K]`` and ``v``, sequence i to row i.
 
     Returns:
         each row's keys and values, ``[held and new, G, K]``, and the cache after.
     """
+    if not isinstance(cache, KVCache):
+        return cache.extended_packed(k, v, cu_seqlens, cache_window, sink_tokens)
     added = [end - start for start, end in pairwise(cu_seqlens)]
     start = cache.first_held(cache_window)
     starts = [0] * len(added) if start is None else start.tolist()

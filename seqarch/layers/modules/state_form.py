@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from seqarch.layers.modules.coded_cache import is_coded
 from seqarch.ops.dispatch.checks import show
 
 
@@ -51,6 +52,11 @@ class StateForm:
                 raise ValueError(f"{mixer}: {path}.{name} is {show(given)}, expected None")
         for name, form in self.parts.items():
             part = getattr(state, name)
+            if type(part) is not form.kind and (is_coded(part) or is_coded(form.kind)):
+                raise ValueError(
+                    f"{mixer}: {path}.{name} is {type(part).__name__}, expected {form.kind.__name__}: the state is of"
+                    " another format than the mixer's (seqarch.quantize_state)"
+                )
             if not hasattr(part, "_fields"):
                 raise ValueError(f"{mixer}: {path}.{name} is {show(part)}, expected {form.kind.__name__}")
             if type(part) is form.kind:

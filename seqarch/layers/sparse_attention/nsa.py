@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,7 +15,7 @@ from seqarch.layers.attention.base import KVHeadsConfig
 from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection
-from seqarch.layers.modules.kv_cache import KVCache
+from seqarch.layers.modules.kv_cache import AnyCache, KVCache
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.rows import join_rows, padded_to
 from seqarch.layers.sparse_attention.compression import BlockCompressor
@@ -134,7 +134,7 @@ class NSA(RowAttention):
         q, k, k_near = self.rotate(q, k, k_near, at=positions(x, before, start))
         # compressed: block by block, which also chooses the blocks of the next branch
         recent, compressed = self._compress(state, k_new, v_new)
-        keys, values = (held[:, : compressed.length].to(q.dtype) for held in (compressed.keys, compressed.values))
+        keys, values = compressed.in_use(q.dtype)
         forced = {"initial_blocks": blocks.initial, "local_blocks": blocks.local}
         o, index = ops.compressed_attention(q, keys, values, *blocks[:4], **forced, query_start=before, key_start=start)
         # selected: the chosen blocks in full
@@ -150,7 +150,7 @@ class NSA(RowAttention):
         y = self.out_proj(rearrange(o, "b t h v -> b t (h v)"))
         return y, NSAState(recent, compressed, selected, window)
 
-    def _compress(self, state: NSAState, k: Tensor, v: Tensor) -> tuple[KVCache, KVCache]:
+    def _compress(self, state: NSAState, k: Tensor, v: Tensor) -> tuple[Any, Any]:
         """The first two entries of the state after these keys and values."""
         cache_window = self.config.compressed_length - 1
         keys, values, recent = kv_cache.extend(state.recent, k, v, cache_window)
@@ -165,7 +165,7 @@ class NSA(RowAttention):
         ]
         return recent, _join_compressed(rows)
 
-    def _append(self, compressed: KVCache, keys: Tensor, values: Tensor, length: int) -> KVCache:
+    def _append(self, compressed: AnyCache, keys: Tensor, values: Tensor, length: int) -> AnyCache:
         """The cache with what the last keys and values, of ``length`` tokens in all, complete."""
         stride, old, new = self.config.compressed_stride, compressed.length, self.config.blocks.complete(length)
         if old == new and not torch.is_grad_enabled():  # with gradients, none are those of no blocks: zeros
@@ -175,7 +175,9 @@ class NSA(RowAttention):
         (key,) = self.rotate(key, at=torch.arange(old, new, device=key.device)[None] * stride)
         return kv_cache.extend(compressed, key, value, None)[2]
 
-    def _split_compressed(self, compressed: KVCache, lengths: list[int]) -> list[KVCache]:
+    def _split_compressed(self, compressed: AnyCache, lengths: list[int]) -> list[AnyCache]:
+        if not isinstance(compressed, KVCache):
+            return compressed.split_by(lambda part: self._split_compressed(part, lengths))
         rows = zip(compressed.keys.split(1), compressed.values.split(1), lengths, strict=True)
         return [KVCache(key, value, self.config.blocks.complete(length)) for key, value, length in rows]
 
@@ -218,8 +220,10 @@ class NSA(RowAttention):
         )
 
 
-def _join_compressed(caches: Sequence[KVCache]) -> KVCache:
+def _join_compressed(caches: Sequence[Any]) -> Any:
     """The rows of several caches whose rows begin together, at the left."""
+    if not isinstance(caches[0], KVCache):
+        return caches[0].joined_by(_join_compressed, caches[1:])
     counts = torch.cat([cache.lengths().expand(len(cache.keys)) for cache in caches])
     longest = int(counts.max()) if len(counts) else 0
     fewer = longest - counts
