@@ -9,6 +9,7 @@ dimension where it leaves that alone, so that little more than the model is in m
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from seqarch.checkpoints.building import main_dtype, wide_parameters
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop.weights import Rule
 from seqarch.models import LanguageModel
+from seqarch.ops.native.huge_pages import in_huge_pages
 from seqarch.pretrained.placing import moves
 from seqarch.pretrained.sources import Joined, Source, Stacked
 from seqarch.pretrained.tensor_files import StoredTensor
@@ -54,16 +56,22 @@ class Filling:
     folder: Path
 
     def apply_all(self, rules: Iterable[Rule], sources: Mapping[str, Source]) -> dict[str, Tensor]:
-        """Our tensors of all rules; errors as of :meth:`apply`."""
-        left, made = iter([*rules]), dict[str, Tensor]()
+        """Our tensors of all rules, from theirs.
+
+        Raises:
+            CheckpointError: one is of another shape than it must be, or damaged.
+        """
+        # Memory is taken by this thread, which has what earlier models have left; the others write to it first.
+        rules = [(rule, [sources[name] for name in rule.theirs]) for rule in rules]
+        made = [self._memory_of(rule, theirs) for rule, theirs in rules]
+        left = iter([(*each, own) for each, own in zip(rules, made, strict=True)])
 
         def work(_: int) -> None:
             try:
-                while (rule := next(left, None)) is not None:
-                    made.update(self.apply(rule, sources))
+                for each in left:
+                    self._fill(*each)
             except BaseException:
-                for _ in left:  # nothing is left to the other threads
-                    pass
+                deque(left, maxlen=0)  # nothing is left to the other threads
                 raise
 
         if (count := torch.get_num_threads()) == 1:
@@ -71,28 +79,23 @@ class Filling:
         else:
             with ThreadPoolExecutor(count) as threads:
                 list(threads.map(work, range(count)))
-        return made
+        return {name: tensor for each in made for name, tensor in each.items()}
 
-    def apply(self, rule: Rule, sources: Mapping[str, Source]) -> dict[str, Tensor]:
-        """Our tensors of a rule, from theirs.
-
-        Raises:
-            CheckpointError: one is of another shape than it must be, or damaged.
-        """
-        theirs = [sources[name] for name in rule.theirs]
-        plain = len(theirs) == len(rule.ours) == 1 and not rule.steps
+    def _memory_of(self, rule: Rule, theirs: Sequence[Source]) -> dict[str, Tensor]:
+        """Room for our tensors of a rule, which nobody has written to."""
         self._check_kind(rule, theirs)
-        if plain:
+        if _is_plain(rule):
             self._check_shape(rule, theirs[0])
-        made = {name: self._empty(name, theirs) for name in rule.ours}
-        if plain:
+        return {name: in_huge_pages(self._empty(name, theirs)) for name in rule.ours}
+
+    def _fill(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> None:
+        if _is_plain(rule):
             theirs[0].read_into(made[rule.ours[0]])
         elif (placed := moves(rule, theirs, made)) is None:
             self._in_blocks(rule, theirs, made)
         else:
             for each in placed:
                 each.run()
-        return made
 
     def _in_blocks(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> None:
         size = theirs[0].shape[0] if theirs and theirs[0].shape else 0
@@ -160,6 +163,11 @@ class Filling:
             return 0
         fits = all(results[name].shape == (1, *tensor.shape[1:]) for name, tensor in made.items())
         return max(1, BLOCK * min(sizes) // whole_bytes) if fits else 0
+
+
+def _is_plain(rule: Rule) -> bool:
+    """Whether it is another name and nothing more."""
+    return len(rule.theirs) == len(rule.ours) == 1 and not rule.steps
 
 
 def most_numbers(stored: Mapping[str, StoredTensor]) -> torch.dtype:
