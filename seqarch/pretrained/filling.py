@@ -62,16 +62,19 @@ class Filling:
             CheckpointError: one is of another shape than it must be, or damaged.
         """
         # Memory is taken by this thread, which has what earlier models have left; the others write to it first.
-        rules = [(rule, [sources[name] for name in rule.theirs]) for rule in rules]
-        made = [self._memory_of(rule, theirs) for rule, theirs in rules]
-        left = iter([(*each, own) for each, own in zip(rules, made, strict=True)])
+        left = []
+        for rule in rules:
+            theirs = [sources[name] for name in rule.theirs]
+            left.append((rule, theirs, self._memory_of(rule, theirs)))
+        made = {name: tensor for _, _, own in left for name, tensor in own.items()}
+        waiting = iter(left)
 
         def work(_: int) -> None:
             try:
-                for each in left:
+                for each in waiting:
                     self._fill(*each)
             except BaseException:
-                deque(left, maxlen=0)  # nothing is left to the other threads
+                deque(waiting, maxlen=0)  # nothing is left to the other threads
                 raise
 
         if (count := torch.get_num_threads()) == 1:
@@ -79,7 +82,7 @@ class Filling:
         else:
             with ThreadPoolExecutor(count) as threads:
                 list(threads.map(work, range(count)))
-        return {name: tensor for each in made for name, tensor in each.items()}
+        return made
 
     def _memory_of(self, rule: Rule, theirs: Sequence[Source]) -> dict[str, Tensor]:
         """Room for our tensors of a rule, which nobody has written to."""
