@@ -229,13 +229,13 @@ void multiply(Shape shape, int64_t m, int64_t n, int64_t depth, Left<A> a, const
 template <class A, int Distance>
 inline void swap_blocks(Vector<A>* rows) {
     constexpr int L = kLanes<A>;
-    typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Int;
+    typedef std::conditional_t<sizeof(A) == 4, int32_t, std::conditional_t<sizeof(A) == 2, int16_t, int64_t>> Int;
     Vector<Int> low{}, high{};
     for (int x = 0; x < L; ++x) {
         low[x] = x & Distance ? L + x - Distance : x;
         high[x] = x & Distance ? L + x : x + Distance;
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < L; ++i) {
         if (i & Distance) continue;
         const Vector<A> first = rows[i], second = rows[i + Distance];
@@ -252,13 +252,14 @@ void transpose(int64_t rows, int64_t columns, const A* from, int64_t from_row, A
     for (int64_t i = 0; i < rows; i += L)
         for (int64_t j = 0; j < columns; j += L) {
             Vector<A> block[L];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int r = 0; r < L; ++r) block[r] = load_vector(from + (i + r) * from_row + j);
+            if constexpr (L >= 32) swap_blocks<A, 16>(block);
             if constexpr (L >= 16) swap_blocks<A, 8>(block);
             if constexpr (L >= 8) swap_blocks<A, 4>(block);
             if constexpr (L >= 4) swap_blocks<A, 2>(block);
             swap_blocks<A, 1>(block);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
             for (int r = 0; r < L; ++r) store_vector(to + (j + r) * to_row + i, block[r]);
         }
 }

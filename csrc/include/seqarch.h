@@ -63,6 +63,17 @@ SEQARCH_API const char* seqarch_best_isa(void);
 /* The OpenMP version (_OPENMP, a date such as 201511) that this library was built with, 0 without OpenMP. */
 SEQARCH_API int32_t seqarch_openmp(void);
 
+/* A matrix x [rows, columns] transposed into columns of y [columns, width], from its column `first` on: numbers of any
+ * type that takes 2, 4 or 8 bytes. What else is in y stays as it is. */
+typedef struct {
+    int32_t item_bytes;
+    const void* x;
+    void* y;
+    int64_t rows, columns, first, width;
+} seqarch_transpose_arguments;
+
+SEQARCH_API int32_t seqarch_transpose(const seqarch_transpose_arguments* arguments, int32_t num_threads);
+
 /* A linear map of a few rows, y = x weight^T + bias: x [rows, depth], weight [width, depth], bias [width] or NULL and y
  * [rows, width], all of `dtype`, with sums of accumulation type. */
 typedef struct {

@@ -4,8 +4,8 @@ Each benchmark is run at several sizes, its implementations in turn, and written
 ``.csv``, on a CPU with its plot too: medians with quartiles, the ratio to the first baseline, the share of the device's
 own ceilings, measured in the same run, and the peak of memory. ``--device cuda`` measures this machine's GPU, and only
 once the kernels have passed every check on it. ``targets`` prints the project's table of targets for a CPU instead,
-with what this machine reaches, ``tokens`` one decoded token of each mixer beside reading its weights once, and
-``quantized`` one with weights of fewer bits.
+with what this machine reaches, ``tokens`` one decoded token of each mixer beside reading its weights once,
+``quantized`` one with weights of fewer bits, and ``loading`` a model's folder beside reading its bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench import checks, quantized, targets, tokens
+from experiments.bench import checks, loading, quantized, targets, tokens
 from experiments.bench.benchmarks import BENCHMARKS, names_on
 from experiments.bench.devices import DEVICES, Ceilings, Device
 from experiments.bench.measure import Measurement, plan
@@ -34,6 +34,7 @@ QUICK_BUDGET = 0.5
 NO_DEVICE = "this bench times a CUDA device, and torch sees none: run it where there is one, with torch's CUDA build"
 NO_TESTS = "this bench first runs the kernels' tests on a GPU, and only a checkout of seqarch has them: run it from one"
 COMMANDS = {
+    "loading": (loading.run, "load folders of a gigabyte, beside reading their bytes"),
     "targets": (targets.run, "print the targets beside what is reached"),
     "tokens": (tokens.run, "one decoded token of each mixer, beside reading its weights once"),
     "quantized": (quantized.run, "one decoded token with weights of 16, 8 and 4 bits, beside float32"),

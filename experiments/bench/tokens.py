@@ -24,6 +24,7 @@ from experiments.bench.record import prepare_folder, provenance, text_table
 from experiments.util.files import write_atomic
 from seqarch.layers import MIXERS
 from seqarch.models.stack import Stack, in_turn
+from seqarch.models.stack_layer import StackLayer
 
 WIDTH, DEPTH, PROMPT, ROWS = 768, 12, 512, 4
 ROUNDS = 60
@@ -76,7 +77,8 @@ def measure(pattern: str, budget: float, width: int = WIDTH, depth: int = DEPTH,
     channel = "none" if pattern in WITHOUT_CHANNEL else "swiglu"
     stack = Stack(d_model=width, pattern=pattern, depth=depth, channel=channel).eval()
     count = sum(parameter.numel() for parameter in stack.parameters())
-    layer_by_layer = partial(in_turn, stack._layers(), cu_seqlens=None)
+    layers = [layer for layer in stack.layers if isinstance(layer, StackLayer)]
+    layer_by_layer = partial(in_turn, layers, cu_seqlens=None)
     works = {
         "token": decoding(stack, stack, 1, prompt),
         "rows": decoding(stack, stack, ROWS, prompt),

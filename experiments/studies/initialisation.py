@@ -251,9 +251,9 @@ def draw_rates(panels: Sequence[Axes], results: Results) -> None:
     for axes in (panels[0], panels[4]):
         axes.set_ylabel("Recall on validation")
     keys = [Line2D([], [], **style, markersize=5) for style in STYLES.values()]
-    names = [f"{embedding} embedding, {gates} gates" for embedding, gates in STYLES]
-    panels[0].legend(keys[:2], ["narrow embedding", "wide embedding"], fontsize=8, frameon=False, loc="center left")
-    panels[-1].legend(keys, names, fontsize=8, frameon=False, loc="center left")
+    gates = {"released": "released gates or none", "slow": "slow gates"}
+    names = [f"{embedding} embedding, {gates[kind]}" for embedding, kind in STYLES]
+    plots.legend_below(panels, keys, names)
 
 
 def of_mixer(results: Results, mixer: str) -> list[Progress]:

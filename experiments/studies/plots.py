@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
@@ -58,6 +59,12 @@ def draw_band(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], style
 def label_lines(axes: Axes, ends: Sequence[tuple[str, str, tuple[float, float]]], x: float = 1.04) -> None:
     """The names of lines beside their right ends, in the size of a study's figures."""
     label_ends(axes, ends, x, fontsize=8.5, points=13, shrink=2)
+
+
+def legend_below(panels: Sequence[Axes], keys: Sequence[Artist], names: Sequence[str]) -> None:
+    """The legend of all panels of a figure in one row below them, where it lies over no line."""
+    whole = panels[0].get_figure(root=True)
+    whole.legend(keys, names, fontsize=8.5, frameon=False, loc="outside lower center", ncols=len(names))
 
 
 def shares(axes: Axes) -> None:

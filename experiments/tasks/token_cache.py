@@ -30,10 +30,10 @@ from experiments.tasks.text_documents import LEFT_OUT, Piece
 from experiments.tasks.text_tokens import Tokens
 from experiments.util import owned
 from experiments.util.errors import RunnerError, StorageError, writing
-from experiments.util.files import make_folder, read_json, sync, write_json
+from experiments.util.files import make_folder, read_json, write_json
 from experiments.util.paths import user_cache
 from experiments.util.process_identity import mark
-from seqarch.checkpoints.manifest import file_digest
+from seqarch.checkpoints.manifest import file_digest, sync
 
 FORMAT = 1
 ABOUT = "tokens.json"

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from experiments.config.schema import TrainConfig
 from experiments.training import processes
 from experiments.util.errors import MALFORMED, RunnerError, StorageError, writing
-from experiments.util.files import make_folder, sync, write_json
+from experiments.util.files import make_folder, write_json
 from experiments.util.owned import remove_half_checkpoint, remove_half_checkpoints
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.checkpoints.manifest import (
@@ -42,6 +42,7 @@ from seqarch.checkpoints.manifest import (
     file_digest,
     manifest_digest,
     read_manifest,
+    sync,
 )
 from seqarch.checkpoints.tensor_reader import TensorReader
 

@@ -17,6 +17,7 @@ from experiments.util.errors import RunnerError, writing
 from experiments.util.process_identity import is_of_the_dead, mark
 from seqarch.checkpoints import manifest
 from seqarch.checkpoints.errors import CheckpointError
+from seqarch.checkpoints.manifest import sync
 
 OLD_SECONDS = 3600.0
 """The age from which a file written aside is a leftover, where nobody can know whether its process runs."""
@@ -82,15 +83,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         for each in reversed(missing):
             sync(each.parent)
-
-
-def sync(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def half_written(folder: Path, names: re.Pattern[str]) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from seqarch.layers.mixer import Mixer
 from seqarch.models import LanguageModel, LMConfig, parse_pattern
 
 
-def build(options: Mapping[str, Any], plugins: Sequence[str], folder: Path) -> LanguageModel:
+def build(
+    options: Mapping[str, Any], plugins: Sequence[str], folder: Path, dtype: torch.dtype | None = None
+) -> LanguageModel:
     """The model that the options of an :class:`LMConfig` describe, to be given tensors by :func:`fill`.
 
     It lies on the meta device, but for one with layers from outside of seqarch, which may hold tensors that are in no
@@ -29,6 +31,7 @@ def build(options: Mapping[str, Any], plugins: Sequence[str], folder: Path) -> L
     Args:
         plugins: modules to import where layers are not registered yet, after those that installed packages offer.
         folder: where the options are from, for errors.
+        dtype: that the model is to have; by default torch's.
 
     Raises:
         CheckpointError: no model can be built of them.
@@ -38,9 +41,9 @@ def build(options: Mapping[str, Any], plugins: Sequence[str], folder: Path) -> L
         problems = _import_plugins(plugins, options)
         config = LMConfig(**options)
         own = _own_layers(options)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NothingDrawn() if own else nullcontext():
+        with torch.random.fork_rng(devices=[]), _on_cpu(), _NothingDrawn() if own else nullcontext():
             model = LanguageModel(config)
-        return model.to("meta") if own else model
+        return model.to("meta", dtype) if own else model.to(dtype)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError("; ".join([f"cannot build the model of {folder}: {error}", *problems])) from error
 
@@ -78,6 +81,11 @@ def wide_parameters(model: LanguageModel) -> set[str]:
     """
     mixers = ((name, module) for name, module in model.named_modules() if isinstance(module, Mixer))
     return {f"{name}.{own}" for name, mixer in mixers for own, _ in mixer.named_parameters(recurse=False)}
+
+
+def _on_cpu() -> AbstractContextManager[Any]:
+    """Within the block new tensors lie on the CPU; nothing where they do anyway, as each call would be looked at."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -77,6 +77,15 @@ def file_digest(path: Path, synced: bool = False) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+def sync(folder: Path) -> None:
+    """Make sure that the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def damage(manifest: Mapping[str, Any] | None, found: Mapping[str, Any]) -> str | None:
     """What is wrong with a checkpoint whose files have these digests by name; ``None`` where nothing is."""
     if manifest is None:

@@ -20,10 +20,15 @@ _Change = Callable[[list[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Step:
-    """A change of tensors, there and back."""
+    """A change of tensors, there and back.
+
+    Attributes:
+        gathers: whether each number is fetched by an index, so that no result is a view.
+    """
 
     to_ours: _Change
     to_theirs: _Change
+    gathers: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ def reorder(order: Sequence[int], dim: int = 0) -> Step:
         _expect(tensor.shape[dim], len(order), f"a size along dimension {dim}")
         return tensor.index_select(dim, index.to(tensor.device))
 
-    return Step(_each(lambda tensor: pick(tensor, index)), _each(lambda tensor: pick(tensor, index.argsort())))
+    to_ours, to_theirs = (_each(lambda tensor, by=by: pick(tensor, by)) for by in (index, index.argsort()))
+    return Step(to_ours, to_theirs, gathers=True)
 
 
 def pairs_to_halves(width: int, tensors: int) -> Step:

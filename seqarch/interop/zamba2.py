@@ -32,6 +32,15 @@ class Settings(decoder.DecoderSettings):
         "use_long_context": False,
     }
     aliases: ClassVar = {"layer_types": "layers_block_type"}
+    options: ClassVar = {
+        "mamba2": {
+            "d_state": "mamba_d_state",
+            "n_groups": "mamba_ngroups",
+            "conv_width": "mamba_d_conv",
+            "dt_limit_min": "time_step_min",
+        }
+    }
+    layer_kinds: ClassVar = {"layers_block_type": KINDS}
     unread: ClassVar = ("head_dim", "original_max_position_embeddings")
     in_files_only = (*decoder.DecoderSettings.in_files_only, "num_hidden_layers")
     may_be_zero = ("time_step_min",)
@@ -82,13 +91,10 @@ class Settings(decoder.DecoderSettings):
 def lm_config(settings: Settings) -> LMConfig:
     inner = settings.mamba_expand * settings.hidden_size
     ssm = {
-        "d_state": settings.mamba_d_state,
+        **settings.options_of("mamba2"),
         "head_dim": inner // settings.n_mamba_heads,
         "d_inner": inner,
-        "n_groups": settings.mamba_ngroups,
-        "conv_width": settings.mamba_d_conv,
         "norm_eps": 1e-5,  # whatever rms_norm_eps
-        "dt_limit_min": settings.time_step_min,
     }
     heads = settings.attention() if settings.use_mem_rope else {**settings.heads(), "position": "none"}
     block = {

@@ -80,7 +80,7 @@ class ManifoldHyperConnection(nn.Module):
     def __init__(self, width: int, streams: int, eps: float, number: int, sinkhorn_steps: int = 20):
         super().__init__()
         self.width, self.streams, self.steps = width, streams, sinkhorn_steps
-        self.norm = RMSNorm(streams * width, eps, weighted=False)
+        self.norm = RMSNorm(streams * width, eps, weights="none")
         self.dynamic = Linear(streams * width, (2 + streams) * streams)
         nn.init.normal_(self.dynamic.weight, std=0.02)
         nn.init.zeros_(self.dynamic.bias)
@@ -114,7 +114,7 @@ class WeightedStreams(nn.Module):
     def __init__(self, width: int, streams: int, eps: float):
         super().__init__()
         self.width, self.streams = width, streams
-        self.norm = RMSNorm(streams * width, eps, weighted=False)
+        self.norm = RMSNorm(streams * width, eps, weights="none")
         self.dynamic = Linear(streams * width, streams)
         nn.init.normal_(self.dynamic.weight, std=0.02)
         nn.init.zeros_(self.dynamic.bias)

@@ -1,15 +1,20 @@
 """The tensors of a model from those of files: read, changed by a table of weights, and put in their place.
 
-A model's memory is taken tensor by tensor, as each is read. What a rule of the table changes is read in blocks along
-the first dimension where it leaves that alone, so that little more than the model is in memory at any time.
+A model's memory is taken tensor by tensor, as each is read, by as many threads as torch has. What a rule only moves is
+read to its place: tensors that are parts of ours into those parts, ours that are parts of theirs from there, and a
+transposed one by tiles that stay in the processor's cache. What else a rule changes is read in blocks along the first
+dimension where it leaves that alone, so that little more than the model is in memory at any time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +23,8 @@ from seqarch.checkpoints.building import main_dtype, wide_parameters
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop.weights import Rule
 from seqarch.models import LanguageModel
+from seqarch.ops.native.huge_pages import in_huge_pages
+from seqarch.pretrained.placing import moves
 from seqarch.pretrained.sources import Joined, Source, Stacked
 from seqarch.pretrained.tensor_files import StoredTensor
 
@@ -25,37 +32,75 @@ BLOCK = 8 << 20
 """Bytes of a tensor of theirs that a rule is given at a time, where it can be given a part."""
 
 
+class Form(NamedTuple):
+    """What a tensor is to be."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 @dataclass
 class Filling:
     """The tensors of one model.
 
     Attributes:
-        form: the tensors to be made, by name; of a model on the meta device in the dtype of most numbers.
+        form: of the tensors to be made, by name.
         wide: names of those that stay as wide as files have them.
         device: of what is made.
         folder: where the tensors are from, for errors.
     """
 
-    form: Mapping[str, Tensor]
+    form: Mapping[str, Form]
     wide: set[str]
     device: torch.device
     folder: Path
 
-    def apply(self, rule: Rule, sources: Mapping[str, Source]) -> dict[str, Tensor]:
-        """Our tensors of a rule, from theirs.
+    def apply_all(self, rules: Iterable[Rule], sources: Mapping[str, Source]) -> dict[str, Tensor]:
+        """Our tensors of all rules, from theirs.
 
         Raises:
             CheckpointError: one is of another shape than it must be, or damaged.
         """
-        theirs = [sources[name] for name in rule.theirs]
-        plain = len(theirs) == len(rule.ours) == 1 and not rule.steps
+        # Memory is taken by this thread, which has what earlier models have left; the others write to it first.
+        left = []
+        for rule in rules:
+            theirs = [sources[name] for name in rule.theirs]
+            left.append((rule, theirs, self._memory_of(rule, theirs)))
+        made = {name: tensor for _, _, own in left for name, tensor in own.items()}
+        waiting = iter(left)
+
+        def work(_: int) -> None:
+            try:
+                for each in waiting:
+                    self._fill(*each)
+            except BaseException:
+                deque(waiting, maxlen=0)  # nothing is left to the other threads
+                raise
+
+        if (count := torch.get_num_threads()) == 1:
+            work(0)
+        else:
+            with ThreadPoolExecutor(count) as threads:
+                list(threads.map(work, range(count)))
+        return made
+
+    def _memory_of(self, rule: Rule, theirs: Sequence[Source]) -> dict[str, Tensor]:
+        """Room for our tensors of a rule, which nobody has written to."""
         self._check_kind(rule, theirs)
-        if plain:
+        if _is_plain(rule):
             self._check_shape(rule, theirs[0])
-        made = {name: self._empty(name, theirs) for name in rule.ours}
-        if plain:
+        return {name: in_huge_pages(self._empty(name, theirs)) for name in rule.ours}
+
+    def _fill(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> None:
+        if _is_plain(rule):
             theirs[0].read_into(made[rule.ours[0]])
-            return made
+        elif (placed := moves(rule, theirs, made)) is None:
+            self._in_blocks(rule, theirs, made)
+        else:
+            for each in placed:
+                each.run()
+
+    def _in_blocks(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> None:
         size = theirs[0].shape[0] if theirs and theirs[0].shape else 0
         rows = self._rows_at_a_time(rule, theirs, made)
         parts = [_memory(source, rows) for source in theirs]
@@ -66,7 +111,6 @@ class Filling:
                 source.read_into(part, first)
             outs = {name: tensor[first : first + count] if rows else tensor for name, tensor in made.items()}
             self._put(rule, dict(zip(rule.theirs, read, strict=True)), outs)
-        return made
 
     def _empty(self, name: str, theirs: Sequence[Source]) -> Tensor:
         form = self.form[name]
@@ -102,7 +146,7 @@ class Filling:
                     f"{self.folder}: {theirs} gives {name} {list(results[name].shape)}, expected {list(out.shape)} by"
                     " config.json"
                 )
-            _copy(results[name], out)
+            out.copy_(results[name])
 
     def _rows_at_a_time(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> int:
         """How many entries along the first dimension to give the rule at a time; 0 where it needs the whole.
@@ -124,20 +168,22 @@ class Filling:
         return max(1, BLOCK * min(sizes) // whole_bytes) if fits else 0
 
 
-def filling(
-    model: LanguageModel,
-    stored: Mapping[str, StoredTensor],
-    dtype: torch.dtype | None,
-    device: torch.device,
-    folder: Path,
-) -> Filling:
-    """How to fill a model from these tensors: by default in the dtype of most of their numbers.
+def _is_plain(rule: Rule) -> bool:
+    """Whether it is another name and nothing more."""
+    return len(rule.theirs) == len(rule.ours) == 1 and not rule.steps
+
+
+def most_numbers(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    """The dtype of most of the numbers in files."""
+    return main_dtype((each.dtype, math.prod(each.shape)) for each in stored.values())
+
+
+def filling(model: LanguageModel, dtype: torch.dtype | None, device: torch.device, folder: Path) -> Filling:
+    """How to fill a model, which has the dtype that it is to have: this one, or that of most numbers in its files.
 
     With no dtype given, the mixers' own parameters stay as wide as they are in the files.
     """
-    main = dtype or main_dtype((each.dtype, math.prod(each.shape)) for each in stored.values())
-    model.to(main)
-    form = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    form = {name: Form(tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
     return Filling(form, set() if dtype is not None else wide_parameters(model), device, folder)
 
 
@@ -145,15 +191,6 @@ def _memory(source: Source, rows: int) -> Tensor:
     """Room for so many entries of a tensor; for all of it, where that is 0."""
     shape = (rows, *source.shape[1:]) if rows else source.shape
     return torch.empty(shape, dtype=source.dtype, device="cpu")
-
-
-def _copy(tensor: Tensor, out: Tensor) -> None:
-    """``out.copy_(tensor)``, matrix by matrix where there are several: torch copies only single ones by tiles."""
-    if tensor.ndim != 3:
-        out.copy_(tensor)
-        return
-    for own, each in zip(out, tensor, strict=True):
-        own.copy_(each)
 
 
 def _bytes(source: Source) -> int:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from seqarch.interop import nemotron_h, rwkv7
-from seqarch.models import LanguageModel
-from seqarch.pretrained.decoder_settings import head_settings, multipliers
+from seqarch.interop import nemotron_h, rwkv7, zamba2
+from seqarch.models import LanguageModel, tile_pattern
+from seqarch.pretrained.decoder_settings import THEIR_ACTIVATIONS, head_settings, multipliers
 from seqarch.pretrained.kinds_of_layers import Layers
 
 NO_HEADS = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
@@ -186,6 +186,31 @@ def _xlstm(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     }
 
 
+def _zamba2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """What its hybrid layers share is said by their pattern: how many blocks take turns, and their adapters."""
+    ssm, block = layers.get("mamba2"), layers.configs.get(zamba2.HYBRID)
+    found = {**_any_heads(layers), **_inner(ssm, "mamba_expand"), "n_mamba_heads": ssm.inner_width // ssm.head_dim}
+    if block is None:
+        return found
+    heads = layers.get("attention")
+    expected = (heads.head_width / 2) ** -0.5
+    if heads.scale is None or not math.isclose(heads.scale, expected):
+        raise ValueError(f"the scale of its attention is {heads.scale}, expected {expected}, for heads half as wide")
+    kinds = tile_pattern(model.config.pattern, model.config.depth)
+    own = [layer.sharing[0] for layer in kinds if zamba2.HYBRID in layer.mixers]
+    if not all("adapter_rank" in each for each in own):
+        raise ValueError("its hybrid layers have no adapters, expected (share=..., adapter_rank=..., adapted=[...])")
+    return {
+        **found,
+        "intermediate_size": 4 * block.d_model if block.hidden is None else block.hidden,
+        "hidden_act": THEIR_ACTIVATIONS.get(block.activation, "silu"),
+        "num_mem_blocks": len({each["share"] for each in own}),
+        "adapter_rank": own[0]["adapter_rank"],
+        "use_shared_attention_adapter": "attention.qkv_proj" in own[0].get("adapted", ["attention.qkv_proj"]),
+        "use_mem_rope": heads.position == "rotary",
+    }
+
+
 HYBRIDS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     "bamba": _bamba,
     "falcon_mamba": _mamba,
@@ -200,5 +225,6 @@ HYBRIDS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     "olmo_hybrid": _olmo_hybrid,
     "rwkv7": _rwkv7,
     "xlstm": _xlstm,
+    "zamba2": _zamba2,
 }
 """By family."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from seqarch.layers import Mixer
 from seqarch.models import LanguageModel, tile_pattern
 
 
@@ -14,7 +15,10 @@ def kinds_of_layers(model: LanguageModel) -> list[tuple[tuple[str, ...], str]]:
 
 
 class Layers:
-    """The layers of a model: their kinds, the config of each kind, and that of each layer's first mixer."""
+    """The layers of a model: their kinds, the config of each kind, and that of each layer's first mixer.
+
+    Mixers that another one is made of count as kinds too, by the names of its parts, where no layer is of that kind.
+    """
 
     def __init__(self, model: LanguageModel):
         self.kinds = kinds_of_layers(model)
@@ -26,6 +30,10 @@ class Layers:
             self.configs.update({name: mixer.config for name, mixer in zip(mixers, found.mixers, strict=True)})
             if found.channel is not None:
                 self.configs[channel] = found.channel.config
+        parts = [part for layer in model.stack.layers for mixer in layer.mixers for part in mixer.named_children()]  # type: ignore[union-attr]
+        for name, part in parts:
+            if isinstance(part, Mixer):
+                self.configs.setdefault(name, part.config)
 
     def places(self, name: str) -> list[int]:
         """The layers that have this mixer or channel mixer."""

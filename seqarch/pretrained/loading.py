@@ -23,7 +23,7 @@ from seqarch.interop import FAMILIES, lm_config, text_settings, weight_map
 from seqarch.interop.weights import WeightMap, rule
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
-from seqarch.pretrained.filling import filling
+from seqarch.pretrained.filling import filling, most_numbers
 from seqarch.pretrained.form import FORMAT, OWN, model_manifest, quantize_as, tied_names
 from seqarch.pretrained.sources import check_names, sources
 from seqarch.pretrained.tensor_files import DTYPES, StoredTensor, stored_tensors
@@ -58,7 +58,7 @@ def from_pretrained(
     if kind != OWN and kind not in FAMILIES:
         raise CheckpointError(f"{folder / 'config.json'}: {unknown_name('model_type', kind, [*FAMILIES, OWN])}")
     model = (_own if kind == OWN else _theirs)(folder, config, dtype, device)
-    return model.to(device).eval()
+    return (model if device.type == "cpu" else model.to(device)).eval()
 
 
 def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device) -> LanguageModel:
@@ -72,12 +72,12 @@ def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, dev
     if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
         raise CheckpointError(f"{file}: plugins is {plugins!r}, expected a list of modules' names")
     stored = stored_tensors(folder)
-    model = build(options, plugins, folder)
+    model = build(options, plugins, folder, dtype or most_numbers(stored))
     quantize_as(model, config, file)
     names = [name for name in model.state_dict() if name not in tied_names(model)]
     check_names(set(names) - set(stored), set(stored) - set(names), folder)
-    form = filling(model, stored, dtype, device, folder)
-    made = {name: form.apply(rule(name, name), stored)[name] for name in names}
+    form = filling(model, dtype, device, folder)
+    made = form.apply_all((rule(name, name) for name in names), stored)
     made.update((name, made[name.replace("head.", "embedding.")]) for name in tied_names(model))
     fill(model, made, folder, file)
     model.tokenizer = _tokenizer(folder, {"tokens": config.get("tokens")}, model.config.vocab_size)
@@ -97,13 +97,11 @@ def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, 
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     stored = stored_tensors(folder)
-    model = build({field.name: getattr(ours, field.name) for field in fields(ours)}, (), folder)
+    options = {field.name: getattr(ours, field.name) for field in fields(ours)}
+    model = build(options, (), folder, dtype or most_numbers(stored))
     theirs = sources(family, table, stored, folder)
-    form, made = filling(model, stored, dtype, device, folder), {}
-    shared = _shared(table, theirs)
-    for each in table.rules:
-        if each.ours[0] not in shared:
-            made.update(form.apply(each, theirs))
+    form, shared = filling(model, dtype, device, folder), _shared(table, theirs)
+    made = form.apply_all((each for each in table.rules if each.ours[0] not in shared), theirs)
     made.update((copy, made[original]) for copy, original in shared.items())
     fill(model, made, folder, file)
     model.tokenizer = _tokenizer(folder, {}, model.config.vocab_size)

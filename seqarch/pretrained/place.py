@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from seqarch.checkpoints.manifest import MANIFEST, file_digest
+from seqarch.checkpoints.manifest import MANIFEST, file_digest, sync
 from seqarch.pretrained.form import model_manifest
 
 
@@ -89,7 +89,7 @@ def _take_place(made: Path, path: Path) -> None:
         except BaseException:
             former.rename(path)
             raise
-    _sync(path.parent)
+    sync(path.parent)
     _remove(former, _own_files(former, hashed=False))
 
 
@@ -109,13 +109,5 @@ def _locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

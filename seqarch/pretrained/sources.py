@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +30,10 @@ class Source(Protocol):
         """Fill a contiguous tensor, of any dtype and on any device, with the entries from ``first`` on."""
         ...
 
+    def as_rows(self) -> Source:
+        """Of several dimensions: the same numbers as ``[rows, columns]``, whose columns are the last dimension."""
+        ...
+
 
 class Joined:
     """Tensors one after another along the first dimension."""
@@ -35,16 +41,20 @@ class Joined:
     def __init__(self, parts: Sequence[Source]):
         self.parts = parts
         self.dtype = parts[0].dtype
-        self.shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        self._starts = [0, *accumulate(part.shape[0] for part in parts)]
+        self.shape = (self._starts[-1], *parts[0].shape[1:])
 
     def read_into(self, out: Tensor, first: int = 0) -> None:
-        filled = 0
-        for part in self.parts:
-            count = min(part.shape[0] - first, len(out) - filled)
-            if count > 0:
-                part.read_into(out[filled : filled + count], max(first, 0))
-                filled += count
-            first = max(first - part.shape[0], 0)
+        filled, i = 0, bisect_right(self._starts, first) - 1
+        while filled < len(out):
+            within = first + filled - self._starts[i]
+            count = min(self.parts[i].shape[0] - within, len(out) - filled)
+            if count:
+                self.parts[i].read_into(out[filled : filled + count], within)
+            filled, i = filled + count, i + 1
+
+    def as_rows(self) -> Joined:
+        return Joined([part.as_rows() for part in self.parts])
 
 
 class Stacked:
@@ -58,6 +68,9 @@ class Stacked:
     def read_into(self, out: Tensor, first: int = 0) -> None:
         for entry, own in zip(self.entries[first : first + len(out)], out, strict=True):
             entry.read_into(own)
+
+    def as_rows(self) -> Joined:
+        return Joined([entry.as_rows() for entry in self.entries])
 
 
 def sources(family: str, table: WeightMap, stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, Source]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +35,21 @@ DTYPES = {
 """By their names in files. Formats of 8 bits and less are those of quantised models, whose numbers need scales."""
 
 
+class _OpenFile:
+    """A file that is open while any of its tensors is wanted; several threads may read it at a time."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def read_into(self, out: memoryview, start: int) -> int:
+        """How many bytes from ``start`` on there are in ``out`` now: fewer than it holds only where the file ends."""
+        done = 0
+        while done < len(out) and (count := os.preadv(self.descriptor, [out[done:]], start + done)):
+            done += count
+        return done
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file.
@@ -47,6 +64,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+    opened: _OpenFile = field(repr=False, compare=False)
 
     def read_into(self, out: Tensor, first: int = 0) -> None:
         """Fill a contiguous tensor, of any dtype and on any device, with the entries from ``first`` on.
@@ -64,16 +82,17 @@ class StoredTensor:
             self._read_bytes(part, start + done * size)
             flat[done : done + len(part)].copy_(part)
 
+    def as_rows(self) -> StoredTensor:
+        """Of several dimensions: its last one by all others, ``[rows, columns]``."""
+        return replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
+
     def _read_bytes(self, out: Tensor, skipped: int) -> None:
-        left = out.view(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
+        if not out.numel():
+            return
+        wanted = out.view(-1).view(torch.uint8).numpy().data
         try:
-            with open(self.file, "rb", buffering=0) as file:
-                file.seek(self.start + skipped)
-                while left:
-                    count = file.readinto(left)
-                    if not count:
-                        raise CheckpointError(f"{self.file} is damaged: it ends in the middle of {self.name}")
-                    left = left[count:]
+            if self.opened.read_into(wanted, self.start + skipped) < len(wanted):
+                raise CheckpointError(f"{self.file} is damaged: it ends in the middle of {self.name}")
         except OSError as error:
             raise CheckpointError(f"cannot read {self.file}: {error}") from error
 
@@ -122,6 +141,7 @@ def _tensors_of(path: Path) -> Iterator[StoredTensor]:
     try:
         with safe_open(path, "pt"):  # checks that the tensors cover the file, each of the size that it should be
             pass
+        opened = _OpenFile(path)
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -136,7 +156,7 @@ def _tensors_of(path: Path) -> Iterator[StoredTensor]:
                 " read"
             )
         start = 8 + length + entry["data_offsets"][0]
-        yield StoredTensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+        yield StoredTensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, opened)
 
 
 def _without_tensors(folder: Path) -> str:

@@ -19,6 +19,7 @@ from seqarch import __main__ as page
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop import FAMILIES, from_transformers, lm_config
 from seqarch.interop.file_names import FILE_RULES
+from seqarch.interop.zamba2 import HYBRID
 from seqarch.pretrained import filling
 from seqarch.pretrained.families import CHECKED
 from seqarch.pretrained.their_settings import CLASSES, MADE_HERE
@@ -245,16 +246,10 @@ def test_models_made_here_are_read_by_them(family: str, tmp_path):
 
 
 QUICK = ("DeepseekV3ForCausalLM", "Gemma3ForCausalLM", "JambaForCausalLM", "NemotronHForCausalLM")
-READ_ALONE = {"zamba2"}
-"""Families that only models read from them are saved in."""
 
 of_each_case = pytest.mark.parametrize(
     ("name", "changes"),
-    [
-        pytest.param(*case, marks=() if case[0] in QUICK and is_first(*case) else pytest.mark.slow)
-        for case in CASES
-        if case[0] not in {CLASSES[family] for family in READ_ALONE}
-    ],
+    [pytest.param(*case, marks=() if case[0] in QUICK and is_first(*case) else pytest.mark.slow) for case in CASES],
 )
 
 
@@ -425,16 +420,25 @@ def test_weights_where_theirs_has_a_constant_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_family_that_is_only_read_is_named(tmp_path):
-    model = LanguageModel(vocab_size=53, d_model=32, pattern="mamba2", depth=2)
-    with pytest.raises(ValueError, match=r"unknown family to write a new model in 'zamba2': expected one of bamba, "):
-        model.save_pretrained(tmp_path / "saved", family="zamba2")
+def test_a_block_of_attention_that_computes_something_else_is_refused(tmp_path):
+    _, options = options_of("Zamba2ForCausalLM", {})
+    block = options["mixers"][HYBRID]
+    for change, message in (
+        ({"attention": {**block["attention"], "scale": None}}, r"the scale of its attention is None, expected 0\."),
+        ({"norm_eps": 1e-3}, r"norm_eps=0\.001, expected"),
+    ):
+        model = LanguageModel(**{**options, "mixers": {**options["mixers"], HYBRID: {**block, **change}}})
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / "saved", family="zamba2")
+    alone = LanguageModel(**{**options, "pattern": HYBRID, "depth": 1})
+    with pytest.raises(ValueError, match=r"its hybrid layers have no adapters, expected \(share="):
+        alone.save_pretrained(tmp_path / "saved", family="zamba2")
     assert not list(tmp_path.iterdir())
 
 
 def test_every_family_has_a_class_and_rules_are_of_families():
     assert {VARIANTS[name][0]().model_type: name for name in VARIANTS} == CLASSES
-    assert NEW.keys() <= MADE_HERE.keys() == FAMILIES.keys() - READ_ALONE
+    assert NEW.keys() <= MADE_HERE.keys() == FAMILIES.keys()
     assert FILE_RULES.keys() <= FAMILIES.keys()
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from seqarch.layers import MIXERS, measured_state_bytes, register_mixer
 from seqarch.layers.attention.base import Place
 from seqarch.layers.linear_attention.linear_attention import LinearAttention
 from seqarch.models import LanguageModel, Stack
 from seqarch.testing import assert_close
+from tests.support.stack_laws import checkpointing_changes_nothing, holds_the_laws
 
 RWKV7 = "rwkv7(value_residual=give) mamba rwkv7(value_residual=take)+attention rwkv7(value_residual=take)"
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}
@@ -107,34 +107,9 @@ def test_first_values_reach_the_layers_that_take_them():
 def test_stacks_that_hand_tensors_on_hold_the_laws(pattern: str):
     """Split anywhere, packed as separate, at some places, a token at a time, compiled, checkpointed."""
     model = stack(pattern, 4)
-    x = torch.randn(1, 12, 32, dtype=torch.float64)
-    y, _ = model(x)
-    state, outputs = model.init_state(1), []
-    with torch.no_grad():
-        for piece in x.split([5, 1, 6], dim=1):
-            out, state = model(piece, state)
-            outputs.append(out)
-        assert_close(torch.cat(outputs, 1), y, 1e-10)
-        packed, state = model(x, None, [0, 5, 12])
-        assert_close(packed[:, 5:], model(x[:, 5:])[0], 1e-10)
-        more, _ = model(x[:, 3:8], state, [0, 2, 5])
-        assert_close(more[:, 2:], model(torch.cat([x[:, 5:], x[:, 5:8]], 1))[0][:, 7:], 1e-10)
-        places = torch.tensor([7, 2])
-        assert_close(model(x, places=places)[0], y[:, places], 1e-10)
-        single = stack(pattern, 4).float()
-        assert single.explain_one_token() == ["compiled"] * 4
-        stepped, state = [], single.init_state(1)
-        for token in x.float().split(1, dim=1):
-            out, state = single(token, state)
-            stepped.append(out)
-        assert_close(torch.cat(stepped, 1), y.float(), 1e-4)
-    gradients = torch.autograd.grad(y.sin().sum(), [*model.parameters()])
-    for layer in model.layers:
-        forward = layer.forward
-        layer.forward = lambda *a, f=forward, **k: checkpoint(f, *a, use_reentrant=False, **k)  # type: ignore[method-assign]
-    again, _ = model(x)
-    for own, other in zip(torch.autograd.grad(again.sin().sum(), [*model.parameters()]), gradients, strict=True):
-        assert_close(own, other, 1e-10)
+    holds_the_laws(model)
+    checkpointing_changes_nothing(stack(pattern, 4), 1e-10)
+    assert model.float().explain_one_token() == ["compiled"] * 4
 
 
 def test_keys_and_values_of_an_earlier_layer_are_read_and_not_held():

@@ -14,6 +14,7 @@ from seqarch.layers.modules.norms import NORMS, build_norm
 from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
 from seqarch.models.config import PLACEMENTS
 from seqarch.testing import assert_close
+from tests.support.stack_laws import holds_the_laws
 
 Function = Callable[[Tensor], Tensor]
 
@@ -86,29 +87,7 @@ def test_each_placement_is_its_formula(place: str):
         torch.autograd.grad(y.sin().sum(), inputs), torch.autograd.grad(expected.sin().sum(), inputs), strict=True
     ):
         assert_close(found, right, 1e-10)
-    holds_the_laws(model)
-
-
-def holds_the_laws(model: Stack) -> None:
-    """Split anywhere, packed as separate, at some places alone, a token at a time."""
-    with torch.no_grad():
-        x = torch.randn(1, 12, 32, dtype=torch.float64)
-        y, _ = model(x)
-        state, outputs = model.init_state(1), []
-        for piece in x.split([5, 1, 6], dim=1):
-            out, state = model(piece, state)
-            outputs.append(out)
-        assert_close(torch.cat(outputs, 1), y, 1e-12)
-        packed, _ = model(x, None, [0, 5, 12])
-        assert_close(packed[:, 5:], model(x[:, 5:])[0], 1e-12)
-        places = torch.tensor([7, 2])
-        assert_close(model(x, places=places)[0], y[:, places], 1e-12)
-        single = model.float()
-        stepped, state = [], single.init_state(1)
-        for token in x.float().split(1, dim=1):
-            out, state = single(token, state)
-            stepped.append(out)
-        assert_close(torch.cat(stepped, 1), y.float(), 1e-4)
+    holds_the_laws(model, 1e-12)
 
 
 def test_a_mixers_layers_may_have_their_norms_elsewhere():
@@ -129,7 +108,7 @@ def test_mixers_side_by_side_have_a_norm_each_of_what_they_add():
     before, *after = norms_of(layer.norm, *layer.post_norms)
     branches = [norm(mixer(before(x))[0]) for norm, mixer in zip(after, layer.mixers, strict=True)]
     assert_close(model(x)[0], x + sum(branches) / 2, 1e-12)
-    holds_the_laws(model)
+    holds_the_laws(model, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +146,7 @@ def test_a_parallel_block_reads_and_writes_one_residual_stream(parallel: str, pl
         expected = 0.7 * (read if place == "residual" else expected) + added
         expected = norms[0](expected) if place == "sum" else expected
     assert_close(model(x)[0], expected, 1e-12)
-    holds_the_laws(model)
+    holds_the_laws(model, 1e-12)
 
 
 @pytest.mark.parametrize("kind", NORMS)

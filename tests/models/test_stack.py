@@ -184,7 +184,7 @@ def test_zero_centred_norms_multiply_by_one_and_their_weights(dtype: torch.dtype
         expected = other.to(torch.promote_types(dtype, torch.float32))(x.to(other.weight.dtype))
         assert norm(x).dtype == dtype
         assert_close(norm(x).float(), expected.to(dtype).float(), 1e-6)
-    head = HeadNorm(16, zero_centred=True).to(dtype)
+    head = HeadNorm(16, weights="zeros").to(dtype)
     nn.init.constant_(head.weight, -0.25)
     wide = x[..., :16].to(torch.promote_types(dtype, torch.float32))
     expected = 0.75 * wide * (wide.square().mean(-1, keepdim=True) + torch.finfo(dtype).eps).rsqrt()

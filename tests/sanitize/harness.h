@@ -37,7 +37,7 @@ class Numbers {
     }
     void* data() const { return bytes_.get(); }
     int64_t count() const { return count_; }
-    void set(int64_t i, double value) {
+    void set(int64_t i, double value) const {
         const float narrow = static_cast<float>(value);
         if (dtype_ == SEQARCH_FLOAT64) reinterpret_cast<double*>(data())[i] = value;
         if (dtype_ == SEQARCH_FLOAT32) reinterpret_cast<float*>(data())[i] = narrow;
@@ -195,3 +195,4 @@ void selective_scan(Random& random);
 void swiglu(Random& random);
 void tape(Random& random);
 void team(Random& random);
+void transpose(Random& random);

@@ -18,6 +18,7 @@ int main(int count, char** arguments) {
         swiglu(random);
         tape(random);
         team(random);
+        transpose(random);
     }
     std::printf("%d rounds: no error\n", rounds);
 }

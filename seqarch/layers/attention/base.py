@@ -20,7 +20,7 @@ from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV
 from seqarch.layers.modules.linear import Linear
-from seqarch.layers.modules.norms import AllHeadsNorm, HeadNorm
+from seqarch.layers.modules.norms import AllHeadsNorm, HeadNorm, weights_of
 from seqarch.layers.modules.positions import token_positions
 from seqarch.layers.modules.rope_scaling import RopeScaling, rope_scaling
 from seqarch.layers.modules.rotary import rotary_tables, rotate
@@ -348,8 +348,8 @@ def _norm(config: CachedAttentionConfig, heads: int) -> nn.Module:
     if not config.qk_norm:
         return nn.Identity()
     if config.qk_norm_scope == "all":
-        return AllHeadsNorm(heads * config.head_width, config.norm_eps, config.zero_centred_norms)
-    return HeadNorm(config.head_width, config.norm_eps, config.zero_centred_norms)
+        return AllHeadsNorm(heads * config.head_width, config.norm_eps, weights_of(config.zero_centred_norms))
+    return HeadNorm(config.head_width, config.norm_eps, weights_of(config.zero_centred_norms))
 
 
 def _check_cache(cache: KVCache | SmallCache, rows: int, cache_window: int | None) -> None:

@@ -21,23 +21,27 @@ NORMS: dict[str, str] = {
 """Norms of a residual stream, over its last axis."""
 
 
+Weights = Literal["ones", "zeros", "none"]
+"""What a norm multiplies by: weights, 1 at first; or ``1 + weight``, 0 at first (Gemma); or nothing."""
+
+
+def weights_of(zero_centred: bool) -> Weights:
+    """Those of a norm that has weights."""
+    return "zeros" if zero_centred else "ones"
+
+
 class _WeightedNorm(nn.RMSNorm):
-    """``nn.RMSNorm`` over the last axis, whose weights may be what is added to 1.
+    """``nn.RMSNorm`` over the last axis.
 
     Args:
         width: size of the last axis.
         eps: added to the mean square; by default the spacing of numbers at 1 in the dtype of the input.
-        zero_centred: multiplies by ``1 + weight``, with weights of 0 at first (Gemma), not by weights of 1 at first.
-        weighted: false where it has no weights.
+        weights: one of :data:`Weights`.
     """
 
-    zero_centred = False
-
-    def __init__(self, width: int, eps: float | None = None, zero_centred: bool = False, weighted: bool = True):
-        super().__init__(width, eps, elementwise_affine=weighted)
-        if zero_centred:
-            self.zero_centred = True
-            self.reset_parameters()
+    def __init__(self, width: int, eps: float | None = None, weights: Weights = "ones"):
+        self.zero_centred = weights == "zeros"
+        super().__init__(width, eps, elementwise_affine=weights != "none")
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -46,8 +50,8 @@ class _WeightedNorm(nn.RMSNorm):
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """The norm of ``x [..., width]``, of which ``1 + weight`` is computed in float32 at least."""
-        if self.zero_centred and weight is not None:
-            weight = 1 + weight.to(accumulation_dtype(x))
+        if self.zero_centred:
+            weight = 1 + self.weight.to(accumulation_dtype(x))
         if fused.serves(x, weight):
             return fused.rms_norm(x, weight, fused.Norm(_eps(self, x)))
         if self.zero_centred and weight is not None:
@@ -63,13 +67,11 @@ class RMSNorm(_WeightedNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` over the last axis, whose weights may be what is added to 1, as those of :class:`RMSNorm`."""
+    """``nn.LayerNorm`` over the last axis, with one of :data:`Weights`, and without them without a bias too."""
 
-    def __init__(
-        self, width: int, eps: float = 1e-5, zero_centred: bool = False, weighted: bool = True, bias: bool = True
-    ):
-        self.zero_centred = zero_centred and weighted
-        super().__init__(width, eps, elementwise_affine=weighted, bias=bias)
+    def __init__(self, width: int, eps: float = 1e-5, weights: Weights = "ones", bias: bool = True):
+        self.zero_centred = weights == "zeros"
+        super().__init__(width, eps, elementwise_affine=weights != "none", bias=bias)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -105,10 +107,10 @@ def build_norm(kind: str, width: int, eps: float, zero_centred: bool = False) ->
         ValueError: there is no such norm.
     """
     check_norm("norm", kind)
-    weighted = not kind.endswith("_without_weights")
+    weights = "none" if kind.endswith("_without_weights") else weights_of(zero_centred)
     if kind.startswith("rms"):
-        return RMSNorm(width, eps, zero_centred and weighted, weighted)
-    return LayerNorm(width, eps, zero_centred, weighted, bias=not kind.endswith("_without_bias"))
+        return RMSNorm(width, eps, weights)
+    return LayerNorm(width, eps, weights, bias=not kind.endswith("_without_bias"))
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:

@@ -95,9 +95,9 @@ class Mamba(RecurrentMixer):
         self.conv = ShortConvolution(self.inner, config.conv_width, "silu", bias=True)
         self.select = Linear(self.inner, sum(self.sizes), bias=False)
         if config.dt_bc_norm != "none":
-            weighted = config.dt_bc_norm == "rms"
+            weights = "ones" if config.dt_bc_norm == "rms" else "none"
             self.dt_norm, self.B_norm, self.C_norm = (
-                HeadNorm(size, eps=config.norm_eps, weighted=weighted) for size in self.sizes
+                HeadNorm(size, eps=config.norm_eps, weights=weights) for size in self.sizes
             )
         self.dt = Linear(rank, self.inner)
         with torch.no_grad():

@@ -166,20 +166,20 @@ def array(structure: str, count: int) -> Any:
     return (structures_beside(library()._name)[structure] * count)()
 
 
-def call(name: str, *arguments: object) -> None:
-    """Call ``seqarch_NAME`` with C's arguments and, last, the number of threads.
+def call(name: str, *arguments: object, threads: int | None = None) -> None:
+    """Call ``seqarch_NAME`` with C's arguments and, last, the number of threads: by default torch's.
 
     Raises:
         LibraryError, ValueError, MemoryError: as the library's return code says.
     """
-    code = getattr(library(), f"seqarch_{name}")(*arguments, torch.get_num_threads())
+    code = getattr(library(), f"seqarch_{name}")(*arguments, threads or torch.get_num_threads())
     if code:
         error, text = ERRORS[code]
         raise error(f"the compiled kernel {name} returned {code}: {text}")
 
 
 class Kernel:
-    """One function of the library that takes structures, and runs on ``torch.get_num_threads()`` threads.
+    """One function of the library that takes structures, and runs on as many threads as torch, or on those given.
 
     Args:
         name: the function's name in the header, without ``seqarch_``.
@@ -193,13 +193,13 @@ class Kernel:
     def __init__(self, name: str, *structures: str):
         self.name, self.structures = name, structures
 
-    def __call__(self, *structures: Mapping[str, Any]) -> None:
+    def __call__(self, *structures: Mapping[str, Any], threads: int | None = None) -> None:
         file, held = library()._name, []
         packed = [
             packer(file, name)(self.name, fields, "cpu", held)
             for name, fields in zip(self.structures, structures, strict=True)
         ]
-        call(self.name, *packed)
+        call(self.name, *packed, threads=threads)
 
 
 def rows(tensor: Tensor) -> Tensor:

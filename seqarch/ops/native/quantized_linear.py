@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqarch.ops.dispatch.eager import active_transform
 from seqarch.ops.native import cpu_library
+from seqarch.ops.native.linear import operands, takes
 
 MOST_ROWS = 32
 
@@ -31,15 +31,7 @@ def integer_products(allow: bool) -> bool:
 
 def serves(x: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel computes a map of ``x``: a few rows of float32 on a CPU, and no gradients."""
-    tensors = (x,) if bias is None else (x, bias)
-    return (
-        x.numel() <= MOST_ROWS * x.shape[-1]
-        and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and not torch.is_autocast_enabled("cpu")
-        and active_transform() is None
-        and cpu_library.unavailable() is None
-    )
+    return takes(MOST_ROWS, torch.float32, x, bias)
 
 
 torch.library.define("seqarch::quantized_linear", "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor")
@@ -49,23 +41,10 @@ quantized_linear = torch.ops.seqarch.quantized_linear.default
 @torch.library.impl("seqarch::quantized_linear", "CPU")
 def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., K]`` to ``[..., N]``: codes and scales as in the header, scales ``[N, groups]``, ``bias [N]``."""
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    y = x.new_empty(*x.shape[:-1], len(codes))
-    width, depth = len(codes), x.shape[-1]
-    arguments = {
-        "format": FORMATS[codes.dtype],
-        "x": x,
-        "codes": codes.contiguous(),
-        "scales": scales.contiguous(),
-        "bias": bias,
-        "y": y,
-        "rows": y.numel() // max(1, width),
-        "depth": depth,
-        "width": width,
-        "groups": scales.shape[1],
-    }
-    _quantized_linear(arguments)
-    return y
+    fields = operands(x, bias, len(codes))
+    weights = {"codes": codes.contiguous(), "scales": scales.contiguous(), "groups": scales.shape[1]}
+    _quantized_linear({**fields, "format": FORMATS[codes.dtype], **weights})
+    return fields["y"]
 
 
 @torch.library.register_fake("seqarch::quantized_linear")

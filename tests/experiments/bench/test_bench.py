@@ -21,6 +21,7 @@ from experiments.bench import __main__ as command
 from experiments.bench import (
     baselines,
     devices,
+    loading,
     measure,
     models,
     peak_memory,
@@ -379,7 +380,7 @@ def test_bad_arguments(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("more", [[], ["targets"], ["tokens"], ["quantized"]])
+@pytest.mark.parametrize("more", [[], ["targets"], ["tokens"], ["quantized"], ["loading"]])
 def test_a_folder_that_cannot_be_written_is_one_line(small, more, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"cannot write .*file/bench"):
@@ -517,3 +518,25 @@ def test_targets_are_printed_and_written(small, monkeypatch, tmp_path, capsys):
 def test_importing_the_package_is_light():
     code = "import sys, experiments.bench; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_folder_is_loaded_beside_reading_it(tmp_path, monkeypatch, capsys):
+    """In this process; in its own, and folders of a gigabyte, in tests/pretrained/test_memory.py."""
+    monkeypatch.setattr(loading, "_in_own_process", lambda *given: json.loads(json.dumps(loading._here(*given))))
+    small = {"depth": 2, "d_model": 32, "vocab_size": 50}
+    folders = {
+        name: dataclasses.replace(each, options={**each.options, **small}) for name, each in loading.FOLDERS.items()
+    }
+    monkeypatch.setattr(loading, "FOLDERS", folders)
+    monkeypatch.setattr(loading, "NARROW", {"vocab_size": 40})
+    command.main(["--budget", "0.01", "--folder", str(tmp_path), "loading", "--only", "mix"])
+    assert not [*tmp_path.iterdir()]
+    command.main(["--budget", "0.01", "--folder", str(tmp_path), "loading"])
+    found = json.loads((tmp_path / "loading.json").read_text())["loading"]
+    assert [each["name"] for each in found] == [*loading.FOLDERS]
+    for each in found:
+        assert len(each["rounds"]) >= 3
+        assert all(0 < clock < 10 and 0 < processor < 20 for one in each["rounds"] for clock, processor in one)
+    shown = loading.Loading("a", 1.0, 1.1, [[[2, 1], [3, 4], [1, 1]], [[1, 2], [2, 3], [1, 0.5]]])
+    assert (shown.times, shown.processor_times(), shown.processor_times(narrow=True)) == (1.75, 3, 2.5)
+    assert "cpu times less narrow" in capsys.readouterr().out

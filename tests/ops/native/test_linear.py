@@ -98,3 +98,11 @@ def test_the_layer_takes_the_kernel_where_it_serves(monkeypatch: pytest.MonkeyPa
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(cpu_library, "_reason", "it was never built")
         assert not taken(layer, x)
+
+
+def test_a_width_that_does_not_fit_is_torchs_error():
+    layer = Linear(512, 256)
+    with torch.no_grad():
+        for width in (256, 1024):
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                layer(torch.randn(1, width))
