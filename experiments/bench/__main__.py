@@ -4,7 +4,8 @@ Each benchmark is run at several sizes, its implementations in turn, and written
 ``.csv``, on a CPU with its plot too: medians with quartiles, the ratio to the first baseline, the share of the device's
 own ceilings, measured in the same run, and the peak of memory. ``--device cuda`` measures this machine's GPU, and only
 once the kernels have passed every check on it. ``targets`` prints the project's table of targets for a CPU instead,
-with what this machine reaches, and ``tokens`` one decoded token of each mixer beside reading its weights once.
+with what this machine reaches, ``tokens`` one decoded token of each mixer beside reading its weights once, and ``offload`` a
+trained model of which some experts are in memory and the others on disk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench import checks, targets, tokens
+from experiments.bench import checks, offload, targets, tokens
 from experiments.bench.benchmarks import BENCHMARKS, names_on
 from experiments.bench.devices import DEVICES, Ceilings, Device
 from experiments.bench.measure import Measurement, plan
@@ -35,7 +36,10 @@ NO_TESTS = "this bench first runs the kernels' tests on a GPU, and only a checko
 COMMANDS = {
     "targets": (targets.run, "print the targets beside what is reached"),
     "tokens": (tokens.run, "one decoded token of each mixer, beside reading its weights once"),
+    "offload": (offload.run, "a model with few experts in memory and the others on disk"),
 }
+ONLY = {"default": "", "help": "the rows whose name has this in it, which are shown and not written"}
+MODEL = {"required": True, "type": Path, "help": "a finished run's folder, of seqarch run experiment=experts"}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,9 +61,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only-checks", action="store_true", help="check the kernels on a GPU and time nothing")
     commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
     for name, (_, what) in COMMANDS.items():
-        commands.add_parser(name, help=what).add_argument(
-            "--only", default="", help="the rows whose name has this in it, which are shown and not written"
-        )
+        option: tuple[str, dict[str, Any]] = ("--model", MODEL) if name == "offload" else ("--only", ONLY)
+        commands.add_parser(name, help=what).add_argument(option[0], dest="subject", **option[1])
     options = parser.parse_args(arguments)
     setup = SETUPS[options.device]
     if problem := _for_the_other_device(options, setup):
@@ -140,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(NO_TESTS)
     try:
         if options.command:
-            COMMANDS[options.command][0](options.only, options.folder, options.budget)
+            COMMANDS[options.command][0](options.subject, options.folder, options.budget)
             return
         if not options.only_checks:
             prepare_folder(options.folder, (file_name(n, options.device, options.dtype) for n in options.benchmarks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -58,6 +58,15 @@ class Stacked:
     def read_into(self, out: Tensor, first: int = 0) -> None:
         for entry, own in zip(self.entries[first : first + len(out)], out, strict=True):
             entry.read_into(own)
+
+
+def files_of(source: Source) -> Iterator[Path]:
+    """The files that a tensor is from, in the order of its pieces."""
+    if isinstance(source, Joined | Stacked):
+        for each in source.parts if isinstance(source, Joined) else source.entries:
+            yield from files_of(each)
+    elif isinstance(source, StoredTensor):
+        yield source.file
 
 
 def sources(family: str, table: WeightMap, stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, Source]:
