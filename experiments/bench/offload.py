@@ -42,7 +42,7 @@ TOKENS = 4096
 WINDOW = 512
 """Tokens of it that are read together, at most."""
 
-DECODED = 64
+DECODED = 32
 """Tokens of a burst, whose time is one measurement."""
 
 ROUNDS = 5
@@ -172,8 +172,8 @@ class Decoder:
 
 def decoded(folder: Path, tokens: Tensor, experts: int, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Rows of decoding: the whole model, and each policy with each number of experts in memory, in turn."""
-    cases = [(places, policy, False) for places in shares(experts)[1:] for policy in POLICIES]
-    cases += [(places, policy, True) for places in shares(experts)[1:] for policy in POLICIES]
+    numbers = sorted({max(1, experts // part) for part in (8, 4, 2, 1)})
+    cases = [(places, policy, cold) for cold in (False, True) for places in numbers for policy in POLICIES]
     tokens = tokens.repeat(-(-DECODED * (rounds + 1) // len(tokens)))[: DECODED * (rounds + 1)]
     decoders = [Decoder(folder, tokens, *case) for case in [(None, "lru", False), *cases]]
     for number in range(rounds + 1):
