@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.benchmarks import BENCHMARKS, names_on
+from experiments.bench.offload import HEADER as HEADER_OF_OFFLOAD
+from experiments.bench.offload import cells as offload_cells
 from experiments.bench.sizes import CUDA
 from experiments.bench.targets import HEADER, Result
 from experiments.util.blocks import table
@@ -108,3 +110,38 @@ def _table(rows: list[dict[str, Any]], widths: bool) -> str:
 
 def _cell(row: dict[str, Any] | None) -> str:
     return "–" if row is None else f"{row['median_ms']:.3g} ({row['share']:.0%})"
+
+
+def offload_tables() -> str:
+    """What experts on disk cost: the model, the picture, decoding by policy and number, and the replayed hit rates."""
+    path = RESULTS / "offload.json"
+    if not path.exists():
+        return "Not measured yet."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    model, machine, rows = kept["model"], kept["hardware"], kept["decoded"]
+    whole, mega = rows[0], 1e6
+    of_expert = next(row["memory_bytes"] / row["places"] for row in rows if row["places"]) / model["layers"]
+    about = (
+        f"{model['layers']} layers of {model['experts']} experts of {of_expert / mega:.2f} MB, {model['top_k']} a"
+        f" token, {model['parameters'] / mega:.0f} million parameters in all. {machine['cpu']}, {machine['threads']}"
+        f" threads, torch {kept['software']['packages']['torch']}, code {str(kept['code']['commit'])[:10]}; others"
+        f" took {kept['others']:.0%} of the machine. The disk gave {kept['disk_bytes_per_second'] / mega:.0f} MB/s."
+        f" With all experts in memory: {whole['tokens_per_second']:.0f} tokens/s."
+    )
+    picture = "![Hit rates and tokens per second against the experts of each layer in memory](cpu/offload.png)"
+    speeds = table(
+        HEADER_OF_OFFLOAD,
+        (offload_cells(row) for row in rows[1:]),
+        align="--:",
+        left=3,
+    )
+    return "\n\n".join([about, picture, "### Decoded", speeds, "### Replayed", _replayed(kept["replayed"])])
+
+
+def _replayed(rows: list[dict[str, Any]]) -> str:
+    """Hit rates by text and policy, a column for each number of experts in memory."""
+    places = sorted({row["places"] for row in rows})
+    found = {(row["text"], row["policy"], row["places"]): row["hit_rate"] for row in rows}
+    names = dict.fromkeys((row["text"], row["policy"]) for row in rows)
+    lines = ([*name, *(f"{found[*name, number]:.1%}" for number in places)] for name in names)
+    return table(("text", "policy", *map(str, places)), lines, align="--:", left=2)

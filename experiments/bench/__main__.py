@@ -4,8 +4,8 @@ Each benchmark is run at several sizes, its implementations in turn, and written
 ``.csv``, on a CPU with its plot too: medians with quartiles, the ratio to the first baseline, the share of the device's
 own ceilings, measured in the same run, and the peak of memory. ``--device cuda`` measures this machine's GPU, and only
 once the kernels have passed every check on it. ``targets`` prints the project's table of targets for a CPU instead,
-with what this machine reaches, ``tokens`` one decoded token of each mixer beside reading its weights once, and ``offload`` a
-trained model of which some experts are in memory and the others on disk.
+with what this machine reaches, ``tokens`` one decoded token of each mixer beside reading its weights once, and
+``offload`` a trained model of which some experts are in memory and the others on disk.
 """
 
 from __future__ import annotations

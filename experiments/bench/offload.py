@@ -34,7 +34,7 @@ from seqarch import LanguageModel
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.layers.channel.expert_cache import LRU, POLICIES, ExpertCache, ExpertUse
 from seqarch.layers.channel.moe import MixtureOfExperts
-from seqarch.serving import Routing, record_routing, replay
+from seqarch.serving import RoutingTrace, record_routing, replay
 
 TOKENS = 4096
 """Of each routing."""
@@ -77,13 +77,13 @@ def _tokens(task: Text | NeedleText) -> np.ndarray:
     return rows.reshape(-1, WINDOW)[: TOKENS // WINDOW].astype(np.int64)
 
 
-def routing_of(model: LanguageModel, tokens: np.ndarray) -> Routing:
+def routing_of(model: LanguageModel, tokens: np.ndarray) -> RoutingTrace:
     """Of rows that are read each by itself, one after another."""
     parts = [record_routing(model, torch.from_numpy(row[None])) for row in tokens]
-    return Routing(torch.cat([part.index for part in parts]), parts[0].experts)
+    return RoutingTrace(torch.cat([part.index for part in parts]), parts[0].experts)
 
 
-def least_possible(routing: Routing, places: int) -> ExpertUse:
+def least_possible(routing: RoutingTrace, places: int) -> ExpertUse:
     """The use of caches that know what will be asked for (Belady 1966)."""
     total = ExpertUse()
     for layer in routing.index.unbind(dim=1):
@@ -112,7 +112,7 @@ class _Foreseeing(LRU):
         return max(held, key=lambda expert: self._uses[expert][0] if self._uses[expert] else float("inf"))
 
 
-def replayed(routings: dict[str, Routing]) -> list[dict[str, Any]]:
+def replayed(routings: dict[str, RoutingTrace]) -> list[dict[str, Any]]:
     """Rows of hit rates, and reads a token, by text, policy and experts in memory."""
     rows = []
     for text, routing in routings.items():
@@ -197,7 +197,7 @@ def disk_rate(folder: Path) -> float:
     return read / spent
 
 
-def measure(model_folder: Path, rounds: int = ROUNDS) -> tuple[dict[str, Any], dict[str, Routing]]:
+def measure(model_folder: Path, rounds: int = ROUNDS) -> tuple[dict[str, Any], dict[str, RoutingTrace]]:
     """Everything of one model, and the routings by text.
 
     Raises:
@@ -238,7 +238,7 @@ def run(model: Path, folder: Path, budget: float) -> None:
     del budget
     prepare_folder(folder, ["offload"])
     found, routings = measure(model)
-    for number, (text, routing) in enumerate(routings.items()):
+    for number, routing in enumerate(routings.values()):
         routing.save(folder / f"routing_{number}.safetensors")
     write_atomic(folder / "offload.json", json.dumps(found | provenance(Cpu()), indent=1) + "\n")
     from experiments.bench.offload_plot import draw

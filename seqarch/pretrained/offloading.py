@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from pathlib import Path
 
@@ -175,7 +176,7 @@ def offload_experts(
         layers[name] = OffloadedExperts(reader, places, offload.make_policy(), worker)
         mixture.offload(layers[name])
     found = list(layers.values())
-    for each, following in zip(found, found[1:], strict=False):
+    for each, following in pairwise(found):
         each.precede(following)
     model.requires_grad_(False)
     model.expert_store = ExpertStore(layers, {file for each in sources.values() for file in files_of(each)})

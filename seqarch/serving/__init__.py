@@ -10,7 +10,7 @@ print(second.result())
 
 from seqarch.serving.generator import Generator
 from seqarch.serving.request import Cancelled, Request
-from seqarch.serving.routing import Routing, record_routing, replay
+from seqarch.serving.routing import RoutingTrace, record_routing, replay
 from seqarch.serving.speculative import Draft, PromptLookup, Speculated, speculate
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "Generator",
     "PromptLookup",
     "Request",
-    "Routing",
+    "RoutingTrace",
     "Speculated",
     "record_routing",
     "replay",

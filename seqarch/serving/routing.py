@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from os import PathLike
 
@@ -23,11 +24,12 @@ KEY = "seqarch_routing"
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingTrace:
     """The experts that the tokens of a text were sent to, one token after another.
 
     Attributes:
-        index: ``[T, L, k]`` int16: of each token the k experts of each of the L layers with experts, the heaviest first.
+        index: ``[T, L, k]`` int16: of each token the k experts of each of the L layers with experts, the heaviest
+            first.
         experts: of a layer.
     """
 
@@ -39,7 +41,7 @@ class Routing:
         save_file({"index": self.index.contiguous()}, path, metadata={KEY: str(self.experts)})
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Routing:
+    def load(cls, path: str | PathLike[str]) -> RoutingTrace:
         """What :meth:`save` wrote.
 
         Raises:
@@ -51,13 +53,13 @@ class Routing:
                 index = file.get_tensor("index") if experts else torch.empty(0)
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} holds no routing: {error}") from error
-        if index.ndim != 3 or not (0 <= int(index.amin()) and int(index.amax()) < experts):
+        if index.ndim != 3 or not (int(index.amin()) >= 0 and int(index.amax()) < experts):
             raise ValueError(f"{path} holds no routing, [tokens, layers, k] of expert numbers below {experts}")
         return cls(index, experts)
 
 
 @torch.no_grad()
-def record_routing(model: LanguageModel, tokens: Tensor) -> Routing:
+def record_routing(model: LanguageModel, tokens: Tensor) -> RoutingTrace:
     """Where a model sends the tokens ``[B, T]`` of B texts, read whole: as it would decode them, but for rounding.
 
     Raises:
@@ -70,10 +72,10 @@ def record_routing(model: LanguageModel, tokens: Tensor) -> Routing:
         raise ValueError(f"record_routing: expected a model whose experts are as many in all layers, got {kinds}")
     model.features(tokens)
     chosen = [each.routing.index for each in mixtures if each.routing is not None]
-    return Routing(torch.stack(chosen, dim=1).to("cpu", torch.int16), next(iter(sizes))[0])
+    return RoutingTrace(torch.stack(chosen, dim=1).to("cpu", torch.int16), next(iter(sizes))[0])
 
 
-def replay(routing: Routing, places: int, policy: str | Callable[[], Policy] = "lru") -> ExpertUse:
+def replay(routing: RoutingTrace, places: int, policy: str | Callable[[], Policy] = "lru") -> ExpertUse:
     """How caches of ``places`` experts a layer are used where the tokens are decoded one at a time.
 
     The code is that of a model which was read with ``experts_in_memory=places``, but that nothing is read: ``bytes``
@@ -86,7 +88,7 @@ def replay(routing: Routing, places: int, policy: str | Callable[[], Policy] = "
         raise ValueError(f"replay: places is {show(places)}, expected a number of at least 1")
     make_policy = policy_maker(policy)
     caches = [ExpertCache(places, make_policy()) for _ in range(routing.index.shape[1])]
-    for cache, following in zip(caches, caches[1:], strict=False):
+    for cache, following in pairwise(caches):
         cache.following = following
     for token in routing.index.tolist():
         for cache, chosen in zip(caches, token, strict=True):

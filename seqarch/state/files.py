@@ -48,7 +48,8 @@ def fingerprint(model: LanguageModel) -> str:
     options = {field.name: getattr(model.config, field.name) for field in fields(model.config)}
     digest.update(json.dumps(options, sort_keys=True, default=repr).encode())
     away = dict(_experts_away(model))
-    for name, tensor in sorted({**model.state_dict(), **{name: each.form[own] for name, (each, own) in away.items()}}.items()):
+    forms = {name: experts.form[own] for name, (experts, own) in away.items()}
+    for name, tensor in sorted((model.state_dict() | forms).items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         for part in [tensor] if name not in away else away[name][0].all_of(away[name][1]):
             plain = part.detach().cpu().contiguous()
@@ -57,7 +58,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 def _experts_away(model: LanguageModel) -> Iterator[tuple[str, tuple[OffloadedExperts, str]]]:
-    """Experts that are not all in memory, and their matrices' own names, by the names that these have in a whole model."""
+    """Experts that are not all in memory, with a matrix's own name, by the name that it has in a whole model."""
     for path, module in model.named_modules():
         if isinstance(module, OffloadedExperts):
             yield from ((f"{path.rpartition('.')[0]}.{own}", (module, own)) for own in module.form)

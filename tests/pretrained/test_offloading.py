@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqarch import LanguageModel
+from seqarch import LanguageModel, quantize
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.layers.channel.expert_cache import LRU
 from seqarch.state import fingerprint
@@ -33,9 +33,13 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "experts"),
-    [(None, {"gated": False, "shared_experts": 1}), (None, {"activation": "quick_gelu", "limit": 7.0, "bias": True}),
-     (None, {"capacity_factor": 0.5}), ("mixtral", {})],
-)  # fmt: skip
+    [
+        (None, {"gated": False, "shared_experts": 1}),
+        pytest.param(None, {"activation": "quick_gelu", "limit": 7.0, "bias": True}, marks=pytest.mark.slow),
+        pytest.param(None, {"capacity_factor": 0.5}, marks=pytest.mark.slow),
+        pytest.param("mixtral", {}, marks=pytest.mark.slow),
+    ],
+)
 def test_it_computes_the_same_to_the_bit_however_few_are_in_memory(family, experts, tmp_path):
     folder = saved(tmp_path / "model", family=family, **experts)
     whole = LanguageModel.from_pretrained(folder)
@@ -52,32 +56,33 @@ def test_it_computes_the_same_to_the_bit_however_few_are_in_memory(family, exper
         assert places != 2 or fingerprint(model) == fingerprint(whole)
         one = next(iter(store.layers.values())).expert_bytes
         use = store.use
-        assert (use.bytes == (use.read + use.ahead) * one) and use.hits + use.read == use.asked > 0
+        assert use.bytes == (use.read + use.ahead) * one
+        assert use.hits + use.read == use.asked
         assert 0 < use.read <= (16 if places == 20 else use.asked)
 
 
 def test_a_file_that_is_gone_or_another_is_named_and_decoding_goes_on_once_it_is_back(folder, tmp_path):
-    model, whole = LanguageModel.from_pretrained(folder, experts_in_memory=1), LanguageModel.from_pretrained(folder)
+    model = LanguageModel.from_pretrained(folder, experts_in_memory=1)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     file = folder / index["weight_map"]["stack.layers.1.channel.w_in"]
     with torch.no_grad():
-        decoded = whole.generate([[1, 2, 3]], 12)[0]
-        model.generate([[1, 2, 3]], 2)
+        decoded, logits = model.generate([1, 2, 3], 12)[0], model(TOKENS)[0]
         file.rename(tmp_path / "elsewhere")
         with pytest.raises(CheckpointError, match=rf"cannot read the experts in {file}: No such file"):
-            model.generate([[1, 2, 3]], 12)
+            model.generate([1, 2, 3], 12)
         (tmp_path / "elsewhere").rename(file)
-        assert torch.equal(model.generate([[1, 2, 3]], 12)[0], decoded)
+        assert torch.equal(model.generate([1, 2, 3], 12)[0], decoded)
+        assert torch.equal(model(TOKENS)[0], logits)
         os.utime(file, (1, 1))
         with pytest.raises(CheckpointError, match=rf"{file} has changed since the model was read"):
-            model.generate([[1, 2, 3]], 12)
+            model(TOKENS)
 
 
 def test_reading_ahead_of_a_file_that_is_gone_is_an_error_of_who_asks_for_it(folder, tmp_path):
     model = LanguageModel.from_pretrained(folder, experts_in_memory=2, expert_policy="layer_before")
     _, second = model.expert_store.layers.values()
     with torch.no_grad():
-        wanted = [model(TOKENS)[0] for _ in range(2)][0]
+        wanted = model(TOKENS)[0]
         moved = [(file, tmp_path / file.name) for file in folder.glob("model-*.safetensors")]
         for file, other in moved:
             file.rename(other)
@@ -110,8 +115,6 @@ def test_folders_whose_experts_cannot_be_read_one_by_one_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=f"{dense} has no mixture of experts: leave experts_in_memory out"):
         LanguageModel.from_pretrained(dense, experts_in_memory=2)
     model = LanguageModel.from_pretrained(saved(tmp_path / "plain", hidden=64))
-    from seqarch import quantize
-
     quantize(model, "int8", group_size=32).save_pretrained(tmp_path / "small")
     with pytest.raises(CheckpointError, match="channel is quantised, expected plain experts"):
         LanguageModel.from_pretrained(tmp_path / "small", experts_in_memory=2)

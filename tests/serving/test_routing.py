@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 
 from seqarch import LanguageModel
 from seqarch.layers.channel.expert_cache import ExpertUse
-from seqarch.serving import Routing, record_routing, replay
+from seqarch.serving import RoutingTrace, record_routing, replay
 
 
-def routing(*layers: list[int]) -> Routing:
+def routing(*layers: list[int]) -> RoutingTrace:
     """One expert a token."""
-    return Routing(torch.tensor(layers, dtype=torch.int16).T[:, :, None], 8)
+    return RoutingTrace(torch.tensor(layers, dtype=torch.int16).T[:, :, None], 8)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,9 @@ def test_a_model_that_decodes_uses_its_experts_as_the_replay_says(tmp_path):
     found = record_routing(LanguageModel.from_pretrained(tmp_path / "model"), tokens)
     assert found.index.shape == (60, 3, 2)
     found.save(tmp_path / "routing.safetensors")
-    again = Routing.load(tmp_path / "routing.safetensors")
-    assert torch.equal(again.index, found.index) and again.experts == 8
+    again = RoutingTrace.load(tmp_path / "routing.safetensors")
+    assert torch.equal(again.index, found.index)
+    assert again.experts == 8
     for policy in ("lru", "lfu", "layer_before"):
         model = LanguageModel.from_pretrained(tmp_path / "model", experts_in_memory=3, expert_policy=policy)
         state = None
@@ -61,7 +62,7 @@ def test_what_is_no_routing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a model whose experts are as many in all layers, got none"):
         record_routing(LanguageModel(vocab_size=9, d_model=32, pattern="gla", depth=1), torch.zeros(1, 2).long())
     with pytest.raises(ValueError, match="nothing holds no routing"):
-        Routing.load(tmp_path / "nothing")
+        RoutingTrace.load(tmp_path / "nothing")
     save_file({"index": torch.zeros(2, 2, 2, dtype=torch.int16)}, tmp_path / "other")
     with pytest.raises(ValueError, match="other holds no routing"):
-        Routing.load(tmp_path / "other")
+        RoutingTrace.load(tmp_path / "other")

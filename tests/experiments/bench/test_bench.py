@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,7 +19,7 @@ from torch import Tensor
 from docs import benchmarks
 from docs.benchmarks import kept_targets
 from experiments.bench import __main__ as command
-from experiments.bench import baselines, devices, measure, models, peak_memory, targets, tokens, training_steps
+from experiments.bench import baselines, devices, measure, models, offload, peak_memory, targets, tokens, training_steps
 from experiments.bench.benchmark import AUTO, MODES, PASSES, Absent, Benchmark, Cost, Implementation, Workload
 from experiments.bench.benchmarks import BENCHMARKS, OPERATIONS, names_on
 from experiments.bench.devices import Ceilings, Cpu
@@ -30,6 +31,7 @@ from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel
 from seqarch.models.stack import Stack
 from seqarch.ops import OPS
+from seqarch.serving import RoutingTrace, replay
 
 ON_CPU = [name for name in OPERATIONS if name in names_on("cpu")]
 OTHER_WORK = {"SDPA", "FlexAttention", "dense MLP", "mambapy"}
@@ -390,6 +392,38 @@ def test_records_of_a_bench_are_written_again(small, tmp_path):
     (tmp_path / "targets.csv").write_text("mine")
     with pytest.raises(RunnerError, match=r"targets\.csv is no record of a bench"):
         prepare_folder(tmp_path, ["small", "targets"])
+
+
+def test_experts_on_disk_are_measured_beside_all_in_memory(tmp_path, monkeypatch, capsys):
+    experts = {"num_experts": 2, "top_k": 1, "normalise_weights": False, "hidden": 32}
+    model = LanguageModel(vocab_size=50, d_model=32, pattern="min_gru/moe", depth=2, channels={"moe": experts}).eval()
+    model.save_pretrained(tmp_path / "model")
+    text = np.random.default_rng(0).integers(50, size=(2, 16))
+    for name, value in (("DECODED", 3), ("texts", lambda config: {"a text": text}), ("POLICIES", {"lfu": None})):
+        monkeypatch.setattr(offload, name, value)
+    arguments = ["--folder", str(tmp_path / "bench"), "offload", "--model", str(tmp_path / "model")]
+    command.main(arguments)
+    found = json.loads((tmp_path / "bench" / "offload.json").read_text())
+    whole, one, both, cold, _ = found["decoded"]
+    assert [row["places"] for row in found["decoded"]] == [None, 1, 2, 1, 2]
+    assert [row["files"] for row in (whole, one, cold)] == ["", "system's memory", "disk"]
+    assert whole["bytes_per_token"] == 0 <= both["bytes_per_token"] < one["bytes_per_token"] == cold["bytes_per_token"]
+    least, replayed = ([r["hit_rate"] for r in found["replayed"] if r["policy"] == p] for p in (offload.BEST, "lfu"))
+    assert len(least) == 2
+    assert all(best >= rate for best, rate in zip(least, replayed, strict=True))
+    assert (tmp_path / "bench" / "offload.png").exists()
+    assert RoutingTrace.load(tmp_path / "bench" / "routing_0.safetensors").index.shape == (32, 2, 1)
+    assert "of all in memory" in capsys.readouterr().out
+    LanguageModel(vocab_size=50, d_model=32, pattern="min_gru", depth=1).save_pretrained(tmp_path / "dense")
+    with pytest.raises(SystemExit, match=r"bench offload: .* got none"):
+        command.main([*arguments[:-1], str(tmp_path / "dense")])
+
+
+def test_the_least_possible_reads_of_experts_are_those_of_who_knows_the_future():
+    """On Belady's own kind of example, where the least recently used is always what comes next."""
+    routing = RoutingTrace(torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])[:, None, None], 3)
+    assert replay(routing, 2, "lru").hits == 0
+    assert offload.least_possible(routing, 2).hits == 3
 
 
 def test_a_token_is_measured_beside_its_weights(tmp_path, monkeypatch, capsys):
