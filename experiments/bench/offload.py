@@ -3,8 +3,9 @@
 Of a trained model with experts it records where held-out text is routed, a routing for each source of the run's text
 and one for needles hidden in code, and replays them with each policy and number of experts in memory, beside the fewest
 reads that are possible (Belady 1966: what is used again last makes room). Then it decodes the tokens of such text one
-at a time, with all experts in memory and with few, in turn, round after round: once with the files in the system's own
-memory, once with their pages forgotten after each read (``posix_fadvise``), so that each read is from the disk.
+at a time with few experts in memory, each burst right after one with all in memory, round after round: once with the
+files in the system's own memory, once with their pages forgotten after each read (``posix_fadvise``), so that each read
+is from the disk.
 """
 
 from __future__ import annotations
@@ -135,16 +136,16 @@ class Decoder:
         self.places, self.policy, self.is_cold = places, policy, is_cold
         self.model = LanguageModel.from_pretrained(folder, experts_in_memory=places, expert_policy=policy)
         self.tokens, self.at, self.seconds = tokens, 0, list[float]()
-        self.state = self.model.init_state(1, max_length=len(tokens) + 1)
         if self.model.expert_store is not None:
             self.model.expert_store.keep_pages = not is_cold
 
     @torch.no_grad()
     def burst(self, is_kept: bool = True) -> None:
-        """Decode some tokens, the next ones."""
+        """Decode some tokens, the next ones, from a new state."""
+        state = self.model.init_state(1, max_length=DECODED)
         start = time.perf_counter()
         for token in self.tokens[self.at : self.at + DECODED]:
-            features, self.state = self.model.features(token.view(1, 1), self.state)
+            features, state = self.model.features(token.view(1, 1), state)
             self.model.logits(features[:, -1])
         self.at += DECODED
         if is_kept:
@@ -152,11 +153,15 @@ class Decoder:
         elif self.model.expert_store is not None:
             self.model.expert_store.reset_use()
 
-    def row(self, whole: Decoder) -> dict[str, Any]:
-        """Medians, and the median over the rounds of the ratio to all experts in memory."""
+    def row(self, beside: Sequence[float]) -> dict[str, Any]:
+        """Medians.
+
+        Args:
+            beside: seconds of a token with all experts in memory, of the burst before each.
+        """
         store = self.model.expert_store
         use = ExpertUse() if store is None else store.use
-        ratios = [theirs / own for own, theirs in zip(self.seconds, whole.seconds, strict=True)]
+        ratios = [theirs / own for own, theirs in zip(self.seconds, beside, strict=True)]
         return {
             "policy": "all in memory" if store is None else self.policy,
             "places": self.places,
@@ -175,11 +180,15 @@ def decoded(folder: Path, tokens: Tensor, experts: int, rounds: int = ROUNDS) ->
     numbers = sorted({max(1, experts // part) for part in (8, 4, 2, 1)})
     cases = [(places, policy, cold) for cold in (False, True) for places in numbers for policy in POLICIES]
     tokens = tokens.repeat(-(-DECODED * (rounds + 1) // len(tokens)))[: DECODED * (rounds + 1)]
-    decoders = [Decoder(folder, tokens, *case) for case in [(None, "lru", False), *cases]]
+    whole, decoders = Decoder(folder, tokens, None, "lru", False), [Decoder(folder, tokens, *case) for case in cases]
+    beside: list[list[float]] = [[] for _ in cases]
     for number in range(rounds + 1):
-        for decoder in decoders:
+        for decoder, times in zip(decoders, beside, strict=True):
+            whole.at = decoder.at
+            whole.burst(is_kept=number > 0)
+            times += whole.seconds[-1:]
             decoder.burst(is_kept=number > 0)  # the first captures the step, and fills the caches
-    return [decoder.row(decoders[0]) for decoder in decoders]
+    return [whole.row(whole.seconds), *(decoder.row(times) for decoder, times in zip(decoders, beside, strict=True))]
 
 
 def disk_rate(folder: Path) -> float:
@@ -233,13 +242,12 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return row["policy"], places, row["files"], *rates, f"{row['speed']:.2f}"
 
 
-def run(model: Path, folder: Path, budget: float) -> None:
+def run(model: Path, folder: Path) -> None:
     """Measure a run's model; print a table, and write ``offload.json``, its picture and the routings."""
-    del budget
     prepare_folder(folder, ["offload"])
     found, routings = measure(model)
     for number, routing in enumerate(routings.values()):
-        routing.save(folder / f"routing_{number}.safetensors")
+        routing.save(folder / f"routing_{number}.json")
     write_atomic(folder / "offload.json", json.dumps(found | provenance(Cpu()), indent=1) + "\n")
     from experiments.bench.offload_plot import draw
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from operator import add
 from os import PathLike
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from seqarch.layers.channel.expert_cache import ExpertCache, ExpertUse, Policy, policy_maker
 from seqarch.layers.channel.moe import MixtureOfExperts
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import show
-
-KEY = "seqarch_routing"
-"""What the metadata of a file with a routing has the number of experts under."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,8 @@ class RoutingTrace:
     experts: int
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it to a file of safetensors."""
-        save_file({"index": self.index.contiguous()}, path, metadata={KEY: str(self.experts)})
+        """Write it to a file of JSON."""
+        Path(path).write_text(json.dumps({"experts": self.experts, "index": self.index.tolist()}), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingTrace:
@@ -48,13 +45,12 @@ class RoutingTrace:
             ValueError: the file holds no routing, or cannot be read.
         """
         try:
-            with safe_open(path, "pt") as file:
-                experts = int((file.metadata() or {}).get(KEY, 0))
-                index = file.get_tensor("index") if experts else torch.empty(0)
-        except (SafetensorError, OSError, ValueError) as error:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            index, experts = torch.tensor(content["index"], dtype=torch.int16), content["experts"]
+            if index.ndim != 3 or not 0 <= int(index.amin()) <= int(index.amax()) < experts:
+                raise ValueError(f"its numbers are not [tokens, layers, k], of experts below {experts}")
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} holds no routing: {error}") from error
-        if index.ndim != 3 or not (int(index.amin()) >= 0 and int(index.amax()) < experts):
-            raise ValueError(f"{path} holds no routing, [tokens, layers, k] of expert numbers below {experts}")
         return cls(index, experts)
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,19 @@ from torch import Tensor
 from docs import benchmarks
 from docs.benchmarks import kept_targets
 from experiments.bench import __main__ as command
-from experiments.bench import baselines, devices, measure, models, offload, peak_memory, targets, tokens, training_steps
+from experiments.bench import (
+    baselines,
+    decode,
+    devices,
+    measure,
+    models,
+    offload,
+    peak_memory,
+    peers,
+    targets,
+    tokens,
+    training_steps,
+)
 from experiments.bench.benchmark import AUTO, MODES, PASSES, Absent, Benchmark, Cost, Implementation, Workload
 from experiments.bench.benchmarks import BENCHMARKS, OPERATIONS, names_on
 from experiments.bench.devices import Ceilings, Cpu
@@ -412,7 +425,7 @@ def test_experts_on_disk_are_measured_beside_all_in_memory(tmp_path, monkeypatch
     assert len(least) == 2
     assert all(best >= rate for best, rate in zip(least, replayed, strict=True))
     assert (tmp_path / "bench" / "offload.png").exists()
-    assert RoutingTrace.load(tmp_path / "bench" / "routing_0.safetensors").index.shape == (32, 2, 1)
+    assert RoutingTrace.load(tmp_path / "bench" / "routing_0.json").index.shape == (32, 2, 1)
     assert "of all in memory" in capsys.readouterr().out
     LanguageModel(vocab_size=50, d_model=32, pattern="min_gru", depth=1).save_pretrained(tmp_path / "dense")
     with pytest.raises(SystemExit, match=r"bench offload: .* got none"):
@@ -513,3 +526,40 @@ def test_targets_are_printed_and_written(small, monkeypatch, tmp_path, capsys):
 def test_importing_the_package_is_light():
     code = "import sys, experiments.bench; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.slow
+def test_whole_models_are_measured_beside_what_one_would_pick_instead(tmp_path, monkeypatch, capsys):
+    """Of the same weights: a Llama, whose cache is lengthened, beside transformers; llama.cpp where it is not there."""
+    small = {"vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8,
+             "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    monkeypatch.setattr(peers, "MODELS", {"llama": peers.MODELS["llama 130M"] | small})
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    for name in ("PROMPTS", "CONTEXTS"):
+        monkeypatch.setattr(peers, name, (8, 16))
+    monkeypatch.setattr(decode, "MODELS", peers.MODELS)
+    monkeypatch.setattr(decode, "PROMPTS", (8,))
+    monkeypatch.setattr(decode, "MemoryRates", partial(decode.MemoryRates, 2**24))
+    options = {"only": "", "peers": ("transformers", "llama.cpp"), "rows": (1, 4), "contexts": (8, 16), "rounds": 1}
+    decode.run(Namespace(folder=tmp_path, **options))
+    absent, *rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert absent["absent"] == "llama-cpp-python is not installed"
+    places = [(row["implementation"], row["rows"], row["context"]) for row in rows]
+    assert places == [(name, n, c) for n in (1, 4) for c in (8, 16) for name in ("seqarch", "transformers")]
+    assert all(row["apart"] < 1e-5 and row["rounds"] == 1 for row in rows)
+    assert (tmp_path / "decode.png").exists()
+    assert "of the ceiling" in capsys.readouterr().out
+
+
+def test_a_lengthened_cache_is_that_of_the_context(tmp_path):
+    settings = peers.MODELS["llama 130M"] | {"vocab_size": 64, "num_hidden_layers": 1}
+    models.load_theirs(settings).save_pretrained(tmp_path)
+    theirs, ours = peers.Theirs(tmp_path, settings), peers.Ours(tmp_path)
+    prompt = torch.arange(8)[None]
+    with torch.no_grad():
+        for peer in (theirs, ours):
+            peer.read(prompt)
+            peer.lengthen(20)
+        assert torch.allclose(theirs.step(prompt[:, 0]), ours.step(prompt[:, 0]), atol=1e-4)
+    (cache,) = theirs.cache.values()
+    assert cache.get_seq_length() == 21
