@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.benchmarks import BENCHMARKS, names_on
+from experiments.bench.decode import HEADER as HEADER_OF_DECODE
+from experiments.bench.decode import cells as decode_cells
 from experiments.bench.offload import HEADER as HEADER_OF_OFFLOAD
 from experiments.bench.offload import cells as offload_cells
 from experiments.bench.sizes import CUDA
@@ -145,3 +147,22 @@ def _replayed(rows: list[dict[str, Any]]) -> str:
     names = dict.fromkeys((row["text"], row["policy"]) for row in rows)
     lines = ([*name, *(f"{found[*name, number]:.1%}" for number in places)] for name in names)
     return table(("text", "policy", *map(str, places)), lines, align="--:", left=2)
+
+
+def decode_tables() -> str:
+    """Whole models beside what one would pick instead: the machine, the picture, the rows, and what could not run."""
+    path = RESULTS / "decode.json"
+    if not path.exists():
+        return "Not measured yet."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    machine, packages = kept["hardware"], kept["software"]["packages"]
+    measured = [row for row in kept["rows"] if "absent" not in row]
+    about = (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {packages['torch']}, transformers"
+        f" {packages.get('transformers', '?')}, code {str(kept['code']['commit'])[:10]}; other processes took"
+        f" {kept['others']:.0%} of the machine. Memory was read at {kept['memory_bytes_per_second'] / 1e9:.0f} GB/s."
+    )
+    picture = "![Tokens per second against context, a panel a model](results/cpu/decode.png)"
+    rows = table(HEADER_OF_DECODE, map(decode_cells, measured), align="--:", left=2)
+    absent = dict.fromkeys(f"{row['implementation']}: {row['absent']}" for row in kept["rows"] if "absent" in row)
+    return "\n\n".join([about, picture, rows, *([f"Absent: {'; '.join(absent)}."] if absent else [])])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,13 +32,13 @@ from seqarch.pretrained.gguf_file import save_gguf
 
 BASE = {"vocab_size": models.VOCABULARY, "num_hidden_layers": 12}
 MODELS: dict[str, dict[str, Any]] = {
-    "mamba 130M": models.MAMBA_130M.theirs,
-    "mamba2 130M": models.MODELS["mamba2"].theirs | BASE | {"num_hidden_layers": 24},
     "llama 130M": models.MODELS["attention"].theirs | BASE,
     "qwen3_next hybrid": models.MODELS["gated_delta_net"].theirs
     | BASE
     | {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 3, "mlp_only_layers": list(range(12))},
     "falcon_h1 hybrid": models.FALCON_H1 | BASE,
+    "mamba 130M": models.MAMBA_130M.theirs,
+    "mamba2 130M": models.MODELS["mamba2"].theirs | BASE | {"num_hidden_layers": 24},
 }
 """Settings of ``transformers``: 12 layers of width 768, 24 where there are no MLPs between."""
 
@@ -142,13 +143,11 @@ class LlamaCpp:
             raise Absent("llama-cpp-python is not installed")
         if family not in ARCHITECTURES:
             raise Absent(f"llama.cpp's files of {family} are not written")
-        from llama_cpp import Llama
-
         self.file = folder / "model.gguf"
         if not self.file.exists():
             save_gguf(LanguageModel.from_pretrained(folder), self.file)
         options = {"n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads(), "verbose": False}
-        self.model = Llama(str(self.file), n_ctx=max(PROMPTS) + ROOM, n_batch=512, **options)
+        self.model = import_module("llama_cpp").Llama(str(self.file), n_ctx=max(PROMPTS) + ROOM, n_batch=512, **options)
 
     def read(self, prompt: Tensor) -> Tensor:
         if len(prompt) > 1:

@@ -407,6 +407,7 @@ def test_records_of_a_bench_are_written_again(small, tmp_path):
         prepare_folder(tmp_path, ["small", "targets"])
 
 
+@pytest.mark.slow
 def test_experts_on_disk_are_measured_beside_all_in_memory(tmp_path, monkeypatch, capsys):
     experts = {"num_experts": 2, "top_k": 1, "normalise_weights": False, "hidden": 32}
     model = LanguageModel(vocab_size=50, d_model=32, pattern="min_gru/moe", depth=2, channels={"moe": experts}).eval()
