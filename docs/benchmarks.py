@@ -158,8 +158,8 @@ def decode_tables() -> str:
     machine, packages = kept["hardware"], kept["software"]["packages"]
     measured = [row for row in kept["rows"] if "absent" not in row]
     about = (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {packages['torch']}, transformers"
-        f" {packages.get('transformers', '?')}, code {str(kept['code']['commit'])[:10]}; other processes took"
+        f"{machine['cpu']}, {machine['threads']} threads, torch {packages['torch']},"
+        f" code {str(kept['code']['commit'])[:10]}; other processes took"
         f" {kept['others']:.0%} of the machine. Memory was read at {kept['memory_bytes_per_second'] / 1e9:.0f} GB/s."
     )
     picture = "![Tokens per second against context, a panel a model](results/cpu/decode.png)"
