@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.benchmarks import BENCHMARKS, names_on
+from experiments.bench.decode import HEADER as HEADER_OF_DECODE
+from experiments.bench.decode import cells as decode_cells
+from experiments.bench.offload import HEADER as HEADER_OF_OFFLOAD
+from experiments.bench.offload import cells as offload_cells
 from experiments.bench.sizes import CUDA
 from experiments.bench.targets import HEADER, Result
 from experiments.util.blocks import table
@@ -108,3 +112,57 @@ def _table(rows: list[dict[str, Any]], widths: bool) -> str:
 
 def _cell(row: dict[str, Any] | None) -> str:
     return "–" if row is None else f"{row['median_ms']:.3g} ({row['share']:.0%})"
+
+
+def offload_tables() -> str:
+    """What experts on disk cost: the model, the picture, decoding by policy and number, and the replayed hit rates."""
+    path = RESULTS / "offload.json"
+    if not path.exists():
+        return "Not measured yet."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    model, machine, rows = kept["model"], kept["hardware"], kept["decoded"]
+    whole, mega = rows[0], 1e6
+    of_expert = next(row["memory_bytes"] / row["places"] for row in rows if row["places"]) / model["layers"]
+    about = (
+        f"{model['layers']} layers of {model['experts']} experts of {of_expert / mega:.2f} MB, {model['top_k']} a"
+        f" token, {model['parameters'] / mega:.0f} million parameters in all. {machine['cpu']}, {machine['threads']}"
+        f" threads, torch {kept['software']['packages']['torch']}, code {str(kept['code']['commit'])[:10]}; others"
+        f" took {kept['others']:.0%} of the machine. The disk gave {kept['disk_bytes_per_second'] / mega:.0f} MB/s."
+        f" With all experts in memory: {whole['tokens_per_second']:.0f} tokens/s."
+    )
+    picture = "![Hit rates and tokens per second against the experts of each layer in memory](cpu/offload.png)"
+    speeds = table(
+        HEADER_OF_OFFLOAD,
+        (offload_cells(row) for row in rows[1:]),
+        align="--:",
+        left=3,
+    )
+    return "\n\n".join([about, picture, "### Decoded", speeds, "### Replayed", _replayed(kept["replayed"])])
+
+
+def _replayed(rows: list[dict[str, Any]]) -> str:
+    """Hit rates by text and policy, a column for each number of experts in memory."""
+    places = sorted({row["places"] for row in rows})
+    found = {(row["text"], row["policy"], row["places"]): row["hit_rate"] for row in rows}
+    names = dict.fromkeys((row["text"], row["policy"]) for row in rows)
+    lines = ([*name, *(f"{found[*name, number]:.1%}" for number in places)] for name in names)
+    return table(("text", "policy", *map(str, places)), lines, align="--:", left=2)
+
+
+def decode_tables() -> str:
+    """Whole models beside what one would pick instead: the machine, the picture, the rows, and what could not run."""
+    path = RESULTS / "decode.json"
+    if not path.exists():
+        return "Not measured yet."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    machine, packages = kept["hardware"], kept["software"]["packages"]
+    measured = [row for row in kept["rows"] if "absent" not in row]
+    about = (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {packages['torch']},"
+        f" code {str(kept['code']['commit'])[:10]}; other processes took"
+        f" {kept['others']:.0%} of the machine. Memory was read at {kept['memory_bytes_per_second'] / 1e9:.0f} GB/s."
+    )
+    picture = "![Tokens per second against context, a panel a model](results/cpu/decode.png)"
+    rows = table(HEADER_OF_DECODE, map(decode_cells, measured), align="--:", left=2)
+    absent = dict.fromkeys(f"{row['implementation']}: {row['absent']}" for row in kept["rows"] if "absent" in row)
+    return "\n\n".join([about, picture, rows, *([f"Absent: {'; '.join(absent)}."] if absent else [])])

@@ -49,7 +49,9 @@ def _model(pattern: str) -> LanguageModel:
     """The model without numbers, of as many whole periods of its pattern as are nearest to ``DEPTH`` layers."""
     period = sum(int(part.partition("*")[0]) if "*" in part else 1 for part in pattern.split())
     with torch.device("meta"):
-        return LanguageModel(vocab_size=VOCABULARY, d_model=WIDTH, pattern=pattern, depth=period * round(DEPTH / period))
+        return LanguageModel(
+            vocab_size=VOCABULARY, d_model=WIDTH, pattern=pattern, depth=period * round(DEPTH / period)
+        )
 
 
 def _held(pattern: str) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from docs.benchmarks import bench_tables, gpu_tables, target_table
+from docs.benchmarks import bench_tables, decode_tables, gpu_tables, offload_tables, target_table
 from docs.choosing import quality_table, speed_table, state_table
 from docs.costs import costs
 from docs.docstrings import (
@@ -149,8 +149,14 @@ def layer_sections() -> str:
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
     Path("docs/architecture.md"): {"rooms": room_table},
-    Path("docs/bench.md"): {"targets": target_table, "bench": bench_tables, "gpu bench": gpu_tables},
+    Path("docs/bench.md"): {
+        "targets": target_table,
+        "decode": decode_tables,
+        "bench": bench_tables,
+        "gpu bench": gpu_tables,
+    },
     Path("docs/choosing.md"): {"states": state_table, "speed": speed_table, "quality": quality_table},
+    Path("docs/results/offload.md"): {"offload": offload_tables},
     Path("docs/matching.md"): {f"matching {width}": partial(matching_table, width) for width in PARAMETERS},
     Path("docs/tasks.md"): {"overview": task_table, "tasks": task_sections},
     MIXERS_PAGE: {"costs": cost_table, "layers": layer_sections},

@@ -69,7 +69,7 @@ COMMANDS = {
         "bench.__main__",
         "time this machine's kernels against what one would use without them",
         "targets --device --benchmarks --lengths --widths --tokens --quick --dtype --budget --minutes --folder"
-        " --only-checks --only",
+        " --only-checks --only --model --peers --rows --contexts --rounds",
     ),
     "study": Command(
         "study",

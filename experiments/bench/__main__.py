@@ -5,7 +5,9 @@ Each benchmark is run at several sizes, its implementations in turn, and written
 own ceilings, measured in the same run, and the peak of memory. ``--device cuda`` measures this machine's GPU, and only
 once the kernels have passed every check on it. ``targets`` prints the project's table of targets for a CPU instead,
 with what this machine reaches, ``tokens`` one decoded token of each mixer beside reading its weights once,
-``quantized`` one with weights of fewer bits, and ``loading`` a model's folder beside reading its bytes.
+``quantized`` one with weights of fewer bits, ``loading`` a model's folder beside reading its bytes, ``offload`` a trained
+model of which some experts are in memory and the others on disk, and ``decode`` whole models beside what one would pick
+instead.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.bench import checks, loading, quantized, targets, tokens
+from experiments.bench import checks, decode, loading, offload, peers, quantized, targets, tokens
 from experiments.bench.benchmarks import BENCHMARKS, names_on
 from experiments.bench.devices import DEVICES, Ceilings, Device
 from experiments.bench.measure import Measurement, plan
@@ -33,12 +35,39 @@ QUICK = (512, 2048, 8192)
 QUICK_BUDGET = 0.5
 NO_DEVICE = "this bench times a CUDA device, and torch sees none: run it where there is one, with torch's CUDA build"
 NO_TESTS = "this bench first runs the kernels' tests on a GPU, and only a checkout of seqarch has them: run it from one"
-COMMANDS = {
-    "loading": (loading.run, "load folders of a gigabyte, beside reading their bytes"),
-    "targets": (targets.run, "print the targets beside what is reached"),
-    "tokens": (tokens.run, "one decoded token of each mixer, beside reading its weights once"),
-    "quantized": (quantized.run, "one decoded token with weights of 16, 8 and 4 bits, beside float32"),
+
+
+def _by_name(run: Callable[[str, Path, float], None]) -> Callable[[argparse.Namespace], None]:
+    """A command that takes a part of the rows' names, a folder and seconds."""
+    return lambda given: run(given.only, given.folder, given.budget)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
+    "loading": (_by_name(loading.run), "load folders of a gigabyte, beside reading their bytes"),
+    "targets": (_by_name(targets.run), "print the targets beside what is reached"),
+    "tokens": (_by_name(tokens.run), "one decoded token of each mixer, beside reading its weights once"),
+    "quantized": (_by_name(quantized.run), "one decoded token with weights of 16, 8 and 4 bits, beside float32"),
+    "offload": (
+        lambda given: offload.run(given.model, given.folder),
+        "a model with few experts in memory and the others on disk",
+    ),
+    "decode": (decode.run, "prompts and tokens of whole models, beside transformers, mambapy and llama.cpp"),
 }
+ONLY = {"default": "", "help": "the rows whose name has this in it, which are shown and not written"}
+DECODE: dict[str, dict[str, Any]] = {
+    "--only": {"default": "", "help": f"the models whose name has this in it, of {', '.join(peers.MODELS)}"},
+    "--peers": {"nargs": "*", "choices": peers.PEERS, "default": peers.PEERS, "help": "beside seqarch; default: all"},
+    "--rows": {"nargs": "+", "type": int, "choices": peers.ROWS, "default": peers.ROWS, "help": "decoded together"},
+    "--contexts": {
+        "nargs": "+",
+        "type": int,
+        "choices": peers.CONTEXTS,
+        "default": peers.CONTEXTS,
+        "help": "in tokens",
+    },
+    "--rounds": {"type": int, "default": peers.ROUNDS, "help": "of bursts that count"},
+}
+MODEL = {"required": True, "type": Path, "help": "a finished run's folder, of seqarch run experiment=experts"}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -60,9 +89,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only-checks", action="store_true", help="check the kernels on a GPU and time nothing")
     commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
     for name, (_, what) in COMMANDS.items():
-        commands.add_parser(name, help=what).add_argument(
-            "--only", default="", help="the rows whose name has this in it, which are shown and not written"
-        )
+        command = commands.add_parser(name, help=what, allow_abbrev=False)
+        for option, about in {"offload": {"--model": MODEL}, "decode": DECODE}.get(name, {"--only": ONLY}).items():
+            command.add_argument(option, **about)
     options = parser.parse_args(arguments)
     setup = SETUPS[options.device]
     if problem := _for_the_other_device(options, setup):
@@ -143,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(NO_TESTS)
     try:
         if options.command:
-            COMMANDS[options.command][0](options.only, options.folder, options.budget)
+            COMMANDS[options.command][0](options)
             return
         if not options.only_checks:
             prepare_folder(options.folder, (file_name(n, options.device, options.dtype) for n in options.benchmarks))

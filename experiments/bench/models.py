@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,14 +43,18 @@ class Model:
         return replace(self, theirs=self.theirs | sizes)
 
 
-def _load(settings: dict[str, Any]) -> Any:
+def load_theirs(settings: dict[str, Any], folder: Path | None = None) -> Any:
+    """A model of ``transformers`` with random weights, or with those of a folder."""
     import transformers
 
     if settings.get("use_mambapy"):
         import mambapy.pscan  # noqa: F401 - without it transformers would take its default path in silence
 
     transformers.logging.set_verbosity_error()
-    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
+    config = transformers.AutoConfig.for_model(**settings)
+    if folder is not None:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def _training(model: nn.Module, loss: Call) -> Call:
@@ -73,7 +78,7 @@ def _training_ours(config: LMConfig) -> Implementation:
 
 def _training_theirs(settings: dict[str, Any]) -> Implementation:
     def bind(inputs: Inputs) -> tuple[Call, Inputs]:
-        model = _load(settings).train()
+        model = load_theirs(settings).train()
         return _training(model, lambda tokens: model(tokens, labels=tokens, use_cache=False).loss), inputs
 
     return Implementation(without_gpu_kernels(bind))
@@ -94,7 +99,7 @@ def _decoding_ours(config: LMConfig, inputs: Inputs) -> tuple[Call, Inputs]:
 
 @torch.no_grad()
 def _decoding_theirs(settings: dict[str, Any], inputs: Inputs) -> tuple[Call, Inputs]:
-    model, prompt = _load(settings).eval(), inputs["tokens"]
+    model, prompt = load_theirs(settings).eval(), inputs["tokens"]
     if set(settings.get("layer_types", ())) == {"linear_attention"}:
         raise Absent("the cache of transformers wants a layer of attention")
     read = model(prompt, use_cache=True)
@@ -161,6 +166,12 @@ QWEN3_NEXT = COMMON | LINEAR | HEADS | {
     **{"num_experts": 2, "num_experts_per_tok": 1, "attention_bias": False},
     **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
 }  # fmt: skip
+FALCON_H1 = COMMON | {
+    "model_type": "falcon_h1",
+    **{"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 1536},
+    **{"mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 128},
+    **{"mamba_d_conv": 4, "mamba_chunk_size": 256, "rms_norm_eps": 1e-5, "max_position_embeddings": 65536},
+}
 LLAMA = COMMON | HEADS | {"model_type": "llama", "intermediate_size": 2048}
 TRANSFORMER = LMConfig(
     vocab_size=512,

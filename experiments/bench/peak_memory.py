@@ -70,13 +70,14 @@ def _peak_here(point: Point) -> int:
     clock = nullcontext()
     replace(point, sizes=replace(point.sizes, length=WARM_UP)).work()(clock)  # loads code, starts threads
     gc.collect()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     work = point.work()
     Path(RESET).write_text("5")
     work(clock)
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(kind: str) -> int:
+def resident(kind: str) -> int:
+    """Bytes of this process, as Linux counts them: ``VmRSS`` now, ``VmHWM`` at the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return 1024 * int(line.split()[1])

@@ -87,9 +87,9 @@ class StackConfig:
         stream_output: what several come to after the last layer: their ``"sum"``, their ``"mean"`` or, with learnt
             weights, ``"weighted"``.
         sinkhorn_steps: how often ``"manifold"`` divides by the sums of columns, and of rows between.
-        init: how gates begin: ``"release"``, as in each mixer's own release, or ``"slow_gates"``, where they forget more
-            slowly, by the options that the mixer's ``Config.slow_gates`` names; options that are given go before these,
-            and a mixer without any begins as released (docs/results/initialisation.md).
+        init: how gates begin: ``"release"``, as in each mixer's own release, or ``"slow_gates"``, where they forget
+            more slowly, by the options that the mixer's ``Config.slow_gates`` names; options that are given go before
+            these, and a mixer without any begins as released (docs/results/initialisation.md).
     """
 
     d_model: int

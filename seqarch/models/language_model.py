@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch.layers import Layer
+from seqarch.layers.channel.expert_cache import Policy
+from seqarch.layers.channel.offloaded import OffloadedExperts
 from seqarch.layers.mixer import CuSeqlens, first_tensor, linear_flops
 from seqarch.layers.modules.configured import Configured, from_options
 from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
@@ -37,11 +40,13 @@ class LanguageModel(Configured):
         config: the :class:`LMConfig` that it was made of.
         tokenizer: with ``encode(text)`` and ``decode(tokens)``, of a model of text that was read from a folder.
         origin: the :class:`seqarch.checkpoints.origin.Origin` of a model that was read from a folder.
+        expert_store: the :class:`seqarch.pretrained.ExpertStore` of a model whose experts are not all in memory.
     """
 
     Config = LMConfig
     tokenizer: Any = None
     origin: Any = None
+    expert_store: Any = None
     generate = generate
     stream = stream
 
@@ -69,6 +74,8 @@ class LanguageModel(Configured):
         *,
         step: int | None = None,
         verify: bool = False,
+        experts_in_memory: int | None = None,
+        expert_policy: str | Callable[[], Policy] = "lru",
     ) -> LanguageModel:
         """The model of a folder, in eval mode, with its ``config``, its ``origin`` and, of text, its ``tokenizer``.
 
@@ -83,6 +90,11 @@ class LanguageModel(Configured):
             step: of another checkpoint of a run.
             verify: also compare the files with the SHA-256 in the folder's manifest, which reads them once more.
                 Otherwise their sizes and headers are compared.
+            experts_in_memory: how many routed experts of each layer are in memory at once; the others stay in the
+                folder's files, and are read when a token asks for them. The model computes the same, to the bit, on a
+                CPU and without gradients. By default all.
+            expert_policy: which expert makes room for another: ``"lru"``, ``"lfu"``, or ``"layer_before"``, which reads
+                ahead; or what makes a :class:`seqarch.layers.channel.expert_cache.Policy` for each layer.
 
         Raises:
             CheckpointError: the folder holds no such model, or a file is missing, damaged or unsafe, or has other
@@ -90,7 +102,8 @@ class LanguageModel(Configured):
         """
         import seqarch
 
-        return seqarch.pretrained.from_pretrained(path, dtype, device, step=step, verify=verify)
+        offload = {"experts_in_memory": experts_in_memory, "expert_policy": expert_policy}
+        return seqarch.pretrained.from_pretrained(path, dtype, device, step=step, verify=verify, **offload)
 
     def save_pretrained(
         self, path: str | PathLike[str], *, family: str | None = None, max_shard_size: int | str = "5GB"
@@ -343,9 +356,10 @@ class LanguageModel(Configured):
         return self.stack.step_flops(length, batch_size) + linear_flops(self.head, batch_size)
 
     def num_parameters(self) -> int:
-        """Parameters and quantised weights, shared ones counted once."""
+        """Parameters, quantised weights and experts on disk, shared ones counted once."""
         small = {id(q.codes): q.weights for q in self.modules() if isinstance(q, QuantizedWeight)}
-        return sum(parameter.numel() for parameter in self.parameters()) + sum(small.values())
+        away = sum(experts.weights for experts in self.modules() if isinstance(experts, OffloadedExperts))
+        return sum(parameter.numel() for parameter in self.parameters()) + sum(small.values()) + away
 
     def auxiliary_loss(self) -> Tensor:
         """The layers' terms of the loss of the last forward pass (such as routers' losses), summed; 0 without any."""

@@ -5,6 +5,7 @@
 """
 
 from seqarch.pretrained.loading import from_pretrained
+from seqarch.pretrained.offloading import ExpertStore
 from seqarch.pretrained.saving import save_pretrained
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["ExpertStore", "from_pretrained", "save_pretrained"]

@@ -25,7 +25,7 @@ from seqarch.interop.weights import Rule
 from seqarch.models import LanguageModel
 from seqarch.ops.native.huge_pages import in_huge_pages
 from seqarch.pretrained.placing import moves
-from seqarch.pretrained.sources import Joined, Source, Stacked
+from seqarch.pretrained.sources import Source, files_of
 from seqarch.pretrained.tensor_files import StoredTensor
 
 BLOCK = 8 << 20
@@ -86,9 +86,7 @@ class Filling:
 
     def _memory_of(self, rule: Rule, theirs: Sequence[Source]) -> dict[str, Tensor]:
         """Room for our tensors of a rule, which nobody has written to."""
-        self._check_kind(rule, theirs)
-        if _is_plain(rule):
-            self._check_shape(rule, theirs[0])
+        self.check(rule, theirs)
         return {name: in_huge_pages(self._empty(name, theirs)) for name in rule.ours}
 
     def _fill(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> None:
@@ -111,6 +109,28 @@ class Filling:
                 source.read_into(part, first)
             outs = {name: tensor[first : first + count] if rows else tensor for name, tensor in made.items()}
             self._put(rule, dict(zip(rule.theirs, read, strict=True)), outs)
+
+    def entry(self, rule: Rule, sources: Mapping[str, Source], number: int, outs: Mapping[str, Tensor]) -> int:
+        """Fill one entry of each of our tensors from theirs at the same place; the bytes that were read.
+
+        Raises:
+            CheckpointError: a file is gone, or damaged.
+        """
+        theirs, ours = [sources[name] for name in rule.theirs], {name: outs[name][None] for name in rule.ours}
+        if _is_plain(rule):
+            theirs[0].read_into(ours[rule.ours[0]], number)
+        else:
+            parts = [_memory(source, 1) for source in theirs]
+            for source, part in zip(theirs, parts, strict=True):
+                source.read_into(part, number)
+            self._put(rule, dict(zip(rule.theirs, parts, strict=True)), ours)
+        return sum(_bytes(source) // source.shape[0] for source in theirs)
+
+    def check(self, rule: Rule, theirs: Sequence[Source]) -> None:
+        """Raise where theirs are of other kinds or shapes than they must be, as far as that shows before the rule."""
+        self._check_kind(rule, theirs)
+        if _is_plain(rule):
+            self._check_shape(rule, theirs[0])
 
     def _empty(self, name: str, theirs: Sequence[Source]) -> Tensor:
         form = self.form[name]
@@ -154,23 +174,29 @@ class Filling:
         It needs the whole unless each entry of ours is made of theirs at the same place, which one entry of each shows:
         steps along that dimension check its size, or make something else than one entry.
         """
-        sizes = {source.shape[0] if source.shape else 0 for source in theirs}
-        sizes |= {tensor.shape[0] if tensor.ndim else 0 for tensor in made.values()}
         whole_bytes = sum(_bytes(source) for source in theirs)
-        if len(sizes) != 1 or min(sizes) < 2 or whole_bytes <= BLOCK:
+        if whole_bytes <= BLOCK or not is_by_entry(rule, theirs, made):
             return 0
-        one = [torch.empty((1, *source.shape[1:]), dtype=source.dtype, device="meta") for source in theirs]
-        try:
-            results = rule.to_ours(dict(zip(rule.theirs, one, strict=True)))
-        except ValueError:
-            return 0
-        fits = all(results[name].shape == (1, *tensor.shape[1:]) for name, tensor in made.items())
-        return max(1, BLOCK * min(sizes) // whole_bytes) if fits else 0
+        return max(1, BLOCK * theirs[0].shape[0] // whole_bytes)
 
 
 def _is_plain(rule: Rule) -> bool:
-    """Whether it is another name and nothing more."""
+    """Whether a tensor of ours is one of theirs as it is."""
     return len(rule.theirs) == len(rule.ours) == 1 and not rule.steps
+
+
+def is_by_entry(rule: Rule, theirs: Sequence[Source], ours: Mapping[str, Tensor]) -> bool:
+    """Whether each entry of ours along the first dimension is made of theirs at the same place, of two or more."""
+    sizes = {source.shape[0] if source.shape else 0 for source in theirs}
+    sizes |= {tensor.shape[0] if tensor.ndim else 0 for tensor in ours.values()}
+    if len(sizes) != 1 or min(sizes) < 2:
+        return False
+    one = [torch.empty((1, *source.shape[1:]), dtype=source.dtype, device="meta") for source in theirs]
+    try:
+        results = rule.to_ours(dict(zip(rule.theirs, one, strict=True)))
+    except ValueError:
+        return False
+    return all(results[name].shape == (1, *tensor.shape[1:]) for name, tensor in ours.items())
 
 
 def most_numbers(stored: Mapping[str, StoredTensor]) -> torch.dtype:
@@ -199,7 +225,4 @@ def _bytes(source: Source) -> int:
 
 def _file(source: Source) -> Path:
     """A file that a tensor is from."""
-    while not isinstance(source, StoredTensor):
-        assert isinstance(source, Joined | Stacked)
-        source = (source.parts if isinstance(source, Joined) else source.entries)[0]
-    return source.file
+    return next(files_of(source))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from glob import escape
 from importlib.util import find_spec
@@ -21,10 +21,12 @@ from seqarch.checkpoints.origin import Origin, carried_files, file_entry, hub_re
 from seqarch.checkpoints.tokenizers import FILE, Tokenizer, tokenizer_of
 from seqarch.interop import FAMILIES, lm_config, text_settings, weight_map
 from seqarch.interop.weights import WeightMap, rule
+from seqarch.layers.channel.expert_cache import Policy
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.filling import filling, most_numbers
 from seqarch.pretrained.form import FORMAT, OWN, model_manifest, quantize_as, tied_names
+from seqarch.pretrained.offloading import Offload, offload_experts, offload_of
 from seqarch.pretrained.sources import check_names, sources
 from seqarch.pretrained.tensor_files import DTYPES, StoredTensor, stored_tensors
 
@@ -36,11 +38,14 @@ def from_pretrained(
     *,
     step: int | None = None,
     verify: bool = False,
+    experts_in_memory: int | None = None,
+    expert_policy: str | Callable[[], Policy] = "lru",
 ) -> LanguageModel:
     """The model of a folder, in eval mode; see :meth:`seqarch.LanguageModel.from_pretrained`."""
     if dtype is not None and not (dtype in DTYPES.values() and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating point torch.dtype, got {dtype!r}; expected one of at least 16 bits")
     folder, device = Path(path), torch.get_default_device() if device is None else torch.device(device)
+    offload = offload_of(experts_in_memory, expert_policy, device)
     if folder.parent.name == "checkpoints" and (number := _step_of(folder)) is not None:
         folder, step = folder.parent.parent, number if step is None else step
     config = read_json(folder / "config.json") if folder.is_dir() else None
@@ -49,6 +54,11 @@ def from_pretrained(
     config = text_settings(config)
     kind = config.get("model_type")
     if kind is None and "model" in config:
+        if offload is not None:
+            raise CheckpointError(
+                f"{folder} is a run's folder, whose experts are not read one by one: load it, save_pretrained(OTHER),"
+                " and read that with experts_in_memory"
+            )
         return load(folder, step=step, device=device, dtype=dtype)
     if step is not None:
         raise CheckpointError(f"{folder} is no run's folder, which alone has a step: got step={step}")
@@ -57,11 +67,13 @@ def from_pretrained(
         raise CheckpointError(f"{folder / 'config.json'} has no model_type, a family's name, and no run's 'model'")
     if kind != OWN and kind not in FAMILIES:
         raise CheckpointError(f"{folder / 'config.json'}: {unknown_name('model_type', kind, [*FAMILIES, OWN])}")
-    model = (_own if kind == OWN else _theirs)(folder, config, dtype, device)
+    model = (_own if kind == OWN else _theirs)(folder, config, dtype, device, offload)
     return (model if device.type == "cpu" else model.to(device)).eval()
 
 
-def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device) -> LanguageModel:
+def _own(
+    folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device, offload: Offload | None
+) -> LanguageModel:
     """A model that seqarch saved in its own form."""
     file, options = folder / "config.json", config.get("model")
     if config.get("format") != FORMAT:
@@ -77,7 +89,8 @@ def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, dev
     names = [name for name in model.state_dict() if name not in tied_names(model)]
     check_names(set(names) - set(stored), set(stored) - set(names), folder)
     form = filling(model, dtype, device, folder)
-    made = form.apply_all((rule(name, name) for name in names), stored)
+    rules = offload_experts(model, [rule(name, name) for name in names], stored, form, offload)
+    made = form.apply_all(rules, stored)
     made.update((name, made[name.replace("head.", "embedding.")]) for name in tied_names(model))
     fill(model, made, folder, file)
     model.tokenizer = _tokenizer(folder, {"tokens": config.get("tokens")}, model.config.vocab_size)
@@ -85,7 +98,9 @@ def _own(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, dev
     return model
 
 
-def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device) -> LanguageModel:
+def _theirs(
+    folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device, offload: Offload | None
+) -> LanguageModel:
     """A model of a family that :mod:`seqarch.interop` knows."""
     file, family = folder / "config.json", config["model_type"]
     if config.get("quantization_config") is not None:
@@ -101,7 +116,8 @@ def _theirs(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None, 
     model = build(options, (), folder, dtype or most_numbers(stored))
     theirs = sources(family, table, stored, folder)
     form, shared = filling(model, dtype, device, folder), _shared(table, theirs)
-    made = form.apply_all((each for each in table.rules if each.ours[0] not in shared), theirs)
+    rules = offload_experts(model, table.rules, theirs, form, offload)
+    made = form.apply_all((each for each in rules if each.ours[0] not in shared), theirs)
     made.update((copy, made[original]) for copy, original in shared.items())
     fill(model, made, folder, file)
     model.tokenizer = _tokenizer(folder, {}, model.config.vocab_size)

@@ -40,6 +40,8 @@ def save_pretrained(
     if family is not None and family not in list(FAMILIES):
         raise unknown_name("family", family, FAMILIES)
     check_place(folder)
+    if model.expert_store is not None:
+        raise ValueError("the model's experts are in another folder's files: read it whole, without experts_in_memory")
     state = model.state_dict()
     if nowhere := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"the model is on the meta device, without numbers to save: {nowhere[0]} is")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -71,6 +71,15 @@ class Stacked:
 
     def as_rows(self) -> Joined:
         return Joined([entry.as_rows() for entry in self.entries])
+
+
+def files_of(source: Source) -> Iterator[Path]:
+    """The files that a tensor is from, in the order of its pieces."""
+    if isinstance(source, Joined | Stacked):
+        for each in source.parts if isinstance(source, Joined) else source.entries:
+            yield from files_of(each)
+    elif isinstance(source, StoredTensor):
+        yield source.file
 
 
 def sources(family: str, table: WeightMap, stored: Mapping[str, StoredTensor], folder: Path) -> dict[str, Source]:

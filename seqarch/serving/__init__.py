@@ -10,6 +10,18 @@ print(second.result())
 
 from seqarch.serving.generator import Generator
 from seqarch.serving.request import Cancelled, Request
+from seqarch.serving.routing import RoutingTrace, record_routing, replay
 from seqarch.serving.speculative import Draft, PromptLookup, Speculated, speculate
 
-__all__ = ["Cancelled", "Draft", "Generator", "PromptLookup", "Request", "Speculated", "speculate"]
+__all__ = [
+    "Cancelled",
+    "Draft",
+    "Generator",
+    "PromptLookup",
+    "Request",
+    "RoutingTrace",
+    "Speculated",
+    "record_routing",
+    "replay",
+    "speculate",
+]

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from seqarch.layers.channel.offloaded import OffloadedExperts
 from seqarch.layers.mixer import first_tensor
 from seqarch.layers.modules.kv_cache import PackedKV
 from seqarch.layers.rows import row_count
@@ -46,11 +47,21 @@ def fingerprint(model: LanguageModel) -> str:
     digest = hashlib.sha256()
     options = {field.name: getattr(model.config, field.name) for field in fields(model.config)}
     digest.update(json.dumps(options, sort_keys=True, default=repr).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    away = dict(_experts_away(model))
+    forms = {name: experts.form[own] for name, (experts, own) in away.items()}
+    for name, tensor in sorted((model.state_dict() | forms).items()):
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(plain.flatten().view(torch.uint8).numpy().data if plain.numel() else b"")
+        for part in [tensor] if name not in away else away[name][0].all_of(away[name][1]):
+            plain = part.detach().cpu().contiguous()
+            digest.update(plain.flatten().view(torch.uint8).numpy().data if plain.numel() else b"")
     return digest.hexdigest()
+
+
+def _experts_away(model: LanguageModel) -> Iterator[tuple[str, tuple[OffloadedExperts, str]]]:
+    """Experts that are not all in memory, with a matrix's own name, by the name that it has in a whole model."""
+    for path, module in model.named_modules():
+        if isinstance(module, OffloadedExperts):
+            yield from ((f"{path.rpartition('.')[0]}.{own}", (module, own)) for own in module.form)
 
 
 def save(state: Any, path: str | PathLike[str], model: LanguageModel, *, model_fingerprint: str | None = None) -> None:

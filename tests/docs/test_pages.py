@@ -28,7 +28,9 @@ GENERATED = [*tables.BLOCKS, *tables.PICTURES, *(Path("docs/ops") / f"{name}.md"
 generated = cache(tables.pages)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/models.md", "docs/decoding.md", "docs/choosing.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guide.md", "docs/models.md", "docs/decoding.md", "docs/choosing.md"]
+)
 def test_the_code_on_the_page_runs(page, capsys):
     code = re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE)
     assert code

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqarch import ops
 from seqarch.layers.channel.mlp import Mlp, MlpConfig, SwiGlu, SwiGluConfig, round_up
+from seqarch.layers.channel.offloaded import OffloadedExperts
 from seqarch.layers.channel.router import (
     Router,
     RouterConfig,
@@ -135,7 +136,19 @@ class MixtureOfExperts(ChannelMixer):
             sizes = {"d_model": config.d_model, "hidden": config.shared_width}
             self.shared = dense(**sizes, activation=config.activation, **unit)
         self.shared_gate = Linear(config.d_model, 1, bias=False) if config.shared_gate else None
+        self.offloaded: OffloadedExperts | None = None
         self._routing: Routing | None = None
+
+    def offload(self, experts: OffloadedExperts) -> None:
+        """Take the routed experts from there, in the place of this module's own matrices."""
+        for name in self.projections:
+            setattr(self, name, None)
+        self.offloaded = experts
+
+    @property
+    def routing(self) -> Routing | None:
+        """Of the last forward pass; ``None`` before the first."""
+        return self._routing
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         routing, weight = self.router(x, token_mask)
@@ -152,6 +165,9 @@ class MixtureOfExperts(ChannelMixer):
     def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         config, biases = self.config, {"b_in": self.b_in, "b_out": self.b_out, "b_gate": self.b_gate}
         unit = {"activation": config.activation, "limit": config.limit, "value_offset": config.value_offset}
+        if self.offloaded is not None:
+            choices = index.view(-1, config.top_k), weight.view(-1, config.top_k)
+            return self.offloaded(tokens, *choices, **biases, **unit)
         maps = {"w_in": self.w_in, "w_out": self.w_out, "w_gate": self.w_gate}
         if isinstance(self.w_in, QuantizedMatrices) and quantized_linear.serves(tokens[:1], self.b_in):
             pairs = {name: [] if each is None else [each.codes, each.scales] for name, each in maps.items()}

@@ -7,8 +7,9 @@ torch's libraries (:mod:`seqarch.ops.native.onednn`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -100,7 +101,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _affine(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    y = _product(rows, weight[expert])
+    y = _product(rows, weight.to(rows.dtype))
     return y if bias is None else y.add_(bias[expert])
 
 
@@ -127,22 +128,39 @@ def _empty_outputs(inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
     return y, in_huge_pages(inputs.x.new_empty(shape))
 
 
-def forward(inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
-    x, maps = inputs.x, [(inputs.w_in, inputs.b_in)]
-    if inputs.w_gate is not None:
-        maps.append((inputs.w_gate, inputs.b_gate))
+Matrices = Mapping[str, Tensor]
+"""Of one expert: ``w_in`` and, of a gated one, ``w_gate``, ``[D, F]``, and ``w_out [F, D]``."""
+
+
+def _in_memory(inputs: ChunkInputs, experts: Sequence[int]) -> Iterator[tuple[int, Matrices]]:
+    maps = {name: getattr(inputs, name) for name in ("w_in", "w_gate", "w_out")}
+    given = {name: each for name, each in maps.items() if each is not None}
+    return ((expert, {name: each[expert] for name, each in given.items()}) for expert in experts)
+
+
+def forward(
+    inputs: ChunkInputs, matrices: Callable[[Sequence[int]], Iterator[tuple[int, Matrices]]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """y, and what is kept of the first products.
+
+    Args:
+        matrices: gives each of some experts with its matrices, in any order; by default those of the inputs.
+    """
+    x, matrices = inputs.x, matrices or partial(_in_memory, inputs)
+    first_maps = {"w_in": inputs.b_in} if inputs.w_gate is None else {"w_in": inputs.b_in, "w_gate": inputs.b_gate}
     y, kept = _empty_outputs(inputs)
     for chunk in _chunks(inputs):
-        weight = chunk.weights(inputs.expert_weight)
+        weight, parts = chunk.weights(inputs.expert_weight), dict(chunk.parts)
         outputs = y.new_empty(len(weight), x.shape[1])
-        for expert, part in chunk.parts:
+        for expert, own in matrices(list(parts)):
+            part = parts[expert]
             rows = chunk.rows_of(x, part)
-            first = [_affine(rows, weight, bias, expert) for weight, bias in maps]
+            first = [_affine(rows, own[name], bias, expert) for name, bias in first_maps.items()]
             if inputs.keep:
                 for to, result in zip(kept[:, chunk.choices], first, strict=True):
                     to[part] = result
             hidden = inputs.hidden(first[0], first[1] if len(first) > 1 else None)
-            outputs[part] = _affine(hidden, inputs.w_out, inputs.b_out, expert)
+            outputs[part] = _affine(hidden, own["w_out"], inputs.b_out, expert)
         y[chunk.tokens] = chunk.add_up_(outputs.mul_(weight))
     return y, kept
 

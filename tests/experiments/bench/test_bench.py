@@ -8,8 +8,10 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,11 +22,14 @@ from docs.benchmarks import kept_targets
 from experiments.bench import __main__ as command
 from experiments.bench import (
     baselines,
+    decode,
     devices,
     loading,
     measure,
     models,
+    offload,
     peak_memory,
+    peers,
     quantized,
     targets,
     tokens,
@@ -41,6 +46,7 @@ from seqarch.layers import MIXERS
 from seqarch.models import LanguageModel
 from seqarch.models.stack import Stack
 from seqarch.ops import OPS
+from seqarch.serving import RoutingTrace, replay
 
 ON_CPU = [name for name in OPERATIONS if name in names_on("cpu")]
 OTHER_WORK = {"SDPA", "FlexAttention", "dense MLP", "mambapy"}
@@ -403,6 +409,39 @@ def test_records_of_a_bench_are_written_again(small, tmp_path):
         prepare_folder(tmp_path, ["small", "targets"])
 
 
+@pytest.mark.slow
+def test_experts_on_disk_are_measured_beside_all_in_memory(tmp_path, monkeypatch, capsys):
+    experts = {"num_experts": 2, "top_k": 1, "normalise_weights": False, "hidden": 32}
+    model = LanguageModel(vocab_size=50, d_model=32, pattern="min_gru/moe", depth=2, channels={"moe": experts}).eval()
+    model.save_pretrained(tmp_path / "model")
+    text = np.random.default_rng(0).integers(50, size=(2, 16))
+    for name, value in (("DECODED", 3), ("texts", lambda config: {"a text": text}), ("POLICIES", {"lfu": None})):
+        monkeypatch.setattr(offload, name, value)
+    arguments = ["--folder", str(tmp_path / "bench"), "offload", "--model", str(tmp_path / "model")]
+    command.main(arguments)
+    found = json.loads((tmp_path / "bench" / "offload.json").read_text())
+    whole, one, both, cold, _ = found["decoded"]
+    assert [row["places"] for row in found["decoded"]] == [None, 1, 2, 1, 2]
+    assert [row["files"] for row in (whole, one, cold)] == ["", "system's memory", "disk"]
+    assert whole["bytes_per_token"] == 0 <= both["bytes_per_token"] < one["bytes_per_token"] == cold["bytes_per_token"]
+    least, replayed = ([r["hit_rate"] for r in found["replayed"] if r["policy"] == p] for p in (offload.BEST, "lfu"))
+    assert len(least) == 2
+    assert all(best >= rate for best, rate in zip(least, replayed, strict=True))
+    assert (tmp_path / "bench" / "offload.png").exists()
+    assert RoutingTrace.load(tmp_path / "bench" / "routing_0.json").index.shape == (32, 2, 1)
+    assert "of all in memory" in capsys.readouterr().out
+    LanguageModel(vocab_size=50, d_model=32, pattern="min_gru", depth=1).save_pretrained(tmp_path / "dense")
+    with pytest.raises(SystemExit, match=r"bench offload: .* got none"):
+        command.main([*arguments[:-1], str(tmp_path / "dense")])
+
+
+def test_the_least_possible_reads_of_experts_are_those_of_who_knows_the_future():
+    """On Belady's own kind of example, where the least recently used is always what comes next."""
+    routing = RoutingTrace(torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])[:, None, None], 3)
+    assert replay(routing, 2, "lru").hits == 0
+    assert offload.least_possible(routing, 2).hits == 3
+
+
 def test_a_token_is_measured_beside_its_weights(tmp_path, monkeypatch, capsys):
     assert {*MIXERS} < set(tokens.stacks())
     monkeypatch.setattr(tokens, "stacks", lambda: ["mamba", "gla"])
@@ -540,3 +579,40 @@ def test_a_folder_is_loaded_beside_reading_it(tmp_path, monkeypatch, capsys):
     shown = loading.Loading("a", 1.0, 1.1, [[[2, 1], [3, 4], [1, 1]], [[1, 2], [2, 3], [1, 0.5]]])
     assert (shown.times, shown.processor_times(), shown.processor_times(narrow=True)) == (1.75, 3, 2.5)
     assert "cpu times less narrow" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_whole_models_are_measured_beside_what_one_would_pick_instead(tmp_path, monkeypatch, capsys):
+    """Of the same weights: a Llama, whose cache is lengthened, beside transformers; llama.cpp where it is not there."""
+    small = {"vocab_size": 64, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8,
+             "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    monkeypatch.setattr(peers, "MODELS", {"llama": peers.MODELS["llama 130M"] | small})
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    for name in ("PROMPTS", "CONTEXTS"):
+        monkeypatch.setattr(peers, name, (8, 16))
+    monkeypatch.setattr(decode, "MODELS", peers.MODELS)
+    monkeypatch.setattr(decode, "PROMPTS", (8,))
+    monkeypatch.setattr(decode, "MemoryRates", partial(decode.MemoryRates, 2**24))
+    options = {"only": "", "peers": ("transformers", "llama.cpp"), "rows": (1, 4), "contexts": (8, 16), "rounds": 1}
+    decode.run(Namespace(folder=tmp_path, **options))
+    absent, *rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert absent["absent"] == "llama-cpp-python is not installed"
+    places = [(row["implementation"], row["rows"], row["context"]) for row in rows]
+    assert places == [(name, n, c) for n in (1, 4) for c in (8, 16) for name in ("seqarch", "transformers")]
+    assert all(row["apart"] < 1e-5 and row["rounds"] == 1 for row in rows)
+    assert (tmp_path / "decode.png").exists()
+    assert "of the ceiling" in capsys.readouterr().out
+
+
+def test_a_lengthened_cache_is_that_of_the_context(tmp_path):
+    settings = peers.MODELS["llama 130M"] | {"vocab_size": 64, "num_hidden_layers": 1}
+    models.load_theirs(settings).save_pretrained(tmp_path)
+    theirs, ours = peers.Theirs(tmp_path, settings), peers.Ours(tmp_path)
+    prompt = torch.arange(8)[None]
+    with torch.no_grad():
+        for peer in (theirs, ours):
+            peer.read(prompt)
+            peer.lengthen(20)
+        assert torch.allclose(theirs.step(prompt[:, 0]), ours.step(prompt[:, 0]), atol=1e-4)
+    (cache,) = theirs.cache.values()
+    assert cache.get_seq_length() == 21
