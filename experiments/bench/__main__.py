@@ -5,9 +5,9 @@ Each benchmark is run at several sizes, its implementations in turn, and written
 own ceilings, measured in the same run, and the peak of memory. ``--device cuda`` measures this machine's GPU, and only
 once the kernels have passed every check on it. ``targets`` prints the project's table of targets for a CPU instead,
 with what this machine reaches, ``tokens`` one decoded token of each mixer beside reading its weights once,
-``quantized`` one with weights of fewer bits, ``loading`` a model's folder beside reading its bytes, ``offload`` a trained
-model of which some experts are in memory and the others on disk, and ``decode`` whole models beside what one would pick
-instead.
+``quantized`` one with weights of fewer bits, ``loading`` a model's folder beside reading its bytes, ``offload`` a
+trained model of which some experts are in memory and the others on disk, and ``decode`` whole models beside what one
+would pick instead.
 """
 
 from __future__ import annotations
