@@ -2,8 +2,8 @@
 
 README.md, docs/architecture.md, docs/bench.md, docs/choosing.md, docs/matching.md, docs/mixers.md, docs/tasks.md and
 the pages of docs/results hold blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``; the pages of docs/ops/
-and the pictures of the rooms are generated whole. All of it comes from the registries, the docstrings, the imports and the
-measurements kept in docs/results, so it is the same on every machine, whatever backends run there.
+and the pictures of the rooms are generated whole. All of it comes from the registries, the docstrings, the imports and
+the measurements kept in docs/results, so it is the same on every machine, whatever backends run there.
 """
 
 from __future__ import annotations
