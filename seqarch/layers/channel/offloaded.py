@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from seqarch.layers.channel.expert_cache import ExpertCache, Policy
 from seqarch.ops.experts import offloaded
-from seqarch.ops.experts.chunk_torch import Matrices
+from seqarch.ops.experts.inputs import Matrices
 
 
 class ExpertReader(Protocol):
@@ -89,7 +89,7 @@ class OffloadedExperts(nn.Module):
         """Begin to read the experts that the policy expects."""
         with self._lock:
             for expert, place in self.cache.ahead():
-                self._settle(place, is_wanted=False)
+                self._settled(place)
                 self._pending[place] = self._worker.submit(self.reader.read, expert, self._matrices(place))
 
     def all_of(self, name: str) -> Iterator[Tensor]:
@@ -122,19 +122,19 @@ class OffloadedExperts(nn.Module):
 
     def _filled(self, expert: int, place: int, is_missing: bool) -> Matrices:
         try:
-            self._settle(place, is_wanted=not is_missing)
-            if is_missing:
+            if not self._settled(place) or is_missing:
                 self.cache.use.bytes += self.reader.read(expert, self._matrices(place))
         except BaseException:
             self.cache.forget(expert)
             raise
         return self._matrices(place)
 
-    def _settle(self, place: int, is_wanted: bool) -> None:
-        """Wait for what is being read into a place; that it failed matters where that is wanted."""
+    def _settled(self, place: int) -> bool:
+        """Wait for what is being read into a place: whether it has come. What has not, whoever asks for it reads."""
         reading = self._pending.pop(place, None)
-        if reading is not None and (is_wanted or reading.exception() is None):
+        if reading is not None and reading.exception() is None:
             self.cache.use.bytes += reading.result()
+        return reading is None or reading.exception() is None
 
     def _apply(self, fn: Any, recurse: bool = True) -> OffloadedExperts:
         with self._lock:

@@ -7,7 +7,7 @@ torch's libraries (:mod:`seqarch.ops.native.onednn`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,7 +19,7 @@ from seqarch.ops.dispatch.checks import accumulation_dtype
 from seqarch.ops.experts import parallel_torch
 from seqarch.ops.experts.activations import ACTIVATIONS, DERIVATIVES, bounded
 from seqarch.ops.experts.groups import product_dtype, sort_by_expert
-from seqarch.ops.experts.inputs import ExpertsInputs
+from seqarch.ops.experts.inputs import ExpertsInputs, Matrices
 from seqarch.ops.native.custom_op import Operator, Upstream
 from seqarch.ops.native.huge_pages import in_huge_pages
 from seqarch.ops.native.onednn import fastest_product, serves
@@ -126,10 +126,6 @@ def _empty_outputs(inputs: ChunkInputs) -> tuple[Tensor, Tensor]:
     shape = 1 if inputs.w_gate is None else 2, inputs.expert_index.numel() if inputs.keep else 0, inputs.w_in.shape[2]
     y = in_huge_pages(inputs.expert_weight.new_empty(inputs.x.shape))
     return y, in_huge_pages(inputs.x.new_empty(shape))
-
-
-Matrices = Mapping[str, Tensor]
-"""Of one expert: ``w_in`` and, of a gated one, ``w_gate``, ``[D, F]``, and ``w_out [F, D]``."""
 
 
 def _in_memory(inputs: ChunkInputs, experts: Sequence[int]) -> Iterator[tuple[int, Matrices]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from seqarch.ops.dispatch.inputs import Inputs
 from seqarch.ops.experts.activations import ACTIVATIONS, gated_unit
+
+Matrices = Mapping[str, Tensor]
+"""Of one expert: ``w_in`` and, of a gated one, ``w_gate``, ``[D, F]``, and ``w_out [F, D]``."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from seqarch.ops.dispatch.checks import accumulation_dtype
-from seqarch.ops.experts.chunk_torch import ChunkInputs, Matrices, forward
+from seqarch.ops.experts.chunk_torch import ChunkInputs, forward
 from seqarch.ops.experts.groups import product_dtype
+from seqarch.ops.experts.inputs import Matrices
 
 
 class Store(Protocol):
