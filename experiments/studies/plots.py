@@ -63,8 +63,9 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, str, tuple[float, float]]]
 
 def legend_below(panels: Sequence[Axes], keys: Sequence[Artist], names: Sequence[str]) -> None:
     """The legend of all panels of a figure in one row below them, where it lies over no line."""
-    whole = panels[0].get_figure(root=True)
-    whole.legend(keys, names, fontsize=8.5, frameon=False, loc="outside lower center", ncols=len(names))
+    figure = panels[0].get_figure(root=True)
+    assert figure is not None  # of axes that were removed
+    figure.legend(keys, names, fontsize=8.5, frameon=False, loc="outside lower center", ncols=len(names))
 
 
 def shares(axes: Axes) -> None:

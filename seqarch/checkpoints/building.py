@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def build(
         problems = _import_plugins(plugins, options)
         config = LMConfig(**options)
         own = _own_layers(options)
-        with torch.random.fork_rng(devices=[]), _on_cpu(), _NothingDrawn() if own else nullcontext():
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NothingDrawn() if own else nullcontext():
             model = LanguageModel(config)
         return model.to("meta", dtype) if own else model.to(dtype)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -81,11 +81,6 @@ def wide_parameters(model: LanguageModel) -> set[str]:
     """
     mixers = ((name, module) for name, module in model.named_modules() if isinstance(module, Mixer))
     return {f"{name}.{own}" for name, mixer in mixers for own, _ in mixer.named_parameters(recurse=False)}
-
-
-def _on_cpu() -> AbstractContextManager[Any]:
-    """Within the block new tensors lie on the CPU; nothing where they do anyway, as each call would be looked at."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 class _NothingDrawn(TorchFunctionMode):
