@@ -185,10 +185,10 @@ def _is_plain(rule: Rule) -> bool:
     return len(rule.theirs) == len(rule.ours) == 1 and not rule.steps
 
 
-def is_by_entry(rule: Rule, theirs: Sequence[Source], ours: Mapping[str, Tensor]) -> bool:
+def is_by_entry(rule: Rule, theirs: Sequence[Source], ours: Mapping[str, Tensor | Form]) -> bool:
     """Whether each entry of ours along the first dimension is made of theirs at the same place, of two or more."""
     sizes = {source.shape[0] if source.shape else 0 for source in theirs}
-    sizes |= {tensor.shape[0] if tensor.ndim else 0 for tensor in ours.values()}
+    sizes |= {tensor.shape[0] if tensor.shape else 0 for tensor in ours.values()}
     if len(sizes) != 1 or min(sizes) < 2:
         return False
     one = [torch.empty((1, *source.shape[1:]), dtype=source.dtype, device="meta") for source in theirs]

@@ -27,7 +27,7 @@ from seqarch.layers.channel.offloaded import OffloadedExperts
 from seqarch.layers.modules.quantized import QuantizedMatrices
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import show
-from seqarch.pretrained.filling import Filling, is_by_entry
+from seqarch.pretrained.filling import Filling, Form, is_by_entry
 from seqarch.pretrained.sources import Source, files_of
 
 
@@ -194,11 +194,12 @@ def _reader(
     parts = []
     for rule in own:
         theirs = {each: sources[each] for each in rule.theirs}
-        made = {each: filling.form[each] for each in rule.ours}
+        made: dict[str, Tensor | Form] = {each: filling.form[each] for each in rule.ours}
         if not set(rule.ours) <= set(matrices.values()) or not is_by_entry(rule, list(theirs.values()), made):
             raise CheckpointError(f"{filling.folder}: {' + '.join(rule.theirs)} cannot be read expert by expert")
         filling.check(rule, list(theirs.values()))
         renamed = tuple(each.rpartition(".")[2] for each in rule.ours)
         parts.append((Rule(rule.theirs, renamed, rule.steps), theirs))
-    form = {short: filling.form[full] for short, full in matrices.items()}
+    forms = {short: filling.form[full] for short, full in matrices.items()}
+    form = {short: torch.empty(each.shape, dtype=each.dtype, device="meta") for short, each in forms.items()}
     return _FileReader(form, parts, filling), [rule for rule in rules if rule not in own]
