@@ -68,8 +68,8 @@ COMMANDS = {
     "bench": Command(
         "bench.__main__",
         "time this machine's kernels against what one would use without them",
-        "targets --device --benchmarks --lengths --widths --tokens --quick --dtype --budget --minutes --folder"
-        " --only-checks --only --model --peers --rows --contexts --rounds",
+        "targets tokens quantized loading offload decode --device --benchmarks --lengths --widths --tokens --quick"
+        " --dtype --budget --minutes --folder --only-checks --only --model --peers --rows --contexts --rounds",
     ),
     "study": Command(
         "study",

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench import checks, decode, loading, offload, peers, quantized, targets, tokens
+from experiments.bench import checks, decode, loading, peers, quantized, targets, tokens
 from experiments.bench.benchmarks import BENCHMARKS, names_on
 from experiments.bench.devices import DEVICES, Ceilings, Device
 from experiments.bench.measure import Measurement, plan
@@ -42,15 +42,18 @@ def _by_name(run: Callable[[str, Path, float], None]) -> Callable[[argparse.Name
     return lambda given: run(given.only, given.folder, given.budget)
 
 
+def _offload(given: argparse.Namespace) -> None:
+    from experiments.bench import offload  # a machine with a GPU may have no safetensors
+
+    offload.run(given.model, given.folder)
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
     "loading": (_by_name(loading.run), "load folders of a gigabyte, beside reading their bytes"),
     "targets": (_by_name(targets.run), "print the targets beside what is reached"),
     "tokens": (_by_name(tokens.run), "one decoded token of each mixer, beside reading its weights once"),
     "quantized": (_by_name(quantized.run), "one decoded token with weights of 16, 8 and 4 bits, beside float32"),
-    "offload": (
-        lambda given: offload.run(given.model, given.folder),
-        "a model with few experts in memory and the others on disk",
-    ),
+    "offload": (_offload, "a model with few experts in memory and the others on disk"),
     "decode": (decode.run, "prompts and tokens of whole models, beside transformers, mambapy and llama.cpp"),
 }
 ONLY = {"default": "", "help": "the rows whose name has this in it, which are shown and not written"}

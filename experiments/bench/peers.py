@@ -27,8 +27,6 @@ from experiments.bench.benchmark import Absent
 from experiments.bench.decoding import at_length, fill, used_bytes
 from experiments.bench.peak_memory import RESET, resident
 from seqarch import LanguageModel
-from seqarch.pretrained.gguf_architectures import ARCHITECTURES
-from seqarch.pretrained.gguf_file import save_gguf
 
 BASE = {"vocab_size": models.VOCABULARY, "num_hidden_layers": 12}
 MODELS: dict[str, dict[str, Any]] = {
@@ -141,6 +139,10 @@ class LlamaCpp:
     def __init__(self, folder: Path, family: str):
         if find_spec("llama_cpp") is None:
             raise Absent("llama-cpp-python is not installed")
+        # A machine with a GPU may have no safetensors.
+        from seqarch.pretrained.gguf_architectures import ARCHITECTURES
+        from seqarch.pretrained.gguf_file import save_gguf
+
         if family not in ARCHITECTURES:
             raise Absent(f"llama.cpp's files of {family} are not written")
         self.file = folder / "model.gguf"

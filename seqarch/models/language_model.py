@@ -90,9 +90,8 @@ class LanguageModel(Configured):
             step: of another checkpoint of a run.
             verify: also compare the files with the SHA-256 in the folder's manifest, which reads them once more.
                 Otherwise their sizes and headers are compared.
-            experts_in_memory: how many routed experts of each layer are in memory at once; the others stay in the
-                folder's files, and are read when a token asks for them. The model computes the same, to the bit, on a
-                CPU and without gradients. By default all.
+            experts_in_memory: how many routed experts of each layer are in memory at once; the others are read from the
+                folder's files when a token asks for them. The same to the bit, on a CPU, without gradients.
             expert_policy: which expert makes room for another: ``"lru"``, ``"lfu"``, or ``"layer_before"``, which reads
                 ahead; or what makes a :class:`seqarch.layers.channel.expert_cache.Policy` for each layer.
 
@@ -380,9 +379,8 @@ class LanguageModel(Configured):
 
 def _norm(config: LMConfig, kind: str) -> nn.Module:
     """A norm of the residual stream, of its width and eps; ``"none"`` changes nothing."""
-    if kind == "none":
-        return nn.Identity()
-    return build_norm(kind, config.d_model, config.norm_eps, config.zero_centred_norms)
+    zero_centred = config.zero_centred_norms
+    return nn.Identity() if kind == "none" else build_norm(kind, config.d_model, config.norm_eps, zero_centred)
 
 
 def _tie(model: LanguageModel, *_: Any) -> None:

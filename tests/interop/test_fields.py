@@ -54,7 +54,7 @@ def difference(models: Models, edit: Edit) -> str | None:
     return None
 
 
-QUICK = ("Mamba2ForCausalLM", "MixtralForCausalLM", "RecurrentGemmaForCausalLM")
+QUICK = ("Mamba2ForCausalLM", "RecurrentGemmaForCausalLM")
 """Classes whose every field is varied by default, those of other families among them; of the others when slow."""
 
 SURROUNDED = [pytest.param(name, False, marks=() if name in QUICK else (pytest.mark.slow,)) for name in VARIANTS]

@@ -285,7 +285,7 @@ class Workspace:
         for to, (code, *sources, number, other) in zip(self.steps, steps, strict=True):
             to.code, to.number, to.other = code, number, other
             to.a, to.b, to.c = sources
-        self.addresses: list[int] = []
+        self.addresses: list[int] | None = None
         self.wanted = (cpu_library.int64 * len(tape.wanted))(*tape.wanted)
 
     def tensor(self, view: View) -> Tensor:

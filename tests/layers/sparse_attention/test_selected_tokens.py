@@ -163,7 +163,8 @@ def test_room_is_written_in_place_also_after_packed_prompts():
 
 
 @pytest.mark.parametrize(
-    ("name", "chosen"), [("nsa", SMALL), ("dsa", {"top_k": 5, "num_heads": 2}), ("sparse_mla", LATENT)]
+    ("name", "chosen"),
+    [pytest.param("nsa", SMALL, marks=pytest.mark.slow), ("dsa", {"top_k": 5, "num_heads": 2}), ("sparse_mla", LATENT)],
 )
 def test_prompts_of_different_lengths_continue_as_they_do_alone(name, chosen):
     config = LMConfig(vocab_size=31, d_model=32, pattern=name, depth=2, mixers={name: chosen})

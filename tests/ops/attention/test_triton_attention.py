@@ -223,6 +223,7 @@ def test_many_heads_share_a_list(queries: int, heads: int):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_heads_take_turns_where_memory_is_short(monkeypatch: pytest.MonkeyPatch):
     inputs, options = listed.make("lists_between")
     call = listed.call_op("grouped_triton", placed(options))
@@ -258,6 +259,7 @@ def test_no_tensor_is_as_large_as_all_pairs(monkeypatch: pytest.MonkeyPatch):
         assert made[1] <= 2 * made[0], op
 
 
+@pytest.mark.slow
 def test_nothing_is_read_beyond_the_tensors():
     (q, k, v), options = whole.make(**whole.CALLS["packed_window"])
     call = lambda *x: ops.attention(*x, **options, backend="chunk_triton")  # noqa: E731

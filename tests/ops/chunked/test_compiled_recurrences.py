@@ -143,6 +143,7 @@ def test_inputs_of_several_dtypes(op: str):
         assert_close(state, last, 1e-2, name)
 
 
+@pytest.mark.slow
 def test_the_custom_operators_keep_torchs_rules():
     for decay in DECAYS if ISAS else ():
         inputs = make("linear_attention", decay, T=7, dtype=torch.float32)

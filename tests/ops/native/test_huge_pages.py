@@ -67,6 +67,7 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
 def test_a_process_that_keeps_freed_memory_maps_no_page_twice():
     """Two tensors of 42 MB a step are 20,000 pages; below 32 MB the C library learns by itself, more slowly."""
