@@ -181,6 +181,13 @@ def test_what_is_on_record_is_not_measured_again(recorded, tmp_path):
     assert {each for line in again[2:] for each in json.loads(line)["seconds"]} == set(FEW)
 
 
+@pytest.mark.slow
+def test_every_model_is_in_every_round(tmp_path):
+    assert complete(tiny_study(), tmp_path) == 0
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text(encoding="utf-8").splitlines()]
+    assert [set(line.get("seconds", line.get("models"))) for line in lines] == [set(MODELS)] * 4
+
+
 @pytest.mark.usefixtures("few_models")
 def test_a_busy_machine_is_on_record_and_does_not_count(recorded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(load.Others, "share", lambda self: 0.4)
