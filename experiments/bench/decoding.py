@@ -151,6 +151,13 @@ class Decoder:
             raise RunnerError(f"{self.name} decodes logits that are not finite at the context {key}")
         return spent / count
 
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """One token from each state, which then is as it was: what is compiled for it need not be timed."""
+        for key, state in self.states.items():
+            _, _, after = self.decode(self._token, state)
+            self.states[key] = rewound(state, after)
+
     def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """The next token ``[B]``, its logits and the state, by the calls that ``LanguageModel.generate`` makes."""
         features, state = self.model.features(token.unsqueeze(1), state)

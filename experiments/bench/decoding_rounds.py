@@ -78,6 +78,8 @@ class Measurement:
             decoders = self._decoders()
             self._settle(decoders)
             self._each(PREFILL, lambda order: self._prefill(order, decoders))
+            for decoder in decoders:
+                decoder.warm_up()
             rates = MemoryRates()
             self._each(ROUND, lambda order: self._round(order, decoders, rates))
         return not any(missing(self.condition, self._lines, self._alone).values())

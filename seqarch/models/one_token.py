@@ -124,10 +124,13 @@ class OneToken:
 
     def _write(self, known: Known, x: Tensor, state: StackState) -> list[Piece]:
         """The pieces for such a state; none where nothing of it is compiled."""
-        # what layers keep from call to call, such as tables, is made of tensors with values
-        self.in_turn(known.layers, x, clone_state(state), None)
         units = _units(known.layers)
         states = _split([([unit], "") for unit in units], state)
+        here = x
+        for unit, (own,) in zip(units, states, strict=True):
+            # what layers keep from call to call, such as tables, is made of tensors with values; a copy of all caches
+            # at once may not fit into memory
+            here = self.in_turn(unit, here, clone_state(own), None)[0]
         steps = _captured_in_turn(self.in_turn, units, x, [own for (own,) in states])
         pieces: list[Piece] = []
         begin = 0
