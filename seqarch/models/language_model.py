@@ -22,6 +22,7 @@ from seqarch.models.config import LMConfig
 from seqarch.models.generation import generate, stream
 from seqarch.models.greedy_token import GreedyToken
 from seqarch.models.loss import head_cross_entropy, serves
+from seqarch.models.mup import scale_initialisation
 from seqarch.models.stack import Stack, StackState
 from seqarch.ops.dispatch.checks import accumulation_dtype, entries_within, fits, show, unknown_name
 from seqarch.ops.dispatch.eager import is_plain, knows_values
@@ -65,6 +66,8 @@ class LanguageModel(Configured):
         self.greedy_token = GreedyToken()
         _tie(self)
         self.register_load_state_dict_post_hook(_tie)
+        if config.mup_base_width is not None:
+            scale_initialisation(self)
 
     @staticmethod
     def from_pretrained(

@@ -20,6 +20,7 @@ class BlockCompressor(nn.Module):
     """
 
     projections = ("w_in", "w_out")
+    fan_in_dims: ClassVar[dict[str, int]] = {"w_in": 1, "w_out": 1}
 
     def __init__(self, width: int, length: int, stride: int, hidden: int):
         super().__init__()
