@@ -53,7 +53,12 @@ def coordinate_check(arguments: argparse.Namespace) -> int:
     make_folder(arguments.folder)
     lines = []
     for line, new in measure(
-        arguments.models, sorted(set(arguments.widths)), arguments.seeds, arguments.steps, arguments.rate, arguments.folder
+        arguments.models,
+        sorted(set(arguments.widths)),
+        arguments.seeds,
+        arguments.steps,
+        arguments.rate,
+        arguments.folder,
     ):
         lines.append(line)
         if new:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +90,29 @@ def measure(
     """
     known = {line.key: line for line in read_records(folder)}
     commit, base = str(code_version()[0].get("commit", "unknown")), min(widths)
-    for model in models:
-        for kind in KINDS:
-            for width in widths:
-                for seed in seeds:
-                    key = (model, kind, width, base, seed, rate, steps + 1)
-                    if key in known:
-                        yield known[key], False
-                        continue
-                    sizes = coordinate_sizes(configuration(model, width, base, kind), seed, steps, rate)
-                    line = Line(model, kind, width, base, seed, rate, sizes, commit)
-                    append_line(folder / RECORDS, json.dumps(asdict(line)))
-                    yield line, True
+    wanted = [(case, _checked(configuration(*case, base))) for case in product(models, KINDS, widths)]
+    for ((model, kind, width), config), seed in product(wanted, seeds):
+        key = (model, kind, width, base, seed, rate, steps + 1)
+        if key in known:
+            yield known[key], False
+            continue
+        sizes = coordinate_sizes(config, seed, steps, rate)
+        line = Line(model, kind, width, base, seed, rate, sizes, commit)
+        append_line(folder / RECORDS, json.dumps(asdict(line)))
+        yield line, True
 
 
-def configuration(model: str, width: int, base: int, kind: str) -> LMConfig:
+def _checked(config: LMConfig) -> LMConfig:
+    """Itself, where there is such a model: nothing is measured before that is known of all."""
+    try:
+        with torch.device("meta"):
+            LanguageModel(config)
+    except ValueError as error:
+        raise RunnerError(f"{config.pattern!r} of width {config.d_model}: {error}") from error
+    return config
+
+
+def configuration(model: str, kind: str, width: int, base: int) -> LMConfig:
     """Of a pattern at a width: heads keep the size that they have at the base width.
 
     Raises:
@@ -113,9 +122,9 @@ def configuration(model: str, width: int, base: int, kind: str) -> LMConfig:
         mixers: dict[str, Any] = {}
         layers = parse_pattern(model)
         for name in {name for layer in layers for name in layer.mixers}:
-            heads = {each.name: each.default for each in fields(mixer_class(name).Config)}.get("num_heads")
-            if isinstance(heads, int):
-                mixers[name] = {"num_heads": heads * width // base}
+            at_base: Any = mixer_class(name).Config(d_model=base)
+            if hasattr(at_base, "num_heads"):
+                mixers[name] = {"num_heads": (at_base.num_heads or at_base.heads) * width // base}
         depth = max(len(layers), DEPTH // len(layers) * len(layers))
         base_width = base if kind == "mup" else None
         return LMConfig(vocab_size=VOCABULARY, d_model=width, pattern=model, depth=depth, mixers=mixers,
@@ -127,11 +136,8 @@ def configuration(model: str, width: int, base: int, kind: str) -> LMConfig:
 def coordinate_sizes(config: LMConfig, seed: int, steps: int, rate: float) -> dict[str, list[float]]:
     """As :attr:`Line.sizes`, of a model that is trained on one batch of random tokens."""
     torch.manual_seed(seed)
-    try:
-        model = LanguageModel(config)
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.0, rate))
-    except ValueError as error:
-        raise RunnerError(f"{config.pattern!r} of width {config.d_model}: {error}") from error
+    model = LanguageModel(config)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0, rate))
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
     outputs, found = Outputs(model), defaultdict[str, list[float]](list)
     first: dict[str, list[Tensor]] = {}

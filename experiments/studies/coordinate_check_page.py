@@ -23,7 +23,9 @@ def coordinate_check_table(folder: Path) -> str:
     """A row for each model on record: the exponents of each output, without muP and with it."""
     found = exponents(lines := read_records(folder))
     header = ["model", *(f"{OUTPUTS[name]}, {kind}" for name in OUTPUTS for kind in KINDS)]
-    rows = [[model, *(_shown(found, model, kind, name) for name in OUTPUTS for kind in KINDS)] for model in models(lines)]
+    rows = [
+        [model, *(_shown(found, model, kind, name) for name in OUTPUTS for kind in KINDS)] for model in models(lines)
+    ]
     return table(header, rows)
 
 

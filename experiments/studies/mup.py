@@ -86,7 +86,9 @@ def _transfer(model: str, kind: str, own: Sequence[Progress]) -> Transfer | None
     rates = tuple(each for each in best if each is not None)
     narrow, wide = rates[0], rates[-1]
     losses = [_losses(own[-1], rate) for rate in (narrow, wide)]
-    lacking = [f"the best rate of {progress.arm.name} lies at an edge of its grid" for progress in own if progress.at_edge]
+    lacking = [
+        f"the best rate of {progress.arm.name} lies at an edge of its grid" for progress in own if progress.at_edge
+    ]
     if losses[0] is None or losses[1] is None:
         lacking.append(f"{own[-1].arm.name} was not tried, or failed, at {rate_of(narrow):g}")
         regret = Interval(float("nan"), float("nan"), float("nan"))

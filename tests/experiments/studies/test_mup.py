@@ -72,7 +72,7 @@ def test_its_page(folder):
     assert not STUDY.unfinished(runs)
     page = results(STUDY, runs, STUDY.name) + how_to_run(STUDY, runs)
     assert "muP: the narrow model's rate costs the wide one less than 2% for 6 of 6 models" in page
-    assert "| attention | standard | 0.01, 0.003, 0.003 | +7.2% " in page, page
+    assert "| attention | standard | 0.01, 0.003, 0.003 | +7.3% " in page, page
     assert "Failed runs: 3 of" in page
     for each in STUDY.figures(runs):
         with figure([folder / f"{each.name}.png"], each.columns, each.rows, each.size) as (_, axes):
