@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -13,7 +14,7 @@ from experiments.util.plot_style import COLOURS, QUIET, figure
 
 FIGURE = "coordinates.png"
 OUTPUTS = {"mixer": "what mixers give", "channel mixer": "what channel mixers give", "logits": "logits"}
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "standard": {"marker": "o", "color": COLOURS["hybrid"], "label": "standard: one rate for all"},
     "mup": {"marker": "D", "color": COLOURS["attention"], "label": "muP"},
 }

@@ -151,8 +151,7 @@ class Mup(TrainedStudy):
                   f"less than {MARGIN:.0%}"]  # fmt: skip
         rows = [
             [each.model, each.kind, ", ".join(f"{rate_of(rate):g}" for rate in each.rates), _percent(each.regret),
-             f"**{each.verdict.answer}**" if each.verdict.answer != "unresolved" else f"unresolved: {each.verdict.reason}"]
-            for each in transfers(results)
+             _said(each.verdict)] for each in transfers(results)
         ]  # fmt: skip
         return Table("Verdicts", [header, *rows], "Costs are of validation bits per byte, by paired seeds.")
 
@@ -176,6 +175,10 @@ class Mup(TrainedStudy):
 
     def made(self, results: Results) -> Sequence[Table | str]:
         return [trained_tables.failures(results.runs)]
+
+
+def _said(found: Verdict) -> str:
+    return f"unresolved: {found.reason}" if found.answer == "unresolved" else f"**{found.answer}**"
 
 
 def _percent(interval: Interval) -> str:

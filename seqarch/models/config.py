@@ -252,8 +252,8 @@ class LMConfig(StackConfig):
         check_norm("final_norm", self.final_norm or self.norm, "none")
         if self.mup_base_width not in (None, self.d_model) and self.tie_embeddings and self.logit_scale == 1:
             raise ValueError(
-                "mup_base_width: tied embeddings start and learn as embeddings do, so their logits need a logit_scale of"
-                f" mup_base_width / d_model times that of the base, here {self.mup_base_width / self.d_model:.4g}"
+                "mup_base_width: tied embeddings start and learn as embeddings do, so their logits need a logit_scale"
+                f" of mup_base_width / d_model times that of the base, here {self.mup_base_width / self.d_model:.4g}"
             )
 
 

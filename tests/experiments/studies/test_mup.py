@@ -59,7 +59,7 @@ def test_what_the_narrow_rate_costs_the_wide_model(folder):
             assert "was not tried, or failed, at 0.01" in each.verdict.reason
             continue
         best = {width: min(VERSION.protocol.rates, key=lambda rate: sum(bits(kind, width, rate, s) for s in SEEDS))
-                for width in WIDTHS}  # noqa: B023  # fmt: skip
+                for width in WIDTHS}  # fmt: skip
         assert each.rates == tuple(best.values())
         wide = WIDTHS[-1]
         costs = [bits(kind, wide, best[WIDTHS[0]], s) / bits(kind, wide, best[wide], s) - 1 for s in SEEDS]
