@@ -136,7 +136,10 @@ class LatentMixer(Mixer):
         return self._absorbed(q, entries, attention) if absorbed else attention(q, *self.expanded(entries))
 
     def _absorbed(self, q: Tensor, entries: Tensor, attention: Callable[..., Tensor]) -> Tensor:
-        o = attention(self.absorb(q), entries, entries[..., : self.config.rank])
+        rank = self.config.rank
+        # one query reads whole entries and drops the rest: torch's fused attention wants keys and values of one width
+        values = entries if q.shape[1] == 1 else entries[..., :rank]
+        o = attention(self.absorb(q), entries, values)[..., :rank]
         return torch.einsum("bthc,hvc->bthv", o, self._maps()[1])
 
     def is_absorbed(self, queries: int, keys: int, reach: int | None) -> bool:
