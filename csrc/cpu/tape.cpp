@@ -488,7 +488,7 @@ int64_t key_parts(int64_t keys, int64_t most) {
 // heads, as memory is read fastest; values are fetched while their keys are read. The room of a head holds the weighted sum
 // of V values, the largest score, the sum of the weights, and scores.
 void attend(const Instruction& in) {
-    constexpr int64_t kKeys = SEQARCH_ATTEND_KEYS, kEarly = 4;
+    constexpr int64_t kKeys = SEQARCH_ATTEND_KEYS;
     const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), G = in.size(5), sharing = H / G;
     const int64_t parts = key_parts(N, in.i.flags), key_row = in.stride(2, 2), value_row = in.stride(3, 2);
     const float scale = static_cast<float>(in.i.factor);
@@ -506,11 +506,9 @@ void attend(const Instruction& in) {
             const int64_t n = std::min(kKeys, end - first);
             for (int64_t j = first; j < first + n; ++j)
                 for (int64_t g = 0; g < G; ++g) {
-                    const float *key = at(2, b, g) + j * key_row, *value = at(3, b, g) + j * value_row;
-                    if (j + kEarly < end) fetch(key + kEarly * key_row, K);
-                    fetch(value, V);
-                    for (int64_t h = g * sharing; h < (g + 1) * sharing; ++h)
-                        room(h)[V + 2 + j - first] = scale * product(K, at(1, b, h), key);
+                    fetch(at(3, b, g) + j * value_row, V);
+                    products_of_all(sharing, K, at(2, b, g) + j * key_row, at(1, b, g * sharing), in.stride(1, 1),
+                                    [&](int64_t i, float sum) { room(g * sharing + i)[V + 2 + j - first] = scale * sum; });
                 }
             for (int64_t h = 0; h < H; ++h) {
                 float *sums = room(h), *score = sums + V + 2, &most = sums[V], &total = sums[V + 1];
