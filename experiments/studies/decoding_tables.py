@@ -239,7 +239,7 @@ def _finish(axes: Axes, measured: Measured, ends: Sequence[tuple[str, str, tuple
 
 
 def _label_logarithmic(axes: Axes, ends: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
-    """Names at the right of all lines, moved apart by what they take on a logarithmic axis; strokes lead to the ends."""
+    """Names at the right of all lines, apart by what they take on a logarithmic axis, with strokes to the ends."""
     low, high = (math.log(bound) for bound in axes.get_ylim())
     inches = axes.get_position().height * axes.get_figure(root=True).get_size_inches()[1]  # type: ignore[union-attr]
     wanted = [(math.log(y) - low) / (high - low) for *_, (_, y) in ends]
