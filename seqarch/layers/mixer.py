@@ -110,9 +110,6 @@ class Layer(Configured, ABC):
     """Names of own matrices that the paper trains without weight decay (vectors never take any)."""
     projections: ClassVar[tuple[str, ...]] = ()
     """Names of own tensors that multiply features as linear maps do, for low-rank adapters; submodules have theirs."""
-    fan_in_dims: ClassVar[dict[str, int]] = {}
-    """Of own tensors that multiply features, the dimension that is summed over, for :mod:`seqarch.models.mup`; weights
-    of linear maps need none."""
     unquantized: ClassVar[tuple[str, ...]] = ()
     """Names of submodules that :func:`seqarch.quantize` leaves as they are, such as what makes decays."""
     unshared: ClassVar[tuple[str, ...]] = ()
