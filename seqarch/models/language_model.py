@@ -66,8 +66,7 @@ class LanguageModel(Configured):
         self.greedy_token = GreedyToken()
         _tie(self)
         self.register_load_state_dict_post_hook(_tie)
-        if config.mup_base_width is not None:
-            scale_initialisation(self)
+        scale_initialisation(self)
 
     @staticmethod
     def from_pretrained(

@@ -72,7 +72,9 @@ def _scaling(name: str, ratios: list[float], fan_in: int | None) -> Scaling:
 
 @torch.no_grad()
 def scale_initialisation(model: LanguageModel) -> None:
-    """Multiply a model's initial values by their factors; called once, by whatever makes the model."""
+    """Multiply the initial values of a model with a ``mup_base_width`` by their factors; whatever makes it calls this."""
+    if model.config.mup_base_width is None:
+        return
     for name, scaling in scalings(model).items():
         if scaling.init != 1:
             model.get_parameter(name).mul_(scaling.init)
