@@ -72,7 +72,7 @@ def _scaling(name: str, ratios: list[float], fan_in: int | None) -> Scaling:
 
 @torch.no_grad()
 def scale_initialisation(model: LanguageModel) -> None:
-    """Multiply the initial values of a model with a ``mup_base_width`` by their factors; whatever makes it calls this."""
+    """Multiply the initial values of a model with a ``mup_base_width`` by their factors, once it is made."""
     if model.config.mup_base_width is None:
         return
     for name, scaling in scalings(model).items():
