@@ -119,6 +119,17 @@ def _attend(low: Lowering, node: fx.Node) -> None:
     read = o.reshaped((batch, heads * queries, v.sizes[3]))
     assert flat is not None
     assert read is not None
-    scale = node.kwargs.get("scale")
-    low.tape.attend(read, flat, k, v, width**-0.5 if scale is None else number(scale))
+    factor = width**-0.5 if (scale := node.kwargs.get("scale")) is None else number(scale)
+    parts = max(1, MOST_PARTS // batch)
+    room = low.tape.value((parts, *read.sizes[:2], v.sizes[3] + 2 + KEYS_AT_A_TIME))
+    sizes = [batch, heads * queries, k.sizes[2], width, v.sizes[3], k.sizes[1]]
+    low.tape.write("attend", [(room, HEADS), (flat, TOKENS), (k, HEADS), (v, HEADS)], sizes, parts, factor)
+    low.tape.write("attend_join", [(read, TOKENS), (room, HEADS)], [*sizes[:3], v.sizes[3]], parts)
     low.values[node] = [o, None]
+
+
+MOST_PARTS = 32
+"""Of the keys of all sequences together, which threads read side by side."""
+
+KEYS_AT_A_TIME = 32
+"""``SEQARCH_ATTEND_KEYS`` of the header."""

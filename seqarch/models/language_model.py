@@ -219,8 +219,8 @@ class LanguageModel(Configured):
         else, and under autocast, a compiler, ``torch.func``, a ``logit_cap``, hooks or another head, torch computes it.
 
         Where at most three of four targets count, head and last channel mixer do no work for the others. That needs to
-        know which count: for targets on a CPU. A GPU would have to be waited for, so all targets there are gone through;
-        those that are still on the host may be given as they are.
+        know which count: for targets on a CPU. A GPU would have to be waited for, so all targets there are gone
+        through; those that are still on the host may be given as they are.
 
         Args:
             targets: int64 ``[B, T]``, on the device of the tokens or on a CPU.

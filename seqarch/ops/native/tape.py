@@ -32,12 +32,6 @@ CODES = (
 )
 REDUCTIONS = ("sum", "maximum", "minimum")
 
-ATTEND_KEYS = 32
-"""Keys that attention reads at a time."""
-
-MOST_PARTS = 32
-"""Of the keys of all sequences together, which threads read side by side."""
-
 LINE = 16
 """Numbers of a line of the cache: values begin at one."""
 
@@ -243,19 +237,6 @@ class Tape:
         """``to [R]``, as float64, is the place of the largest number of each row of ``x [R, V]``, rows without gaps."""
         places = Operand(to.buffer, to.offset, (to.strides[0],), 8)
         self._append("argmax", [places, _operand(x, (0,))], x.sizes)
-
-    def attend(self, to: View, q: View, k: View, v: View, scale: float) -> None:
-        """``to [B, H, V]``, softmax attention of a query a head, ``q [B, H, K]``, to ``k [B, G, N, K]`` and ``v``.
-
-        The numbers of a query, a key and a value lie side by side.
-        """
-        (batch, heads, width), (groups, keys), values = q.sizes, k.sizes[1:3], v.sizes[3]
-        assert isinstance(batch, int)
-        parts = max(1, MOST_PARTS // batch)
-        room = self.value((parts, batch, heads, values + 2 + ATTEND_KEYS))
-        operands = [(room, range(3)), (q, range(2)), (k, range(3)), (v, range(3))]
-        self.write("attend", operands, [batch, heads, keys, width, values, groups], parts, scale)
-        self.write("attend_join", [(to, range(2)), (room, range(3))], [batch, heads, keys, values], parts)
 
     def quantized_map(self, to: View, x: View, codes: Tensor, scales: Tensor, bias: View | None) -> None:
         """The same of weights by their codes and scales, as :mod:`seqarch.ops.native.quantized_linear` takes them."""
