@@ -32,6 +32,7 @@ from docs.docstrings import (
 from docs.matching import PARAMETERS, matching_table
 from docs.rooms import picture, room_table
 from docs.tasks import task_sections, task_table
+from experiments.studies.coordinate_check_page import coordinate_check_table
 from experiments.studies.page import PAGES, blocks
 from experiments.studies.small_states_page import small_states_table
 from experiments.util.blocks import fill, table
@@ -165,6 +166,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
         "small states": partial(small_states_table, ROOT / "docs/results/small_states")
     },
 }
+BLOCKS[PAGES["mup"]]["coordinate check"] = partial(coordinate_check_table, ROOT / "docs/results/mup/check")
 
 
 def signature(name: str) -> str:

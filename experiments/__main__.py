@@ -81,6 +81,11 @@ COMMANDS = {
         "measure what trained runs recall with their states in bfloat16, 8 and 4 bits",
         "--length --sequences --format --folder",
     ),
+    "coordinate-check": Command(
+        "coordinate_check",
+        "check by widths whether a model's learning rate would be right for a wider one (muP)",
+        "--widths --seeds --steps --rate --folder",
+    ),
     "demo": Command("demo", "train six small models on recall and needles, and report on them"),
     "completion": Command("completion", "print the completion of this command for a shell", "bash zsh"),
 }

@@ -23,6 +23,8 @@ from seqarch.models.stack_layer import StackLayer
 from seqarch.parallel import Edge, own_slice, sequence_parallel, sum_gradients
 from seqarch.testing import D_MODEL, assert_close
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 4
 LENGTH = 67
 SMALL: dict[str, dict[str, Any]] = {

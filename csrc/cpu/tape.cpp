@@ -32,7 +32,6 @@ constexpr int64_t kTurns = 4096;         // of a thread that finds nothing to do
 constexpr int64_t kBlock = 256;          // numbers of a pointwise instruction at a time, in the first cache
 constexpr int64_t kColumns = 64;         // of a product at a time
 constexpr int64_t kMostRegisters = 32;
-constexpr int64_t kWidest = 1024;  // values of a head in attention
 constexpr int64_t kLine = 16;            // numbers of a line of the cache, which is one thread's
 
 struct Range {
@@ -478,58 +477,80 @@ void fetch(const float* row, int64_t numbers) {
     for (int64_t k = 0; k < numbers; k += kLine) __builtin_prefetch(row + k);
 }
 
-// Softmax attention of one query a head. Views o [B, H], q [B, H], k [B, G, N], v [B, G, N]; sizes B, H, N, K, V, G. The
-// numbers of keys and values lie side by side, those of one token a whole row of a cache after those of the one before, so
-// that they are fetched early. Heads that share keys read them together, up to kTogether at a time.
+// The parts that the keys of a sequence are taken in, of `most` that there is room for.
+int64_t key_parts(int64_t keys, int64_t most) {
+    constexpr int64_t kLeast = 64;  // keys of a part
+    return std::max<int64_t>(1, std::min(keys / kLeast, most));
+}
+
+// Softmax attention of one query a head, each part of the keys for itself. Views room [P, B, H], q [B, H], k [B, G, N], v
+// [B, G, N]; sizes B, H, N, K, V, G; flags: P. A part reads whole rows of a cache one after another, the numbers of all
+// heads, as memory is read fastest; values are fetched while their keys are read. The room of a head holds the weighted sum
+// of V values, the largest score, the sum of the weights, and scores.
 void attend(const Instruction& in) {
-    constexpr int64_t kKeys = 64, kTogether = 4, kEarly = 16;
-    const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), sharing = H / in.size(5);
-    const int64_t parts = (sharing + kTogether - 1) / kTogether, key_row = in.stride(2, 2), value_row = in.stride(3, 2);
+    constexpr int64_t kKeys = SEQARCH_ATTEND_KEYS;
+    const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), G = in.size(5), sharing = H / G;
+    const int64_t parts = key_parts(N, in.i.flags), key_row = in.stride(2, 2), value_row = in.stride(3, 2);
     const float scale = static_cast<float>(in.i.factor);
-    const auto head = [&](int v, int64_t b, int64_t h) { return in.data(v) + b * in.stride(v, 0) + h * in.stride(v, 1); };
-    alignas(64) float sums[kTogether][kWidest], score[kKeys];
-    const Range own = share(in.size(0) * in.size(5) * parts, in.piece);
+    const auto at = [&](int v, int64_t b, int64_t h) { return in.data(v) + b * in.stride(v, 0) + h * in.stride(v, 1); };
+    const Range own = share(in.size(0) * parts, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
-        const int64_t b = t / parts / in.size(5), g = t / parts % in.size(5), first_head = g * sharing + t % parts * kTogether;
-        const int64_t heads = std::min(kTogether, (g + 1) * sharing - first_head);
-        const float *keys = head(2, b, g), *values = head(3, b, g);
-        float most[kTogether], total[kTogether];
-        for (int64_t i = 0; i < heads; ++i) {
-            most[i] = -std::numeric_limits<float>::infinity();
-            total[i] = 0.0f;
-            std::fill_n(sums[i], V, 0.0f);
+        const int64_t b = t / parts, p = t % parts, end = N * (p + 1) / parts;
+        const auto room = [&](int64_t h) { return at(0, p, b) + h * in.stride(0, 2); };
+        for (int64_t h = 0; h < H; ++h) {
+            std::fill_n(room(h), V, 0.0f);
+            room(h)[V] = -std::numeric_limits<float>::infinity();
+            room(h)[V + 1] = 0.0f;
         }
-        for (int64_t first = 0; first < N; first += kKeys) {
-            const int64_t n = std::min(kKeys, N - first);
-            for (int64_t i = 0; i < heads; ++i) {
-                const float* q = head(1, b, first_head + i);
-                float highest = most[i];
-                for (int64_t j = 0; j < n; ++j) {
-                    if (i == 0) {
-                        if (first + j + kEarly < N) fetch(keys + (first + j + kEarly) * key_row, K);
-                        fetch(values + (first + j) * value_row, V);
-                    }
-                    score[j] = scale * product(K, q, keys + (first + j) * key_row);
-                    highest = std::max(highest, score[j]);
+        for (int64_t first = N * p / parts; first < end; first += kKeys) {
+            const int64_t n = std::min(kKeys, end - first);
+            for (int64_t j = first; j < first + n; ++j)
+                for (int64_t g = 0; g < G; ++g) {
+                    fetch(at(3, b, g) + j * value_row, V);
+                    products_of_all(sharing, K, at(2, b, g) + j * key_row, at(1, b, g * sharing), in.stride(1, 1),
+                                    [&](int64_t i, float sum) { room(g * sharing + i)[V + 2 + j - first] = scale * sum; });
                 }
-                if (first > 0 && highest > most[i]) {
-                    const float keep = exponential(most[i] - highest);
-                    total[i] *= keep;
-                    for (int64_t x = 0; x < V; ++x) sums[i][x] *= keep;
+            for (int64_t h = 0; h < H; ++h) {
+                float *sums = room(h), *score = sums + V + 2, &most = sums[V], &total = sums[V + 1];
+                float highest = most;
+                for (int64_t j = 0; j < n; ++j) highest = std::max(highest, score[j]);
+                if (total > 0.0f && highest > most) {
+                    const float keep = exponential(most - highest);
+                    total *= keep;
+                    for (int64_t x = 0; x < V; ++x) sums[x] *= keep;
                 }
-                most[i] = highest;
+                most = highest;
                 each(n, score, [&](int64_t j) { return exponential(score[j] - highest); });
                 float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
                 for (int64_t j = 0; j < n; ++j) sum += score[j];
-                total[i] += sum;
-                add_weighted(n, V, score, values + first * value_row, value_row, sums[i]);
+                total += sum;
+                add_weighted(n, V, score, at(3, b, h / sharing) + first * value_row, value_row, sums);
             }
         }
-        for (int64_t i = 0; i < heads; ++i) {
-            float* __restrict o = head(0, b, first_head + i);
-            for (int64_t x = 0; x < V; ++x) o[x] = sums[i][x] / total[i];
+    }
+}
+
+// What the parts of attention come to. Views o [B, H], room [P, B, H]; sizes B, H, N, V; flags: P.
+void attend_join(const Instruction& in) {
+    const int64_t H = in.size(1), V = in.size(3), parts = key_parts(in.size(2), in.i.flags);
+    const Range own = share(in.size(0) * H, in.piece);
+    for (int64_t t = own.begin; t < own.end; ++t) {
+        const int64_t b = t / H, h = t % H;
+        const auto part = [&](int64_t p) {
+            return in.data(1) + p * in.stride(1, 0) + b * in.stride(1, 1) + h * in.stride(1, 2);
+        };
+        float* __restrict o = in.data(0) + b * in.stride(0, 0) + h * in.stride(0, 1);
+        float most = part(0)[V], total = 0.0f;
+        for (int64_t p = 1; p < parts; ++p) most = std::max(most, part(p)[V]);
+        std::fill_n(o, V, 0.0f);
+        for (int64_t p = 0; p < parts; ++p) {
+            const float* __restrict sums = part(p);
+            const float weight = exponential(sums[V] - most);
+            total += weight * sums[V + 1];
+            for (int64_t x = 0; x < V; ++x) o[x] += weight * sums[x];
         }
+        for (int64_t x = 0; x < V; ++x) o[x] /= total;
     }
 }
 
@@ -556,7 +577,7 @@ void argmax(const Instruction& in) {
 
 // Whether an instruction's sizes can be counted, and what it keeps in arrays fits them.
 bool valid(const seqarch_tape_instruction& i) {
-    if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ARGMAX || i.views < 0 || i.steps < 0) return false;
+    if (i.kind < SEQARCH_MAP || i.kind > SEQARCH_ATTEND_JOIN || i.views < 0 || i.steps < 0) return false;
     if (!countable({i.sizes[0], i.sizes[1], i.sizes[2], i.sizes[3], i.sizes[4], i.sizes[5]})) return false;
     switch (i.kind) {
         case SEQARCH_MAP: return i.flags < SEQARCH_INT8 || small_weights(i, nullptr).valid();
@@ -566,7 +587,8 @@ bool valid(const seqarch_tape_instruction& i) {
         case SEQARCH_STEP_CONVOLUTION: return i.sizes[2] > 1;
         case SEQARCH_STEP_LINEAR_ATTENTION:
         case SEQARCH_STEP_DELTA_RULE: return i.sizes[5] > 0 && i.sizes[2] % i.sizes[5] == 0;
-        case SEQARCH_ATTEND: return i.sizes[5] > 0 && i.sizes[1] % i.sizes[5] == 0 && i.sizes[4] <= kWidest;
+        case SEQARCH_ATTEND: return i.sizes[2] > 0 && i.sizes[5] > 0 && i.sizes[1] % i.sizes[5] == 0 && i.flags > 0;
+        case SEQARCH_ATTEND_JOIN: return i.flags > 0;
         default: return true;
     }
 }
@@ -582,6 +604,7 @@ int32_t run(const Instruction& in) {
         case SEQARCH_STEP_LINEAR_ATTENTION: recurrence<false>(in); return SEQARCH_OK;
         case SEQARCH_STEP_DELTA_RULE: recurrence<true>(in); return SEQARCH_OK;
         case SEQARCH_ATTEND: attend(in); return SEQARCH_OK;
+        case SEQARCH_ATTEND_JOIN: attend_join(in); return SEQARCH_OK;
         case SEQARCH_LOOKUP: return look_up(in);
         case SEQARCH_ARGMAX: argmax(in); return SEQARCH_OK;
         default: return SEQARCH_BAD_ARGUMENT;
@@ -604,7 +627,8 @@ int64_t pieces_of(const seqarch_tape_instruction& i) {
         case SEQARCH_PRODUCT: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * ((n[3] + kColumns - 1) / kColumns));
         case SEQARCH_STEP_CONVOLUTION: return cut(n[0] * n[1] * n[2], kPiece, n[1] / kLine);
         case SEQARCH_STEP_SCAN: return cut(n[0] * n[1] * n[2], kPiece / 16, n[1] / kLine);
-        case SEQARCH_ATTEND: return cut(n[0] * n[5] * n[2] * (n[3] + n[4]), kPiece / 4, n[0] * n[1]);
+        case SEQARCH_ATTEND: return n[0] * key_parts(n[2], i.flags);
+        case SEQARCH_ATTEND_JOIN: return cut(n[0] * n[1] * n[3] * key_parts(n[2], i.flags), kPiece, n[0] * n[1]);
         case SEQARCH_LOOKUP: case SEQARCH_ARGMAX: return 1;
         default: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece / 4, n[0] * n[2] * n[4] / kLine);
     }

@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 16
+#define SEQARCH_INTERFACE 19
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -207,8 +207,11 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
  *   LINEAR_ATTENTION  o, q, k, v, [decay] [B, T, H], state [B]  T steps of seqarch_linear_attention_forward; flags: 0 no
  *                                                            decay, 1 by head, 2 by key; sizes B, T, H, K, V, G
  *   DELTA_RULE        the same, beta, [read], [erase] [B, T, H]  of seqarch_delta_rule_forward
- *   ATTEND            o, q [B, H], k, v [B, G, N]            softmax attention of one query a head, times factor; sizes
- *                                                            B, H, N, K, V, G
+ *   ATTEND            room [P, B, H], q [B, H], k, v [B, G, N]  softmax attention of one query a head, times factor, on
+ *                                                            up to P parts of the keys; room for V + 2 +
+ *                                                            SEQARCH_ATTEND_KEYS numbers; sizes B, H, N, K, V, G;
+ *                                                            flags: P
+ *   ATTEND_JOIN       o [B, H], room [P, B, H]               what its parts come to; sizes B, H, N, V; flags: P
  *   LOOKUP            y [R], index [R], weight               y[r] = weight[index[r]]; the index is int64, the weight
  *                                                            [V, D] without gaps; sizes R, D, V
  *   ARGMAX            y [R], x [R]                           the place of the largest number of a row, the first of
@@ -219,8 +222,9 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
 enum {
     SEQARCH_MAP = 0, SEQARCH_ELEMENTWISE = 1, SEQARCH_REDUCE = 2, SEQARCH_PRODUCT = 3, SEQARCH_STEP_CONVOLUTION = 4,
     SEQARCH_STEP_SCAN = 5, SEQARCH_STEP_LINEAR_ATTENTION = 6, SEQARCH_STEP_DELTA_RULE = 7, SEQARCH_ATTEND = 8,
-    SEQARCH_LOOKUP = 9, SEQARCH_ARGMAX = 10
+    SEQARCH_LOOKUP = 9, SEQARCH_ARGMAX = 10, SEQARCH_ATTEND_JOIN = 11
 };
+enum { SEQARCH_ATTEND_KEYS = 32 /* at a time */ };
 
 /* Codes of steps, f(a, b, c) with two numbers of the step's own, n and m. */
 enum {

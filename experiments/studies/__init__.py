@@ -6,12 +6,13 @@ from typing import Any
 
 from experiments.studies.decoding import Decoding
 from experiments.studies.initialisation import Initialisation
+from experiments.studies.mup import Mup
 from experiments.studies.needle import Needle
 from experiments.studies.recall_state import RecallState
 from experiments.studies.state_tracking import StateTracking
 from experiments.studies.study import Study
 
 STUDIES: dict[str, Study[Any, Any]] = {
-    study.name: study for study in (Initialisation(), StateTracking(), RecallState(), Needle(), Decoding())
+    study.name: study for study in (Initialisation(), StateTracking(), RecallState(), Needle(), Decoding(), Mup())
 }
 """The studies by name."""

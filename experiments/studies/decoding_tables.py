@@ -239,17 +239,7 @@ def _finish(axes: Axes, measured: Measured, ends: Sequence[tuple[str, str, tuple
 
 
 def _label_logarithmic(axes: Axes, ends: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
-    """Names beside the right ends of lines, moved apart by what they take on a logarithmic axis.
-
-    Lines that end early have their names below their ends.
-    """
-    last = max((x for *_, (x, _) in ends), default=0.0)
-    for early in {x for *_, (x, _) in ends if x < last}:
-        there = sorted((each for each in ends if each[2][0] == early), key=lambda each: -each[2][1])
-        for line, (label, colour, _) in enumerate(there):
-            axes.annotate(label, there[-1][2], xytext=(0, -6 - 11 * line), textcoords="offset points", color=colour,
-                          fontsize=8.5, va="top", ha="center", annotation_clip=False)  # fmt: skip
-    ends = [each for each in ends if each[2][0] == last]
+    """Names at the right of all lines, apart by what they take on a logarithmic axis, with strokes to the ends."""
     low, high = (math.log(bound) for bound in axes.get_ylim())
     inches = axes.get_position().height * axes.get_figure(root=True).get_size_inches()[1]  # type: ignore[union-attr]
     wanted = [(math.log(y) - low) / (high - low) for *_, (_, y) in ends]

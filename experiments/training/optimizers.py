@@ -29,7 +29,12 @@ def muon(model: LanguageModel, config: TrainConfig) -> list[torch.optim.Optimize
     hidden = {module.weight for module in model.stack.modules() if isinstance(module, nn.Linear)}
     groups = parameter_groups(model, config.weight_decay)
     rest = [{**group, "params": [p for p in group["params"] if p not in hidden]} for group in groups]
-    matrices = [{**group, "params": [p for p in group["params"] if p in hidden]} for group in groups]
+    # an update of orthogonal columns has a spectral norm of the root of the width, one of AdamW of the width
+    # (Yang, Simon and Bernstein 2023, "A Spectral Condition for Feature Learning", section 4)
+    matrices = [
+        {**group, "params": [p for p in group["params"] if p in hidden], "lr_scale": group["lr_scale"] ** 0.5}
+        for group in groups
+    ]
     matrices = [group for group in matrices if group["params"]]
     if not matrices:
         return [_adamw(rest, config)]
@@ -65,7 +70,7 @@ class Optimizers:
         skips, self.lr = self.config.bad_step == "skip", lr
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = self.lr
+                group["lr"] = self.lr * group["lr_scale"]
             if getattr(part, "_step_supports_amp_scaling", False):
                 part.found_inf = bad if skips else None  # type: ignore[attr-defined] # As torch.amp.GradScaler does.
                 part.step()

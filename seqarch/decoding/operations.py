@@ -108,8 +108,8 @@ def _attend(low: Lowering, node: fx.Node) -> None:
         raise Unserved("attention has dropout or a mask")
     q, k, v = low.reads(*node.args[:3])
     batch, heads, queries, width = q.sizes
-    if k.strides[3] != 1 or v.strides[3] != 1 or v.sizes[3] > WIDEST:
-        raise Unserved("attention has wide values, or keys with gaps")
+    if k.strides[3] != 1 or v.strides[3] != 1:
+        raise Unserved("attention has keys or values with gaps")
     if queries != 1 and heads != k.sizes[1]:
         raise Unserved("attention has several queries")
     # several queries of one token are heads that share their keys
@@ -119,12 +119,17 @@ def _attend(low: Lowering, node: fx.Node) -> None:
     read = o.reshaped((batch, heads * queries, v.sizes[3]))
     assert flat is not None
     assert read is not None
+    factor = width**-0.5 if (scale := node.kwargs.get("scale")) is None else number(scale)
+    parts = max(1, MOST_PARTS // batch)
+    room = low.tape.value((parts, *read.sizes[:2], v.sizes[3] + 2 + KEYS_AT_A_TIME))
     sizes = [batch, heads * queries, k.sizes[2], width, v.sizes[3], k.sizes[1]]
-    scale = node.kwargs.get("scale")
-    operands = [(read, TOKENS), (flat, TOKENS), (k, HEADS), (v, HEADS)]
-    low.tape.write("attend", operands, sizes, 0, width**-0.5 if scale is None else number(scale))
+    low.tape.write("attend", [(room, HEADS), (flat, TOKENS), (k, HEADS), (v, HEADS)], sizes, parts, factor)
+    low.tape.write("attend_join", [(read, TOKENS), (room, HEADS)], [*sizes[:3], v.sizes[3]], parts)
     low.values[node] = [o, None]
 
 
-WIDEST = 1024
-"""Values of a head, of which the kernel has room for as many."""
+MOST_PARTS = 32
+"""Of the keys of all sequences together, which threads read side by side."""
+
+KEYS_AT_A_TIME = 32
+"""``SEQARCH_ATTEND_KEYS`` of the header."""

@@ -229,6 +229,9 @@ class LMConfig(StackConfig):
         final_norm: the norm before the head: such a kind, ``"none"``, or by default ``norm``.
         logit_scale: what the logits are multiplied by, before they are bounded.
         logit_cap: bounds the logits softly, ``cap tanh(logits / cap)`` (Gemma Team 2024, "Gemma 2", section 2).
+        mup_base_width: the ``d_model`` of the model whose learning rates are right for this one too: starts and rates
+            of its weights follow the maximal update parametrisation (:mod:`seqarch.models.mup`). Tied embeddings need
+            a ``logit_scale`` besides.
     """
 
     vocab_size: int
@@ -239,6 +242,7 @@ class LMConfig(StackConfig):
     final_norm: str | None = None
     logit_scale: float = 1.0
     logit_cap: float | None = None
+    mup_base_width: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -246,6 +250,11 @@ class LMConfig(StackConfig):
             raise ValueError(f"vocab_size must be at most {MOST_COUNTED}, got {self.vocab_size}")
         check_norm("embedding_norm", self.embedding_norm, "none")
         check_norm("final_norm", self.final_norm or self.norm, "none")
+        if self.mup_base_width not in (None, self.d_model) and self.tie_embeddings and self.logit_scale == 1:
+            raise ValueError(
+                "mup_base_width: tied embeddings start and learn as embeddings do, so their logits need a logit_scale"
+                f" of mup_base_width / d_model times that of the base, here {self.mup_base_width / self.d_model:.4g}"
+            )
 
 
 def _check_layer_options(kind: str, given: Iterable[tuple[str, Any]]) -> None:

@@ -15,13 +15,14 @@ from seqarch.layers.channel.expert_cache import Policy
 from seqarch.layers.channel.offloaded import OffloadedExperts
 from seqarch.layers.mixer import CuSeqlens, first_tensor, linear_flops
 from seqarch.layers.modules.configured import Configured, from_options
-from seqarch.layers.modules.linear import PLAIN, Linear, is_plain_linear
+from seqarch.layers.modules.linear import PLAIN, Linear, hold_the_same, is_plain_linear
 from seqarch.layers.modules.norms import build_norm
 from seqarch.layers.modules.quantized import QuantizedWeight
 from seqarch.models.config import LMConfig
 from seqarch.models.generation import generate, stream
 from seqarch.models.greedy_token import GreedyToken
 from seqarch.models.loss import head_cross_entropy, serves
+from seqarch.models.mup import scale_initialisation
 from seqarch.models.stack import Stack, StackState
 from seqarch.ops.dispatch.checks import accumulation_dtype, entries_within, fits, show, unknown_name
 from seqarch.ops.dispatch.eager import is_plain, knows_values
@@ -65,6 +66,7 @@ class LanguageModel(Configured):
         self.greedy_token = GreedyToken()
         _tie(self)
         self.register_load_state_dict_post_hook(_tie)
+        scale_initialisation(self)
 
     @staticmethod
     def from_pretrained(
@@ -135,7 +137,7 @@ class LanguageModel(Configured):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         names = f"{prefix}embedding.weight", f"{prefix}head.weight"
         given = [state_dict.get(name) for name in names]
-        if self.config.tie_embeddings and all(type(each) in PLAIN for each in given) and not _equal(*given):
+        if self.config.tie_embeddings and all(type(each) in PLAIN for each in given) and not hold_the_same(*given):
             arguments[-1].append(f"{names[0]} and {names[1]} are one parameter (tie_embeddings) but differ here")
 
     def forward(
@@ -217,8 +219,8 @@ class LanguageModel(Configured):
         else, and under autocast, a compiler, ``torch.func``, a ``logit_cap``, hooks or another head, torch computes it.
 
         Where at most three of four targets count, head and last channel mixer do no work for the others. That needs to
-        know which count: for targets on a CPU. A GPU would have to be waited for, so that targets there are all gone
-        through; targets that are still on the host may be given as they are, and those that count are brought over.
+        know which count: for targets on a CPU. A GPU would have to be waited for, so all targets there are gone
+        through; those that are still on the host may be given as they are.
 
         Args:
             targets: int64 ``[B, T]``, on the device of the tokens or on a CPU.
@@ -328,9 +330,9 @@ class LanguageModel(Configured):
 
     def _head_is_plain(self) -> bool:
         """Whether the logits are the product of features and the head's weights, and nobody changed or watches it."""
-        own = type(self).logits is LanguageModel.logits and "logits" not in vars(self)
-        product = is_plain_linear(self.head) and is_plain(self.head) and self.head.bias is None
-        return own and product and self.config.logit_cap is None
+        if type(self).logits is not LanguageModel.logits or "logits" in vars(self) or self.config.logit_cap is not None:
+            return False
+        return is_plain_linear(self.head) and is_plain(self.head) and self.head.bias is None
 
     def init_state(
         self,
@@ -391,10 +393,3 @@ def _tie(model: LanguageModel, *_: Any) -> None:
         model.head.codes, model.head.scales = model.embedding.codes, model.embedding.scales
     elif all(part._parameters.get("weight") is not None for part in (model.embedding, model.head)):
         model.head.weight = model.embedding.weight
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; what holds none does not differ."""
-    if a is b or a.is_meta or b.is_meta or a.shape != b.shape:
-        return True
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())

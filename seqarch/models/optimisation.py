@@ -1,4 +1,4 @@
-"""Parameter groups: with weight decay, and without."""
+"""Parameter groups: with weight decay and without, and those whose learning rates are scaled."""
 
 from __future__ import annotations
 
@@ -7,18 +7,42 @@ from typing import Any
 
 from torch import nn
 
+from seqarch.models.mup import scalings
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+
+def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
     """Groups for an optimiser: matrices take weight decay; vectors and what its paper exempts do not.
 
     Exempt are norms, biases, decays (``A_log``, ``dt_bias``), skips (``D``): every parameter with fewer than two
     dimensions, and those that their module names in ``no_weight_decay``.
+
+    Where the model's config has a ``mup_base_width``, there is a group for each factor of the learning rate. A rate is
+    divided where the weight decay is multiplied, so that AdamW takes the same share of every matrix.
+
+    Args:
+        lr: the learning rate; with it each group has its own, otherwise the optimiser's is all groups'.
+
+    Returns:
+        dictionaries with ``params``, ``weight_decay``, ``lr_scale`` (1 without a ``mup_base_width``) and, if it is
+        given, ``lr``.
     """
     exempt = set(_exempt_by_name(model))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in parameters if parameter.ndim >= 2 and parameter not in exempt]
-    rest = [parameter for parameter in parameters if parameter.ndim < 2 or parameter in exempt]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    scaled = getattr(getattr(model, "config", None), "mup_base_width", None) is not None
+    factors = {name: scaling.lr for name, scaling in scalings(model).items()} if scaled else {}  # type: ignore[arg-type]
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and parameter not in exempt
+            groups.setdefault((factors.get(name, 1.0), decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay / factor if decays else 0.0,
+            "lr_scale": factor,
+            **({} if lr is None else {"lr": lr * factor}),
+        }
+        for (factor, decays), parameters in groups.items()
+    ]
 
 
 def _exempt_by_name(model: nn.Module) -> Iterator[nn.Parameter]:

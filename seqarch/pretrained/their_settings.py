@@ -70,7 +70,7 @@ CLASSES = {
 """What ``transformers`` calls the language models of each family."""
 
 OF_TRAINING = {
-    *("init", "embedding_std", "A_scale", "A_min", "A_max", "dt_min", "dt_max", "dt_floor"),
+    *("init", "embedding_std", "mup_base_width", "A_scale", "A_min", "A_max", "dt_min", "dt_max", "dt_floor"),
     *("bias_rate", "recentre_bias", "load_balance_weight", "router_z_weight", "index_loss_weight"),
 }
 """Options that say how a model begins or is trained, and not what it computes."""

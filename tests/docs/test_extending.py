@@ -104,6 +104,7 @@ def follow(root: Path, command: str, *more: str, paths: Sequence[Path] = ()) -> 
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_new_mixer_and_the_new_backend_obey_the_laws(copy):
     """In one run of pytest, which takes longer to gather the laws' cases than to hold these to them."""
     mixer, backend = (f"python -m pytest tests/layers/test_laws.py -k {name}" for name in ("simple_gla", BACKEND))
@@ -137,6 +138,7 @@ def test_a_mixer_of_ones_own_is_in_a_model(own):
     assert follow(own, "python use.py").startswith("own_mixer torch.Size([2, 50, 32]) ")
 
 
+@pytest.mark.slow
 def test_a_mixer_of_ones_own_is_held_to_the_laws(own):
     said = follow(own, "python -m pytest tests/test_own_mixer.py", "-p", "no:cacheprovider")
     assert f"{2 + len(LAWS) * len(available('linear_attention'))} passed" in said

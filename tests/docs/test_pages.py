@@ -29,7 +29,11 @@ generated = cache(tables.pages)
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/guide.md", "docs/models.md", "docs/decoding.md", "docs/choosing.md"]
+    "page",
+    [
+        *("README.md", "docs/guide.md", "docs/choosing.md"),
+        *(pytest.param(page, marks=pytest.mark.slow) for page in ("docs/models.md", "docs/decoding.md")),
+    ],
 )
 def test_the_code_on_the_page_runs(page, capsys):
     code = re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE)

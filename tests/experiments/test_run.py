@@ -95,6 +95,7 @@ def test_one_run_is_found_where_its_task_has_its_folder(monkeypatch, command_her
     assert f"{folder.path.name}: finished before" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path, monkeypatch, command_here, capfd):
     arguments = [*TINY, "train.steps=200", "seed=0,1,2", "launcher=joblib", "model=attention", "train.eval_every=50"]
     command = ["experiments.run", "--multirun", *arguments]

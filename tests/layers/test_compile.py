@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,12 +65,18 @@ def test_the_graph_is_whole(name):
     compiled_agrees(name, "aot_eager")
 
 
+@pytest.fixture(scope="module")
+def new_cache() -> Iterator[None]:
+    """Nothing that an earlier version of an operator left on disk; headers are compiled once for all mixers."""
+    with fresh_cache():
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("new_cache")
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside its compiler
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support:UserWarning")  # complex numbers: FFTs run as ever
 @pytest.mark.parametrize("name", MIXERS)
 def test_the_compiled_code_gives_the_same_numbers(name):
-    # Nothing that an earlier version of an operator left on disk.
-    with fresh_cache():
-        compiled_agrees(name, "inductor")
+    compiled_agrees(name, "inductor")

@@ -193,6 +193,7 @@ def test_heads_that_share_keys(kv_heads: int, runs: Runs):
     heads = {"num_heads": 12, "num_kv_heads": kv_heads, "head_dim": 8}
     stack = make("attention sliding_window", mixers={"attention": heads, "sliding_window": {**heads, "window": 9}})
     compare(stack, 3, runs, context=70)
+    compare(stack, 1, runs, context=2100)  # in all parts that there may be
     assert stack.explain_one_token() == ["compiled"] * 2
 
 

@@ -145,9 +145,14 @@ void tape(Random& random) {
 
     const Numbers answer = empty(rows * heads * values), query = numbers(rows * heads * keys);
     const Numbers cached = numbers(rows * groups * tokens * keys), written = numbers(rows * groups * tokens * values);
-    check(instruction(SEQARCH_ATTEND, {rows, heads, tokens, keys, values, groups}),
-          {view(answer, {rows, heads, values}), view(query, {rows, heads, keys}), view(cached, {rows, groups, tokens, keys}),
+    const int64_t parts = random.pick({1, 2, 16}), own = values + 2 + SEQARCH_ATTEND_KEYS;
+    const Numbers partial = numbers(parts * rows * heads * own);
+    const seqarch_view room = view(partial, {parts, rows, heads, own});
+    check(instruction(SEQARCH_ATTEND, {rows, heads, tokens, keys, values, groups}, static_cast<int32_t>(parts)),
+          {room, view(query, {rows, heads, keys}), view(cached, {rows, groups, tokens, keys}),
            view(written, {rows, groups, tokens, values})},
           threads);
+    check(instruction(SEQARCH_ATTEND_JOIN, {rows, heads, tokens, values}, static_cast<int32_t>(parts)),
+          {view(answer, {rows, heads, values}), room}, threads);
     all_written(answer, "run_tape attend");
 }

@@ -136,8 +136,12 @@ class LatentMixer(Mixer):
         return self._absorbed(q, entries, attention) if absorbed else attention(q, *self.expanded(entries))
 
     def _absorbed(self, q: Tensor, entries: Tensor, attention: Callable[..., Tensor]) -> Tensor:
-        o = attention(self.absorb(q), entries, entries[..., : self.config.rank])
-        return torch.einsum("bthc,hvc->bthv", o, self._maps()[1])
+        o = attention(self.absorb(q), entries, entries[..., : self.read_width(q.shape[1])])
+        return torch.einsum("bthc,hvc->bthv", o[..., : self.config.rank], self._maps()[1])
+
+    def read_width(self, queries: int) -> int:
+        """Channels of an entry that so many queries read as values, in the absorbed form."""
+        return self.config.rank
 
     def is_absorbed(self, queries: int, keys: int, reach: int | None) -> bool:
         """Whether queries go to the latents, and not the latents to keys and values of every head."""
@@ -167,7 +171,7 @@ class LatentMixer(Mixer):
         pairs = partial(attention_flops, queries, keys, config.heads, window=reach)
         expand = 2 * config.rank * config.heads * (config.keys + config.values)
         expanded = pairs(key_width=config.keys + config.shared, value_width=config.values)
-        absorbed = pairs(key_width=config.rank + config.shared, value_width=config.rank)
+        absorbed = pairs(key_width=config.rank + config.shared, value_width=self.read_width(queries))
         return expanded + expand * (keys - queries), absorbed
 
 
@@ -202,6 +206,10 @@ class MLA(LatentMixer, CacheMixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
         return self.read_latents(q, k, partial(ops.attention, scale=self.config.scale, **where), None)
+
+    def read_width(self, queries: int) -> int:
+        """Of one query whole entries: fused kernels want keys and values of one width."""
+        return self.config.rank + (self.config.shared if queries == 1 else 0)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return batch_size * min(self.costs(length, length))

@@ -113,6 +113,7 @@ class MixtureOfExperts(ChannelMixer):
     Config = MixtureOfExpertsConfig
     takes_mask = True
     projections = ("w_gate", "w_in", "w_out")
+    fan_in_dims: ClassVar[dict[str, int]] = {"w_gate": 1, "w_in": 1, "w_out": 1}
     unquantized = ("shared_gate",)
     no_weight_decay = ("b_in", "b_out", "b_gate")  # vectors, one for each expert
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,8 @@ class Router(nn.Module):
     sequences before): with drops, outputs depend on the company, and splitting a sequence into calls changes them. So
     evaluation and generation, where the same rule holds, may drop other tokens than training.
     """
+
+    fan_in_dims: ClassVar[dict[str, int]] = {"weight": 1}
 
     bias: Tensor | None
     expert_bias: Tensor | None

@@ -139,6 +139,7 @@ class BlockLinear(nn.Module):
     """A block-diagonal linear map of ``[B, T, E]`` in H blocks; weight ``[H, E / H, E / H]`` (from, to)."""
 
     projections = ("weight",)
+    fan_in_dims: ClassVar[dict[str, int]] = {"weight": 1}
 
     def __init__(self, width: int, heads: int):
         super().__init__()

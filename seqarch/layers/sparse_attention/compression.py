@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,7 @@ class BlockCompressor(nn.Module):
     """
 
     projections = ("w_in", "w_out")
+    fan_in_dims: ClassVar[dict[str, int]] = {"w_in": 1, "w_out": 1}
 
     def __init__(self, width: int, length: int, stride: int, hidden: int):
         super().__init__()

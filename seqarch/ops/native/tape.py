@@ -23,7 +23,7 @@ from seqarch.ops.native.view import Amount, Buffer, Unserved, View, merged, nume
 # The numbers of the header, csrc/include/seqarch.h.
 KINDS = (
     *("map", "elementwise", "reduce", "product", "convolution", "scan", "linear_attention", "delta_rule", "attend"),
-    *("lookup", "argmax"),
+    *("lookup", "argmax", "attend_join"),
 )
 CODES = (
     *("copy", "add", "multiply", "divide", "affine", "over", "maximum", "minimum", "clamp", "where", "less"),

@@ -106,6 +106,7 @@ experiments.bench.__main__.parse(["--device", "cuda"])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=checks.ROOT)
 
 
+@pytest.mark.slow
 def test_every_check_passes_here():
     found = list(checks.compare(CPU))
     assert [one for one in found if not one.passed] == []

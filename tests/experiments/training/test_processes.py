@@ -19,6 +19,8 @@ from tests.support.stacks import COMPARED, COMPILED, STACKS
 from tests.support.streamed import streamed, write_texts
 from tests.support.two_processes import compare, prepared
 
+pytestmark = pytest.mark.slow
+
 BOUNDS = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-4, 1e-6)}
 """Of gradients and losses, relative and absolute: rounding, in sums of another order."""
 
@@ -156,7 +158,6 @@ def test_threads_that_still_hold_the_last_exchange_fail_no_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
 def test_a_sweep_trains_each_run_by_torchrun_and_sigterm_preempts_it(tmp_path):
     """SIGTERM reaches torchrun alone, as from a scheduler; afterwards one process finishes what two began."""
     arguments = [*TINY, "model=mamba2", "train.steps=100000", "train.save_every=50", "machine.processes=2"]
@@ -185,7 +186,6 @@ def test_a_sweep_trains_each_run_by_torchrun_and_sigterm_preempts_it(tmp_path):
     assert folder.record()["attempt"] == 2
 
 
-@pytest.mark.slow
 def test_compiled_layers_on_two_processes(tmp_path):
     done = torchrun("-m", "tests.support.two_processes", str(tmp_path), "compiled")
     assert done.returncode == 0, done.stdout + done.stderr

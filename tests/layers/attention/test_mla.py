@@ -105,7 +105,7 @@ def test_the_cache_holds_one_latent_and_one_shared_key_a_token():
 def test_a_step_costs_as_counted_by_hand():
     mixer = build(q_lora_rank=5)
     maps = 32 * 5 + 5 * 4 * 12 + 32 * 16 + 12 * 4 * 14 + 4 * 6 * 32
-    assert mixer.step_flops(99, 3) == 3 * 2 * (maps + 100 * 4 * (16 + 12))
+    assert mixer.step_flops(99, 3) == 3 * 2 * (maps + 100 * 4 * (16 + 16))  # whole entries are read as values
 
 
 def test_defaults_are_the_ratios_of_the_paper():

@@ -30,6 +30,8 @@ from tests.ops.selective_scan import test_selective_scan as scans
 from tests.support.paths import ROOT
 from tests.support.surrounded import surrounded
 
+pytestmark = pytest.mark.slow
+
 REAL = cuda_library.unavailable() is None
 DEVICE = "cuda" if REAL else "cpu"
 HERE = REAL or emulation.compiler() is not None
@@ -245,7 +247,6 @@ LAWS = [("mamba", "selective_scan", "chunk_cuda"), ("mamba", "causal_conv1d", "p
         ("rg_lru", "selective_scan", "chunk_cuda")]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("law", [laws.packed, laws.split, laws.gradients, laws.lengths], ids=lambda law: law.__name__)
 @pytest.mark.parametrize("case", LAWS if HERE and not REAL else (), ids=str)
 def test_mixers_obey_the_laws_on_them(case: tuple[str, str, str], law: Any):
