@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo results-small test test-slow sanitize cuda-check lint bench bench-gpu docs clean
+.PHONY: help demo results-small test test-slow sanitize cuda-check explorer-check lint bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-slow  the tests that build the package or take long"
 	@echo "make sanitize   the compiled kernels under the address and undefined behaviour sanitizers (a minute)"
 	@echo "make cuda-check the CUDA kernels by nvcc for three generations of GPUs, where nvcc is here"
+	@echo "make explorer-check  the explorer of reports in a headless browser, where Chromium is here"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      time the kernels of this machine: runs/bench"
 	@echo "make bench-gpu  check the kernels on this machine's GPU, then time them: docs/results/gpu"
@@ -79,6 +80,10 @@ sanitize: $(SANITIZED) $(EMULATED)
 # csrc/cuda by nvcc for each compute capability, and what its kernels need of a GPU: no GPU is needed.
 cuda-check: $(INSTALLED)
 	$(BIN)/python -m tests.support.cuda_resources --check
+
+# Filters, exports, keyboard, contrast and speed of the explorer; CHROMIUM names another browser than the one on PATH.
+explorer-check: $(INSTALLED)
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -39,9 +39,13 @@ COMMANDS = {
     "run": Command(
         "run",
         "train the run of a configuration, or a sweep of them, and resume what is missing",
-        "--multirun --config-dir --cfg",
+        "--multirun --config-dir --cfg --open",
     ),
-    "report": Command("report.__main__", "tables and plots of recorded runs, in the terminal and as a page"),
+    "report": Command(
+        "report.__main__",
+        "tables and plots of recorded runs, in the terminal, as a page, and to be explored in a browser",
+        "--explorer --open",
+    ),
     "search": Command("search", "search the setting that is best on validation data, with Optuna", "--config-dir"),
     "runs": Command(
         "runs.__main__",

@@ -3,7 +3,8 @@
     seqarch run experiment=mqar model=attention seed=0
     seqarch run --multirun experiment=mqar model=attention,mamba2,hybrid seed=0,1,2 launcher=joblib
 
-From a checkout, ``python -m experiments.run`` is the same. Running the same command again does only what is missing.
+With ``--open`` the report on it is written in the end, and its explorer opened in a browser. From a checkout, ``python
+-m experiments.run`` is the same. Running the same command again does only what is missing.
 Exit codes: 0 every run is finished, 1 one is not, 130 stopped by a signal.
 """
 
@@ -43,6 +44,9 @@ from experiments.util.interrupts import INTERRUPTED
 from experiments.util.output import exit_code, flush_output, print_error
 from experiments.util.paths import CONFIGS
 from experiments.util.program import record_command
+
+OPEN = "--open"
+"""Asks for the report on what was trained, in a browser."""
 
 SESSION = SweepSession()
 """The sweep that this process started: Hydra calls the callback and the jobs with nothing but a configuration."""
@@ -214,6 +218,8 @@ def _refuse(reason: str) -> NoReturn:
 def main() -> int:
     if any(argument in ASKED for argument in sys.argv[1:]):
         return exit_code(lambda: print(run_help(sys.argv[1:])) or 0)
+    opens = OPEN in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != OPEN]
     record_command("run")
     os.environ.pop(workers.SWEEP, None)
     try:
@@ -238,7 +244,16 @@ def main() -> int:
         print_error(_killed_text(outcome))
     if outcome.done < outcome.total or not outcome.shown or not flush_output():
         code = code or 1
+    if opens and not SESSION.stopped.is_set():
+        code = max(code, exit_code(lambda: _report_and_open(outcome)))
     return INTERRUPTED if SESSION.stopped.is_set() else code
+
+
+def _report_and_open(outcome: Outcome) -> int:
+    from experiments.report.opening import report_and_open  # Takes longer to import than everything else here.
+
+    print(report_and_open(entry["folder"] for entry in outcome.entries if "folder" in entry))
+    return 0
 
 
 def _killed_text(outcome: Outcome) -> str:

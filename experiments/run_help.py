@@ -1,4 +1,6 @@
-"""The help of ``seqarch run``: every key of a run, with its type, its meaning and the value that a run would have."""
+"""The help of ``seqarch run``: models, tasks and experiments with a line each, and every key of a run, with its type, its
+meaning and the value that a run would have.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.config.overrides import compose
-from experiments.config.reference import Key, groups, layer_keys, sections, task_keys, tracker_keys, written
+from experiments.config.reference import (
+    DESCRIBED,
+    Key,
+    choice_texts,
+    groups,
+    layer_keys,
+    sections,
+    task_keys,
+    tracker_keys,
+    written,
+)
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from experiments.util.program import program
@@ -22,6 +34,7 @@ FLAGS = {
     "--multirun, -m": "run every combination of the choices that commas separate, a process each",
     "--config-dir FOLDER": "choices of one's own besides those below: FOLDER/model/mine.yaml for model=mine",
     "--cfg job": "show the whole configuration, and run nothing",
+    "--open": "once all runs have ended, write the report on their experiment and open its explorer in a browser",
     "--help, -h": "this text; with GROUP=NAME before it, the options and defaults of that choice",
 }
 EXAMPLES = (
@@ -57,7 +70,8 @@ def run_help(arguments: Sequence[str]) -> str:
         " missing. Exit codes: 0 every run is finished, 1 one is not, 130 stopped by a signal.",
         "\n".join(["examples:", *(f"  {name} {each}" for each in EXAMPLES)]),
         "\n".join(["flags:", *_entries(FLAGS)]),
-        "\n".join(["choices (GROUP=CHOICE):", *_entries({key: ", ".join(names) for key, names in groups().items()})]),
+        *(f"{group}s ({group}=NAME):\n" + "\n".join(_entries(choice_texts(group))) for group in DESCRIBED),
+        "\n".join(["other choices (GROUP=NAME):", *_entries(_other_choices())]),
         "keys (KEY=VALUE), with the value that a run has where none is given"
         + (f" ({' '.join(f'{key}={value}' for key, value in chosen.items())}):" if chosen else ":"),
         *("\n".join([title, *described(found, composed)]) for title, found in parts.items()),
@@ -67,6 +81,10 @@ def run_help(arguments: Sequence[str]) -> str:
         "hydra.launcher.KEY: the launcher's; of launcher=joblib, n_jobs is the number of runs at a time.",
     ]
     return "\n\n".join(_wrapped(each) for each in text)
+
+
+def _other_choices() -> dict[str, str]:
+    return {group: ", ".join(names) for group, names in groups().items() if group not in DESCRIBED}
 
 
 def _layers(model: Mapping[str, Any]) -> dict[str, list[Key]]:

@@ -100,6 +100,37 @@ def groups() -> dict[str, list[str]]:
     return {name: choices for name, choices in found.items() if choices}
 
 
+DESCRIBED = {"model": ("seqarch", "layers"), "task": ("experiments", "tasks"), "experiment": None}
+"""The groups whose choices have a line each, and the folder of a package where a module of the choice's name may be."""
+
+
+def choice_texts(group: str) -> dict[str, str]:
+    """A sentence on each choice of a group of :data:`DESCRIBED`: the comment that its file begins with, or else the
+    first line of the module of that name, which is not imported.
+    """
+    place = DESCRIBED[group]
+    modules = {} if place is None else {path.stem: path for path in _folder(*place).rglob("*.py")}
+    found = {}
+    for name in groups()[group]:
+        text = _comment((CONFIGS / group / f"{name}.yaml").read_text(encoding="utf-8"))
+        if name in modules and (group == "task" or not text):
+            text = modules[name].read_text(encoding="utf-8").partition('"""')[2].partition("\n")[0].removesuffix('"""')
+        found[name] = _plain(text)
+    return found
+
+
+def _comment(text: str) -> str:
+    """The first sentence of the comment at the head of a YAML file."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("#") or (lines and lines[-1].endswith(":")):
+            break
+        if not line.startswith("# @"):
+            lines.append(line.removeprefix("#").strip())
+    sentence = re.match(r".*?[.](?= |$)", whole := " ".join(lines))
+    return sentence.group() if sentence else re.sub(r":$", ".", whole)
+
+
 def keys(config: Any, prefix: str = "") -> list[Key]:
     """The options of a dataclass; those that are dataclasses themselves are sections of their own."""
     hints, told = typing.get_type_hints(config), options_text(config)
@@ -117,11 +148,16 @@ def keys(config: Any, prefix: str = "") -> list[Key]:
 
 
 def _language_model() -> list[Key]:
-    package = find_spec("seqarch")
-    assert package is not None
-    assert package.origin is not None
-    folder = Path(package.origin).parent / "models"
+    folder = _folder("seqarch", "models")
     return [key for file, name in LANGUAGE_MODEL for key in _keys_of_source(folder / file, name, "model.")]
+
+
+def _folder(package: str, inner: str) -> Path:
+    """A folder of a package that is not imported."""
+    found = find_spec(package)
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / inner
 
 
 def _keys_of_source(file: Path, name: str, prefix: str) -> Iterator[Key]:

@@ -1,1 +1,1 @@
-"""The report on recorded runs: a page with tables and plots."""
+"""The report on recorded runs: a page with tables and plots, and an explorer of them."""

@@ -1,6 +1,9 @@
 """Writes and prints the report on recorded runs: ``seqarch report runs/demo``
 
-Reads run folders alone, offline, and writes ``report/`` beside them: ``index.md``, ``results.csv`` and the plots.
+Reads run folders alone, offline, and writes ``report/`` beside them: ``index.md``, ``results.csv``, the plots and
+``explorer.html``, one page in which a reader chooses what is plotted. The explorer alone, of records of any kind:
+
+    seqarch report --explorer runs.html runs/mqar docs/results/*/records.jsonl --open
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments.report import explorer
 from experiments.report.comparison import Comparison
+from experiments.report.opening import open_page
 from experiments.report.page import table_rows, tuned_paths
 from experiments.report.write import report
+from experiments.util.errors import RunnerError
 from experiments.util.output import console, exit_code
 from experiments.util.program import program
 
@@ -47,20 +53,54 @@ def print_tables(comparisons: list[Comparison], problems: list[str], target: Pat
     for problem in problems:
         screen.print(f"not read: {problem}", soft_wrap=True)
     screen.print(f"The plots and the whole report: {target / 'index.md'}", soft_wrap=True)
+    screen.print(f"All runs, to be plotted as you choose, in a browser: {target / explorer.FILE}", soft_wrap=True)
+
+
+def write_report(root: Path, opens: bool) -> int:
+    """The report on a folder of runs; 1 where something could not be read."""
+    target, comparisons, problems = report(root)
+    print_tables(comparisons, problems, target)
+    if opens:
+        print(open_page(target / explorer.FILE))
+    return 1 if problems else 0
+
+
+def write_explorer(target: Path, records: list[Path], opens: bool) -> int:
+    """The explorer alone, of folders and files of records; 1 where something could not be read."""
+    read = explorer.write(records, target)
+    for problem in read.problems:
+        print(f"not read: {problem}")
+    size = target.stat().st_size / 2**20
+    print(f"{target}: {len(read.rows)} runs, {size:.1f} MiB" + ("" if read.rows else "; nothing is recorded there"))
+    if opens:
+        print(open_page(target))
+    return 1 if read.problems else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        program("report"),
+        description="Draws and tabulates recorded runs. Exit codes: 0 all is shown, 1 something could not be read.",
+        allow_abbrev=False,
+    )
+    command.add_argument("roots", type=Path, nargs="+", metavar="RUNS",
+                         help="a folder that holds runs at any depth, such as runs/mqar; with --explorer several, and"
+                              " files of records, such as docs/results/*/records.jsonl")  # fmt: skip
+    command.add_argument("--explorer", type=Path, metavar="FILE",
+                         help="write only the explorer, one HTML file, there; a report has its own")  # fmt: skip
+    command.add_argument("--open", action="store_true", help="open the explorer in a browser")
+    return command
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        program("report"),
-        description="Draws and tabulates recorded runs. Exit codes: 0 all is shown, 1 something could not be read.",
-    )
-    parser.add_argument("root", type=Path, help="a folder that holds runs at any depth, such as runs/mqar")
-    root = parser.parse_args().root
+    arguments = parser().parse_args()
 
     def write() -> int:
-        target, comparisons, problems = report(root)
-        print_tables(comparisons, problems, target)
-        return 1 if problems else 0
+        if arguments.explorer is not None:
+            return write_explorer(arguments.explorer, arguments.roots, arguments.open)
+        if len(arguments.roots) > 1:
+            raise RunnerError(f"{len(arguments.roots)} folders were given; a report is of one, --explorer FILE of many")
+        return write_report(arguments.roots[0], arguments.open)
 
     return exit_code(write)
 

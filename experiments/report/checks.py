@@ -71,21 +71,26 @@ def _check(run: RecordedRun) -> None:
     """Raise an error that names the folder where something of a run is missing or is not what it should be."""
     if run.problem is not None:
         raise RunnerError(run.problem)
-    _require(run.config, OF_CONFIG, f"{run.path}: its config.json is not that of a run")
+    require(run.config, OF_CONFIG, f"{run.path}: its config.json is not that of a run")
     check_format(run.config, run.folder.config_file)
     _ = run.metrics, run.lm_eval  # Lines that are damaged are found as they are read.
     damaged = f"{run.path}: its record is damaged"
     is_over = run.recorded_status == "finished"
-    _require(run.record, OF_RECORD if is_over else {part: dict for part in PARTS if part in run.record}, damaged)
-    if is_over and "curve" in run.record["results"]:
-        _check_curve(run.record["results"]["curve"], f"{damaged}, results.curve is no curve")
+    require(run.record, OF_RECORD if is_over else {part: dict for part in PARTS if part in run.record}, damaged)
     if is_over:
-        _require(run.record, {"results.tests": dict} if "tests" in run.record["results"] else {}, damaged)
-        for name, test in run.record["results"].get("tests", {}).items():
-            _check_depths(test, f"{damaged}, results.tests.{name} is no test")
+        check_results(run.record, damaged)
 
 
-def _require(value: dict[str, Any], kinds: Mapping[str, Any], otherwise: str) -> None:
+def check_results(record: dict[str, Any], damaged: str) -> None:
+    """Raise an error that begins with ``damaged`` where the curve or the tests of a finished run are none."""
+    if "curve" in record["results"]:
+        _check_curve(record["results"]["curve"], f"{damaged}, results.curve is no curve")
+    require(record, {"results.tests": dict} if "tests" in record["results"] else {}, damaged)
+    for name, test in record["results"].get("tests", {}).items():
+        _check_depths(test, f"{damaged}, results.tests.{name} is no test")
+
+
+def require(value: dict[str, Any], kinds: Mapping[str, Any], otherwise: str) -> None:
     """Raise an error that begins with ``otherwise`` unless each path leads to a value of its kind."""
     for path, kind in kinds.items():
         found: Any = value
@@ -98,7 +103,7 @@ def _require(value: dict[str, Any], kinds: Mapping[str, Any], otherwise: str) ->
 
 
 def _check_curve(curve: Any, otherwise: str) -> None:
-    _require({"curve": curve}, {"curve.x": list, "curve.y": list, "curve.x_end": NUMBER, "curve.x_label": str,
+    require({"curve": curve}, {"curve.x": list, "curve.y": list, "curve.x_end": NUMBER, "curve.x_label": str,
                                 "curve.x_unit": str}, otherwise)  # fmt: skip
     numbers = all(isinstance(each, NUMBER) for each in curve["y"]) and all(is_finite(each) for each in curve["x"])
     if not numbers or not curve["x"] or len(curve["x"]) != len(curve["y"]):
@@ -107,12 +112,12 @@ def _check_curve(curve: Any, otherwise: str) -> None:
 
 def _check_depths(test: Any, otherwise: str) -> None:
     """Of a test with the metric by depth, its length and the bins that a map is drawn of."""
-    _require({"test": test}, {"test": dict}, otherwise)
-    _require(test, {"by": dict} if "by" in test else {}, otherwise)
+    require({"test": test}, {"test": dict}, otherwise)
+    require(test, {"by": dict} if "by" in test else {}, otherwise)
     if DEPTH not in test.get("by", {}):
         return
     parts = ("edges", "value", "count")
-    _require(test, {"length": NUMBER, **{f"by.{DEPTH}.{part}": list for part in parts}}, otherwise)
+    require(test, {"length": NUMBER, **{f"by.{DEPTH}.{part}": list for part in parts}}, otherwise)
     edges, values, counts = (test["by"][DEPTH][part] for part in parts)
     given = [*edges, *counts, *(each for each in values if each is not None)]
     if not all(isinstance(each, NUMBER) for each in given) or not values or len(values) != len(counts):

@@ -75,7 +75,7 @@ def cells_of(runs: Sequence[RecordedRun], pool: int = 1) -> Cells | None:
     Args:
         pool: so many neighbouring bins of depth make one, a divisor of their number.
     """
-    seeds = [columns for columns in map(_columns, runs) if len(columns) > 1]
+    seeds = [columns for columns in map(depths_by_length, runs) if len(columns) > 1]
     if not seeds:
         return None
     lengths, edges = sorted(seeds[0]), next(iter(seeds[0].values()))["edges"]
@@ -96,7 +96,7 @@ def cells_of(runs: Sequence[RecordedRun], pool: int = 1) -> Cells | None:
     return Cells(lengths, edges[::pool], np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0))
 
 
-def _columns(run: RecordedRun) -> dict[int, dict[str, Any]]:
+def depths_by_length(run: RecordedRun) -> dict[int, dict[str, Any]]:
     """The metric by depth at each length, over the test splits that differ from the run's task in length alone."""
     tests = run.record["results"].get("tests", {}).values()
     alike = [test for test in tests if not {*test.get("options", {})} - {"length"}]

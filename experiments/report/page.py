@@ -73,7 +73,10 @@ def write_page(
         parts += ["## Folders that could not be read", "\n".join(f"- {problem}" for problem in problems)]
     parts += _machine(comparisons)
     parts += ["## Drawn again", f"```\npython -m experiments.report {root}\n```"]
-    parts.append("One line per run: [results.csv](results.csv).")
+    parts.append(
+        "One line per run: [results.csv](results.csv). All runs, filtered and plotted by other axes:"
+        " [explorer.html](explorer.html), which opens in any browser without a network."
+    )
     write_atomic(path, "\n\n".join(parts) + "\n")
 
 

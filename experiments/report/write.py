@@ -1,4 +1,4 @@
-"""Writes the report on recorded runs: its page, its table of runs and its plots."""
+"""Writes the report on recorded runs: its page, its table of runs, its plots and its explorer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import csv
 import io
 from pathlib import Path
 
-from experiments.report import figures, maps
+from experiments.report import explorer, figures, maps
 from experiments.report.checks import comparable_runs
 from experiments.report.comparison import Comparison, compare
+from experiments.report.explorer_records import Records, add_runs
 from experiments.report.page import write_page
 from experiments.runs.recorded import RecordedRun
 from experiments.util import owned
@@ -44,6 +45,9 @@ def report(root: Path) -> tuple[Path, list[Comparison], list[str]]:
         if len(plots) > 1:
             draw_overview([comparison for comparison in comparisons if comparison.shown], target)
         write_atomic(target / "results.csv", results_csv(runs))
+        explored = Records(sources=[str(root)])
+        add_runs(runs, problems, explored)
+        explorer.write_page(explored, target / explorer.FILE, f"seqarch report {root}")
         write_page(target / "index.md", root, comparisons, plots, problems)
     if not plots:
         lines = [*(remark for comparison in comparisons for remark in comparison.remarks), *problems]

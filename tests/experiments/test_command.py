@@ -117,6 +117,17 @@ def test_the_help_describes_every_key_of_a_run():
     assert max(map(len, shown.splitlines())) <= 120
 
 
+def test_the_help_lists_models_tasks_and_experiments_with_a_line_each():
+    shown = run_help([])
+    for group in reference.DESCRIBED:
+        texts = reference.choice_texts(group)
+        assert list(texts) == reference.groups()[group]
+        for name, text in texts.items():
+            assert re.fullmatch(r"[^`\n]{15,200}", text), (name, text)
+            assert re.search(rf"^  {name} +{re.escape(text[:12])}", shown, re.MULTILINE)
+    assert reference.choice_texts("model")["hybrid"].startswith("Attention and a recurrence in turn;")
+
+
 def test_the_help_follows_the_choices():
     shown = run_help(["task=needle", "experiment=text", "model=mamba2", "train.steps=7", "--help"])
     assert "\n  task.digits=" in shown

@@ -109,6 +109,7 @@ def test_the_whole_report(recorded, capsys, monkeypatch):
         "owner.json",
         "index.md",
         "results.csv",
+        "explorer.html",
         *(f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")),
     }
     assert {path.name for path in target.iterdir()} == expected

@@ -1,0 +1,121 @@
+// The chart: the specification of a view in Vega-Lite, drawn by Vega. The same specification with other data is not
+// compiled again.
+const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left"];
+
+// Marks up to which each is an element of its own that a screen reader can name; more are drawn onto a canvas.
+const MOST_ELEMENTS = 1000;
+
+const LENGTH = "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 'k' : '' + datum.value";
+
+function axis(title, log, format) {
+  return { scale: { type: log ? "log" : "linear", zero: false, nice: true }, title, axis: { format, labelOverlap: true } };
+}
+
+function channel(field, options) {
+  return { field, type: "quantitative", title: options.title, scale: options.scale, axis: options.axis };
+}
+
+function colourChannels(colours, width) {
+  const scale = { domain: colours.map((each) => each.name), range: colours.map((each) => each.colour) };
+  const legend = { orient: "bottom", columns: Math.max(1, Math.floor(width / 170)), symbolLimit: 0, labelLimit: 160 };
+  const shapes = { domain: scale.domain, range: colours.map((each) => SHAPES[each.shape]) };
+  const title = colours.title;
+  return {
+    color: { field: "colour", type: "nominal", scale, legend, title },
+    shape: { field: "colour", type: "nominal", scale: shapes, legend, title },
+  };
+}
+
+function xySpec({ x, y, colours, width, height, description, chance }) {
+  const place = { x: channel("x", x), y: channel("y", y) };
+  const { color, shape } = colourChannels(colours, width);
+  const opacity = { field: "opacity", type: "quantitative", scale: null, legend: null };
+  const line = { type: "line", strokeWidth: 1.8, interpolate: "linear" };
+  const layer = [
+    { data: { name: "lines" }, mark: line, encoding: { ...place, color, opacity, detail: { field: "line" } } },
+    { data: { name: "points" }, mark: { type: "point", filled: true },
+      encoding: { ...place, color, shape, opacity, size: { field: "size", type: "quantitative", scale: null, legend: null } } },
+    { data: { name: "chosen" }, mark: { type: "point", filled: false, size: 320, strokeWidth: 2.5, color: "chosen" }, encoding: place },
+  ];
+  if (chance !== undefined) {
+    layer.unshift({ data: { values: [{ y: chance }] }, mark: { type: "rule", strokeDash: [4, 4], color: "quiet" },
+                    encoding: { y: place.y } });
+  }
+  return { width, height, autosize: { type: "fit", contains: "padding" }, description, layer };
+}
+
+function mapSpec({ settings, title, width, height, description, share }) {
+  const across = Math.max(1, Math.min(settings, Math.floor(width / 230)));
+  const encoding = {
+    x: { field: "length", type: "ordinal", title: "Length of the text (tokens)", axis: { labelOverlap: true, labelAngle: 0, labelExpr: LENGTH } },
+    y: { field: "depth", type: "ordinal", title: "Depth in the text", axis: { labelOverlap: true, labelExpr: "format(datum.value, '.0%')" } },
+    color: { field: "value", type: "quantitative", title, scale: { scheme: "viridis", ...(share ? { domain: [0, 1] } : {}) },
+             legend: { orient: "bottom", gradientLength: Math.min(300, width - 40) } },
+  };
+  return {
+    data: { name: "cells" }, description, columns: across,
+    facet: { field: "setting", type: "nominal", title: null, header: { labelLimit: 200 } },
+    spec: { width: Math.floor(width / across) - 75, height: Math.min(height, 220), mark: { type: "rect" }, encoding },
+  };
+}
+
+function themed(spec, theme) {
+  const text = { labelColor: theme.text, titleColor: theme.text, labelFontSize: 12, titleFontSize: 13, titleFontWeight: 500 };
+  const config = {
+    background: theme.surface, font: "system-ui, sans-serif", view: { stroke: null },
+    axis: { ...text, gridColor: theme.grid, domainColor: theme.quiet, tickColor: theme.quiet },
+    legend: { ...text, symbolSize: 90 }, header: { labelColor: theme.text, labelFontSize: 13 },
+  };
+  const colours = { chosen: theme.text, quiet: theme.quiet };
+  const layer = spec.layer?.map((each) =>
+    each.mark.color ? { ...each, mark: { ...each.mark, color: colours[each.mark.color] } } : each,
+  );
+  return { ...spec, ...(layer ? { layer } : {}), config };
+}
+
+class Chart {
+  constructor(container) {
+    this.container = container;
+    this.key = null;
+    this.view = null;
+    this.onHover = () => {};
+    this.onChoose = () => {};
+  }
+
+  async draw(spec, datasets) {
+    const marks = Object.values(datasets).reduce((sum, rows) => sum + rows.length, 0);
+    const renderer = marks > MOST_ELEMENTS ? "canvas" : "svg";
+    const key = JSON.stringify([spec, renderer]);
+    if (key !== this.key) {
+      this.clear();
+      this.view = this.make(spec, renderer);
+      this.key = key;
+    }
+    for (const [name, rows] of Object.entries(datasets)) this.view.data(name, rows);
+    await this.view.runAsync();
+  }
+
+  make(spec, renderer) {
+    const compiled = vegaLite.compile(spec).spec;
+    const view = new vega.View(vega.parse(compiled), { renderer, container: this.container, hover: false, logLevel: vega.Error });
+    const datum = (item) => (item && item.datum && item.datum.run !== undefined ? item.datum : null);
+    view.addEventListener("pointermove", (event, item) => this.onHover(datum(item), event));
+    view.addEventListener("pointerout", (event) => this.onHover(null, event));
+    view.addEventListener("click", (event, item) => this.onChoose(datum(item)));
+    return view;
+  }
+
+  async choose(point) {
+    if (this.view && this.key.includes('"chosen"')) await this.view.data("chosen", point ? [point] : []).runAsync();
+  }
+
+  svg() {
+    return this.view.toSVG();
+  }
+
+  clear() {
+    this.view?.finalize();
+    this.view = this.key = null;
+    this.container.replaceChildren();
+  }
+}

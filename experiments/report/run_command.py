@@ -1,0 +1,89 @@
+"""The exact command of a recorded run: ``seqarch run`` with all that its configuration has and the defaults do not."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from experiments.config import options
+from experiments.config.overrides import compose
+from experiments.config.reference import groups
+from experiments.config.schema import flat, run_config
+from experiments.config.training import TrainConfig
+from experiments.util.errors import RunnerError
+
+PLAIN_TEXT = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][\w./-]*", re.IGNORECASE)
+"""Text that Hydra's grammar takes as it is and reads back as text."""
+
+
+def run_command(config: Mapping[str, Any]) -> str:
+    """``seqarch run experiment=mqar model=mamba2 seed=1 train.lr=0.003``: trains the run of that configuration anew.
+
+    Args:
+        config: of a run's folder or of a study's records. What this version does not know of it is given as it stands.
+    """
+    chosen = _choices(config)
+    own, base = _identity(config), _defaults(tuple(chosen.items()))
+    differing = {path: value for path, value in own.items() if path not in base or value != base[path]}
+    differing |= {path: _default(path) for path in base if path not in own and base[path] != _default(path)}
+    if differing.pop("experiment", None) is not None:
+        chosen["name"] = config["experiment"]
+    given = [*(f"{key}={value}" for key, value in chosen.items()),
+             *(f"{path}={hydra_text(value)}" for path, value in sorted(differing.items()))]  # fmt: skip
+    plugins = [f"plugins={hydra_text(config['plugins'])}"] if config.get("plugins") else []
+    return f"seqarch run {shlex.join([*given, *plugins])}"
+
+
+def _choices(config: Mapping[str, Any]) -> dict[str, str]:
+    """The files of configurations that a run is nearest to, by group."""
+    wanted = {"experiment": str(config["experiment"]).rpartition("/")[2], "task": config["task"].get("name"),
+              "model": config["model"].get("name")}  # fmt: skip
+    return {group: name for group, name in wanted.items() if name in groups().get(group, [])}
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that makes the run, by path."""
+    plain = {key: value for key, value in config.items() if key != "format"}
+    try:
+        identity = run_config(plain).identity()
+    except RunnerError:  # Of another version, or of a plug-in that is not here.
+        parts = ("experiment", "seed", "model", "task", "train")
+        identity = {key: value for key, value in plain.items() if key in parts}
+    return _without_empty(flat(identity))
+
+
+@cache
+def _defaults(chosen: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The identity of the run that these choices alone would make."""
+    composed = compose([f"{group}={name}" for group, name in chosen])
+    known = {key: value for key, value in composed.items() if key not in ("retry", "other_code", "earlier", "shown")}
+    return _without_empty(flat(run_config(known).identity()))
+
+
+def _without_empty(paths: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: value for path, value in paths.items() if value != {}}
+
+
+def _default(path: str) -> Any:
+    """The default of an option that a run leaves out."""
+    part, _, name = path.partition(".")
+    return getattr(TrainConfig, name, None) if part == "train" else options.default(path)
+
+
+def hydra_text(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides, so that it is read back as it is."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{hydra_text(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(hydra_text, value)) + "]"
+    if not isinstance(value, str):
+        return repr(value)
+    if PLAIN_TEXT.fullmatch(value):
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"'{escaped}'" if not escaped.endswith("\\") else f'"{value}"'
