@@ -21,7 +21,7 @@ CACHE = "SEQARCH_PAGES"
 
 @cache
 def drawing_library() -> str:
-    """The script, after which ``vega`` and ``vegaLite`` are there.
+    """The script, after which ``vegaEmbed`` is there.
 
     Raises:
         RunnerError: the package is not installed.

@@ -47,7 +47,7 @@ def write(records: Sequence[Path], target: Path, title: str | None = None) -> Re
         records: folders of runs, and files of records: those of a study (``records.jsonl``), of ``seqarch
             small-states``, and ``decode.json`` of ``seqarch bench decode``. Of a folder without runs, the
             ``records.jsonl`` files below it.
-        title: of the page; by default it names what was read.
+        title: of the page; by default it names the folder or file.
 
     Raises:
         RunnerError: a folder is not there, or the file cannot be written. Records that cannot be read are no error:
@@ -61,7 +61,8 @@ def write(records: Sequence[Path], target: Path, title: str | None = None) -> Re
 
 def write_page(read: Records, target: Path, command: str, title: str | None = None) -> None:
     """Write the page of what was read; ``command`` is the one that does so."""
-    write_atomic(target, page(read, title or f"Runs of {', '.join(read.sources) or 'nothing'}", command))
+    named = f"Runs of {read.sources[0]}" if len(read.sources) == 1 else "Recorded runs"
+    write_atomic(target, page(read, title or named, command))
 
 
 def page(read: Records, title: str, command: str) -> str:

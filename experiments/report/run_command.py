@@ -11,7 +11,7 @@ from typing import Any
 from experiments.config import options
 from experiments.config.overrides import compose
 from experiments.config.reference import groups
-from experiments.config.schema import flat, run_config
+from experiments.config.schema import flat, run_config, without
 from experiments.config.training import TrainConfig
 from experiments.util.errors import RunnerError
 
@@ -26,9 +26,11 @@ def run_command(config: Mapping[str, Any]) -> str:
         config: of a run's folder or of a study's records. What this version does not know of it is given as it stands.
     """
     chosen = _choices(config)
-    own, base = _identity(config), _defaults(tuple(chosen.items()))
+    typed, base = _typed(config), _defaults(tuple(chosen.items()))
+    own = typed or _as_it_stands(config)
     differing = {path: value for path, value in own.items() if path not in base or value != base[path]}
-    differing |= {path: _default(path) for path in base if path not in own and base[path] != _default(path)}
+    if typed:
+        differing |= {path: _default(path) for path in base if path not in own and base[path] != _default(path)}
     if differing.pop("experiment", None) is not None:
         chosen["name"] = config["experiment"]
     given = [*(f"{key}={value}" for key, value in chosen.items()),
@@ -44,15 +46,17 @@ def _choices(config: Mapping[str, Any]) -> dict[str, str]:
     return {group: name for group, name in wanted.items() if name in groups().get(group, [])}
 
 
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All that makes the run, by path."""
-    plain = {key: value for key, value in config.items() if key != "format"}
+def _typed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that makes the run, by path; nothing of a configuration of another version, or of plug-ins that are not here."""
     try:
-        identity = run_config(plain).identity()
-    except RunnerError:  # Of another version, or of a plug-in that is not here.
-        parts = ("experiment", "seed", "model", "task", "train")
-        identity = {key: value for key, value in plain.items() if key in parts}
-    return _without_empty(flat(identity))
+        return _without_empty(flat(run_config(without(config, ("format",))).identity()))
+    except RunnerError:
+        return {}
+
+
+def _as_it_stands(config: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {key: config[key] for key in ("experiment", "seed", "model", "task", "train") if key in config}
+    return _without_empty(flat(parts))
 
 
 @cache
@@ -85,5 +89,6 @@ def hydra_text(value: Any) -> str:
         return repr(value)
     if PLAIN_TEXT.fullmatch(value):
         return value
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    return f"'{escaped}'" if not escaped.endswith("\\") else f'"{value}"'
+    # Before a quote, the closing one included, a backslash stands for itself only where it is doubled.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{escaped}'"

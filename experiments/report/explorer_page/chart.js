@@ -7,8 +7,22 @@ const MOST_ELEMENTS = 1000;
 
 const LENGTH = "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 'k' : '' + datum.value";
 
-function axis(title, log, format) {
-  return { scale: { type: log ? "log" : "linear", zero: false, nice: true }, title, axis: { format, labelOverlap: true } };
+// Round numbers from the lowest to the highest of some values: 1, 3, 10, 30, ... of several decades, 1, 2, 5, 10 of few.
+function logTicks(values) {
+  const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log10);
+  if (!Number.isFinite(low + high)) return undefined;
+  const steps = high - low > 4 ? [1] : high - low > 1.2 ? [1, 3] : [1, 2, 5];
+  const ticks = [];
+  for (let decade = Math.floor(low); decade <= Math.ceil(high); decade++) {
+    for (const step of steps) ticks.push(Number(`${step}e${decade}`));
+  }
+  return ticks;
+}
+
+// An axis whose scale is that of the data, with the ticks of all values that there are where it is logarithmic.
+function axis(title, log, format, values) {
+  const ticks = log ? { values: logTicks(values.filter((value) => value > 0)) } : { tickCount: 6 };
+  return { scale: log ? { type: "log" } : { zero: false, nice: true }, title, axis: { format, labelOverlap: true, ...ticks } };
 }
 
 function channel(field, options) {
@@ -17,7 +31,7 @@ function channel(field, options) {
 
 function colourChannels(colours, width) {
   const scale = { domain: colours.map((each) => each.name), range: colours.map((each) => each.colour) };
-  const legend = { orient: "bottom", columns: Math.max(1, Math.floor(width / 170)), symbolLimit: 0, labelLimit: 160 };
+  const legend = { orient: "bottom", columns: Math.max(1, Math.floor(width / 170)), symbolLimit: 0, labelLimit: 160, symbolOpacity: 1 };
   const shapes = { domain: scale.domain, range: colours.map((each) => SHAPES[each.shape]) };
   const title = colours.title;
   return {
@@ -34,8 +48,8 @@ function xySpec({ x, y, colours, width, height, description, chance }) {
   const layer = [
     { data: { name: "lines" }, mark: line, encoding: { ...place, color, opacity, detail: { field: "line" } } },
     { data: { name: "points" }, mark: { type: "point", filled: true },
-      encoding: { ...place, color, shape, opacity, size: { field: "size", type: "quantitative", scale: null, legend: null } } },
-    { data: { name: "chosen" }, mark: { type: "point", filled: false, size: 320, strokeWidth: 2.5, color: "chosen" }, encoding: place },
+      encoding: { ...place, color, shape, opacity, description: { field: "label", type: "nominal" }, size: { field: "size", type: "quantitative", scale: null, legend: null } } },
+    { data: { name: "chosen" }, mark: { type: "point", filled: false, size: 320, strokeWidth: 2.5, color: "chosen", aria: false }, encoding: place },
   ];
   if (chance !== undefined) {
     layer.unshift({ data: { values: [{ y: chance }] }, mark: { type: "rule", strokeDash: [4, 4], color: "quiet" },
@@ -88,16 +102,18 @@ class Chart {
     const key = JSON.stringify([spec, renderer]);
     if (key !== this.key) {
       this.clear();
-      this.view = this.make(spec, renderer);
+      this.view = await this.make({ ...spec, datasets }, renderer);
       this.key = key;
+      return;
     }
     for (const [name, rows] of Object.entries(datasets)) this.view.data(name, rows);
     await this.view.runAsync();
   }
 
-  make(spec, renderer) {
-    const compiled = vegaLite.compile(spec).spec;
-    const view = new vega.View(vega.parse(compiled), { renderer, container: this.container, hover: false, logLevel: vega.Error });
+  async make(spec, renderer) {
+    // Warnings are off: a layer without points has no extent, and that is as it should be.
+    const options = { logLevel: 1, mode: "vega-lite", renderer, actions: false, tooltip: false, hover: false, defaultStyle: false };
+    const { view } = await vegaEmbed(this.container, spec, options);
     const datum = (item) => (item && item.datum && item.datum.run !== undefined ? item.datum : null);
     view.addEventListener("pointermove", (event, item) => this.onHover(datum(item), event));
     view.addEventListener("pointerout", (event) => this.onHover(null, event));

@@ -1,5 +1,5 @@
 // The form of the page: its lists, its filters, and the state that they stand for.
-const SHOWN = { both: "Each seed and the median", seeds: "Each seed", medians: "Medians over seeds" };
+const SHOWN = { both: "Seeds and medians", seeds: "Seeds", medians: "Medians over seeds" };
 const COLOURS = ["family", "model", "arm", "study", "task", "state_format", "lr", "seed"];
 
 function element(name, properties = {}, ...children) {
@@ -41,15 +41,34 @@ function seriesOf(name, data) {
   return Object.keys(data.series).filter((kind) => begins.some((each) => kind.startsWith(each)));
 }
 
+// The runs that a view, or one kind of curves in it, could show.
+function rowsOfView(name, data, series) {
+  const { kind } = VIEWS[name];
+  const numbers = { runs: () => null, map: () => data.maps.map(({ row }) => row),
+                    curves: () => data.series[series]?.lines.map(([number]) => number) ?? [] }[kind]();
+  return numbers === null ? data.rows : numbers.map((number) => data.rows[number]);
+}
+
+function commonMetric(rows) {
+  const counts = groupBy(rows.filter((row) => row.metric !== undefined), (row) => row.metric);
+  return [...counts].sort((a, b) => b[1].length - a[1].length)[0]?.[0] ?? "";
+}
+
+// The first kind of curves of a view that runs of that metric have, or else the first.
+function seriesFor(name, data, metric) {
+  const kinds = seriesOf(name, data);
+  return kinds.find((kind) => rowsOfView(name, data, kind).some((row) => row.metric === metric)) ?? kinds[0] ?? "";
+}
+
 // The state of a view before anything is chosen.
 function defaultState(data, name) {
   const view = name ?? Object.keys(VIEWS).find((each) => hasView(each, data)) ?? "state";
   const { kind, x = "state_bytes", y = "test" } = VIEWS[view];
-  const counts = groupBy(data.rows.filter((row) => row.metric !== undefined), (row) => row.metric);
-  const metric = [...counts].sort((a, b) => b[1].length - a[1].length)[0]?.[0] ?? "";
+  const series = seriesFor(view, data, commonMetric(data.rows));
+  const metric = commonMetric(rowsOfView(view, data, series)) || commonMetric(data.rows);
   return {
     view, x, y, logx: kind === "runs" ? data.fields[x].log : false, logy: kind === "runs" ? data.fields[y].log : false,
-    colour: "family", show: "both", metric, series: seriesOf(view, data)[0] ?? "", find: "", run: "", filters: {},
+    colour: "family", show: "both", metric, series, find: "", run: "", filters: {},
   };
 }
 

@@ -42,8 +42,8 @@ class Explorer {
 
   restore() {
     const { state, unknown } = fromFragment(location.hash, (view) => this.defaults(view), this.controls.choices);
-    const kinds = seriesOf(state.view, this.data);
-    if (!kinds.includes(state.series)) state.series = kinds[0] ?? "";
+    const isGiven = location.hash.includes("series=") && seriesOf(state.view, this.data).includes(state.series);
+    if (!isGiven) state.series = seriesFor(state.view, this.data, state.metric);
     showProblems(this.data.problems, unknown);
     this.state = state;
     const row = state.run && this.data.rows.find((each) => each.key === state.run);
@@ -60,6 +60,8 @@ class Explorer {
     if (name.startsWith("only.")) this.filter(name.slice(5), value);
     else if (name === "view") this.state = { ...this.defaults(value), filters: this.state.filters, find: this.state.find };
     else this.state[name] = value;
+    if (name === "metric") this.state.series = seriesFor(this.state.view, this.data, value);
+    if (name === "series") this.state.metric = commonMetric(rowsOfView(this.state.view, this.data, value)) || this.state.metric;
     if (name === "x" || name === "y") this.state[`log${name}`] = this.data.fields[value].log;
     this.count = ROWS_AT_ONCE;
     this.settled = this.draw().then(() => this.chooseAgain()).then(() => { this.milliseconds = performance.now() - before; });
@@ -106,7 +108,7 @@ class Explorer {
     container.classList.toggle("empty", this.marks.length === 0);
     if (this.marks.length === 0) {
       this.chart.clear();
-      container.textContent = data.count ? "No run that passes the filters has both." : emptyText(data);
+      container.textContent = data.count ? "No run that passes the filters has anything to plot here." : emptyText(data);
       return;
     }
     if (this.chart.view === null) container.replaceChildren();
@@ -125,7 +127,9 @@ class Explorer {
       const share = data.metrics[state.metric]?.unit === "";
       return themed(mapSpec({ settings, title: labels.y, width, height, description, share }), theme());
     }
-    const of = (name, log) => axis(labels[name], log, axisFormat(state[name], VIEWS[state.view].kind));
+    const isRuns = VIEWS[state.view].kind === "runs";
+    const all = (name) => (isRuns ? data.rows.map((row) => row[state[name]]) : shown.lines.map((point) => point[name]));
+    const of = (name, log) => axis(labels[name], log, axisFormat(state[name], isRuns), log ? all(name) : []);
     const present = new Set([...shown.points, ...shown.lines].map((point) => point.colour));
     const used = colours.scale.filter((each) => present.has(each.name));
     used.title = data.fields[state.colour].label;
@@ -146,7 +150,7 @@ class Explorer {
     const { rows, every } = this.shown;
     const runs = new Set(rows).size;
     const parts = [`${runs} of ${this.data.count} runs`];
-    if (runs < passing) parts.push(`${passing - runs} pass the filters and do not have both`);
+    if (runs < passing) parts.push(`${passing - runs} more pass the filters and have nothing to plot here`);
     if (every > 1) parts.push(`of each curve every ${every}th point is drawn, the CSV has all`);
     if (runs && this.chance() !== undefined) parts.push("the dashed line is chance");
     document.getElementById("caption").textContent = `${parts.join("; ")}.`;
@@ -183,7 +187,7 @@ class Explorer {
     const place = (point) => point.x ?? point.length;
     const inOrder = [...this.marks].sort((a, b) => place(a) - place(b) || (a.y ?? a.depth) - (b.y ?? b.depth));
     const now = inOrder.findIndex((point) => this.point && point.run === this.point.run && place(point) === place(this.point) && point.y === this.point.y && point.depth === this.point.depth && point.seeds === this.point.seeds);
-    const next = now < 0 ? 0 : Math.max(0, Math.min(inOrder.length - 1, now + steps[event.key]));
+    const next = Math.max(0, Math.min(inOrder.length - 1, now + steps[event.key]));
     this.settled = this.choose(inOrder[next]);
   }
 
@@ -194,8 +198,8 @@ class Explorer {
   }
 }
 
-function axisFormat(name, kind) {
-  if (kind !== "runs") return "~g";
+function axisFormat(name, isRuns) {
+  if (!isRuns) return "~g";
   return ["state_bytes", "parameters", "flops", "tokens_per_second", "length", "steps"].includes(name) ? "~s" : "~g";
 }
 
@@ -237,5 +241,5 @@ function save(name, type, text) {
 
 const data = readData(document.getElementById("data").textContent);
 document.getElementById("summary").textContent =
-  `${data.count} recorded runs${data.sources.length ? ` from ${data.sources.join(", ")}` : ""}.`;
+  `${data.count} recorded ${data.count === 1 ? "run" : "runs"}${data.sources.length ? ` from ${data.sources.join(", ")}` : ""}.`;
 window.explorer = new Explorer(data);

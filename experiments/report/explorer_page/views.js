@@ -37,12 +37,12 @@ function runPoints(rows, state, colourOf) {
   const found = rows.filter((row) => usable(row, state.x, state.logx) && usable(row, state.y, state.logy));
   const seeds = found.map((row) => ({
     x: row[state.x], y: row[state.y], colour: colourOf(row), run: row.number, seeds: 1, opacity: OPACITY.seed, size: 45,
-    line: sameBut(row, state.x),
+    label: row.run,
   }));
   const medians = [...groupBy(found, sameButSeed).values()].map((members) => ({
     x: median(members.map((row) => row[state.x])), y: median(members.map((row) => row[state.y])),
     colour: colourOf(members[0]), run: members[0].number, seeds: members.length, opacity: OPACITY.median, size: 110,
-    line: sameBut(members[0], state.x),
+    label: `median of ${members.length} like ${members[0].run}`, line: sameBut(members[0], state.x),
   }));
   return { found, seeds, medians };
 }
