@@ -49,7 +49,9 @@ FIELDS = {
     "flops": Field("Training FLOPs", "cost.flops", number=True, log=True),
     "steps": Field("Training steps", "cost.steps", number=True),
     "train_seconds": Field("Training time (s)", "cost.train_seconds", number=True, log=True),
-    "tokens_per_second": Field("Tokens per second", "cost.tokens_per_second", number=True, log=True),
+    "tokens_per_second": Field(
+        "Tokens per second, trained or decoded", "cost.tokens_per_second", number=True, log=True
+    ),
     "length": Field("Context (tokens)", "config.task.length", number=True, log=True),
     "lr": Field("Learning rate", "config.train.lr", number=True, log=True),
     "weight_decay": Field("Weight decay", "config.train.weight_decay", number=True),

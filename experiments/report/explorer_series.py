@@ -78,8 +78,8 @@ def _by_group(run: RecordedRun, name: str, bins: Any) -> Curve:
 def _training(run: RecordedRun) -> list[Curve]:
     """The metric and the loss on validation along the steps."""
     metric = run.get("metric.name")
-    kinds = {f"validation_{metric}": ("training/metric", "Course of training: metric on validation", ""),
-             "validation_loss": ("training/loss", "Course of training: loss on validation", "Loss on validation (nats)")}  # fmt: skip
+    kinds = {f"validation_{metric}": ("training/metric", "Metric on validation", ""),
+             "validation_loss": ("training/loss", "Loss on validation", "Loss on validation (nats)")}  # fmt: skip
     found = []
     for key, (kind, label, y_label) in kinds.items():
         points = [line for line in run.metrics if "step" in line and key in line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -14,6 +15,10 @@ from experiments.config.reference import groups
 from experiments.config.schema import flat, run_config, without
 from experiments.config.training import TrainConfig
 from experiments.util.errors import RunnerError
+from experiments.util.plot_style import pattern_channels, pattern_mixers
+
+ON_A_MACHINE = ("device", "threads")
+"""Options of training that say where a run trains."""
 
 PLAIN_TEXT = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][\w./-]*", re.IGNORECASE)
 """Text that Hydra's grammar takes as it is and reads back as text."""
@@ -30,7 +35,10 @@ def run_command(config: Mapping[str, Any]) -> str:
     own = typed or _as_it_stands(config)
     differing = {path: value for path, value in own.items() if path not in base or value != base[path]}
     if typed:
-        differing |= {path: _default(path) for path in base if path not in own and base[path] != _default(path)}
+        differing |= {path: _default(path) for path in base if _is_set_back(path, own, base)}
+    for name in ON_A_MACHINE:
+        if name not in config["train"]:  # As in the records of studies.
+            differing.pop(f"train.{name}", None)
     if differing.pop("experiment", None) is not None:
         chosen["name"] = config["experiment"]
     given = [*(f"{key}={value}" for key, value in chosen.items()),
@@ -48,8 +56,19 @@ def _choices(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _typed(config: Mapping[str, Any]) -> dict[str, Any]:
     """All that makes the run, by path; nothing of a configuration of another version, or of plug-ins that are not here."""
+    own = {"seed": config["seed"], "train.lr": float(config["train"]["lr"])}
+    shared = _typed_but(json.dumps(without(config, ("format", *own))))
+    return {**shared, **own} if shared else {}
+
+
+@cache
+def _typed_but(text: str) -> dict[str, Any]:
+    """Of a configuration as JSON without seed and learning rate, in which many runs of a sweep are alike."""
+    config = json.loads(text)
     try:
-        return _without_empty(flat(run_config(without(config, ("format",))).identity()))
+        return _without_empty(
+            flat(run_config({**config, "seed": 0, "train": {**config["train"], "lr": 1.0}}).identity())
+        )
     except RunnerError:
         return {}
 
@@ -69,6 +88,17 @@ def _defaults(chosen: tuple[tuple[str, str], ...]) -> dict[str, Any]:
 
 def _without_empty(paths: Mapping[str, Any]) -> dict[str, Any]:
     return {path: value for path, value in paths.items() if value != {}}
+
+
+def _is_set_back(path: str, own: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether a run has an option at its default that the chosen files set; those of layers that it lacks say nothing."""
+    match path.split("."):
+        case ["model", "mixers" | "channels", name, _]:
+            pattern = own["model.pattern"]
+            has = {own["model.channel"], *pattern_mixers(pattern), *pattern_channels(pattern)}
+            if name not in has:
+                return False
+    return path not in own and base[path] != _default(path)
 
 
 def _default(path: str) -> Any:

@@ -47,7 +47,9 @@ def sweep(tmp_path_factory) -> Path:
     for seed in (0, 1, 2):
         for model, level in (("attention", 3.5), ("mamba2", 3.4)):
             record_run(root, model, seed, level + seed / 100, experiment="text", curve=curve(level + seed / 100))
-            tests = {f"test_{n}": depth_test(n, [1, None, 0.5, seed / 4], [3, 0, 2, 1 + seed]) for n in (128, 512, 2048)}
+            tests = {
+                f"test_{n}": depth_test(n, [1, None, 0.5, seed / 4], [3, 0, 2, 1 + seed]) for n in (128, 512, 2048)
+            }
             record_tests(root / "needles", model, seed, tests)
     target = root / "sweep.html"
     explorer.write([root], target)
@@ -120,7 +122,9 @@ def test_an_address_restores_the_view(wide, committed):
     wide.locator("#chart").focus()
     wide.keyboard.press("ArrowRight")
     wide.keyboard.press("ArrowRight")
-    read = "() => [explorer.state, explorer.marks.length, document.getElementById('caption').textContent, explorer.point]"
+    read = (
+        "() => [explorer.state, explorer.marks.length, document.getElementById('caption').textContent, explorer.point]"
+    )
     before, address = wide.evaluate(read), wide.evaluate("location.hash")
     assert before[0]["run"]
     opened(wide, target, address[1:])
@@ -172,7 +176,11 @@ def test_medians_curves_and_maps_are_those_of_the_runs(wide, sweep, tmp_path):
     runs = [run for run in comparable_runs(sweep.parent / "needles")[0] if run.config["model"]["name"] == "mamba2"]
     wanted = cells_of(runs)
     assert wanted is not None
-    values = {(float(cell["length"]), float(cell["depth"])): float(cell["value"]) for cell in cells if cell["setting"] == "mamba2"}
+    values = {
+        (float(cell["length"]), float(cell["depth"])): float(cell["value"])
+        for cell in cells
+        if cell["setting"] == "mamba2"
+    }
     for i, length in enumerate(wanted.lengths):
         for d in range(len(wanted.edges) - 1):
             value = wanted.values[d, i]
@@ -271,16 +279,27 @@ CHANGES = (
 
 
 def test_a_change_takes_less_than_a_tenth_of_a_second_with_5000_runs(wide, large):
-    """From the change of a control until the chart is drawn, in the page; the median of five for each change."""
+    """From the change of a control until the chart is drawn: the processor time of the page's thread, which other work
+    on the machine does not lengthen. The median of three for each change; by the clock it is printed.
+    """
+    thread = wide.context.new_cdp_session(wide)
+    thread.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy() -> float:
+        metrics = {each["name"]: each["value"] for each in thread.send("Performance.getMetrics")["metrics"]}
+        return 1000 * metrics["TaskDuration"]
+
     opened(wide, large)
     assert wide.evaluate("explorer.marks.length") >= RUNS
-    times: dict[str, list[float]] = {}
-    for _ in range(5):
+    times: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(3):
         for name, value in CHANGES:
+            before = busy()
             change(wide, name, value)
-            times.setdefault(f"{name}={value}", []).append(wide.evaluate("explorer.milliseconds"))
-        wide.get_by_role("button", name="Reset").click()
-        wide.evaluate("() => explorer.settled")
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    print(json.dumps(medians, indent=1))
-    assert {name: each for name, each in medians.items() if each > MOST_MILLISECONDS} == {}
+            times.setdefault(f"{name}={value}", []).append((busy() - before, wide.evaluate("explorer.milliseconds")))
+        wide.evaluate("() => { explorer.replace(explorer.defaults()); return explorer.settled; }")
+    medians = {
+        name: [round(statistics.median(each)) for each in zip(*both, strict=True)] for name, both in times.items()
+    }
+    print(json.dumps(medians))
+    assert {name: each for name, each in medians.items() if not 0 < each[0] < MOST_MILLISECONDS} == {}

@@ -67,9 +67,9 @@ function mapSpec({ settings, title, width, height, description, share }) {
              legend: { orient: "bottom", gradientLength: Math.min(300, width - 40) } },
   };
   return {
-    data: { name: "cells" }, description, columns: across,
+    data: { name: "cells" }, description, columns: across, resolve: { axis: { x: "independent" } },
     facet: { field: "setting", type: "nominal", title: null, header: { labelLimit: 200 } },
-    spec: { width: Math.floor(width / across) - 75, height: Math.min(height, 220), mark: { type: "rect" }, encoding },
+    spec: { width: Math.floor((width - 70) / across) - 22, height: Math.min(height, 220), mark: { type: "rect" }, encoding },
   };
 }
 

@@ -151,6 +151,7 @@ class Explorer {
     const runs = new Set(rows).size;
     const parts = [`${runs} of ${this.data.count} runs`];
     if (runs < passing) parts.push(`${passing - runs} more pass the filters and have nothing to plot here`);
+    if (this.shown.cells) parts.push("an empty cell has no question");
     if (every > 1) parts.push(`of each curve every ${every}th point is drawn, the CSV has all`);
     if (runs && this.chance() !== undefined) parts.push("the dashed line is chance");
     document.getElementById("caption").textContent = `${parts.join("; ")}.`;
@@ -199,8 +200,8 @@ class Explorer {
 }
 
 function axisFormat(name, isRuns) {
-  if (!isRuns) return "~g";
-  return ["state_bytes", "parameters", "flops", "tokens_per_second", "length", "steps"].includes(name) ? "~s" : "~g";
+  if (!isRuns) return "~r";
+  return ["state_bytes", "parameters", "flops", "tokens_per_second", "length", "steps"].includes(name) ? "~s" : "~r";
 }
 
 function theme() {

@@ -12,7 +12,7 @@ const VIEWS = {
 const OF_METRIC = ["test", "validation"];
 
 // Points of curves that are drawn at most: beyond them every second, third, ... point of each curve is.
-const MOST_POINTS = 6000;
+const MOST_POINTS = 4000;
 
 const OPACITY = { seed: 0.55, median: 1 };
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from experiments.config.build import identified
 from experiments.config.overrides import compose
 from experiments.config.schema import run_config, without
 from experiments.report import explorer, opening
 from experiments.report.__main__ import main
 from experiments.report.explorer_records import read_records
 from experiments.report.explorer_series import thinned
-from experiments.report.run_command import hydra_text, run_command
+from experiments.report.run_command import ON_A_MACHINE, hydra_text, run_command
 from experiments.runs.recorded import find_runs
 from tests.experiments.report.test_maps import depth_test, record_tests
 from tests.experiments.report.test_report import curve, record_run
@@ -37,21 +38,26 @@ def identity_of(command: str) -> dict:
     """Of the run that a command line trains."""
     words = shlex.split(command)
     assert words[:2] == ["seqarch", "run"]
-    return run_config(without(compose(words[2:]), BESIDE)).identity()
+    return identified(run_config(without(compose(words[2:]), BESIDE))).identity()
 
 
 def test_commands_train_the_very_run_of_the_records():
     """One run of each arm of the study."""
     arms = {line["record"]["study"]["arm"]: line["config"] for line in map(json.loads, LINES)}
     for config in list(arms.values())[:: len(arms) // 3]:
-        assert identity_of(run_command(config)) == run_config(config).identity()
+        found, wanted = identity_of(command := run_command(config)), run_config(config).identity()
+        for name in ON_A_MACHINE:  # Not on record, so not in the command.
+            assert f"train.{name}" not in command
+            del found["train"][name], wanted["train"][name]
+        assert found == wanted
+        assert command.count("model.mixers.") < 4
 
 
 def test_commands_of_options_that_need_quotes():
     """And of a run that this version does not know, as it stands."""
     given = ["experiment=needle", "name=mine/one", "model.name=odd-one", "model.pattern='attention(window=8) mamba2/moe'",
              "model.mixers.mamba2.d_state=8", "task.test_on=[{length: 64}]", "seed=3"]  # fmt: skip
-    identity = run_config(without(compose(given), BESIDE)).identity()
+    identity = identified(run_config(without(compose(given), BESIDE))).identity()
     command = run_command(identity)
     assert identity_of(command) == identity
     assert "name=mine/one" in command
@@ -62,7 +68,20 @@ def test_commands_of_options_that_need_quotes():
 
 
 def test_values_are_written_in_hydras_grammar():
-    values = [None, True, 3, 1e-05, "plain/text.x-1", "null", "a b", "it's", "back\\", "1e3", [64, "a, b"], {"k": [1.5]}]
+    values = [
+        None,
+        True,
+        3,
+        1e-05,
+        "plain/text.x-1",
+        "null",
+        "a b",
+        "it's",
+        "back\\",
+        "1e3",
+        [64, "a, b"],
+        {"k": [1.5]},
+    ]
     for value in values:
         composed = compose(["tracker=wandb", f"plugins=[{hydra_text(value)}]"])
         assert composed["plugins"] == [value]
@@ -150,7 +169,9 @@ def test_rounds_of_decoding_and_the_decode_bench_are_read(tmp_path):
     line = {"format": 1, "kind": "round", "plan": "p", "condition": "small", "number": 2, "others": 0.1,
             "seconds": {"mamba2": {"256": 0.5, "filled": 1.0}}}  # fmt: skip
     file = tmp_path / "records.jsonl"
-    file.write_text(json.dumps(line) + "\n" + json.dumps({**line, "kind": "models"}) + "\n" + json.dumps({**line, "format": 2}))
+    file.write_text(
+        json.dumps(line) + "\n" + json.dumps({**line, "kind": "models"}) + "\n" + json.dumps({**line, "format": 2})
+    )
     read = read_records([file, ROOT / "docs" / "results" / "cpu" / "decode.json"])
     first, *bench = read.rows
     assert (first["length"], first["tokens_per_second"], first["family"], first["seed"]) == (256, 2.0, "state space", 2)
