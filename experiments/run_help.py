@@ -1,5 +1,5 @@
-"""The help of ``seqarch run``: models, tasks and experiments with a line each, and every key of a run, with its type, its
-meaning and the value that a run would have.
+"""The help of ``seqarch run``: models, tasks and experiments with a line each, and every key of a run, with its type,
+its meaning and the value that a run would have.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_help(arguments: Sequence[str]) -> str:
         " missing. Exit codes: 0 every run is finished, 1 one is not, 130 stopped by a signal.",
         "\n".join(["examples:", *(f"  {name} {each}" for each in EXAMPLES)]),
         "\n".join(["flags:", *_entries(FLAGS)]),
-        *(f"{group}s ({group}=NAME):\n" + "\n".join(_entries(choice_texts(group))) for group in DESCRIBED),
+        *("\n".join([f"{group}s ({group}=NAME):", *_lines(choice_texts(group))]) for group in DESCRIBED),
         "\n".join(["other choices (GROUP=NAME):", *_entries(_other_choices())]),
         "keys (KEY=VALUE), with the value that a run has where none is given"
         + (f" ({' '.join(f'{key}={value}' for key, value in chosen.items())}):" if chosen else ":"),
@@ -129,6 +129,13 @@ def _value(composed: Mapping[str, Any], key: Key) -> str | None:
 def _entries(texts: Mapping[str, str]) -> list[str]:
     width = max(map(len, texts)) + 4
     return [line for name, text in texts.items() for line in _indented(f"  {name}".ljust(width) + text, 0, width)]
+
+
+def _lines(texts: Mapping[str, str]) -> list[str]:
+    """A line on each of some names, cut where it is too long."""
+    width = max(map(len, texts)) + 4
+    return [f"  {name}".ljust(width) + textwrap.shorten(text, _columns() - width, placeholder=" ...")
+            for name, text in texts.items()]  # fmt: skip
 
 
 def _columns() -> int:

@@ -36,7 +36,7 @@ def drawing_library() -> str:
         return kept
     import vl_convert  # Its library is large.
 
-    script = vl_convert.javascript_bundle()
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     try:
         make_folder(file.parent)
         write_atomic(file, f"{_mark(script)}{script}", durable=False)

@@ -13,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from experiments.config.schema import without
 from experiments.report.drawing_library import drawing_library
 from experiments.report.explorer_fields import FIELDS, Row
-from experiments.report.explorer_records import Records, read_records
+from experiments.report.explorer_records import read_records
+from experiments.report.explorer_table import Records
 from experiments.util.files import write_atomic
 from experiments.util.plot_style import COLOURS
 
@@ -93,7 +95,7 @@ def page_data(read: Records) -> dict[str, Any]:
     """What the scripts of the page read."""
     return {
         "count": len(read.rows),
-        "fields": {name: {"label": field.label, "number": field.number, "log": field.log} for name, field in FIELDS.items()},
+        "fields": {name: without(asdict(field), ("path",)) for name, field in FIELDS.items()},
         "columns": {name: column(name, read.rows) for name in (*FIELDS, "setting")},
         "metrics": read.metrics,
         "series": {kind: asdict(series) for kind, series in read.series.items()},

@@ -55,7 +55,7 @@ def _choices(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _typed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All that makes the run, by path; nothing of a configuration of another version, or of plug-ins that are not here."""
+    """All that makes the run, by path; nothing of a configuration of another version, or of absent plug-ins."""
     own = {"seed": config["seed"], "train.lr": float(config["train"]["lr"])}
     shared = _typed_but(json.dumps(without(config, ("format", *own))))
     return {**shared, **own} if shared else {}
@@ -91,7 +91,7 @@ def _without_empty(paths: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_set_back(path: str, own: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
-    """Whether a run has an option at its default that the chosen files set; those of layers that it lacks say nothing."""
+    """Whether a run has an option at its default that the chosen files set; of layers that it has."""
     match path.split("."):
         case ["model", "mixers" | "channels", name, _]:
             pattern = own["model.pattern"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from experiments.report import explorer, figures, maps
 from experiments.report.checks import comparable_runs
 from experiments.report.comparison import Comparison, compare
-from experiments.report.explorer_records import Records, add_runs
+from experiments.report.explorer_records import add_runs
+from experiments.report.explorer_table import Records
 from experiments.report.page import write_page
 from experiments.runs.recorded import RecordedRun
 from experiments.util import owned

@@ -1,4 +1,4 @@
-"""The explorer in a browser: filters, axes, exports and addresses do what they say, by keyboard, on a phone, quickly."""
+"""The explorer in a browser: filters, axes, exports, addresses do what they say, by keyboard, on a phone, quickly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from playwright.sync_api import Page
 from experiments.report import explorer
 from experiments.report.checks import comparable_runs
 from experiments.report.explorer_fields import FIELDS, Row
-from experiments.report.explorer_records import Records
+from experiments.report.explorer_table import Records
 from experiments.report.maps import cells_of
 from tests.experiments.report.test_maps import depth_test, record_tests
 from tests.experiments.report.test_report import curve, record_run
@@ -246,8 +246,9 @@ def test_problems_and_emptiness_are_said_in_place(wide, tmp_path):
 def large(tmp_path_factory) -> Path:
     """5,000 runs: 20 models, 10 learning rates, 25 seeds, each with a course of training."""
     folder = tmp_path_factory.mktemp("large")
-    of_arm = {(line["config"]["model"]["name"], len(line["record"]["study"]["arm"])): line
-              for line in map(json.loads, RECORDS[0].read_text().splitlines()) if line["record"]["status"] == "finished"}  # fmt: skip
+    recorded = [json.loads(line) for line in RECORDS[0].read_text().splitlines()]
+    finished = [line for line in recorded if line["record"]["status"] == "finished"]
+    of_arm = {(line["config"]["model"]["name"], len(line["record"]["study"]["arm"])): line for line in finished}
     random = np.random.default_rng(0)
     lines = []
     for number in range(RUNS):
@@ -272,8 +273,8 @@ def large(tmp_path_factory) -> Path:
 CHANGES = (
     ("y", "validation"), ("x", "flops"), ("y", "test"), ("x", "state_bytes"), ("logx", False), ("logx", True),
     ("colour", "model"), ("colour", "family"), ("show", "seeds"), ("show", "both"), ("find", "run-1"), ("find", ""),
-    ("only.seed", ["0", "1", "2"]), ("only.model", ["kda", "gla"]), ("view", "rates"), ("view", "speed"), ("view", "training"),
-    ("view", "state"),
+    ("only.seed", ["0", "1", "2"]), ("only.model", ["kda", "gla"]), ("view", "rates"), ("view", "speed"),
+    ("view", "training"), ("view", "state"),
 )  # fmt: skip
 """Each in the state that those before it leave."""
 

@@ -123,7 +123,7 @@ def test_the_help_lists_models_tasks_and_experiments_with_a_line_each():
         texts = reference.choice_texts(group)
         assert list(texts) == reference.groups()[group]
         for name, text in texts.items():
-            assert re.fullmatch(r"[^`\n]{15,200}", text), (name, text)
+            assert re.fullmatch(r"[^`\n]{15,250}", text), (name, text)
             assert re.search(rf"^  {name} +{re.escape(text[:12])}", shown, re.MULTILINE)
     assert reference.choice_texts("model")["hybrid"].startswith("Attention and a recurrence in turn;")
 

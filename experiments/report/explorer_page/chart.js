@@ -1,13 +1,22 @@
 // The chart: the specification of a view in Vega-Lite, drawn by Vega. The same specification with other data is not
 // compiled again.
-const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left"];
+const SHAPES = [
+  "circle",
+  "square",
+  "diamond",
+  "triangle-up",
+  "cross",
+  "triangle-down",
+  "triangle-right",
+  "triangle-left",
+];
 
 // Marks up to which each is an element of its own that a screen reader can name; more are drawn onto a canvas.
 const MOST_ELEMENTS = 1000;
 
 const LENGTH = "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 'k' : '' + datum.value";
 
-// Round numbers from the lowest to the highest of some values: 1, 3, 10, 30, ... of several decades, 1, 2, 5, 10 of few.
+// Round numbers from the lowest to the highest of some values: of several decades 1, 3, 10, 30, ..., of few 1, 2, 5, 10.
 function logTicks(values) {
   const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log10);
   if (!Number.isFinite(low + high)) return undefined;
@@ -22,7 +31,11 @@ function logTicks(values) {
 // An axis whose scale is that of the data, with the ticks of all values that there are where it is logarithmic.
 function axis(title, log, format, values) {
   const ticks = log ? { values: logTicks(values.filter((value) => value > 0)) } : { tickCount: 6 };
-  return { scale: log ? { type: "log" } : { zero: false, nice: true }, title, axis: { format, labelOverlap: true, ...ticks } };
+  return {
+    scale: log ? { type: "log" } : { zero: false, nice: true },
+    title,
+    axis: { format, labelOverlap: true, ...ticks },
+  };
 }
 
 function channel(field, options) {
@@ -31,7 +44,13 @@ function channel(field, options) {
 
 function colourChannels(colours, width) {
   const scale = { domain: colours.map((each) => each.name), range: colours.map((each) => each.colour) };
-  const legend = { orient: "bottom", columns: Math.max(1, Math.floor(width / 170)), symbolLimit: 0, labelLimit: 160, symbolOpacity: 1 };
+  const legend = {
+    orient: "bottom",
+    columns: Math.max(1, Math.floor(width / 170)),
+    symbolLimit: 0,
+    labelLimit: 160,
+    symbolOpacity: 1,
+  };
   const shapes = { domain: scale.domain, range: colours.map((each) => SHAPES[each.shape]) };
   const title = colours.title;
   return {
@@ -47,13 +66,30 @@ function xySpec({ x, y, colours, width, height, description, chance }) {
   const line = { type: "line", strokeWidth: 1.8, interpolate: "linear" };
   const layer = [
     { data: { name: "lines" }, mark: line, encoding: { ...place, color, opacity, detail: { field: "line" } } },
-    { data: { name: "points" }, mark: { type: "point", filled: true },
-      encoding: { ...place, color, shape, opacity, description: { field: "label", type: "nominal" }, size: { field: "size", type: "quantitative", scale: null, legend: null } } },
-    { data: { name: "chosen" }, mark: { type: "point", filled: false, size: 320, strokeWidth: 2.5, color: "chosen", aria: false }, encoding: place },
+    {
+      data: { name: "points" },
+      mark: { type: "point", filled: true },
+      encoding: {
+        ...place,
+        color,
+        shape,
+        opacity,
+        description: { field: "label", type: "nominal" },
+        size: { field: "size", type: "quantitative", scale: null, legend: null },
+      },
+    },
+    {
+      data: { name: "chosen" },
+      mark: { type: "point", filled: false, size: 320, strokeWidth: 2.5, color: "chosen", aria: false },
+      encoding: place,
+    },
   ];
   if (chance !== undefined) {
-    layer.unshift({ data: { values: [{ y: chance }] }, mark: { type: "rule", strokeDash: [4, 4], color: "quiet" },
-                    encoding: { y: place.y } });
+    layer.unshift({
+      data: { values: [{ y: chance }] },
+      mark: { type: "rule", strokeDash: [4, 4], color: "quiet" },
+      encoding: { y: place.y },
+    });
   }
   return { width, height, autosize: { type: "fit", contains: "padding" }, description, layer };
 }
@@ -61,24 +97,56 @@ function xySpec({ x, y, colours, width, height, description, chance }) {
 function mapSpec({ settings, title, width, height, description, share }) {
   const across = Math.max(1, Math.min(settings, Math.floor(width / 230)));
   const encoding = {
-    x: { field: "length", type: "ordinal", title: "Length of the text (tokens)", axis: { labelOverlap: true, labelAngle: 0, labelExpr: LENGTH } },
-    y: { field: "depth", type: "ordinal", title: "Depth in the text", axis: { labelOverlap: true, labelExpr: "format(datum.value, '.0%')" } },
-    color: { field: "value", type: "quantitative", title, scale: { scheme: "viridis", ...(share ? { domain: [0, 1] } : {}) },
-             legend: { orient: "bottom", gradientLength: Math.min(300, width - 40) } },
+    x: {
+      field: "length",
+      type: "ordinal",
+      title: "Length of the text (tokens)",
+      axis: { labelOverlap: true, labelAngle: 0, labelExpr: LENGTH },
+    },
+    y: {
+      field: "depth",
+      type: "ordinal",
+      title: "Depth in the text",
+      axis: { labelOverlap: true, labelExpr: "format(datum.value, '.0%')" },
+    },
+    color: {
+      field: "value",
+      type: "quantitative",
+      title,
+      scale: { scheme: "viridis", ...(share ? { domain: [0, 1] } : {}) },
+      legend: { orient: "bottom", gradientLength: Math.min(300, width - 40) },
+    },
   };
   return {
-    data: { name: "cells" }, description, columns: across, resolve: { axis: { x: "independent" } },
+    data: { name: "cells" },
+    description,
+    columns: across,
+    resolve: { axis: { x: "independent" } },
     facet: { field: "setting", type: "nominal", title: null, header: { labelLimit: 200 } },
-    spec: { width: Math.floor((width - 70) / across) - 22, height: Math.min(height, 220), mark: { type: "rect" }, encoding },
+    spec: {
+      width: Math.floor((width - 70) / across) - 22,
+      height: Math.min(height, 220),
+      mark: { type: "rect" },
+      encoding,
+    },
   };
 }
 
 function themed(spec, theme) {
-  const text = { labelColor: theme.text, titleColor: theme.text, labelFontSize: 12, titleFontSize: 13, titleFontWeight: 500 };
+  const text = {
+    labelColor: theme.text,
+    titleColor: theme.text,
+    labelFontSize: 12,
+    titleFontSize: 13,
+    titleFontWeight: 500,
+  };
   const config = {
-    background: theme.surface, font: "system-ui, sans-serif", view: { stroke: null },
+    background: theme.surface,
+    font: "system-ui, sans-serif",
+    view: { stroke: null },
     axis: { ...text, gridColor: theme.grid, domainColor: theme.quiet, tickColor: theme.quiet },
-    legend: { ...text, symbolSize: 90 }, header: { labelColor: theme.text, labelFontSize: 13 },
+    legend: { ...text, symbolSize: 90 },
+    header: { labelColor: theme.text, labelFontSize: 13 },
   };
   const colours = { chosen: theme.text, quiet: theme.quiet };
   const layer = spec.layer?.map((each) =>
@@ -112,7 +180,15 @@ class Chart {
 
   async make(spec, renderer) {
     // Warnings are off: a layer without points has no extent, and that is as it should be.
-    const options = { logLevel: 1, mode: "vega-lite", renderer, actions: false, tooltip: false, hover: false, defaultStyle: false };
+    const options = {
+      logLevel: 1,
+      mode: "vega-lite",
+      renderer,
+      actions: false,
+      tooltip: false,
+      hover: false,
+      defaultStyle: false,
+    };
     const { view } = await vegaEmbed(this.container, spec, options);
     const datum = (item) => (item && item.datum && item.datum.run !== undefined ? item.datum : null);
     view.addEventListener("pointermove", (event, item) => this.onHover(datum(item), event));

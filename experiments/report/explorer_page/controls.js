@@ -23,8 +23,14 @@ function choicesIn(data) {
     if (found.length > 1) filters[name] = found;
   }
   return {
-    view: Object.keys(VIEWS), x, y: x, filters, show: Object.keys(SHOWN), metric: Object.keys(data.metrics),
-    series: Object.keys(data.series), colour: COLOURS.filter((name) => data.rows.some((row) => row[name] !== undefined)),
+    view: Object.keys(VIEWS),
+    x,
+    y: x,
+    filters,
+    show: Object.keys(SHOWN),
+    metric: Object.keys(data.metrics),
+    series: Object.keys(data.series),
+    colour: COLOURS.filter((name) => data.rows.some((row) => row[name] !== undefined)),
   };
 }
 
@@ -44,13 +50,19 @@ function seriesOf(name, data) {
 // The runs that a view, or one kind of curves in it, could show.
 function rowsOfView(name, data, series) {
   const { kind } = VIEWS[name];
-  const numbers = { runs: () => null, map: () => data.maps.map(({ row }) => row),
-                    curves: () => data.series[series]?.lines.map(([number]) => number) ?? [] }[kind]();
+  const numbers = {
+    runs: () => null,
+    map: () => data.maps.map(({ row }) => row),
+    curves: () => data.series[series]?.lines.map(([number]) => number) ?? [],
+  }[kind]();
   return numbers === null ? data.rows : numbers.map((number) => data.rows[number]);
 }
 
 function commonMetric(rows) {
-  const counts = groupBy(rows.filter((row) => row.metric !== undefined), (row) => row.metric);
+  const counts = groupBy(
+    rows.filter((row) => row.metric !== undefined),
+    (row) => row.metric,
+  );
   return [...counts].sort((a, b) => b[1].length - a[1].length)[0]?.[0] ?? "";
 }
 
@@ -67,8 +79,18 @@ function defaultState(data, name) {
   const series = seriesFor(view, data, commonMetric(data.rows));
   const metric = commonMetric(rowsOfView(view, data, series)) || commonMetric(data.rows);
   return {
-    view, x, y, logx: kind === "runs" ? data.fields[x].log : false, logy: kind === "runs" ? data.fields[y].log : false,
-    colour: "family", show: "both", metric, series, find: "", run: "", filters: {},
+    view,
+    x,
+    y,
+    logx: kind === "runs" ? data.fields[x].log : false,
+    logy: kind === "runs" ? data.fields[y].log : false,
+    colour: "family",
+    show: "both",
+    metric,
+    series,
+    find: "",
+    run: "",
+    filters: {},
   };
 }
 
@@ -79,13 +101,28 @@ class Controls {
     this.form = document.getElementById("controls");
     this.find = document.querySelector("[name=find]");
     this.onChange = onChange;
-    const views = Object.entries(VIEWS).map(([name, view]) => [name, hasView(name, data) ? view.label : `${view.label} (none recorded)`]);
+    const views = Object.entries(VIEWS).map(([name, view]) => [
+      name,
+      hasView(name, data) ? view.label : `${view.label} (none recorded)`,
+    ]);
     fill(this.control("view"), views);
-    for (const name of ["x", "y"]) fill(this.control(name), this.choices.x.map((each) => [each, data.fields[each].label]));
-    fill(this.control("colour"), this.choices.colour.map((each) => [each, data.fields[each].label]));
+    for (const name of ["x", "y"])
+      fill(
+        this.control(name),
+        this.choices.x.map((each) => [each, data.fields[each].label]),
+      );
+    fill(
+      this.control("colour"),
+      this.choices.colour.map((each) => [each, data.fields[each].label]),
+    );
     fill(this.control("show"), Object.entries(SHOWN));
-    fill(this.control("metric"), Object.values(data.metrics).map((metric) => [metric.name, metric.label]));
-    this.form.addEventListener("change", (event) => onChange(event.target.name, event.target.type === "checkbox" ? event.target.checked : event.target.value));
+    fill(
+      this.control("metric"),
+      Object.values(data.metrics).map((metric) => [metric.name, metric.label]),
+    );
+    this.form.addEventListener("change", (event) =>
+      onChange(event.target.name, event.target.type === "checkbox" ? event.target.checked : event.target.value),
+    );
     this.form.addEventListener("submit", (event) => event.preventDefault());
     this.find.addEventListener("input", () => onChange("find", this.find.value));
     document.getElementById("choices").append(...Object.keys(this.choices.filters).map((name) => this.filter(name)));
@@ -108,7 +145,10 @@ class Controls {
     const options = this.choices.filters[name].map((value) =>
       element("label", {}, element("input", { type: "checkbox", value, checked: true }), value),
     );
-    set.append(element("legend", {}, label, button("all", true), button("none", false)), element("div", { className: "options" }, ...options));
+    set.append(
+      element("legend", {}, label, button("all", true), button("none", false)),
+      element("div", { className: "options" }, ...options),
+    );
     set.addEventListener("change", () => this.onChange(`only.${name}`, chosen()));
     return set;
   }
@@ -120,13 +160,17 @@ class Controls {
     for (const label of this.form.querySelectorAll("label[data-kind]")) {
       label.hidden = !label.dataset.kind.split(" ").some((each) => kinds.includes(each));
     }
-    fill(this.control("series"), seriesOf(state.view, this.data).map((name) => [name, this.data.series[name].label]));
+    fill(
+      this.control("series"),
+      seriesOf(state.view, this.data).map((name) => [name, this.data.series[name].label]),
+    );
     for (const name of ["view", "x", "y", "series", "metric", "colour", "show"]) this.control(name).value = state[name];
     for (const name of ["logx", "logy"]) this.control(name).checked = state[name];
     if (this.find.value !== state.find) this.find.value = state.find;
     for (const name of Object.keys(this.choices.filters)) {
       const chosen = state.filters[name] && new Set(state.filters[name]);
-      for (const box of document.querySelectorAll(`fieldset[name="only.${name}"] input`)) box.checked = !chosen || chosen.has(box.value);
+      for (const box of document.querySelectorAll(`fieldset[name="only.${name}"] input`))
+        box.checked = !chosen || chosen.has(box.value);
     }
     const active = Object.keys(state.filters).map((name) => this.data.fields[name].label);
     document.getElementById("active").textContent = active.length ? `(${active.join(", ")})` : "";

@@ -21,7 +21,9 @@ function readData(text) {
   delete data.columns;
   // Several records may be of one run: the address tells them apart by a number.
   for (const alike of groupBy(data.rows, (row) => row.run).values()) {
-    alike.forEach((row, place) => { row.key = place ? `${row.run}@${place + 1}` : row.run; });
+    alike.forEach((row, place) => {
+      row.key = place ? `${row.run}@${place + 1}` : row.run;
+    });
   }
   return data;
 }

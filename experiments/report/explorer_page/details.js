@@ -16,8 +16,13 @@ function fieldText(data, name, value) {
 function pointEntries(point, labels) {
   const seeds = point.seeds > 1 ? [["Median over", `${point.seeds} seeds`]] : [];
   if (point.value !== undefined) {
-    return [["Length", numberText(point.length)], ["Depth", numberText(point.depth)], [labels.y, numberText(point.value)],
-            ["Answers", numberText(point.count)], ...(point.seeds > 1 ? [["Mean over", `${point.seeds} runs`]] : [])];
+    return [
+      ["Length", numberText(point.length)],
+      ["Depth", numberText(point.depth)],
+      [labels.y, numberText(point.value)],
+      ["Answers", numberText(point.count)],
+      ...(point.seeds > 1 ? [["Mean over", `${point.seeds} runs`]] : []),
+    ];
   }
   return [...seeds, [labels.x, numberText(point.x)], [labels.y, numberText(point.y)]];
 }
@@ -26,10 +31,18 @@ function showTip(tip, data, point, labels, event) {
   tip.hidden = !point;
   if (!point) return;
   const row = data.rows[point.run];
-  const entries = [...pointEntries(point, labels), ...IN_TIP.filter((name) => row[name] !== undefined && !(name === "seed" && point.seeds > 1))
-    .map((name) => [data.fields[name].label, fieldText(data, name, row[name])])];
-  tip.replaceChildren(element("strong", { textContent: point.seeds > 1 ? row.arm ?? row.model : row.run }), definitions(entries),
-                      element("code", { textContent: row.command ?? "" }));
+  const entries = [
+    ...pointEntries(point, labels),
+    ...IN_TIP.filter((name) => row[name] !== undefined && !(name === "seed" && point.seeds > 1)).map((name) => [
+      data.fields[name].label,
+      fieldText(data, name, row[name]),
+    ]),
+  ];
+  tip.replaceChildren(
+    element("strong", { textContent: point.seeds > 1 ? (row.arm ?? row.model) : row.run }),
+    definitions(entries),
+    element("code", { textContent: row.command ?? "" }),
+  );
   const { innerWidth, innerHeight } = window;
   const { width, height } = tip.getBoundingClientRect();
   const left = event.clientX + 16 + width > innerWidth ? event.clientX - width - 16 : event.clientX + 16;
@@ -38,17 +51,26 @@ function showTip(tip, data, point, labels, event) {
 }
 
 function definitions(entries) {
-  return element("dl", {}, ...entries.flatMap(([term, text]) => [element("dt", { textContent: term }), element("dd", { textContent: text })]));
+  return element(
+    "dl",
+    {},
+    ...entries.flatMap(([term, text]) => [element("dt", { textContent: term }), element("dd", { textContent: text })]),
+  );
 }
 
 function showChosen(section, data, point, labels) {
   section.hidden = !point;
   if (!point) return;
   const row = data.rows[point.run];
-  const entries = Object.keys(data.fields).filter((name) => row[name] !== undefined && name !== "command")
+  const entries = Object.keys(data.fields)
+    .filter((name) => row[name] !== undefined && name !== "command")
     .map((name) => [data.fields[name].label, fieldText(data, name, row[name])]);
   const list = definitions([...(point.seeds > 1 ? pointEntries(point, labels) : []), ...entries]);
-  if (row.command) list.append(element("dt", { textContent: "Command" }), element("dd", {}, element("code", { textContent: row.command })));
+  if (row.command)
+    list.append(
+      element("dt", { textContent: "Command" }),
+      element("dd", {}, element("code", { textContent: row.command })),
+    );
   section.querySelector("dl").replaceWith(list);
   document.getElementById("copy").parentElement.hidden = !row.command || !navigator.clipboard;
 }
@@ -57,11 +79,18 @@ function showChosen(section, data, point, labels) {
 function showTable(table, data, rows, columns, count, onChoose) {
   const number = (name) => (data.fields[name].number ? "number" : "");
   table.tHead.rows[0].replaceChildren(
-    ...columns.map((name) => element("th", { scope: "col", className: number(name), textContent: data.fields[name].label })),
+    ...columns.map((name) =>
+      element("th", { scope: "col", className: number(name), textContent: data.fields[name].label }),
+    ),
   );
   const cell = (row, name) =>
     name === "run"
       ? element("td", {}, element("button", { type: "button", textContent: row.run, onclick: () => onChoose(row) }))
-      : element("td", { className: number(name), textContent: row[name] === undefined ? "" : fieldText(data, name, row[name]) });
-  table.tBodies[0].replaceChildren(...rows.slice(0, count).map((row) => element("tr", {}, ...columns.map((name) => cell(row, name)))));
+      : element("td", {
+          className: number(name),
+          textContent: row[name] === undefined ? "" : fieldText(data, name, row[name]),
+        });
+  table.tBodies[0].replaceChildren(
+    ...rows.slice(0, count).map((row) => element("tr", {}, ...columns.map((name) => cell(row, name)))),
+  );
 }

@@ -21,10 +21,15 @@ class Explorer {
     on("save-csv", () => save("runs.csv", "text/csv", csvText(this.shown.table.columns, this.shown.table.rows)));
     on("reset", () => this.replace(this.defaults()));
     on("copy", () => navigator.clipboard.writeText(this.data.rows[this.point.run].command));
-    on("more", () => { this.count += ROWS_AT_ONCE; this.showRuns(); });
+    on("more", () => {
+      this.count += ROWS_AT_ONCE;
+      this.showRuns();
+    });
     document.getElementById("runs").addEventListener("toggle", () => this.showRuns());
     document.getElementById("chart").addEventListener("keydown", (event) => this.step(event));
-    window.addEventListener("hashchange", () => { if (location.hash.slice(1) !== this.written) this.restore(); });
+    window.addEventListener("hashchange", () => {
+      if (location.hash.slice(1) !== this.written) this.restore();
+    });
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
     let width = document.documentElement.clientWidth;
     window.addEventListener("resize", () => {
@@ -58,13 +63,19 @@ class Explorer {
   change(name, value) {
     const before = performance.now();
     if (name.startsWith("only.")) this.filter(name.slice(5), value);
-    else if (name === "view") this.state = { ...this.defaults(value), filters: this.state.filters, find: this.state.find };
+    else if (name === "view")
+      this.state = { ...this.defaults(value), filters: this.state.filters, find: this.state.find };
     else this.state[name] = value;
     if (name === "metric") this.state.series = seriesFor(this.state.view, this.data, value);
-    if (name === "series") this.state.metric = commonMetric(rowsOfView(this.state.view, this.data, value)) || this.state.metric;
+    if (name === "series")
+      this.state.metric = commonMetric(rowsOfView(this.state.view, this.data, value)) || this.state.metric;
     if (name === "x" || name === "y") this.state[`log${name}`] = this.data.fields[value].log;
     this.count = ROWS_AT_ONCE;
-    this.settled = this.draw().then(() => this.chooseAgain()).then(() => { this.milliseconds = performance.now() - before; });
+    this.settled = this.draw()
+      .then(() => this.chooseAgain())
+      .then(() => {
+        this.milliseconds = performance.now() - before;
+      });
     return this.settled;
   }
 
@@ -85,7 +96,8 @@ class Explorer {
     const metric = data.metrics[state.metric];
     const of = (name) => {
       if (!OF_METRIC.includes(name) || !metric) return data.fields[name].label;
-      return `${metric.label}${metric.unit && !metric.label.toLowerCase().includes("bits") ? ` (${metric.unit})` : ""} on ${name}`;
+      const unit = metric.unit && !metric.label.toLowerCase().includes("bits") ? ` (${metric.unit})` : "";
+      return `${metric.label}${unit} on ${name}`;
     };
     if (VIEWS[state.view].kind === "runs") return { x: of(state.x), y: of(state.y) };
     if (VIEWS[state.view].kind === "map") return { x: "Length", y: metric?.label ?? "Metric" };
@@ -108,7 +120,9 @@ class Explorer {
     container.classList.toggle("empty", this.marks.length === 0);
     if (this.marks.length === 0) {
       this.chart.clear();
-      container.textContent = data.count ? "No run that passes the filters has anything to plot here." : emptyText(data);
+      container.textContent = data.count
+        ? "No run that passes the filters has anything to plot here."
+        : emptyText(data);
       return;
     }
     if (this.chart.view === null) container.replaceChildren();
@@ -133,7 +147,15 @@ class Explorer {
     const present = new Set([...shown.points, ...shown.lines].map((point) => point.colour));
     const used = colours.scale.filter((each) => present.has(each.name));
     used.title = data.fields[state.colour].label;
-    const spec = { x: of("x", state.logx), y: of("y", state.logy), colours: used, width, height, description, chance: this.chance() };
+    const spec = {
+      x: of("x", state.logx),
+      y: of("y", state.logy),
+      colours: used,
+      width,
+      height,
+      description,
+      chance: this.chance(),
+    };
     return themed(xySpec(spec), theme());
   }
 
@@ -142,7 +164,10 @@ class Explorer {
     const levels = new Set(this.shown.rows.map((row) => row.chance));
     const [level] = levels;
     const { kind } = VIEWS[this.state.view];
-    const isMetric = kind === "runs" ? OF_METRIC.includes(this.state.y) : kind === "curves" && !this.data.series[this.state.series]?.y_label;
+    const isMetric =
+      kind === "runs"
+        ? OF_METRIC.includes(this.state.y)
+        : kind === "curves" && !this.data.series[this.state.series]?.y_label;
     return isMetric && levels.size === 1 && !(this.state.logy && level <= 0) ? level : undefined;
   }
 
@@ -162,7 +187,9 @@ class Explorer {
     const rows = [...new Set(this.shown.rows)];
     const axes = VIEWS[this.state.view].kind === "runs" ? [this.state.x, this.state.y] : [];
     const columns = [...new Set(["run", "model", "seed", ...axes, "test"])];
-    showTable(document.querySelector("#runs table"), this.data, rows, columns, this.count, (row) => this.chooseRow(row));
+    showTable(document.querySelector("#runs table"), this.data, rows, columns, this.count, (row) =>
+      this.chooseRow(row),
+    );
     document.getElementById("more").hidden = rows.length <= this.count;
   }
 
@@ -182,12 +209,23 @@ class Explorer {
   // From point to point with the arrow keys, in the order of the horizontal axis.
   step(event) {
     const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
-    if (event.key === "Escape") { this.choose(null); return; }
+    if (event.key === "Escape") {
+      this.choose(null);
+      return;
+    }
     if (!(event.key in steps) || this.marks.length === 0) return;
     event.preventDefault();
     const place = (point) => point.x ?? point.length;
     const inOrder = [...this.marks].sort((a, b) => place(a) - place(b) || (a.y ?? a.depth) - (b.y ?? b.depth));
-    const now = inOrder.findIndex((point) => this.point && point.run === this.point.run && place(point) === place(this.point) && point.y === this.point.y && point.depth === this.point.depth && point.seeds === this.point.seeds);
+    const now = inOrder.findIndex(
+      (point) =>
+        this.point &&
+        point.run === this.point.run &&
+        place(point) === place(this.point) &&
+        point.y === this.point.y &&
+        point.depth === this.point.depth &&
+        point.seeds === this.point.seeds,
+    );
     const next = Math.max(0, Math.min(inOrder.length - 1, now + steps[event.key]));
     this.settled = this.choose(inOrder[next]);
   }
@@ -208,7 +246,13 @@ function theme() {
   const style = getComputedStyle(document.documentElement);
   const value = (name) => style.getPropertyValue(`--${name}`).trim();
   const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
-  return { surface: value("surface"), text: value("text"), quiet: value("quiet"), grid: value("grid"), name: dark ? "dark" : "light" };
+  return {
+    surface: value("surface"),
+    text: value("text"),
+    quiet: value("quiet"),
+    grid: value("grid"),
+    name: dark ? "dark" : "light",
+  };
 }
 
 // A colour and a shape for each value of the field that colours tell apart; families have theirs throughout.
@@ -216,21 +260,25 @@ function colourScale(data, state, { name }) {
   const { families, others } = data.palette[name];
   const values = choicesOf(data.rows, state.colour).map(String);
   const scale = values.map((value, i) => ({
-    name: value, colour: state.colour === "family" ? families[value] ?? others[i % others.length] : others[i % others.length], shape: i % SHAPES.length,
+    name: value,
+    colour: state.colour === "family" ? (families[value] ?? others[i % others.length]) : others[i % others.length],
+    shape: i % SHAPES.length,
   }));
   return { scale, nameOf: (row) => String(row[state.colour] ?? NONE) };
 }
 
 function emptyText(data) {
   const places = data.sources.join(", ") || "nothing was given";
-  return `No run is recorded here (${places}). A sweep that has trained something fills this page when it is written again.`;
+  return `No run is recorded here (${places}). Once a sweep has trained something, write this page again.`;
 }
 
 function showProblems(problems, unknown) {
   const section = document.getElementById("problems");
   const all = [...unknown, ...problems];
   section.hidden = all.length === 0;
-  section.querySelector("h2").textContent = problems.length ? `${problems.length} could not be read` : "Not on this page";
+  section.querySelector("h2").textContent = problems.length
+    ? `${problems.length} could not be read`
+    : "Not on this page";
   section.querySelector("ul").replaceChildren(...all.map((text) => element("li", { textContent: text })));
 }
 
@@ -241,6 +289,6 @@ function save(name, type, text) {
 }
 
 const data = readData(document.getElementById("data").textContent);
-document.getElementById("summary").textContent =
-  `${data.count} recorded ${data.count === 1 ? "run" : "runs"}${data.sources.length ? ` from ${data.sources.join(", ")}` : ""}.`;
+const from = data.sources.length ? ` from ${data.sources.join(", ")}` : "";
+document.getElementById("summary").textContent = `${data.count} recorded ${data.count === 1 ? "run" : "runs"}${from}.`;
 window.explorer = new Explorer(data);

@@ -36,13 +36,25 @@ function shownRows(data, state) {
 function runPoints(rows, state, colourOf) {
   const found = rows.filter((row) => usable(row, state.x, state.logx) && usable(row, state.y, state.logy));
   const seeds = found.map((row) => ({
-    x: row[state.x], y: row[state.y], colour: colourOf(row), run: row.number, seeds: 1, opacity: OPACITY.seed, size: 45,
+    x: row[state.x],
+    y: row[state.y],
+    colour: colourOf(row),
+    run: row.number,
+    seeds: 1,
+    opacity: OPACITY.seed,
+    size: 45,
     label: row.run,
   }));
   const medians = [...groupBy(found, sameButSeed).values()].map((members) => ({
-    x: median(members.map((row) => row[state.x])), y: median(members.map((row) => row[state.y])),
-    colour: colourOf(members[0]), run: members[0].number, seeds: members.length, opacity: OPACITY.median, size: 110,
-    label: `median of ${members.length} like ${members[0].run}`, line: sameBut(members[0], state.x),
+    x: median(members.map((row) => row[state.x])),
+    y: median(members.map((row) => row[state.y])),
+    colour: colourOf(members[0]),
+    run: members[0].number,
+    seeds: members.length,
+    opacity: OPACITY.median,
+    size: 110,
+    label: `median of ${members.length} like ${members[0].run}`,
+    line: sameBut(members[0], state.x),
   }));
   return { found, seeds, medians };
 }
@@ -70,14 +82,21 @@ function curvesView(data, state, rows, colourOf) {
   const points = drawn.flatMap((each, line) => curvePoints(each, line, state, every, colourOf(each.row)));
   const own = ["run", "study", "task", "model", "family", "seed", "lr", "metric"];
   const table = found.flatMap(({ row, x, y }) => x.map((value, i) => ({ ...row, x: value, y: y[i] })));
-  return { points: [], lines: points, rows: found.map(({ row }) => row), every,
-           table: { columns: [...own, "x", "y"], rows: table } };
+  return {
+    points: [],
+    lines: points,
+    rows: found.map(({ row }) => row),
+    every,
+    table: { columns: [...own, "x", "y"], rows: table },
+  };
 }
 
 function medianCurves(found) {
   const groups = groupBy(found, ({ row, x }) => `${sameButSeed(row)}|${x.length}|${x[0]}|${x.at(-1)}`);
   return [...groups.values()].map((members) => ({
-    row: members[0].row, x: members[0].x, seeds: members.length,
+    row: members[0].row,
+    x: members[0].x,
+    seeds: members.length,
     y: members[0].x.map((_, i) => median(members.map((each) => each.y[i]))),
   }));
 }
@@ -86,7 +105,15 @@ function curvePoints(each, line, state, every, colour) {
   const places = each.x.map((_, i) => i).filter((i) => i % every === 0 || i === each.x.length - 1);
   return places
     .filter((i) => !(state.logx && each.x[i] <= 0) && !(state.logy && each.y[i] <= 0))
-    .map((i) => ({ x: each.x[i], y: each.y[i], colour, line, run: each.row.number, seeds: each.seeds, opacity: each.opacity }));
+    .map((i) => ({
+      x: each.x[i],
+      y: each.y[i],
+      colour,
+      line,
+      run: each.row.number,
+      seeds: each.seeds,
+      opacity: each.opacity,
+    }));
 }
 
 // The metric by depth and length, the mean over all answers of the seeds of each setting.
@@ -99,8 +126,16 @@ function mapView(data, state, rows) {
     for (const [place, sums] of groupBy(members.flatMap(cellsOf), (cell) => `${cell.length}|${cell.depth}`)) {
       const count = sums.reduce((sum, cell) => sum + cell.count, 0);
       const total = sums.reduce((sum, cell) => sum + cell.count * cell.value, 0);
-      if (count) cells.push({ setting: names.get(key), length: sums[0].length, depth: sums[0].depth, value: total / count,
-                              count, run: members[0].row.number, seeds: members.length });
+      if (count)
+        cells.push({
+          setting: names.get(key),
+          length: sums[0].length,
+          depth: sums[0].depth,
+          value: total / count,
+          count,
+          run: members[0].row.number,
+          seeds: members.length,
+        });
     }
   }
   const columns = ["setting", "length", "depth", "value", "count", "seeds"];
@@ -109,6 +144,11 @@ function mapView(data, state, rows) {
 
 function cellsOf({ lengths, edges, values, counts }) {
   return lengths.flatMap((length, i) =>
-    values[i].map((value, d) => ({ length, depth: (edges[d] + edges[d + 1]) / 2, value: value ?? 0, count: value === null ? 0 : counts[i][d] })),
+    values[i].map((value, d) => ({
+      length,
+      depth: (edges[d] + edges[d + 1]) / 2,
+      value: value ?? 0,
+      count: value === null ? 0 : counts[i][d],
+    })),
   );
 }
