@@ -38,7 +38,7 @@ FIELDS = {
     "family": Field("Family"),
     "state_format": Field("Format of the state"),
     "status": Field("Status"),
-    "reason": Field("Reason", "reason"),
+    "reason": Field("Reason or note", "reason"),
     "metric": Field("Metric", "metric.name"),
     "test": Field("Metric on test", "results.test", number=True),
     "validation": Field("Metric on validation", "results.validation", number=True),

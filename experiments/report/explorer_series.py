@@ -15,7 +15,7 @@ MOST_POINTS = 200
 
 X_LABELS = {
     "depth": "Depth in the text",
-    "gap": "Tokens between what is asked for and the question",
+    "gap": "Gap to what is asked for (tokens)",
     "pair": "Place of the pair that is asked for",
     "position": "Position in the sequence (tokens)",
 }

@@ -27,7 +27,7 @@ from tests.support.paths import ROOT
 pytestmark = pytest.mark.browser
 
 RESULTS = ROOT / "docs" / "results"
-RECORDS = [RESULTS / "initialisation" / "records.jsonl", RESULTS / "small_states" / "records.jsonl",
+RECORDS = [*(RESULTS / study / "records.jsonl" for study in ("initialisation", "small_states", "decoding")),
            RESULTS / "cpu" / "decode.json"]  # fmt: skip
 RUNS = 5000
 MOST_MILLISECONDS = 100

@@ -14,11 +14,18 @@ const SHAPES = [
 // Marks up to which each is an element of its own that a screen reader can name; more are drawn onto a canvas.
 const MOST_ELEMENTS = 1000;
 
+// How numbers at an axis are written: 20k with the prefixes of units, 0.0003 without.
+const WITH_PREFIX = "abs(datum.value) < 1 ? format(datum.value, '~r') : format(datum.value, '~s')";
+const AS_IT_IS = "format(datum.value, '~r')";
 const LENGTH = "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 'k' : '' + datum.value";
 
 // Round numbers from the lowest to the highest of some values: of several decades 1, 3, 10, 30, ..., of few 1, 2, 5, 10.
 function logTicks(values) {
-  const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log10);
+  let [low, high] = [Infinity, -Infinity];
+  for (const value of values) {
+    low = Math.min(low, Math.log10(value));
+    high = Math.max(high, Math.log10(value));
+  }
   if (!Number.isFinite(low + high)) return undefined;
   const steps = high - low > 4 ? [1] : high - low > 1.2 ? [1, 3] : [1, 2, 5];
   const ticks = [];
@@ -34,7 +41,7 @@ function axis(title, log, format, values) {
   return {
     scale: log ? { type: "log" } : { zero: false, nice: true },
     title,
-    axis: { format, labelOverlap: true, ...ticks },
+    axis: { labelExpr: format, labelOverlap: true, ...ticks },
   };
 }
 

@@ -238,8 +238,8 @@ class Explorer {
 }
 
 function axisFormat(name, isRuns) {
-  if (!isRuns) return "~r";
-  return ["state_bytes", "parameters", "flops", "tokens_per_second", "length", "steps"].includes(name) ? "~s" : "~r";
+  const large = ["state_bytes", "parameters", "flops", "tokens_per_second", "length", "steps"];
+  return isRuns && large.includes(name) ? WITH_PREFIX : AS_IT_IS;
 }
 
 function theme() {

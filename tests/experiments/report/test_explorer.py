@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import run
 from experiments.config.build import identified
 from experiments.config.overrides import compose
 from experiments.config.schema import run_config, without
@@ -18,6 +19,8 @@ from experiments.report.explorer_records import read_records
 from experiments.report.explorer_series import thinned
 from experiments.report.run_command import ON_A_MACHINE, hydra_text, run_command
 from experiments.runs.recorded import find_runs
+from experiments.sweeps.session import Outcome
+from experiments.util.output import exit_code
 from tests.experiments.report.test_maps import depth_test, record_tests
 from tests.experiments.report.test_report import curve, record_run
 from tests.support.paths import ROOT
@@ -219,4 +222,8 @@ def test_a_page_is_opened_or_the_lack_of_a_browser_is_said(tmp_path, monkeypatch
     assert opened == [page.as_uri()]
     assert f"there is no browser here to open {page} in" in capsys.readouterr().out
     monkeypatch.setattr(opening.webbrowser, "open", lambda _: True)
-    assert opening.report_and_open([str(run.path) for run in find_runs(tmp_path)]).startswith("opened ")
+    entries = [{"job": 0, "folder": str(each.path)} for each in find_runs(tmp_path)]
+    assert exit_code(lambda: run._report_and_open(Outcome(2, [*entries, {"job": 1}], shown=True))) == 0
+    assert capsys.readouterr().out == f"opened {tmp_path / 'recall' / 'report' / 'explorer.html'}\n"
+    assert exit_code(lambda: run._report_and_open(Outcome(1, [{"job": 0}], shown=True))) == 1
+    assert "no run was trained, so there is no report to open" in capsys.readouterr().err
