@@ -52,8 +52,7 @@ def write(records: Sequence[Path], target: Path, title: str | None = None) -> Re
         title: of the page; by default it names the folder or file.
 
     Raises:
-        RunnerError: a folder is not there, or the file cannot be written. Records that cannot be read are no error:
-            the page says so, and shows the rest.
+        RunnerError: the page cannot be written. What cannot be read is no error: the page says so, and shows the rest.
     """
     read = read_records(records)
     places = " ".join(read.sources)

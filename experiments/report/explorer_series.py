@@ -113,6 +113,6 @@ def map_of(run: RecordedRun) -> dict[str, Any] | None:
     return {
         "lengths": lengths,
         "edges": edges[0],
-        "values": [columns[length]["value"] for length in lengths],
+        "values": [[value if is_finite(value) else None for value in columns[length]["value"]] for length in lengths],
         "counts": [columns[length]["count"] for length in lengths],
     }

@@ -10,6 +10,8 @@ from experiments.report.explorer_series import Series, curves_of, map_of
 from experiments.report.run_command import run_command
 from experiments.runs.recorded import RecordedRun
 
+OF_METRIC = ("name", "label", "unit", "higher_is_better")
+
 
 @dataclass
 class Records:
@@ -17,7 +19,7 @@ class Records:
 
     Attributes:
         rows: the runs.
-        metrics: by name ``label``, ``unit``, ``higher_is_better``, ``chance`` and ``chance_label``.
+        metrics: by name what :data:`OF_METRIC` names, of the first run that has it.
         series: curves of runs by kind.
         maps: the metric by depth and length, of runs that were asked at several depths and lengths.
         problems: a sentence on each thing that could not be read.
@@ -41,7 +43,7 @@ class Records:
         self.rows.append(row_of(run, source, run_command(run.config)))
         metric = run.record.get("metric", {})
         if "name" in metric:
-            self.metrics.setdefault(metric["name"], dict(metric))
+            self.metrics.setdefault(metric["name"], {key: metric[key] for key in OF_METRIC if key in metric})
         for curve in curves:
             series = self.series.setdefault(curve.kind, Series(curve.label, curve.x_label, curve.y_label))
             series.lines.append([number, curve.x, curve.y])

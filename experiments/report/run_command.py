@@ -17,6 +17,9 @@ from experiments.config.training import TrainConfig
 from experiments.util.errors import RunnerError
 from experiments.util.plot_style import pattern_channels, pattern_mixers
 
+NEEDED = ("plugins", "train.start_from", "task.tokenizer")
+"""Keys that a run cannot do without, where they are set, and that are no part of its identity."""
+
 ON_A_MACHINE = ("device", "threads")
 """Options of training that say where a run trains."""
 
@@ -43,8 +46,9 @@ def run_command(config: Mapping[str, Any]) -> str:
         chosen["name"] = config["experiment"]
     given = [*(f"{key}={value}" for key, value in chosen.items()),
              *(f"{path}={hydra_text(value)}" for path, value in sorted(differing.items()))]  # fmt: skip
-    plugins = [f"plugins={hydra_text(config['plugins'])}"] if config.get("plugins") else []
-    return f"seqarch run {shlex.join([*given, *plugins])}"
+    plain = flat(config)
+    given += [f"{path}={hydra_text(plain[path])}" for path in NEEDED if plain.get(path)]
+    return f"seqarch run {shlex.join(given)}"
 
 
 def _choices(config: Mapping[str, Any]) -> dict[str, str]:

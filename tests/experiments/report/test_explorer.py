@@ -67,9 +67,10 @@ def test_commands_of_options_that_need_quotes():
     assert identity_of(command) == identity
     assert "name=mine/one" in command
     later = {"experiment": "mqar", "seed": 1, "model": {"name": "new", "pattern": "new"}, "task": {"name": "mqar"},
-             "train": {"lr": 0.5}}  # fmt: skip
+             "train": {"lr": 0.5, "start_from": "runs/a b"}, "plugins": ["gone"]}  # fmt: skip
     words = shlex.split(run_command(later))
     assert {"experiment=mqar", "task=mqar", "model.pattern=new", "seed=1", "train.lr=0.5"} <= set(words)
+    assert words[-2:] == ["plugins=[gone]", "train.start_from='runs/a b'"]
 
 
 def test_values_are_written_in_hydras_grammar():
