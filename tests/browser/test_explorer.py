@@ -225,6 +225,27 @@ def test_the_keyboard_alone_suffices(wide, committed):
     assert wide.locator("#chosen").is_visible()
 
 
+def test_changes_that_overtake_one_another_end_in_the_last(wide, committed):
+    """One chart is there in the end, of the last state; filters that let nothing pass say so, and the chart returns."""
+    opened(wide, committed[0])
+    wide.evaluate(
+        """async () => {
+          for (const y of ["flops", "parameters", "test", "validation"]) explorer.change("y", y);
+          explorer.change("only.model", []);
+          explorer.change("colour", "model");
+          await explorer.change("only.model", ["kda"]);
+        }"""
+    )
+    assert wide.locator("#chart svg, #chart canvas").count() == 1
+    assert "Recall accuracy on validation" in wide.locator("#chart svg").inner_html()
+    change(wide, "only.model", [])
+    assert wide.locator("#empty").inner_text() == "No run that passes the filters has anything to plot here."
+    assert wide.locator("#chart").is_hidden()
+    change(wide, "only.model", ["gla"])
+    assert wide.locator("#chart").is_visible()
+    assert wide.locator("#empty").is_hidden()
+
+
 def test_problems_and_emptiness_are_said_in_place(wide, tmp_path):
     lines = RECORDS[0].read_text().splitlines()
     file, target = tmp_path / "records.jsonl", tmp_path / "out.html"
@@ -239,7 +260,7 @@ def test_problems_and_emptiness_are_said_in_place(wide, tmp_path):
     (tmp_path / "none").mkdir()
     explorer.write([tmp_path / "none"], target)
     opened(wide, target)
-    assert "No run is recorded here" in wide.locator("#chart").inner_text()
+    assert "No run is recorded here" in wide.locator("#empty").inner_text()
 
 
 @pytest.fixture(scope="session")

@@ -167,11 +167,21 @@ class Chart {
     this.container = container;
     this.key = null;
     this.view = null;
+    this.turn = 0;
+    this.queue = Promise.resolve();
     this.onHover = () => {};
     this.onChoose = () => {};
   }
 
-  async draw(spec, datasets) {
+  // One after another, since embedding takes several turns of the page's thread; of those that wait the last alone.
+  draw(spec, datasets) {
+    const turn = ++this.turn;
+    const now = () => (turn === this.turn ? this.drawNow(spec, datasets) : undefined);
+    this.queue = this.queue.then(now, now);
+    return this.queue;
+  }
+
+  async drawNow(spec, datasets) {
     const marks = Object.values(datasets).reduce((sum, rows) => sum + rows.length, 0);
     const renderer = marks > MOST_ELEMENTS ? "canvas" : "svg";
     const key = JSON.stringify([spec, renderer]);

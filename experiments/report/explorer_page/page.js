@@ -117,15 +117,14 @@ class Explorer {
     this.caption(rows.length);
     this.showRuns();
     const container = document.getElementById("chart");
-    container.classList.toggle("empty", this.marks.length === 0);
-    if (this.marks.length === 0) {
-      this.chart.clear();
-      container.textContent = data.count
-        ? "No run that passes the filters has anything to plot here."
-        : emptyText(data);
+    const empty = document.getElementById("empty");
+    container.hidden = this.marks.length === 0;
+    empty.hidden = !container.hidden;
+    document.getElementById("save-svg").disabled = container.hidden;
+    if (container.hidden) {
+      empty.textContent = data.count ? "No run that passes the filters has anything to plot here." : emptyText(data);
       return;
     }
-    if (this.chart.view === null) container.replaceChildren();
     const { points, lines, cells } = this.shown;
     await this.chart.draw(this.spec(colours, container), cells ? { cells } : { points, lines });
   }
