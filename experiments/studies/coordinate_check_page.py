@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from experiments.studies.coordinate_check import KINDS, Line, exponents, read_records
+from experiments.studies.plots import legend_below
 from experiments.studies.records import digest
 from experiments.util.blocks import table
 from experiments.util.plot_style import COLOURS, QUIET, figure
@@ -55,7 +56,8 @@ def draw(folder: Path) -> Path | None:
             axes.set_title(title)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].invert_yaxis()
-        panels[0].legend(loc="upper left", fontsize=8)
+        keys, said = panels[0].get_legend_handles_labels()
+        legend_below(panels, keys, said)
     return path
 
 
