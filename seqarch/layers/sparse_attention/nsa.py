@@ -127,6 +127,9 @@ class NSA(RowAttention):
         self.gate = Linear(config.d_model, 3 * heads, bias=False)
         self.out_proj = Linear(heads * width, config.d_model, bias=False)
 
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
+        return self.in_rows(self.mix_rows, x, state, cu_seqlens)
+
     def mix_rows(self, x: Tensor, state: NSAState) -> tuple[Tensor, NSAState]:
         blocks, (before, start) = self.config.blocks, (state.selected.length, state.selected.start)
         # one set of queries, keys and values for each branch
