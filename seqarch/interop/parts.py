@@ -165,7 +165,11 @@ def decoder(
     layers = [
         [
             *norms_of(config.norm, NORMS[_placement(config, layer)] if norms is None else norms),
-            *(each for name, own in zip(layer.mixers, layer.options, strict=True) for each in rules_of(rules[name], own)),
+            *(
+                each
+                for name, own in zip(layer.mixers, layer.options, strict=True)
+                for each in rules_of(rules[name], own)
+            ),
             *rules_of(rules[config.channel_of(layer)], layer.channel_options),
         ]
         for layer in tile_pattern(config.pattern, config.depth)

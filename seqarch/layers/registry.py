@@ -36,9 +36,7 @@ def register(kind: str, registry: dict[str, type[L]], base: type[L], name: str, 
     there = registry.get(name, layer)
     if name in COMPOSED or (there is not layer and not _is_again(there, layer)):
         known = COMPOSED.get(name) or _place(there)
-        raise ValueError(
-            f"{kind} {name!r} is {known} already, and cannot be {_place(layer)} too: give it another name"
-        )
+        raise ValueError(f"{kind} {name!r} is {known} already, and cannot be {_place(layer)} too: give it another name")
     registry[name] = layer
 
 

@@ -118,7 +118,10 @@ def test_shared_tensors_stay_one(tmp_path: Any):
             "attention: adapted is .*expected names of parts, beside an adapter",
         ),
         ("attention(share=a, adapter_rank=2, adapted=[qkv])", "adapted names 'qkv', expected a part with linear maps"),
-        ("attention/moe(share=a, adapter_rank=2)", "adapter_rank is 2, but MixtureOfExperts has no linear maps to adapt"),
+        (
+            "attention/moe(share=a, adapter_rank=2)",
+            "adapter_rank is 2, but MixtureOfExperts has no linear maps to adapt",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_named(pattern: str, message: str):
@@ -142,7 +145,9 @@ def test_layers_share_experts_and_their_router(tmp_path: Any):
     load = first.router.load.clone()
     made.update_routers()
     expected = 0.1 * torch.sign(load.double().mean() - load)
-    assert_close(first.router.expert_bias, expected.float() - (expected.mean() if first.config.recentre_bias else 0), 1e-6)
+    assert_close(
+        first.router.expert_bias, expected.float() - (expected.mean() if first.config.recentre_bias else 0), 1e-6
+    )
     assert not first.router.load.any()
     assert made.num_parameters() == sum(p.numel() for n, p in made.named_parameters() if "load" not in n)
     logits = made.eval()(tokens)[0]
