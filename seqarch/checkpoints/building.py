@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, channel_mixer_class, mixer_class
-from seqarch.layers.registry import COMPOSED
 from seqarch.layers.mixer import Mixer
+from seqarch.layers.registry import COMPOSED
 from seqarch.models import LanguageModel, LMConfig, parse_pattern
 
 

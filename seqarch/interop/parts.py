@@ -19,7 +19,6 @@ from seqarch.interop.weights import (
 )
 from seqarch.models import LayerPattern, LMConfig, tile_pattern
 
-
 Table = list[Rule] | Callable[[Mapping[str, Any]], list[Rule]]
 """Rules of a mixer or channel mixer; or what gives them, of the options that a layer's occurrence of it has."""
 
@@ -165,16 +164,16 @@ def decoder(
     layers = [
         [
             *norms_of(config.norm, NORMS[_placement(config, layer)] if norms is None else norms),
-            *(
-                each
-                for name, own in zip(layer.mixers, layer.options, strict=True)
-                for each in rules_of(rules[name], own)
-            ),
-            *rules_of(rules[config.channel_of(layer)], layer.channel_options),
+            *(each for name, own in _occurrences(config, layer) for each in rules_of(rules[name], own)),
         ]
         for layer in tile_pattern(config.pattern, config.depth)
     ]
     return model(config, layers, embedding, norms_of(config.norm, {"norm": last_norm}))
+
+
+def _occurrences(config: LMConfig, layer: LayerPattern) -> list[tuple[str, Mapping[str, Any]]]:
+    """The mixers of a layer and its channel mixer, by name, with the options that they have there alone."""
+    return [*zip(layer.mixers, layer.options, strict=True), (config.channel_of(layer), layer.channel_options)]
 
 
 def _placement(config: LMConfig, layer: LayerPattern) -> str:

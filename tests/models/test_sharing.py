@@ -144,12 +144,8 @@ def test_layers_share_experts_and_their_router(tmp_path: Any):
     assert first.router.weight.grad.any()
     load = first.router.load.clone()
     made.update_routers()
-    expected = 0.1 * torch.sign(load.double().mean() - load)
-    assert_close(
-        first.router.expert_bias, expected.float() - (expected.mean() if first.config.recentre_bias else 0), 1e-6
-    )
+    assert_close(first.router.expert_bias, 0.1 * torch.sign(load.double().mean() - load).float(), 1e-6)
     assert not first.router.load.any()
-    assert made.num_parameters() == sum(p.numel() for n, p in made.named_parameters() if "load" not in n)
     logits = made.eval()(tokens)[0]
     made.save_pretrained(tmp_path / "saved")
     for read in (

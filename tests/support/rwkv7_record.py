@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 
@@ -83,11 +83,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="replace the record")
     write, known, settings = parser.parse_args().write, {}, SETTINGS
     if RECORD.exists():
+        known = load_file(RECORD)
         with safe_open(RECORD, "pt") as file:
-            known, settings = (
-                {name: file.get_tensor(name) for name in file.keys()},
-                json.loads(file.metadata()["config"]),
-            )  # noqa: SIM118
+            settings = json.loads(file.metadata()["config"])
     model = plain_model(settings)
     given = {name: each for name, each in known.items() if name.startswith(("in.", "cotangent."))} or drawn(model)
     found = computed(model, given)

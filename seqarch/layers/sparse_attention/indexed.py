@@ -111,7 +111,7 @@ class IndexedAttention(RowAttention):
         self.State = CacheState if self.takes else IndexedState
 
     def make_indexer(self, queries_from: int, norm_eps: float = 1e-5) -> None:
-        """The indexer's modules, whose queries are made of ``queries_from`` channels; none where the choice is taken."""
+        """The indexer's modules, its queries made of ``queries_from`` channels; none where the choice is taken."""
         config = self.config
         if self.takes:
             return

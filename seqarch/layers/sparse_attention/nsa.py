@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers.attention.base import KVHeadsConfig
+from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection
