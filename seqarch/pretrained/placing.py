@@ -16,8 +16,8 @@ from seqarch.interop.weights import Rule
 from seqarch.ops.native.transpose import transpose_into
 from seqarch.pretrained.sources import Source
 
-TILE = 512 << 10
-"""Bytes that are read and then transposed: about half of what a core has of its own cache."""
+TILE = 1 << 20
+"""Bytes that are read and then transposed: what a core has of its own cache, or about half of it."""
 
 TILE_ROWS = 64
 """A tile has a multiple of so many rows, if that many fit, so that whole lines of the cache are written."""
