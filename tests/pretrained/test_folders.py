@@ -270,6 +270,13 @@ def test_changed_numbers_are_found_by_their_hash(folder):
     LanguageModel.from_pretrained(folder)
     with pytest.raises(CheckpointError, match=f"is damaged: {file.name} is not what was written .*: its SHA-256 is"):
         LanguageModel.from_pretrained(folder, verify=True)
+    manifest = (folder / "manifest.json").read_text()
+    for spoilt in (manifest[:-9], manifest.replace('"bytes": ', '"bytes": 1')):
+        (folder / "manifest.json").write_text(spoilt)
+        with pytest.raises(CheckpointError, match=r"manifest\.json is not what was written: put the former one back"):
+            LanguageModel.from_pretrained(folder)
+    (folder / "manifest.json").write_text('["of another program"]')
+    LanguageModel.from_pretrained(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="has no manifest of seqarch's with the hashes"):
         LanguageModel.from_pretrained(folder, verify=True)
