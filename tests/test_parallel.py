@@ -41,6 +41,7 @@ PATTERNS = {
     "hybrid": "mamba2 sliding_window+gated_delta_net/mlp",
     "first values": "rwkv7(value_residual=give) rwkv7(value_residual=take)",
     "keys and values": "attention(give_kv=a) attention(take_kv=a)",
+    "index lists": "dsa(give_index=a) sparse_mla(take_index=a)",
     "streams": "mamba2 sliding_window/mlp",
 }
 OPTIONS: dict[str, dict[str, Any]] = {"streams": {"residual_streams": 2, "stream_mixing": "manifold"}}

@@ -148,9 +148,9 @@ class Engine:
 
     def update_routers(self, model: LanguageModel, bad: Tensor) -> None:
         """Move the routers' biases by the loads of all processes, not by those of a bad step."""
-        for module in model.modules():
-            if isinstance(module, Router):
-                processes.add(module.load.mul_(1 - bad.long()))
+        loads = [module.load for module in model.modules() if isinstance(module, Router)]
+        for load in {id(each): each for each in loads}.values():  # of layers that share their experts, one
+            processes.add(load.mul_(1 - bad.long()))
         model.update_routers()
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, channel_mixer_class, mixer_class
 from seqarch.layers.mixer import Mixer
+from seqarch.layers.registry import COMPOSED
 from seqarch.models import LanguageModel, LMConfig, parse_pattern
 
 
@@ -114,7 +115,7 @@ def _own_layers(options: Mapping[str, Any]) -> bool:
 
 def _unregistered(options: Mapping[str, Any]) -> set[str]:
     mixers, channels = _layer_names(options)
-    return (mixers - MIXERS.keys()) | (channels - CHANNEL_MIXERS.keys())
+    return (mixers - MIXERS.keys() - COMPOSED.keys()) | (channels - CHANNEL_MIXERS.keys())
 
 
 def _import_plugins(plugins: Sequence[str], options: Mapping[str, Any]) -> list[str]:

@@ -94,5 +94,7 @@ def damage(manifest: Mapping[str, Any] | None, found: Mapping[str, Any]) -> str 
         if name not in found:
             return f"{name} is missing"
         if found[name] != written:
-            return f"{name} is not what was written ({found[name]['bytes']} bytes of {written['bytes']})"
+            size, expected = found[name]["bytes"], written["bytes"]
+            more = ": its SHA-256 is another" if size == expected else ""
+            return f"{name} is not what was written ({size} bytes of {expected}){more}"
     return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from seqarch.interop import deepseek_v3, latent
-from seqarch.interop.weights import Rule, WeightMap, rule, under
+from seqarch.interop.weights import Rule, WeightMap, reorder, rule, under
 from seqarch.models import LMConfig
 
 CHANNELS = {"dense": "swiglu", "sparse": "moe"}
@@ -57,16 +57,25 @@ def lm_config(settings: Settings) -> LMConfig:
     return deepseek_v3.lm_config(settings)
 
 
-def attention(options: Mapping[str, Any]) -> list[Rule]:
-    """Latent attention and its ``indexer``, as a ``sparse_mla``."""
+def attention(options: Mapping[str, Any], pairs: bool = False) -> list[Rule]:
+    """Latent attention and its ``indexer``, as a ``sparse_mla``.
+
+    Args:
+        pairs: whether neighbouring channels turn together in their indexer, as they do in their attention.
+    """
     names = {
         "wq_b.weight": "index_query.weight",
         "wk.weight": "index_key.weight",
         "k_norm.weight": "index_norm.weight",
         "k_norm.bias": "index_norm.bias",
-        "weights_proj.weight": "index_weight.weight",
     }
-    own = [rule(theirs, ours) for theirs, ours in names.items()]
+    turning, width = options["qk_rope_head_dim"], options["index_width"]
+    head = [*range(0, turning, 2), *range(1, turning, 2), *range(turning, width)]
+    heads = {"wq_b.weight": options["index_heads"]}
+    own = [rule("weights_proj.weight", "index_weight.weight")]
+    for theirs, ours in names.items():
+        order = [h * width + i for h in range(heads.get(theirs, 1)) for i in head]
+        own.append(rule(theirs, ours, *([reorder(order)] if pairs else [])))
     return [*latent.attention(options, pairs=True), *under("indexer.", "", own)]
 
 

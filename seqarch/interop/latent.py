@@ -67,6 +67,10 @@ class LatentSettings(decoder.DecoderSettings):
         """The channel mixer of each layer."""
         return ["swiglu" if i < self.first_k_dense_replace else "moe" for i in range(self.num_hidden_layers)]
 
+    def own_options(self) -> list[dict[str, Any]]:
+        """Of each layer the options of its attention alone."""
+        return [{}] * self.num_hidden_layers
+
     def experts(self, **others: Any) -> dict[str, Any]:
         """Options of a ``moe``."""
         return {**self.options_of("moe"), **self.activation(), **others}
@@ -93,7 +97,10 @@ def lm_config(settings: LatentSettings, moe: dict[str, Any]) -> LMConfig:
     each = settings.channels()
     return parts.lm_config(
         settings,
-        [LayerPattern((settings.mixer,), channel) for channel in each],
+        [
+            LayerPattern((settings.mixer,), channel, (own,))
+            for channel, own in zip(each, settings.own_options(), strict=True)
+        ],
         {settings.mixer: settings.latent()},
         {name: channels[name] for name in channels if name in each},
     )
@@ -123,9 +130,11 @@ def attention(options: Mapping[str, Any], pairs: bool) -> list[Rule]:
     return [*low, rule("q_b_proj.weight", "query.2.weight", *queries), *rules]
 
 
-def weights(config: LMConfig, mixer: list[Rule]) -> WeightMap:
+def weights(config: LMConfig, mixer: parts.Table) -> WeightMap:
     """The rules of such a model, with those of its one kind of attention."""
-    tables = {name: under("self_attn.", "mixers.0.", mixer) for name in config.mixers}
+    tables: dict[str, parts.Table] = {
+        name: lambda own: under("self_attn.", "mixers.0.", parts.rules_of(mixer, own)) for name in config.mixers
+    }
     if "moe" in config.channels:
         moe = config.channels["moe"]
         bias = (

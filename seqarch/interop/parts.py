@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from seqarch.interop.settings import BaseSettings, pattern_of
@@ -18,6 +18,14 @@ from seqarch.interop.weights import (
     under,
 )
 from seqarch.models import LayerPattern, LMConfig, tile_pattern
+
+Table = list[Rule] | Callable[[Mapping[str, Any]], list[Rule]]
+"""Rules of a mixer or channel mixer; or what gives them, of the options that a layer's occurrence of it has."""
+
+
+def rules_of(table: Table, own: Mapping[str, Any]) -> list[Rule]:
+    """The rules for an occurrence with these options of its own."""
+    return table(own) if callable(table) else table
 
 
 def norm(theirs: str, ours: str = "norm.weight") -> Rule:
@@ -140,7 +148,7 @@ def norms_of(kind: str, names: Mapping[str, str]) -> list[Rule]:
 
 def decoder(
     config: LMConfig,
-    tables: Mapping[str, list[Rule]] | None = None,
+    tables: Mapping[str, Table] | None = None,
     norms: Mapping[str, str] | None = None,
     embedding: str = "model.embed_tokens.weight",
     last_norm: str = "model.norm",
@@ -152,16 +160,20 @@ def decoder(
             ``sliding_window``, ``swiglu`` and ``moe`` follow from the config where they are not given.
         norms: names of a layer's norms by ours; by default :data:`NORMS` has them.
     """
-    rules = {**_usual_tables(config), **(tables or {})}
+    rules: dict[str, Table] = {**_usual_tables(config), **(tables or {})}
     layers = [
         [
             *norms_of(config.norm, NORMS[_placement(config, layer)] if norms is None else norms),
-            *(each for name in layer.mixers for each in rules[name]),
-            *rules[config.channel_of(layer)],
+            *(each for name, own in _occurrences(config, layer) for each in rules_of(rules[name], own)),
         ]
         for layer in tile_pattern(config.pattern, config.depth)
     ]
     return model(config, layers, embedding, norms_of(config.norm, {"norm": last_norm}))
+
+
+def _occurrences(config: LMConfig, layer: LayerPattern) -> list[tuple[str, Mapping[str, Any]]]:
+    """The mixers of a layer and its channel mixer, by name, with the options that they have there alone."""
+    return [*zip(layer.mixers, layer.options, strict=True), (config.channel_of(layer), layer.channel_options)]
 
 
 def _placement(config: LMConfig, layer: LayerPattern) -> str:

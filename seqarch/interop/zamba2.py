@@ -12,7 +12,7 @@ from seqarch.interop.weights import Rule, WeightMap, concatenate, rule, under
 from seqarch.models import LayerPattern, LMConfig
 from seqarch.models.pattern import MOST
 
-HYBRID = "seqarch.layers.hybrid.zamba2:Zamba2"
+HYBRID = "zamba2"
 KINDS = {"linear_attention": "mamba2", "mamba": "mamba2", "hybrid": HYBRID}
 BLOCK = "shared_transformer."
 

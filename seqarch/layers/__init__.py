@@ -38,7 +38,7 @@ from seqarch.layers.modules.configured import build_layer
 from seqarch.layers.recurrent.hgrn import Hgrn, HgrnConfig
 from seqarch.layers.recurrent.min_gru import MinGru, MinGruConfig
 from seqarch.layers.recurrent.rg_lru import RgLru, RgLruConfig
-from seqarch.layers.registry import RESERVED, find, register
+from seqarch.layers.registry import COMPOSED, RESERVED, find, register
 from seqarch.layers.rows import state_rows
 from seqarch.layers.sparse_attention.big_bird import BigBird, BigBirdConfig
 from seqarch.layers.sparse_attention.dsa import DSA, DSAConfig
@@ -119,7 +119,8 @@ def mixer_class(name: str) -> type[Mixer]:
     Raises:
         ValueError: no mixer has that name, or none is there.
     """
-    return find("mixer", MIXERS, Mixer, name)
+    path = COMPOSED.get(name, name) if isinstance(name, str) else name
+    return find("mixer", MIXERS, Mixer, path, also=COMPOSED)
 
 
 def channel_mixer_class(name: str) -> type[ChannelMixer]:

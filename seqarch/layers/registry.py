@@ -19,6 +19,9 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED = ("none",)
 """What a pattern says where it wants no channel mixer."""
 
+COMPOSED = {"zamba2": "seqarch.layers.hybrid.zamba2:Zamba2"}
+"""Mixers made of others, by short names for their import paths; they are imported where a pattern names them."""
+
 
 def register(kind: str, registry: dict[str, type[L]], base: type[L], name: str, layer: type[L]) -> None:
     """Enter a class into a registry.
@@ -31,10 +34,9 @@ def register(kind: str, registry: dict[str, type[L]], base: type[L], name: str, 
         raise ValueError(f"{kind}: cannot register the name {show(name)}, expected {form}")
     check_class(kind, base, layer, f"cannot register {name!r}: ")
     there = registry.get(name, layer)
-    if there is not layer and not _is_again(there, layer):
-        raise ValueError(
-            f"{kind} {name!r} is {_place(there)} already, and cannot be {_place(layer)} too: give it another name"
-        )
+    if name in COMPOSED or (there is not layer and not _is_again(there, layer)):
+        known = COMPOSED.get(name) or _place(there)
+        raise ValueError(f"{kind} {name!r} is {known} already, and cannot be {_place(layer)} too: give it another name")
     registry[name] = layer
 
 

@@ -22,6 +22,7 @@ from seqarch.layers.modules.quantized import (
     WeightFormat,
 )
 from seqarch.models.calibration import calibrated, check_moments, in_order, moments
+from seqarch.models.stack import Stack
 from seqarch.ops.dispatch.checks import show, unknown_name
 from seqarch.ops.dispatch.eager import is_untouched
 
@@ -84,6 +85,7 @@ def _calibrate(model: nn.Module, targets: Mapping[str, torch.Tensor], form: Weig
     if not isinstance(inputs, torch.Tensor) or inputs.ndim < 2 or not inputs.numel():
         raise ValueError(f"calibration is {show(inputs)}, expected what the model is called with, a sequence a row")
     former = {path: _at(model, path) for path in targets}
+    shared = [(stack, stack.shared) for stack in model.modules() if isinstance(stack, Stack)]
     owners = Counter(map(id, targets.values()))
     maps = [p for p, weight in targets.items() if isinstance(former[p], nn.Linear) and owners[id(weight)] == 1]
     try:
@@ -96,6 +98,8 @@ def _calibrate(model: nn.Module, targets: Mapping[str, torch.Tensor], form: Weig
     except BaseException:
         for path, each in former.items():
             _put(model, path, each)
+        for stack, pairs in shared:
+            stack.shared = pairs
         raise
 
 
@@ -124,6 +128,7 @@ def replace(
     Weights are rounded to the nearest but for those whose codes and scales are ``encoded``.
     """
     done: dict[int, QuantizedWeight] = {}
+    places: dict[int, nn.Module | None] = {}
     targets = dict(_targets(model))
     for path, form in formats.items():
         if path not in targets:
@@ -134,12 +139,14 @@ def replace(
         owner, _, name = path.rpartition(".")
         place = model.get_submodule(owner)
         former: Any = getattr(place, name)
+        twin = done.get(id(weight))
+        twin = twin if twin is not None and twin.form == form else None
         if isinstance(former, nn.Parameter):
-            made: QuantizedWeight = QuantizedMatrices.of(weight, form)
+            same = None if twin is None else QuantizedMatrices(twin.codes, twin.scales, form, weight.dtype)
+            made: QuantizedWeight = QuantizedMatrices.of(weight, form) if same is None else same
+            done[id(weight)] = made
             del place._parameters[name]
         else:
-            twin = done.get(id(weight))
-            twin = twin if twin is not None and twin.form == form else None
             if path in encoded:
                 codes, scales = encoded[path]
             else:
@@ -147,7 +154,9 @@ def replace(
             kind = QuantizedEmbedding if isinstance(former, nn.Embedding) else QuantizedLinear
             others: tuple[Any, ...] = () if kind is QuantizedEmbedding else (former.bias,)
             made = done[id(weight)] = kind(codes, scales, form, weight.dtype, *others)
+            places[id(former)] = made
         setattr(place, name, made.train(place.training))
+    _share_on(model, places)
 
 
 @torch.no_grad()
@@ -161,6 +170,7 @@ def dequantize(model: M) -> M:
     if not modules:
         raise ValueError(f"{type(model).__name__} has no quantised weights")
     done: dict[int, nn.Parameter] = {}
+    places: dict[int, nn.Module | None] = {}
     for path, module in modules.items():
         owner, _, name = path.rpartition(".")
         place = model.get_submodule(owner)
@@ -171,6 +181,7 @@ def dequantize(model: M) -> M:
         if isinstance(module, QuantizedMatrices):
             del place._modules[name]
             setattr(place, name, weight)
+            places[id(module)] = None
             continue
         if isinstance(module, QuantizedEmbedding):
             plain: Any = nn.Embedding(module.shape[0], module.shape[1], device="meta")
@@ -178,8 +189,29 @@ def dequantize(model: M) -> M:
             plain = Linear(module.shape[1], module.shape[0], bias=False, device="meta")
             plain.bias = module.bias  # type: ignore[attr-defined]
         plain.weight = weight
+        places[id(module)] = plain
         setattr(place, name, plain.train(place.training))
+    _share_on(model, places)
     return model
+
+
+def _share_on(model: nn.Module, places: Mapping[int, nn.Module | None]) -> None:
+    """Let layers that share tensors share on, by the ids of modules what took their places, or that nothing did."""
+    for stack in model.modules():
+        if isinstance(stack, Stack):
+            now = ((places.get(id(one), one), places.get(id(first), first)) for one, first in stack.shared)
+            pairs = [(one, first) for one, first in now if one is not None and first is not None]
+            known = {id(one) for one, _ in pairs}
+            stack.shared = [*pairs, *(pair for pair in _shared_experts(pairs) if id(pair[0]) not in known)]
+
+
+def _shared_experts(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The quantised matrices of mixtures that share theirs."""
+    for one, first in pairs:
+        for name in one.projections if isinstance(one, MixtureOfExperts) else ():
+            matrices = [each._modules.get(name) for each in (one, first)]
+            if all(isinstance(each, QuantizedMatrices) for each in matrices):
+                yield tuple(matrices)  # type: ignore[misc]
 
 
 def quantized(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:

@@ -42,7 +42,7 @@ def share(occurrences: Sequence[tuple[str, nn.Module, Mapping[str, Any]]]) -> li
         occurrences: of each mixer and channel mixer its name, the module and what its occurrence says of sharing.
 
     Raises:
-        ValueError: occurrences of one name differ in their options, or are of experts, whose routers count tokens.
+        ValueError: occurrences of one name differ in their options.
     """
     pairs: list[tuple[nn.Module, nn.Module]] = []
     first: dict[tuple[str, str], Any] = {}
@@ -50,8 +50,6 @@ def share(occurrences: Sequence[tuple[str, nn.Module, Mapping[str, Any]]]) -> li
         if not own:
             continue
         known: Any = first.setdefault((name, own["share"]), module)
-        if getattr(module, "takes_mask", False):
-            raise ValueError(f"{name}(share={own['share']}) cannot be shared, as it counts the tokens of its layer")
         if known is not module:
             if known.config != module.config:
                 raise ValueError(

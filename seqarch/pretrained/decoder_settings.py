@@ -164,6 +164,19 @@ def _deepseek_v2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     return {**_latent(layers, model), **groups}
 
 
+def _glm_moe_dsa(layers: Layers, model: LanguageModel) -> dict[str, Any]:
+    """Layers without an indexer take what the last one before them chose."""
+    found, last = _latent(layers, model, "sparse_mla"), None
+    kinds = []
+    for config in layers.each:
+        taken = getattr(config, "take_index", None)
+        last = getattr(config, "give_index", None) if taken is None else last
+        if taken != last and taken is not None:
+            raise ValueError(f"a layer has take_index={taken!r}, expected the choice of the last indexer before it")
+        kinds.append("full" if taken is None else "shared")
+    return {**found, "indexer_types": kinds}
+
+
 def _gemma2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     decoder = _decoder(layers, model)
     attention = layers.get("attention" if "attention" in layers.configs else "sliding_window")
@@ -188,6 +201,7 @@ DECODERS: dict[str, Callable[[Layers, LanguageModel], dict[str, Any]]] = {
     "gemma": _decoder,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "glm_moe_dsa": _glm_moe_dsa,
     "gpt_oss": _gpt_oss,
     "granite": _granite,
     "granitemoe": _granitemoe,

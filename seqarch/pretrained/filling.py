@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,9 @@ from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop.weights import Rule
 from seqarch.models import LanguageModel
 from seqarch.ops.native.huge_pages import in_huge_pages
-from seqarch.pretrained.placing import moves
+from seqarch.pretrained.placing import Move, moves
 from seqarch.pretrained.sources import Source, files_of
-from seqarch.pretrained.tensor_files import StoredTensor
+from seqarch.pretrained.tensor_files import Span, StoredTensor, read_run, runs
 
 BLOCK = 8 << 20
 """Bytes of a tensor of theirs that a rule is given at a time, where it can be given a part."""
@@ -62,17 +63,26 @@ class Filling:
             CheckpointError: one is of another shape than it must be, or damaged.
         """
         # Memory is taken by this thread, which has what earlier models have left; the others write to it first.
-        left = []
+        made: dict[str, Tensor] = {}
+        spans: list[Span] = []
+        left: list[Callable[[], None]] = []
         for rule in rules:
             theirs = [sources[name] for name in rule.theirs]
-            left.append((rule, theirs, self._memory_of(rule, theirs)))
-        made = {name: tensor for _, _, own in left for name, tensor in own.items()}
-        waiting = iter(left)
+            made |= (own := self._memory_of(rule, theirs))
+            plain = [Move(theirs[0], own[rule.ours[0]])] if _is_plain(rule) else moves(rule, theirs, own)
+            if plain is None:
+                left.append(partial(self._in_blocks, rule, theirs, own))
+            for move in plain or ():
+                if (span := move.span()) is not None:
+                    spans.append(span)
+                else:
+                    left.append(move.run)
+        waiting = iter([*(partial(read_run, run) for run in runs(spans)), *left])
 
         def work(_: int) -> None:
             try:
                 for each in waiting:
-                    self._fill(*each)
+                    each()
             except BaseException:
                 deque(waiting, maxlen=0)  # nothing is left to the other threads
                 raise
@@ -88,15 +98,6 @@ class Filling:
         """Room for our tensors of a rule, which nobody has written to."""
         self.check(rule, theirs)
         return {name: in_huge_pages(self._empty(name, theirs)) for name in rule.ours}
-
-    def _fill(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> None:
-        if _is_plain(rule):
-            theirs[0].read_into(made[rule.ours[0]])
-        elif (placed := moves(rule, theirs, made)) is None:
-            self._in_blocks(rule, theirs, made)
-        else:
-            for each in placed:
-                each.run()
 
     def _in_blocks(self, rule: Rule, theirs: Sequence[Source], made: Mapping[str, Tensor]) -> None:
         size = theirs[0].shape[0] if theirs and theirs[0].shape else 0

@@ -97,3 +97,14 @@ def model_manifest(folder: Path) -> dict[str, Any] | None:
     if manifest is None or manifest["state"].get("kind") != KIND:
         return None
     return manifest if all(Path(name).name == name for name in manifest["files"]) else None
+
+
+def has_spoilt_manifest(folder: Path) -> bool:
+    """Whether a folder's manifest is no JSON, or has the parts of one of seqarch's and is not what was written."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, RecursionError):
+        return True
+    return isinstance(content, dict) and {"files", "state"} <= content.keys() and read_manifest(folder) is None

@@ -197,7 +197,7 @@ def _zamba2(layers: Layers, model: LanguageModel) -> dict[str, Any]:
     if heads.scale is None or not math.isclose(heads.scale, expected):
         raise ValueError(f"the scale of its attention is {heads.scale}, expected {expected}, for heads half as wide")
     kinds = tile_pattern(model.config.pattern, model.config.depth)
-    own = [layer.sharing[0] for layer in kinds if zamba2.HYBRID in layer.mixers]
+    own = [kinds[i].sharing[0] for i in layers.places(zamba2.HYBRID)]
     if not all("adapter_rank" in each for each in own):
         raise ValueError("its hybrid layers have no adapters, expected (share=..., adapter_rank=..., adapted=[...])")
     return {

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from seqarch.layers import Mixer
+from seqarch.layers.registry import COMPOSED
 from seqarch.models import LanguageModel, tile_pattern
 
 
 def kinds_of_layers(model: LanguageModel) -> list[tuple[tuple[str, ...], str]]:
-    """The mixers and the channel mixer of each layer."""
+    """The mixers and the channel mixer of each layer, by their short names where they have some."""
     config = model.config
-    return [(tuple(each.mixers), config.channel_of(each)) for each in tile_pattern(config.pattern, config.depth)]
+    layers = tile_pattern(config.pattern, config.depth)
+    return [(tuple(map(short_name, each.mixers)), config.channel_of(each)) for each in layers]
+
+
+def short_name(mixer: str) -> str:
+    """The short name of a mixer made of others, which a pattern may also name by its import path."""
+    return next((name for name, path in COMPOSED.items() if path == mixer), mixer)
 
 
 class Layers:

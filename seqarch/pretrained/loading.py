@@ -16,7 +16,7 @@ import torch
 from seqarch.checkpoints.building import build, fill
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.checkpoints.loading import load
-from seqarch.checkpoints.manifest import checkpoints_by_step, damage, file_digest, read_json
+from seqarch.checkpoints.manifest import MANIFEST, checkpoints_by_step, damage, file_digest, read_json
 from seqarch.checkpoints.origin import Origin, carried_files, file_entry, hub_revision
 from seqarch.checkpoints.tokenizers import FILE, Tokenizer, tokenizer_of
 from seqarch.interop import FAMILIES, lm_config, text_settings, weight_map
@@ -25,7 +25,7 @@ from seqarch.layers.channel.expert_cache import Policy
 from seqarch.models import LanguageModel
 from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.pretrained.filling import filling, most_numbers
-from seqarch.pretrained.form import FORMAT, OWN, model_manifest, quantize_as, tied_names
+from seqarch.pretrained.form import FORMAT, OWN, has_spoilt_manifest, model_manifest, quantize_as, tied_names
 from seqarch.pretrained.offloading import Offload, offload_experts, offload_of
 from seqarch.pretrained.sources import check_names, sources
 from seqarch.pretrained.tensor_files import DTYPES, StoredTensor, stored_tensors
@@ -145,6 +145,11 @@ def _check_files(folder: Path, verify: bool) -> None:
     """Raise where the files are not those that were saved, as far as their manifest says: by size, or by hash."""
     manifest = model_manifest(folder)
     if manifest is None:
+        if has_spoilt_manifest(folder):
+            raise CheckpointError(
+                f"{folder / MANIFEST} is not what was written: put the former one back, or remove it to read the folder"
+                " without comparing its files"
+            )
         if verify:
             raise CheckpointError(f"{folder} has no manifest of seqarch's with the hashes of its files to compare")
         return

@@ -170,11 +170,17 @@ def offload_experts(
     if not mixtures:
         raise CheckpointError(f"{filling.folder} has no mixture of experts: leave experts_in_memory out")
     worker, layers, left = ThreadPoolExecutor(1, "experts-ahead"), {}, list(rules)
+    first_of = {id(module): first for module, first in model.stack.shared}
     for name, mixture in mixtures.items():
+        if id(mixture) in first_of:
+            continue
         reader, left = _reader(name, mixture, left, sources, filling)
         places = min(offload.places, mixture.config.num_experts)
         layers[name] = OffloadedExperts(reader, places, offload.make_policy(), worker)
         mixture.offload(layers[name])
+    for mixture in mixtures.values():  # layers that share their experts have one cache of them
+        if isinstance(first := first_of.get(id(mixture)), MixtureOfExperts) and first.offloaded is not None:
+            mixture.offload(first.offloaded)
     found = list(layers.values())
     for each, following in pairwise(found):
         each.precede(following)

@@ -26,9 +26,12 @@ def written_beside(path: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     check_place(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     made = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    made.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.mkdir()
+    except OSError as error:
+        raise OSError(f"cannot save to {path}: no folder can be made in {path.parent}: {error.strerror}") from error
     try:
         yield made
         _take_place(made, path)
@@ -53,6 +56,8 @@ def check_place(path: Path, hashed: bool = False) -> None:
         raise ValueError(f"cannot save to {path}: it is a {'link' if path.is_symlink() else 'file'}; expected a folder")
     if not path.is_dir():
         return
+    if path.samefile(Path.cwd()):
+        raise ValueError(f"cannot save to {path}: it is the working folder; expected one in it, or elsewhere")
     strangers = sorted({each.name for each in path.iterdir()} - _own_files(path, hashed))
     if strangers:
         raise ValueError(

@@ -15,9 +15,10 @@ from torch import Tensor
 from seqarch.interop.weights import Rule
 from seqarch.ops.native.transpose import transpose_into
 from seqarch.pretrained.sources import Source
+from seqarch.pretrained.tensor_files import Span, StoredTensor
 
-TILE = 512 << 10
-"""Bytes that are read and then transposed: about half of what a core has of its own cache."""
+TILE = 2 << 20
+"""Bytes that are read and then transposed: few enough for a cache, and many for one call."""
 
 TILE_ROWS = 64
 """A tile has a multiple of so many rows, if that many fit, so that whole lines of the cache are written."""
@@ -28,20 +29,26 @@ class Move:
     """Rows of a source that are one tensor of ours, as they are or each matrix transposed.
 
     Attributes:
-        source: ``[rows, columns]``.
-        out: ours, contiguous: ``[rows, columns]``, or ``[matrices, columns, rows]``.
+        source: ``[rows, columns]``, or of any shape where all of it is read as it is.
+        out: ours, contiguous: the rows, or ``[matrices, columns, rows]``.
         first: the row where it begins.
-        step: rows from one matrix to the next.
+        step: rows from one matrix to the next, where they are transposed.
     """
 
     source: Source
     out: Tensor
     first: int = 0
-    step: int = 0
+    step: int | None = None
+
+    def span(self) -> Span | None:
+        """Where its bytes stand in one file and are to stand in memory, if they need nothing else."""
+        if self.step is not None or not isinstance(self.source, StoredTensor):
+            return None
+        return self.source.span(self.out, self.first)
 
     def run(self) -> None:
         """Read the rows to their place."""
-        if self.out.ndim == 2:
+        if self.step is None:
             self.source.read_into(self.out, self.first)
             return
         columns, dtype, rows = self.source.shape[1], self.source.dtype, self.out.shape[2]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,7 +63,10 @@ class Shards:
 
     def _write(self) -> None:
         part = self.folder / f"part-{len(self.files)}"
-        save_file(self.waiting, part, metadata={"format": "pt"})
+        try:
+            save_file(self.waiting, part, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {self.waiting_bytes} bytes of tensors to {self.folder}: {error}") from error
         self.files.append((part, list(self.waiting)))
         self.waiting, self.waiting_bytes = {}, 0
 

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BLOCK = 16 << 20
 """Bytes that are read at a time where they are converted on their way."""
+
+RUN, MOST_SPANS = 32 << 20, 1000
+"""Bytes and tensors that are read at a time where they stand one after another; the system takes 1024 at most."""
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -42,12 +45,26 @@ class _OpenFile:
         self.descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
 
-    def read_into(self, out: memoryview, start: int) -> int:
-        """How many bytes from ``start`` on there are in ``out`` now: fewer than it holds only where the file ends."""
-        done = 0
-        while done < len(out) and (count := os.preadv(self.descriptor, [out[done:]], start + done)):
+    def read_into(self, outs: Sequence[memoryview], start: int) -> int:
+        """How many bytes from ``start`` on are in these, one after another, now: fewer than they hold only where the
+        file ends.
+        """
+        done, left = 0, [out for out in outs if len(out)]
+        while left and (count := os.preadv(self.descriptor, left, start + done)):
             done += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            left[:1] = [out[count:] for out in left[:1]]
         return done
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a tensor in a file, and the memory where they are to stand."""
+
+    tensor: StoredTensor
+    start: int
+    out: memoryview
 
 
 @dataclass(frozen=True)
@@ -71,30 +88,63 @@ class StoredTensor:
 
         Its first dimension says how many of them; a tensor that has no dimension is one entry.
         """
-        start = first * math.prod(self.shape[1:]) * self.dtype.itemsize
-        if out.dtype == self.dtype and out.device.type == "cpu":
-            self._read_bytes(out, start)
+        if (span := self.span(out, first)) is not None:
+            read_run([span])
             return
-        flat, size = out.view(-1), self.dtype.itemsize
+        start, flat, size = self._place(first), out.view(-1), self.dtype.itemsize
         block = torch.empty(min(len(flat), BLOCK // size), dtype=self.dtype, device="cpu")
         for done in range(0, len(flat), max(len(block), 1)):
             part = block[: len(flat) - done]
-            self._read_bytes(part, start + done * size)
+            read_run([Span(self, start + done * size, _bytes_of(part))])
             flat[done : done + len(part)].copy_(part)
+
+    def span(self, out: Tensor, first: int = 0) -> Span | None:
+        """The bytes that :meth:`read_into` puts there as they are; ``None`` where it converts them."""
+        if out.dtype != self.dtype or out.device.type != "cpu":
+            return None
+        return Span(self, self._place(first), _bytes_of(out))
+
+    def _place(self, first: int) -> int:
+        return self.start + first * math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def as_rows(self) -> StoredTensor:
         """Of several dimensions: its last one by all others, ``[rows, columns]``."""
         return replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
 
-    def _read_bytes(self, out: Tensor, skipped: int) -> None:
-        if not out.numel():
-            return
-        wanted = out.view(-1).view(torch.uint8).numpy().data
-        try:
-            if self.opened.read_into(wanted, self.start + skipped) < len(wanted):
-                raise CheckpointError(f"{self.file} is damaged: it ends in the middle of {self.name}")
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.file}: {error}") from error
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+def runs(spans: Iterable[Span]) -> Iterator[list[Span]]:
+    """Spans that stand one after another in a file, so many together that a call reads them."""
+    run: list[Span] = []
+    length = 0
+    for span in sorted(spans, key=lambda span: (str(span.tensor.file), span.start)):
+        follows = run and (span.tensor.file, span.start) == (run[-1].tensor.file, run[-1].start + len(run[-1].out))
+        if run and not (follows and length + len(span.out) <= RUN and len(run) < MOST_SPANS):
+            yield run
+            run, length = [], 0
+        run.append(span)
+        length += len(span.out)
+    if run:
+        yield run
+
+
+def read_run(run: Sequence[Span]) -> None:
+    """Read spans that stand one after another.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends before they do.
+    """
+    first, end = run[0], run[-1].start + len(run[-1].out)
+    try:
+        read = first.start + first.tensor.opened.read_into([span.out for span in run], first.start)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {first.tensor.file}: {error}") from error
+    if read < end:
+        broken = next(span.tensor for span in run if span.start + len(span.out) > read)
+        raise CheckpointError(f"{broken.file} is damaged: it ends in the middle of {broken.name}")
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -16,7 +16,7 @@ from seqarch.layers import Layer
 from seqarch.models import LanguageModel
 from seqarch.pretrained.decoder_settings import DECODERS, THEIR_ACTIVATIONS, head_settings, rotary_settings
 from seqarch.pretrained.hybrid_settings import HYBRIDS
-from seqarch.pretrained.kinds_of_layers import Layers, kinds_of_layers
+from seqarch.pretrained.kinds_of_layers import Layers, kinds_of_layers, short_name
 from seqarch.pretrained.options_as_settings import chosen, options_as_settings, options_named
 
 CLASSES = {
@@ -31,6 +31,7 @@ CLASSES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
@@ -82,6 +83,9 @@ SIZES = {
 }
 """Options that need not be given; where both sides give them, they must agree."""
 
+NAMES = {"give_index", "take_index"}
+"""Options that are names of one's own: the layers that take something, and from which, must agree."""
+
 FACTORS = {"expand", "expand_v", "expansion"}
 """Options that say a size by another; the shapes of the tensors tell whether they agree."""
 
@@ -118,7 +122,8 @@ def _differences(model: LanguageModel, settings: dict[str, Any]) -> list[str]:
     plain: dict[str, Any] = {"pattern": "mamba", "depth": 1, "channel": "none", "mixers": {}, "channels": {}}
     plain["norm_placements"] = {}  # by path, perhaps, of what only the pattern names
     found = _differing("", replace(model.config, **plain), replace(other.config, **plain))
-    if (own := model.config.norm_placements) != (expected := other.config.norm_placements):
+    own = {short_name(name): place for name, place in model.config.norm_placements.items()}
+    if own != (expected := other.config.norm_placements):
         found.append(f"norm_placements={own!r}, expected {expected!r}")
     modules = dict(other.named_modules())
     for name, module in model.named_modules():
@@ -138,6 +143,7 @@ def _differing(where: str, own: Any, other: Any) -> list[str]:
         for option, value in ours.items()
         if not _same(value, theirs[option]) and option not in OF_TRAINING | FACTORS
         if not (option in SIZES and None in (value, theirs[option]))
+        if not (option in NAMES and (option.startswith("give") or None not in (value, theirs[option])))
     ]
 
 

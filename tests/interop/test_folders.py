@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop import FAMILIES, from_transformers, lm_config
 from seqarch.interop.file_names import FILE_RULES
 from seqarch.interop.zamba2 import HYBRID
+from seqarch.layers.hybrid.zamba2 import Zamba2
 from seqarch.pretrained import filling
 from seqarch.pretrained.families import CHECKED
 from seqarch.pretrained.their_settings import CLASSES, MADE_HERE
@@ -188,6 +190,12 @@ NEW: dict[str, dict[str, Any]] = {
         "pattern": "sparse_mla/moe",
         "mixers": {"sparse_mla": {"q_lora_rank": 6, "top_k": 5, "index_heads": 12}},
         "channels": {"moe": {"router": "sigmoid", "expert_bias": True, "shared_experts": 2, "num_groups": 2}},
+    },
+    "glm_moe_dsa": {
+        "pattern": "sparse_mla(give_index=a)/swiglu sparse_mla(take_index=a)/moe sparse_mla/moe",
+        "mixers": {"sparse_mla": {"q_lora_rank": 6, "top_k": 5, "index_heads": 12}},
+        "channels": {"moe": {"router": "sigmoid", "expert_bias": True, "shared_experts": 2, "num_groups": 2}},
+        "depth": 3,
     },
     "rwkv7": {
         "pattern": "rwkv7(value_residual=give)/none rwkv_channel_mix/none rwkv7(value_residual=take)/none "
@@ -436,7 +444,24 @@ def test_a_block_of_attention_that_computes_something_else_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mixer_made_of_others_goes_by_its_path_or_its_short_name(tmp_path):
+    family, options = options_of("Zamba2ForCausalLM", {})
+    assert HYBRID == family == "zamba2"
+    path = f"{Zamba2.__module__}:{Zamba2.__name__}"
+    options["pattern"] = options["pattern"].replace(HYBRID, path)
+    for option in ("mixers", "norm_placements"):
+        options[option] = {path if name == HYBRID else name: value for name, value in options[option].items()}
+    model = randomise(LanguageModel(**options))
+    assert isinstance(model.stack.layers[1].mixers[0], Zamba2)  # type: ignore[union-attr, index]
+    model.save_pretrained(tmp_path / "saved", family=family)
+    read = LanguageModel.from_pretrained(tmp_path / "saved")
+    assert path not in read.config.pattern
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
+
+
 def test_every_family_has_a_class_and_rules_are_of_families():
+    assert all(re.fullmatch("[a-z][a-z0-9_]*", family) for family in FAMILIES)
+    assert {module.Settings.model_type: module for module in FAMILIES.values()} == FAMILIES
     assert {VARIANTS[name][0]().model_type: name for name in VARIANTS} == CLASSES
     assert NEW.keys() <= MADE_HERE.keys() == FAMILIES.keys()
     assert FILE_RULES.keys() <= FAMILIES.keys()
@@ -448,6 +473,7 @@ def test_the_page_of_families_has_what_was_measured_with_this_version(capsys):
     assert record["families"].keys() == FAMILIES.keys(), "run python -m tests.support.checked_families"
     page.main(["families"])
     shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[1 : len(FAMILIES) + 1]] == [*FAMILIES]
     for family, found in record["families"].items():
         assert all(found[key] <= BOUND for key in ("logits", "steps", "gradients"))
         assert f"{family} " in shown

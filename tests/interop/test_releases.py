@@ -198,6 +198,14 @@ RELEASES: dict[str, dict[str, Any]] = {
         **{"rope_scaling": {**DEEP_YARN, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn"}},
         **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "ep_size": 1, "num_nextn_predict_layers": 1},
     },
+    "GLM-5.2": {
+        **{"model_type": "glm_moe_dsa", **DEEPSEEK, "first_k_dense_replace": 3, "n_group": 1, "topk_group": 1},
+        **{"n_shared_experts": 1, "norm_topk_prob": True, "q_lora_rank": 24, "routed_scaling_factor": 2.5},
+        **{"index_head_dim": 8, "index_n_heads": 12, "index_topk": 5, "indexer_rope_interleave": True},
+        **{"indexer_types": ["full", "full", "shared", "shared"], "moe_router_dtype": "float32"},
+        **{"rope_parameters": {"rope_theta": 8000000, "rope_type": "default"}, "rope_interleave": True},
+        **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "ep_size": 1, "num_nextn_predict_layers": 1},
+    },
     "c4ai-command-r-v01": {
         **{"model_type": "cohere", **PLAIN, "hidden_act": "silu", "layer_norm_eps": 1e-5, "logit_scale": 0.0625},
         **{"max_position_embeddings": 8192, "model_max_length": 131072, "rope_theta": 8000000.0, "use_qk_norm": False},

@@ -78,6 +78,7 @@ WRONG = [
         Leaky,
         "mixer 'mamba2' is .*mamba2.Mamba2 already, and cannot be .*test_registry.Leaky too",
     ),
+    ("zamba2", Leaky, "mixer 'zamba2' is seqarch.layers.hybrid.zamba2:Zamba2 already, and cannot be .*Leaky too"),
     ("my leaky", Leaky, "cannot register the name str 'my leaky', expected letters, digits and _"),
     ("2leaky", Leaky, "cannot register the name str '2leaky'"),
     (3, Leaky, "cannot register the name int 3"),

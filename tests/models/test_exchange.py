@@ -12,7 +12,9 @@ from torch import Tensor
 from seqarch.layers import MIXERS, measured_state_bytes, register_mixer
 from seqarch.layers.attention.base import Place
 from seqarch.layers.linear_attention.linear_attention import LinearAttention
+from seqarch.layers.modules.rotary import apply_rotary
 from seqarch.models import LanguageModel, Stack
+from seqarch.ops.index_topk import flops as index_flops
 from seqarch.testing import assert_close
 from tests.support.stack_laws import checkpointing_changes_nothing, holds_the_laws
 
@@ -141,6 +143,61 @@ def test_keys_and_values_of_an_earlier_layer_are_read_and_not_held():
     assert giver.cache_shape == (2, 8, 8)
 
 
+INDEXED = (
+    "dsa(give_index=a) mamba dsa(take_index=a)+sparse_mla(take_index=a)"
+    " sparse_mla(give_index=b)+sparse_mla(take_index=a)"
+)
+INDEXERS: dict[str, Any] = {
+    "dsa": {"top_k": 4, "num_heads": 4, "num_kv_heads": 2, "index_heads": 3, "index_width": 8},
+    "sparse_mla": {"top_k": 4, "num_heads": 2, "q_lora_rank": 8, "index_width": 16},
+}
+
+
+def indexed(pattern: str, depth: int) -> Stack:
+    return stack(pattern, depth, mixers=INDEXERS)
+
+
+def test_stacks_that_hand_index_lists_on_hold_the_laws():
+    holds_the_laws(indexed(INDEXED, 4))
+    checkpointing_changes_nothing(indexed(INDEXED, 4), 1e-10)
+
+
+def test_index_lists_of_an_earlier_layer_are_read_and_no_indexer_is_held():
+    model, x = indexed("dsa(give_index=a) mamba dsa(take_index=a)", 3), torch.randn(2, 9, 32).double()
+    layers: list[Any] = [*model.layers]
+    giver, taker = layers[0].mixers[0], layers[2].mixers[0]
+    read = torch.randn(2, 9, 32).double()
+    _, _, given = giver(x, None, None, {})
+    y, held, more = taker(read, None, None, given)
+    assert not more
+    # the same softmax over the tokens that the giver chose, query by query
+    (q, k, v), _ = taker.qkv_proj(read)
+    q, k = (apply_rotary(each, torch.arange(9)) for each in (q, k))
+    (choice,) = given["index lists 'a'"]
+    for row, t in ((0, 8), (1, 6), (1, 2)):
+        seen = [s for s in choice.tokens[row, t].tolist() if s >= 0]
+        assert len(seen) == min(4, t + 1)
+        o = [(k[row, seen, h // 2] @ q[row, t, h] / 8**0.5).softmax(0) @ v[row, seen, h // 2] for h in range(4)]
+        assert_close(y[row, t], taker.out_proj(torch.cat(o)), 1e-12)
+    # its loss teaches the giver's indexer
+    named = {**dict(giver.named_parameters()), **{f"own {n}": p for n, p in taker.named_parameters()}}
+    assert not any("index" in name for name, _ in taker.named_parameters())
+    gradients = torch.autograd.grad(taker.auxiliary_loss(), list(named.values()), allow_unused=True)
+    learns = [name for name, each in zip(named, gradients, strict=True) if each is not None and each.any()]
+    assert learns == [name for name in named if name.startswith("index_")]
+    # neither keys, parameters nor FLOPs of an indexer of its own
+    both = indexed("dsa mamba dsa", 3)
+    _, state = model(x)
+    assert type(state[2][0])._fields == type(held)._fields == ("cache",)
+    assert measured_state_bytes(state) == model.state_bytes(9, 2) == both.state_bytes(9, 2) - 2 * 9 * 8 * 8
+    indexer = 32 * (3 * 8 + 8 + 3)
+    assert sum(p.numel() for p in both.parameters()) - sum(p.numel() for p in model.parameters()) == indexer + 2 * 8
+    for length in (3, 9):  # up to top_k tokens nothing is chosen
+        scores = index_flops(length, length, 3, 8, 2) if length > 4 else 0
+        assert both.flops(length, 2) - model.flops(length, 2) == 2 * 2 * length * indexer + scores
+    assert both.step_flops(8, 2) - model.step_flops(8, 2) == 2 * 2 * indexer + index_flops(1, 9, 3, 8, 2)
+
+
 def giver_place(length: int) -> Place:
     return Place(torch.arange(length)[None], length, None)
 
@@ -195,6 +252,16 @@ def test_a_language_model_generates_with_them():
         ),
         ("attention(give_kv=a, take_kv=b)", "give_kv .'a'. and take_kv .'b'.: expected one of them"),
         ("attention(take_kv=a, conv_width=3)", "has no state for a short convolution: conv_width is 3"),
+        ("dsa(take_index=a)", "layer 0: DSA takes index lists 'a', which no earlier layer gives"),
+        (
+            "dsa(give_index=a) sparse_mla(take_index=a, top_k=8)",
+            "layer 1: SparseMLA takes what DSA gives, but its top_k is 8, expected 2048 as 'a' chooses",
+        ),
+        (
+            "dsa(give_index=a, index_loss_weight=0) dsa(take_index=a)",
+            r"its index_loss_weight is 1\.0, expected 0 as the indexer of 'a' does not learn",
+        ),
+        ("dsa(give_index=a, take_index=b)", "give_index .'a'. and take_index .'b'.: expected one of them"),
         ("rwkv7(value_residual=always)", "unknown value_residual 'always': expected one of give, none, take"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqarch.layers import measured_state_bytes
-from seqarch.models import LanguageModel, LayerPattern, Stack, parse_pattern
+from seqarch.models import LanguageModel, LayerPattern, Stack, dequantize, parse_pattern, quantize, weight_bytes
 from seqarch.testing import assert_close
 from tests.support.stack_laws import holds_the_laws
 
@@ -118,7 +118,10 @@ def test_shared_tensors_stay_one(tmp_path: Any):
             "attention: adapted is .*expected names of parts, beside an adapter",
         ),
         ("attention(share=a, adapter_rank=2, adapted=[qkv])", "adapted names 'qkv', expected a part with linear maps"),
-        ("attention/moe(share=a)", r"moe\(share=a\) cannot be shared, as it counts the tokens of its layer"),
+        (
+            "attention/moe(share=a, adapter_rank=2)",
+            "adapter_rank is 2, but MixtureOfExperts has no linear maps to adapt",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_named(pattern: str, message: str):
@@ -126,7 +129,61 @@ def test_what_cannot_be_shared_is_named(pattern: str, message: str):
         Stack(d_model=32, pattern=pattern, depth=1 + pattern.count(" attention"))
 
 
-HYBRID = "seqarch.layers.hybrid.zamba2:Zamba2"
+def test_layers_share_experts_and_their_router(tmp_path: Any):
+    """Universal transformers of experts: one router, whose bias moves by the choices of all layers together."""
+    torch.manual_seed(0)
+    options = {"num_experts": 4, "top_k": 2, "expert_bias": True, "bias_rate": 0.1, "hidden": 32}
+    made = LanguageModel(
+        vocab_size=31, d_model=32, pattern="mamba2/moe(share=e) gla/moe(share=e)", depth=4, channels={"moe": options}
+    )
+    first, *others = made.stack.channels().values()
+    assert all(other.w_in is first.w_in and other.router.load is first.router.load for other in others)
+    tokens = torch.randint(31, (2, 10), generator=torch.Generator().manual_seed(1))
+    (made.loss(tokens[:, :-1], tokens[:, 1:]) + made.auxiliary_loss()).backward()
+    assert first.router.load.sum() == 4 * 2 * 18
+    assert first.router.weight.grad.any()
+    load = first.router.load.clone()
+    made.update_routers()
+    assert_close(first.router.expert_bias, 0.1 * torch.sign(load.double().mean() - load).float(), 1e-6)
+    assert not first.router.load.any()
+    logits = made.eval()(tokens)[0]
+    made.save_pretrained(tmp_path / "saved")
+    for read in (
+        LanguageModel.from_pretrained(tmp_path / "saved"),
+        LanguageModel.from_pretrained(tmp_path / "saved", experts_in_memory=2),
+        copy.deepcopy(made).double().float(),
+    ):
+        with torch.no_grad():
+            assert_close(read.eval()(tokens)[0], logits, 1e-6)
+    few = LanguageModel.from_pretrained(tmp_path / "saved", experts_in_memory=2)
+    assert len(few.expert_store.layers) == 1
+
+
+def test_quantised_layers_share_on(tmp_path: Any):
+    """Codes are there once, in files too; plain weights are shared again afterwards."""
+    torch.manual_seed(0)
+    pattern = "attention(share=a, adapter_rank=3)/moe(share=e) mamba2 attention(share=a)/moe(share=e) mamba2"
+    made = LanguageModel(vocab_size=31, pattern=pattern, **OPTIONS, channels={"moe": {"num_experts": 4}}).eval()
+    tokens, names, before = torch.randint(31, (1, 9)), made.state_dict().keys(), weight_bytes(made)
+    quantize(made, "int8", group_size=32, keep="*.up.*")
+    assert weight_bytes(made) < 0.5 * before
+    made.save_pretrained(tmp_path / "saved")
+    read = LanguageModel.from_pretrained(tmp_path / "saved")
+    for model in (made, read, copy.deepcopy(made)):
+        (first, experts), (later, later_experts) = parts(model.stack)
+        assert first.out_proj.inner.codes is later.out_proj.codes
+        assert experts.w_in.codes is later_experts.w_in.codes
+        assert weight_bytes(model) == weight_bytes(made)
+        assert_close(model(tokens)[0], made(tokens)[0], 1e-5)
+    plain = dequantize(read)
+    assert plain.state_dict().keys() == names
+    (first, experts), (later, later_experts) = parts(plain.stack)
+    assert first.out_proj.inner.weight is later.out_proj.weight
+    assert experts.w_in is later_experts.w_in
+    assert_close(plain(tokens)[0], made(tokens)[0], 1e-5)
+
+
+HYBRID = "zamba2"
 
 
 def test_a_mixer_of_parts_shares_some_and_holds_the_laws():

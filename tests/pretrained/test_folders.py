@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -267,8 +268,15 @@ def test_changed_numbers_are_found_by_their_hash(folder):
     content[-1] ^= 1
     file.write_bytes(content)
     LanguageModel.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match=f"is damaged: {file.name} is not what was written"):
+    with pytest.raises(CheckpointError, match=f"is damaged: {file.name} is not what was written .*: its SHA-256 is"):
         LanguageModel.from_pretrained(folder, verify=True)
+    manifest = (folder / "manifest.json").read_text()
+    for spoilt in (manifest[:-9], manifest.replace('"bytes": ', '"bytes": 1')):
+        (folder / "manifest.json").write_text(spoilt)
+        with pytest.raises(CheckpointError, match=r"manifest\.json is not what was written: put the former one back"):
+            LanguageModel.from_pretrained(folder)
+    (folder / "manifest.json").write_text('["of another program"]')
+    LanguageModel.from_pretrained(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="has no manifest of seqarch's with the hashes"):
         LanguageModel.from_pretrained(folder, verify=True)
@@ -385,6 +393,26 @@ def test_a_failure_leaves_what_was_there(folder, monkeypatch, failing):
     monkeypatch.undo()
     assert listing(folder.parent) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_places_and_disks_that_take_no_folder_are_named(tmp_path, monkeypatch):
+    """The working folder too, which a process would be left in without its name."""
+    model = model_of("retention", depth=1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="it is the working folder; expected one in it, or elsewhere"):
+        model.save_pretrained(".")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot save to .*file/model: no folder can be made in .*file: "):
+        model.save_pretrained(tmp_path / "file" / "model")
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("seqarch.pretrained.shards.save_file", full)
+    with pytest.raises(OSError, match=r"cannot write \d+ bytes of tensors to .*: No space left on device"):
+        model.save_pretrained(tmp_path / "model")
+    assert listing(tmp_path) == {"file": b"mine"}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_models_that_a_folder_cannot_hold_are_refused(tmp_path):

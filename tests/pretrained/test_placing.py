@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.interop.weights import Rule, concatenate, reorder, reshape, rule, split, squeeze, transpose
-from seqarch.pretrained import placing
+from seqarch.pretrained import placing, tensor_files
 from seqarch.pretrained.filling import Filling, Form
 from seqarch.pretrained.sources import Joined, Source, Stacked
 from seqarch.pretrained.tensor_files import stored_tensors
@@ -85,3 +86,33 @@ def test_shapes_that_do_not_fit_are_named(files: Path):
         form = Filling({own: Form(torch.Size(shape), torch.float32) for own in each.ours}, set(), DEVICE, files)
         with pytest.raises(CheckpointError, match=each.theirs[0]):
             form.apply_all([each], sources)
+
+
+def test_tensors_side_by_side_are_read_by_one_call(files: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where the system reads less than it is asked for, and up to a bound of bytes and tensors."""
+    stored, expected = stored_tensors(files), load_file(files / "model.safetensors")
+    made = {name: torch.empty(each.shape) for name, each in stored.items()}
+    spans = [each.span(made[name]) for name, each in stored.items()]
+    given = [span for span in spans if span is not None]
+    assert [len(run) for run in tensor_files.runs(given[::-1])] == [len(stored)] == [11]
+    assert [len(run) for run in tensor_files.runs(given[:2] + given[3:5])] == [2, 2]
+    preadv, asked = os.preadv, []
+
+    def less(descriptor: int, buffers: Sequence[memoryview], start: int) -> int:
+        asked.append(len(buffers))
+        return preadv(descriptor, [*buffers[:2], buffers[2][:5]] if len(buffers) > 2 else [buffers[0][:100]], start)
+
+    monkeypatch.setattr(os, "preadv", less)
+    for run in tensor_files.runs(given):
+        tensor_files.read_run(run)
+    assert asked[0] == 11
+    assert all(torch.equal(made[name], each) for name, each in expected.items())
+    monkeypatch.setattr(tensor_files, "RUN", 500)
+    small = [[len(span.out) for span in run] for run in tensor_files.runs(given)]
+    assert len(small) > 1
+    assert all(len(run) == 1 or sum(run) <= 500 for run in small)
+    assert stored["w0"].span(torch.empty(6, 10, dtype=torch.float64)) is None
+    cut = (files / "model.safetensors").read_bytes()[:-250]
+    (files / "model.safetensors").write_bytes(cut)
+    with pytest.raises(CheckpointError, match=f"it ends in the middle of {given[-2].tensor.name}"):
+        tensor_files.read_run(given)

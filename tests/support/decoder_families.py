@@ -93,6 +93,17 @@ VARIANTS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
         [{}, {"rope_parameters": BY_KIND, "attention_bias": True, "tie_word_embeddings": False}],
     ),
     "GemmaForCausalLM": (decoders("GemmaConfig", head_dim=12), [{}, {"tie_word_embeddings": False}]),
+    "GlmMoeDsaForCausalLM": (
+        decoders(
+            "GlmMoeDsaConfig",
+            **{**LATENT, "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2},
+            **{"index_topk": 7, "index_n_heads": 12, "index_head_dim": 8, "indexer_types": ["full", "shared", "full"]},
+        ),
+        [
+            {"indexer_types": ["full", "shared", "shared"]},
+            {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 1, "norm_topk_prob": False},
+        ],
+    ),
     "GptOssForCausalLM": (
         decoders("GptOssConfig", head_dim=12, sliding_window=5, num_local_experts=6, num_experts_per_tok=3),
         [

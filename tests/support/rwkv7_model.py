@@ -1,7 +1,8 @@
 """RWKV-7 by its equations, token by token, under the names that flash-linear-attention gives settings and tensors.
 
 That package's own model runs on GPUs alone. ``tests/data/oracles/rwkv7_model.safetensors`` holds what it computes by
-the forms in plain torch that it has beside each kernel, and ``tests/interop/test_rwkv7.py`` compares.
+the forms in plain torch that it has beside each kernel, as ``python -m tests.support.rwkv7_record`` writes it, and
+``tests/interop/test_rwkv7.py`` compares.
 """
 
 from __future__ import annotations

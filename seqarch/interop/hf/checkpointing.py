@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from seqarch.models.stack import StackLayer, StackState, in_turn
+from seqarch.models.stack_layer import INPUT, run_layer
+from seqarch.models.streams import first
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class Recomputed:
                 "a state is consumed by the call that is given it, and gradient checkpointing calls twice: expected no"
                 " past_key_values, or gradient_checkpointing_disable()"
             )
-        after = []
+        after, handed = [], {INPUT: first(x)}
         for i, layer in enumerate(layers):
-            arguments = (x, (None,) * len(layer.mixers), cu_seqlens, token_mask)
-            x, carried = self.checkpoint(layer, *arguments) if i % self.every == 0 else layer(*arguments)
+            arguments = (layer, x, (None,) * len(layer.mixers), cu_seqlens, token_mask, None, handed)
+            again = i % self.every == 0
+            x, carried, handed = self.checkpoint(run_layer, *arguments) if again else run_layer(*arguments)
             after.append(carried)
         return x, tuple(after)

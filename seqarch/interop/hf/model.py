@@ -21,6 +21,7 @@ from seqarch.interop.hf.generation import StatefulGeneration
 from seqarch.interop.hf.lora import adapted
 from seqarch.interop.hf.padding import Packed, packing, predicted, real_tokens
 from seqarch.models import LanguageModel
+from seqarch.models.sharing import tie
 from seqarch.models.stack import in_turn
 from seqarch.ops.dispatch.checks import show
 
@@ -240,6 +241,7 @@ class SeqarchForCausalLM(StatefulGeneration, PreTrainedModel, GenerationMixin):
         """As in ``transformers``, but buffers that are in no file keep their numbers, or are 0 as in a new model."""
         before = dict(self.named_non_persistent_buffers())
         super()._move_missing_keys_from_meta_to_device(*arguments, **options)
+        tie(self.model.stack.shared)  # a buffer of layers that share one has become one for each
         for name, buffer in self.named_non_persistent_buffers():
             buffer.zero_() if before[name].is_meta else buffer.copy_(before[name])
 

@@ -165,7 +165,8 @@ class Router(nn.Module):
     **The bias** is a buffer of the ``state_dict``, float32 in a model of less. ``load``, a buffer which is not, counts
     the choices of training since the last :meth:`update_bias`, in the backward pass: once each under activation
     checkpointing, summed over micro-batches, and not at all in evaluation or without gradients. Across data-parallel
-    processes, sum ``load`` before the update.
+    processes, sum ``load`` before the update. Layers that share their experts (``share`` in a pattern) have one router,
+    and so one bias and one ``load`` of all their choices, by which the first of them to be updated moves the bias.
 
     **Padding** counts nowhere: not in loads, losses and metrics, and it takes no expert's room.
 

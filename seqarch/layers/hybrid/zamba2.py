@@ -1,6 +1,6 @@
 """Zamba 2's hybrid layer: a block of attention, meant to be shared, before a Mamba-2.
 
-A pattern names it by its path, ``seqarch.layers.hybrid.zamba2:Zamba2``: it is made of mixers that have names.
+A pattern names it ``zamba2``, which stands for its import path: it is made of mixers that are entered by themselves.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def adapt(module: nn.Module, rank: int, names: Collection[str] | None = None) ->
     The projection to the heads of an attention has one for each of queries, keys and values.
 
     Raises:
-        ValueError: a name is of no submodule with linear maps.
+        ValueError: a name is of no submodule with linear maps, or there are none at all, as in plain experts.
     """
     found = []
     for path, inner in module.named_modules():
@@ -48,6 +48,8 @@ def adapt(module: nn.Module, rank: int, names: Collection[str] | None = None) ->
             if isinstance(child, nn.Linear) and (names is None or any(_within(whole, each) for each in names)):
                 sizes = inner.sizes if isinstance(inner, HeadProjection) else [child.out_features]
                 found.append((whole, inner, name, AdaptedLinear(child, rank, sizes)))
+    if not found and not names:
+        raise ValueError(f"adapter_rank is {rank}, but {type(module).__name__} has no linear maps to adapt")
     for each in names or ():
         if not any(_within(whole, each) for whole, *_ in found):
             raise ValueError(f"adapted names {each!r}, expected a part with linear maps")

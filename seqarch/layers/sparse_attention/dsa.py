@@ -24,13 +24,14 @@ class DSAConfig(IndexedConfig, KVHeadsConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _, turning = self.rotary_widths
+        turning = self.rotary_widths[-1]
         if self.position == "rotary" and (turning % 2 or not turning):
             raise ValueError(f"rotary positions need an even number of channels, got {turning} of index_width")
 
     @property
     def rotary_widths(self) -> tuple[int, ...]:
-        return self.rotary_width, int(self.rotary_fraction * self.index_width)
+        of_index = () if self.take_index is not None else (int(self.rotary_fraction * self.index_width),)
+        return self.rotary_width, *of_index
 
 
 class DSA(IndexedAttention):
@@ -85,7 +86,7 @@ class DSA(IndexedAttention):
 
     def caches(self, length: int) -> list[CacheShape]:
         config = self.config
-        return [CacheShape(length, config.kv_heads, config.head_width, config.head_width), self.index_cache(length)]
+        return [CacheShape(length, config.kv_heads, config.head_width, config.head_width), *self.index_caches(length)]
 
     def read_flops(self, queries: int, keys: int, batch_size: int) -> int:
         width = self.config.head_width  # as many tokens as in a window of top_k, though others

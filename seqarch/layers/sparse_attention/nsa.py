@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers.attention.base import KVHeadsConfig
+from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection
@@ -126,6 +127,9 @@ class NSA(RowAttention):
         self.compress_key, self.compress_value = BlockCompressor(*block), BlockCompressor(*block)
         self.gate = Linear(config.d_model, 3 * heads, bias=False)
         self.out_proj = Linear(heads * width, config.d_model, bias=False)
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
+        return self.in_rows(self.mix_rows, x, state, cu_seqlens)
 
     def mix_rows(self, x: Tensor, state: NSAState) -> tuple[Tensor, NSAState]:
         blocks, (before, start) = self.config.blocks, (state.selected.length, state.selected.start)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class PackedRows(NamedTuple):
         return self.rows
 
 
+RowMix = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""The outputs and the state of rows, of their inputs and their state before; rows start together or, after sequences
+of different lengths, end together."""
+
+
 def positions(x: Tensor, before: int, start: Tensor | None) -> Tensor:
     """Places of tokens ``x [B, T, ...]`` in their rows: ``[1, T]``, or ``[B, T]`` after the padding ``start [B]``."""
     at = torch.arange(before, before + x.shape[1], device=x.device)[None]
@@ -66,22 +71,19 @@ class RowAttention(Mixer):
     rows, if it is not packed itself. States made with ``max_length`` are written in place while autograd is off.
     """
 
-    State: ClassVar[Any]
+    State: Any
 
     @abstractmethod
     def caches(self, length: int) -> list[CacheShape]:
         """The shape of each cache after ``length`` tokens."""
 
-    @abstractmethod
-    def mix_rows(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Outputs and state of rows that start together or, after sequences of different lengths, end together."""
-
-    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
+    def in_rows(self, mix_rows: RowMix, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
+        """As :meth:`mix`, by calls of ``mix_rows``: one for all rows, or one for each packed sequence."""
         if cu_seqlens is None:
-            return self.mix_rows(x, self.join(state.rows) if isinstance(state, PackedRows) else state)
+            return mix_rows(x, self.join(state.rows) if isinstance(state, PackedRows) else state)
         states = state.rows if isinstance(state, PackedRows) else self.split(state)
         pieces = x.split([end - start for start, end in pairwise(cu_seqlens)], dim=1)
-        outputs, after = zip(*map(self.mix_rows, pieces, states), strict=True)
+        outputs, after = zip(*map(mix_rows, pieces, states), strict=True)
         return torch.cat(outputs, dim=1), PackedRows(after)
 
     def check_state(self, state: Any, rows: int) -> None:

@@ -27,7 +27,7 @@ class SparseMLAConfig(IndexedConfig, MLAConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.position == "rotary" and self.index_width < self.shared:
+        if self.position == "rotary" and self.take_index is None and self.index_width < self.shared:
             raise ValueError(f"index_width ({self.index_width}) must hold the {self.shared} channels that turn")
 
 
@@ -57,7 +57,7 @@ class SparseMLA(LatentMixer, IndexedAttention):
         self.make_indexer(config.q_lora_rank or config.d_model, config.norm_eps)
 
     def project(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if not isinstance(self.query, nn.Sequential):
+        if self.takes or not isinstance(self.query, nn.Sequential):  # the query's parts apart are for the indexer
             source, q = x, self.query(x)
         else:
             compress, norm, expand = self.query
@@ -89,7 +89,7 @@ class SparseMLA(LatentMixer, IndexedAttention):
             return q, self.expanded(k)[0], self.config.scale
 
     def caches(self, length: int) -> list[CacheShape]:
-        return [CacheShape(length, 1, self.config.rank + self.config.shared, 0), self.index_cache(length)]
+        return [CacheShape(length, 1, self.config.rank + self.config.shared, 0), *self.index_caches(length)]
 
     def read_flops(self, queries: int, keys: int, batch_size: int) -> int:
         return batch_size * min(self.costs(queries, keys, self.config.top_k))

@@ -64,6 +64,20 @@ def test_either_writes_what_both_read(size: str, tied: bool, tmp_path: Path):
     assert AutoConfig.from_pretrained(tmp_path / "ours").model == described[0]["model"]
 
 
+def test_layers_that_share_are_read_as_one(tmp_path: Path):
+    """Their mixers, experts and adapters, and the counts of a router that no file has."""
+    layer = "gla(share=a, adapter_rank=2)/moe(share=e)"
+    model = model_of(f"{layer} gla(share=a)/moe(share=e)", channels={"moe": {"expert_bias": True}})
+    model.save_pretrained(tmp_path / "saved")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert same(read.model, model)
+    assert torch.equal(logits(read.model), logits(model))
+    first, later = (layer.channel for layer in read.model.stack.layers)
+    assert first.w_in is later.w_in
+    assert first.router.load is later.router.load
+    assert not first.router.load.any()
+
+
 def test_dtypes_are_those_of_the_folder_or_asked_for(tmp_path: Path):
     model = model_of()
     model.save_pretrained(tmp_path)

@@ -257,8 +257,15 @@ def test_embeddings_are_had_set_tied_and_resized():
         assert model.head.weight.shape == (20, 32)
 
 
-def test_gradients_of_layers_that_are_computed_again_are_the_same():
-    model = model_of("attention/moe mamba2 gated_delta_net", channels={"moe": {"load_balance_weight": 0.1}}).train()
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "attention/moe mamba2 gated_delta_net",
+        "dsa(give_index=a)/moe(share=e) mamba2 dsa(take_index=a)/moe(share=e)",
+    ],
+)
+def test_gradients_of_layers_that_are_computed_again_are_the_same(pattern: str):
+    model = model_of(pattern, channels={"moe": {"load_balance_weight": 0.1}}).train()
     wrapped, given = hf.wrap(model), tokens(2, 9)
     mask = torch.ones_like(given).index_fill(1, torch.tensor([0, 1]), 0)
 

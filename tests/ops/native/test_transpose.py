@@ -8,7 +8,7 @@ import torch
 from seqarch.ops.native import cpu_library
 from seqarch.ops.native.transpose import transpose_into
 
-SHAPES = ((64, 64, 0, 0), (65, 70, 3, 2), (1, 5, 2, 0), (96, 130, 32, 1), (0, 4, 1, 1), (4, 0, 0, 0))
+SHAPES = ((64, 64, 0, 0), (65, 70, 3, 2), (1, 5, 2, 0), (96, 130, 32, 1), (90, 70, 32, 70), (0, 4, 1, 1), (4, 0, 0, 0))
 """Rows, columns, and how many columns the result has before and after."""
 
 
