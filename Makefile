@@ -1,4 +1,4 @@
-# make demo | results-small | test | lint | bench | docs: each sets up what it needs in .venv, from nothing but this checkout.
+# make demo | results-small | test | lint | bench | docs | site: each sets up what it needs in .venv, from nothing but this checkout.
 # What is removed and made anew lies in this checkout, whatever the command line says and wherever make is called from.
 ifneq ($(realpath $(CURDIR)),$(realpath $(dir $(firstword $(MAKEFILE_LIST)))))
 $(error make works in the folder of its Makefile: make -C $(dir $(firstword $(MAKEFILE_LIST))))
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo results-small test test-slow sanitize cuda-check explorer-check lint bench bench-gpu docs clean
+.PHONY: help demo results-small test test-slow sanitize cuda-check explorer-check lint bench bench-gpu docs site site-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,8 @@ help:
 	@echo "make bench      time the kernels of this machine: runs/bench"
 	@echo "make bench-gpu  check the kernels on this machine's GPU, then time them: docs/results/gpu"
 	@echo "make docs       renew the generated parts of README.md and docs"
+	@echo "make site       build the site from docs and the library: build/site/html, to be opened from there (a minute)"
+	@echo "make site-check the site in a headless browser, where Chromium is here"
 	@echo "make clean      remove the virtual environment and the build, not the runs"
 	@echo "PYTHON=python3.12 names the Python, 3.11 to 3.13, that the virtual environment is made with"
 
@@ -99,6 +101,19 @@ bench-gpu:
 
 docs: $(INSTALLED)
 	$(BIN)/python -m docs.tables
+
+# What builds the site is no part of what everybody installs.
+$(VENV)/extra-site: $(VENV)/extra-%: pyproject.toml constraints.txt | $(INSTALLED)
+	$(BIN)/python -m docs.site.requirements $* > $@.txt
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement $@.txt
+	@touch $@
+
+site: $(INSTALLED) $(VENV)/extra-site
+	rm -rf build/site
+	$(BIN)/python -m docs.site
+
+site-check: site
+	$(BIN)/python -m pytest -q tests/browser/check_site.py
 
 clean:
 	rm -rf $(VENV) build

@@ -1,11 +1,13 @@
 """Several requests to one model, decoded together: each is read when it comes and leaves when it is done.
 
-generator = Generator(model)
-first = generator.submit([1, 2, 3], max_new_tokens=100, stop_token=0)
-second = generator.submit([4, 5], max_new_tokens=20, temperature=0.8, seed=1)
-for token in first:                # as they come; the second goes on meanwhile
-    print(token)
-print(second.result())
+For example::
+
+    generator = Generator(model)
+    first = generator.submit([1, 2, 3], max_new_tokens=100, stop_token=0)
+    second = generator.submit([4, 5], max_new_tokens=20, temperature=0.8, seed=1)
+    for token in first:                # as they come; the second goes on meanwhile
+        print(token)
+    print(second.result())
 """
 
 from seqarch.serving.generator import Generator

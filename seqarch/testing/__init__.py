@@ -1,6 +1,6 @@
 """The laws that mixers obey, for anybody's mixer, in a test of one's own: ``check_mixer(MyMixer)``.
 
-With pytest, a test for each case and law is
+With pytest, a test for each case and law is::
 
     @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
     @pytest.mark.parametrize("case", mixer_cases(MyMixer, options=[{}, {"num_heads": 2}]), ids=str)

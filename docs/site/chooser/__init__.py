@@ -1,0 +1,1 @@
+"""The page on which one chooses a mixer: its formulas, measurements and models, exported for a browser."""
