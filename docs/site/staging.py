@@ -62,12 +62,12 @@ def stage(folder: Path, explorer: bool, root: Path = ROOT) -> None:
         ValueError: a section of README.md is on no page.
     """
     there = site(root)
-    shown = matrices.draw(folder / "mixers" / "matrices")
     arms = measured(root / "docs" / "results")["arms"]
     made: dict[str, str] = {}
     for page, placed in there.pages.items():
         if (root / page).is_file() and page != "README.md":
             made[placed] = _page(page, placed, there)
+    shown = matrices.draw(folder / "mixers" / "matrices")
     for name in (*MIXERS, *CHANNEL_MIXERS):
         placed = f"mixers/{name}.md"
         own = [arm for arm in arms if arm["pattern"] == name]
