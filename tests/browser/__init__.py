@@ -1,1 +1,1 @@
-"""What is checked in a browser: ``make site-check``, where there is Chromium."""
+"""What is checked in a browser, where there is Chromium: ``make explorer-check`` and ``make site-check``."""
