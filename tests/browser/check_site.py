@@ -11,7 +11,7 @@ from typing import Any, Literal
 from urllib.parse import urlencode
 
 import pytest
-from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize
 
 from docs.site.chooser.formulas import WIDTHS
 from seqarch.layers import MIXERS
@@ -26,15 +26,6 @@ LOOKED_AT = (
     *("index", "start", "chooser", "mixers", "mixers/gated_delta_net", "ops/delta_rule", "results/initialisation"),
     *("api/seqarch.layers", "bench", "search"),
 )
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    path = next(found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name)))
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
