@@ -90,7 +90,7 @@ def test_code_that_is_no_equation_stays_code():
 def test_what_is_wrong_with_built_pages_is_said(tmp_path: Path):
     (tmp_path / "a.html").write_text(
         '<a href="b.html#there"></a><a href="b.html#gone"></a><a href="c.html"></a><a href="#"></a>'
-        '<script src="https://example.org/x.js"></script><img src="no.png">',
+        '<script src="https://example.org/x.js"></script><img src="no.png"><img src="data:,">',
         encoding="utf-8",
     )
     (tmp_path / "b.html").write_text('<p id="there">' + "x" * 1_000_000, encoding="utf-8")
