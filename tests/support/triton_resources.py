@@ -203,15 +203,17 @@ def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -
 def softmax(dtype: torch.dtype, width: int) -> None:
     """Attention over all keys and, with a gradient of its sums, over a window from where rows begin; over blocks with
     one head per list; of few queries: of one over its keys in one part and in many, of several with heads that share
-    keys."""
+    keys; with a bias of each key and without."""
     x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     one, several = x[:, :1], torch.zeros(1, 16, 16, width, dtype=dtype)
-    for window, key_start in ((0, None), (100, start)):
+    for window, key_start, biased in ((0, None, False), (100, start, False), (0, None, True)):
         inputs = AttentionInputs(x, x, x, True, window, 0.5, None, key_start)
+        inputs = inputs.replace(key_bias=torch.zeros(1, 256, 2)) if biased else inputs
         o, log_sum = attention.forward(inputs)
         attention.backward(inputs, Upstream([o, log_sum], [o, log_sum] if window else [o], [True] * 3))
         for queries, keys in ((one, x[:, :16]), (one, x), (several, x)):
-            attention.forward(inputs.replace(q=queries, k=keys, v=keys))
+            bias = torch.zeros(1, keys.shape[1], queries.shape[2]) if biased else None
+            attention.forward(inputs.replace(q=queries, k=keys, v=keys, key_bias=bias))
     entries, first = torch.zeros(1, 256, 2, 3, dtype=torch.int64), torch.zeros(1, 256, dtype=torch.int64)
     inputs = ListInputs(x, x, x, entries, first, 64, 0, 0.5)
     o, log_sum = blocks.forward(inputs)
