@@ -119,6 +119,38 @@ def _before(initial, steps, first, state, i, W: tl.constexpr):
 
 
 @triton.jit
+def _back_through_gru(x0, r0, x1, r1, x2, r2, h, dh):
+    """The gradients of what three gates get, of what the last one gets of the last output, and of that output."""
+    reset, keep = tl.sigmoid(x0 + r0), tl.sigmoid(x1 + r1)
+    new = _tanh(x2 + reset * r2)
+    d2 = dh * (1.0 - keep) * (1.0 - new * new)
+    return d2 * r2 * reset * (1.0 - reset), dh * (h - new) * keep * (1.0 - keep), d2, d2 * reset, dh * keep
+
+
+@triton.jit
+def _back_through_lstm(i, f, g, o, c, c_after, dh, dc):
+    """The gradients of what four gates get, and of c before the token."""
+    write, keep, new = tl.sigmoid(i), tl.sigmoid(f), _tanh(g)
+    out, shown = tl.sigmoid(o), _tanh(c_after)
+    dc += dh * out * (1.0 - shown * shown)
+    di, df, dg = dc * new * write * (1.0 - write), dc * c * keep * (1.0 - keep), dc * write * (1.0 - new * new)
+    return di, df, dg, dh * shown * out * (1.0 - out), dc * keep
+
+
+@triton.jit
+def _back_through_slstm(z, i, f, o, c, n, m, c_after, n_after, m_after, dh, dc, dn):
+    """The gradients of what four gates get, and of c and n before the token."""
+    new, out, write = _tanh(z), tl.sigmoid(o), tl.exp(i - m_after)
+    keep = tl.exp(tl.minimum(_log_sigmoid(f) + m - m_after, 0.0))
+    ratio = c_after / n_after
+    dc += dh * out / n_after
+    dn -= dh * out * ratio / n_after
+    df = (dc * c + dn * n) * keep * tl.sigmoid(-f)
+    dz, di, do = dc * write * (1.0 - new * new), (dc * new + dn) * write, dh * ratio * out * (1.0 - out)
+    return dz, di, df, do, dc * keep, dn * keep
+
+
+@triton.jit
 def backward(
     x, weight, bias, initial, steps, dout, dlast, dx, dr, dinitial, offsets, x_row, heads,
     W: tl.constexpr, BW: tl.constexpr, CELL: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr,
@@ -151,38 +183,21 @@ def backward(
         x2, r2 = _gates(gates, weight, bias, h, 2, i, W, BW)
         to, to_r = dx + (row * heads + head) * GATES * W + i, dr + (row * heads + head) * GATES * W + i
         if CELL == GRU:
-            reset, keep = tl.sigmoid(x0 + r0), tl.sigmoid(x1 + r1)
-            new = _tanh(x2 + reset * r2)
-            d2 = dh * (1.0 - keep) * (1.0 - new * new)
-            d0, d1 = d2 * r2 * reset * (1.0 - reset), dh * (h - new) * keep * (1.0 - keep)
+            d0, d1, d2, d2_r, dh = _back_through_gru(x0, r0, x1, r1, x2, r2, h, dh)
             tl.store(to + 2 * W, d2.to(dx.dtype.element_ty), mask=inside)
-            d2 = d2 * reset
-            dh = dh * keep
+            d2 = d2_r
         else:
             x3, r3 = _gates(gates, weight, bias, h, 3, i, W, BW)
-            out = tl.sigmoid(x3 + r3)
             c, c_after = _before(start, kept, first, between, i, W), tl.load(after + between, mask=inside, other=0.0)
             if CELL == LSTM:
-                write, keep, new, shown = tl.sigmoid(x0 + r0), tl.sigmoid(x1 + r1), _tanh(x2 + r2), _tanh(c_after)
-                d3 = dh * shown * out * (1.0 - out)
-                dc += dh * out * (1.0 - shown * shown)
-                d0, d1 = dc * new * write * (1.0 - write), dc * c * keep * (1.0 - keep)
-                d2 = dc * write * (1.0 - new * new)
-                dc = dc * keep
+                d0, d1, d2, d3, dc = _back_through_lstm(x0 + r0, x1 + r1, x2 + r2, x3 + r3, c, c_after, dh, dc)
             else:
                 n, m = _before(start, kept, first, 2 * between, i, W), _before(start, kept, first, 3 * between, i, W)
                 n_after = tl.load(after + 2 * between, mask=inside, other=1.0)
                 m_after = tl.load(after + 3 * between, mask=inside, other=0.0)
-                new, write = _tanh(x0 + r0), tl.exp(x1 + r1 - m_after)
-                keep = tl.exp(tl.minimum(_log_sigmoid(x2 + r2) + m - m_after, 0.0))
-                ratio = c_after / n_after
-                d3 = dh * ratio * out * (1.0 - out)
-                dc += dh * out / n_after
-                dn -= dh * out * ratio / n_after
-                d0, d1 = dc * write * (1.0 - new * new), (dc * new + dn) * write
-                d2 = (dc * c + dn * n) * keep * tl.sigmoid(-(x2 + r2))
-                dc = dc * keep
-                dn = dn * keep
+                d0, d1, d2, d3, dc, dn = _back_through_slstm(
+                    x0 + r0, x1 + r1, x2 + r2, x3 + r3, c, n, m, c_after, n_after, m_after, dh, dc, dn
+                )
             tl.store(to + 2 * W, d2.to(dx.dtype.element_ty), mask=inside)
             tl.store(to + 3 * W, d3.to(dx.dtype.element_ty), mask=inside)
             tl.store(to_r + 3 * W, d3, mask=inside)
