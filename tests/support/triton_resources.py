@@ -35,6 +35,9 @@ from seqarch.ops.delta_rule import chunk_triton as delta_chunks
 from seqarch.ops.delta_rule import recurrent_triton as delta_steps
 from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 from seqarch.ops.experts import grouped_triton as experts
+from seqarch.ops.gated_rnn import CELLS
+from seqarch.ops.gated_rnn import recurrent_triton as gated_rnn
+from seqarch.ops.gated_rnn.operators import KernelInputs as GatedInputs
 from seqarch.ops.linear_attention import chunk_triton as linear_chunks
 from seqarch.ops.linear_attention import recurrent_triton as linear_steps
 from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
@@ -179,6 +182,7 @@ def launches() -> list[Launch]:
         for dtype in DTYPES.values():
             for decay in DECAYS.values():
                 recurrences(dtype, WIDTH, decay)
+            gated(dtype, WIDTH)
             for width in WIDTHS:
                 softmax(dtype, width)
             products(dtype)
@@ -198,6 +202,15 @@ def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -
         chunks.forward(inputs)
         chunks.backward(inputs, Upstream([], [x, state], []))
         steps.forward(inputs)
+
+
+def gated(dtype: torch.dtype, width: int) -> None:
+    """Each cell over 16 tokens of two heads, forward with the states of every step and backward."""
+    for cell, (gates, states) in CELLS.items():
+        x, weight = torch.zeros(1, 16, 2, gates, width, dtype=dtype), torch.zeros(2, gates, width, width)
+        inputs = GatedInputs(x, weight, weight[..., 0], torch.zeros(1, states, 2, width), cell, None, True)
+        o, last, steps = gated_rnn.forward(inputs)
+        gated_rnn.backward(inputs, Upstream([steps], [o, last], []))
 
 
 def softmax(dtype: torch.dtype, width: int) -> None:
