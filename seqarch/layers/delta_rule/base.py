@@ -127,7 +127,7 @@ class DeltaRuleMixer(RecurrentMixer):
         self.qkv_proj = self.projection(parts)
         self.state_shape = (heads, keys, values)
 
-    def projection(self, parts: list[tuple[int, int]]) -> nn.Module:
+    def projection(self, parts: list[tuple[int, int]]) -> HeadProjection:
         """What makes queries, keys and values of these heads and widths."""
         return HeadProjection(self.config.d_model, parts, self.config.conv_width, "silu")
 

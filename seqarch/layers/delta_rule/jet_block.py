@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.dynamic_conv import DynamicConvolution
-from seqarch.layers.modules.linear import Linear
+from seqarch.layers.modules.heads import HeadProjection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class JetBlockConfig(GatedDeltaNetConfig):
             raise ValueError(f"conv_width: a dynamic convolution has a width of 2 to 8, got {self.conv_width}")
 
 
-class JetProjection(nn.Module):
+class JetProjection(HeadProjection):
     """Queries and keys ``silu(W x)``, and values that pass a dynamic convolution, each in heads.
 
     Args:
@@ -41,13 +41,12 @@ class JetProjection(nn.Module):
     """
 
     def __init__(self, d_model: int, parts: Sequence[tuple[int, int]], width: int, rank: int):
-        super().__init__()
-        self.parts = tuple(parts)
-        self.sizes = [heads * each for heads, each in parts]
-        self.linear = Linear(d_model, sum(self.sizes), bias=False)
+        super().__init__(d_model, parts)
         self.conv = DynamicConvolution(self.sizes[-1], width, d_model, rank)
 
-    def forward(self, x: Tensor, state: Tensor, cu_seqlens: Sequence[int] | None = None) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | Sequence[int] | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
         q, k, v = self.linear(x).split(self.sizes, dim=-1)
         v, state = self.conv(v, x, state, cu_seqlens)
         pieces = zip((F.silu(q), F.silu(k), v), self.parts, strict=True)
@@ -64,13 +63,14 @@ class JetBlock(GatedDeltaNet):
     """
 
     Config = JetBlockConfig
+    config: JetBlockConfig
     unquantized = ("ab_proj", "taps")
 
     @from_options
     def __init__(self, config: JetBlockConfig):
         super().__init__(config)
 
-    def projection(self, parts: list[tuple[int, int]]) -> nn.Module:
+    def projection(self, parts: list[tuple[int, int]]) -> HeadProjection:
         config = self.config
         rank = max(1, config.d_model // config.tap_reduction)
         return JetProjection(config.d_model, parts, config.conv_width, rank)

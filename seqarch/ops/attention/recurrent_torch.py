@@ -18,7 +18,7 @@ def run(inputs: AttentionInputs) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v, bias = inputs.q.to(wide), inputs.k.to(wide), inputs.v.to(wide), inputs.key_bias
     if inputs.offsets is not None:
         sequences = split_sequences(inputs.offsets, q, k, v, bias)
-        o, lse = _joined([_attend(inputs, *each, 0) for each in sequences], dim=1)
+        o, lse = _joined([_attend(inputs, q, k, v, bias, 0) for q, k, v, bias in sequences], dim=1)
     elif inputs.key_start is not None and len(q):
         biases = [None] * len(q) if bias is None else bias.split(1)
         rows = zip(q.split(1), k.split(1), v.split(1), biases, inputs.key_start.tolist(), strict=True)
@@ -40,7 +40,8 @@ def _attend(
     logarithms of the softmax's sums, -inf where nothing is seen."""
     queries, (keys, groups) = q.shape[1], k.shape[1:3]
     if not queries:
-        nothing = 0 * sum(x.sum() for x in (q, k, v, bias) if x is not None)  # gradients are defined: zeros
+        given = [x.sum() for x in (q, k, v, bias) if x is not None]
+        nothing = 0 * torch.stack(given).sum()  # gradients are defined: zeros
         return nothing.expand(*q.shape[:3], v.shape[3]), nothing.expand(q.shape[:3])
     q = q.unflatten(2, (groups, q.shape[2] // groups)) * inputs.scale  # [B, Tq, G, H / G, K]
     k, v = k.permute(0, 2, 3, 1), v.transpose(1, 2)  # [B, G, K, Tk], [B, G, Tk, V]
