@@ -132,7 +132,7 @@ OPERATIONS: dict[str, Benchmark] = {
         title="sLSTM, H = {heads}, W = {width}",
         inputs=inputs.recurrent_gates,
         flops=inputs.recurrent_flops,
-        baselines=NOBODY,
+        baselines={"cpu": {}},
         output="x",
     ),
     "experts": of_operation(
