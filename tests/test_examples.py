@@ -1,9 +1,10 @@
-"""The template of a repository of one's own, used from a copy as somebody outside of this checkout would."""
+"""The examples: the template of a repository of one's own, used from a copy as somebody outside would, and images."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from seqarch.testing import LAWS
 from tests.support.backends import available
@@ -19,6 +21,22 @@ from tests.support.paths import ROOT
 EXAMPLE = ROOT / "examples" / "own_mixer"
 SMALL = ("train.steps=2", "train.batch_size=4", "task.validation_examples=4", "task.test_examples=4", "train.threads=1")
 MINE = ("--config-dir", "conf", "experiment=majority", "model=learnt_retention")
+
+
+def test_each_cell_of_a_scanned_image_sees_all_others():
+    torch.manual_seed(0)
+    scan = runpy.run_path(str(ROOT / "examples" / "scan_2d.py"))["Scan2d"](16, "mamba2", d_state=4, head_dim=8)
+    x = torch.randn(1, 3, 4, 16, requires_grad=True)
+    y = scan(x)
+    assert y.shape == x.shape
+    for row, column in ((0, 0), (1, 2), (2, 3)):
+        (seen,) = torch.autograd.grad(y[0, row, column].sum(), x, retain_graph=True)
+        assert (seen.abs().amax(-1) > 0).all()
+
+
+@pytest.mark.slow
+def test_scans_tell_gratings_apart():
+    assert runpy.run_path(str(ROOT / "examples" / "scan_2d.py"))["train"]("mamba2", 75) > 0.5
 
 
 @pytest.fixture

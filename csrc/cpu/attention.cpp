@@ -61,6 +61,15 @@ struct Tile {
     }
     int64_t token(int64_t column) const { return (begin + column) / sharing; }
     int64_t head(int64_t column) const { return group * sharing + (begin + column) % sharing; }
+    // Calls f(column, head) for columns from one to another.
+    template <class F>
+    void each_head(int64_t from, int64_t to, F f) const {
+        int64_t among = (begin + from) % sharing;
+        for (int64_t c = from; c < to; ++c) {
+            f(c, group * sharing + among);
+            if (++among == sharing) among = 0;
+        }
+    }
     template <class T>
     const T* at(const Heads<T>& heads, const Sequence& sequence, int64_t column) const {
         return heads.at(sequence.query.later(token(column)), head(column));
@@ -79,7 +88,8 @@ template <class T>
 struct Inputs {
     Sizes sizes;
     Heads<T> q, k, v;
-    Acc<T> factor;  // the scale, times log2(e)
+    const Acc<T>* key_bias;  // [tokens, heads], or null
+    Acc<T> factor;           // the scale, times log2(e)
     int num_threads;
 };
 
@@ -109,11 +119,29 @@ struct Scratch {
     Keys<A> keys;
     Seen<A> seen;
 
-    Scratch(const Sizes& sizes, Arena<A>& arena)
-        : columns(sizes.key_width, sizes.value_width, arena), keys(sizes.key_width, sizes.value_width, arena) {}
+    template <class T>
+    Scratch(const Inputs<T>& in, Arena<A>& arena)
+        : columns(in.sizes.key_width, in.sizes.value_width, arena),
+          keys(in.sizes.key_width, in.sizes.value_width, arena) {
+        if (in.key_bias) keys.bias = arena.take(kTileKeys * kColumns);
+    }
     template <class T>
     void load_keys(const Inputs<T>& in, const Row& row, int64_t group) {
         keys.load(seen.keys, in.k.at(row, group), in.k.time, in.v.at(row, group), in.v.time);
+    }
+    // What is added to the scores of the keys from `row` on: of each the numbers of the columns' heads.
+    template <class T>
+    void load_bias(const Inputs<T>& in, const Row& row, const Tile& tile) {
+        if (!in.key_bias) return;
+        for (int64_t key = 0; key < seen.keys; ++key) {
+            const A* from = in.key_bias + (row.token + key) * in.sizes.heads;
+            A* to = keys.bias + key * kColumns;
+            if (tile.sharing == 1)
+                std::fill_n(to, tile.columns, from[tile.group] * A(kLog2E));
+            else
+                tile.each_head(0, tile.columns, [&](int64_t c, int64_t head) { to[c] = from[head] * A(kLog2E); });
+            std::fill(to + tile.columns, to + padded<A>(tile.columns), A(0));
+        }
     }
 };
 
@@ -125,9 +153,10 @@ void forward_tile(const Inputs<T>& in, const Sequence& sequence, const Tile& til
     columns.load(tile.columns, in.factor, [&](int64_t c) { return tile.at(in.q, sequence, c); });
     columns.start();
     each_keys(in, sequence, tile, s.seen, [&](int64_t, const Row& row) {
+        s.load_bias(in, row, tile);
         if (columns.count <= kFewColumns)
-            return attend_few(s.seen, in.k.at(row, tile.group), in.k.time, in.v.at(row, tile.group), in.v.time,
-                              s.keys.scores, columns);
+            return attend_few(s.seen, in.k.at(row, tile.group), in.k.time, in.v.at(row, tile.group), in.v.time, s.keys,
+                              columns);
         s.load_keys(in, row, tile.group);
         attend(s.seen, s.keys, columns);
     });
@@ -164,7 +193,7 @@ void forward(const Inputs<T>& in, T* o, Acc<T>* log_sum) {
     const std::vector<TileTask> tasks = tile_tasks(in.sizes);
     run_parallel<A>(
         tasks.size(), threads_for(in.sizes, in.num_threads),
-        [&](Arena<A>& arena) { return Scratch<A>(in.sizes, arena); },
+        [&](Arena<A>& arena) { return Scratch<A>(in, arena); },
         [&](int64_t t, Scratch<A>& scratch) {
             const Sequence sequence(in.sizes, tasks[t].sequence);
             forward_tile(in, sequence, Tile(in.sizes, sequence, tasks[t].group, tasks[t].tile), o, log_sum, scratch);
@@ -176,6 +205,7 @@ struct Gradients {
     Heads<T> o, dout;
     const Acc<T>*log_sum, *dlse;
     T *dq, *dk, *dv;
+    Acc<T>* dkey_bias;
 };
 
 // Some tiles of one sequence and group, and the keys that they see.
@@ -215,13 +245,40 @@ std::vector<TilesPart> cut(const Sizes& sizes) {
 template <class A>
 struct BackwardScratch : Scratch<A> {
     ColumnGradients<A> gradients;
-    BackwardScratch(const Sizes& sizes, Arena<A>& arena)
-        : Scratch<A>(sizes, arena), gradients(sizes.key_width, sizes.value_width, arena) {}
+    template <class T>
+    BackwardScratch(const Inputs<T>& in, Arena<A>& arena)
+        : Scratch<A>(in, arena), gradients(in.sizes.key_width, in.sizes.value_width, arena) {}
 };
+
+// Where the gradients of a part's keys are added up: rows of dk, of dv, and of what was added to the scores of each of
+// the heads that share a key (null where nothing was).
+template <class A>
+struct Sums {
+    PartSums<A> keys;
+    A* bias;
+    int64_t bias_stride;
+};
+
+// Adds the gradients of a tile's scores to those of what was added to them: of each key a row of the heads that share it.
+template <class A>
+void add_bias_gradients(const Seen<A>& seen, const A* dscores, const Tile& tile, A* to, int64_t stride) {
+    for (int64_t key = 0; key < seen.keys; ++key, dscores += kColumns, to += stride) {
+        const int64_t from = seen.columns_from[key / kTileRows], end = seen.columns_to[key / kTileRows];
+        if (tile.sharing == 1) {
+            A sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t c = from; c < end; ++c) sum += dscores[c];
+            to[0] += sum;
+        } else {
+            const int64_t first = tile.group * tile.sharing;
+            tile.each_head(from, end, [&](int64_t c, int64_t head) { to[head - first] += dscores[c]; });
+        }
+    }
+}
 
 template <class T>
 void backward_tile(const Inputs<T>& in, const Gradients<T>& g, const Sequence& sequence, const Tile& tile,
-                   const PartSums<Acc<T>>& sums, BackwardScratch<Acc<T>>& s) {
+                   const Sums<Acc<T>>& sums, BackwardScratch<Acc<T>>& s) {
     using A = Acc<T>;
     const Sizes& sizes = in.sizes;
     s.columns.load(tile.columns, in.factor, [&](int64_t c) { return tile.at(in.q, sequence, c); });
@@ -233,8 +290,12 @@ void backward_tile(const Inputs<T>& in, const Gradients<T>& g, const Sequence& s
         },
         [&](int64_t c) { return g.log_sum[tile.place(sizes, sequence, c)]; });
     each_keys(in, sequence, tile, s.seen, [&](int64_t key, const Row& row) {
+        s.load_bias(in, row, tile);
         s.load_keys(in, row, tile.group);
-        attend_backward(s.seen, s.keys, s.columns, s.gradients, sums.dk(key), sums.dv(key));
+        attend_backward(s.seen, s.keys, s.columns, s.gradients, sums.keys.dk(key), sums.keys.dv(key));
+        if (sums.bias)
+            add_bias_gradients(s.seen, s.keys.dscores, tile,
+                               sums.bias + (key - sums.keys.first_key) * sums.bias_stride, sums.bias_stride);
     });
     const A scale = in.factor * A(kLn2);
     for (int64_t c = 0; c < tile.columns; ++c)
@@ -253,19 +314,22 @@ void backward(const Inputs<T>& in, const Gradients<T>& g) {
     for (int64_t s = 0; s < sizes.sequences; ++s)
         spans.push_back({Sequence(sizes, s).key.token, 0, Sequence(sizes, s).keys});
     const KeySums<T> dk(key_parts, sizes.key_width), dv(key_parts, sizes.value_width);
+    const KeySums<A> dbias(key_parts, g.dkey_bias ? sizes.sharing() : 0);
     const int threads = threads_for(sizes, in.num_threads);
     run_parallel<A>(
-        parts.size(), threads, [&](Arena<A>& arena) { return BackwardScratch<A>(sizes, arena); },
+        parts.size(), threads, [&](Arena<A>& arena) { return BackwardScratch<A>(in, arena); },
         [&](int64_t t, BackwardScratch<A>& scratch) {
             const TilesPart& part = parts[parts.size() - 1 - t];  // those with most keys first
             const Sequence sequence(sizes, part.keys.span);
-            const PartSums<A> sums{dk.start(part.keys), dv.start(part.keys), dk.stride(), dv.stride(),
+            const PartSums<A> keys{dk.start(part.keys), dv.start(part.keys), dk.stride(), dv.stride(),
                                    part.keys.first_key};
+            const Sums<A> sums{keys, g.dkey_bias ? dbias.start(part.keys) : nullptr, dbias.stride()};
             for (int64_t tile = part.first; tile < part.last; ++tile)
                 backward_tile(in, g, sequence, Tile(sizes, sequence, part.keys.group, tile), sums, scratch);
         });
     dk.add_up(spans, sizes.groups, A(kLn2), g.dk, threads);
     dv.add_up(spans, sizes.groups, A(1), g.dv, threads);
+    if (g.dkey_bias) dbias.add_up(spans, sizes.groups, A(1), g.dkey_bias, threads);
 }
 
 // All sizes can be counted, and a window is no longer than the keys.
@@ -283,6 +347,7 @@ bool valid(Sizes& sizes, int num_threads) {
     const int64_t rows = sizes.offsets ? 1 : sizes.sequences, width = sizes.key_width + sizes.value_width + kPadding;
     sizes.window = std::min(sizes.window, std::max<int64_t>(sizes.keys, 1));
     return countable({rows, sizes.queries + kPadding, sizes.heads, width}) &&
+           countable({rows, sizes.keys + kPadding, sizes.heads, kPadding}) &&
            countable({rows, sizes.keys + kPadding, sizes.groups, width}) &&
            packs(sizes.offsets, sizes.sequences, sizes.queries);
 }
@@ -294,7 +359,8 @@ Sizes sizes_of(const seqarch_attention_inputs& in) {
 
 template <class T>
 Inputs<T> inputs_of(const Sizes& sizes, const seqarch_attention_inputs& in, int num_threads) {
-    return {sizes, Heads<T>(in.q), Heads<T>(in.k), Heads<T>(in.v), static_cast<Acc<T>>(in.scale * kLog2E), num_threads};
+    return {sizes, Heads<T>(in.q), Heads<T>(in.k), Heads<T>(in.v), static_cast<const Acc<T>*>(in.key_bias),
+            static_cast<Acc<T>>(in.scale * kLog2E), num_threads};
 }
 
 }  // namespace
@@ -319,6 +385,7 @@ int32_t seqarch_attention_backward(const seqarch_attention_inputs* inputs, const
         const auto& g = *gradients;
         backward(inputs_of<T>(sizes, *inputs, num_threads),
                  Gradients<T>{Heads<T>(g.o), Heads<T>(g.dout), static_cast<const Acc<T>*>(g.log_sum),
-                              static_cast<const Acc<T>*>(g.dlse), static_cast<T*>(g.dq), static_cast<T*>(g.dk), static_cast<T*>(g.dv)});
+                              static_cast<const Acc<T>*>(g.dlse), static_cast<T*>(g.dq), static_cast<T*>(g.dk),
+                              static_cast<T*>(g.dv), static_cast<Acc<T>*>(g.dkey_bias)});
     });
 }

@@ -90,6 +90,13 @@ inline A sigmoid(A x) {
     return A(1) / (A(1) + exponential(-x));
 }
 
+// tanh(x), to 1e-7 of 1 in float.
+template <class A>
+inline A hyperbolic_tangent(A x) {
+    const A e = exponential(A(-2) * std::fabs(x)), size = (A(1) - e) / (A(1) + e);
+    return x < A(0) ? -size : size;
+}
+
 // log(1 + exp(x)), which is x from 20 on.
 inline float softplus(float x) {
     // log(1 + e) = 2 artanh(s) with s = e / (2 + e), at most 1/3

@@ -163,6 +163,7 @@ template <class A>
 struct Keys {
     int64_t key_width, value_width;
     A *k, *v, *scores, *dscores;
+    A* bias = nullptr;  // [kTileKeys, kColumns], added to the scores; its numbers are base-2 logarithms, too
 
     Keys(int64_t key_width, int64_t value_width, Arena<A>& arena)
         : key_width(key_width),
@@ -180,6 +181,14 @@ struct Keys {
     void score(const Seen<A>& seen, const A* transposed_q) {
         multiply_parts(seen.keys, as_is(k, padded<A>(key_width)), transposed_q, kColumns, scores, kColumns, false,
                        padded<A>(seen.columns), [&](int64_t i, int64_t) { return seen.scores_of(i, key_width); });
+        add_bias(seen);
+    }
+    void add_bias(const Seen<A>& seen) {
+        if (!bias) return;
+        for (int64_t c = 0; c < seen.columns; c += kLanes<A>)
+            each_score(seen, c, scores, [&](int64_t, A* at) {
+                store_vector(at, load_vector(at) + load_vector(bias + (at - scores)));
+            });
     }
 };
 
@@ -232,12 +241,14 @@ void attend(const Seen<A>& seen, Keys<A>& keys, Columns<A>& columns) {
 
 // The same for so few columns that reading the keys and values, each once and where they lie, is what takes the time.
 template <class A, class T>
-void attend_few(const Seen<A>& seen, const T* k, int64_t k_row, const T* v, int64_t v_row, A* scores,
+void attend_few(const Seen<A>& seen, const T* k, int64_t k_row, const T* v, int64_t v_row, Keys<A>& keys,
                 Columns<A>& columns) {
+    A* const scores = keys.scores;
     const int64_t q_row = padded<A>(columns.key_width), o_row = padded<A>(columns.value_width);
     for (int64_t key = 0; key < seen.keys; ++key)
         for (int64_t c = 0; c < seen.columns; ++c)
             scores[key * kColumns + c] = product(columns.key_width, columns.q + c * q_row, k + key * k_row);
+    keys.add_bias(seen);
     weigh(seen, scores, columns);
     constexpr int64_t kAtOnce = 4;
     for (int64_t key = 0; key < seen.keys; key += kAtOnce)

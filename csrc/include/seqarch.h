@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 19
+#define SEQARCH_INTERFACE 20
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -440,7 +440,7 @@ SEQARCH_API int32_t seqarch_delta_rule_backward(const seqarch_delta_rule_inputs*
 /* Softmax attention (Tq = queries, Tk = keys, G = groups, H = heads, a multiple of G, K = key_width, V = value_width,
  * S = sequences); head h uses the keys and values h / (H / G):
  *
- *   o_i = sum_j w_ij v_j / sum_j w_ij,   w_ij = exp(scale q_i k_j),   over the keys j that query i sees.
+ *   o_i = sum_j w_ij v_j / sum_j w_ij,   w_ij = exp(scale q_i k_j + b_j),   over the keys j that query i sees.
  *
  * Query i stands at position p = i + Tk - Tq. With `causal` it sees keys up to p, with `window` > 0 (which needs
  * `causal`) those after p - window. A query that sees none gives 0, with gradient 0.
@@ -448,6 +448,7 @@ SEQARCH_API int32_t seqarch_delta_rule_backward(const seqarch_delta_rule_inputs*
  *   q                [S, Tq, H, K] or packed [1, total, H, K], with `queries` and `keys` the total
  *   k, v             [S, Tk, G, K] and [S, Tk, G, V], or packed
  *   key_start        [S], the first key of each row that is seen; NULL: 0. NULL where `offsets` are given.
+ *   key_bias         b: [S, Tk, H] or packed, accumulation type, of each key for each head; NULL: 0
  *   o                [S, Tq, H, V] in forward contiguous
  *   log_sum          [S, Tq, H], accumulation type: the base-2 logarithm of sum_j w_ij; 0 where a query sees no key
  */
@@ -457,6 +458,7 @@ typedef struct {
     int64_t window;
     double scale;
     const int64_t *key_start, *offsets;
+    const void* key_bias;
     int64_t sequences, queries, keys, groups, heads, key_width, value_width;
 } seqarch_attention_inputs;
 
@@ -468,15 +470,64 @@ SEQARCH_API int32_t seqarch_attention_forward(const seqarch_attention_inputs* in
                                               const seqarch_attention_outputs* outputs, int32_t num_threads);
 
 /* Its gradients, from dout (like o, each with strides of its own) and dlse (like log_sum), that of the natural logarithm
- * of sum_j w_ij, or NULL: dq, dk and dv, contiguous. */
+ * of sum_j w_ij, or NULL: dq, dk and dv, and dkey_bias like key_bias, all contiguous; dkey_bias is NULL where key_bias is
+ * or where it is not wanted. */
 typedef struct {
     seqarch_heads o, dout;
     const void *log_sum, *dlse;
-    void *dq, *dk, *dv;
+    void *dq, *dk, *dv, *dkey_bias;
 } seqarch_attention_gradients;
 
 SEQARCH_API int32_t seqarch_attention_backward(const seqarch_attention_inputs* inputs,
                                                const seqarch_attention_gradients* gradients, int32_t num_threads);
+
+/* Recurrences whose gates read their last output (T = length, H = heads, W = width):
+ *
+ *   r = R h_{t-1} + b, of each head and gate, and with a = x_t + r, by `cell`,
+ *
+ *   SEQARCH_SLSTM   gates z, i, f, o, states h, c, n, m:  m = max(log sigmoid(f) + m, i), or i where n is 0,
+ *                   c = f' c + i' tanh(z), n = f' n + i', h = sigmoid(o) c / n,  i' = exp(i - m),
+ *                   f' = exp(log sigmoid(f) + m_{t-1} - m)
+ *   SEQARCH_LSTM    gates i, f, g, o, states h, c:  c = sigmoid(f) c + sigmoid(i) tanh(g), h = sigmoid(o) tanh(c)
+ *   SEQARCH_GRU     gates r, z, n, state h:  h = (1 - z') n' + z' h,  n' = tanh(x_n + sigmoid(r) r_n), z' = sigmoid(z)
+ *
+ *   dtype            of all but x, o and their gradients: SEQARCH_FLOAT32 or SEQARCH_FLOAT64
+ *   x                [S, T, H, gates, W], or packed [1, total, ...], with `length` the total
+ *   weight, bias     R [H, gates, W, W], of each gate's rows, and b [H, gates, W]
+ *   state            [S, states, H, W]
+ *   o                h of every step, [S, T, H, W]
+ *   steps            the states of every step, [S, T, states, H, W], for backward; may be NULL: not kept
+ *   last             the states after the last step, like `state`
+ */
+enum { SEQARCH_SLSTM = 0, SEQARCH_LSTM = 1, SEQARCH_GRU = 2 };
+
+typedef struct {
+    int32_t dtype, cell;
+    seqarch_rows x;
+    const void *weight, *bias, *state;
+    const int64_t* offsets;
+    int64_t sequences, length, heads, width;
+} seqarch_gated_rnn_inputs;
+
+typedef struct {
+    seqarch_rows o;
+    void *steps, *last;
+} seqarch_gated_rnn_outputs;
+
+SEQARCH_API int32_t seqarch_gated_rnn_forward(const seqarch_gated_rnn_inputs* inputs,
+                                              const seqarch_gated_rnn_outputs* outputs, int32_t num_threads);
+
+/* Its gradients, from dout (like o) and dlast (like last): dx (like x, contiguous) and dweight, dbias and dstate. What a
+ * gradient of m comes to is none: no output depends on it. */
+typedef struct {
+    seqarch_rows dout;
+    const void *steps, *dlast;
+    seqarch_rows dx;
+    void *dweight, *dbias, *dstate;
+} seqarch_gated_rnn_gradients;
+
+SEQARCH_API int32_t seqarch_gated_rnn_backward(const seqarch_gated_rnn_inputs* inputs,
+                                               const seqarch_gated_rnn_gradients* gradients, int32_t num_threads);
 
 /* Softmax attention over listed blocks; letters, shapes and o as in attention, with S = batch and I = lists, a multiple of
  * G that divides H. Head h uses list h / (H / I), whose keys and values are those of head h / (H / G).

@@ -127,6 +127,14 @@ OPERATIONS: dict[str, Benchmark] = {
         baselines=baselines.CONVOLUTION,
         output="x",
     ),
+    "gated_rnn": of_operation(
+        "gated_rnn",
+        title="sLSTM, H = {heads}, W = {width}",
+        inputs=inputs.recurrent_gates,
+        flops=inputs.recurrent_flops,
+        baselines={"cpu": {}},
+        output="x",
+    ),
     "experts": of_operation(
         "experts",
         title=f"D = {{d_model}}, F = {{hidden}}, {CHOSEN} of {{experts}} experts, gated",

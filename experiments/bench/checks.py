@@ -37,7 +37,7 @@ BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 5e-3}
 
 OFFSETS = (0, 1, 70, 70, 200)
 LENGTH, WIDTH, HEADS, CUT = OFFSETS[-1], 64, 4, 77
-RECURRENT = ("causal_conv1d", "delta_rule", "linear_attention", "selective_scan")
+RECURRENT = ("causal_conv1d", "delta_rule", "gated_rnn", "linear_attention", "selective_scan")
 """Operations that hand on a state."""
 
 PROCESSES = 12
@@ -76,6 +76,9 @@ def inputs_of(op: str) -> dict[str, Any]:
         index = torch.randint(-1, LENGTH, (1, LENGTH, 20), generator=generator)
         indexer = {"index_q": draw(2, 16), "index_k": draw(16), "weight": draw(2)}
         return indexer | {"q": draw(HEADS, WIDTH), "k": draw(2, WIDTH), "token_index": index}
+    if op == "gated_rnn":
+        weight = 0.1 * draw(4, 16)[0, :32].view(2, 4, 16, 16)
+        return {"x": draw(2, 4, 16), "weight": weight, "cell": "slstm"}
     channels = draw(WIDTH)
     if op == "selective_scan":
         A = -torch.arange(1.0, 9.0, dtype=torch.float64).repeat(WIDTH, 1)

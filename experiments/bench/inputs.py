@@ -18,6 +18,7 @@ from seqarch.ops.block_sparse_attention import flops as flops_of_pairs
 from seqarch.ops.compressed_attention import Blocks
 from seqarch.ops.compressed_attention import flops as flops_of_compressed
 from seqarch.ops.experts import flops as flops_of_experts
+from seqarch.ops.gated_rnn import flops as flops_of_rnn
 from seqarch.ops.index_topk import flops as flops_of_index
 from seqarch.ops.indexer_loss import flops as flops_of_indexer_loss
 
@@ -104,6 +105,14 @@ def scan(sizes: Sizes) -> Inputs:
     return {"x": x, "dt": (0.001 + 0.1 * sizes.uniform(sizes.channels)).to(sizes.dtype), "A": A, "B": B, "C": C}
 
 
+def recurrent_gates(sizes: Sizes) -> Inputs:
+    """What four gates get of the input, and their matrices."""
+    width = sizes.width
+    weight = torch.randn(sizes.heads, 4, width, width, device=sizes.device) * width**-0.5
+    x = sizes.normal(sizes.heads, 4, width).to(sizes.dtype)
+    return {"x": x, "weight": weight.to(sizes.dtype), "cell": "slstm"}
+
+
 def convolution(sizes: Sizes) -> Inputs:
     weight, bias = (
         torch.randn(*shape, device=sizes.device).to(sizes.dtype)
@@ -135,6 +144,10 @@ def head_flops(flops: Callable[..., int]) -> Flops:
 def channel_flops(flops: Callable[..., int], width: int) -> Flops:
     """An operation's own count, of channels with ``width`` states or taps each."""
     return lambda sizes, _: flops(sizes.length, sizes.channels, width, batch_size=sizes.batch)
+
+
+def recurrent_flops(sizes: Sizes, _: Inputs) -> int:
+    return flops_of_rnn(sizes.length, sizes.heads, 4, sizes.width, batch_size=sizes.batch)
 
 
 def expert_flops(sizes: Sizes, _: Inputs) -> int:

@@ -3,16 +3,20 @@
 from typing import Any
 
 from seqarch.layers.attention.attention import Attention, AttentionConfig, SlidingWindow, SlidingWindowConfig
+from seqarch.layers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from seqarch.layers.attention.mla import MLA, MLAConfig
+from seqarch.layers.bidirectional import Bidirectional
 from seqarch.layers.channel.mlp import Mlp, MlpConfig, SwiGlu, SwiGluConfig
 from seqarch.layers.channel.moe import MixtureOfExperts, MixtureOfExpertsConfig
 from seqarch.layers.convolution.gated_short_conv import GatedShortConv, GatedShortConvConfig
 from seqarch.layers.convolution.hyena import Hyena, HyenaConfig
 from seqarch.layers.convolution.s4d import S4d, S4dConfig
+from seqarch.layers.delta_rule.comba import Comba, CombaConfig
 from seqarch.layers.delta_rule.delta_net import DeltaNet, DeltaNetConfig
 from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from seqarch.layers.delta_rule.gated_delta_net_2 import GatedDeltaNet2, GatedDeltaNet2Config
 from seqarch.layers.delta_rule.gated_delta_product import GatedDeltaProduct, GatedDeltaProductConfig
+from seqarch.layers.delta_rule.jet_block import JetBlock, JetBlockConfig
 from seqarch.layers.delta_rule.kda import KDA, KDAConfig
 from seqarch.layers.delta_rule.rwkv7 import Rwkv7, Rwkv7Config
 from seqarch.layers.hybrid.rwkv_channel_mix import RwkvChannelMix, RwkvChannelMixConfig
@@ -35,9 +39,12 @@ from seqarch.layers.mixer import (
     measured_state_bytes,
 )
 from seqarch.layers.modules.configured import build_layer
+from seqarch.layers.recurrent.gru import Gru, GruConfig
 from seqarch.layers.recurrent.hgrn import Hgrn, HgrnConfig
+from seqarch.layers.recurrent.lstm import Lstm, LstmConfig
 from seqarch.layers.recurrent.min_gru import MinGru, MinGruConfig
 from seqarch.layers.recurrent.rg_lru import RgLru, RgLruConfig
+from seqarch.layers.recurrent.slstm import Slstm, SlstmConfig
 from seqarch.layers.registry import COMPOSED, RESERVED, find, register
 from seqarch.layers.rows import state_rows
 from seqarch.layers.sparse_attention.big_bird import BigBird, BigBirdConfig
@@ -56,20 +63,25 @@ MIXERS: dict[str, type[Mixer]] = {
     "big_bird": BigBird,
     "moba": MoBA,
     "dsa": DSA,
+    "comba": Comba,
     "delta_net": DeltaNet,
+    "forgetting_attention": ForgettingAttention,
     "gated_delta_net": GatedDeltaNet,
     "gated_delta_net_2": GatedDeltaNet2,
     "gated_delta_product": GatedDeltaProduct,
     "gated_short_conv": GatedShortConv,
     "gla": Gla,
+    "gru": Gru,
     "hgrn": Hgrn,
     "hgrn2": Hgrn2,
     "hyena": Hyena,
+    "jet_block": JetBlock,
     "kda": KDA,
     "mla": MLA,
     "lightning_attention": LightningAttention,
     "linear_attention": LinearAttention,
     "longformer": Longformer,
+    "lstm": Lstm,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
@@ -83,11 +95,12 @@ MIXERS: dict[str, type[Mixer]] = {
     "rwkv_channel_mix": RwkvChannelMix,
     "s4d": S4d,
     "sliding_window": SlidingWindow,
+    "slstm": Slstm,
     "sparse_mla": SparseMLA,
 }
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "attention": ("attention", "sliding_window", "mla"),
+    "attention": ("attention", "sliding_window", "forgetting_attention", "mla"),
     "sparse attention": ("big_bird", "moba", "dsa", "sparse_mla", "longformer", "nsa"),
     "linear attention": (
         "linear_attention",
@@ -100,8 +113,17 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "rwkv6",
     ),
     "state space": ("mamba2", "mamba", "mamba3"),
-    "delta rule": ("gated_delta_net", "delta_net", "kda", "gated_delta_net_2", "gated_delta_product", "rwkv7"),
-    "recurrence": ("rg_lru", "hgrn", "min_gru"),
+    "delta rule": (
+        "gated_delta_net",
+        "delta_net",
+        "kda",
+        "gated_delta_net_2",
+        "gated_delta_product",
+        "comba",
+        "jet_block",
+        "rwkv7",
+    ),
+    "recurrence": ("rg_lru", "hgrn", "min_gru", "slstm", "lstm", "gru"),
     "convolution": ("hyena", "s4d", "gated_short_conv", "rwkv_channel_mix"),
 }
 """The mixers by kind, for tables and plots; the order is that in which they are shown."""
@@ -169,12 +191,17 @@ __all__ = [
     "AttentionConfig",
     "Based",
     "BasedConfig",
+    "Bidirectional",
     "BigBird",
     "BigBirdConfig",
     "ChannelMixer",
+    "Comba",
+    "CombaConfig",
     "DSAConfig",
     "DeltaNet",
     "DeltaNetConfig",
+    "ForgettingAttention",
+    "ForgettingAttentionConfig",
     "GatedDeltaNet",
     "GatedDeltaNet2",
     "GatedDeltaNet2Config",
@@ -185,12 +212,16 @@ __all__ = [
     "GatedShortConvConfig",
     "Gla",
     "GlaConfig",
+    "Gru",
+    "GruConfig",
     "Hgrn",
     "Hgrn2",
     "Hgrn2Config",
     "HgrnConfig",
     "Hyena",
     "HyenaConfig",
+    "JetBlock",
+    "JetBlockConfig",
     "KDAConfig",
     "Layer",
     "LayerConfig",
@@ -200,6 +231,8 @@ __all__ = [
     "LinearAttentionConfig",
     "Longformer",
     "LongformerConfig",
+    "Lstm",
+    "LstmConfig",
     "MLAConfig",
     "Mamba",
     "Mamba2",
@@ -233,6 +266,8 @@ __all__ = [
     "S4dConfig",
     "SlidingWindow",
     "SlidingWindowConfig",
+    "Slstm",
+    "SlstmConfig",
     "SparseMLA",
     "SparseMLAConfig",
     "SwiGlu",

@@ -6,7 +6,7 @@ and error feedback where they are asked for. Keys and values, and what else is a
 written (:mod:`seqarch.layers.modules.coded_cache`). ``conv`` and ``inputs`` are inputs of convolutions, which are
 rounded to the nearest and then stay as they are: a token has scales of its own, so coding them again changes nothing.
 Whatever has another name stays as it is: positions, counts, angles, what keeps exponents in range, sums by which blocks
-are chosen.
+are chosen. So does ``forgotten``, a cache of sums whose differences count.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from seqarch.layers.modules.state_format import Coded, StateFormat
 
 INPUTS = {"conv": 2, "inputs": 3}
 """Fields with inputs of convolutions, and how many of their dimensions come before the channels of one token."""
+
+EXACT = ("forgotten",)
+"""Fields with caches that are held in full."""
 
 CACHED = ("_state_form", "_plain")
 """What a mixer keeps of the form of its states."""
@@ -94,7 +97,11 @@ class SmallState(Mixer):
         earlier = before if type(before) is type(part) else [None] * len(part)
         return type(part)(
             *(
-                self._coded(name, each, own, new) if isinstance(each, Tensor) else self._between_calls(each, own, new)
+                each
+                if name in EXACT
+                else self._coded(name, each, own, new)
+                if isinstance(each, Tensor)
+                else self._between_calls(each, own, new)
                 for name, each, own in zip(part._fields, part, earlier, strict=True)
             )
         )

@@ -21,6 +21,8 @@ from seqarch.ops.dispatch.checks import unknown_name
 from seqarch.ops.dispatch.op import BackendError, Call, Explanation, Op, choose_backends, record_backends, record_calls
 from seqarch.ops.experts import OP as _experts
 from seqarch.ops.experts import experts
+from seqarch.ops.gated_rnn import OP as _gated_rnn
+from seqarch.ops.gated_rnn import gated_rnn
 from seqarch.ops.index_topk import OP as _index_topk
 from seqarch.ops.index_topk import index_topk
 from seqarch.ops.indexer_loss import OP as _indexer_loss
@@ -37,6 +39,7 @@ OPS: dict[str, Op] = {
     "compressed_attention": _compressed_attention,
     "delta_rule": _delta_rule,
     "experts": _experts,
+    "gated_rnn": _gated_rnn,
     "index_topk": _index_topk,
     "indexer_loss": _indexer_loss,
     "linear_attention": _linear_attention,
@@ -87,6 +90,7 @@ __all__ = [
     "delta_rule",
     "experts",
     "explain",
+    "gated_rnn",
     "index_topk",
     "indexer_loss",
     "linear_attention",

@@ -42,6 +42,9 @@ def given(op: str, T: int = 5, H: int = 2, K: int = 4, V: int = 4, D: int = 4, t
             **{"x": torch.randn(2, T, D), "w_in": torch.randn(3, D, 3), "w_out": torch.randn(3, 3, D)},
             **{"expert_index": torch.zeros(2, T, top, dtype=torch.int64), "expert_weight": torch.rand(2, T, top)},
         },
+        "gated_rnn": lambda: {
+            **{"x": torch.randn(2, T, 3, 4, D), "weight": torch.randn(3, 4, D, D), "cell": "slstm"},
+        },
         "index_topk": lambda: {**indexer(), "top_k": 2},
         "indexer_loss": lambda: {
             **{"index_q" if name == "q" else "index_k" if name == "k" else name: x for name, x in indexer().items()},
@@ -62,7 +65,7 @@ SCALED = (
 EMPTY: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     *((op, {"T": 0}, {}) for op in OPS),
     *((op, sizes, {"scale": 0.5}) for op in SCALED for sizes in ({"V": 0}, {"H": 0})),
-    *((op, {"D": 0}, {}) for op in ("causal_conv1d", "experts", "selective_scan")),
+    *((op, {"D": 0}, {}) for op in ("causal_conv1d", "experts", "gated_rnn", "selective_scan")),
     ("experts", {"top": 0}, {}),
 ]
 SCALES = [(op, {}, {"scale": scale}) for op in SCALED for scale in (0, -1.0)]

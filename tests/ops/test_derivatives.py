@@ -48,6 +48,12 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Tensor], dict[str, Any]]]] = 
     "attention": lambda: ("attention", heads(), {}),
     "window": lambda: ("attention", heads(), {"window": 2, "key_start": torch.tensor([0, 2])}),
     "sums": lambda: ("attention", {**heads(), "sinks": draw(2)}, {"return_lse": True}),
+    "biased": lambda: ("attention", {**heads(), "key_bias": draw(2, 5, 2)}, {}),
+    "rnn": lambda: (
+        "gated_rnn",
+        {"x": draw(2, 3, 1, 4, 2), "weight": draw(1, 4, 2, 2), "bias": draw(1, 4, 2), "state": draw(2, 2, 1, 2)},
+        {"cell": "lstm"},
+    ),
     "lists": lambda: ("block_sparse_attention", heads(), {"block_index": LISTS, "block_size": 2, "window": 2}),
     "sums_of_lists": lambda: (
         "block_sparse_attention",

@@ -83,6 +83,12 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Tensor]], Callable[[int], 
         lambda _: {},
         {"chunk_cpp": 64, "chunk_torch": 32},
     ),
+    "rnn": (
+        "gated_rnn",
+        lambda rows: {"x": draw(rows, LENGTH, 2, 4, 3), "weight": draw(2, 4, 3, 3)},
+        lambda _: {"cell": "slstm"},
+        {},
+    ),
     "scan": (
         "selective_scan",
         lambda rows: {

@@ -25,13 +25,14 @@ struct Sizes {
 // A call's inputs, and all that it writes.
 struct Tensors {
     HeadInputs q, k, v, dout;
-    Numbers o, log_sum, dlse, dq, dk, dv;
+    Numbers o, log_sum, dlse, dq, dk, dv, key_bias, dkey_bias;
+    bool biased;
     seqarch_attention_outputs outputs;
     seqarch_attention_gradients gradients;
 
     Tensors(const Sizes& z, Random& random)
-        : Tensors(z, z.queries.rows() * z.queries.steps * z.heads, z.keys.rows() * z.keys.steps * z.groups, random) {}
-    Tensors(const Sizes& z, int64_t query_rows, int64_t key_rows, Random& random)
+        : Tensors(z, z.queries.rows() * z.queries.steps * z.heads, z.keys.rows() * z.keys.steps, random) {}
+    Tensors(const Sizes& z, int64_t query_rows, int64_t keys, Random& random)
         : q(z.dtype, z.queries, z.heads, z.key_width, random),
           k(z.dtype, z.keys, z.groups, z.key_width, random),
           v(z.dtype, z.keys, z.groups, z.value_width, random),
@@ -40,11 +41,15 @@ struct Tensors {
           log_sum(z.wide, query_rows),
           dlse(z.wide, query_rows, random),
           dq(z.dtype, query_rows * z.key_width),
-          dk(z.dtype, key_rows * z.key_width),
-          dv(z.dtype, key_rows * z.value_width),
+          dk(z.dtype, keys * z.groups * z.key_width),
+          dv(z.dtype, keys * z.groups * z.value_width),
+          key_bias(z.wide, keys * z.heads, random),
+          dkey_bias(z.wide, keys * z.heads),
+          biased(random.coin()),
           outputs{o.data(), log_sum.data()},
           gradients{{o.data(), z.queries.steps * z.heads * z.value_width, z.heads * z.value_width, z.value_width},
-                    *dout, log_sum.data(), random.coin() ? dlse.data() : nullptr, dq.data(), dk.data(), dv.data()} {}
+                    *dout, log_sum.data(), random.coin() ? dlse.data() : nullptr, dq.data(), dk.data(), dv.data(),
+                    maybe(biased, dkey_bias)} {}
 
     void written(int32_t forward, int32_t backward, const char* name) const {
         require(forward == SEQARCH_OK && backward == SEQARCH_OK, name);
@@ -73,7 +78,8 @@ void attention(Random& random) {
     for (int64_t s = 0; s < z.keys.count; ++s) starts.push_back(random.pick({0, 0, 5, 64, 500, INT64_MIN, INT64_MAX}));
     const int64_t* start = z.keys.packed() || random.coin() ? nullptr : starts.data();
     const Tensors t(z, random);
-    const seqarch_attention_inputs inputs{z.dtype, causal, *t.q, *t.k, *t.v, window, 0.3, start};
+    seqarch_attention_inputs inputs{z.dtype, causal, *t.q, *t.k, *t.v, window, 0.3, start};
+    inputs.key_bias = maybe(t.biased, t.key_bias);
     const auto forward = with_sizes(seqarch_attention_forward, inputs, t.outputs, set_sizes, z.threads);
     const auto backward = with_sizes(seqarch_attention_backward, inputs, t.gradients, set_sizes, z.threads);
     const std::vector<int64_t> sizes{z.queries.count, z.queries.steps, z.keys.steps, z.groups,
@@ -82,6 +88,7 @@ void attention(Random& random) {
     refuses(sizes, z.queries.offsets, backward, "attention_backward took a wrong size");
     const int32_t first = forward(sizes, z.queries.packed()), second = backward(sizes, z.queries.packed());
     t.written(first, second, "attention");
+    if (t.biased) all_written(t.dkey_bias, "attention dkey_bias");
 }
 
 void block_sparse_attention(Random& random) {

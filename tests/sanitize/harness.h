@@ -186,6 +186,7 @@ void attention(Random& random);
 void block_sparse_attention(Random& random);
 void causal_conv1d(Random& random);
 void delta_rule(Random& random);
+void gated_rnn(Random& random);
 void linear(Random& random);
 void linear_attention(Random& random);
 void quantized_linear(Random& random);

@@ -9,6 +9,7 @@ int main(int count, char** arguments) {
         block_sparse_attention(random);
         causal_conv1d(random);
         delta_rule(random);
+        gated_rnn(random);
         linear(random);
         linear_attention(random);
         quantized_linear(random);

@@ -35,6 +35,9 @@ from seqarch.ops.delta_rule import chunk_triton as delta_chunks
 from seqarch.ops.delta_rule import recurrent_triton as delta_steps
 from seqarch.ops.delta_rule.inputs import DeltaRuleInputs
 from seqarch.ops.experts import grouped_triton as experts
+from seqarch.ops.gated_rnn import CELLS
+from seqarch.ops.gated_rnn import recurrent_triton as gated_rnn
+from seqarch.ops.gated_rnn.operators import KernelInputs as GatedInputs
 from seqarch.ops.linear_attention import chunk_triton as linear_chunks
 from seqarch.ops.linear_attention import recurrent_triton as linear_steps
 from seqarch.ops.linear_attention.inputs import LinearAttentionInputs
@@ -179,6 +182,7 @@ def launches() -> list[Launch]:
         for dtype in DTYPES.values():
             for decay in DECAYS.values():
                 recurrences(dtype, WIDTH, decay)
+            gated(dtype, WIDTH)
             for width in WIDTHS:
                 softmax(dtype, width)
             products(dtype)
@@ -200,18 +204,29 @@ def recurrences(dtype: torch.dtype, width: int, decay: tuple[int, ...] | None) -
         steps.forward(inputs)
 
 
+def gated(dtype: torch.dtype, width: int) -> None:
+    """Each cell over 16 tokens of two heads, forward with the states of every step and backward."""
+    for cell, (gates, states) in CELLS.items():
+        x, weight = torch.zeros(1, 16, 2, gates, width, dtype=dtype), torch.zeros(2, gates, width, width)
+        inputs = GatedInputs(x, weight, weight[..., 0], torch.zeros(1, states, 2, width), cell, None, True)
+        o, last, steps = gated_rnn.forward(inputs)
+        gated_rnn.backward(inputs, Upstream([steps], [o, last], []))
+
+
 def softmax(dtype: torch.dtype, width: int) -> None:
     """Attention over all keys and, with a gradient of its sums, over a window from where rows begin; over blocks with
     one head per list; of few queries: of one over its keys in one part and in many, of several with heads that share
-    keys."""
+    keys; with a bias of each key and without."""
     x, start = torch.zeros(1, 256, 2, width, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     one, several = x[:, :1], torch.zeros(1, 16, 16, width, dtype=dtype)
-    for window, key_start in ((0, None), (100, start)):
+    for window, key_start, biased in ((0, None, False), (100, start, False), (0, None, True)):
         inputs = AttentionInputs(x, x, x, True, window, 0.5, None, key_start)
+        inputs = inputs.replace(key_bias=torch.zeros(1, 256, 2)) if biased else inputs
         o, log_sum = attention.forward(inputs)
         attention.backward(inputs, Upstream([o, log_sum], [o, log_sum] if window else [o], [True] * 3))
         for queries, keys in ((one, x[:, :16]), (one, x), (several, x)):
-            attention.forward(inputs.replace(q=queries, k=keys, v=keys))
+            bias = torch.zeros(1, keys.shape[1], queries.shape[2]) if biased else None
+            attention.forward(inputs.replace(q=queries, k=keys, v=keys, key_bias=bias))
     entries, first = torch.zeros(1, 256, 2, 3, dtype=torch.int64), torch.zeros(1, 256, dtype=torch.int64)
     inputs = ListInputs(x, x, x, entries, first, 64, 0, 0.5)
     o, log_sum = blocks.forward(inputs)

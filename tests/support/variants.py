@@ -32,9 +32,21 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 4, "num_kv_heads": 2, "top_k": 3},
         {"top_k": 2, "position": "none", "rotary_fraction": 0.5},
     ],
+    "comba": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "output_correction": 0.3}],
     "delta_net": [
         {"num_heads": 2, "negative_eigenvalues": True},
         {"conv_width": 0, "num_heads": 3, "key_width": 6, "value_width": 5},
+    ],
+    "forgetting_attention": [
+        {
+            "num_kv_heads": 2,
+            "num_heads": 4,
+            "qk_norm": True,
+            "output_gate": True,
+            "output_norm": True,
+            "kv_shift": True,
+        },
+        {"num_heads": 2, "window": 16, "position": "rotary", "conv_width": 3, "forget_bias": 2.0},
     ],
     "gated_delta_net": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "negative_eigenvalues": True}],
     "gated_delta_net_2": [{"num_heads": 2, "num_key_heads": 1, "expand_v": 0.5, "negative_eigenvalues": True}],
@@ -44,9 +56,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "temperature": 1.0, "conv_width": 3, "negative_eigenvalues": True},
         {"num_heads": 3, "key_width": 6, "value_width": 5},
     ],
+    "gru": [{"num_heads": 2, "head_dim": 12}],
     "hgrn": [{"lower_bound": 0.5, "complex_state": False}, {"d_inner": 24}],
     "hgrn2": [{"num_heads": 2, "key_width": 5, "lower_bound": 0.5, "conv_width": 3}],
     "hyena": [{"order": 3, "length": 16, "filter_width": 8, "filter_features": 2}],
+    "jet_block": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "conv_width": 3, "tap_reduction": 100}],
     "kda": [{"num_heads": 2, "key_width": 8, "value_width": 5, "gate_rank": 3, "negative_eigenvalues": True}],
     "mla": [
         {"num_heads": 2, "kv_lora_rank": 24, "q_lora_rank": 5, "v_head_dim": 8, "position": "none"},
@@ -55,6 +69,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lightning_attention": [{"num_heads": 3, "head_dim": 6, "decay_factor": 0.3, "activation": "gelu"}],
     "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
     "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
+    "lstm": [{"num_heads": 2, "head_dim": 12, "forget_bias": 0.0}],
     "mamba": [
         {"d_state": 4, "dt_rank": 1},
         {"d_state": 3, "d_inner": 24, "negative_eigenvalues": True, "dt_bc_norm": "rms"},
@@ -96,6 +111,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "kv_lora_rank": 24, "q_lora_rank": 5, "v_head_dim": 8, "position": "none", "top_k": 3},
         {"num_heads": 2, "kv_lora_rank": 10, "q_lora_rank": 6, "top_k": 5, "index_heads": 3},
     ],
+    "slstm": [{"num_heads": 2, "head_dim": 12, "conv_width": 0, "recurrent_std": 0.4}],
     "sliding_window": [{"window": 2}, {"window": 16, "num_heads": 2, "sinks": True}, {"window": 5, "logit_cap": 0.5}],
 }
 

@@ -180,6 +180,7 @@ class Kept(NamedTuple):
             those of each, ``[held + new, G, K]``.
         start: ``[B]``, the first that is held of each row; ``None`` for 0.
         window: how many tokens before it a token finds; ``None`` for all.
+        bias: added to the scores of each key, ``[B, held + T, H]`` or a list of ``[held + new, H]``, or ``None``.
     """
 
     place: Place
@@ -187,6 +188,7 @@ class Kept(NamedTuple):
     values: Tensor | list[Tensor]
     start: Tensor | None
     window: int | None
+    bias: Tensor | list[Tensor] | None = None
 
 
 class CacheMixer(Mixer):
@@ -215,7 +217,7 @@ class CacheMixer(Mixer):
         """The outputs ``[B, Tq, H, V]`` of the queries ``[B, Tq, H, K]`` over all keys, held and new.
 
         Args:
-            where: the operation's ``cu_seqlens`` or ``key_start``.
+            where: the operation's ``cu_seqlens`` or ``key_start``, and its ``key_bias`` where there is one.
         """
 
     def select(self, q: Tensor, k: Tensor, place: Place, *entries: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -226,6 +228,10 @@ class CacheMixer(Mixer):
             entries: the state's entries after conv and cache.
         """
         return (), ()
+
+    def add_to_scores(self, x: Tensor, kept: Kept, *entries: Any) -> tuple[Kept, tuple[Any, ...]]:
+        """What is read, with what is added to the scores of its keys, and the state's further entries."""
+        return kept, entries
 
     @property
     def cache_window(self) -> int | None:
@@ -251,7 +257,8 @@ class CacheMixer(Mixer):
         # q [B, T, H, K], k and v [B, T, G, K], normed and rotated; sparse kinds choose what each query reads
         (q, k, v), conv = self.project(x, conv, place)
         selection, entries = self.select(q, k, place, *entries)
-        kept, cache = self._keep(cache, k, v, place)
+        kept, cache = self.keep(cache, k, v, place)
+        kept, entries = self.add_to_scores(x, kept, *entries)
         return self.read(x, (q, *selection), kept), self.State(conv, cache, *entries), kept
 
     def read(self, x: Tensor, queries: Sequence[Tensor], kept: Kept) -> Tensor:
@@ -259,19 +266,25 @@ class CacheMixer(Mixer):
         cu_seqlens, keys, values = kept.place.cu_seqlens, kept.keys, kept.values
         q, *selection = queries
         if isinstance(keys, Tensor):
-            where = {"key_start": kept.start} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-            o = self.attend(q, keys, values, *selection, **where)  # type: ignore[arg-type]
-        else:
-            assert cu_seqlens is not None
-            lengths = [end - start for start, end in pairwise(cu_seqlens)]
-            rows = zip(keys, values, *(part.split(lengths, dim=1) for part in queries), strict=True)
-            o = torch.cat([self.attend(q, key[None], value[None], *s) for key, value, q, *s in rows], dim=1)
-        # gate, heads together, last projection
+            where: dict[str, Any] = {"key_start": kept.start} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+            where |= {} if kept.bias is None else {"key_bias": kept.bias}
+            return self.output(x, self.attend(q, keys, values, *selection, **where))  # type: ignore[arg-type]
+        assert cu_seqlens is not None
+        lengths = [end - start for start, end in pairwise(cu_seqlens)]
+        added: list[dict[str, Any]] = [{}] * len(lengths)
+        if kept.bias is not None:
+            added = [{"key_bias": bias[None]} for bias in kept.bias]
+        rows = zip(keys, values, added, *(part.split(lengths, dim=1) for part in queries), strict=True)
+        o = [self.attend(q, key[None], value[None], *s, **more) for key, value, more, q, *s in rows]
+        return self.output(x, torch.cat(o, dim=1))
+
+    def output(self, x: Tensor, o: Tensor) -> Tensor:
+        """The mixer's outputs ``[B, T, D]`` from what the heads read ``[B, T, H, V]``: gate and last projection."""
         if self.gate is not None:  # of each channel or, broadcast, of each head
             o = o * self.gate(x).sigmoid().unflatten(-1, (o.shape[2], -1))
         return self.out_proj(rearrange(o, "b t h v -> b t (h v)"))
 
-    def _keep(self, cache: Any, k: Tensor, v: Tensor, place: Place) -> tuple[Kept, Any]:
+    def keep(self, cache: Any, k: Tensor, v: Tensor, place: Place) -> tuple[Kept, Any]:
         """The keys and values held and new, and the cache after them; packed ones from an empty cache are one call."""
         window, sinks, cu_seqlens = self.cache_window, self.sink_tokens, place.cu_seqlens
         if cu_seqlens is None:
@@ -330,8 +343,14 @@ class CachedAttention(CacheMixer):
         self.out_proj = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)
 
+    def project_heads(
+        self, x: Tensor, conv: Tensor | None, cu_seqlens: Boundaries
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Queries, keys and values before norms and positions, and the short convolution's state."""
+        return self.qkv_proj(x, conv, cu_seqlens)
+
     def project(self, x: Tensor, conv: Tensor | None, place: Place) -> tuple[list[Tensor], Tensor | None]:
-        parts, conv = self.qkv_proj(x, conv, place.cu_seqlens)
+        parts, conv = self.project_heads(x, conv, place.cu_seqlens)
         norms, config = (self.query_norm, self.key_norm), self.config
         turned = [norm(part) for norm, part in zip(norms, parts, strict=False)]  # a taker has queries alone
         parts = [*turned, *parts[2:]]

@@ -124,8 +124,12 @@ class DeltaRuleMixer(RecurrentMixer):
         super().__init__(config)
         (groups, keys), (heads, values) = config.key_shape, config.value_shape
         parts = [(groups, keys), (steps * groups, keys), (steps * heads, values)]
-        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, "silu")
+        self.qkv_proj = self.projection(parts)
         self.state_shape = (heads, keys, values)
+
+    def projection(self, parts: list[tuple[int, int]]) -> HeadProjection:
+        """What makes queries, keys and values of these heads and widths."""
+        return HeadProjection(self.config.d_model, parts, self.config.conv_width, "silu")
 
     @abstractmethod
     def recurrence(

@@ -22,6 +22,12 @@ gpt-oss-20b Model Card", section 2.2; Xiao et al. 2023, "Efficient Streaming Lan
 times ``sigmoid(lse - s)``, rounded once more in 16 bits. torch's fused kernels have no such gradient: where no other
 kernel serves, as on a CPU without a compiler, torch's functions hold a score per pair, as with a cap.
 
+A ``key_bias`` b adds to the scores of each key a number of its own for each query head, after the cap if there is one:
+``scale q_i . k_j + b_j``. With minus the sums of log forget gates up to each key this is forgetting attention (Lin et
+al. 2025, "Forgetting Transformer"), whose ``c_i - c_j`` differs from it by what all scores of a query share. It is
+held in float32 at least, of which a sum near 1000 leaves the weights four digits. As with sinks, torch's fused kernels
+do not serve it.
+
 Inputs are expected to be finite. A NaN or an infinity in v reaches the queries that see it and may reach earlier ones
 of its tile, in ``parallel_sdpa`` all earlier ones; where ``chunk_sdpa`` and ``parallel_sdpa`` use a mask, so may one in
 k or in padding. It never reaches another row or head, and another packed sequence only in ``chunk_sdpa``. In
@@ -77,6 +83,7 @@ def attention(
     key_start: Tensor | None = None,
     logit_cap: float | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -93,6 +100,7 @@ def attention(
             together, as in a cache. A start at or past Tk hides the whole row.
         logit_cap: bounds the scores softly; ``None`` leaves them.
         sinks: ``[H]``, a score of each head beside those of the keys that it sees, which no value belongs to.
+        key_bias: ``[B, Tk, H]``, added to the scores of each key.
         return_lse: whether the logarithms of the sums are returned, too.
         backend: a name, or ``"auto"``.
 
@@ -106,10 +114,9 @@ def attention(
         TypeError: an input is not floating point, or ``key_start`` not an integer.
         BackendError: the named backend cannot serve the call.
     """
-    checks.floating_on_one_device(NAME, q=q, k=k, v=v, sinks=sinks)
-    sizes = checks.match_shapes(
-        NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), key_start=(key_start, "B"), sinks=(sinks, "H")
-    )
+    checks.floating_on_one_device(NAME, q=q, k=k, v=v, sinks=sinks, key_bias=key_bias)
+    further = {"key_start": (key_start, "B"), "sinks": (sinks, "H"), "key_bias": (key_bias, "B Tk H")}
+    sizes = checks.match_shapes(NAME, q=(q, "B Tq H K"), k=(k, "B Tk G K"), v=(v, "B Tk G V"), **further)
     checks.divides(NAME, sizes["G"], "the heads of k and v", sizes["H"], "the heads of q")
     _check_bounds(window, causal, logit_cap)
     if cu_seqlens is not None and sizes["Tq"] != sizes["Tk"]:
@@ -119,11 +126,11 @@ def attention(
     window = 0 if window is None else min(window, max(1, sizes["Tk"]))  # no backend is given a size that no memory has
     scale = checks.finite_scale(NAME, scale, sizes["K"])
     cap, sums = float(logit_cap or 0), return_lse or sinks is not None
-    found = OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start, cap, sums))
+    key_bias = None if key_bias is None else key_bias.to(checks.accumulation_dtype(q, k, v))
+    found = OP(backend, AttentionInputs(q, k, v, causal, window, scale, offsets, key_start, cap, sums, key_bias))
     if sinks is None or isinstance(found, AttentionInputs):
         return found
-    found = _with_sinks(found, sinks)
-    return found if return_lse else found[0]
+    return _with_sinks(found, sinks) if return_lse else _with_sinks(found, sinks)[0]
 
 
 def _check_bounds(window: int | None, causal: bool, logit_cap: float | None) -> None:

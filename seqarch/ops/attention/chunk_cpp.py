@@ -37,6 +37,7 @@ def _fields(inputs: AttentionInputs) -> dict[str, Any]:
         "scale": inputs.scale,
         "key_start": None if inputs.key_start is None else inputs.key_start.contiguous(),
         "offsets": offsets,
+        "key_bias": None if inputs.key_bias is None else inputs.key_bias.contiguous(),
         "sequences": q.shape[0] if offsets is None else len(offsets) - 1,
         "queries": q.shape[1],
         "keys": k.shape[1],
@@ -56,11 +57,12 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 def backward(inputs: AttentionInputs, upstream: Upstream) -> list[Tensor]:
     (o, log_sum), (do, *dlse) = upstream.kept, upstream.gradients
-    dq, dk, dv, none = empty_gradients(inputs)
+    dq, dk, dv, none, dbias = empty_gradients(inputs)
     outputs: dict[str, Any] = {"o": cpu_library.rows(o), "dout": cpu_library.rows(do)}
     outputs |= {"log_sum": log_sum.contiguous(), "dlse": dlse[0].div(math.log(2)).contiguous() if dlse else None}
-    _backward(_fields(inputs), outputs | {"dq": dq, "dk": dk, "dv": dv})
-    return [dq, dk, dv, none]
+    wanted = None if inputs.key_bias is None else dbias
+    _backward(_fields(inputs), outputs | {"dq": dq, "dk": dk, "dv": dv, "dkey_bias": wanted})
+    return [dq, dk, dv, none, dbias]
 
 
 operators = AttentionOperators("attention", forward, backward, "cpu", unit=math.log(2))

@@ -28,6 +28,8 @@ def unsupported(inputs: AttentionInputs) -> str | None:
         return "logit_cap is given, which is not passed on"
     if inputs.return_lse:
         return "return_lse is asked for, whose gradient flash_attn does not have"
+    if inputs.key_bias is not None:
+        return "key_bias is given, which flash_attn does not know"
     if inputs.key_start is not None:
         return "key_start is given, and flash_attn takes no padding before the keys"
     if keys != values:

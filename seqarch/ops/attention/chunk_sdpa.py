@@ -40,14 +40,15 @@ def run(inputs: AttentionInputs, plain: bool = False) -> Tensor | parallel_sdpa.
     before = (seen - 1) * size - shift  # negative where the first keys are out of reach of every query
 
     def key_blocks(x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, 0, before, after)).unflatten(1, (count + seen - 1, size))
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (before, after)).unflatten(1, (count + seen - 1, size))
         return torch.cat([x[:, i : i + count] for i in range(seen)], dim=2).flatten(0, 1)
 
     blocks = F.pad(q, (0, 0, 0, 0, 0, after)).reshape(batch * count, size, *q.shape[2:])
     earliest = F.pad(_earliest(inputs), (0, after))
     mask = _visible(earliest.unflatten(1, (count, size)), shift, seen)
     mask = mask.expand(batch, -1, -1, -1).reshape(batch * count, 1, size, seen * size)
-    options = {"plain": plain, "logit_cap": inputs.logit_cap, "return_lse": inputs.return_lse}
+    bias = None if inputs.key_bias is None else key_blocks(inputs.key_bias)
+    options = {"plain": plain, "logit_cap": inputs.logit_cap, "return_lse": inputs.return_lse, "key_bias": bias}
     found = parallel_sdpa.sdpa(blocks, key_blocks(k), key_blocks(v), inputs.scale, mask, **options)
     found = tuple(each.reshape(batch, count * size, *each.shape[2:])[:, :queries] for each in found)
     return found if inputs.return_lse else found[0]

@@ -31,6 +31,7 @@ def deprioritised(inputs: AttentionInputs) -> str | None:
     queries, keys, offsets = inputs.q.shape[1], inputs.k.shape[1], inputs.offsets
     masked = (
         inputs.return_lse
+        or inputs.key_bias is not None
         or inputs.window
         or inputs.key_start is not None
         or (inputs.causal and queries not in (1, keys))
@@ -51,8 +52,8 @@ def backward(inputs: AttentionInputs, upstream: Upstream) -> list[Tensor]:
 
     (o, log_sum), (do, *dlse) = upstream.kept, upstream.gradients
     dlse = dlse[0].contiguous() if dlse else None
-    dq, dk, dv = Attention(inputs).differentiate(o.contiguous(), log_sum.contiguous(), do, dlse)
-    return [dq, dk, dv, torch.empty(0)]
+    dq, dk, dv, dbias = Attention(inputs).differentiate(o.contiguous(), log_sum.contiguous(), do, dlse)
+    return [dq, dk, dv, torch.empty(0), dbias]
 
 
 operators = AttentionOperators("attention_triton", forward, backward, ("cpu", "cuda"))

@@ -25,6 +25,7 @@ class AttentionInputs(Inputs):
         key_start: ``[B]``, the first key of each row that is not padding, or ``None``.
         logit_cap: c in ``c tanh(score / c)``; 0 for none.
         return_lse: whether the result is ``(o, lse)``.
+        key_bias: ``[B, Tk, H]``, added to the scores of each key, in the dtype of sums; or ``None``.
     """
 
     q: Tensor
@@ -37,6 +38,7 @@ class AttentionInputs(Inputs):
     key_start: Tensor | None
     logit_cap: float = 0.0
     return_lse: bool = False
+    key_bias: Tensor | None = None
 
     def blind(self) -> Tensor | None:
         """Which queries see no key, ``[B or 1, Tq]``; ``None`` where each sees one."""

@@ -10,7 +10,7 @@ with the queries of all heads that share them, and ``softmax.combine`` adds the 
 
 Tokens are counted in 32 bits inside a batch row, or inside the one row of packed sequences; pointers are moved in 64.
 ``tiles [n, 2]`` holds each tile's sequence and first token, ``bounds [sequences, 4]`` where each sequence's queries and
-keys begin and end.
+keys begin and end. Where there is a BIAS, ``bias [B, keys, heads]`` is added to the scores of each key.
 """
 
 # Triton gives Python's syntax another meaning than its types say.
@@ -68,12 +68,18 @@ def _visible(apart, key, end, window, CAUSAL: tl.constexpr, WINDOWED: tl.constex
 
 
 @triton.jit
+def _added(bias, there, t, end, heads):
+    """What is added to the scores of the keys that begin there, for one head or, in the pointers, several."""
+    return tl.load(bias + there.to(tl.int64) * heads + t * heads, mask=t < end - there, other=0.0) * LOG2E
+
+
+@triton.jit
 def attend(
-    q, k, v, o, log_sum, tiles, bounds, key_start, scale, window, queries,
+    q, k, v, bias, o, log_sum, tiles, bounds, key_start, scale, window, queries, keys,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, groups, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, BIAS: tl.constexpr, WORK: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``o [B, queries, heads, V]`` and ``log_sum [B, queries, heads]``; one program per tile of BQ queries and head."""
     sequence, first, head, _, query_end, begin, end = _place(tiles, bounds, key_start, heads, START)
@@ -81,6 +87,7 @@ def attend(
     q += sequence * q_batch + first.to(tl.int64) * q_row + head * q_head
     k += sequence * k_batch + group * k_head
     v += sequence * v_batch + group * v_head
+    bias += sequence * keys * heads + head
     row = (sequence * queries + first) * heads + head
     r, c = tl.arange(0, BQ), tl.arange(0, BK)
     own = piece(q, r[:, None], c[None, :], count, q_row, K, BK, False)
@@ -92,16 +99,16 @@ def attend(
     total = tl.zeros([BQ, BV], ACC)
     if WINDOWED:
         most, norm, total = _attend_keys(
-            own, k, v, at + r, most, norm, total, low, near, end, window, scale, k_row, v_row,
-            K, V, BK, BV, BT, True, CAUSAL, WINDOWED, WORK, PRECISION,
+            own, k, v, bias, at + r, most, norm, total, low, near, end, window, scale, k_row, v_row, heads,
+            K, V, BK, BV, BT, True, CAUSAL, WINDOWED, BIAS, WORK, PRECISION,
         )  # fmt: skip
     most, norm, total = _attend_keys(
-        own, k, v, at + r, most, norm, total, left, right, end, window, scale, k_row, v_row,
-        K, V, BK, BV, BT, False, CAUSAL, WINDOWED, WORK, PRECISION,
+        own, k, v, bias, at + r, most, norm, total, left, right, end, window, scale, k_row, v_row, heads,
+        K, V, BK, BV, BT, False, CAUSAL, WINDOWED, BIAS, WORK, PRECISION,
     )  # fmt: skip
     most, norm, total = _attend_keys(
-        own, k, v, at + r, most, norm, total, right, high, end, window, scale, k_row, v_row,
-        K, V, BK, BV, BT, True, CAUSAL, WINDOWED, WORK, PRECISION,
+        own, k, v, bias, at + r, most, norm, total, right, high, end, window, scale, k_row, v_row, heads,
+        K, V, BK, BV, BT, True, CAUSAL, WINDOWED, BIAS, WORK, PRECISION,
     )  # fmt: skip
     total, sums = finish(most, norm, total)
     column = tl.arange(0, BV)[None, :]
@@ -112,11 +119,11 @@ def attend(
 
 @triton.jit(do_not_specialize=["window", "keys", "parts"])  # they change from token to token
 def attend_split(
-    q, k, v, o, log_sum, key_start, scale, window, queries, keys, shared, parts, reach,
+    q, k, v, bias, o, log_sum, key_start, scale, window, queries, keys, shared, parts, reach,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, groups,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WHOLE: tl.constexpr, WORK: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``o [B, queries, groups, parts, shared, V]`` and ``log_sum`` without V; a program holds BQ rows, queries times
     the heads that share a head of keys, and walks over one part of the keys.
@@ -131,6 +138,9 @@ def attend_split(
     c, column = tl.arange(0, BK), tl.arange(0, BV)[None, :]
     q += sequence * q_batch + (query.to(tl.int64) * q_row + head * q_head)[:, None]
     own = piece(q, 0, c[None, :], here[:, None].to(tl.int32), 0, K, BK, False)
+    heads = groups * shared
+    if BIAS:  # a row's own head; rows past the last read what the first does
+        bias += sequence * keys * heads + tl.where(here, head, 0)[:, None]
     first = 0
     if START:  # which may be any number of 64 bits
         first = tl.minimum(tl.maximum(tl.load(key_start + sequence), 0), keys).to(tl.int32)
@@ -140,9 +150,9 @@ def attend_split(
     most, norm = tl.full([BQ], float("-inf"), ACC), tl.zeros([BQ], ACC)
     total = tl.zeros([BQ, BV], ACC)
     most, norm, total = _attend_keys(
-        own, k + sequence * k_batch + group * k_head, v + sequence * v_batch + group * v_head, query + keys - queries,
-        most, norm, total, start, tl.minimum(start + reach, keys), keys, window, scale, k_row, v_row,
-        K, V, BK, BV, BT, True, CAUSAL, WINDOWED, WORK, PRECISION,
+        own, k + sequence * k_batch + group * k_head, v + sequence * v_batch + group * v_head, bias,
+        query + keys - queries, most, norm, total, start, tl.minimum(start + reach, keys), keys, window, scale,
+        k_row, v_row, heads, K, V, BK, BV, BT, True, CAUSAL, WINDOWED, BIAS, WORK, PRECISION,
     )  # fmt: skip
     total, sums = finish(most, norm, total)
     if not WHOLE:
@@ -154,9 +164,9 @@ def attend_split(
 
 @triton.jit
 def _attend_keys(
-    own, k, v, position, most, norm, total, start, stop, end, window, scale, k_row, v_row,
+    own, k, v, bias, position, most, norm, total, start, stop, end, window, scale, k_row, v_row, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BIAS: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The softmax of queries with the keys from start to stop, BT at a time."""
     t, c, column = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
@@ -165,6 +175,8 @@ def _attend_keys(
         far = there.to(tl.int64)
         keys = piece(k + far * k_row, t[None, :], c[:, None], end - there, k_row, K, BK, not MASKED)
         scores = dot(own, keys, WORK, PRECISION) * (scale * LOG2E)
+        if BIAS:
+            scores += _added(bias, there, t[None, :], end, heads)
         if MASKED:
             key = there + t[None, :]
             seen = _visible(position[:, None] - key, key, end, window, CAUSAL, WINDOWED)
@@ -176,11 +188,11 @@ def _attend_keys(
 
 @triton.jit
 def query_gradients(
-    q, k, v, o, do, log_sum, dlse, dq, between, tiles, bounds, key_start, scale, window, queries,
+    q, k, v, bias, o, do, log_sum, dlse, dq, between, tiles, bounds, key_start, scale, window, queries, keys,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, do_batch, do_row, do_head, groups, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
-    LSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WORK: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, BIAS: tl.constexpr,
+    WORK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dq [B, queries, heads, K]``, and for ``key_gradients`` ``between = do . o``, less ``dlse`` if there is an LSE,
     ``[B, queries, heads]``; a program a tile of BQ queries and head. ``o [B, queries, heads, V]``."""
@@ -190,6 +202,7 @@ def query_gradients(
     do += sequence * do_batch + first.to(tl.int64) * do_row + head * do_head
     k += sequence * k_batch + group * k_head
     v += sequence * v_batch + group * v_head
+    bias += sequence * keys * heads + head
     row = (sequence * queries + first) * heads + head
     r, c, column = tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, BV)[None, :]
     own = piece(q, r[:, None], c[None, :], count, q_row, K, BK, False)
@@ -206,8 +219,8 @@ def query_gradients(
     for step in range(0, high - low, BT):
         there = low + step
         total += _of_keys(
-            own, upstream, k, v, at + r, sums, met, there, end, window, scale, k_row, v_row,
-            K, V, BK, BV, BT, CAUSAL, WINDOWED, WORK, PRECISION,
+            own, upstream, k, v, bias, at + r, sums, met, there, end, window, scale, k_row, v_row, heads,
+            K, V, BK, BV, BT, CAUSAL, WINDOWED, BIAS, WORK, PRECISION,
         )  # fmt: skip
     here = (r[:, None] < count) & (c[None, :] < K)
     total *= scale
@@ -216,9 +229,9 @@ def query_gradients(
 
 @triton.jit
 def _of_keys(
-    own, upstream, k, v, position, sums, met, there, end, window, scale, k_row, v_row,
+    own, upstream, k, v, bias, position, sums, met, there, end, window, scale, k_row, v_row, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWED: tl.constexpr, BIAS: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The share of the queries' gradients of the BT keys that begin there."""
     t, c, column, count = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV), end - there
@@ -226,6 +239,8 @@ def _of_keys(
     v += there.to(tl.int64) * v_row
     keys = piece(k, t[None, :], c[:, None], count, k_row, K, BK, False)
     scores = dot(own, keys, WORK, PRECISION) * (scale * LOG2E)
+    if BIAS:
+        scores += _added(bias, there, t[None, :], end, heads)
     key = there + t[None, :]
     seen = _visible(position[:, None] - key, key, end, window, CAUSAL, WINDOWED)
     weights = weights_of(scores, sums[:, None], seen)
@@ -236,14 +251,14 @@ def _of_keys(
 
 @triton.jit
 def key_gradients(
-    q, k, v, do, log_sum, between, dk, dv, tiles, bounds, key_start, scale, window, queries, keys,
+    q, k, v, bias, do, log_sum, between, dk, dv, dbias, tiles, bounds, key_start, scale, window, queries, keys,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, do_batch, do_row, do_head, groups, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, WORK: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, START: tl.constexpr, BIAS: tl.constexpr, WORK: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dk [B, keys, groups, K]`` and ``dv [B, keys, groups, V]``; one program per tile of BT keys and head of theirs,
-    with the queries of all heads that share it."""
+    """``dk [B, keys, groups, K]``, ``dv [B, keys, groups, V]`` and, if there is a BIAS, ``dbias [B, keys, heads]``; one
+    program per tile of BT keys and head of theirs, with the queries of all heads that share it."""
     sequence, first, group, query_begin, query_end, begin, end = _place(tiles, bounds, key_start, groups, START)
     count, shared = end - first, heads // groups
     k += sequence * k_batch + first.to(tl.int64) * k_row + group * k_head
@@ -252,6 +267,8 @@ def key_gradients(
     do += sequence * do_batch
     log_sum += sequence * queries * heads
     between += sequence * queries * heads
+    bias += (sequence * keys + first) * heads
+    dbias += (sequence * keys + first) * heads
     t, c, column = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)[None, :]
     own = piece(k, t[:, None], c[None, :], count, k_row, K, BK, False)
     values = piece(v, t[:, None], column, count, v_row, V, BV, False)
@@ -263,14 +280,21 @@ def key_gradients(
         high = tl.minimum(query_end, first + BT - 1 + window + back)
     dkeys, dvalues = tl.zeros([BT, BK], ACC), tl.zeros([BT, BV], ACC)
     for head in range(group * shared, (group + 1) * shared):
+        added, dadded = tl.zeros([BT], ACC), tl.zeros([BT], ACC)
+        if BIAS:
+            added = tl.load(bias + t * heads + head, mask=t < count, other=0.0) * LOG2E
         for step in range(0, high - low, BQ):
-            more_keys, more_values = _of_queries(
-                own, values, q + head * q_head, do + head * do_head, log_sum + head, between + head, first + t,
+            more_keys, more_values, more_bias = _of_queries(
+                own, values, added, q + head * q_head, do + head * do_head, log_sum + head, between + head, first + t,
                 low + step, query_end, back, begin, end, window, scale, q_row, do_row, heads,
-                K, V, BK, BV, BQ, CAUSAL, WINDOWED, WORK, PRECISION,
+                K, V, BK, BV, BQ, CAUSAL, WINDOWED, BIAS, WORK, PRECISION,
             )  # fmt: skip
             dkeys += more_keys
             dvalues += more_values
+            if BIAS:
+                dadded += more_bias
+        if BIAS:
+            tl.store(dbias + t * heads + head, dadded, mask=t < count)
     row = (sequence * keys + first) * groups + group
     dkeys *= scale
     here = t[:, None] < count
@@ -281,11 +305,12 @@ def key_gradients(
 
 @triton.jit
 def _of_queries(
-    own, values, q, do, log_sum, between, key, there, query_end, back, begin, end, window, scale, q_row, do_row, heads,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
+    own, values, added, q, do, log_sum, between, key, there, query_end, back, begin, end, window, scale, q_row, do_row,
+    heads, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, BIAS: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The share of the keys' and values' gradients of the BQ queries of one head that begin there."""
+    """The share of the gradients of keys, values and what is added to scores, of the BQ queries of one head that begin
+    there."""
     r, c, column, count = tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, BV), query_end - there
     far = there.to(tl.int64)
     q += far * q_row
@@ -294,6 +319,8 @@ def _of_queries(
     met = tile(between + far * heads, r[None, :], 0, count, heads, 1)
     queries = piece(q, r[None, :], c[:, None], count, q_row, K, BK, False)
     scores = dot(own, queries, WORK, PRECISION) * (scale * LOG2E)
+    if BIAS:
+        scores += added[:, None]
     apart = (there + r[None, :] - back) - key[:, None]
     seen = _visible(apart, key[:, None], end, window, CAUSAL, WINDOWED) & (key[:, None] >= begin)
     weights = weights_of(scores, sums, seen)
@@ -301,4 +328,4 @@ def _of_queries(
     upstream = piece(do, r[None, :], column[:, None], count, do_row, V, BV, False)
     dscores = weights * (dot(values, upstream, WORK, PRECISION) - met)
     dkeys = dot(dscores, piece(q, r[:, None], c[None, :], count, q_row, K, BK, False), WORK, PRECISION)
-    return dkeys, dvalues
+    return dkeys, dvalues, tl.sum(dscores, 1)

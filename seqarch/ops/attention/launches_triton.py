@@ -84,7 +84,7 @@ def split_tiles(rows: int, width: int, wide: bool) -> tuple[int, int, tuple[Conf
 
 
 class Attention:
-    """One call: its sizes, tables and dtypes. ``q, k, v`` are of one dtype."""
+    """One call: its sizes, tables and dtypes. ``q, k, v`` are of one dtype, ``key_bias`` of that of sums."""
 
     def __init__(self, inputs: AttentionInputs):
         q, k, v, offsets = inputs.q, inputs.k, inputs.v, inputs.offsets
@@ -99,7 +99,9 @@ class Attention:
         self.packed, self.shared = offsets is not None, self.heads // max(1, self.groups)
         self.start, self.scale, self.window = inputs.key_start, float(inputs.scale), min(inputs.window, self.keys)
         self.strides = strides(self.packed, self.q, self.k, self.v)
+        self.bias = None if inputs.key_bias is None else inputs.key_bias.contiguous()
         flags = {"CAUSAL": inputs.causal, "WINDOWED": inputs.window > 0, "START": self.start is not None}
+        flags["BIAS"] = self.bias is not None
         self.constants = {"K": K, "V": V, "BK": block(K, 256), "BV": block(V, 256)} | flags | products(v.dtype)
 
     @functools.cached_property
@@ -112,6 +114,11 @@ class Attention:
         bounds = self.tables.bounds
         return bounds, bounds if self.start is None else self.start, self.scale, self.window
 
+    @property
+    def read(self) -> tuple[Tensor, ...]:
+        """What every kernel reads; in the place of what is not added to scores, anything."""
+        return self.q, self.k, self.v, self.v if self.bias is None else self.bias
+
     def _rows(self, count: int) -> int:
         """How far the rows of one sequence are from those of the next, in what kernels write."""
         return 0 if self.packed else count
@@ -123,7 +130,7 @@ class Attention:
         o, log_sum = empty_outputs(self.inputs)
         launch.launch(
             Tuned(kernels.attend, self.tiles.forward), self._programs(self.tables.queries, self.heads),
-            self.q, self.k, self.v, o, log_sum, self.tables.queries, *self.numbers, self._rows(self.queries),
+            *self.read, o, log_sum, self.tables.queries, *self.numbers, self._rows(self.queries), self._rows(self.keys),
             *self.strides, self.groups, self.heads, BQ=self.tiles.queries, **self.constants,
         )  # fmt: skip
         return o, log_sum
@@ -140,7 +147,7 @@ class Attention:
         each, sums = (o, log_sum) if parts == 1 else (log_sum.new_empty(parts * x.numel()) for x in (o, log_sum))
         launch.launch(
             Tuned(kernels.attend_split, configurations), programs * parts,
-            self.q, self.k, self.v, each, sums, log_sum if self.start is None else self.start, self.scale, self.window,
+            *self.read, each, sums, log_sum if self.start is None else self.start, self.scale, self.window,
             self.queries, self.keys, self.shared, parts, reach * BT, *self.strides, self.groups,
             BQ=BQ, BT=BT, WHOLE=parts == 1, **self.constants,
         )  # fmt: skip
@@ -150,24 +157,28 @@ class Attention:
 
     def differentiate(
         self, o: Tensor, log_sum: Tensor, do: Tensor, dlse: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v, from those of o and, if any, of the logarithms of the softmax's sums."""
-        do, queries = heads_of(do), self._rows(self.queries)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of q, k, v and what is added to scores (without elements where nothing is).
+
+        From those of o and, if any, of the logarithms of the softmax's sums.
+        """
+        do, queries, keys = heads_of(do), self._rows(self.queries), self._rows(self.keys)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k, self.v))
         between = torch.empty_like(log_sum)
+        dbias = log_sum.new_empty(0) if self.bias is None else torch.empty_like(self.bias)
         sizes = (*self.strides, *strides(self.packed, do), self.groups, self.heads)
         launch.launch(
             Tuned(kernels.query_gradients, self.tiles.query_gradients), self._programs(self.tables.queries, self.heads),
-            self.q, self.k, self.v, o, do, log_sum, log_sum if dlse is None else dlse, dq, between,
-            self.tables.queries, *self.numbers, queries, *sizes, BQ=self.tiles.queries, LSE=dlse is not None,
+            *self.read, o, do, log_sum, log_sum if dlse is None else dlse, dq, between,
+            self.tables.queries, *self.numbers, queries, keys, *sizes, BQ=self.tiles.queries, LSE=dlse is not None,
             **self.constants,
         )  # fmt: skip
         launch.launch(
             Tuned(kernels.key_gradients, self.tiles.key_gradients), self._programs(self.tables.keys, self.groups),
-            self.q, self.k, self.v, do, log_sum, between, dk, dv, self.tables.keys, *self.numbers, queries,
-            self._rows(self.keys), *sizes, BT=self.tiles.keys, **self.constants,
+            *self.read, do, log_sum, between, dk, dv, dv if self.bias is None else dbias, self.tables.keys,
+            *self.numbers, queries, keys, *sizes, BT=self.tiles.keys, **self.constants,
         )  # fmt: skip
-        return dq, dk, dv
+        return dq, dk, dv, dbias
 
     def _programs(self, table: Tensor, heads: int) -> int:
         return table.shape[0] * heads

@@ -25,7 +25,7 @@ class AttentionOperators:
     """A pair of kernels as two custom operators: of o alone, and of o and the logarithms of the softmax's sums.
 
     Both keep these logarithms for the backward pass, and the second has their gradient too. ``q, k, v`` are of one
-    dtype, and ``key_start`` is int64.
+    dtype, ``key_bias`` of that of its sums, and ``key_start`` is int64.
 
     Args:
         unit: natural logarithms in one of the kernel's.
@@ -53,12 +53,14 @@ class AttentionOperators:
         """o in v's dtype, and the logarithms where they are asked for, by operators that take q, k, v in this dtype."""
         q, k, v, key_start = inputs.q, inputs.k, inputs.v, inputs.key_start
         start = None if key_start is None else key_start.long()
-        given = inputs.replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), key_start=start)
+        q, k, v, bias = q.to(dtype), k.to(dtype), v.to(dtype), inputs.key_bias
+        bias = None if bias is None else bias.to(accumulation_dtype(v))
+        given = inputs.replace(q=q, k=k, v=v, key_start=start, key_bias=bias)
         o, log_sum = (self.with_sums if inputs.return_lse else self.outputs)(given)
         if not inputs.return_lse:
-            return o.to(v.dtype)
+            return o.to(inputs.v.dtype)
         lse, blind = log_sum * self.unit if self.unit != 1 else log_sum, inputs.blind()
-        return o.to(v.dtype), lse if blind is None else lse.masked_fill(blind.unsqueeze(-1), -torch.inf)
+        return o.to(inputs.v.dtype), lse if blind is None else lse.masked_fill(blind.unsqueeze(-1), -torch.inf)
 
 
 def _by_torch(inputs: AttentionInputs) -> Any:

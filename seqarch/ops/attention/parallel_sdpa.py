@@ -1,7 +1,7 @@
 """torch's ``scaled_dot_product_attention`` on all queries at once, with a mask only where it needs one.
 
-Its fused kernels have first derivatives in reverse mode alone, no cap of the scores and no logarithms of their sums.
-For transforms, and with either of these, the same is computed in parts, ``plain``.
+Its fused kernels have first derivatives in reverse mode alone, no cap of the scores, no logarithms of their sums and no
+gradient of what is added to scores. For transforms, and with any of these, the same is computed in parts, ``plain``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def run(inputs: AttentionInputs, plain: bool = False) -> Tensor | Results:
     if inputs.offsets is None:
         found = _attend(inputs, plain)
     else:
-        sequences = split_sequences(inputs.offsets, inputs.q, inputs.k, inputs.v)
-        found = _joined(_attend(inputs.replace(q=q, k=k, v=v, offsets=None), plain) for q, k, v in sequences)
+        parts = "q", "k", "v", "key_bias"
+        sequences = split_sequences(inputs.offsets, *(getattr(inputs, name) for name in parts))
+        changes = (dict(zip(parts, each, strict=True)) for each in sequences)
+        found = _joined(_attend(inputs.replace(**each, offsets=None), plain) for each in changes)
     return found if inputs.return_lse else found[0]
 
 
@@ -47,14 +49,16 @@ def _joined(parts: Iterable[Results]) -> Results:
 
 
 def _attend(inputs: AttentionInputs, plain: bool) -> Results:
-    q, k, v, key_start = inputs.q, inputs.k, inputs.v, inputs.key_start
+    q, k, v, key_start, key_bias = inputs.q, inputs.k, inputs.v, inputs.key_start, inputs.key_bias
     causal, window = inputs.causal, inputs.window
-    if (inputs.logit_cap or inputs.return_lse) and causal and q.shape[1] > QUERIES_AT_A_TIME:
+    in_parts = inputs.logit_cap or inputs.return_lse or key_bias is not None
+    if in_parts and causal and q.shape[1] > QUERIES_AT_A_TIME:
         return _joined(_attend(piece, plain) for piece in _pieces(inputs, QUERIES_AT_A_TIME))
     unseen = max(0, k.shape[1] - q.shape[1] - window + 1) if window else 0
     if unseen:  # keys that have left even the first query's window
         k, v = k[:, unseen:], v[:, unseen:]
         key_start = None if key_start is None else key_start - unseen
+        key_bias = None if key_bias is None else key_bias[:, unseen:]
     if window >= k.shape[1]:
         window = 0
     if q.shape[1] == 1:  # the last query sees all that is left
@@ -62,7 +66,7 @@ def _attend(inputs: AttentionInputs, plain: bool) -> Results:
     # torch aligns is_causal with the first key, this operation with the last
     whole = not window and key_start is None and (not causal or q.shape[1] == k.shape[1])
     mask = None if whole else visible(q.shape[1], k.shape[1], causal, window, key_start, q.device)
-    options = {"plain": plain, "logit_cap": inputs.logit_cap, "return_lse": inputs.return_lse}
+    options = {"plain": plain, "logit_cap": inputs.logit_cap, "return_lse": inputs.return_lse, "key_bias": key_bias}
     return sdpa(q, k, v, inputs.scale, mask, is_causal=causal and whole, **options)
 
 
@@ -72,7 +76,8 @@ def _pieces(inputs: AttentionInputs, size: int) -> Iterator[AttentionInputs]:
     for start in range(0, queries, size):
         q = inputs.q[:, start : start + size]
         end = max(0, keys - queries + start + q.shape[1])
-        yield inputs.replace(q=q, k=inputs.k[:, :end], v=inputs.v[:, :end])
+        bias = None if inputs.key_bias is None else inputs.key_bias[:, :end]
+        yield inputs.replace(q=q, k=inputs.k[:, :end], v=inputs.v[:, :end], key_bias=bias)
 
 
 def visible(
@@ -99,12 +104,13 @@ def sdpa(
     plain: bool = False,
     logit_cap: float = 0.0,
     return_lse: bool = False,
+    key_bias: Tensor | None = None,
 ) -> Results:
     """``scaled_dot_product_attention`` in this project's layout, dtypes and shared heads."""
-    if plain or logit_cap or return_lse or active_transform() is not None:
+    if plain or logit_cap or return_lse or key_bias is not None or active_transform() is not None:
         if mask is None:
             mask = visible(q.shape[1], k.shape[1], is_causal, 0, None, q.device)
-        return _in_parts(q, k, v, scale, mask, logit_cap, return_lse)
+        return _in_parts(q, k, v, scale, mask, logit_cap, return_lse, key_bias)
     if not scale > 0:  # with which torch's fused kernel for CPUs multiplies masked scores, too
         q, scale = q * scale, 1.0
     common = promoted_dtype(q, k, v)
@@ -123,11 +129,20 @@ def sdpa(
 
 
 def _in_parts(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, logit_cap: float, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor,
+    logit_cap: float,
+    return_lse: bool,
+    key_bias: Tensor | None,
 ) -> Results:
     wide, groups = accumulation_dtype(q, k, v), k.shape[2]
     queries, keys, values = (x.to(wide).transpose(1, 2) for x in (q * scale, k, v))
     scores = capped(queries.unflatten(1, (groups, -1)) @ keys.unsqueeze(2).mT, logit_cap)
+    if key_bias is not None:  # [B, Tk, H] to [B, G, H / G, 1, Tk]
+        scores = scores + key_bias.to(wide).transpose(1, 2).unflatten(1, (groups, -1)).unsqueeze(3)
     mask = mask.unsqueeze(1)
     o = masked_softmax(scores, mask) @ values.unsqueeze(2)
     found = [o.to(v.dtype), *([masked_logsumexp(scores, mask)] if return_lse else [])]

@@ -67,6 +67,7 @@ def backward(inputs: ListInputs, upstream: Upstream) -> list[Tensor]:
     dq, dk, dv = (in_huge_pages(torch.empty(x.shape, dtype=dtype)) for x in (inputs.q, inputs.k, inputs.v))
     outputs = {"o": cpu_library.rows(o.to(dtype)), "dout": cpu_library.rows(do.to(dtype))}
     outputs |= {"log_sum": log_sum.contiguous(), "dlse": dlse[0].div(math.log(2)).contiguous() if dlse else None}
+    outputs["dkey_bias"] = None
     _backward(_fields(inputs.to(dtype)), outputs | {"dq": dq, "dk": dk, "dv": dv})
     return as_given(inputs, (dq, dk, dv, None, None))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,6 +109,54 @@ def test_gated_delta_product_is_its_equation():
     a, b = (x @ mixer.ab_proj.weight.T).split([4, 12], dim=-1)
     beta = 2 * b.sigmoid().unflatten(-1, (3, 4))[..., None]
     o = run(*projected(mixer, x, steps=3), beta, beta, decays(mixer, a))
+    same(mixer(x)[0], left(mixer, o, F.silu(x @ mixer.gate.weight.T)))
+
+
+def corrected(q: Tensor, k: Tensor, v: Tensor, p: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
+    """``S_t = a_t S_{t-1} + beta_t k_t^T (v_t - p_t S_{t-1})``, read by q, a step at a time."""
+    state, outputs = torch.zeros(*q[:, 0].shape, v.shape[-1], dtype=v.dtype), []
+    for t in range(q.shape[1]):
+        wrong = v[:, t] - torch.einsum("bhk,bhkv->bhv", p[:, t], state)
+        written = torch.einsum("bhk,bhv->bhkv", beta[:, t, :, None] * k[:, t], wrong)
+        state = decay[:, t, :, :, None] * state + written
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state) * q.shape[-1] ** -0.5)
+    return torch.stack(outputs, dim=1)
+
+
+@pytest.mark.parametrize("rate", [1.0, 100.0])
+def test_comba_is_its_equation(rate: float):
+    """Also where states are forgotten at once, whose decays the operation cannot divide by."""
+    mixer, x = build("comba", **SHARED_KEYS, output_correction=0.3), inputs()
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 2)
+    torch.nn.init.uniform_(mixer.feedback, -1, 1)
+    torch.nn.init.uniform_(mixer.D, 0.2, 0.9)
+    with torch.no_grad():
+        mixer.A_log += torch.tensor(rate).log()
+    a, b = (x @ mixer.ab_proj.weight.T).split(4, dim=-1)
+    q, k, v = projected(mixer, x)
+    k, v = k.squeeze(2), v.squeeze(2)
+    p = mixer.feedback.sigmoid().repeat_interleave(2)[:, None] * k
+    q = q - mixer.D.repeat_interleave(2)[:, None] * p
+    decay = decays(mixer, a).clamp(min=math.exp(-60))
+    o = corrected(q, k, v, p, b.sigmoid(), decay)
+    same(mixer(x)[0], left(mixer, o, (x @ mixer.gate.weight.T).sigmoid()))
+
+
+def test_jet_block_is_its_equation():
+    mixer, x = build("jet_block", **SHARED_KEYS, tap_reduction=3), inputs()
+    torch.nn.init.uniform_(mixer.norm.weight, 0.5, 2)
+    torch.nn.init.normal_(mixer.qkv_proj.conv.taps[2].weight)
+    q, k, v = (x @ mixer.qkv_proj.linear.weight.T).split([12, 12, 36], dim=-1)
+    first, _, second = mixer.qkv_proj.conv.taps
+    taps = (F.silu(x @ first.weight.T) @ second.weight.T + second.bias).unflatten(-1, (36, 4))
+    assert first.weight.shape == (10, 32)
+    windows = F.pad(v, (0, 0, 3, 0)).unfold(1, 4, 1)  # [B, T, 36, 4], the token itself last
+    v = F.silu((windows * taps).sum(-1)).unflatten(-1, (4, 9))
+    q, k = (F.silu(m).unflatten(-1, (2, 6)).repeat_interleave(2, dim=2) for m in (q, k))
+    q, k = (m / (m.square().sum(-1, keepdim=True) + 1e-6).sqrt() for m in (q, k))
+    a, b = (x @ mixer.ab_proj.weight.T).split(4, dim=-1)
+    beta = b.sigmoid()[:, :, None, :, None]
+    o = run(q, k.unsqueeze(2), v.unsqueeze(2), beta, beta, decays(mixer, a))
     same(mixer(x)[0], left(mixer, o, F.silu(x @ mixer.gate.weight.T)))
 
 

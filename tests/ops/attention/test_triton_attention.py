@@ -27,6 +27,7 @@ from seqarch.ops.native.custom_op import Upstream
 from seqarch.ops.triton import availability
 from seqarch.testing import assert_close
 from tests.ops.attention import test_attention as whole
+from tests.ops.attention import test_key_bias as biases
 from tests.ops.attention import test_log_sums as sums
 from tests.ops.block_sparse_attention import test_block_sparse_attention as listed
 from tests.ops.block_sparse_attention import test_log_sums_of_lists as sums_of_lists
@@ -111,6 +112,18 @@ def test_the_sums_of_attention_equal_those_of_a_dense_softmax(call: str):
     right = sums.with_gradients(lambda *x: sums.dense(*x, **options), [x.double() for x in given])
     found = sums.with_gradients(sums.call("chunk_triton", **placed(options)), [x.to(DEVICE) for x in given])
     for name, one, other in zip(sums.NAMES, found, right, strict=True):
+        assert_close(one.cpu(), other, BOUND[EXACT], name)
+
+
+@pytest.mark.parametrize(
+    "call", ["packed_window", "key_start_step", *(pytest.param(one, marks=pytest.mark.slow) for one in biases.CHOSEN)]
+)
+def test_what_is_added_to_scores_equals_a_dense_softmax(call: str):
+    inputs, options = whole.make(**whole.CALLS[call])
+    given = biases.biased([x.to(EXACT) for x in inputs])
+    right = sums.with_gradients(biases.expected(**options), [x.double() for x in given])
+    found = sums.with_gradients(biases.call("chunk_triton", **placed(options)), [x.to(DEVICE) for x in given])
+    for name, one, other in zip(biases.NAMES, found, right, strict=True):
         assert_close(one.cpu(), other, BOUND[EXACT], name)
 
 

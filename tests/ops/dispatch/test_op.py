@@ -110,6 +110,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
         "expert_index": torch.zeros(5, 1, dtype=torch.int64),
         "expert_weight": torch.ones(5, 1),
     },
+    "gated_rnn": {"x": torch.randn(1, 5, 2, 4, 3), "weight": torch.randn(2, 4, 3, 3), "cell": "slstm"},
     "index_topk": {
         "q": torch.randn(1, 5, 2, 3),
         "k": torch.randn(1, 5, 3),

@@ -56,12 +56,12 @@ call = lambda q, k, v, g: ops.linear_attention(q, k, v, g, backend="recurrent_tr
 inputs = [*x, -torch.rand(2, 1, 2, 5)]
 """,
     "attention": """
-call = lambda q, k, v: ops.attention(q, k, v, window=20, backend="chunk_triton")
-inputs = [torch.randn(1, 70, 2, 5), torch.randn(1, 75, 1, 5), torch.randn(1, 75, 1, 3)]
+call = lambda q, k, v, b: ops.attention(q, k, v, window=20, key_bias=b, backend="chunk_triton")
+inputs = [torch.randn(1, 70, 2, 5), torch.randn(1, 75, 1, 5), torch.randn(1, 75, 1, 3), torch.randn(1, 75, 2)]
 """,
     "attention_of_one_query": """
-call = lambda q, k, v: ops.attention(q, k, v, backend="chunk_triton")
-inputs = [torch.randn(2, 1, 2, 5), torch.randn(2, 375, 1, 5), torch.randn(2, 375, 1, 3)]
+call = lambda q, k, v, b: ops.attention(q, k, v, key_bias=b, backend="chunk_triton")
+inputs = [torch.randn(2, 1, 2, 5), torch.randn(2, 375, 1, 5), torch.randn(2, 375, 1, 3), torch.randn(2, 375, 2)]
 """,
     "block_sparse_attention": """
 call = lambda q, k, v, i: ops.block_sparse_attention(q, k, v, i, 16, window=5, backend="grouped_triton")
@@ -72,6 +72,10 @@ inputs = [torch.randn(1, 37, 2, 5), torch.randn(1, 37, 1, 5), torch.randn(1, 37,
 call = lambda q, k, v, i: ops.block_sparse_attention(q, k, v, i, 16, window=5, backend="grouped_triton")
 index = torch.tensor([[[[2, -1]]], [[[0, 1]]]])
 inputs = [torch.randn(2, 1, 2, 5), torch.randn(2, 37, 1, 5), torch.randn(2, 37, 1, 3), index]
+""",
+    "gated_rnn": """
+call = lambda x, w, b, s: ops.gated_rnn(x, w, b, cell="slstm", state=s, backend="recurrent_triton")[0]
+inputs = [torch.randn(2, 3, 2, 4, 5), torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5), torch.rand(2, 4, 2, 5)]
 """,
     "experts": """
 index = torch.randint(-1, 3, (20, 2))
