@@ -44,6 +44,8 @@ class GatedRnnConfig(LayerConfig):
 class GatedRnnMixer(RecurrentMixer):
     """A mixer on ``ops.gated_rnn``: subclasses name their ``cell``, and make what the input gives to its gates."""
 
+    fan_in_dims: ClassVar[dict[str, int]] = {"recurrent_weight": 3}
+
     cell: ClassVar[str]
     out_proj: nn.Linear
 

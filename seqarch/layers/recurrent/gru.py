@@ -28,6 +28,7 @@ class Gru(PlainRnn):
 
     Config = GruConfig
     cell = "gru"
+    no_weight_decay = ("candidate_bias",)  # a vector, one for each head
 
     @from_options
     def __init__(self, config: GruConfig):

@@ -56,6 +56,7 @@ class Slstm(GatedRnnMixer):
 
     Config = SlstmConfig
     cell = "slstm"
+    no_weight_decay = ("bias",)  # vectors, one for each head and gate
     unquantized = ("gates",)
 
     @from_options

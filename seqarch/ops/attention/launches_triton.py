@@ -140,6 +140,7 @@ class Attention:
         o, log_sum = empty_outputs(self.inputs)
         rows, width = self.queries * self.shared, max(self.q.shape[3], self.v.shape[3])
         BQ, BT, configurations = split_tiles(rows, width, o.dtype.itemsize > 2)
+        BT = BT if self.bias is None else min(BT, 32)  # with a bias of each row and key, more has no registers
         seen = min(self.keys, self.queries + self.window - 1) if self.window else self.keys
         programs, blocks = o.shape[0] * self.groups * triton.cdiv(rows, BQ), max(1, triton.cdiv(seen, BT))
         reach = triton.cdiv(blocks, max(1, persistent(programs * blocks, o.device) // max(1, programs)))
