@@ -6,7 +6,21 @@ import re
 
 GREEK = {"alpha", "beta", "gamma", "delta", "theta", "lambda", "phi", "sigma", "Lambda"}
 FUNCTIONS = {
-    *("act", "conv", "diag", "linear", "mean", "relu", "share", "sigmoid", "silu", "softmax", "softplus", "window"),
+    *(
+        "act",
+        "conv",
+        "diag",
+        "linear",
+        "mean",
+        "relu",
+        "share",
+        "sigmoid",
+        "silu",
+        "softmax",
+        "softplus",
+        "tanh",
+        "window",
+    ),
     *("Attention", "SwiGLU", "dt"),
 }
 """Names of several letters that equations have; any other word makes a text no equation."""

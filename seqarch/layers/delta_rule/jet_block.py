@@ -54,7 +54,7 @@ class JetProjection(HeadProjection):
 
 
 class JetBlock(GatedDeltaNet):
-    """Gated DeltaNet's recurrence on values ``silu(sum_w taps_t[w] v_{t - W + 1 + w})`` with taps made from the token.
+    """Gated DeltaNet's recurrence on values ``u_t = silu(sum_w c_tw v_{t-w})`` whose taps c are made from the token.
 
     Queries and keys are ``silu(W x)``, without a convolution, of unit norm; the taps of each channel of the values are
     ``W_2 silu(W_1 x_t) + b``. Gu et al. 2025, "Jet-Nemotron: Efficient Language Model with Post Neural Architecture

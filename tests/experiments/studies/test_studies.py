@@ -49,7 +49,7 @@ def test_the_plan_is_committed_and_is_the_studys(name):
     plan.check(STUDIES[name].versions["recorded"], HOME / name)
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", [name for name in RECORDED if name in TRAINED])
 def test_every_recorded_run_is_of_the_plan_and_of_code_without_changes(name):
     version = STUDIES[name].versions["recorded"]
     arms, keys = {arm.name for arm in version.arms}, []

@@ -100,7 +100,13 @@ def _no_projection(name: str) -> bool:
     *_, owner, own = name.split(".")
     if owner in ("conv", "router") or own in ("A_log", "bias", "B_bias", "C_bias", "bonus", "place", "shares", "skip"):
         return True
-    return own in ("log_A_real", "A_imag", "C")
+    return own in (
+        "log_A_real",
+        "A_imag",
+        "C",
+        "recurrent_weight",
+        "candidate_bias",
+    )  # maps of outputs, of four dimensions
 
 
 def test_targets_are_chosen_by_names_of_layers_and_projections():
