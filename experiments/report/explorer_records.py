@@ -18,9 +18,12 @@ from experiments.util.errors import RunnerError
 
 
 def read_records(paths: Sequence[Path]) -> Records:
-    """The runs of folders, and of files of records, in the order given."""
-    records = Records()
+    """The runs of folders, and of files of records, in the order given; those below the working directory by what
+    they are called from there, as a page that is passed on says nothing of the machine.
+    """
+    records, here = Records(), Path.cwd()
     for path in paths:
+        path = path.relative_to(here) if path.is_relative_to(here) else path
         records.sources.append(str(path))
         if path.is_dir():
             _read_folder(path, records)

@@ -91,8 +91,9 @@ def test_values_are_written_in_hydras_grammar():
     assert compose([f"plugins={hydra_text(values)}"])["plugins"] == values
 
 
-def test_the_page_holds_the_committed_records(tmp_path):
-    """Both studies' runs, in columns; the licence of what draws; nothing that is fetched."""
+def test_the_page_holds_the_committed_records(tmp_path, monkeypatch):
+    """Both studies' runs, in columns; the licence of what draws; nothing that is fetched, and no place of a machine."""
+    monkeypatch.chdir(ROOT)
     target = tmp_path / "all.html"
     records = tmp_path / "records.jsonl"
     records.write_text("\n".join(LINES[::16]))
@@ -107,6 +108,8 @@ def test_the_page_holds_the_committed_records(tmp_path):
     assert data["series"]["training/metric"]["lines"][0][1][:3] == [25, 50, 75]
     assert "Redistribution and use in source and binary forms" in text
     assert not re.search(r"(?:src|href)=\"(?!data:,)", re.sub(r"(?s)<script.*?</script>", "", text))
+    assert "docs/results/small_states/records.jsonl" in text
+    assert str(ROOT) not in text
     before = target.read_bytes()
     explorer.write([records, SMALL_STATES], target)
     assert target.read_bytes() == before
