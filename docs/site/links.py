@@ -23,7 +23,7 @@ class Site:
 
     Attributes:
         root: of the repository.
-        pages: by the path of a page in the repository its path on the site, both with ``.md``.
+        pages: by the path of a page in the repository, with ``.md`` or ``.ipynb``, its path on the site, with ``.md``.
         sections: by page and anchor, of what is on the site a page or section of its own: page and anchor there.
         files: files of the repository that pages link to, filled as links are read: by path their path on the site.
     """

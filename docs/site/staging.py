@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from docs.site import api, matrices
 from docs.site.chooser.measured import measured
 from docs.site.links import Site, anchor, rewritten, sections
 from docs.site.mixer_pages import layer_page, operation_page
+from docs.site.notebooks import markdown
 from docs.tables import operation_table
 from experiments.util.paths import ROOT
 from seqarch.layers import CHANNEL_MIXERS, MIXERS
@@ -19,7 +21,7 @@ from seqarch.ops import OPS
 PAGES = Path("docs/site/pages")
 OWN = ("index", "start", "chooser")
 NAVIGATION: dict[str, tuple[str, ...]] = {
-    "Begin": ("start", "chooser", "choosing", "explore"),
+    "Begin": ("start", "tutorials/index", "chooser", "choosing", "explore"),
     "Use": ("guide", "models", "decoding", "tasks", "matching", "runner", "cluster"),
     "Reference": ("mixers", "ops/index", "api/index"),
     "Measured": ("results/index", "bench"),
@@ -36,10 +38,12 @@ def site(root: Path = ROOT) -> Site:
     """Where each page of the repository is on the site."""
     pages = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
     pages["examples/own_mixer/README.md"] = "own_mixer.md"
-    for folder in ("docs", "docs/ops", "docs/adr", "docs/results"):
+    for folder in ("docs", "docs/ops", "docs/adr", "docs/results", "docs/tutorials"):
         for path in sorted((root / folder).glob("*.md")):
             name = path.relative_to(root).as_posix()
             pages[name] = name.removeprefix("docs/").replace("README.md", "index.md")
+    for path in sorted((root / "docs" / "tutorials").glob("*.ipynb")):
+        pages[path.relative_to(root).as_posix()] = f"tutorials/{path.stem}.md"
     pages |= {f"{PAGES}/{name}.md": f"{name}.md" for name in OWN}
     pages |= {"docs/adr/index.md": "adr/index.md", "docs/ops/index.md": "ops/index.md"}
     layers = {("docs/mixers.md", name): (f"mixers/{name}.md", "") for name in (*MIXERS, *CHANNEL_MIXERS)}
@@ -79,7 +83,8 @@ def stage(folder: Path, explorer: bool, root: Path = ROOT) -> None:
     made |= api.pages()
     if explorer:
         made["explore.md"] = (root / PAGES / "explore.md").read_text(encoding="utf-8")
-    made["results/index.md"] += "\n\n" + toctree(_below("results", made), hidden=True)
+    for listed in ("results", "tutorials"):
+        made[f"{listed}/index.md"] += "\n\n" + toctree(_below(listed, made), hidden=True)
     made["index.md"] += "\n\n" + "\n\n".join(_navigation(made))
     made |= _files(there, folder)
     for placed, text in made.items():
@@ -90,6 +95,8 @@ def stage(folder: Path, explorer: bool, root: Path = ROOT) -> None:
 
 def _page(page: str, placed: str, there: Site) -> str:
     text = (there.root / page).read_text(encoding="utf-8")
+    if page.endswith(".ipynb"):
+        return rewritten(markdown(text), page, placed, there) + _of_notebook(page, placed, there)
     if page.startswith("docs/adr/"):  # a long list, which adr/index.md has and the navigation does not
         text = ORPHAN + text
     if page == "docs/mixers.md":
@@ -102,6 +109,13 @@ def _page(page: str, placed: str, there: Site) -> str:
             raise ValueError(f"{page} takes the section {parts[i]!r} of README.md, which has none of that name")
         written[i] = rewritten(readme[parts[i]], "README.md", placed, there)
     return "".join(written)
+
+
+def _of_notebook(page: str, placed: str, there: Site) -> str:
+    """What a page says of the notebook that it was made of, which comes along."""
+    there.files[page] = f"files/{page}"
+    where = posixpath.relpath(there.files[page], posixpath.dirname(placed))
+    return f"\n---\n\nThis page is [a notebook]({where}), shown without outputs: run it to see yours.\n"
 
 
 def _layer_lists() -> str:

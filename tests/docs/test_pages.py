@@ -15,13 +15,17 @@ import torch
 from docs import tables
 from docs.costs import state_formula
 from docs.docstrings import markdown, source
+from docs.site import notebooks
 from experiments.util.docstrings import entries, split_sections
 from seqarch.layers import MIXERS, build_mixer
 from seqarch.ops import OPS
 from tests.support.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
-TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES} | {
+    path.relative_to(ROOT).as_posix(): notebooks.markdown(path.read_text(encoding="utf-8"))
+    for path in sorted(ROOT.glob("docs/**/*.ipynb"))
+}
 OF_OWN = ("docs/extending.md", "examples/own_mixer/README.md")
 """The pages with choices of a user's own."""
 GENERATED = [*tables.BLOCKS, *tables.PICTURES, *(Path("docs/ops") / f"{name}.md" for name in OPS)]
