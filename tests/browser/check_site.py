@@ -24,7 +24,7 @@ PAGES = sorted(path for path in HTML.rglob("*.html"))
 PHONE, DESK = ViewportSize(width=390, height=844), ViewportSize(width=1280, height=900)
 LOOKED_AT = (
     *("index", "start", "chooser", "mixers", "mixers/gated_delta_net", "ops/delta_rule", "results/initialisation"),
-    *("api/seqarch.layers", "bench", "search"),
+    *("api/seqarch.layers", "bench", "search", "tutorials/run_a_sweep"),
 )
 
 

@@ -48,12 +48,13 @@ def test_a_notebook_becomes_a_page():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In an empty folder. It must say nothing on stderr: warnings are no part of a tutorial."""
+    """In an empty folder. It says nothing on stderr, as warnings are no part of a tutorial, and prints plain lines."""
     for variable, folder in (("TMPDIR", tmp_path), ("IPYTHONDIR", tmp_path / "ipython"), ("JUPYTER_PATH", sys.prefix)):
         monkeypatch.setenv(variable, str(folder))
     book = nbformat.read(FOLDER / name, as_version=4)
     NotebookClient(book, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    assert not [output.text for output in outputs if "\x1b" in output.get("text", "")]
     figures = sum("image/png" in output.get("data", {}) for output in outputs)
     assert figures == sum("plt.show()" in cell.source for cell in book.cells)
