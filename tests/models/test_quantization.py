@@ -121,7 +121,8 @@ def test_many_rows_gradients_and_other_dtypes_are_torchs():
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-OPTIONS: dict[str, dict[str, Any]] = {"mla": {"q_lora_rank": 32}, "moba": {"block_size": 4}}
+OPTIONS: dict[str, dict[str, Any]] = {"mla": {"q_lora_rank": 32}, "moba": {"block_size": 4},
+                                      "jet_block": {"tap_reduction": 2}}  # fmt: skip
 
 
 QUICK = ("gated_delta_net", "mamba")

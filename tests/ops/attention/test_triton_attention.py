@@ -411,8 +411,12 @@ def test_auto_leaves_short_blocks_to_torch_but_for_one_query():
 def test_the_custom_operators_keep_torchs_rules():
     (q, k, v), _ = whole.make(**whole.CALLS["grouped"])
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
-    for operator, return_lse in ((chunk_triton.operators.outputs, False), (chunk_triton.operators.with_sums, True)):
-        torch.library.opcheck(operator.operator, (*leaves, True, 3, 0.5, None, None, 0.0, return_lse))
+    bias = torch.randn(*k.shape[:2], q.shape[2], device=DEVICE, dtype=EXACT).requires_grad_()
+    for operator, *own in (
+        (chunk_triton.operators.outputs, False, None),
+        (chunk_triton.operators.with_sums, True, bias),
+    ):
+        torch.library.opcheck(operator.operator, (*leaves, True, 3, 0.5, None, None, 0.0, *own))
     (q, k, v, index), options = listed.make("list_a_query_head")
     leaves = [x.to(DEVICE, EXACT).requires_grad_() for x in (q, k, v)]
     entries = torch.where(index >= 0, 2 * index, index).to(DEVICE)

@@ -168,7 +168,8 @@ right = launches_triton.tiles
 launches_triton.tiles = lambda width, wide: right(64, wide)  # tiles of half the width
 triton_resources.DTYPES, triton_resources.DECAYS, triton_resources.WIDTHS = {"float32": torch.float32}, {}, (128,)
 names = {each.name: each for each in triton_resources.launches()}
-(name,) = [name for name in names if name.startswith("query_gradients(") and "START=False" in name]
+wanted = {"BIAS=False", "START=False"}
+(name,) = [name for name in names if name.startswith("query_gradients(") and wanted <= {*name[:-1].split(",")}]
 launch = names[name]
 print(triton_resources.resources(launch.compile(80))["spilled"])
 """
@@ -181,5 +182,9 @@ def test_a_change_that_spills_shows(tmp_path: Path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     done = subprocess.run([sys.executable, "-c", SPILLS], cwd=ROOT, env=environment, capture_output=True, text=True)
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    name = next(n for n in record if n.startswith("query_gradients(fp32,") and "K=128" in n and "START=False" in n)
+    name = next(
+        n
+        for n in record
+        if n.startswith("query_gradients(fp32,") and {"BIAS=False", "K=128", "START=False"} <= {*n[:-1].split(",")}
+    )
     assert int(done.stdout) > 1000 > record[name]["8.0"]["spilled"]
