@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.studies.records import FILE, read_lines
 from experiments.util.environment import code_version
 from experiments.util.errors import RunnerError
 from experiments.util.files import append_line
@@ -27,7 +28,7 @@ from seqarch.layers import mixer_class
 from seqarch.layers.mixer import ChannelMixer, Mixer
 from seqarch.models import parameter_groups, parse_pattern
 
-RECORDS = "records.jsonl"
+RECORDS = FILE
 KINDS = ("standard", "mup")
 """Parametrisations: the library's starts with one rate for all, and ``mup_base_width``."""
 
@@ -65,19 +66,8 @@ class Line:
 
 
 def read_records(folder: Path) -> list[Line]:
-    """The lines on record, none where there is no file.
-
-    Raises:
-        RunnerError: a line is damaged.
-    """
-    path, found = folder / RECORDS, []
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            found.append(Line(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise RunnerError(f"{path}: line {number} is no record of a coordinate check: {error}") from error
-    return found
+    """The lines on record; errors as in :func:`experiments.studies.records.read_lines`."""
+    return read_lines(folder, Line, "a coordinate check")
 
 
 def measure(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from experiments.util.errors import RunnerError
 from experiments.util.files import write_atomic
 from seqarch.models import LanguageModel, LMConfig
 
+L = TypeVar("L")
 FILE = "records.jsonl"
 NOT_KEPT = ("device", "threads", "keep_last", "save_every", "log_every", "dry_run")
 """Options of training that change no result but for rounding; threads are in the record of the hardware."""
@@ -177,3 +178,22 @@ def model_of(run: RecordedRun) -> LanguageModel:
 def digest(folder: Path) -> str:
     """A hash over a file of records, which a plot made from it carries."""
     return hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
+
+
+def read_lines(folder: Path, kind: Callable[..., L], said: str) -> list[L]:
+    """The lines of a file of records, each what ``kind`` makes of its entries; none where there is no file.
+
+    Args:
+        said: what a line is a record of, for the error.
+
+    Raises:
+        RunnerError: a line is damaged.
+    """
+    path, found = folder / FILE, []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            found.append(kind(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise RunnerError(f"{path}: line {number} is no record of {said}: {error}") from error
+    return found

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from experiments.config.build import build_task
 from experiments.config.schema import RunConfig, run_config
 from experiments.runs.recorded import RecordedRun
+from experiments.studies.records import FILE, read_lines
 from experiments.tasks import Batch
 from experiments.tasks.task import IGNORED
 from experiments.util.environment import code_version
@@ -29,7 +30,7 @@ from seqarch import LanguageModel, load
 from seqarch.checkpoints.errors import CheckpointError
 from seqarch.models import quantize_state
 
-RECORDS = "records.jsonl"
+RECORDS = FILE
 WAYS = {
     "nearest": {},
     "stochastic": {"rounding": "stochastic"},
@@ -81,19 +82,8 @@ class Line:
 
 
 def read_records(folder: Path) -> list[Line]:
-    """The lines on record, none where there is no file.
-
-    Raises:
-        RunnerError: a line is damaged.
-    """
-    path, found = folder / RECORDS, []
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            found.append(Line(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise RunnerError(f"{path}: line {number} is no record of a small state: {error}") from error
-    return found
+    """The lines on record; errors as in :func:`experiments.studies.records.read_lines`."""
+    return read_lines(folder, Line, "a small state")
 
 
 def measure(
