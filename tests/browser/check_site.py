@@ -187,7 +187,8 @@ def test_a_damaged_file_is_said_and_the_rest_works(browser: Browser, tmp_path: P
 
 def test_a_search_finds_pages_with_no_network(page: Page):
     page.goto(address("search") + "?q=delta+rule")
-    page.wait_for_selector("#search-results li a")
+    # Results come one after the other, and the line above them counts them when the last has come.
+    page.wait_for_function("() => /\\d/.test(document.querySelector('#search-results .search-summary')?.textContent)")
     found: Any = page.locator("#search-results li a").evaluate_all("(links) => links.map((link) => link.href)")
     assert any("delta_rule" in link for link in found)
 

@@ -1,16 +1,19 @@
 """Compiles the Triton kernels ahead of time, as calls would launch them, for machines that need not be here.
 
-    python -m tests.support.triton_resources [FILE]    writes what each kernel needs to tests/data/triton_resources.json
+    python -m tests.support.triton_resources [--all] [FILE]    renews tests/data/triton_resources.json: what each needs
 
 No GPU is needed: an operation is called on a CPU with its launches noted down instead of run, and each of them is
 compiled for each compute capability. Which kernels there are, with which types and constants, is thereby what the
-operations say.
+operations say. Kernels whose code, types and constants are those that FILE was made from are not compiled again, unless
+all are asked for or Triton is another.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
+import hashlib
 import json
 import multiprocessing
 import re
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -88,6 +92,12 @@ class Launch:
         types = sorted({kind.removeprefix("*") for kind in signature.values() if kind.startswith("*")} - {"i64"})
         return cls(kernel, signature, constants, divisible, options, f"{kernel.__name__}({','.join(types + flags)})")
 
+    @property
+    def made_from(self) -> str:
+        """A digest of all that the machine code depends on, but for Triton and the GPU."""
+        parts = (code(self.kernel), self.signature, sorted(map(str, self.constants.items())), self.divisible, self.options)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
     def compile(self, capability: int) -> Any:
         source = ASTSource(self.kernel, self.signature, self.constants, self.divisible)
         options = self.options | {"enable_fp_fusion": True}
@@ -101,6 +111,24 @@ def kind(argument: Any) -> str:
         names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
         return f"*{names[argument.dtype]}"
     return "fp32" if isinstance(argument, float) else "i32"
+
+
+def code(function: JITFunction, seen: frozenset[str] = frozenset()) -> str:
+    """The syntax of a kernel, of the functions that it calls and of the constants that it reads; without comments and
+    places, so that a kernel that was moved is the same."""
+    tree, texts = function.parse(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            value = function.fn.__globals__.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            value = getattr(function.fn.__globals__.get(node.value.id), node.attr, None)
+        else:
+            continue
+        if isinstance(value, JITFunction) and value.__name__ not in seen:
+            texts.append(code(value, seen | {function.__name__}))
+        elif isinstance(value, (bool, int, float, str, tl.constexpr)):
+            texts.append(f"{ast.unparse(node)}={value}")
+    return "\n".join(dict.fromkeys([ast.unparse(tree), *texts]))
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -242,22 +270,36 @@ def products(dtype: torch.dtype) -> None:
     experts.grouped_outer(rows, rows, torch.tensor(starts))
 
 
-def needs(index: int) -> tuple[str, dict[str, dict[str, int]]]:
+def needs(index: int) -> tuple[str, dict[str, Any]]:
     """The name of a launch, and what it needs on each compute capability."""
     launch = launches()[index]
-    return launch.name, {f"{capability / 10}": resources(launch.compile(capability)) for capability in CAPABILITIES}
+    found = {f"{capability / 10}": resources(launch.compile(capability)) for capability in CAPABILITIES}
+    return launch.name, found | {"made_from": launch.made_from}
+
+
+def record(kept: dict[str, Any], every: int = 1) -> dict[str, Any]:
+    """What each launch needs, and the version of Triton: of those launches that ``kept``, an older record, has as they
+    are now, its own words, unless its Triton is another. Of the others one in ``every`` is compiled, the rest left out.
+    """
+    names = {launch.name: launch.made_from for launch in launches()}
+    kept = kept if kept.get("triton") == triton.__version__ else {}
+    same = {name: kept[name] for name, made_from in names.items() if kept.get(name, {}).get("made_from") == made_from}
+    new = [index for index, name in enumerate(names) if name not in same][::every]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        return {"triton": triton.__version__} | dict(sorted((same | dict(pool.map(needs, new, chunksize=1))).items()))
 
 
 def main() -> None:
     command = argparse.ArgumentParser(
         "python -m tests.support.triton_resources", description=(__doc__ or "").splitlines()[0]
     )
-    command.add_argument("file", nargs="?", type=Path, default=RECORD, help=f"which is written; default: {RECORD}")
-    target = command.parse_args().file
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        found = sorted(pool.map(needs, range(len(launches())), chunksize=1))
-    lines = [f'"triton": "{triton.__version__}"', *(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in found)]
-    target.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    command.add_argument("file", nargs="?", type=Path, default=RECORD, help=f"which is renewed; default: {RECORD}")
+    command.add_argument("--all", action="store_true", help="compile what has not changed, too")
+    command.add_argument("--every", type=int, default=1, metavar="N", help="compile one in N, and leave the others out")
+    given = command.parse_args()
+    kept = {} if given.all or not given.file.exists() else json.loads(given.file.read_text(encoding="utf-8"))
+    lines = [f"{json.dumps(name)}: {json.dumps(each)}" for name, each in record(kept, given.every).items()]
+    given.file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

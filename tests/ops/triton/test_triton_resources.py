@@ -5,6 +5,7 @@ In a process of its own: this one has loaded Triton to interpret.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -54,19 +55,35 @@ def test_kernels_transpose_only_as_they_read(path: Path):
     assert not re.search(r"tl\.(trans|permute)\b|\.(T|trans|permute)\b", path.read_text(encoding="utf-8"))
 
 
+NAMES = """
+import json
+from tests.support.triton_resources import launches
+print(json.dumps({launch.name: launch.made_from for launch in launches()}))
+"""
+
+
+def test_the_record_was_made_from_the_kernels_as_they_are():
+    """Where it was not, ``python -m tests.support.triton_resources`` renews it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", NAMES], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert json.loads(done.stdout) == {name: needs["made_from"] for name, needs in record.items() if name != "triton"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_record_is_what_the_kernels_need(tmp_path: Path):
-    """Exactly, with the Triton that wrote it; with another one, kernels must compile and fit."""
+    """Exactly, of one kernel in eight, with the Triton that wrote it, since the same code gives the same machine code;
+    with another one, all must compile and fit."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    command = [sys.executable, "-m", "tests.support.triton_resources", str(tmp_path / "found.json")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert found.keys() == record.keys()
-    if found["triton"] == record["triton"]:
-        assert found == record
+    same = record["triton"] == importlib.metadata.version("triton")
+    command = [sys.executable, "-m", "tests.support.triton_resources", "--every", "8" if same else "1"]
+    subprocess.run([*command, str(tmp_path / "found.json")], cwd=ROOT, env=environment, check=True)
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert len(found) - 1 == (-(-(len(record) - 1) // 8) if same else len(record) - 1)
+    assert found["triton"] != record["triton"] or found.items() <= record.items()
     for name, needs in found.items():
         for capability, most in MOST_SHARED.items() if name != "triton" else ():
             assert needs[capability]["shared"] <= most, (name, capability)
