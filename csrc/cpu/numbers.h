@@ -15,7 +15,10 @@ inline float load(float value) { return value; }
 inline double load(double value) { return value; }
 inline float load(bfloat16 value) { return __builtin_bit_cast(float, static_cast<uint32_t>(value.bits) << 16); }
 
+inline int64_t load(int64_t value) { return value; }
+
 inline void store(float* to, float value) { *to = value; }
+inline void store(int64_t* to, double value) { *to = static_cast<int64_t>(value); }
 inline void store(double* to, double value) { *to = value; }
 inline void store(bfloat16* to, float value) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, value);

@@ -173,21 +173,35 @@ template <class A, class T>
 const A* gather(const T* from, int64_t stride, int64_t n, A* to) {
     if constexpr (std::is_same_v<A, T>)
         if (stride == 1) return from;
-    const A first = static_cast<A>(*from);
+    const A first = static_cast<A>(load(*from));
     if (stride == 0)
         each(n, to, [=](int64_t) { return first; });
+    else if (stride == 1)
+        each(n, to, [=](int64_t k) { return static_cast<A>(load(from[k])); });
     else
-        for (int64_t k = 0; k < n; ++k) to[k] = static_cast<A>(from[k * stride]);
+        for (int64_t k = 0; k < n; ++k) to[k] = static_cast<A>(load(from[k * stride]));
     return to;
 }
 
 template <class A, class T>
 void scatter(const A* from, int64_t n, T* to, int64_t stride) {
-    for (int64_t k = 0; k < n; ++k) to[k * stride] = static_cast<T>(from[k]);
+    if constexpr (std::is_same_v<A, T>)
+        if (stride == 1) return static_cast<void>(std::copy_n(from, n, to));
+    for (int64_t k = 0; k < n; ++k) store(to + k * stride, from[k]);
 }
 
-// Views: the outputs, then the inputs. Sources of a step: inputs, then the results of steps. In type A; a view is of
-// float64 where its bit is set in the flags, of int64 where it is set in `whole`.
+// f of the place of a view's numbers, as their type.
+template <class F>
+auto with_type_of(const seqarch_view& view, F f) {
+    switch (view.dtype) {
+        case SEQARCH_BFLOAT16: return f(static_cast<bfloat16*>(view.data));
+        case SEQARCH_FLOAT64: return f(static_cast<double*>(view.data));
+        case SEQARCH_INT64: return f(static_cast<int64_t*>(view.data));
+        default: return f(static_cast<float*>(view.data));
+    }
+}
+
+// Views: the outputs, then the inputs. Sources of a step: inputs, then the results of steps. In type A.
 template <class A>
 void elementwise(const Instruction& in) {
     const int outputs = in.i.outputs, inputs = in.i.inputs;
@@ -195,8 +209,6 @@ void elementwise(const Instruction& in) {
     const int64_t outer = in.size(0) * in.size(1) * in.size(2) * in.size(3);
     alignas(64) A memory[kMostRegisters][kBlock];
     const A* source[kMostRegisters];
-    const auto is_wide = [&](int v) { return (in.i.flags >> v & 1) != 0; };
-    const auto is_whole = [&](int v) { return (in.i.whole >> v & 1) != 0; };
     const Range own = share(outer * parts, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         int64_t place[5], rest = t / parts;
@@ -209,9 +221,7 @@ void elementwise(const Instruction& in) {
         for (int i = 0; i < inputs; ++i) {
             const int v = outputs + i;
             const int64_t at = offset(in, v, place, 5), stride = in.stride(v, 4);
-            source[i] = is_whole(v)  ? gather(static_cast<int64_t*>(in.views[v].data) + at, stride, n, memory[i])
-                        : is_wide(v) ? gather(static_cast<double*>(in.views[v].data) + at, stride, n, memory[i])
-                                     : gather(in.data(v) + at, stride, n, memory[i]);
+            source[i] = with_type_of(in.views[v], [&](const auto* data) { return gather(data + at, stride, n, memory[i]); });
         }
         for (int s = 0; s < in.i.count; ++s) {
             const seqarch_step& one = in.steps[s];
@@ -222,14 +232,7 @@ void elementwise(const Instruction& in) {
         for (int v = 0; v < outputs; ++v) {
             const A* from = source[in.steps[in.i.count + v].a];
             const int64_t at = offset(in, v, place, 5), stride = in.stride(v, 4);
-            if (is_whole(v))
-                scatter(from, n, static_cast<int64_t*>(in.views[v].data) + at, stride);
-            else if (is_wide(v))
-                scatter(from, n, static_cast<double*>(in.views[v].data) + at, stride);
-            else if (stride == 1 && std::is_same_v<A, float>)
-                std::copy_n(from, n, in.data(v) + at);
-            else
-                scatter(from, n, in.data(v) + at, stride);
+            with_type_of(in.views[v], [&](auto* data) { scatter(from, n, data + at, stride); });
         }
     }
 }
@@ -287,7 +290,8 @@ void reduce(const Instruction& in) {
 }
 
 // to[x] += sum_j weight[j] rows[j stride + x] for n rows of V numbers. Sums stay in registers.
-void add_weighted(int64_t n, int64_t V, const float* weight, const float* rows, int64_t stride, float* to) {
+template <class T>
+void add_weighted(int64_t n, int64_t V, const float* weight, const T* rows, int64_t stride, float* to) {
     constexpr int64_t L = kLanes<float>, kWide = 4;
     int64_t x = 0;
     for (; x + kWide * L <= V; x += kWide * L) {
@@ -295,11 +299,11 @@ void add_weighted(int64_t n, int64_t V, const float* weight, const float* rows, 
         for (int64_t i = 0; i < kWide; ++i) sum[i] = load_vector(to + x + i * L);
         for (int64_t j = 0; j < n; ++j)
 #pragma GCC unroll 4
-            for (int64_t i = 0; i < kWide; ++i) sum[i] += weight[j] * load_vector(rows + j * stride + x + i * L);
+            for (int64_t i = 0; i < kWide; ++i) sum[i] += weight[j] * load_wide(rows + j * stride + x + i * L);
         for (int64_t i = 0; i < kWide; ++i) std::memcpy(to + x + i * L, &sum[i], sizeof sum[i]);
     }
     for (int64_t j = 0; j < n; ++j)
-        for (int64_t rest = x; rest < V; ++rest) to[rest] += weight[j] * rows[j * stride + rest];
+        for (int64_t rest = x; rest < V; ++rest) to[rest] += weight[j] * load(rows[j * stride + rest]);
 }
 
 float product_of_strided(int64_t n, const float* a, int64_t a_step, const float* b, int64_t b_step) {
@@ -473,8 +477,9 @@ void recurrence(const Instruction& in) {
     }
 }
 
-void fetch(const float* row, int64_t numbers) {
-    for (int64_t k = 0; k < numbers; k += kLine) __builtin_prefetch(row + k);
+template <class T>
+void fetch(const T* row, int64_t numbers) {
+    for (int64_t k = 0; k < numbers; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + k);
 }
 
 // The parts that the keys of a sequence are taken in, of `most` that there is room for.
@@ -487,16 +492,17 @@ int64_t key_parts(int64_t keys, int64_t most) {
 // [B, G, N]; sizes B, H, N, K, V, G; flags: P. A part reads whole rows of a cache one after another, the numbers of all
 // heads, as memory is read fastest; values are fetched while their keys are read. The room of a head holds the weighted sum
 // of V values, the largest score, the sum of the weights, and scores.
-void attend(const Instruction& in) {
+template <class T>
+void attend(const Instruction& in, const T* keys, const T* values) {
     constexpr int64_t kKeys = SEQARCH_ATTEND_KEYS;
     const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), G = in.size(5), sharing = H / G;
     const int64_t parts = key_parts(N, in.i.flags), key_row = in.stride(2, 2), value_row = in.stride(3, 2);
     const float scale = static_cast<float>(in.i.factor);
-    const auto at = [&](int v, int64_t b, int64_t h) { return in.data(v) + b * in.stride(v, 0) + h * in.stride(v, 1); };
+    const auto place = [&](int v, int64_t b, int64_t h) { return b * in.stride(v, 0) + h * in.stride(v, 1); };
     const Range own = share(in.size(0) * parts, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         const int64_t b = t / parts, p = t % parts, end = N * (p + 1) / parts;
-        const auto room = [&](int64_t h) { return at(0, p, b) + h * in.stride(0, 2); };
+        const auto room = [&](int64_t h) { return in.data(0) + place(0, p, b) + h * in.stride(0, 2); };
         for (int64_t h = 0; h < H; ++h) {
             std::fill_n(room(h), V, 0.0f);
             room(h)[V] = -std::numeric_limits<float>::infinity();
@@ -506,8 +512,9 @@ void attend(const Instruction& in) {
             const int64_t n = std::min(kKeys, end - first);
             for (int64_t j = first; j < first + n; ++j)
                 for (int64_t g = 0; g < G; ++g) {
-                    fetch(at(3, b, g) + j * value_row, V);
-                    products_of_all(sharing, K, at(2, b, g) + j * key_row, at(1, b, g * sharing), in.stride(1, 1),
+                    fetch(values + place(3, b, g) + j * value_row, V);
+                    const float* query = in.data(1) + place(1, b, g * sharing);
+                    products_of_all(sharing, K, keys + place(2, b, g) + j * key_row, query, in.stride(1, 1),
                                     [&](int64_t i, float sum) { room(g * sharing + i)[V + 2 + j - first] = scale * sum; });
                 }
             for (int64_t h = 0; h < H; ++h) {
@@ -525,10 +532,17 @@ void attend(const Instruction& in) {
 #pragma omp simd reduction(+ : sum)
                 for (int64_t j = 0; j < n; ++j) sum += score[j];
                 total += sum;
-                add_weighted(n, V, score, at(3, b, h / sharing) + first * value_row, value_row, sums);
+                add_weighted(n, V, score, values + place(3, b, h / sharing) + first * value_row, value_row, sums);
             }
         }
     }
+}
+
+void attend(const Instruction& in) {
+    if (in.views[2].dtype == SEQARCH_BFLOAT16)
+        attend(in, static_cast<const bfloat16*>(in.views[2].data), static_cast<const bfloat16*>(in.views[3].data));
+    else
+        attend<float>(in, in.data(2), in.data(3));
 }
 
 // What the parts of attention come to. Views o [B, H], room [P, B, H]; sizes B, H, N, V; flags: P.
@@ -559,7 +573,10 @@ int32_t look_up(const Instruction& in) {
     for (int64_t r = 0; r < in.size(0); ++r) {
         const int64_t row = static_cast<const int64_t*>(in.views[1].data)[r * in.stride(1, 0)];
         if (row < 0 || row >= in.size(2)) return SEQARCH_BAD_ARGUMENT;
-        std::copy_n(in.data(2) + row * in.size(1), in.size(1), in.data(0) + r * in.stride(0, 0));
+        float* to = in.data(0) + r * in.stride(0, 0);
+        with_type_of(in.views[2], [&](const auto* weight) {
+            for (int64_t d = 0; d < in.size(1); ++d) to[d] = static_cast<float>(load(weight[row * in.size(1) + d]));
+        });
     }
     return SEQARCH_OK;
 }

@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 20
+#define SEQARCH_INTERFACE 21
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -184,8 +184,8 @@ typedef struct {
 SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, int32_t num_threads);
 
 /* One token through a tape: a list of instructions, in their order and in one call, for models whose token costs as many
- * calls as it has operations, each of which is short. All numbers are float32 but for weights of MAP and, in ELEMENTWISE,
- * the views whose bit is set in the flags, which are float64 and make all of it be computed so.
+ * calls as it has operations, each of which is short. All numbers are float32, but for weights of MAP, and for those that
+ * ELEMENTWISE, ATTEND and LOOKUP read or write as the type that their view names.
  *
  * A view is a place and strides, in numbers, of the dimensions that the instruction names; a pointer may be NULL where
  * brackets say so. Sizes come in the order below.
@@ -194,7 +194,8 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
  *                                                            gaps, of the dtype in the flags; or, with flags
  *                                                            SEQARCH_INT8 or SEQARCH_INT4, codes, and after the bias
  *                                                            scales, as seqarch_quantized_linear, with a size of groups
- *   ELEMENTWISE       outputs, inputs                        steps on numbers of five dimensions; see seqarch_step
+ *   ELEMENTWISE       outputs, inputs                        steps on numbers of five dimensions; see seqarch_step;
+ *                                                            computed in float64 if flags, otherwise in float32
  *   REDUCE            y [3], x [3 + 2]                       factor times the sum over the last two of five sizes, or the
  *                                                            largest (flags 1) or least (2)
  *   PRODUCT           y, a, b                                y [s, t, M, N] = a [s, t, M, K] b [s, t, K, N];
@@ -210,10 +211,10 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
  *   ATTEND            room [P, B, H], q [B, H], k, v [B, G, N]  softmax attention of one query a head, times factor, on
  *                                                            up to P parts of the keys; room for V + 2 +
  *                                                            SEQARCH_ATTEND_KEYS numbers; sizes B, H, N, K, V, G;
- *                                                            flags: P
+ *                                                            flags: P; k and v float32, or both bfloat16
  *   ATTEND_JOIN       o [B, H], room [P, B, H]               what its parts come to; sizes B, H, N, V; flags: P
  *   LOOKUP            y [R], index [R], weight               y[r] = weight[index[r]]; the index is int64, the weight
- *                                                            [V, D] without gaps; sizes R, D, V
+ *                                                            [V, D] without gaps, float32 or bfloat16; sizes R, D, V
  *   ARGMAX            y [R], x [R]                           the place of the largest number of a row, the first of
  *                                                            equals or of NaN, as float64; sizes R, V
  *
@@ -237,9 +238,12 @@ enum {
 };
 enum { SEQARCH_IDENTITY = 0, SEQARCH_SILU = 1, SEQARCH_SIGMOID = 3 }; /* activations of seqarch_rms_norm_forward */
 
+enum { SEQARCH_INT64 = 5 /* the type of a view, beside those of all numbers */ };
+
 typedef struct {
     void* data;
     int64_t strides[5];
+    int64_t dtype;
 } seqarch_view;
 
 /* A source (a, b, c) is an input, from 0 on, or after these the result of a step before. After the `count` steps of an
@@ -249,10 +253,9 @@ typedef struct {
     double number, other;
 } seqarch_step;
 
-/* `views` and `steps` are where those of the instruction begin in the tape's lists. A view of an elementwise instruction
- * is of float64 where its bit is set in the flags, and of int64 where it is set in `whole` too. */
+/* `views` and `steps` are where those of the instruction begin in the tape's lists. */
 typedef struct {
-    int32_t kind, flags, views, steps, outputs, inputs, count, whole;
+    int32_t kind, flags, views, steps, outputs, inputs, count;
     double factor;
     int64_t sizes[6];
 } seqarch_tape_instruction;

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from seqarch.decoding.calls import Call, Called, Changing, Seen
 from seqarch.ops.native.tape import MOST_REGISTERS, Step, Tape
 from seqarch.ops.native.view import Amount, Buffer, Unserved, View
 
@@ -62,8 +63,8 @@ def is_wide(node: fx.Node) -> bool:
 
 
 WHOLE = (torch.int64, torch.int32)
-FLOATS = (torch.float32, torch.float64, torch.bool)
-"""What a tape computes with; truth is 0 or 1 there."""
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.bool)
+"""What a tape computes with; truth is 0 or 1 there, and bfloat16 is float32: only what is stored is rounded."""
 
 
 @dataclass
@@ -97,39 +98,6 @@ class Group:
 
     def affine(self, a: int, number: float = 1.0, other: float = 0.0) -> int:
         return self.step("affine", a, number=number, other=other)
-
-
-@dataclass(frozen=True)
-class Called:
-    """The value of a node that torch computes among the instructions: it is known while they run."""
-
-    node: fx.Node
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Numbers of the tape that torch sees as a tensor, in place unless they are truths."""
-
-    view: View
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Changing:
-    """A whole number that follows from sizes of the state: torch sees what it is at this token."""
-
-    amount: Amount
-
-
-@dataclass(frozen=True)
-class Call:
-    """A node that torch runs after ``after`` instructions of the tape; its arguments may be the three above."""
-
-    after: int
-    node: fx.Node
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -216,7 +184,12 @@ class Lowering:
         if isinstance(leaf.meta["val"], torch.SymInt):
             return "amount", amount(leaf)
         value = self.values.get(leaf)
-        is_kept = before is not None and before.whole and isinstance(value, View) and value.sizes == before.sizes
+        is_kept = (
+            before is not None
+            and before.dtype == torch.int64
+            and isinstance(value, View)
+            and value.sizes == before.sizes
+        )
         if isinstance(value, Called) or (leaf not in self.main and not is_kept):
             return "torch", leaf
         view = self.view(leaf)
@@ -266,7 +239,12 @@ class Lowering:
                 return size if isinstance(size, int) else Changing(size)
             return Seen(value, each.meta["val"].dtype) if isinstance(value, View) else Called(each)
 
-        args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+        given: Any = fx.map_arg((node.args, node.kwargs), operand)
+        args, kwargs = given
+        declared = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else []
+        for argument, own in zip(args, declared, strict=False):
+            if own.is_write and isinstance(argument, Seen) and argument.dtype != argument.view.dtype:
+                raise Unserved(f"{node.target} writes to {argument.dtype} that the tape has as {argument.view.dtype}")
         self.calls.append(Call(len(self.tape.instructions), node, args, kwargs, reason))
         self.values[node] = Called(node)
 
@@ -311,17 +289,22 @@ class Lowering:
         return self.tensor_of(node)
 
     def read(self, node: Any) -> View:
-        """Where a tensor lies, computed by now: for an instruction that reads it."""
+        """Where a tensor lies, computed by now: for an instruction that reads it as it is stored."""
         view = self.view(node)
         if self.group is not None and view.buffer in self.group.buffers:
             self.close()
         return view
 
-    def reads(self, *nodes: Any) -> list[Any]:
+    def stored(self, *nodes: Any) -> list[Any]:
         """Of each where it lies, ``None`` of ``None``; then all that was in the making is written."""
         views = [None if node is None else self.read(node) for node in nodes]
         self.close()
         return views
+
+    def reads(self, *nodes: Any) -> list[Any]:
+        """The same for instructions that do not take bfloat16: of that a copy in float32."""
+        views = self.stored(*nodes)
+        return [self.tape.copy(v) if v is not None and v.dtype == torch.bfloat16 else v for v in views]
 
     def elementwise(self, node: fx.Node, write: Callable[[Group], int]) -> None:
         """``node`` is what ``write`` makes of the group that it is given, number by number."""

@@ -17,12 +17,18 @@ BATCH, TOKENS, HEADS = (0,), (0, 1), (0, 1, 2)
 """Dimensions whose strides an instruction reads."""
 
 
-def _state(low: Lowering, node: Any, by: fx.Node) -> View:
-    """The state that an instruction replaces in place."""
+def _state(low: Lowering, node: Any, by: fx.Node) -> tuple[View, View]:
+    """What an instruction replaces in place: the state itself, or a copy where that is of bfloat16; and the state."""
     view = low.replaces(node, by)
     if view.buffer.kind != "state" or not view.is_dense(view.rank):
         raise Unserved(f"{by.target} goes on from a state that is computed")
-    return view
+    return low.tape.copy(view) if view.dtype == torch.bfloat16 else view, view
+
+
+def _keep(low: Lowering, held: View, state: View) -> None:
+    """An instruction has replaced ``held``: the state is that."""
+    if held is not state:
+        low.tape.copy(held, state)
 
 
 def _check_single(node: fx.Node, view: View, offsets: Any) -> None:
@@ -41,12 +47,13 @@ def _convolution(low: Lowering, node: fx.Node) -> None:
         raise Unserved("a convolution has no state")
     x, weight, bias = low.reads(x, weight, bias)
     _check_single(node, x, offsets)
-    held = _state(low, state, node)
+    held, kept = _state(low, state, node)
     (x, bias), (weight,) = _dense(low, 1, x, bias), _dense(low, 2, weight)
     y = low.tape.value(x.sizes)
     operands = [(y, BATCH), (x, BATCH), (weight, ()), None if bias is None else (bias, ()), (held, BATCH)]
     low.tape.write("convolution", operands, [x.sizes[0], x.sizes[2], weight.sizes[1]], int(silu))  # type: ignore[call-overload]
-    low.values[node] = [y, held]
+    _keep(low, held, kept)
+    low.values[node] = [y, kept]
 
 
 @lowers(own.selective_scan.default)
@@ -56,7 +63,7 @@ def _scan(low: Lowering, node: fx.Node) -> None:
     _check_single(node, x, offsets)
     if keep or B.sizes[2] != 1:
         raise Unserved("a scan has groups, or keeps what its gradient needs")
-    held = _state(low, state, node)
+    held, kept = _state(low, state, node)
     (x, dt, B, C, z, D, dt_bias), (A,) = _dense(low, 1, x, dt, B, C, z, D, dt_bias), _dense(low, 2, A)
     y = low.tape.value(x.sizes)
     by_row = {id(each) for each in (x, dt, B, C, z)}
@@ -66,7 +73,8 @@ def _scan(low: Lowering, node: fx.Node) -> None:
     ]
     flags = int(softplus) + 2 * int(scale_input)  # type: ignore[call-overload]
     low.tape.write("scan", [(y, BATCH), *operands, (held, BATCH)], held.sizes, flags)
-    low.values[node] = [y, held, None]
+    _keep(low, held, kept)
+    low.values[node] = [y, kept, None]
 
 
 @lowers(own.linear_attention.default)
@@ -86,7 +94,7 @@ def _recurrence(low: Lowering, node: fx.Node, kind: str, tensors: Any, others: A
     q, k, v, decay, *others = low.reads(*tensors, *others)
     if offsets is not None:
         raise Unserved(f"{node.target} takes packed sequences")
-    held = _state(low, state, node)
+    held, kept = _state(low, state, node)
     q, k, v = _dense(low, 1, q, k, v)
     batch, steps, heads, width = v.sizes
     varies = 0
@@ -99,14 +107,16 @@ def _recurrence(low: Lowering, node: fx.Node, kind: str, tensors: Any, others: A
     operands += [None if each is None else (each, HEADS) for each in others]
     sizes = [batch, steps, heads, q.sizes[3], width, q.sizes[2]]
     low.tape.write(kind, operands, sizes, varies, number(scale))
-    low.values[node] = [o, held]
+    _keep(low, held, kept)
+    low.values[node] = [o, kept]
 
 
 @lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
 def _attend(low: Lowering, node: fx.Node) -> None:
     if node.args[3:] not in ((), (0.0,), (0.0, False)) or node.kwargs.get("attn_mask") is not None:
         raise Unserved("attention has dropout or a mask")
-    q, k, v = low.reads(*node.args[:3])
+    (q,), (k, v) = low.reads(node.args[0]), low.stored(*node.args[1:3])
+    k, v = (k, v) if k.dtype == v.dtype else low.reads(*node.args[1:3])
     batch, heads, queries, width = q.sizes
     if k.strides[3] != 1 or v.strides[3] != 1:
         raise Unserved("attention has keys or values with gaps")
@@ -123,7 +133,9 @@ def _attend(low: Lowering, node: fx.Node) -> None:
     parts = max(1, MOST_PARTS // batch)
     room = low.tape.value((parts, *read.sizes[:2], v.sizes[3] + 2 + KEYS_AT_A_TIME))
     sizes = [batch, heads * queries, k.sizes[2], width, v.sizes[3], k.sizes[1]]
-    low.tape.write("attend", [(room, HEADS), (flat, TOKENS), (k, HEADS), (v, HEADS)], sizes, parts, factor)
+    low.tape.write(
+        "attend", [(room, HEADS), (flat, TOKENS), (k, HEADS), (v, HEADS)], sizes, parts, factor, stored=(2, 3)
+    )
     low.tape.write("attend_join", [(read, TOKENS), (room, HEADS)], [*sizes[:3], v.sizes[3]], parts)
     low.values[node] = [o, None]
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from seqarch.decoding.calls import Changing, Seen
 from seqarch.decoding.form import numbers_of, with_leaves
-from seqarch.decoding.lowering import Changing, Lowered, Seen
+from seqarch.decoding.lowering import Lowered
 from seqarch.ops.native.tape import Tape
 from seqarch.ops.native.view import Amount
 

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from seqarch.decoding import elementwise, operations, reductions, shapes  # noqa: F401  (fill RULES)
+from seqarch.decoding.calls import Call, Called, Changing, Seen
 from seqarch.decoding.form import form_of, is_plain, leaves_of, numbers_of
-from seqarch.decoding.lowering import Call, Called, Changing, Lowering, Seen, is_wide, shape_of
+from seqarch.decoding.lowering import Lowering, is_wide, shape_of
 from seqarch.decoding.parts import Leaves, Part, part_of, scopes_of
 from seqarch.decoding.watch import Watch
 from seqarch.decoding.whole_numbers import lower_whole
@@ -35,13 +36,14 @@ class Program:
         modules: all that take part.
 
     Raises:
-        Unserved: there are none: a parameter is not float32, a module has hooks, a state has gaps.
+        Unserved: there are none: a parameter is neither float32 nor bfloat16, a module has hooks, a state has gaps.
     """
 
     def __init__(self, steps: Sequence[Captured], modules: Iterable[nn.Module], x: Tensor, states: Sequence[Any]):
         self.watch = Watch(modules)
         self.tape = tape = Tape(self.watch.take)
-        self.input = here = replace(tape.value(x.shape, x.dtype == torch.int64), whole=x.dtype == torch.int64)
+        is_whole = x.dtype == torch.int64
+        self.input = here = replace(tape.value(x.shape, is_whole), dtype=torch.int64 if is_whole else torch.float32)
         outputs, count = list(map(_output_sizes, steps)), 0
         rooms = {sizes: (tape.value(sizes), tape.value(sizes)) for sizes in outputs}
         kept, leaves = tape.used, list(map(leaves_of, states))
@@ -60,7 +62,7 @@ class Program:
             lowered = lowering.lower(here, views)
             here = tape.copy(lowered.output, rooms[outputs[i]][i % 2])
             self.parts.append(part_of(captured, lowered, scope_of[i], own))
-        self.output = here
+        self.output, self.dtype = here, _output_of(steps[-1]).dtype
         for number, scope in enumerate(self.scopes):
             scope.close(tape, number, self.parts)
         tape.wanted = lines(self.watch.objects())
@@ -93,7 +95,7 @@ class Program:
         workspace.begin(run.states, amounts)
         workspace.tensor(self.input).copy_(x)
         after = self._run(run, states)
-        y = workspace.tensor(self.output).clone()
+        y = workspace.tensor(self.output).to(self.dtype, copy=True)
         self._workspaces.append(workspace)
         return y, after
 
@@ -196,16 +198,20 @@ def _output_sizes(captured: Captured) -> tuple[Amount, ...]:
     return shape_of(list(captured.graph.nodes)[-1].args[0][0])  # type: ignore[index, arg-type]
 
 
+def _output_of(captured: Captured) -> Tensor:
+    return list(captured.graph.nodes)[-1].args[0][0].meta["val"]  # type: ignore[index, union-attr]
+
+
 def _state_view(leaf: Tensor, node: fx.Node, number: int) -> View:
     if not is_plain(leaf) or leaf.dtype not in STATES:
         raise Unserved(f"a tensor of the state is {leaf.dtype} on {leaf.device}, has gaps, or wants gradients")
     sizes = shape_of(node)
-    wide, whole = leaf.dtype in (torch.float64, torch.int64), leaf.dtype == torch.int64
-    return View(Buffer("state", number), 0, sizes, side_by_side(sizes), wide, whole)
+    dtype = leaf.dtype if leaf.dtype in STATES[:4] else torch.float32
+    return View(Buffer("state", number), 0, sizes, side_by_side(sizes), dtype)
 
 
 STATES = (
-    *(torch.float32, torch.float64, torch.int64),
+    *(torch.float32, torch.float64, torch.int64, torch.bfloat16),
     *(torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 """Of tensors in a state; those of the second line are torch's alone."""

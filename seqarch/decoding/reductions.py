@@ -87,13 +87,14 @@ def _matrix_product(low: Lowering, node: fx.Node) -> None:
     bias, *factors = node.args if node.target is aten.addmm.default else (None, *node.args)
     if node.kwargs:
         raise Unserved(f"{node.target} has factors")
-    x, weight, add = low.reads(*factors, bias)
+    (x, add), (weight,) = low.reads(factors[0], bias), low.stored(factors[1])
     to = low.tape.value(shape_of(node))
     weight = weight.permuted((1, 0))
     if _is_map(x, weight, add):
         low.tape.map(to, x, weight, add)
     else:
-        low.tape.product(to, x, weight.permuted((1, 0)))
+        (weight,) = low.reads(factors[1])
+        low.tape.product(to, x, weight)
         if add is not None:
             low.tape.elementwise([to], [to, add.expanded(to.sizes)], [Step("add", 0, 1, number=1.0)], [-1])
     low.values[node] = to
@@ -101,13 +102,13 @@ def _matrix_product(low: Lowering, node: fx.Node) -> None:
 
 def _is_map(x: View, weight: View, bias: View | None) -> bool:
     """Whether a kernel takes them that reads the weights once, in order."""
-    beside = bias is None or (bias.rank == 1 and bias.is_dense(1) and bias.buffer.kind == "parameter")
+    beside = bias is None or (bias.rank == 1 and bias.is_dense(1))
     return weight.buffer.kind == "parameter" and weight.is_dense(2) and x.is_dense(1) and beside
 
 
 @lowers(torch.ops.seqarch.linear.default)
 def _linear(low: Lowering, node: fx.Node) -> None:
-    x, weight, bias = low.reads(*node.args)
+    (x, bias), (weight,) = low.reads(node.args[0], node.args[2]), low.stored(node.args[1])
     flat = rows(low.tape.dense(x, 1)) or rows(low.tape.copy(x))
     to = low.tape.value(shape_of(node))
     target = rows(to)
@@ -128,8 +129,8 @@ def _quantized_linear(low: Lowering, node: fx.Node) -> None:
     target = rows(to)
     assert flat is not None
     assert target is not None
-    if bias is not None and not (bias.is_dense(1) and bias.buffer.kind == "parameter"):
-        raise Unserved("a map has a bias that is computed")
+    if bias is not None and not bias.is_dense(1):
+        raise Unserved("a map has a bias with gaps")
     low.tape.quantized_map(target, flat, codes, scales, bias)
     low.values[node] = to
 

@@ -169,7 +169,7 @@ def _run(numbers: list[int]) -> int:
 
 @lowers(aten.copy_.default)
 def _write(low: Lowering, node: fx.Node) -> None:
-    to, view = low.reads(node.args[0], node.args[1])
+    to, view = low.stored(node.args[0], node.args[1])
     if to.buffer.kind == "parameter":
         raise Unserved("it writes to a parameter or a buffer of its own")
     low.tape.copy(view, to)

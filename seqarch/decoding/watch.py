@@ -17,8 +17,9 @@ WATCHED = (Tensor, nn.Module, bool, int, float, str)
 """What a module's forward pass may depend on."""
 
 
-TAKEN = (torch.float32, torch.int8, torch.uint8, torch.int16)
-"""Of parameters: float32, and codes and scales of quantised weights, whose instructions alone read whole numbers."""
+TAKEN = (torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int16)
+"""Of parameters: float32, bfloat16, and codes and scales of quantised weights; their instructions alone read whole
+numbers."""
 
 
 class Watch:

@@ -11,7 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from seqarch.decoding.lowering import RULES, WHOLE, Lowering, amount, is_tensor, is_wide, lowers, number, shape_of
+from seqarch.decoding.lowering import (
+    FLOATS,
+    RULES,
+    WHOLE,
+    Lowering,
+    amount,
+    is_tensor,
+    is_wide,
+    lowers,
+    number,
+    shape_of,
+)
 from seqarch.decoding.shapes import rows
 from seqarch.ops.native.view import Unserved, View, fixed, numel
 
@@ -31,7 +42,9 @@ def lower_whole(low: Lowering, inputs: Sequence[View | None]) -> None:
         inputs: where the input and the state's leaves lie; those of whole numbers are read.
     """
     places = [node for node in low.nodes if node.op == "placeholder"]
-    low.values |= {node: view for node, view in zip(places, inputs, strict=True) if view is not None and view.whole}
+    low.values |= {
+        node: view for node, view in zip(places, inputs, strict=True) if view is not None and view.dtype == torch.int64
+    }
     constant = _constants(low)
     wanted = _wanted(low)
     for node in low.nodes:
@@ -89,7 +102,7 @@ def _written(low: Lowering, node: fx.Node, constant: set[fx.Node]) -> View:
 def _check_exact(node: fx.Node) -> None:
     """Raise unless float64 gives what torch gives of whole numbers."""
     value: Tensor = node.meta["val"]
-    if value.dtype not in (torch.float32, torch.float64, torch.bool, torch.int64):
+    if value.dtype not in (*FLOATS, torch.int64):
         raise Unserved(f"it is {value.dtype}")
     name = str(node.target).split(".")[1]
     if value.dtype in WHOLE and name.startswith("mul"):
@@ -100,9 +113,9 @@ def _check_exact(node: fx.Node) -> None:
 
 @lowers(aten.embedding.default)
 def _look_up(low: Lowering, node: fx.Node) -> None:
-    weight, index = low.reads(*node.args[:2])
+    weight, index = low.stored(*node.args[:2])
     flat = index.reshaped((numel(index.sizes),))
-    if not index.whole or flat is None or weight.buffer.kind != "parameter" or not weight.is_dense(2):
+    if index.dtype != torch.int64 or flat is None or weight.buffer.kind != "parameter" or not weight.is_dense(2):
         raise Unserved("rows are chosen by a computed index, or from numbers that are computed")
     low.values[node] = to = low.tape.value(shape_of(node))
     target = rows(to)

@@ -96,7 +96,7 @@ class GreedyToken:
             and all(part is None or is_plain(part) for part in (stack, *_first(model), *_last(model)))
             and stack.schedule is in_turn
             and model.config.vocab_size <= MOST_TOKENS
-            and OneToken.serves(tokens.unsqueeze(1), torch.int64)
+            and OneToken.serves(tokens.unsqueeze(1), (torch.int64,))
         )
 
     def _layers(self, model: LanguageModel) -> list[Any]:

@@ -148,8 +148,8 @@ class OneToken:
         return pieces
 
     @staticmethod
-    def serves(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-        """Whether a program may run: one token of a few rows, on a CPU, in float32, without gradients, unobserved.
+    def serves(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> bool:
+        """Whether a program may run: one token of a few rows, on a CPU, in such a dtype, without gradients, unobserved.
 
         Whoever chose or records backends, or looks at torch's calls otherwise, sees the layers run in torch.
         """
@@ -157,7 +157,7 @@ class OneToken:
             x.shape[1] == 1
             and 0 < x.shape[0] <= MOST_ROWS
             and type(x) is Tensor
-            and x.dtype == dtype
+            and x.dtype in dtypes
             and x.device.type == "cpu"
             and not torch.is_grad_enabled()
             and is_eager(x.device)

@@ -56,6 +56,18 @@ def test_the_tokens_are_those_of_the_logits(options: dict[str, Any], monkeypatch
     assert len(runs) == 11
 
 
+def test_bfloat16_takes_the_likeliest_of_float32(monkeypatch: pytest.MonkeyPatch):
+    model, runs, run = make(pattern="gated_delta_net attention/swiglu").bfloat16(), [], Program.run
+    monkeypatch.setattr(Program, "run", lambda *given: runs.append(1) or run(*given))
+    found = model.generate(PROMPTS, 12)
+    assert len(runs) == 11
+    wide = copy.deepcopy(model).float()
+    for row in found:
+        logits = wide(row[None, :-1])[0][0, -12:]
+        chosen = logits.gather(-1, row[-12:, None])[:, 0]
+        assert (logits.amax(-1) - chosen).max() < 0.02 * logits.std()
+
+
 def test_logits_that_are_none_are_an_error():
     model = make()
     model.generate(PROMPTS, 3)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,56 +16,14 @@ from seqarch import ops
 from seqarch.decoding.alike import are_alike
 from seqarch.decoding.capture import capture
 from seqarch.decoding.program import Program
-from seqarch.layers import MIXERS, clone_state
+from seqarch.layers import clone_state
 from seqarch.layers.state_space.mamba import Mamba
-from seqarch.models import LanguageModel, LMConfig, Stack, StackConfig
-from seqarch.ops.native import cpu_library
+from seqarch.models import LanguageModel, LMConfig, Stack
 from seqarch.testing import assert_close
+from tests.support.one_token import CAPTURED, Runs, in_torch, make
 from tests.support.paths import ROOT
 
 BOUND = 3e-6
-
-
-@dataclass
-class Runs:
-    """How many programs ran."""
-
-    count: int = 0
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    if (reason := cpu_library.unavailable()) is not None:
-        pytest.skip(f"no program runs: {reason}")
-    runs, run = Runs(), Program.run
-
-    def counted(*arguments: object) -> object:
-        runs.count += 1
-        return run(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Program, "run", counted)
-    return runs
-
-
-@pytest.fixture(params=cpu_library.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    with cpu_library.use_isa(request.param):
-        yield
-
-
-def make(pattern: str = "mamba", depth: int = 2, width: int = 96, **options: object) -> Stack:
-    torch.manual_seed(0)
-    stack = Stack(StackConfig(d_model=width, pattern=pattern, depth=depth, **options))  # type: ignore[arg-type]
-    with torch.no_grad():
-        for name, parameter in stack.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    return stack
-
-
-def in_torch(stack: Stack, x: Tensor, state: object) -> tuple[Tensor, object]:
-    with ops.record_backends():  # whoever looks at operations sees them
-        return stack(x, state)
 
 
 @torch.no_grad()
@@ -89,10 +45,6 @@ def compare(stack: Stack, rows: int, runs: Runs, programs: int = 1, tokens: int 
                 assert_close(own, theirs, BOUND, "state")
             elif not isinstance(own, Tensor):
                 assert own == theirs
-
-
-CAPTURED = tuple(name for name in MIXERS if name not in ("hyena", "nsa"))
-"""A step of ``hyena`` compares filters by their values; ``nsa`` pads by a length, which torch does not capture."""
 
 
 @pytest.mark.parametrize("name", CAPTURED)
@@ -320,8 +272,8 @@ def test_calls_that_programs_do_not_serve(runs: Runs):
             stack(x, clone_state(state))
         with torch.autocast("cpu"):
             stack(x, clone_state(state))
-        narrow = make().bfloat16()
-        narrow(x.bfloat16(), narrow.init_state(1))
+        narrow = make().half()
+        narrow(x.half(), narrow.init_state(1))
     assert runs.count == 0
 
 

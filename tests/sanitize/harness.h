@@ -37,6 +37,7 @@ class Numbers {
     }
     void* data() const { return bytes_.get(); }
     int64_t count() const { return count_; }
+    int32_t dtype() const { return dtype_; }
     void set(int64_t i, double value) const {
         const float narrow = static_cast<float>(value);
         if (dtype_ == SEQARCH_FLOAT64) reinterpret_cast<double*>(data())[i] = value;

@@ -21,7 +21,7 @@ void quantized_linear(Random& random) {
     refuses({rows, depth, width, groups}, {}, call, "quantized_linear took a wrong size");
     require(call({rows, depth, width, groups}, nullptr) == SEQARCH_OK, "quantized_linear refused");
     all_written(y, "quantized_linear y");
-    seqarch_tape_instruction map{SEQARCH_MAP, format, 0, 0, 0, 0, 0, 0, 1.0, {rows, depth, width, groups, 1, 1}};
+    seqarch_tape_instruction map{SEQARCH_MAP, format, 0, 0, 0, 0, 0, 1.0, {rows, depth, width, groups, 1, 1}};
     const seqarch_view views[] = {{again.data(), {width, 1, 0, 0, 0}}, {x.data(), {depth, 0, 0, 0, 0}},
                                   {codes.get(), {}}, {const_cast<void*>(b), {}}, {scales.data(), {}}};
     seqarch_tape tape{&map, views, nullptr, nullptr, 1, 0};

@@ -4,7 +4,7 @@ namespace {
 
 // A view of numbers without gaps: the strides of up to five sizes.
 seqarch_view view(const Numbers& numbers, std::initializer_list<int64_t> sizes) {
-    seqarch_view found{numbers.data(), {0, 0, 0, 0, 0}};
+    seqarch_view found{numbers.data(), {0, 0, 0, 0, 0}, numbers.dtype()};
     int64_t step = 1;
     for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
         found.strides[d] = step;
@@ -14,7 +14,7 @@ seqarch_view view(const Numbers& numbers, std::initializer_list<int64_t> sizes) 
 }
 
 seqarch_tape_instruction instruction(int32_t kind, std::initializer_list<int64_t> sizes, int32_t flags = 0) {
-    seqarch_tape_instruction found{kind, flags, 0, 0, 0, 0, 0, 0, 0.5, {1, 1, 1, 1, 1, 1}};
+    seqarch_tape_instruction found{kind, flags, 0, 0, 0, 0, 0, 0.5, {1, 1, 1, 1, 1, 1}};
     std::copy(sizes.begin(), sizes.end(), found.sizes);
     return found;
 }
@@ -49,13 +49,15 @@ void tape(Random& random) {
     const int64_t keys = random.pick({1, 8, 33}), values = random.pick({1, 8, 70}), tokens = random.pick({1, 5, 64, 130});
     const auto numbers = [&](int64_t count) { return Numbers(SEQARCH_FLOAT32, count, random); };
     const auto empty = [](int64_t count) { return Numbers(SEQARCH_FLOAT32, count); };
+    const int32_t half = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16}));
     const Numbers x = numbers(rows * width), weight = numbers(channels * width), bias = numbers(channels);
-    const seqarch_view none{nullptr, {0, 0, 0, 0, 0}};
+    const Numbers stored(half, channels * width, random);
+    const seqarch_view none{nullptr, {0, 0, 0, 0, 0}, SEQARCH_FLOAT32};
     const seqarch_view added = random.coin() ? view(bias, {}) : none;
 
     const Numbers mapped = empty(rows * channels);
-    check(instruction(SEQARCH_MAP, {rows, width, channels}, SEQARCH_FLOAT32),
-          {view(mapped, {rows, channels}), view(x, {rows, width}), view(weight, {}), added}, threads);
+    check(instruction(SEQARCH_MAP, {rows, width, channels}, half),
+          {view(mapped, {rows, channels}), view(x, {rows, width}), view(stored, {}), added}, threads);
     all_written(mapped, "run_tape map");
     if (threads > 1 && random.coin()) {  // large enough for several threads
         const Numbers wide_x = numbers(rows * 1024), wide_weight = numbers(300 * 1024), wide_y = empty(rows * 300);
@@ -65,16 +67,18 @@ void tape(Random& random) {
         all_written(wide_y, "run_tape wide map");
     }
 
-    const Numbers y = empty(rows * channels), wide(SEQARCH_FLOAT64, rows * channels);
+    const Numbers y = empty(rows * channels), other(random.coin() ? SEQARCH_FLOAT64 : half, rows * channels);
     const std::vector<seqarch_step> steps = {{SEQARCH_SILU_OF, 0, -1, -1, 0, 0}, {SEQARCH_MULTIPLY, 1, 0, -1, 0, 0},
                                              {SEQARCH_COPY, 2, -1, -1, 0, 0}, {SEQARCH_COPY, 1, -1, -1, 0, 0}};
-    seqarch_tape_instruction gate = instruction(SEQARCH_ELEMENTWISE, {1, 1, 1, rows, channels}, random.coin() ? 2 : 0);
-    gate.outputs = 1 + (gate.flags != 0), gate.inputs = 1, gate.count = 2;
+    seqarch_tape_instruction gate = instruction(SEQARCH_ELEMENTWISE, {1, 1, 1, rows, channels}, random.coin());
+    gate.outputs = 2, gate.inputs = 1, gate.count = 2;
     const seqarch_view from = view(mapped, {1, 1, 1, rows, channels}), to = view(y, {1, 1, 1, rows, channels});
-    const seqarch_view to_wide = view(wide, {1, 1, 1, rows, channels});
-    check(gate, gate.flags ? std::vector<seqarch_view>{to, to_wide, from} : std::vector<seqarch_view>{to, from}, threads,
-          steps);
+    check(gate, {to, view(other, {1, 1, 1, rows, channels}), from}, threads, steps);
     all_written(y, "run_tape elementwise");
+    all_written(other, "run_tape elementwise to another type");
+    gate.outputs = 1, gate.count = 1;
+    check(gate, {to, view(other, {1, 1, 1, rows, channels})}, threads, steps);
+    all_written(y, "run_tape elementwise from another type");
     gate.count = 40;
     require(run(gate, {to, from}, steps, threads) != SEQARCH_OK, "run_tape took too many steps");
 
@@ -97,7 +101,8 @@ void tape(Random& random) {
 
     std::vector<int64_t> chosen(rows, channels - 1);
     const Numbers found = empty(rows * width), places(SEQARCH_FLOAT64, rows);
-    const std::vector<seqarch_view> looked = {view(found, {rows, width}), {chosen.data(), {1, 0, 0, 0, 0}}, view(weight, {})};
+    const seqarch_view index{chosen.data(), {1, 0, 0, 0, 0}, SEQARCH_INT64};
+    const std::vector<seqarch_view> looked = {view(found, {rows, width}), index, view(stored, {})};
     check(instruction(SEQARCH_LOOKUP, {rows, width, channels}), looked, threads);
     all_written(found, "run_tape lookup");
     chosen[0] = random.coin() ? -1 : channels;
@@ -144,7 +149,8 @@ void tape(Random& random) {
           threads);
 
     const Numbers answer = empty(rows * heads * values), query = numbers(rows * heads * keys);
-    const Numbers cached = numbers(rows * groups * tokens * keys), written = numbers(rows * groups * tokens * values);
+    const Numbers cached(half, rows * groups * tokens * keys, random);
+    const Numbers written(half, rows * groups * tokens * values, random);
     const int64_t parts = random.pick({1, 2, 16}), own = values + 2 + SEQARCH_ATTEND_KEYS;
     const Numbers partial = numbers(parts * rows * heads * own);
     const seqarch_view room = view(partial, {parts, rows, heads, own});

@@ -31,6 +31,7 @@ CODES = (
     *("log", "log1p", "expm1", "sin", "cos", "erf", "floor", "sign", "remainder"),
 )
 REDUCTIONS = ("sum", "maximum", "minimum")
+DTYPES = cpu_library.DTYPES | {torch.int64: 5}
 
 LINE = 16
 """Numbers of a line of the cache: values begin at one."""
@@ -66,7 +67,7 @@ class Operand:
     buffer: Buffer
     offset: Amount
     strides: tuple[Amount, ...]
-    itemsize: int = 4
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ class Instruction:
     outputs: int = 0
     steps: tuple[Step, ...] = ()
     results: tuple[int, ...] = ()
-    whole: int = 0
     scope: int = 0
 
     def amounts(self) -> Iterator[Amount]:
@@ -123,7 +123,7 @@ class Tape:
         buffer = Buffer("value", self.used)
         self.used += -(-max(numel(room), 1) * (1 + wide) // LINE) * LINE
         self.size = max(self.size, self.used)
-        return View(buffer, 0, tuple(sizes), side_by_side(room), wide)
+        return View(buffer, 0, tuple(sizes), side_by_side(room), _float(wide))
 
     def parameter(self, tensor: Tensor) -> View:
         """A parameter, which lies where it is when the tape is run."""
@@ -131,12 +131,13 @@ class Tape:
         if key not in self._parameters:
             self._parameters[key] = buffer = Buffer("parameter", self._take(tensor))
             self.tensors[buffer] = tensor
-        return View(self._parameters[key], 0, tuple(tensor.shape), tuple(tensor.stride()))
+        dtype = tensor.dtype if tensor.dtype == torch.bfloat16 else torch.float32
+        return View(self._parameters[key], 0, tuple(tensor.shape), tuple(tensor.stride()), dtype)
 
     def table(self, sizes: Sequence[Amount], wide: bool = False) -> View:
         """Numbers without gaps that are given to each run."""
         self.tables += 1
-        return View(Buffer("table", self.tables - 1), 0, tuple(sizes), side_by_side(sizes), wide)
+        return View(Buffer("table", self.tables - 1), 0, tuple(sizes), side_by_side(sizes), _float(wide))
 
     def filled(self, sizes: Sequence[Amount], numbers: float | Tensor, wide: bool = False) -> View:
         """A number again and again, or those of a tensor, in memory of its own: it stays until written over."""
@@ -152,7 +153,7 @@ class Tape:
         name = (self.scope, amount)
         if name not in self.numbers:
             self.numbers.append(name)
-        return View(Buffer("number", self.numbers.index(name)), 0, (), (), wide=True)
+        return View(Buffer("number", self.numbers.index(name)), 0, (), (), torch.float64)
 
     def dense(self, view: View, dims: int) -> View:
         """It, or a copy, so that the numbers of the last dimensions lie side by side."""
@@ -165,13 +166,15 @@ class Tape:
 
     def write(
         self, kind: str, operands: Sequence[tuple[View, Sequence[int]] | None], sizes: Sequence[Amount],
-        flags: int = 0, factor: float = 1.0,
+        flags: int = 0, factor: float = 1.0, stored: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """An instruction on views, of each the dimensions whose strides it reads."""
-        self._append(kind, [None if each is None else _operand(*each) for each in operands], sizes, flags, factor)
+        """An instruction on views of float32, of each the dimensions whose strides it reads; those whose places are in
+        ``stored`` may be of another type."""
+        found = [None if each is None else _operand(*each, is_stored=i in stored) for i, each in enumerate(operands)]
+        self._append(kind, found, sizes, flags, factor)
 
     def _append(self, kind: str, operands: Sequence[Operand | None], sizes: Sequence[Amount], *others: Any) -> None:
-        named = dict(zip(("flags", "factor", "outputs", "steps", "results", "whole"), others, strict=False))
+        named = dict(zip(("flags", "factor", "outputs", "steps", "results"), others, strict=False))
         self.instructions.append(Instruction(kind, tuple(operands), tuple(sizes), scope=self.scope, **named))
 
     def amounts(self, scope: int) -> list[Amount]:
@@ -193,19 +196,15 @@ class Tape:
         inner = max(range(len(dims)), key=lambda d: (_is_worth_going_inside(*dims[d]), d))
         dims.append(dims.pop(inner))
         dims = [(1, (0,) * len(views))] * (DIMS - len(dims)) + dims
-        operands = [
-            Operand(v.buffer, v.offset, tuple(own[i] for _, own in dims), 4 * (1 + v.wide)) for i, v in enumerate(views)
-        ]
-        wide, whole = (
-            sum(flag << i for i, flag in enumerate(flags)) for flags in zip(*map(_kinds, views), strict=True)
-        )
+        operands = [Operand(v.buffer, v.offset, tuple(own[i] for _, own in dims), v.dtype) for i, v in enumerate(views)]
+        wide = any(view.wide for view in views)
         sizes = [size for size, _ in dims]
-        self._append("elementwise", operands, sizes, wide, 1.0, len(outputs), tuple(steps), tuple(results), whole)
+        self._append("elementwise", operands, sizes, int(wide), 1.0, len(outputs), tuple(steps), tuple(results))
 
     def reduce(self, kind: str, to: View, view: View, dims: Sequence[int], factor: float = 1.0) -> None:
         """``to``, without gaps, is the sum or an extreme of ``view`` over some dimensions, times ``factor``."""
-        if view.wide:
-            raise Unserved("a reduction of float64")
+        if view.dtype != torch.float32:
+            raise Unserved(f"a reduction of {view.dtype}")
         kept = [(view.sizes[d], view.strides[d]) for d in range(view.rank) if d not in dims and view.sizes[d] != 1]
         gone = merged([(view.sizes[d], (view.strides[d],)) for d in dims])
         if len(kept) > 3 or len(gone) > 2:
@@ -223,20 +222,19 @@ class Tape:
         self.write("product", [(view, range(4)) for view in views], [*views[0].sizes, views[1].sizes[3]])
 
     def map(self, to: View, x: View, weight: View, bias: View | None) -> None:
-        """``to [M, N] = x [M, K] weight^T + bias``, weight ``[N, K]`` without gaps, x's rows without gaps too."""
+        """``to [M, N] = x [M, K] weight^T + bias``, weight ``[N, K]`` of float32 or bfloat16 without gaps, x's rows
+        without gaps too."""
         operands = (to, (0, 1)), (x, (0,)), (weight, ()), None if bias is None else (bias, ())
-        self.write("map", operands, [*x.sizes, weight.sizes[0]])
+        self.write("map", operands, [*x.sizes, weight.sizes[0]], DTYPES[weight.dtype], stored=(2,))
 
     def look_up(self, to: View, index: View, weight: View) -> None:
-        """``to [R, D] = weight[index]``: an index ``[R]`` of whole numbers, a weight ``[V, D]`` without gaps."""
-        places = Operand(index.buffer, index.offset, (index.strides[0],), 8)
-        operands = [_operand(to, (0,)), places, _operand(weight, ())]
-        self._append("lookup", operands, [*to.sizes, weight.sizes[0]])
+        """``to [R, D] = weight[index]``: an index ``[R]`` of whole numbers, a weight ``[V, D]`` of float32 or bfloat16
+        without gaps."""
+        self.write("lookup", [(to, (0,)), (index, (0,)), (weight, ())], [*to.sizes, weight.sizes[0]], stored=(1, 2))
 
     def argmax(self, to: View, x: View) -> None:
         """``to [R]``, as float64, is the place of the largest number of each row of ``x [R, V]``, rows without gaps."""
-        places = Operand(to.buffer, to.offset, (to.strides[0],), 8)
-        self._append("argmax", [places, _operand(x, (0,))], x.sizes)
+        self.write("argmax", [(to, (0,)), (x, (0,))], x.sizes, stored=(0,))
 
     def quantized_map(self, to: View, x: View, codes: Tensor, scales: Tensor, bias: View | None) -> None:
         """The same of weights by their codes and scales, as :mod:`seqarch.ops.native.quantized_linear` takes them."""
@@ -246,14 +244,14 @@ class Tape:
         self.write("map", operands, [*x.sizes, len(codes), scales.shape[1]], FORMATS[codes.dtype])
 
 
-def _operand(view: View, dims: Sequence[int]) -> Operand:
-    if view.wide:
-        raise Unserved("an instruction does not take float64")
-    return Operand(view.buffer, view.offset, tuple(view.strides[d] for d in dims))
+def _operand(view: View, dims: Sequence[int], is_stored: bool = False) -> Operand:
+    if view.dtype != torch.float32 and not is_stored:
+        raise Unserved(f"an instruction does not take {view.dtype}")
+    return Operand(view.buffer, view.offset, tuple(view.strides[d] for d in dims), view.dtype)
 
 
-def _kinds(view: View) -> tuple[bool, bool]:
-    return view.wide, view.whole
+def _float(wide: bool) -> torch.dtype:
+    return torch.float64 if wide else torch.float32
 
 
 def _is_worth_going_inside(size: Amount, strides: tuple[Amount, ...]) -> int:
@@ -293,7 +291,7 @@ class Workspace:
         memory = self.memory if view.buffer.kind == "value" else self.lasting
         first = view.buffer.what
         if view.wide:
-            memory, first = memory.view(torch.int64 if view.whole else torch.float64), first // 2
+            memory, first = memory.view(view.dtype), first // 2
         return memory.as_strided(view.sizes, view.strides, first + view.offset)
 
     def begin(self, states: Sequence[Tensor], amounts: Mapping[tuple[int, Amount], int]) -> None:
@@ -327,7 +325,6 @@ class Workspace:
             to.kind, to.flags, to.factor = KINDS.index(each.kind), each.flags, each.factor
             to.views, to.steps = operands, steps
             to.outputs, to.inputs, to.count = each.outputs, len(each.operands) - each.outputs, len(each.steps)
-            to.whole = each.whole
             for d, size in enumerate(each.sizes):
                 self._set(to.sizes, d, (each.scope, size))
             operands, steps = operands + len(each.operands), steps + len(each.steps) + len(each.results)
@@ -336,19 +333,20 @@ class Workspace:
         for d, stride in enumerate(operand.strides):
             self._set(place.strides, d, (scope, stride))
         kind, what = operand.buffer.kind, operand.buffer.what
+        place.dtype = DTYPES[operand.dtype]
         field = cpu_library.address(place)
         if kind == "state":
             self._states.append((place, what, operand, scope))
         elif not isinstance(operand.offset, int):
             raise Unserved("a part of a value that moves from token to token is read")
         elif kind == "table":
-            self._fixed.append((field, operand.itemsize * operand.offset, 1, self._register(("table", what))))
+            self._fixed.append((field, operand.dtype.itemsize * operand.offset, 1, self._register(("table", what))))
         elif kind == "number":
-            place.data = cpu_library.address(self.numbers) + operand.itemsize * what
+            place.data = cpu_library.address(self.numbers) + operand.dtype.itemsize * what
         else:
             memory = {"value": self.memory, "lasting": self.lasting}
             first = what if kind == "parameter" else memory[kind].data_ptr() + 4 * what
-            place.data = first + operand.itemsize * operand.offset
+            place.data = first + operand.dtype.itemsize * operand.offset
 
     def _set(self, fields: Any, d: int, amount: tuple[int, Amount]) -> None:
         """Set a field, now or for each token."""
@@ -365,10 +363,10 @@ class Workspace:
         for place, number, operand, scope in self._states:
             first, offset = addresses[number], operand.offset
             if isinstance(offset, int):
-                place.data = first + operand.itemsize * offset
+                place.data = first + operand.dtype.itemsize * offset
             else:
                 field = cpu_library.address(place)
-                patches.append((field, first, operand.itemsize, self._register((scope, offset))))
+                patches.append((field, first, operand.dtype.itemsize, self._register((scope, offset))))
         self.patches = cpu_library.array("patch", len(patches))
         for to, (field, base, factor, number) in zip(self.patches, patches, strict=True):
             to.field, to.base, to.factor, to.number = field, base, factor, number

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 Amount = Any
 """A whole number, or an expression of whole numbers of the state, which each token has values for."""
 
@@ -28,16 +30,20 @@ class Buffer:
 
 @dataclass(frozen=True)
 class View:
-    """Numbers of a buffer, as a strided tensor is of its storage: float32, or float64 where they are ``wide``, or
-    int64 where they are ``whole`` as well, which instructions read and write as float64.
+    """Numbers of a buffer, as a strided tensor is of its storage: of float32, of float64, of int64, which instructions
+    read and write as float64, or of bfloat16, which some read and write as float32.
     """
 
     buffer: Buffer
     offset: Amount
     sizes: tuple[Amount, ...]
     strides: tuple[Amount, ...]
-    wide: bool = False
-    whole: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def wide(self) -> bool:
+        """Whether instructions compute with its numbers in float64."""
+        return self.dtype in (torch.float64, torch.int64)
 
     @property
     def rank(self) -> int:

@@ -1,0 +1,31 @@
+"""Which programs of decoded tokens ran, and on which instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from seqarch.decoding.program import Program
+from seqarch.ops.native import cpu_library
+from tests.support.one_token import Runs
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    if (reason := cpu_library.unavailable()) is not None:
+        pytest.skip(f"no program runs: {reason}")
+    runs, run = Runs(), Program.run
+
+    def counted(*arguments: object) -> object:
+        runs.count += 1
+        return run(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Program, "run", counted)
+    return runs
+
+
+@pytest.fixture(params=cpu_library.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    with cpu_library.use_isa(request.param):
+        yield

@@ -1,0 +1,38 @@
+"""Stacks whose tokens are compiled, and the same in torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seqarch import ops
+from seqarch.layers import MIXERS
+from seqarch.models import Stack, StackConfig
+
+
+@dataclass
+class Runs:
+    """How many programs ran."""
+
+    count: int = 0
+
+
+CAPTURED = tuple(name for name in MIXERS if name not in ("hyena", "nsa"))
+"""A step of ``hyena`` compares filters by their values; ``nsa`` pads by a length, which torch does not capture."""
+
+
+def make(pattern: str = "mamba", depth: int = 2, width: int = 96, **options: object) -> Stack:
+    torch.manual_seed(0)
+    stack = Stack(StackConfig(d_model=width, pattern=pattern, depth=depth, **options))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in stack.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return stack
+
+
+def in_torch(stack: Stack, x: Tensor, state: object) -> tuple[Tensor, object]:
+    with ops.record_backends():  # whoever looks at operations sees them
+        return stack(x, state)
