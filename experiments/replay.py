@@ -83,6 +83,8 @@ def replay(path: Path) -> Replay:
     for number, layer in enumerate(run.model.stack.layers, 1):
         layer.register_forward_hook(lambda _, __, output, number=number: _note(layers, number, output))
     source = run.data.source(recorded.step - 1, run.state.stage)
+    if run.carried is not None:
+        run.carried.begin(recorded.step - 1)
     loss = run.engine.gradients(run.model, batch, source.micro_batch, run.carried)
     norms = {name: p.grad.norm().item() for name, p in run.model.named_parameters() if p.grad is not None}
     order = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))

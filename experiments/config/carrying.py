@@ -1,4 +1,4 @@
-"""Whether a run's states go on from one training step to the next, and what refuses that."""
+"""Whether a run's states go on from one training step to the next, or begin otherwise, and what refuses that."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ def check_carrying(config: RunConfig, task: Task, model: LanguageModel) -> None:
             f"train.bptt: texts begin within the segments of task.documents: streamed, and the state of {names} grows"
             " with every token: choose a mixer with a state of fixed size in its place, or train.bptt=0"
         )
+    if config.train.first_state != "initial":
+        _check_first_state(config, task, model)
     if not carries(config, task):
         return
     if not task.continues:
@@ -53,6 +55,30 @@ def check_carrying(config: RunConfig, task: Task, model: LanguageModel) -> None:
         raise ConfigError(
             f"{KEY}: the state of {names} grows with every token, and a document has no bound: choose a mixer with a"
             f" state of fixed size in its place, such as sliding_window, or {KEY}=false, which begins each window anew"
+        )
+
+
+def _check_first_state(config: RunConfig, task: Task, model: LanguageModel) -> None:
+    kind = f"train.first_state: {config.train.first_state}"
+    if task.continues:
+        raise ConfigError(
+            f"{kind} is for sequences that follow nothing, and with task.documents=streamed a window follows the one"
+            " before it: choose one of the two"
+        )
+    if config.task.train_on:
+        raise ConfigError(
+            f"{kind} takes the states of as many sequences as a step has, and task.train_on has"
+            f" {len(config.task.train_on)} sources, of which each has its own number: take one"
+        )
+    if config.train.first_state_std != type(config.train).first_state_std and config.train.first_state != "noise":
+        raise ConfigError(
+            f"train.first_state_std is of train.first_state: noise, and that is {config.train.first_state}"
+        )
+    names = [name for name, mixer in _mixers(config, model) if grows(mixer)]
+    if len(names) == len([*_mixers(config, model)]):
+        raise ConfigError(
+            f"{kind} is for states of a fixed size, and all of this model's grow with every token:"
+            f" {', '.join(dict.fromkeys(names))}"
         )
 
 

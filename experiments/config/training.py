@@ -14,10 +14,19 @@ MOST_THREADS = 1024
 NOT_NEGATIVE = (
     *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
     *("least_improvement", "plateau_tokens"),
-    *("micro_batch", "bptt", "save_every", "log_every", "patience", "threads", "stage_warmup"),
+    *("micro_batch", "bptt", "first_state_std", "save_every", "log_every", "patience", "threads", "stage_warmup"),
 )
 
-WHERE_SET = ("stage_target", "stage_warmup", "start_from", "start_sha256", "bptt", "carry_state")
+WHERE_SET = (
+    "stage_target",
+    "stage_warmup",
+    "start_from",
+    "start_sha256",
+    "bptt",
+    "carry_state",
+    "first_state",
+    "first_state_std",
+)
 """Options of training that are written only where they are set, so that runs which have none are as if there were none
 of them."""
 
@@ -36,6 +45,12 @@ class TrainConfig:
             into those before it. One update at the end. 0 for whole sequences.
         carry_state: whether the mixers' states go on from one step to the next, without gradients; by default where
             the task's batches continue one another, as those of the task ``text`` with ``documents: streamed``.
+        first_state: what the mixers' states are before the first token of a training sequence: ``initial``;
+            ``passed``, what another sequence of the step before ended with; ``noise``, normal with the standard
+            deviation ``first_state_std``; or ``fitted_noise``, normal with the mean and deviation of the states that
+            the step before ended with. It is for lengths beyond that of training, where states are others
+            (:mod:`experiments.training.first_states`). Evaluations begin with the initial state in any case.
+        first_state_std: of ``noise``.
         start_from: the folder of a finished run, or of a checkpoint in a run's folder, whose weights training begins
             with; its optimizer, counters and random streams are not taken.
         start_sha256: the hash of that checkpoint's manifest, which is found where it is not given.
@@ -83,6 +98,8 @@ class TrainConfig:
     micro_batch: int = 0
     bptt: int = 0
     carry_state: bool | None = None
+    first_state: Literal["initial", "passed", "noise", "fitted_noise"] = "initial"
+    first_state_std: float = 1.0
     start_from: str | None = None
     start_sha256: str | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -81,6 +81,9 @@ class CarriedStates:
         self._model, self._first, self._count = model, first, count
         self._state: Any = None
 
+    def begin(self, step: int) -> None:
+        """Steps ``0, 1, ...`` begin with this."""
+
     def rows(self, part: slice) -> Any:
         """The state that some rows go on from; ``None`` for the initial one."""
         return None if self._state is None else state_rows(self._state, range(self._count)[part])

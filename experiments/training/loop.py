@@ -27,6 +27,7 @@ from experiments.training.convergence import Convergence, Ending
 from experiments.training.cost_meter import CostMeter
 from experiments.training.engine import Engine
 from experiments.training.evaluate import evaluate_split, evaluate_tests
+from experiments.training.first_states import FirstStates
 from experiments.training.lr_scheduler import last_step, learning_rate
 from experiments.training.optimizers import Optimizers
 from experiments.training.run_logger import make_logger
@@ -56,11 +57,16 @@ class Run:
         self.step_monitor = StepMonitor(config.train, self.engine.device)
         self.cost_meter = CostMeter(self.engine.device)
         self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep_last)
-        share = self.engine.share
-        goes_on = carries(config, self.task)
-        self.carried = CarriedStates(self.model, processes.rank() * share, share) if goes_on else None
+        self.carried = self._carried()
         self.state, self.saved_step = self.begin(), None
         self.logger = make_logger(folder, config)
+
+    def _carried(self) -> CarriedStates | None:
+        """The states that rows begin with; ``None`` for the initial one."""
+        options, own = self.train_config, (self.model, processes.rank() * self.engine.share, self.engine.share)
+        if options.first_state != "initial":
+            return FirstStates(*own, options.first_state, options.first_state_std, self.config.seed)
+        return CarriedStates(*own) if carries(self.config, self.task) else None
 
     def train(self) -> dict[str, Any]:
         """Train to the end and return the results."""
@@ -145,6 +151,8 @@ class Run:
         source = self.data.source(number, state.stage)
         share = source.batch_size // processes.count()
         batch = source.batch(self.config.seed, number, processes.rank() * share, share)
+        if self.carried is not None:
+            self.carried.begin(number)
         loss = self.engine.gradients(self.model, batch, source.micro_batch, self.carried)
 
         # Whether the step is bad is decided on the device, and the update obeys it there, so that nobody waits.

@@ -95,7 +95,13 @@ class Launch:
     @property
     def made_from(self) -> str:
         """A digest of all that the machine code depends on, but for Triton and the GPU."""
-        parts = (code(self.kernel), self.signature, sorted(map(str, self.constants.items())), self.divisible, self.options)
+        parts = (
+            code(self.kernel),
+            self.signature,
+            sorted(map(str, self.constants.items())),
+            self.divisible,
+            self.options,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def compile(self, capability: int) -> Any:
