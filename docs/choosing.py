@@ -34,6 +34,18 @@ QUALITY = {
 }
 """Studies by what they are about."""
 
+TOKENS, MEMORY = 32_768, 100_000_000
+"""The question of README.md: a sequence of so many tokens, and so many bytes for its state."""
+
+BOARD = ("Raspberry Pi 5", 17.1e9, 153e9)
+"""A small board: bytes a second from memory and FLOPs a second in float32, by its data sheet, as in the chooser."""
+
+ANSWERS = (
+    *("mamba2", "gated_delta_net", "kda", "5*kda mla", "3*gated_delta_net attention(window=4096)"),
+    *("3*gated_delta_net attention", "attention"),
+)
+"""What README.md compares."""
+
 
 def state_table() -> str:
     """Bytes of the state of one sequence by context, and FLOPs of a token there, for every mixer and three hybrids."""
@@ -62,6 +74,28 @@ def _state_row(pattern: str) -> list[str]:
     model = _model(pattern)
     held = [bytes_text(model.state_bytes(context)) for context in CONTEXTS]
     return [*held, f"{model.step_flops(CONTEXTS[-2]) / 1e6:.0f}"]
+
+
+def answer() -> str:
+    """What fits into the memory at these tokens, and how long one more token takes at least on a small board."""
+    board, bandwidth, arithmetic = BOARD
+    mixers = [*chain(*FAMILIES.values())]
+    fitting = sum(_model(name).state_bytes(TOKENS) <= MEMORY for name in mixers)
+    rows = []
+    for pattern in ANSWERS:
+        model = _model(pattern)
+        held = model.state_bytes(TOKENS)
+        read = 4 * (model.num_parameters() - VOCABULARY * WIDTH) + held  # of the embedding a token reads one row
+        seconds = max(read / bandwidth, model.step_flops(TOKENS) / arithmetic)
+        rows.append((f"`{pattern}`", bytes_text(held), "yes" if held <= MEMORY else "no", f"{1e3 * seconds:.0f} ms"))
+    room = f"{MEMORY // 10**6} MB"
+    heads = ("layers", f"state after {TOKENS:,} tokens", f"within {room}", f"a token on a {board}, at least")
+    said = (
+        f"In {DEPTH} layers of width {WIDTH} and float32, {fitting} of {len(mixers)} mixers keep what they know of"
+        f" {TOKENS:,} tokens within {room}: those whose state has one size. Attention does not, but one layer of it in"
+        " four or six does, with a window or compressed:"
+    )
+    return f"{said}\n\n{table(heads, rows, align='---:')}"
 
 
 def speed_table() -> str:

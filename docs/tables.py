@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from docs.benchmarks import bench_tables, decode_tables, gpu_tables, offload_tables, target_table
-from docs.choosing import quality_table, speed_table, state_table
+from docs.choosing import answer, quality_table, speed_table, state_table
 from docs.costs import costs
 from docs.docstrings import (
     cell,
@@ -148,7 +148,12 @@ def layer_sections() -> str:
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
-    Path("README.md"): {"families": family_table, "channel mixers": channel_table, "operations": operation_table},
+    Path("README.md"): {
+        "answer": answer,
+        "families": family_table,
+        "channel mixers": channel_table,
+        "operations": operation_table,
+    },
     Path("docs/architecture.md"): {"rooms": room_table},
     Path("docs/bench.md"): {
         "targets": target_table,

@@ -33,6 +33,9 @@ TAIL_LINES = 12
 OF_SWEEP = ("retry", "other_code", "earlier")
 """Keys of a composed configuration that say what a sweep does, and are none of a run."""
 
+COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE")
+"""Environment variables by which programs colour what they print into a file, too."""
+
 ShouldPrune = Callable[[RunFolder], str | None]
 """Asked while a run trains: why it should end, ``None`` while it should not."""
 
@@ -237,7 +240,10 @@ def _train(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    environment = python_environment() | {PLUGIN_PATH: os.pathsep.join(plugin_folders())}
+    """Of a training process, whose output is a log: no colours, and the folders of plug-ins."""
+    environment = python_environment() | {PLUGIN_PATH: os.pathsep.join(plugin_folders()), "NO_COLOR": "1"}
+    for name in COLOURS:
+        environment.pop(name, None)
     if threads:
         environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     return environment

@@ -15,7 +15,7 @@ from rich.table import Column
 
 from experiments.sweeps.remaining import FAILED, Remaining, format_duration, read_progress, remaining
 from experiments.sweeps.status import SweepStatus
-from experiments.util.output import Outlet, drop_output, print_error
+from experiments.util.output import Outlet, PlainConsole, drop_output, print_error
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -46,7 +46,7 @@ class Monitor:
         self.models: Sequence[str | None] = ()
         self._outlet = Outlet(sys.stdout)
         stream = cast(IO[str], self._outlet)
-        self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
+        self._console = console or PlainConsole(file=stream, soft_wrap=True)
         self._printed: dict[int, str] = {}
         self._over = threading.Event()
         can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal

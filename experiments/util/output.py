@@ -39,6 +39,9 @@ class Outlet:
     def flush(self) -> None:
         self._try(lambda stream: stream.flush())
 
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
     def _try(self, action: Callable[[IO[str]], object]) -> None:
         try:
             if self.open and self._stream is not None:
@@ -75,13 +78,31 @@ def flush_output() -> bool:
 
 
 class PlainConsole(Console):
-    """A console to which text is text: what runs hold is no markup, "[some/library.so]" is a path."""
+    """A console to which text is text: what runs hold is no markup, "[some/library.so]" is a path.
 
-    def __init__(self, width: int | None = None):
-        super().__init__(highlight=False, markup=False, width=width)
+    What is no terminal gets no escape codes, whatever FORCE_COLOR and TTY_COMPATIBLE ask for: there is no colour in the
+    tables, and a file cannot draw a bar again.
+
+    Args:
+        file: in place of the standard output.
+        soft_wrap: leave lines as long as they are.
+    """
+
+    def __init__(self, width: int | None = None, file: IO[str] | None = None, soft_wrap: bool = False):
+        force = None if is_terminal(file or sys.stdout) else False
+        options: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": soft_wrap}
+        super().__init__(file=file, width=width, force_terminal=force, **options)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # Rich would end the process, with an exit code of its own.
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    """Whether a stream is a terminal; one that is not there or closed is none."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # It is closed.
+        return False
 
 
 def console(width: int) -> Console:

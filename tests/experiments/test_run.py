@@ -112,7 +112,7 @@ def test_ctrl_c_loses_nothing_and_the_same_command_resumes(tmp_path, monkeypatch
         until(lambda: folders(runs).get("attention-seed1") and folders(runs)["attention-seed1"].status() == "finished")
         # As a terminal does it: the signal goes to every process of the sweep.
         os.killpg(sweep.pid, signal.SIGINT)
-        assert sweep.wait(40) == 130
+        assert sweep.wait(90) == 130
     finally:
         sweep.kill()
     shown = (tmp_path / "log").read_text()
@@ -162,7 +162,7 @@ def test_a_killed_worker_is_one_clear_error(tmp_path):
         training = json.loads(folder.lock.path.read_text())["pid"]
         worker = int(Path(f"/proc/{training}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(worker, signal.SIGKILL)
-        assert sweep.wait(40) == 1
+        assert sweep.wait(90) == 1
     finally:
         sweep.kill()
     shown = (tmp_path / "log").read_text()

@@ -1,4 +1,5 @@
-// Runs the chooser's own scripts outside of a browser: reads { formulas, settings, patterns } and prints what they give.
+// Runs the chooser's own scripts outside of a browser: reads { formulas, settings, patterns } and prints what they give,
+// and with what the page begins.
 "use strict";
 
 const fs = require("node:fs");
@@ -6,7 +7,7 @@ const path = require("node:path");
 const vm = require("node:vm");
 
 const folder = path.join(__dirname, "..", "..", "docs", "site", "static", "chooser");
-for (const name of ["pattern.js", "formulas.js"]) {
+for (const name of ["pattern.js", "formulas.js", "settings.js"]) {
   vm.runInThisContext(fs.readFileSync(path.join(folder, name), "utf8"), name);
 }
 vm.runInThisContext(fs.readFileSync(path.join(__dirname, "chooser_numbers.js"), "utf8"));
@@ -25,4 +26,6 @@ function parsed(text) {
 
 const formulas = given.formulas ? new seqarch.Formulas(given.formulas) : null;
 const settings = (given.settings || []).map((setting) => globalThis.chooserNumbers(formulas, setting));
-process.stdout.write(JSON.stringify({ settings, patterns: (given.patterns || []).map(parsed) }));
+const { DEFAULTS: defaults, DEVICES: devices } = seqarch;
+const patterns = (given.patterns || []).map(parsed);
+process.stdout.write(JSON.stringify({ settings, patterns, defaults, devices }));

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from functools import partial
 
@@ -448,7 +449,9 @@ def test_a_token_is_measured_beside_its_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokens, "measure", partial(tokens.measure, width=32, depth=1, prompt=5))
     command.main(["--budget", "0.01", "--folder", str(tmp_path), "tokens", "--only", "gl"])
     assert not [*tmp_path.iterdir()]
+    before = time.perf_counter()
     command.main(["--budget", "0.2", "--folder", str(tmp_path), "tokens"])
+    elapsed = 1e3 * (time.perf_counter() - before)
     mamba, gla = json.loads((tmp_path / "tokens.json").read_text())["tokens"]
     assert (mamba["stack"], gla["stack"]) == ("mamba", "gla")
     stack = Stack(d_model=32, pattern="gla", depth=1, channel="swiglu")
@@ -456,7 +459,7 @@ def test_a_token_is_measured_beside_its_weights(tmp_path, monkeypatch, capsys):
     for found in (mamba, gla):
         assert found["rounds"] > 0
         assert 0 < found["share"] < 1
-        assert found["milliseconds"] < 50
+        assert found["rounds"] / 2 * found["milliseconds"] < elapsed  # at least half of them took as long
     assert "of the bound" in capsys.readouterr().out
 
 

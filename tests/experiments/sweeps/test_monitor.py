@@ -29,10 +29,13 @@ def four_jobs(tmp_path) -> SweepStatus:
 
 def watch(sweep: SweepStatus, **console) -> str:
     output = io.StringIO()
-    watching = Monitor(sweep, 4, Console(file=output, highlight=False, **{"width": 120, **console}))
+    close_soon(Monitor(sweep, 4, Console(file=output, highlight=False, **{"width": 120, **console})))
+    return output.getvalue()
+
+
+def close_soon(watching: Monitor) -> None:
     time.sleep(3 * monitor.POLL_SECONDS)
     watching.close()
-    return output.getvalue()
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
@@ -44,6 +47,16 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
     assert "\x1b" not in shown
     assert "4 runs: 1 running, 1 failed, 2 refused" in shown
     assert capsys.readouterr().err == "error: train.lrr: unknown key (2 runs)\n"
+
+
+def test_a_file_gets_plain_lines_whatever_the_environment_forces(tmp_path, monkeypatch, capsys):
+    for name, value in (("TERM", "xterm"), ("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1"), ("TTY_INTERACTIVE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(monitor, "LINE_SECONDS", 0.1)
+    close_soon(Monitor(four_jobs(tmp_path), 4))
+    shown = capsys.readouterr().out
+    assert "step 30 of 120" in shown
+    assert "\x1b" not in shown
 
 
 def test_bars_on_a_terminal(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -26,7 +25,7 @@ from experiments.util.files import read_json
 from experiments.util.interrupts import Interrupts, Preempted
 from experiments.util.process_identity import is_alive, process_identity
 from tests.support.paths import ROOT
-from tests.support.runs import command_line, last, same, tensors, tiny_config, train_here
+from tests.support.runs import command_line, last, same, tensors, tiny_config, train_here, until
 
 
 def test_a_finished_run_leaves_the_whole_record(tmp_path):
@@ -400,10 +399,7 @@ def test_a_training_process_stops_when_the_one_that_started_it_is_gone(tmp_path)
     finally:
         parent.kill()
         parent.wait()
-    deadline = time.monotonic() + 30
-    while folder.lock.is_held():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not folder.lock.is_held())
     assert folder.status() == "preempted"
 
 
@@ -463,11 +459,8 @@ def test_a_second_signal_tears_nothing_that_the_first_one_set_off(interrupts):
 
 def wait_for_training(folder: RunFolder, process: subprocess.Popen) -> None:
     """Until the run has written its first checkpoint."""
-    deadline = time.monotonic() + 60
-    while not list(folder.checkpoints.glob("step-*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: process.poll() is not None or list(folder.checkpoints.glob("step-*")))
+    assert process.poll() is None
 
 
 def test_sigterm_preempts_with_a_checkpoint_and_a_second_process_is_kept_out(tmp_path):
@@ -481,7 +474,7 @@ def test_sigterm_preempts_with_a_checkpoint_and_a_second_process_is_kept_out(tmp
         with pytest.raises(RunnerError, match=f"trained by process {process.pid}"):
             folder.lock.acquire()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 75
+        assert process.wait(90) == 75
     finally:
         process.kill()
     assert folder.status() == "preempted"
