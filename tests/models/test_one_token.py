@@ -91,8 +91,9 @@ def compare(stack: Stack, rows: int, runs: Runs, programs: int = 1, tokens: int 
                 assert own == theirs
 
 
-CAPTURED = tuple(name for name in MIXERS if name not in ("hyena", "nsa"))
-"""A step of ``hyena`` compares filters by their values; ``nsa`` pads by a length, which torch does not capture."""
+CAPTURED = tuple(name for name in MIXERS if name not in ("hyena", "nsa") and not name.startswith("log_linear"))
+"""A step of ``hyena`` compares filters by their values; ``nsa`` pads by a length, which torch does not capture; one of
+log-linear attention depends on the bits of the position."""
 
 
 @pytest.mark.parametrize("name", CAPTURED)
