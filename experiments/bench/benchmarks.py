@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from experiments.bench import baselines, inputs, models, training_steps
 from experiments.bench.benchmark import Benchmark, Implementation, Work, of_operation
-from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, INDEX_HEADS, INDEX_WIDTH, STATES, TAPS, TOP_K, Sizes
+from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, INDEX_HEADS, INDEX_WIDTH, LEVELS, STATES, TAPS, TOP_K, Sizes
 from seqarch.ops.causal_conv1d import flops as conv_flops
 from seqarch.ops.delta_rule import flops as delta_flops
 from seqarch.ops.linear_attention import flops as linear_flops
@@ -39,6 +39,13 @@ OPERATIONS: dict[str, Benchmark] = {
         inputs=inputs.key_decay,
         flops=LINEAR,
         baselines=baselines.KEY_DECAY,
+    ),
+    "log_linear_attention": of_operation(
+        "log_linear_attention",
+        title=f"{PER_HEAD}, {LEVELS} levels",
+        inputs=inputs.levels,
+        flops=inputs.log_linear_flops,
+        baselines=NOBODY,
     ),
     "retention": of_operation(
         "linear_attention",

@@ -37,7 +37,7 @@ BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 5e-3}
 
 OFFSETS = (0, 1, 70, 70, 200)
 LENGTH, WIDTH, HEADS, CUT = OFFSETS[-1], 64, 4, 77
-RECURRENT = ("causal_conv1d", "delta_rule", "gated_rnn", "linear_attention", "selective_scan")
+RECURRENT = ("causal_conv1d", "delta_rule", "gated_rnn", "linear_attention", "log_linear_attention", "selective_scan")
 """Operations that hand on a state."""
 
 PROCESSES = 12
@@ -67,6 +67,9 @@ def inputs_of(op: str) -> dict[str, Any]:
     if op in ("linear_attention", "delta_rule"):
         rates = {"beta": draw(HEADS).sigmoid()} if op == "delta_rule" else {}
         return x | rates | {"log_decay": -draw(HEADS).exp()}
+    if op == "log_linear_attention":
+        levels = draw(HEADS, 9).exp()
+        return x | {"level_weight": levels, "beta": draw(HEADS).sigmoid(), "log_decay": -draw(HEADS).exp()}
     if op == "compressed_attention":
         sizes = {"compressed_length": 1, "compressed_stride": 1, "block_size": 32, "selected_blocks": 4}
         return x | {"q": draw(HEADS, WIDTH), "v": draw(2, WIDTH)} | sizes
@@ -92,7 +95,7 @@ def inputs_of(op: str) -> dict[str, Any]:
 
 def rounded(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Decays and rates of change stay float32, as layers give them."""
-    kept = ("log_decay", "A")
+    kept = ("log_decay", "A", "level_weight")
     narrow = {n: x.float() if n in kept else x.to(dtype) for n, x in inputs.items() if _is_float(x)}
     return inputs | narrow
 
@@ -159,7 +162,8 @@ class Checked:
         run = getattr(ops, self.op)
         whole, last = run(**inputs, backend=self.backend)
         start, state = run(**first, backend=self.backend)
-        end, final = run(**rest, state=state, backend=self.backend)
+        where = {"before": CUT} if self.op == "log_linear_attention" else {}
+        end, final = run(**rest, state=state, **where, backend=self.backend)
         yield Check(f"{self.name}, cut: output", error(torch.cat([start, end], 1), whole), bound)
         yield Check(f"{self.name}, cut: last state", error(final, last), bound)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.bench.benchmark import Cost, Inputs, Workload
-from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, INDEX_HEADS, INDEX_WIDTH, STATES, TAPS, TOP_K, Sizes
+from experiments.bench.sizes import BLOCK, BLOCKS, CHOSEN, INDEX_HEADS, INDEX_WIDTH, LEVELS, STATES, TAPS, TOP_K, Sizes
 from seqarch import ops
 from seqarch.ops.attention import flops as flops_of_attention
 from seqarch.ops.block_sparse_attention import flops as flops_of_pairs
@@ -21,6 +21,7 @@ from seqarch.ops.experts import flops as flops_of_experts
 from seqarch.ops.gated_rnn import flops as flops_of_rnn
 from seqarch.ops.index_topk import flops as flops_of_index
 from seqarch.ops.indexer_loss import flops as flops_of_indexer_loss
+from seqarch.ops.log_linear_attention import flops as flops_of_levels
 
 NSA = {"compressed_length": 32, "compressed_stride": 16, "block_size": BLOCK, "selected_blocks": BLOCKS}
 COMPRESSED = Blocks(*NSA.values(), initial=1, local=2)
@@ -47,6 +48,10 @@ def head_decay(sizes: Sizes) -> Inputs:
 
 def key_decay(sizes: Sizes) -> Inputs:
     return heads(sizes) | {"log_decay": -sizes.setup.decay * sizes.uniform(sizes.heads, sizes.width)}
+
+
+def levels(sizes: Sizes) -> Inputs:
+    return head_decay(sizes) | {"level_weight": sizes.uniform(sizes.heads, LEVELS)}
 
 
 def with_beta(inputs: Draw) -> Draw:
@@ -139,6 +144,10 @@ def experts(sizes: Sizes) -> Inputs:
 def head_flops(flops: Callable[..., int]) -> Flops:
     """An operation's own count, of heads whose keys and values are equally wide."""
     return lambda sizes, _: flops(sizes.length, sizes.heads, sizes.width, sizes.width, batch_size=sizes.batch)
+
+
+def log_linear_flops(sizes: Sizes, _: Inputs) -> int:
+    return flops_of_levels(sizes.length, sizes.heads, LEVELS, sizes.width, sizes.width, batch_size=sizes.batch)
 
 
 def channel_flops(flops: Callable[..., int], width: int) -> Flops:

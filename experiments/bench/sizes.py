@@ -13,6 +13,9 @@ BLOCK, BLOCKS = 64, 16
 STATES, TAPS = 16, 4
 """States per channel of a selective scan, and taps of a convolution."""
 
+LEVELS = 18
+"""Of log-linear attention: as many as 131,072 tokens need."""
+
 CHOSEN = 2
 """Experts per token."""
 

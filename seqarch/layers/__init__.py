@@ -18,6 +18,7 @@ from seqarch.layers.delta_rule.gated_delta_net_2 import GatedDeltaNet2, GatedDel
 from seqarch.layers.delta_rule.gated_delta_product import GatedDeltaProduct, GatedDeltaProductConfig
 from seqarch.layers.delta_rule.jet_block import JetBlock, JetBlockConfig
 from seqarch.layers.delta_rule.kda import KDA, KDAConfig
+from seqarch.layers.delta_rule.log_linear_gated_delta_net import LogLinearGatedDeltaNet, LogLinearGatedDeltaNetConfig
 from seqarch.layers.delta_rule.rwkv7 import Rwkv7, Rwkv7Config
 from seqarch.layers.hybrid.rwkv_channel_mix import RwkvChannelMix, RwkvChannelMixConfig
 from seqarch.layers.linear_attention.based import Based, BasedConfig
@@ -53,6 +54,7 @@ from seqarch.layers.sparse_attention.longformer import Longformer, LongformerCon
 from seqarch.layers.sparse_attention.moba import MoBA, MoBAConfig
 from seqarch.layers.sparse_attention.nsa import NSA, NSAConfig
 from seqarch.layers.sparse_attention.sparse_mla import SparseMLA, SparseMLAConfig
+from seqarch.layers.state_space.log_linear_mamba2 import LogLinearMamba2, LogLinearMamba2Config
 from seqarch.layers.state_space.mamba import Mamba, MambaConfig
 from seqarch.layers.state_space.mamba2 import Mamba2, Mamba2Config
 from seqarch.layers.state_space.mamba3 import Mamba3, Mamba3Config
@@ -80,6 +82,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "mla": MLA,
     "lightning_attention": LightningAttention,
     "linear_attention": LinearAttention,
+    "log_linear_gated_delta_net": LogLinearGatedDeltaNet,
+    "log_linear_mamba2": LogLinearMamba2,
     "longformer": Longformer,
     "lstm": Lstm,
     "mamba": Mamba,
@@ -112,13 +116,14 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "mlstm",
         "rwkv6",
     ),
-    "state space": ("mamba2", "mamba", "mamba3"),
+    "state space": ("mamba2", "mamba", "mamba3", "log_linear_mamba2"),
     "delta rule": (
         "gated_delta_net",
         "delta_net",
         "kda",
         "gated_delta_net_2",
         "gated_delta_product",
+        "log_linear_gated_delta_net",
         "comba",
         "jet_block",
         "rwkv7",
@@ -229,6 +234,10 @@ __all__ = [
     "LightningAttentionConfig",
     "LinearAttention",
     "LinearAttentionConfig",
+    "LogLinearGatedDeltaNet",
+    "LogLinearGatedDeltaNetConfig",
+    "LogLinearMamba2",
+    "LogLinearMamba2Config",
     "Longformer",
     "LongformerConfig",
     "Lstm",

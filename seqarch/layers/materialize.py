@@ -16,6 +16,7 @@ VALUES = {
     "block_sparse_attention": "v",
     "delta_rule": "v",
     "linear_attention": "v",
+    "log_linear_attention": "v",
     "selective_scan": "x",
 }
 """Operations that are linear in one of their inputs, the values, once the others are given: its name."""
@@ -42,10 +43,10 @@ class Materialized(NamedTuple):
 def materialize(mixer: Mixer, x: Tensor) -> list[Materialized]:
     """The matrices by which a mixer turns values into outputs, given an input ``x: [B, T, D]``.
 
-    Attention, the selective scan, linear attention and the delta rule are all linear in their values, with weights that
-    depend on the rest of the input (Dao and Gu 2024, "Transformers are SSMs", section 3). One entry for each call of
-    such an operation, in order; short convolutions, norms and gates are outside. Work and memory grow as ``T^2``
-    times the operation's own: for tests and pictures, at small T.
+    Attention, the selective scan, linear attention, the delta rule and the log-linear forms of both are all linear in
+    their values, with weights that depend on the rest of the input (Dao and Gu 2024, "Transformers are SSMs", section
+    3). One entry for each call of such an operation, in order; short convolutions, norms and gates are outside. Work
+    and memory grow as ``T^2`` times the operation's own: for tests and pictures, at small T.
 
     Raises:
         ValueError: the mixer calls no such operation.

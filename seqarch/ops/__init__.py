@@ -29,6 +29,8 @@ from seqarch.ops.indexer_loss import OP as _indexer_loss
 from seqarch.ops.indexer_loss import indexer_loss
 from seqarch.ops.linear_attention import OP as _linear_attention
 from seqarch.ops.linear_attention import linear_attention
+from seqarch.ops.log_linear_attention import OP as _log_linear_attention
+from seqarch.ops.log_linear_attention import log_linear_attention
 from seqarch.ops.selective_scan import OP as _selective_scan
 from seqarch.ops.selective_scan import selective_scan
 
@@ -43,6 +45,7 @@ OPS: dict[str, Op] = {
     "index_topk": _index_topk,
     "indexer_loss": _indexer_loss,
     "linear_attention": _linear_attention,
+    "log_linear_attention": _log_linear_attention,
     "selective_scan": _selective_scan,
 }
 
@@ -94,6 +97,7 @@ __all__ = [
     "index_topk",
     "indexer_loss",
     "linear_attention",
+    "log_linear_attention",
     "record_backends",
     "record_calls",
     "selective_scan",

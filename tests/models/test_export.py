@@ -15,8 +15,9 @@ from seqarch.layers import MIXERS, build_mixer
 from seqarch.models.exporting import register_states
 
 QUICK = ("gated_delta_net",)
-LENGTH_IS_FIXED = {"hyena", "nsa", "s4d"}
-BATCH_IS_FIXED = {"hyena"}
+LOG_LINEAR = {name for name in MIXERS if name.startswith("log_linear")}
+LENGTH_IS_FIXED = {"hyena", "nsa", "s4d", *LOG_LINEAR}
+BATCH_IS_FIXED = {"hyena", *LOG_LINEAR}
 
 
 class Prefill(nn.Module):

@@ -51,6 +51,10 @@ def given(op: str, T: int = 5, H: int = 2, K: int = 4, V: int = 4, D: int = 4, t
             **{"q": torch.randn(2, T, 2, K), "k": torch.randn(2, T, 1, K)},
         },
         "linear_attention": recurrent,
+        "log_linear_attention": lambda: {
+            **recurrent(),
+            **{"beta": torch.rand(2, T, H), "level_weight": torch.rand(2, T, H, 4)},
+        },
         "selective_scan": lambda: {
             **{"x": torch.randn(2, T, D), "dt": torch.rand(2, T, D), "A": -torch.rand(D, 3)},
             **{"B": torch.randn(2, T, 3), "C": torch.randn(2, T, 3)},
@@ -60,7 +64,7 @@ def given(op: str, T: int = 5, H: int = 2, K: int = 4, V: int = 4, D: int = 4, t
 
 SCALED = (
     *("attention", "block_sparse_attention", "compressed_attention"),
-    *("delta_rule", "indexer_loss", "linear_attention"),
+    *("delta_rule", "indexer_loss", "linear_attention", "log_linear_attention"),
 )
 EMPTY: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     *((op, {"T": 0}, {}) for op in OPS),

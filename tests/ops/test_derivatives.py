@@ -83,6 +83,12 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Tensor], dict[str, Any]]]] = 
     ),
     "linear": lambda: ("linear_attention", recurrent(log_decay=-draw(2, 5, 2).abs()), {}),
     "delta": lambda: ("delta_rule", recurrent(beta=draw(2, 5, 2).sigmoid(), log_decay=-draw(2, 5, 2, 3).abs()), {}),
+    "levels": lambda: (
+        "log_linear_attention",
+        {**recurrent(level_weight=draw(2, 5, 2, 4), beta=draw(2, 5, 2).sigmoid(), log_decay=-draw(2, 5, 2).abs()),
+         "state": draw(2, 2, 3, 3, 2)},
+        {"before": 3},
+    ),
     "delta_apart": lambda: ("delta_rule", recurrent(read=draw(2, 5, 1, 3), erase=draw(2, 5, 1, 3)), {}),
     "scan": lambda: (
         "selective_scan",

@@ -83,6 +83,15 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Tensor]], Callable[[int], 
         lambda _: {},
         {"chunk_cpp": 64, "chunk_torch": 32},
     ),
+    "levels": (
+        "log_linear_attention",
+        lambda rows: {
+            **recurrent(rows),
+            **{"beta": torch.rand(rows, LENGTH, 2), "level_weight": torch.rand(rows, LENGTH, 2, 8)},
+        },
+        lambda _: {},
+        {"chunk_torch": 64},
+    ),
     "rnn": (
         "gated_rnn",
         lambda rows: {"x": draw(rows, LENGTH, 2, 4, 3), "weight": draw(2, 4, 3, 3)},

@@ -61,13 +61,22 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hgrn2": [{"num_heads": 2, "key_width": 5, "lower_bound": 0.5, "conv_width": 3}],
     "hyena": [{"order": 3, "length": 16, "filter_width": 8, "filter_features": 2}],
     "jet_block": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "conv_width": 3, "tap_reduction": 100}],
-    "kda": [{"num_heads": 2, "key_width": 8, "value_width": 5, "gate_rank": 3, "negative_eigenvalues": True}],
+    "kda": [
+        {"num_heads": 2, "key_width": 8, "value_width": 5, "gate_rank": 3, "negative_eigenvalues": True},
+        {"num_heads": 2, "log_decay_bound": 5.0},
+    ],
     "mla": [
         {"num_heads": 2, "kv_lora_rank": 24, "q_lora_rank": 5, "v_head_dim": 8, "position": "none"},
         {"num_heads": 2, "kv_lora_rank": 10},
     ],
     "lightning_attention": [{"num_heads": 3, "head_dim": 6, "decay_factor": 0.3, "activation": "gelu"}],
     "linear_attention": [{"normaliser": "rms", "feature_map": "identity"}, {"num_heads": 2, "conv_width": 3}],
+    "log_linear_gated_delta_net": [
+        {"num_heads": 2, "num_key_heads": 1, "key_width": 8, "negative_eigenvalues": True, "levels": 9}
+    ],
+    "log_linear_mamba2": [
+        {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "levels": 9, "output_norm": "none"}
+    ],
     "longformer": [{"window": 20, "global_tokens": 32, "num_heads": 2, "num_kv_heads": 1}],
     "lstm": [{"num_heads": 2, "head_dim": 12, "forget_bias": 0.0}],
     "mamba": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from seqarch.layers.mixer import Boundaries, choose_heads
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.norms import l2_normalise
-from seqarch.layers.recurrent_mixer import RecurrentMixer, RecurrentState
+from seqarch.layers.recurrent_mixer import RecurrentMixer
 from seqarch.ops.delta_rule import flops as recurrence_flops
 
 
@@ -147,19 +147,28 @@ class DeltaRuleMixer(RecurrentMixer):
 
     def log_decay(self, logits: Tensor) -> Tensor:
         """``-exp(A_log) softplus(logits + dt_bias)``, for ``[B, T, H]`` or ``[B, T, H, K]``; A is one per head."""
-        wide = self.state_dtype
-        rate = self.A_log.to(wide).exp().view(-1, *[1] * (logits.ndim - 3))
-        return -rate * F.softplus(logits.to(wide) + self.dt_bias.to(wide).view(logits.shape[2:]))
+        rate = self.A_log.to(self.state_dtype).exp().view(-1, *[1] * (logits.ndim - 3))
+        return -rate * F.softplus(self.shifted(logits))
 
-    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
-        conv, recurrent = state
+    def shifted(self, logits: Tensor) -> Tensor:
+        """``logits + dt_bias``, in the state's dtype."""
+        return logits.to(self.state_dtype) + self.dt_bias.to(self.state_dtype).view(logits.shape[2:])
+
+    def over_time(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Any, cu_seqlens: Boundaries
+    ) -> tuple[Tensor, Any]:
+        """:meth:`recurrence` on the state of which it is a part."""
+        o, recurrent = self.recurrence(x, q, k, v, state.recurrent, cu_seqlens)
+        return o, state._replace(recurrent=recurrent)
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
         # one matrix and one short convolution for q, k [B, T, G, K] and v [B, T, H, V]
-        (q, k, v), conv = self.qkv_proj(x, conv, cu_seqlens)
+        (q, k, v), conv = self.qkv_proj(x, state.conv, cu_seqlens)
         # keys of unit norm: with beta at most 2 the state then cannot grow by what is erased
-        o, recurrent = self.recurrence(x, l2_normalise(q), l2_normalise(k), v, recurrent, cu_seqlens)
+        o, state = self.over_time(x, l2_normalise(q), l2_normalise(k), v, state, cu_seqlens)
         # norm and gate per head, since heads differ in scale; the last projection mixes them
         y = self.out_proj(rearrange(self.gate_output(x, o), "b t h v -> b t (h v)"))
-        return y, RecurrentState(conv, recurrent)
+        return y, state._replace(conv=conv)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         return recurrence_flops(length, *self.state_shape, batch_size=batch_size)

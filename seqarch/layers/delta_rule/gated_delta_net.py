@@ -58,5 +58,9 @@ class GatedDeltaNet(DeltaRuleMixer):
     def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, cu_seqlens: Boundaries
     ) -> tuple[Tensor, Tensor]:
+        return ops.delta_rule(q, k, v, *self.rates(x), state=recurrent, cu_seqlens=cu_seqlens)
+
+    def rates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """beta and the log decays, ``[B, T, H]`` each."""
         a, b = self.ab_proj(x).chunk(2, dim=-1)
-        return ops.delta_rule(q, k, v, self.beta(b), self.log_decay(a), state=recurrent, cu_seqlens=cu_seqlens)
+        return self.beta(b), self.log_decay(a)

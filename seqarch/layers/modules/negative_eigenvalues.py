@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries
+
+Attend = Callable[..., tuple[Tensor, Tensor]]
+"""What ``ops.linear_attention`` is: q, k, v and options by name to outputs and states."""
 
 
 def signed_decay(decay: Tensor, cu_seqlens: Boundaries = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,19 +52,21 @@ def signed_linear_attention(
     scale: float | None = None,
     state: Tensor | None = None,
     cu_seqlens: Boundaries = None,
+    attend: Attend = ops.linear_attention,
 ) -> tuple[Tensor, Tensor]:
     """:func:`ops.linear_attention` with each decay ``a`` in (0, 1) moved to ``2 a - 1`` in (-1, 1).
 
-    ``log_decay``, the logarithm of a, is ``[B, T, H]`` or ``[B, T, H, K]``; the rest as there.
+    ``log_decay``, the logarithm of a, is ``[B, T, H]`` or ``[B, T, H, K]``; the rest as there. ``attend`` may be
+    another operation that is linear in the values, whose states ``[B, H, ..., K, V]`` all decay by the same numbers.
     """
     # in float64: decays near 1 lose what makes them differ from it
     wide, signs, last = signed_decay(2 * log_decay.double().exp() - 1, cu_seqlens)
     log_decay, signs, last = wide.to(log_decay.dtype), signs.to(v.dtype), last.to(log_decay.dtype)
     if log_decay.ndim == 4:
         q, k = signs * q, signs * k
-        o, state = ops.linear_attention(q, k, v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+        o, state = attend(q, k, v, log_decay=log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
         return o, last.unsqueeze(-1) * state
     # one sign per head goes to the values as well, so that heads may still share q and k
     signs = signs.unsqueeze(-1)
-    o, state = ops.linear_attention(q, k, signs * v, log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
-    return signs * o, last[..., None, None] * state
+    o, state = attend(q, k, signs * v, log_decay=log_decay, scale=scale, state=state, cu_seqlens=cu_seqlens)
+    return signs * o, last.view(*last.shape, *[1] * (state.ndim - 2)) * state

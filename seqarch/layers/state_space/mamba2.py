@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -15,10 +16,10 @@ from seqarch.layers.mixer import Boundaries, LayerConfig, check_factors
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
-from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
+from seqarch.layers.modules.negative_eigenvalues import Attend, signed_linear_attention
 from seqarch.layers.modules.norms import GatedRMSNorm
 from seqarch.layers.modules.short_conv import ShortConvolution
-from seqarch.layers.recurrent_mixer import LinearMixer, RecurrentState
+from seqarch.layers.recurrent_mixer import LinearMixer
 from seqarch.ops.dispatch.checks import unknown_name
 
 OUTPUT_NORMS: dict[str, Literal["before", "after"] | None] = {
@@ -126,12 +127,11 @@ class Mamba2(LinearMixer):
         self.out_proj = Linear(self.inner, config.d_model, bias=False)
         self.state_shape = (num_heads, config.d_state, config.head_dim)
 
-    def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
-        conv, recurrent = state
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
         # one projection for all; x, B and C pass one short convolution together
         shared = self.config.n_groups * self.config.d_state
         z, xbc, dt = self._times_constants(self.in_proj(x), shared).split(self.sizes, dim=-1)
-        xbc, conv = self.conv(xbc, conv, cu_seqlens)
+        xbc, conv = self.conv(xbc, state.conv, cu_seqlens)
         u, B, C = xbc.split([self.inner, shared, shared], dim=-1)
         u = rearrange(u, "b t (h p) -> b t h p", p=self.config.head_dim)
         B, C = (rearrange(m, "b t (g n) -> b t g n", g=self.config.n_groups) for m in (B, C))
@@ -142,12 +142,23 @@ class Mamba2(LinearMixer):
             dt = dt.clamp(min=self.config.dt_limit_min, max=self.config.dt_limit_max)
         values = (u * dt.unsqueeze(-1)).to(u.dtype)
         log_decay = -self.A_log.to(wide).exp() * dt
-        attend = signed_linear_attention if self.config.negative_eigenvalues else ops.linear_attention
-        y, recurrent = attend(C, B, values, log_decay, scale=1.0, state=recurrent, cu_seqlens=cu_seqlens)
+        y, state = self.over_time(x, C, B, values, log_decay, state, cu_seqlens)
         # skip, then gate and norm over the inner width
         y = rearrange(y + self.D.to(u.dtype).unsqueeze(-1) * u, "b t h p -> b t (h p)")
         gated = y * F.silu(z) if self.norm is None else self.norm(y, z)
-        return self.out_proj(gated), RecurrentState(conv, recurrent)
+        return self.out_proj(gated), state._replace(conv=conv)
+
+    def over_time(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Any, cu_seqlens: Boundaries
+    ) -> tuple[Tensor, Any]:
+        """The outputs ``[B, T, H, P]`` and the state, with what is recurrent in it after them; x as ``mix`` got it."""
+        given = {"scale": 1.0, "state": state.recurrent, "cu_seqlens": cu_seqlens}
+        y, recurrent = self.signed(ops.linear_attention)(q, k, v, log_decay=log_decay, **given)
+        return y, state._replace(recurrent=recurrent)
+
+    def signed(self, attend: Attend) -> Attend:
+        """A linear attention as it is, or with decays in (-1, 1)."""
+        return partial(signed_linear_attention, attend=attend) if self.config.negative_eigenvalues else attend
 
     def _times_constants(self, projected: Tensor, shared: int) -> Tensor:
         """z, x, B, C and dt side by side, each times its constant of ``in_factors``; B and C are ``shared`` wide."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seqarch import ops
 from seqarch.layers import build_mixer
 from seqarch.layers.delta_rule.base import DeltaRuleMixer
+from seqarch.layers.delta_rule.kda import KDA
 from seqarch.layers.delta_rule.rwkv7 import Rwkv7
 
 SHARED_KEYS = {"num_heads": 4, "num_key_heads": 2, "key_width": 6, "expand_v": 1.5}
@@ -277,3 +279,20 @@ def test_rwkv7_starts_as_released():
     torch.testing.assert_close(mixer.removal[[0, 127]], torch.tensor([0.76, 0.66]))
     assert mixer.key.weight.abs().max() <= 0.05 * 128**-0.5
     assert "shift.weight" not in mixer.state_dict()
+
+
+def test_kda_with_a_bound_keeps_at_least_its_exponential():
+    """``-bound sigmoid(exp(A_log) (f + dt_bias))``, with A of 1 at first."""
+    torch.manual_seed(0)
+    mixer, x = build_mixer("kda", d_model=32, num_heads=2, log_decay_bound=5.0).double(), inputs(9)
+    assert isinstance(mixer, KDA)
+    assert (mixer.A_log == 0).all()
+    torch.nn.init.normal_(mixer.A_log)
+    torch.nn.init.normal_(mixer.dt_bias, std=20)
+    logits = x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T + mixer.dt_bias
+    expected = -5 * torch.sigmoid(mixer.A_log.exp()[:, None] * logits.unflatten(-1, (2, 16)))
+    with ops.record_calls() as calls:
+        mixer(x)
+    (call,) = [call for call in calls if call.op == "delta_rule"]
+    torch.testing.assert_close(call.inputs.log_decay, expected, rtol=0, atol=1e-13)
+    assert -5 <= float(expected.detach().min()) < -4.9

@@ -124,6 +124,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
         **{name: torch.randn(1, 5, 2, 3) for name in "qk"},
     },
     "linear_attention": dict(arguments()),
+    "log_linear_attention": {**arguments(), "level_weight": torch.randn(1, 5, 2, 4)},
     "selective_scan": {
         **{name: torch.randn(1, 5, 3) for name in ("x", "dt")},
         "A": -torch.ones(3, 2),
