@@ -31,6 +31,11 @@ def check_carrying(config: RunConfig, task: Task, model: LanguageModel) -> None:
             "train.compile: texts begin at other places in each batch of task.documents: streamed, and each would be"
             " compiled anew; choose one of the two"
         )
+    if task.continues and config.train.objective != "targets":
+        raise ConfigError(
+            f"train.objective: {config.train.objective} is of whole sequences from their start, and those of"
+            " task.documents: streamed go on from step to step: choose another order of documents"
+        )
     names = ", ".join(dict.fromkeys(name for name, mixer in _mixers(config, model) if grows(mixer)))
     if task.continues and config.train.bptt and names:
         raise ConfigError(
