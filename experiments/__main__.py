@@ -85,6 +85,11 @@ COMMANDS = {
         "measure what trained runs recall with their states in bfloat16, 8 and 4 bits",
         "--length --sequences --format --folder",
     ),
+    "sensitivity": Command(
+        "sensitivity",
+        "replace each layer of a run's teacher alone by the run's, and say which cost most",
+        "--keep",
+    ),
     "coordinate-check": Command(
         "coordinate_check",
         "check by widths whether a model's learning rate would be right for a wider one (muP)",

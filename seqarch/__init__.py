@@ -41,6 +41,7 @@ _NAMES = {
 TYPE_CHECKING = False  # Type checkers know the name; to import it from typing would take longer than all the rest.
 if TYPE_CHECKING:
     from seqarch import checkpoints as checkpoints
+    from seqarch import convert as convert
     from seqarch import interop as interop
     from seqarch import layers as layers
     from seqarch import models as models

@@ -22,7 +22,7 @@ PAGES = Path("docs/site/pages")
 OWN = ("index", "start", "chooser")
 NAVIGATION: dict[str, tuple[str, ...]] = {
     "Begin": ("start", "tutorials/index", "chooser", "choosing", "explore"),
-    "Use": ("guide", "models", "decoding", "tasks", "matching", "runner", "cluster"),
+    "Use": ("guide", "models", "conversion", "decoding", "tasks", "matching", "runner", "cluster"),
     "Reference": ("mixers", "ops/index", "api/index"),
     "Measured": ("results/index", "bench"),
     "The house": ("architecture", "extending", "own_mixer", "contributing", "adr/index", "log", "changelog"),

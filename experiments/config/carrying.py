@@ -31,6 +31,11 @@ def check_carrying(config: RunConfig, task: Task, model: LanguageModel) -> None:
             "train.compile: texts begin at other places in each batch of task.documents: streamed, and each would be"
             " compiled anew; choose one of the two"
         )
+    if task.continues and config.train.objective != "targets":
+        raise ConfigError(
+            f"train.objective: {config.train.objective} is of whole sequences from their start, and those of"
+            " task.documents: streamed go on from step to step: choose another order of documents"
+        )
     names = ", ".join(dict.fromkeys(name for name, mixer in _mixers(config, model) if grows(mixer)))
     if task.continues and config.train.bptt and names:
         raise ConfigError(
@@ -70,9 +75,10 @@ def _check_first_state(config: RunConfig, task: Task, model: LanguageModel) -> N
             f"{kind} takes the states of as many sequences as a step has, and task.train_on has"
             f" {len(config.task.train_on)} sources, of which each has its own number: take one"
         )
-    if config.train.first_state_std != type(config.train).first_state_std and config.train.first_state != "noise":
+    if config.train.objective != "targets":
         raise ConfigError(
-            f"train.first_state_std is of train.first_state: noise, and that is {config.train.first_state}"
+            f"{kind} does not go with train.objective: {config.train.objective}, which is of whole sequences from the"
+            " initial state"
         )
     names = [name for name, mixer in _mixers(config, model) if grows(mixer)]
     if len(names) == len([*_mixers(config, model)]):

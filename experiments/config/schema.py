@@ -31,12 +31,13 @@ from seqarch.checkpoints.manifest import FORMAT as FORMAT
 
 NOT_IDENTITY = (
     *("runs", "plugins", "tracker", "machine", "match"),
-    *("train.keep_last", "train.save_every", "train.log_every", "train.dry_run", "train.start_from"),
+    *("train.keep_last", "train.save_every", "train.log_every", "train.dry_run", "train.start_from", "train.teacher"),
     *("task.tokenizer", "task.data_cache"),
 )
 """Keys that change where a run is kept, on what it runs or which tracker gets its metrics, and never its results
 but for rounding; what ``match`` asks for is in the widths that it was solved to, and what a run starts from counts by
-its content (``train.start_sha256``) and not by its place, as does a tokenizer (``task.tokenizer_sha256``)."""
+its content (``train.start_sha256``) and not by its place, as do a teacher (``train.teacher_sha256``) and a tokenizer
+(``task.tokenizer_sha256``)."""
 
 
 OtherCode = Literal["refuse", "keep", "rerun", "rerun_any"]

@@ -1,7 +1,7 @@
-"""What a run starts from: the checkpoint that ``train.start_from`` names, known by its content.
+"""The checkpoints that a run is made with, those of ``train.start_from`` and ``train.teacher``, known by their content.
 
-It is found, checked and compared with the run's model before anything is written, and from then on named by its folder
-and by the hash of its manifest.
+Each is found, checked and compared with the run's model before anything is written, and from then on named by its
+folder and by the hash of its manifest.
 """
 
 from __future__ import annotations
@@ -16,50 +16,68 @@ from experiments.config.schema import RunConfig, check_format, folder_path, run_
 from experiments.util.errors import ConfigError, RunnerError
 from experiments.util.files import read_json
 from seqarch.checkpoints.manifest import MANIFEST, damage, file_digest, manifest_digest, read_manifest
+from seqarch.convert import carry_over, check_pair
+from seqarch.convert.planning import fitted
 from seqarch.models import LanguageModel, LMConfig
 
 KEY = "train.start_from"
+TEACHER = "train.teacher"
 
 
 def with_start(config: RunConfig) -> RunConfig:
-    """The configuration with its start named by the folder of a checkpoint and by the hash of its manifest.
+    """The configuration with its start and its teacher named by the folders of checkpoints and the hashes of their
+    manifests, and, of a start that is converted, with the sizes that fit its mixers to that.
 
     Raises:
-        ConfigError: there is no such checkpoint, it is damaged, its model does not fit, or it is not the one that
-            ``train.start_sha256`` asks for.
+        ConfigError: one is needed and not named, there is no such checkpoint, it is damaged, its model does not fit, or
+            it is not the one that ``train.start_sha256`` or ``train.teacher_sha256`` asks for.
     """
     train = config.train
-    if train.start_from is None:
-        return config
-    path = _checkpoint(folder_path(KEY, train.start_from))
+    if train.convert is not None and train.start_from is None:
+        raise ConfigError(f"train.convert={train.convert} is of what {KEY} names, the folder of a run; it is not given")
+    if train.objective != "targets" and train.teacher is None:
+        raise ConfigError(f"train.objective={train.objective} needs {TEACHER}, the folder of a run; it is not given")
+    if train.start_from is not None:
+        path, digest = _found(KEY, train.start_from, "start_sha256", train.start_sha256)
+        train = replace(train, start_from=str(path), start_sha256=digest)
+        config = replace(_fit(path, config), train=train)
+    if train.teacher is not None:
+        path, digest = _found(TEACHER, train.teacher, "teacher_sha256", train.teacher_sha256)
+        _check_teacher(path, config)
+        config = replace(config, train=replace(train, teacher=str(path), teacher_sha256=digest))
+    return config
+
+
+def _found(key: str, given: str, hash_key: str, wanted: str | None) -> tuple[Path, str]:
+    """The folder of an intact checkpoint, and the hash of its manifest."""
+    path = _checkpoint(key, folder_path(key, given))
     manifest = read_manifest(path)
     listed = manifest["files"] if manifest else {}
     there = {name: file_digest(path / name) for name in listed if (path / name).is_file()}
     if problem := damage(manifest, there):
-        raise ConfigError(f"{KEY}: checkpoint {path} is damaged: {problem}")
+        raise ConfigError(f"{key}: checkpoint {path} is damaged: {problem}")
     digest = manifest_digest(manifest or {})
-    if train.start_sha256 not in (None, digest):
-        raise ConfigError(f"{KEY}: {path} has the hash {digest}, and train.start_sha256 asks for {train.start_sha256}")
-    _check_fit(path, config.model.options)
-    return replace(config, train=replace(train, start_from=str(path), start_sha256=digest))
+    if wanted not in (None, digest):
+        raise ConfigError(f"{key}: {path} has the hash {digest}, and train.{hash_key} asks for {wanted}")
+    return path, digest
 
 
-def _checkpoint(path: Path) -> Path:
+def _checkpoint(key: str, path: Path) -> Path:
     """The folder of the checkpoint that a path names: itself, or the one that a finished run was tested with."""
     if not path.is_dir():
-        raise ConfigError(f"{KEY}: {path}: there is no such folder")
+        raise ConfigError(f"{key}: {path}: there is no such folder")
     if (path / "config.json").exists():
-        record = _read(path / "run.json")
+        record = _read(key, path / "run.json")
         if record.get("status") != "finished":
-            raise ConfigError(f"{KEY}: the run {path} is not finished; give one of the folders in {path}/checkpoints")
+            raise ConfigError(f"{key}: the run {path} is not finished; give one of the folders in {path}/checkpoints")
         path = path / "checkpoints" / str(record.get("results", {}).get("checkpoint"))
         if not path.is_dir():
-            raise ConfigError(f"{KEY}: the checkpoint {path}, which its run was tested with, is gone")
+            raise ConfigError(f"{key}: the checkpoint {path}, which its run was tested with, is gone")
         return path
     named = path.name.removeprefix("step-").isdecimal() and path.name != path.name.removeprefix("step-")
     if not named or not (_run_of(path) / "config.json").exists():
         raise ConfigError(
-            f"{KEY}: {path} is neither the folder of a run nor that of a checkpoint in one, RUN/checkpoints/step-000100"
+            f"{key}: {path} is neither the folder of a run nor that of a checkpoint in one, RUN/checkpoints/step-000100"
             f" with its {MANIFEST}"
         )
     return path
@@ -69,27 +87,58 @@ def _run_of(checkpoint: Path) -> Path:
     return checkpoint.absolute().parent.parent
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(key: str, path: Path) -> dict[str, Any]:
     try:
         return read_json(path) or {}
     except RunnerError as error:
-        raise ConfigError(f"{KEY}: {error}") from error
+        raise ConfigError(f"{key}: {error}") from error
 
 
-def _check_fit(checkpoint: Path, options: LMConfig) -> None:
-    """Refuse a checkpoint of a run whose model has other parameters."""
+def options_of(key: str, checkpoint: Path) -> LMConfig:
+    """The options of the model in a checkpoint, by the configuration of its run.
+
+    Raises:
+        ConfigError: it cannot be read; the error begins with the key that names the checkpoint.
+    """
     file = _run_of(checkpoint) / "config.json"
-    stored = _read(file)
+    stored = _read(key, file)
     try:
         check_format(stored, file)
-        theirs = run_config({name: value for name, value in stored.items() if name != "format"}).model.options
+        return run_config({name: value for name, value in stored.items() if name != "format"}).model.options
     except RunnerError as error:
-        raise ConfigError(f"{KEY}: {file}: {error}") from error
-    here, there = _shapes(options), _shapes(theirs)
-    for name in {**here, **there}:
-        if here.get(name) != there.get(name):
-            found = [str(shape) if (shape := shapes.get(name)) is not None else "missing" for shapes in (there, here)]
-            raise ConfigError(f"{KEY}: {checkpoint} is of another model: {name} is {found[0]} there, {found[1]} here")
+        raise ConfigError(f"{key}: {file}: {error}") from error
+
+
+def _fit(checkpoint: Path, config: RunConfig) -> RunConfig:
+    """The configuration, of a model with the parameters of the checkpoint or, converted, with what it can take."""
+    theirs, own = options_of(KEY, checkpoint), config.model.options
+    if config.train.convert is None:
+        here, there = _shapes(own), _shapes(theirs)
+        for name in {**here, **there}:
+            if here.get(name) != there.get(name):
+                found = [str(at[name]) if name in at else "missing" for at in (there, here)]
+                raise ConfigError(
+                    f"{KEY}: {checkpoint} is of another model: {name} is {found[0]} there, {found[1]} here"
+                )
+        return config
+    try:
+        with torch.device("meta"):
+            source = LanguageModel(theirs)
+            options = fitted(own, theirs, [layer.mixers for layer in source.stack.layers])  # type: ignore[misc]
+            carry_over(source, LanguageModel(options), partial=config.train.convert == "partial")
+    except ValueError as error:
+        raise ConfigError(f"{KEY}: {checkpoint}: {error}") from error
+    return replace(config, model=replace(config.model, options=options))
+
+
+def _check_teacher(checkpoint: Path, config: RunConfig) -> None:
+    """Refuse a teacher that the run's model cannot be trained to be as."""
+    try:
+        with torch.device("meta"):
+            models = LanguageModel(options_of(TEACHER, checkpoint)), LanguageModel(config.model.options)
+        check_pair(*models, of_layers=config.train.objective != "logits")
+    except ValueError as error:
+        raise ConfigError(f"{TEACHER}: {checkpoint}: {error}") from error
 
 
 def _shapes(options: LMConfig) -> dict[str, list[int]]:

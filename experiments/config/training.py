@@ -13,19 +13,17 @@ MOST_THREADS = 1024
 
 NOT_NEGATIVE = (
     *("lr", "weight_decay", "warmup", "final_lr_ratio", "decay_share", "grad_clip", "spike"),
-    *("least_improvement", "plateau_tokens"),
+    *("least_improvement", "plateau_tokens", "target_weight"),
     *("micro_batch", "bptt", "first_state_std", "save_every", "log_every", "patience", "threads", "stage_warmup"),
 )
 
+OF_TEACHERS = ("mixer_outputs", "mixer_matrices", "logits")
+"""Objectives that need one."""
+
 WHERE_SET = (
-    "stage_target",
-    "stage_warmup",
-    "start_from",
-    "start_sha256",
-    "bptt",
-    "carry_state",
-    "first_state",
-    "first_state_std",
+    *("stage_target", "stage_warmup", "start_from", "start_sha256", "bptt", "carry_state"),
+    *("first_state", "first_state_std"),
+    *("convert", "objective", "teacher", "teacher_sha256", "temperature", "target_weight"),
 )
 """Options of training that are written only where they are set, so that runs which have none are as if there were none
 of them."""
@@ -54,6 +52,17 @@ class TrainConfig:
         start_from: the folder of a finished run, or of a checkpoint in a run's folder, whose weights training begins
             with; its optimizer, counters and random streams are not taken.
         start_sha256: the hash of that checkpoint's manifest, which is found where it is not given.
+        convert: of a checkpoint whose model has other mixers, take what maps to those of this one
+            (:func:`seqarch.convert.convert`): the ``whole`` of queries, keys, values and outputs, or, ``partial``, what
+            there is of them. Sizes of heads that the model does not say are those that fit.
+        objective: what is made small: the loss of the task's ``targets``; how far what each mixer gives is from the
+            teacher's at the teacher's input, ``mixer_outputs``, or the matrix by which it mixes, ``mixer_matrices``, in
+            the layers where the two differ, and nothing but these mixers is trained; or how far its ``logits`` are from
+            the teacher's where there are targets.
+        teacher: the folder of a finished run, or of a checkpoint in a run's folder, for the other objectives.
+        teacher_sha256: the hash of that checkpoint's manifest, which is found where it is not given.
+        temperature: by which both logits are divided for ``logits``.
+        target_weight: of the loss of the task's targets beside that of ``logits``, which has the rest of 1.
         optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
         lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
             falls along the schedule to ``final_lr_ratio * lr`` at ``steps``.
@@ -102,6 +111,12 @@ class TrainConfig:
     first_state_std: float = 1.0
     start_from: str | None = None
     start_sha256: str | None = None
+    convert: Literal["whole", "partial"] | None = None
+    objective: Literal["targets", "mixer_outputs", "mixer_matrices", "logits"] = "targets"
+    teacher: str | None = None
+    teacher_sha256: str | None = None
+    temperature: float = 1.0
+    target_weight: float = 0.0
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
     warmup: int = 0
@@ -139,7 +154,7 @@ class TrainConfig:
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number and not negative, got {getattr(self, name)}")
-        for name in ("decay_share", "final_lr_ratio"):
+        for name in ("decay_share", "final_lr_ratio", "target_weight"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
         self._check_schedule()
@@ -148,10 +163,27 @@ class TrainConfig:
         for name in ("target", "stage_target"):
             if (target := getattr(self, name)) is not None and not math.isfinite(target):
                 raise ValueError(f"{name} must be a finite number or null, got {target}")
+        if self.first_state_std != TrainConfig.first_state_std and self.first_state != "noise":
+            raise ValueError(f"first_state_std is of first_state: noise, and that is {self.first_state}")
         if self.start_from is None and self.start_sha256 is not None:
             raise ValueError("start_sha256 is of what start_from names, and that is not given")
+        self._check_teacher()
         if self.threads > MOST_THREADS:
             raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
+
+    def _check_teacher(self) -> None:
+        """Refuse a teacher without a use for it, and what a teacher cannot do."""
+        if self.objective == "targets":
+            if self.teacher is not None or self.teacher_sha256 is not None:
+                raise ValueError(f"a teacher is for objective: {', '.join(OF_TEACHERS)}; got targets")
+        elif self.bptt or self.carry_state:
+            name = "bptt" if self.bptt else "carry_state"
+            raise ValueError(f"objective: {self.objective} is of whole sequences from their start: leave {name} out")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        if self.objective != "logits" and (self.temperature != 1 or self.target_weight):
+            name = "temperature" if self.temperature != 1 else "target_weight"
+            raise ValueError(f"{name} is of objective: logits, got {self.objective}")
 
     @property
     def most_warmup(self) -> int:

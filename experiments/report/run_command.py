@@ -17,7 +17,7 @@ from experiments.config.training import TrainConfig
 from experiments.util.errors import RunnerError
 from experiments.util.plot_style import pattern_channels, pattern_mixers
 
-NEEDED = ("plugins", "train.start_from", "task.tokenizer")
+NEEDED = ("plugins", "train.start_from", "train.teacher", "task.tokenizer")
 """Keys that a run cannot do without, where they are set, and that are no part of its identity."""
 
 ON_A_MACHINE = ("device", "threads")

@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from experiments.config.schema import TrainConfig
 from experiments.training import processes
 from experiments.util.errors import MALFORMED, RunnerError, StorageError, writing
 from experiments.util.files import make_folder, write_json
@@ -263,20 +262,20 @@ class Checkpoints:
         remove_half_checkpoints(self.folder)
 
 
-def load_start(config: TrainConfig, content: Content) -> None:
-    """Load the tensors of the checkpoint that a run starts from into ``content``.
+def load_named(key: str, path: Path, digest: str | None, content: Content) -> None:
+    """Load the tensors of a checkpoint that a run is made with into ``content``.
+
+    Args:
+        key: the option that names it.
+        digest: of its manifest, as it was when the run was made.
 
     Raises:
         Damaged, RunnerError: as in :meth:`Checkpoints.load_tensors`, or it is not the one that was found when the run
             was made.
     """
-    path = Path(config.start_from or "")
     manifest = verified(path)
-    if manifest_digest(manifest) != config.start_sha256:
-        raise RunnerError(
-            f"train.start_from: {path} has the hash {manifest_digest(manifest)}, and this run began with"
-            f" {config.start_sha256}"
-        )
+    if manifest_digest(manifest) != digest:
+        raise RunnerError(f"{key}: {path} has the hash {manifest_digest(manifest)}, and this run began with {digest}")
     Checkpoints(path.parent, 1).load_tensors(path, content)
 
 

@@ -27,16 +27,19 @@ from experiments.config.schema import TrainConfig
 from experiments.tasks.task import IGNORED, Batch
 from experiments.training import processes
 from experiments.training.carried import CarriedStates, Texts
+from experiments.training.objectives import Objective, Part, Targets, count_read
 from experiments.util import environment
 from experiments.util.devices import require_device
 from experiments.util.errors import RunnerError
-from seqarch.layers import detach_state
 from seqarch.layers.channel.router import Router
 from seqarch.models import LanguageModel
 
 
 class Engine:
     """Runs a model as ``config`` says, together with the other processes.
+
+    Attributes:
+        objective: what is made small; the loss of the task's targets where nothing else is said.
 
     Raises:
         RunnerError: there is no such device, or the batch cannot be shared out evenly.
@@ -52,6 +55,7 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.share = config.batch_size // processes.count()
+        self.objective: Objective = Targets()
         processes.join(self.device)
 
     def prepare(self, model: LanguageModel) -> LanguageModel:
@@ -90,7 +94,7 @@ class Engine:
         micro_batch: int | None = None,
         carried: CarriedStates | None = None,
     ) -> Tensor:
-        """Set the gradients of the whole batch's loss, of which ``batch`` is this process's share.
+        """Set the gradients of the objective on the whole batch, of which ``batch`` is this process's share.
 
         With ``train.bptt`` each micro-batch is processed in segments: the mixers' states go on from one to the next,
         and no gradient goes back.
@@ -100,11 +104,11 @@ class Engine:
             carried: the states that rows begin with, which are then those that they end with.
 
         Returns:
-            The mean loss of the whole batch's targets: a scalar, still on the device.
+            The mean over all that the objective counts in the whole batch: a scalar, still on the device.
         """
         tokens, targets, token_mask = to_device(batch, self.device)
-        asked = max(processes.total(int((batch.targets != IGNORED).sum())), 1)
-        read = max(processes.total(_count_read(batch)), 1)
+        counted = max(processes.total(self.objective.count(batch)), 1)
+        read = max(processes.total(count_read(batch)), 1)
         loss = torch.zeros((), device=self.device)
         state, ended = None, []
         for part, is_end, is_last in self._parts(tokens.shape[0], tokens.shape[1], micro_batch):
@@ -115,19 +119,30 @@ class Engine:
             goes_on = not is_end or carried is not None
             texts = Texts(model, state, None if batch.begins is None else batch.begins[part], goes_on)
             mask = None if token_mask is None else token_mask[part]
-            with autocast(self.device, self.config.precision):
-                total, state = _loss_and_state(model, texts, tokens[part], targets[part], mask, goes_on)
-                mean = total / asked
+            share = count_read(batch, part) / read
+            for total, after in self._terms(model, Part(texts, tokens[part], targets[part], mask, goes_on)):
+                mean = total / counted
+                extra = model.auxiliary_loss() if self.objective.of_model else 0.0
+                # FSDP takes the mean over processes, and the sum is wanted.
+                ((mean + extra * share) * processes.count()).backward()
+                loss += mean.detach()
+                state = after
             if is_end:
                 ended.append(state)
                 state = None
-            extra = model.auxiliary_loss() * (_count_read(batch, part) / read)
-            # FSDP takes the mean over processes, and the sum is wanted.
-            ((mean + extra) * processes.count()).backward()
-            loss += mean.detach()
         if carried is not None:
             carried.keep(ended)
         return processes.add(loss)
+
+    def _terms(self, model: LanguageModel, part: Part) -> Iterator[tuple[Tensor, Any]]:
+        """The terms of the objective, computed in ``train.precision``."""
+        terms = self.objective.terms(model, part)
+        while True:
+            with autocast(self.device, self.config.precision):
+                found = next(terms, None)
+            if found is None:
+                return
+            yield found
 
     def _parts(
         self, rows: int, length: int, micro_batch: int | None
@@ -168,24 +183,6 @@ class Engine:
         dealt = [np.stack(arrays, axis=1) for arrays in zip(*processes.gather(own), strict=True)]
         loss, hits = (array.reshape(-1, array.shape[-1])[:total] for array in dealt)
         return loss, hits
-
-
-def _loss_and_state(
-    model: LanguageModel, texts: Texts, tokens: Tensor, targets: Tensor, token_mask: Tensor | None, goes_on: bool
-) -> tuple[Tensor, Any]:
-    """The loss of rows, summed, and where they go on the state that each ends with."""
-    mask = None if token_mask is None else texts.laid_out(token_mask)
-    given = texts.laid_out(tokens), texts.laid_out(targets), texts.state, texts.cu_seqlens
-    options: dict[str, Any] = {"token_mask": mask, "ignore_index": IGNORED, "reduction": "sum"}
-    if not goes_on:
-        return model.loss(*given, **options), None
-    total, state = model.loss_and_state(*given, **options)
-    return total, detach_state(texts.last(state))
-
-
-def _count_read(batch: Batch, part: Any = ...) -> int:
-    """The number of tokens of a batch, or of a part of it, that are no padding."""
-    return batch.tokens[part].size if batch.token_mask is None else int(batch.token_mask[part].sum())
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

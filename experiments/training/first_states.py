@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from experiments.config.carrying import grows
+from experiments.config.carrying import carries, grows
+from experiments.config.schema import RunConfig
+from experiments.tasks import Task
 from experiments.training import processes
 from experiments.training.carried import CarriedStates
 from seqarch.layers import state_rows
@@ -18,6 +20,14 @@ from seqarch.layers.rows import row_count
 from seqarch.models import LanguageModel
 
 Kind = Literal["passed", "noise", "fitted_noise"]
+
+
+def make_carried(config: RunConfig, task: Task, model: LanguageModel, share: int) -> CarriedStates | None:
+    """The states that the rows of this process's share of a batch begin with; ``None`` for the initial one."""
+    options, own = config.train, (model, processes.rank() * share, share)
+    if options.first_state != "initial":
+        return FirstStates(*own, options.first_state, options.first_state_std, config.seed)
+    return CarriedStates(*own) if carries(config, task) else None
 
 
 class FirstStates(CarriedStates):
@@ -28,7 +38,7 @@ class FirstStates(CarriedStates):
     - ``fitted_noise``: normal numbers with the mean and the standard deviation that the states had at the end of the
       step before, over all its sequences, by themselves for each head, or channel, of each tensor.
 
-    Mixers whose state grows with every token begin as ever, and with noise also those that keep a window of keys. So
+    Mixers whose state grows with every token begin as ever, and with noise also those that count tokens. So
     do all in the first step, but with ``noise``. Numbers follow from the seed and the step alone: the same in whatever
     micro-batches and on however many processes.
     """

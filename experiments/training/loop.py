@@ -16,24 +16,26 @@ import torch
 from torch import Tensor
 
 from experiments.config.build import build_model
-from experiments.config.carrying import carries
 from experiments.config.data import build_data
 from experiments.config.schema import RunConfig
+from experiments.config.start import KEY as START
 from experiments.runs.folder import RunFolder
 from experiments.training import processes
-from experiments.training.carried import CarriedStates
-from experiments.training.checkpoints import Checkpoints, TrainState, load_start
+from experiments.training.checkpoints import Checkpoints, TrainState, load_named
 from experiments.training.convergence import Convergence, Ending
 from experiments.training.cost_meter import CostMeter
 from experiments.training.engine import Engine
 from experiments.training.evaluate import evaluate_split, evaluate_tests
-from experiments.training.first_states import FirstStates
+from experiments.training.first_states import make_carried
 from experiments.training.lr_scheduler import last_step, learning_rate
+from experiments.training.objectives import make_objective
 from experiments.training.optimizers import Optimizers
 from experiments.training.run_logger import make_logger
 from experiments.training.step_monitor import DIVERGED, Diverged, StepMonitor, StepStats
+from experiments.training.teacher import model_of
 from experiments.util.errors import RunnerError
 from experiments.util.interrupts import Interrupts, Preempted
+from seqarch.convert import carry_over
 
 CHECK_EVERY = 16
 """Steps after which the host reads the step monitor, besides before each checkpoint."""
@@ -52,21 +54,15 @@ class Run:
         self.task = self.data.task
         self._check_shares()
         self.model = self.engine.prepare(build_model(config))
+        self.engine.objective = make_objective(config.train, self.engine.device)
         torch.manual_seed(config.seed + processes.rank())
         self.optimizers = Optimizers(self.model, config.train)
         self.step_monitor = StepMonitor(config.train, self.engine.device)
         self.cost_meter = CostMeter(self.engine.device)
         self.checkpoints = Checkpoints(folder.checkpoints, config.train.keep_last)
-        self.carried = self._carried()
+        self.carried = make_carried(config, self.task, self.model, self.engine.share)
         self.state, self.saved_step = self.begin(), None
         self.logger = make_logger(folder, config)
-
-    def _carried(self) -> CarriedStates | None:
-        """The states that rows begin with; ``None`` for the initial one."""
-        options, own = self.train_config, (self.model, processes.rank() * self.engine.share, self.engine.share)
-        if options.first_state != "initial":
-            return FirstStates(*own, options.first_state, options.first_state_std, self.config.seed)
-        return CarriedStates(*own) if carries(self.config, self.task) else None
 
     def train(self) -> dict[str, Any]:
         """Train to the end and return the results."""
@@ -139,8 +135,14 @@ class Run:
 
     def start(self) -> TrainState:
         """Begin before the first step, with the weights that ``train.start_from`` names, if any; the counters."""
-        if self.train_config.start_from is not None:
-            load_start(self.train_config, {"model": self.model.state_dict()})
+        config = self.train_config
+        if config.start_from is not None and config.convert is None:
+            content = {"model": self.model.state_dict()}
+            load_named(START, Path(config.start_from), config.start_sha256, content)
+        elif config.start_from is not None:
+            source = model_of(START, config.start_from, config.start_sha256)
+            report = carry_over(source, self.model, partial=config.convert == "partial")
+            self.logger.info(f"converted {config.start_from}:\n{report}")
         return self.begin()
 
     def step(self) -> Tensor:

@@ -198,17 +198,18 @@ def _describe(run: Run) -> dict[str, Any]:
             "state_bytes": run.model.state_bytes(run.data.longest),
             "state_length": run.data.longest,
         },
-        **_started_from(run.config.train),
+        **_made_with(run.config.train),
     }
 
 
-def _started_from(train: TrainConfig) -> dict[str, Any]:
-    """The checkpoint whose weights the run began with: of which run, at which step, and the hash of its manifest."""
-    if train.start_from is None:
-        return {}
-    path = Path(train.start_from)
-    step = int(path.name.removeprefix("step-"))
-    return {"started_from": {"run": path.parent.parent.name, "step": step, "sha256": train.start_sha256}}
+def _made_with(train: TrainConfig) -> dict[str, Any]:
+    """The checkpoints that the run began with and learnt from: of which run and step, and the hash of its manifest."""
+    named = {"started_from": (train.start_from, train.start_sha256), "teacher": (train.teacher, train.teacher_sha256)}
+    return {key: _checkpoint(Path(path), digest) for key, (path, digest) in named.items() if path is not None}
+
+
+def _checkpoint(path: Path, digest: str | None) -> dict[str, Any]:
+    return {"run": path.parent.parent.name, "step": int(path.name.removeprefix("step-")), "sha256": digest}
 
 
 def _cost(run: Run) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from math import inf
 from typing import Any, ClassVar, Self
 
-from seqarch.layers.mixer import check_factors, check_options
+from seqarch.layers.modules.options import check_factors, check_options
 from seqarch.layers.modules.rope_scaling import ROPE_TYPES, rope_scaling
 from seqarch.models.pattern import MOST, LayerPattern
 from seqarch.ops.dispatch.checks import fits, show, unknown_name

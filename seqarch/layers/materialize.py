@@ -39,21 +39,25 @@ class Materialized(NamedTuple):
     output: Tensor
 
 
-@torch.no_grad()
-def materialize(mixer: Mixer, x: Tensor) -> list[Materialized]:
+def materialize(mixer: Mixer, x: Tensor, *, gradients: bool = False) -> list[Materialized]:
     """The matrices by which a mixer turns values into outputs, given an input ``x: [B, T, D]``.
 
     Attention, the selective scan, linear attention, the delta rule and the log-linear forms of both are all linear in
     their values, with weights that depend on the rest of the input (Dao and Gu 2024, "Transformers are SSMs", section
     3). One entry for each call of such an operation, in order; short convolutions, norms and gates are outside. Work
-    and memory grow as ``T^2`` times the operation's own: for tests and pictures, at small T.
+    and memory grow as ``T^2`` times the operation's own: for tests, for pictures and for matching one mixer's matrices
+    to another's, at small T.
+
+    Args:
+        gradients: whether gradients flow from the matrices to x and the mixer's parameters.
 
     Raises:
         ValueError: the mixer calls no such operation.
     """
-    with ops.record_calls() as calls:
-        mixer(x)
-    found = [_materialize(call) for call in calls if call.op in VALUES]
+    with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+        with ops.record_calls() as calls:
+            mixer(x)
+        found = [_materialize(call) for call in calls if call.op in VALUES]
     if not found:
         used = ", ".join(dict.fromkeys(call.op for call in calls)) or "none"
         raise ValueError(

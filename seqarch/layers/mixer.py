@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar, overload
@@ -15,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from seqarch.layers.modules.configured import Configured, build_config, build_layer, from_options  # noqa: F401
+from seqarch.layers.modules.head_maps import HeadMap
+from seqarch.layers.modules.options import check_options
 from seqarch.layers.modules.quantized import QuantizedLinear
 from seqarch.layers.modules.short_conv import ShortConvolution
 from seqarch.layers.modules.state_form import StateForm
-from seqarch.ops.dispatch.checks import annotated_kinds, fits, sequence_offsets, show, show_kinds
+from seqarch.ops.dispatch.checks import fits, sequence_offsets, show
 
 CuSeqlens = Tensor | Sequence[int] | None
 """Boundaries of the sequences packed into ``B = 1``, from 0 to T; ``None`` where nothing is packed."""
@@ -30,9 +31,6 @@ Device = torch.device | str | None
 
 MAPS = (nn.Linear, QuantizedLinear)
 """What counts as a linear map."""
-
-MOST = 2**63 - 1
-"""The largest whole number among options: what torch and kernels take."""
 
 MOST_COUNTED = 2**31 - 1
 """The most rows, tokens or words that are made room for."""
@@ -59,43 +57,20 @@ class LayerConfig:
     of the config that has its value where it is not given, ``{"key_width": "keys"}``. State and parameters are to be
     polynomials of at most degree 2 in each, over values that the config takes."""
 
+    head_options: ClassVar[dict[str, str]] = {}
+    """The options that give a mixer the heads of another one whose projections it is to take, each with what it is set
+    to: the other's number of ``heads``, of ``kv_heads``, their widths ``keys`` and ``values``, or ``inner``, the values
+    of all heads together."""
+
+    kept_options: ClassVar[tuple[str, ...]] = ()
+    """Options that it then has as the other one, which has them too: what those projections were learnt with."""
+
     slow_gates: ClassVar[dict[str, float]] = {}
     """Options with which gates forget more slowly at first than as released, as the study of initialisation has them:
     for several hundred tokens. Empty where there are no such options."""
 
     def __post_init__(self):
         check_options(self, self.may_be_zero)
-
-
-def check_options(config: Any, may_be_zero: Sequence[str] = ()) -> None:
-    """Check the type of every field of a dataclass, and that numbers are finite, positive and, integers, within reach.
-
-    Raises:
-        ValueError: one is not; it is named.
-    """
-    kinds = annotated_kinds(type(config))
-    for option in fields(config):
-        value, expected = getattr(config, option.name), kinds[option.name]
-        if not fits(value, expected):
-            raise ValueError(f"{option.name} must be {show_kinds(expected)}, got {value!r}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            zero = option.name in may_be_zero
-            if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-                least = "at least 0" if zero else "at least 1" if int in expected else "positive"
-                raise ValueError(f"{option.name} must be {least}, got {value}")
-            if isinstance(value, int) and value > MOST:
-                raise ValueError(f"{option.name} must be at most {MOST}, got {value}")
-
-
-def check_factors(option: str, factors: Sequence[Any], count: int) -> None:
-    """Check that these constants are so many, finite and positive numbers.
-
-    Raises:
-        ValueError: they are not.
-    """
-    right = [factor for factor in factors if fits(factor, (float,)) and math.isfinite(factor) and factor > 0]
-    if not len(right) == len(factors) == count:
-        raise ValueError(f"{option} must be {count} positive numbers, got {show(factors)}")
 
 
 class Layer(Configured, ABC):
@@ -167,6 +142,9 @@ class Mixer(Layer):
     takes: tuple[str, ...] = ()
     """Names of what this mixer needs of an earlier layer of its stack; ``"input"`` is what the stack was given."""
 
+    kept_parts: ClassVar[tuple[str, ...]] = ()
+    """Names of further submodules and parameters that mean the same in every mixer which names them here."""
+
     @overload
     def __call__(self, x: Tensor, state: State | None = None, cu_seqlens: CuSeqlens = None) -> tuple[Tensor, State]: ...
 
@@ -233,6 +211,14 @@ class Mixer(Layer):
         those before them, so that sequences may be split and packed.
         """
         return *self.mix(x, state, cu_seqlens), {}
+
+    def head_maps(self) -> list[HeadMap]:
+        """Which of its linear maps are queries, keys, values and what reads the heads, in attention's terms.
+
+        :func:`seqarch.convert.convert` copies them from one mixer to another. One role may be in several places, which
+        then all take the same; a mixer that does not have one leaves it out.
+        """
+        return []
 
     def check_giver(self, giver: Mixer) -> None:
         """Raise where this mixer cannot take what the earlier one gives.

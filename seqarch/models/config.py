@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, channel_mixer_class, mixer_class
-from seqarch.layers.mixer import MOST_COUNTED, check_factors, check_options
+from seqarch.layers.mixer import MOST_COUNTED
 from seqarch.layers.modules.norms import check_norm
+from seqarch.layers.modules.options import check_factors, check_options
 from seqarch.models.pattern import LayerPattern, tile_pattern
 from seqarch.models.streams import CONNECTIONS, OUTPUTS
 from seqarch.ops.dispatch.checks import show, unknown_name

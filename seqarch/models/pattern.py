@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from seqarch.models.pattern_options import Malformed, begin_at, read_options, write_options
@@ -119,6 +121,18 @@ def tile_pattern(pattern: str, depth: int) -> list[LayerPattern]:
             f" use a multiple of {size}, such as {nearest} or {nearest + size}"
         )
     return layers * (depth // size)
+
+
+def write_pattern(layers: Sequence[LayerPattern]) -> str:
+    """A short pattern of these layers: what repeats stands once, equal layers in a row behind their number.
+
+    Raises:
+        ValueError: an option has a value that no pattern can have.
+    """
+    texts = [str(layer) for layer in layers]
+    period = next(n for n in range(1, len(texts) + 1) if len(texts) % n == 0 and texts == texts[:n] * (len(texts) // n))
+    runs = [(text, len(list(same))) for text, same in groupby(texts[:period])]
+    return " ".join(text if count == 1 else f"{count}*{text}" for text, count in runs)
 
 
 class _Parser:

@@ -103,6 +103,17 @@ class StackLayer(nn.Module):
             return y, after
         return y, after, {**handed, **{name: each for *_, given in results for name, each in given.items()}}
 
+    def mixer_input(self, x: Tensor) -> Tensor:
+        """What the mixers read of the residual stream ``[B, T, D]``, or of several."""
+        x, _ = self._read(self.connection, x)
+        return self.norm(x) if self.placement.reads else x
+
+    def mixed(self, read: Tensor) -> Tensor:
+        """What is added to the residual stream for mixers that read this from its first token on, ``[B, T, D]``."""
+        pairs = zip(self.mixers, self.factors[:-1], strict=True)
+        branches = self._branches([mixer(_times(factor, read))[0] for mixer, (factor, _) in pairs])
+        return torch.stack(branches).sum(0) if len(branches) > 1 else branches[0]
+
     @staticmethod
     def _read(connection: nn.Module | None, x: Tensor) -> tuple[Tensor, Streams | None]:
         """What a branch reads of the residual stream, and of several what it is added to."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from seqarch.layers.mixer import MOST, first_tensor
+from seqarch.layers.mixer import first_tensor
+from seqarch.layers.modules.options import MOST
 from seqarch.layers.rows import join_rows, leave_rows
 from seqarch.models import LanguageModel
 from seqarch.models.generation import Prompts, as_rows

@@ -35,7 +35,7 @@ generated = cache(tables.pages)
 @pytest.mark.parametrize(
     "page",
     [
-        *("README.md", "docs/guide.md", "docs/choosing.md"),
+        *("README.md", "docs/guide.md", "docs/choosing.md", "docs/conversion.md"),
         *(pytest.param(page, marks=pytest.mark.slow) for page in ("docs/models.md", "docs/decoding.md")),
     ],
 )

@@ -67,6 +67,7 @@ FLOORS: dict[str, tuple[Room, ...]] = {
         _room("seqarch.interop"),
         _room("seqarch.testing"),
         _room("seqarch.parallel"),
+        _room("seqarch.convert"),
         _room("seqarch.checkpoints"),
         _room("seqarch.state"),
         _room("seqarch.serving", "state"),

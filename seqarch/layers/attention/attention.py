@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from seqarch import ops
-from seqarch.layers.attention.base import CachedAttention, CachedAttentionConfig, Kept
+from seqarch.layers.attention.base import CachedAttention, Kept
+from seqarch.layers.attention.options import CachedAttentionConfig
 from seqarch.layers.mixer import Boundaries, Device
 from seqarch.layers.modules.configured import from_options
 from seqarch.ops.attention import flops as attention_flops
@@ -34,6 +35,8 @@ class AttentionConfig(CachedAttentionConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"window": "window", **CachedAttentionConfig.size_options}
+
+    kept_options: ClassVar[tuple[str, ...]] = (*CachedAttentionConfig.kept_options, "scale", "logit_cap", "sinks")
 
     window: int | None = None
     scale: float | None = None
@@ -69,6 +72,7 @@ class Attention(CachedAttention):
     """
 
     Config = AttentionConfig
+    kept_parts = (*CachedAttention.kept_parts, "sinks")
     sinks: nn.Parameter | None
 
     @from_options

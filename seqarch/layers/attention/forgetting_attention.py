@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.attention.base import CachedAttention, CachedAttentionConfig, Kept, Place
+from seqarch.layers.attention.base import CachedAttention, Kept, Place
+from seqarch.layers.attention.options import CachedAttentionConfig
 from seqarch.layers.mixer import Boundaries, Device, first_tensor
 from seqarch.layers.modules.configured import from_options
 from seqarch.layers.modules.kv_cache import KVCache, PackedKV

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from seqarch import ops
-from seqarch.layers.attention.base import POSITIONS, CacheMixer, Place
+from seqarch.layers.attention.base import CacheMixer, Place
+from seqarch.layers.attention.options import POSITIONS
 from seqarch.layers.mixer import Mixer, choose_heads
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.modules.linear import Linear, is_plain_linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -42,6 +44,8 @@ class MLAConfig(HeadsConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "qk_nope_head_dim": "keys", "kv_lora_rank": "rank"}
+
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "v_head_dim": "values"}
 
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
@@ -113,6 +117,10 @@ class LatentMixer(Mixer):
         self.expand = Linear(config.rank, heads * (keys + values), bias=False)
         self.gate = None
         self.out_proj = Linear(heads * values, d_model, bias=False)
+
+    def head_maps(self) -> list[HeadMap]:
+        """What reads the heads alone: keys and values are of one latent, and queries of two parts."""
+        return [HeadMap("o", "out_proj", self.config.heads, self.config.values)]
 
     def latents(self, x: Tensor, q: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Queries ``[B, T, H, K + R]`` of ``q [B, T, H (K + R)]``, rotated, and latents and shared keys ``[B, T, 1, C +

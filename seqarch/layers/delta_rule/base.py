@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from seqarch.layers.mixer import Boundaries, choose_heads
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.norms import l2_normalise
 from seqarch.layers.recurrent_mixer import RecurrentMixer
@@ -31,6 +32,8 @@ class DeltaRuleConfig(HeadsConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys", "value_width": "values"}
+
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys", "value_width": "values"}
 
     key_width: int | None = None
     value_width: int | None = None
@@ -119,6 +122,8 @@ class DeltaRuleMixer(RecurrentMixer):
     A_log: nn.Parameter
     dt_bias: nn.Parameter
 
+    kept_parts = ("qkv_proj.conv",)
+
     @from_options
     def __init__(self, config: DeltaRuleConfig, steps: int = 1):
         super().__init__(config)
@@ -130,6 +135,9 @@ class DeltaRuleMixer(RecurrentMixer):
     def projection(self, parts: list[tuple[int, int]]) -> HeadProjection:
         """What makes queries, keys and values of these heads and widths."""
         return HeadProjection(self.config.d_model, parts, self.config.conv_width, "silu")
+
+    def head_maps(self) -> list[HeadMap]:
+        return [*self.qkv_proj.head_maps("qkv_proj"), HeadMap("o", "out_proj", *self.config.value_shape)]
 
     @abstractmethod
     def recurrence(

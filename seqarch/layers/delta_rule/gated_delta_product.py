@@ -12,6 +12,7 @@ from seqarch import ops
 from seqarch.layers.delta_rule.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.ops.delta_rule import flops as recurrence_flops
 
 
@@ -42,6 +43,10 @@ class GatedDeltaProduct(GatedDeltaNet):
     @from_options
     def __init__(self, config: GatedDeltaProductConfig):
         super().__init__(config, config.steps)
+
+    def head_maps(self) -> list[HeadMap]:
+        steps = {"k": self.config.steps, "v": self.config.steps}
+        return [one for each in super().head_maps() for one in each.split(steps.get(each.role, 1))]
 
     def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, recurrent: Tensor, cu_seqlens: Boundaries

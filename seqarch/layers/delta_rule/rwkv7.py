@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadWidthConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import l2_normalise
@@ -129,6 +130,11 @@ class Rwkv7(RecurrentMixer):
         nn.init.constant_(self.norm.weight, DEPTH**0.7)
         self.out_proj = Linear(inner, size, bias=False)
         self.state_shape = (heads, width, width)
+
+    def head_maps(self) -> list[HeadMap]:
+        paths = {"q": "receptance", "k": "key", "v": "value", "o": "out_proj"}
+        heads = self.config.heads, self.config.head_width
+        return [HeadMap(role, path, *heads) for role, path in paths.items()]
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         return self.exchange(x, state, cu_seqlens, {})[:2]

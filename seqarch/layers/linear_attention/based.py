@@ -13,6 +13,7 @@ from seqarch.layers.attention.base import AttentionState
 from seqarch.layers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
 from seqarch.layers.mixer import Boundaries, Device, Mixer
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadsConfig
 from seqarch.layers.recurrent_mixer import RecurrentState
 
@@ -66,6 +67,10 @@ class Based(Mixer):
             LinearAttentionConfig(d_model=width, num_heads=heads, key_width=config.key_width, feature_map="taylor")
         )
         self.window = SlidingWindow(SlidingWindowConfig(d_model=width, num_heads=heads, window=config.window))
+
+    def head_maps(self) -> list[HeadMap]:
+        linear = [each.within("linear") for each in self.linear.head_maps() if each.role in "vo"]  # q and k are narrow
+        return [*(each.within("window") for each in self.window.head_maps()), *linear]
 
     def mix(self, x: Tensor, state: BasedState, cu_seqlens: Boundaries) -> tuple[Tensor, BasedState]:
         # the window is exact where precision counts most, the linear part reaches all that is before it

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, LayerConfig
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.negative_eigenvalues import signed_linear_attention
@@ -36,6 +37,8 @@ class GlaConfig(LayerConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "num_heads", "key_width": "keys", "value_width": "values"}
+
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys", "value_width": "values"}
 
     slow_gates: ClassVar[dict[str, float]] = {"decay_bias": 4.0}
 
@@ -96,6 +99,10 @@ class Gla(LinearMixer):
         self.norm = GatedRMSNorm(values, gate="after")
         self.out_proj = Linear(heads * values, config.d_model, bias=False)
         self.state_shape = (heads, keys, values)
+
+    def head_maps(self) -> list[HeadMap]:
+        heads, _, values = self.state_shape
+        return [*self.qkv_proj.head_maps("qkv_proj"), HeadMap("o", "out_proj", heads, values)]
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         conv, recurrent = state

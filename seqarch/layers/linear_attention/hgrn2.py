@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, choose_heads
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -33,6 +34,8 @@ class Hgrn2Config(HeadsConfig):
     may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "lower_bound")
 
     size_options: ClassVar[dict[str, str]] = {"key_width": "keys"}
+
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys"}
 
     num_heads: int | None = None
     key_width: int | None = None
@@ -77,6 +80,10 @@ class Hgrn2(LinearMixer):
         self.norm = HeadNorm(config.d_model, eps=1e-5)
         self.out_proj = Linear(config.d_model, config.d_model, bias=False)
         self.state_shape = (heads, keys, width)
+
+    def head_maps(self) -> list[HeadMap]:
+        out = HeadMap("o", "out_proj", self.config.heads, self.config.head_width)
+        return [*self.qkv_proj.head_maps("qkv_proj", ("q", "forget", "v")), out]
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         conv, recurrent = state

@@ -11,6 +11,7 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection, HeadWidthConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -60,6 +61,10 @@ class LightningAttention(LinearMixer):
         self.norm = HeadNorm(config.inner, config.norm_eps)  # of all heads as one
         self.out_proj = Linear(config.inner, config.d_model, bias=False)
         self.state_shape = (heads, width, width)
+
+    def head_maps(self) -> list[HeadMap]:
+        out = HeadMap("o", "out_proj", self.config.heads, self.config.head_width)
+        return [*self.qkv_proj.head_maps("qkv_proj"), out]
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         parts, _ = self.qkv_proj(x)

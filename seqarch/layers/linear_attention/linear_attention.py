@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -62,6 +63,8 @@ class LinearAttentionConfig(HeadsConfig):
 
     size_options: ClassVar[dict[str, str]] = {"key_width": "keys"}
 
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys"}
+
     key_width: int | None = None
     feature_map: str = "elu"
     normaliser: str = "sum"
@@ -104,6 +107,10 @@ class LinearAttention(LinearMixer):
         self.out_proj = Linear(config.d_model, config.d_model, bias=False)
         features = FEATURE_MAPS[config.feature_map](torch.empty(keys, device="meta")).shape[-1]
         self.state_shape = (heads, features, width + (config.normaliser == "sum"))
+
+    def head_maps(self) -> list[HeadMap]:
+        out = HeadMap("o", "out_proj", self.config.heads, self.config.head_width)
+        return [*self.qkv_proj.head_maps("qkv_proj"), out]
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         conv, recurrent = state

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, Device, LayerConfig
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.recurrent_mixer import LinearMixer
@@ -43,6 +44,8 @@ class MlstmConfig(LayerConfig):
     may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "gate_cap", "denominator_eps")
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "num_heads", "key_width": "keys", "value_width": "values"}
+
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys", "value_width": "values"}
 
     slow_gates: ClassVar[dict[str, float]] = {"forget_min": 6.0, "forget_max": 9.0}
 
@@ -124,6 +127,10 @@ class Mlstm(LinearMixer):
         self.gate = Linear(config.d_model, heads * values, bias=False)
         self.out_proj = Linear(heads * values, config.d_model, bias=False)
         self.state_shape = (heads, keys, values + 1)
+
+    def head_maps(self) -> list[HeadMap]:
+        config = self.config
+        return [*self.qkv_proj.head_maps("qkv_proj"), HeadMap("o", "out_proj", config.num_heads, config.values)]
 
     def mix(self, x: Tensor, state: MlstmState, cu_seqlens: Boundaries) -> tuple[Tensor, MlstmState]:
         conv, recurrent, m = state

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, Device, choose_heads
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection, HeadsConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import token_positions
@@ -33,6 +34,10 @@ class RetentionConfig(HeadsConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys", "value_width": "values"}
+
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "key_width": "keys", "value_width": "values"}
+
+    kept_options: ClassVar[tuple[str, ...]] = ("rotary_base",)
 
     key_width: int | None = None
     expand_v: int = 2
@@ -97,6 +102,10 @@ class Retention(LinearMixer):
             nn.init.xavier_uniform_(matrix.detach(), gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
         self.state_shape = (num_heads, width, values)
+
+    def head_maps(self) -> list[HeadMap]:
+        heads, _, values = self.state_shape
+        return [*self.qkv_proj.head_maps("qkv_proj"), HeadMap("o", "out_proj", heads, values)]
 
     def mix(self, x: Tensor, state: RetentionState, cu_seqlens: Boundaries) -> tuple[Tensor, RetentionState]:
         conv, recurrent, seen = state

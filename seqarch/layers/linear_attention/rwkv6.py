@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, row_count
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadWidthConfig
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.positions import tokens_before
@@ -69,6 +70,11 @@ class Rwkv6(LinearMixer):
         self.bonus = nn.Parameter(bonus.view(heads, -1))
         self.norm = nn.GroupNorm(heads, inner, eps=64e-5)
         self.state_shape = (heads, width, width)
+
+    def head_maps(self) -> list[HeadMap]:
+        paths = {"q": "receptance", "k": "key", "v": "value", "o": "out_proj"}
+        heads = self.config.heads, self.config.head_width
+        return [HeadMap(role, path, *heads) for role, path in paths.items()]
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         last, recurrent = state

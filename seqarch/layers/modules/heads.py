@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from seqarch.layers.mixer import LayerConfig, choose_heads
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.short_conv import ShortConvolution
 
@@ -23,6 +25,8 @@ class HeadsConfig(LayerConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "heads"}
+
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads"}
 
     num_heads: int | None = None
 
@@ -48,6 +52,8 @@ class HeadWidthConfig(HeadsConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "head_dim": "head_width"}
+
+    head_options: ClassVar[dict[str, str]] = {"num_heads": "heads", "head_dim": "keys"}
 
     head_dim: int | None = None
 
@@ -102,3 +108,9 @@ class HeadProjection(nn.Module):
             x = nn.functional.silu(x)
         pieces = zip(x.split(self.sizes, dim=-1), self.parts, strict=True)
         return [rearrange(piece, "b t (h k) -> b t h k", h=heads) for piece, (heads, _) in pieces], state
+
+    def head_maps(self, path: str, roles: Sequence[str] = "qkv") -> list[HeadMap]:
+        """The parts as a mixer lists them that has this projection under this name, each in its role."""
+        starts = accumulate(self.sizes, initial=0)
+        parts = zip(roles, self.parts, starts, strict=False)
+        return [HeadMap(role, f"{path}.linear", *part, start) for role, part, start in parts]

@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from seqarch.layers.mixer import check_options
 from seqarch.layers.modules.configured import make_config
+from seqarch.layers.modules.options import check_options
 from seqarch.layers.modules.rotary import frequencies
 from seqarch.ops.dispatch.checks import fits, show, unknown_name
 

@@ -39,6 +39,13 @@ class ShortConvolution(nn.Module):
             x, self.weight, self.bias, activation=self.activation, state=state, cu_seqlens=cu_seqlens
         )
 
+    @torch.no_grad()
+    def make_identity(self) -> None:
+        """Let every channel be what it is at its own token, before the activation: as if there were no convolution."""
+        self.weight.zero_()[:, -1] = 1
+        if self.bias is not None:
+            self.bias.zero_()
+
     def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         return torch.zeros(batch_size, self.width - 1, self.channels, device=device, dtype=dtype)
 

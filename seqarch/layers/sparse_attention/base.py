@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from seqarch import ops
-from seqarch.layers.attention.base import CachedAttention, CachedAttentionConfig
+from seqarch.layers.attention.base import CachedAttention
+from seqarch.layers.attention.options import CachedAttentionConfig
 from seqarch.ops.block_sparse_attention import flops as pair_flops
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from seqarch import ops
-from seqarch.layers.attention.base import KVHeadsConfig
+from seqarch.layers.attention.options import KVHeadsConfig
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.sparse_attention.indexed import IndexedAttention, IndexedConfig
@@ -69,6 +70,10 @@ class DSA(IndexedAttention):
         self.qkv_proj = HeadProjection(config.d_model, [(heads, width), *[(config.kv_heads, width)] * 2])
         self.make_indexer(config.d_model)
         self.out_proj = Linear(heads * width, config.d_model, bias=False)
+
+    def head_maps(self) -> list[HeadMap]:
+        out = HeadMap("o", "out_proj", self.config.heads, self.config.head_width)
+        return [*self.qkv_proj.head_maps("qkv_proj"), out]
 
     def project(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (q, k, v), _ = self.qkv_proj(x)

@@ -11,10 +11,11 @@ from einops import rearrange
 from torch import Tensor
 
 from seqarch import ops
-from seqarch.layers.attention.base import KVHeadsConfig
+from seqarch.layers.attention.options import KVHeadsConfig
 from seqarch.layers.mixer import Boundaries
 from seqarch.layers.modules import kv_cache
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.heads import HeadProjection
 from seqarch.layers.modules.kv_cache import AnyCache, KVCache
 from seqarch.layers.modules.linear import Linear
@@ -127,6 +128,11 @@ class NSA(RowAttention):
         self.compress_key, self.compress_value = BlockCompressor(*block), BlockCompressor(*block)
         self.gate = Linear(config.d_model, 3 * heads, bias=False)
         self.out_proj = Linear(heads * width, config.d_model, bias=False)
+
+    def head_maps(self) -> list[HeadMap]:
+        """The keys and values of the compressed blocks, the chosen ones and the window are three of each."""
+        out = HeadMap("o", "out_proj", self.config.heads, self.config.head_width)
+        return [*self.qkv_proj.head_maps("qkv_proj", "qkvkvkv"), out]
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
         return self.in_rows(self.mix_rows, x, state, cu_seqlens)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, LayerConfig
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import HeadNorm
@@ -45,6 +46,8 @@ class MambaConfig(LayerConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "d_inner": "inner_width"}
+
+    head_options: ClassVar[dict[str, str]] = {"d_inner": "inner"}
 
     slow_gates: ClassVar[dict[str, float]] = {"A_scale": 0.01, "dt_min": 0.1, "dt_max": 1.0}
 
@@ -108,6 +111,10 @@ class Mamba(RecurrentMixer):
         self.D = nn.Parameter(torch.ones(self.inner))
         self.out_proj = Linear(self.inner, config.d_model, bias=False)
         self.state_shape = (self.inner, config.d_state)
+
+    def head_maps(self) -> list[HeadMap]:
+        """u is the values and, of every channel alone, what is read; B and C are made of u, and not of the input."""
+        return [HeadMap("v", "in_proj", self.inner, None), HeadMap("o", "out_proj", self.inner, None)]
 
     def mix(self, x: Tensor, state: RecurrentState, cu_seqlens: Boundaries) -> tuple[Tensor, RecurrentState]:
         conv, recurrent = state

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqarch import ops
-from seqarch.layers.mixer import Boundaries, LayerConfig, check_factors
+from seqarch.layers.mixer import Boundaries, LayerConfig
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.negative_eigenvalues import Attend, signed_linear_attention
 from seqarch.layers.modules.norms import GatedRMSNorm
+from seqarch.layers.modules.options import check_factors
 from seqarch.layers.modules.short_conv import ShortConvolution
 from seqarch.layers.recurrent_mixer import LinearMixer
 from seqarch.ops.dispatch.checks import unknown_name
@@ -55,6 +57,11 @@ class Mamba2Config(LayerConfig):
     may_be_zero: ClassVar[tuple[str, ...]] = ("conv_width", "dt_limit_min")
 
     size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "d_inner": "inner_width"}
+
+    head_options: ClassVar[dict[str, str]] = {
+        **{"d_state": "keys", "head_dim": "values"},
+        **{"d_inner": "inner", "n_groups": "heads"},
+    }
 
     slow_gates: ClassVar[dict[str, float]] = {"A_min": 0.01, "A_max": 0.1, "dt_min": 0.1, "dt_max": 1.0}
 
@@ -126,6 +133,18 @@ class Mamba2(LinearMixer):
         self.norm = GatedRMSNorm(self.inner, gate, config.n_groups, config.norm_eps) if gate else None
         self.out_proj = Linear(self.inner, config.d_model, bias=False)
         self.state_shape = (num_heads, config.d_state, config.head_dim)
+
+    def head_maps(self) -> list[HeadMap]:
+        """C, B and x of the dual form (Wang et al. 2024, "The Mamba in the Llama", section 3.1)."""
+        heads, size, width = self.sizes[-1], self.config.d_state, self.config.head_dim
+        groups, x = self.config.n_groups, self.inner
+        B = 2 * x
+        return [
+            HeadMap("q", "in_proj", groups, size, B + groups * size),
+            HeadMap("k", "in_proj", groups, size, B),
+            HeadMap("v", "in_proj", heads, width, x),
+            HeadMap("o", "out_proj", heads, width),
+        ]
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any]:
         # one projection for all; x, B and C pass one short convolution together

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from seqarch import ops
 from seqarch.layers.mixer import Boundaries, Device, LayerConfig, first_tensor
 from seqarch.layers.modules.configured import from_options
+from seqarch.layers.modules.head_maps import HeadMap
 from seqarch.layers.modules.initialisation import step_size_bias
 from seqarch.layers.modules.linear import Linear
 from seqarch.layers.modules.norms import GatedRMSNorm, HeadNorm
@@ -42,6 +43,11 @@ class Mamba3Config(LayerConfig):
     """
 
     size_options: ClassVar[dict[str, str]] = {"d_state": "d_state", "num_heads": "heads", "head_dim": "head_dim"}
+
+    head_options: ClassVar[dict[str, str]] = {
+        **{"d_state": "keys", "head_dim": "values"},
+        **{"num_heads": "heads", "n_groups": "heads"},
+    }
 
     d_state: int = 128
     head_dim: int = 64
@@ -135,6 +141,16 @@ class Mamba3(RecurrentMixer):
         self.norm = GatedRMSNorm(config.inner, "after", heads) if config.output_norm else None
         self.out_proj = Linear(config.inner, config.d_model, bias=False)
         self.state_shape = (heads, size, config.head_dim)
+
+    def head_maps(self) -> list[HeadMap]:
+        """C, B and u as of Mamba-2; with several inputs per head, each of them."""
+        config, inner = self.config, self.config.inner
+        shared, B = self.sizes[2], 2 * inner
+        several = config.mimo_rank * config.n_groups, config.d_state
+        keys = [HeadMap("k", "in_proj", *several, B), HeadMap("q", "in_proj", *several, B + shared)]
+        heads = config.heads, config.head_dim
+        maps = [one for each in keys for one in each.split(config.mimo_rank)]
+        return [*maps, HeadMap("v", "in_proj", *heads, inner), HeadMap("o", "out_proj", *heads)]
 
     def mix(self, x: Tensor, state: Mamba3State, cu_seqlens: Boundaries) -> tuple[Tensor, Mamba3State]:
         recurrent, angle, key, value, weight = state

@@ -30,10 +30,16 @@ def composed(*overrides: str, hydra: bool = False):
         return compose("config", list(overrides), return_hydra_config=hydra)
 
 
+OF_RUNS = {"convert", "objective"}
+"""Options with which an experiment wants the folder of another run, which the command line names."""
+
+
 @cache
 def configured(*overrides: str) -> RunConfig:
     plain = dict(OmegaConf.to_container(composed(*overrides), resolve=True, throw_on_missing=True))  # type: ignore
     assert plain.pop("retry") == 0
+    for name in OF_RUNS & plain["train"].keys():
+        del plain["train"][name]
     return resolve(run_config(plain))
 
 

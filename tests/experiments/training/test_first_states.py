@@ -115,10 +115,11 @@ def test_mixers_whose_state_grows_begin_as_ever(tmp_path):
 
 
 def test_which_states_noise_takes_the_place_of():
-    """All that are of a fixed size, but for windows of keys, whose length says how many there are."""
+    """All that are of a fixed size, but for those that count tokens: how many keys a window has, which powers of two."""
     built = {name: build_mixer(name, d_model=32, **VARIANTS.get(name, [{}])[-1]) for name in MIXERS}
-    windows = {name for name, mixer in built.items() if not grows(mixer) and not is_of_tensors(mixer.init_state(1))}
-    assert windows == {"based", "forgetting_attention", "longformer", "sliding_window"}
+    counted = {name for name, mixer in built.items() if not grows(mixer) and not is_of_tensors(mixer.init_state(1))}
+    windows = {"based", "forgetting_attention", "longformer", "sliding_window"}
+    assert counted == {*windows, "log_linear_mamba2", "log_linear_gated_delta_net"}
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):
@@ -142,7 +143,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):
     ("others", "message"),
     [
         ({"model__pattern": "attention+hyena"}, r"passed is for states of a fixed size.*: attention, hyena"),
-        ({"train__first_state_std": 0.1}, "first_state_std is of train.first_state: noise, and that is passed"),
+        ({"train__first_state_std": 0.1}, "first_state_std is of first_state: noise, and that is passed"),
         ({"task__train_on": [{}, {"length": 8}]}, "task.train_on has 2 sources"),
     ],
     ids=["growing", "deviation", "several"],
