@@ -115,7 +115,7 @@ def test_mixers_whose_state_grows_begin_as_ever(tmp_path):
 
 
 def test_which_states_noise_takes_the_place_of():
-    """All that are of a fixed size, but for those that count tokens: how many keys a window has, which powers of two."""
+    """All of a fixed size, but for those that count tokens: how many keys a window has, which powers of two."""
     built = {name: build_mixer(name, d_model=32, **VARIANTS.get(name, [{}])[-1]) for name in MIXERS}
     counted = {name for name, mixer in built.items() if not grows(mixer) and not is_of_tensors(mixer.init_state(1))}
     windows = {"based", "forgetting_attention", "longformer", "sliding_window"}
