@@ -91,9 +91,9 @@ def answer() -> str:
     room = f"{MEMORY // 10**6} MB"
     heads = ("layers", "state", f"within {room}", "least time of a token")
     said = (
-        f"In {DEPTH} layers of width {WIDTH} and float32, {fitting} of {len(mixers)} mixers keep what they know of"
-        f" {TOKENS:,} tokens within {room}: those whose state has one size. Attention does not, but one layer of it in"
-        f" four or six does, with a window or compressed. The device is a {board}:"
+        f"In {DEPTH} layers of width {WIDTH} and float32, {fitting} of {len(mixers)} mixers hold what they know of"
+        f" {TOKENS:,} tokens within {room}. None that keeps every token does, but one layer of attention in four or six"
+        f" fits, with a window or compressed. The device is a {board}:"
     )
     return f"{said}\n\n{table(heads, rows, align='---:')}"
 
