@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo results-small test test-slow sanitize cuda-check explorer-check lint bench bench-gpu docs site site-check clean
+.PHONY: help demo results-small test test-slow sanitize cuda-check explorer-check lint bench bench-gpu docs site site-check federated-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make docs       renew the generated parts of README.md and docs"
 	@echo "make site       build the site from docs and the library: build/site/html, to be opened from there (a minute)"
 	@echo "make site-check the site in a headless browser, where Chromium is here"
+	@echo "make federated-check  examples/federated with Flower, in an environment of its own"
 	@echo "make clean      remove the virtual environment and the build, not the runs"
 	@echo "PYTHON=python3.12 names the Python, 3.11 to 3.13, that the virtual environment is made with"
 
@@ -111,6 +112,18 @@ $(VENV)/extra-site: $(VENV)/extra-%: pyproject.toml constraints.txt | $(INSTALLE
 site: $(INSTALLED) $(VENV)/extra-site
 	rm -rf build/site
 	$(BIN)/python -m docs.site
+
+# Flower asks for other versions of some packages: an environment of its own has these, and all else of the one here.
+FEDERATED := build/federated
+$(FEDERATED)/installed: examples/federated/requirements.txt | $(INSTALLED)
+	$(PYTHON) -m venv --clear $(FEDERATED)
+	$(FEDERATED)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(BIN)/python -c 'from sysconfig import get_path as path; print(path("purelib"))' \
+	  > $$($(FEDERATED)/bin/python -c 'from sysconfig import get_path as path; print(path("purelib"))')/beside.pth
+	@touch $@
+
+federated-check: $(FEDERATED)/installed
+	$(BIN)/python -m pytest -q tests/check_federated.py
 
 site-check: site
 	$(BIN)/python -m pytest -q tests/browser/check_site.py

@@ -89,11 +89,11 @@ def answer() -> str:
         seconds = max(read / bandwidth, model.step_flops(TOKENS) / arithmetic)
         rows.append((f"`{pattern}`", bytes_text(held), "yes" if held <= MEMORY else "no", f"{1e3 * seconds:.0f} ms"))
     room = f"{MEMORY // 10**6} MB"
-    heads = ("layers", f"state after {TOKENS:,} tokens", f"within {room}", f"a token on a {board}, at least")
+    heads = ("layers", "state", f"within {room}", "least time of a token")
     said = (
-        f"In {DEPTH} layers of width {WIDTH} and float32, {fitting} of {len(mixers)} mixers keep what they know of"
-        f" {TOKENS:,} tokens within {room}: those whose state has one size. Attention does not, but one layer of it in"
-        " four or six does, with a window or compressed:"
+        f"In {DEPTH} layers of width {WIDTH} and float32, {fitting} of {len(mixers)} mixers hold what they know of"
+        f" {TOKENS:,} tokens within {room}. None that keeps every token does, but one layer of attention in four or six"
+        f" fits, with a window or compressed. The device is a {board}:"
     )
     return f"{said}\n\n{table(heads, rows, align='---:')}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from seqarch.testing import LAWS
 from tests.support.backends import available
@@ -37,6 +39,31 @@ def test_each_cell_of_a_scanned_image_sees_all_others():
 @pytest.mark.slow
 def test_scans_tell_gratings_apart():
     assert runpy.run_path(str(ROOT / "examples" / "scan_2d.py"))["train"]("mamba2", 75) > 0.5
+
+
+def test_a_client_reads_its_text_in_order_and_sends_weights_alone(monkeypatch):
+    """What of the federated example needs no Flower: ``tests/check_federated.py`` has the rest."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "federated")
+    texts, training = (importlib.import_module(name) for name in ("texts", "training"))
+    sizes = [len(texts.text(name)) for name in texts.CLIENTS]
+    assert max(sizes) == 10 * min(sizes)
+    reader = texts.Reader("calendar")
+    pieces = [reader.piece() for _ in range(reader.pieces)]
+    assert torch.equal(torch.cat([pieces[0][:, :1], *(piece[:, 1:] for piece in pieces)], 1), reader.rows)
+    assert reader.rows.numel() <= min(sizes) - texts.TEST_BYTES
+    model = training.new_model()
+    assert training.shared(model, own_norms=False).keys() == dict(model.named_parameters()).keys()
+    kept = training.shared(model, own_norms=False).keys() - training.shared(model, own_norms=True).keys()
+    norms = {f"{name}.weight" for name, module in model.named_modules() if "RMSNorm" in type(module).__name__}
+    assert kept == norms
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert training.train(model, [reader] * 2) < 9
+    assert reader.state is not None
+    assert not any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(reader.state))
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    reader.at = 0
+    reader.piece()
+    assert reader.state is None  # from the first piece on anew
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ PAGES = Path("docs/site/pages")
 OWN = ("index", "start", "chooser")
 NAVIGATION: dict[str, tuple[str, ...]] = {
     "Begin": ("start", "tutorials/index", "chooser", "choosing", "explore"),
-    "Use": ("guide", "models", "conversion", "decoding", "tasks", "matching", "runner", "cluster"),
+    "Use": ("guide", "models", "conversion", "decoding", "federated", "tasks", "matching", "runner", "cluster"),
     "Reference": ("mixers", "ops/index", "api/index"),
     "Measured": ("results/index", "bench"),
     "The house": ("architecture", "extending", "own_mixer", "contributing", "adr/index", "log", "changelog"),
@@ -37,7 +37,7 @@ _LAYERS = re.compile(r"<!-- generated: layers -->.*?<!-- end -->", re.DOTALL)
 def site(root: Path = ROOT) -> Site:
     """Where each page of the repository is on the site."""
     pages = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
-    pages["examples/own_mixer/README.md"] = "own_mixer.md"
+    pages |= {f"examples/{name}/README.md": f"{name}.md" for name in ("own_mixer", "federated")}
     for folder in ("docs", "docs/ops", "docs/adr", "docs/results", "docs/tutorials"):
         for path in sorted((root / folder).glob("*.md")):
             name = path.relative_to(root).as_posix()
