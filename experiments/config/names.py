@@ -27,6 +27,7 @@ NOT_SHOWN = (
     *("seed", "name", "experiment", "runs", "retry", "other_code", "imports", "plugins", "tracker", "machine"),
     *("model.name", "task.name"),
     *("train.keep_last", "train.save_every", "train.log_every", "train.dry_run", "train.device", "train.threads"),
+    *("train.start_from", "train.teacher"),
 )
 """Options that a name shows otherwise, or that nobody compares runs by."""
 

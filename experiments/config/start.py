@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from experiments.config.schema import RunConfig, check_format, folder_path, run_config
+from experiments.config.schema import RunConfig, TrainConfig, check_format, folder_path, run_config
 from experiments.util.errors import ConfigError, RunnerError
 from experiments.util.files import read_json
 from seqarch.checkpoints.manifest import MANIFEST, damage, file_digest, manifest_digest, read_manifest
@@ -33,10 +33,7 @@ def with_start(config: RunConfig) -> RunConfig:
             it is not the one that ``train.start_sha256`` or ``train.teacher_sha256`` asks for.
     """
     train = config.train
-    if train.convert is not None and train.start_from is None:
-        raise ConfigError(f"train.convert={train.convert} is of what {KEY} names, the folder of a run; it is not given")
-    if train.objective != "targets" and train.teacher is None:
-        raise ConfigError(f"train.objective={train.objective} needs {TEACHER}, the folder of a run; it is not given")
+    _check_named(train)
     if train.start_from is not None:
         path, digest = _found(KEY, train.start_from, "start_sha256", train.start_sha256)
         train = replace(train, start_from=str(path), start_sha256=digest)
@@ -46,6 +43,21 @@ def with_start(config: RunConfig) -> RunConfig:
         _check_teacher(path, config)
         config = replace(config, train=replace(train, teacher=str(path), teacher_sha256=digest))
     return config
+
+
+def _check_named(train: TrainConfig) -> None:
+    """Refuse what is of a checkpoint that is not named."""
+    if train.start_from is None:
+        for name in ("convert", "start_sha256"):
+            if (given := getattr(train, name)) is not None:
+                raise ConfigError(f"train.{name}={given}: {name} is of what start_from names, and that is not given")
+    if train.teacher is None:
+        if train.teacher_sha256 is not None:
+            raise ConfigError("train.teacher_sha256 is of what teacher names, and that is not given")
+        if train.objective != "targets":
+            raise ConfigError(
+                f"train.objective={train.objective} needs {TEACHER}, the folder of a run: it is not given"
+            )
 
 
 def _found(key: str, given: str, hash_key: str, wanted: str | None) -> tuple[Path, str]:

@@ -165,8 +165,6 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a finite number or null, got {target}")
         if self.first_state_std != TrainConfig.first_state_std and self.first_state != "noise":
             raise ValueError(f"first_state_std is of first_state: noise, and that is {self.first_state}")
-        if self.start_from is None and self.start_sha256 is not None:
-            raise ValueError("start_sha256 is of what start_from names, and that is not given")
         self._check_teacher()
         if self.threads > MOST_THREADS:
             raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
@@ -174,7 +172,7 @@ class TrainConfig:
     def _check_teacher(self) -> None:
         """Refuse a teacher without a use for it, and what a teacher cannot do."""
         if self.objective == "targets":
-            if self.teacher is not None or self.teacher_sha256 is not None:
+            if self.teacher is not None:
                 raise ValueError(f"a teacher is for objective: {', '.join(OF_TEACHERS)}; got targets")
         elif self.bptt or self.carry_state:
             name = "bptt" if self.bptt else "carry_state"

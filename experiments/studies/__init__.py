@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments.studies.conversion import Conversion
 from experiments.studies.decoding import Decoding
 from experiments.studies.initialisation import Initialisation
 from experiments.studies.mup import Mup
@@ -13,6 +14,7 @@ from experiments.studies.state_tracking import StateTracking
 from experiments.studies.study import Study
 
 STUDIES: dict[str, Study[Any, Any]] = {
-    study.name: study for study in (Initialisation(), StateTracking(), RecallState(), Needle(), Decoding(), Mup())
+    study.name: study
+    for study in (Initialisation(), StateTracking(), RecallState(), Needle(), Decoding(), Mup(), Conversion())
 }
 """The studies by name."""

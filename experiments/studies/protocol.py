@@ -35,11 +35,21 @@ class Arm:
         name: in tables and records.
         overrides: of the study's common configuration, in the grammar of ``experiments.run``.
         factors: the level of each factor of the study, such as ``{"mixer": "gla", "gates": "slow"}``.
+        start, teacher: the arms of whose runs, of the same seed and at the rate that was chosen, its runs take their
+            first weights, and learn; they are trained before.
     """
 
     name: str
     overrides: str
     factors: Mapping[str, str] = field(default_factory=dict)
+    start: str | None = None
+    teacher: str | None = None
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Those arms by the option of training that names a run of them."""
+        named = {"start_from": self.start, "teacher": self.teacher}
+        return {key: arm for key, arm in named.items() if arm is not None}
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,8 @@ class Protocol:
         gain: what an arm that has converged may gain at most from twice the budget.
         tests_for_reporting: whether the tests besides that of the task's own options (``test_lengths``, ``test_on``)
             are of the reporting runs alone. Nothing is chosen by a test, and long ones take long.
+        fixed_budget: whether arms are compared after so many steps as they have, and none is asked to have converged:
+            nothing is trained at twice the budget.
     """
 
     rates: tuple[int, ...] = (-7, -6, -5, -4, -3)
@@ -84,6 +96,7 @@ class Protocol:
     tie: float = 0.01
     gain: float = 0.02
     tests_for_reporting: bool = False
+    fixed_budget: bool = False
 
     def __post_init__(self):
         if both := set(self.tuning_seeds) & set(self.reporting_seeds):
@@ -93,8 +106,8 @@ class Protocol:
 
     def plain(self) -> dict[str, Any]:
         """As it stands in a plan, which has nothing of what later versions added and a study does not use."""
-        plain = asdict(self)
-        return plain if self.tests_for_reporting else without(plain, ("tests_for_reporting",))
+        later = ("tests_for_reporting", "fixed_budget")
+        return without(asdict(self), tuple(name for name in later if not getattr(self, name)))
 
 
 def rate_of(half_decades: int) -> float:
@@ -196,6 +209,16 @@ class Progress:
         """The runs that results are from: those of the chosen rate on the reporting seeds that are over."""
         return [] if self.chosen is None else self.of("reporting", self.chosen, self.protocol.reporting_seeds)
 
+    def source(self, seed: int) -> RecordedRun | None:
+        """The run of a seed, for tuning or reporting, that others start from or learn of; ``None`` before it is over.
+
+        It is at the rate that was chosen; one that failed is none.
+        """
+        if self.chosen is None:
+            return None
+        found = [*self.of("reporting", self.chosen, [seed]), *self.of("tuning", self.chosen, [seed])]
+        return found[0] if found and found[0].finished else None
+
     @property
     def doubled(self) -> RecordedRun | None:
         """The run at twice the budget; ``None`` while it is missing, or where there was nothing left to gain."""
@@ -230,7 +253,9 @@ class Progress:
 
     @property
     def converged(self) -> bool | None:
-        """Whether twice the budget gained no more than is allowed; ``None`` while that is unknown."""
+        """Whether twice the budget gained no more than is allowed, or nobody asks; ``None`` while that is unknown."""
+        if self.protocol.fixed_budget:
+            return True
         gained = self.gained()
         return None if gained is None else gained <= self.protocol.gain
 
@@ -244,6 +269,8 @@ class Progress:
             return missing
         reporting = [Wanted(name, "reporting", self.chosen, seed) for seed in protocol.reporting_seeds]
         missing = [each for each in reporting if each.key not in self.runs]
+        if protocol.fixed_budget:
+            return missing
         if missing or (worst := self.worst) is None or self._cannot_gain(worst) or self.doubled:
             return missing
         steps = 2 * worst.record["cost"]["steps"]

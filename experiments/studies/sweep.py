@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +30,14 @@ LONG_TESTS = ("test_lengths", "test_on")
 
 
 class Composer:
-    """Composes the configurations of a version's runs below the folder ``runs``: each arm once, for it takes long."""
+    """Composes the configurations of a version's runs below the folder ``runs``: each arm once, for it takes long.
 
-    def __init__(self, version: Version, runs: Path):
-        self._version, self._runs = version, runs
+    Args:
+        ledger: of the runs that are over, which others may start from or learn of.
+    """
+
+    def __init__(self, version: Version, runs: Path, ledger: Ledger | None = None):
+        self._version, self._runs, self._ledger = version, runs, ledger
         self._arms: dict[str, dict[str, Any]] = {}
 
     def __call__(self, wanted: Wanted) -> dict[str, Any]:
@@ -43,7 +47,7 @@ class Composer:
             ConfigError: Hydra refuses an argument.
         """
         if wanted.arm not in self._arms:
-            arm = next(arm for arm in self._version.arms if arm.name == wanted.arm)
+            arm = self._arm(wanted)
             arguments = shlex.split(f"{self._version.common} {arm.overrides}")
             self._arms[wanted.arm] = compose([*arguments, f"runs={self._runs}"])
         composed = copy.deepcopy(self._arms[wanted.arm])
@@ -51,9 +55,27 @@ class Composer:
             composed["task"] |= {key: [] for key in LONG_TESTS if key in composed["task"]}
         composed["seed"], composed["train"]["lr"] = wanted.seed, wanted.rate
         composed["shown"] = {"train.lr": wanted.rate, **composed.get("shown", {})}
+        composed["train"] |= {key: str(path) for key, path in self.sources(wanted).items()}
         if wanted.steps is not None:
             composed["train"] |= _fixed(composed["train"], wanted.steps)
         return composed
+
+    def _arm(self, wanted: Wanted) -> Arm:
+        return next(arm for arm in self._version.arms if arm.name == wanted.arm)
+
+    def sources(self, wanted: Wanted) -> dict[str, Path]:
+        """The folders of the runs that a run starts from and learns of, by the options that name them.
+
+        Raises:
+            RunnerError: one of them is not over.
+        """
+        arm, folders = self._arm(wanted), {}
+        for key, name in arm.sources.items():
+            run = None if self._ledger is None else Results(self._version, self._ledger.runs).source(name, wanted.seed)
+            if run is None:
+                raise RunnerError(f"the arm {arm.name!r} needs a run of {name!r} with the seed {wanted.seed}")
+            folders[key] = self._runs / run.config["experiment"] / run.name
+        return folders
 
 
 def _fixed(train: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -75,7 +97,8 @@ def train(version: Version, folder: Path, runs: Path, jobs: int, history: Sequen
         RunnerError: the records that are there are of other configurations.
     """
     with alone(folder):
-        ledger, composer = Ledger(folder), Composer(version, runs)
+        ledger = Ledger(folder)
+        composer = Composer(version, runs, ledger)
         plan.check_records(version, {run.record["study"]["plan"] for run in ledger.runs}, folder)
         check_records(ledger, composer, version)
         return _train(version, ledger, composer, runs, jobs, history)
@@ -126,8 +149,10 @@ def _train(version: Version, ledger: Ledger, composer: Composer, runs: Path, job
 
 
 def missing(version: Version, ledger: Ledger) -> list[Wanted]:
-    """The runs that are known to be missing, arm by arm."""
-    return [wanted for progress in Results(version, ledger.runs).arms.values() for wanted in progress.wanted()]
+    """The runs that are known to be missing and can be made by now, arm by arm."""
+    results = Results(version, ledger.runs)
+    return [wanted for progress in results.arms.values() for wanted in progress.wanted()
+            if all(results.source(name, wanted.seed) for name in progress.arm.sources.values())]  # fmt: skip
 
 
 def _record(version: Version, ledger: Ledger, wanted: Wanted, config: RunConfig, history: Sequence[str]) -> bool:
@@ -139,8 +164,10 @@ def _record(version: Version, ledger: Ledger, wanted: Wanted, config: RunConfig,
     return line is not None
 
 
-def check_records(ledger: Ledger, composer: Callable[[Wanted], Mapping[str, Any]], version: Version) -> None:
+def check_records(ledger: Ledger, composer: Composer, version: Version) -> None:
     """Check that the last recorded run of every stage of every arm is as the study would make it now.
+
+    Those whose start or teacher was trained on another machine are passed over: without these they cannot be made.
 
     Raises:
         RunnerError: an arm's options were edited after its first run.
@@ -153,6 +180,8 @@ def check_records(ledger: Ledger, composer: Callable[[Wanted], Mapping[str, Any]
             continue
         steps = run.config["train"]["steps"] if study["stage"] == "doubled" else None
         wanted = Wanted(study["arm"], study["stage"], run.config["train"]["lr"], run.config["seed"], steps)
+        if not all(path.is_dir() for path in composer.sources(wanted).values()):
+            continue
         here, there = flat(rounded(shortened(resolve_composed(composer(wanted))))), flat(run.config)
         if different := sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key)):
             key = different[0]

@@ -115,6 +115,10 @@ class Results:
             for arm in self.version.arms
         }
 
+    def source(self, arm: str, seed: int) -> RecordedRun | None:
+        """The finished run of an arm that runs of this seed of others start from or learn of."""
+        return self.arms[arm].source(seed) if arm in self.arms else None
+
 
 def key_of(run: RecordedRun) -> tuple[str, str, float, int]:
     """The arm, the stage, the learning rate and the seed of a recorded run."""

@@ -149,7 +149,7 @@ def test_sensitivity_of_a_run(tmp_path, teacher, capsys):
         ({"model__depth": 4}, "train.start_from: .*depth is 2 in the teacher and 4 here"),
         ({"task__vocab_size": 32}, "train.start_from: .*vocab_size is 16 in the teacher and 32 here"),
         ({"model__pattern": "lstm attention"}, "train.start_from: .*layer 0: lstm cannot take q"),
-        ({"train__start_from": None}, "train.convert=whole is of what train.start_from names"),
+        ({"train__start_from": None}, "train.convert=whole: convert is of what start_from names"),
         ({"train__objective": "logits"}, "train.objective=logits needs train.teacher"),
         ({"train__temperature": 2.0}, "temperature is of objective: logits, got targets"),
     ],
