@@ -85,6 +85,13 @@ OPERATIONS: dict[str, Benchmark] = {
         baselines=baselines.ATTENTION,
         token=inputs.token_after_keys(inputs.heads),
     ),
+    "stick_breaking_attention": of_operation(
+        "stick_breaking_attention",
+        title=f"{MATRICES}",
+        inputs=inputs.heads,
+        flops=inputs.stick_breaking_flops,
+        baselines=NOBODY,
+    ),
     "window_attention": of_operation(
         "attention",
         title=f"{MATRICES}, causal, window of {{window}}",

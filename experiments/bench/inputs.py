@@ -22,6 +22,7 @@ from seqarch.ops.gated_rnn import flops as flops_of_rnn
 from seqarch.ops.index_topk import flops as flops_of_index
 from seqarch.ops.indexer_loss import flops as flops_of_indexer_loss
 from seqarch.ops.log_linear_attention import flops as flops_of_levels
+from seqarch.ops.stick_breaking_attention import flops as flops_of_sticks
 
 NSA = {"compressed_length": 32, "compressed_stride": 16, "block_size": BLOCK, "selected_blocks": BLOCKS}
 COMPRESSED = Blocks(*NSA.values(), initial=1, local=2)
@@ -171,6 +172,11 @@ def attention_flops(sizes: Sizes, inputs: Inputs) -> int:
 def compressed_flops(sizes: Sizes, _: Inputs) -> int:
     width = sizes.width
     return sizes.batch * flops_of_compressed(sizes.length, 0, sizes.heads, width, width, COMPRESSED)
+
+
+def stick_breaking_flops(sizes: Sizes, _: Inputs) -> int:
+    shape = (sizes.length, sizes.length, sizes.heads, sizes.width, sizes.width)
+    return flops_of_sticks(*shape, batch_size=sizes.batch)
 
 
 def index_flops(sizes: Sizes, _: Inputs) -> int:

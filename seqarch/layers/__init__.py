@@ -5,6 +5,7 @@ from typing import Any
 from seqarch.layers.attention.attention import Attention, AttentionConfig, SlidingWindow, SlidingWindowConfig
 from seqarch.layers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from seqarch.layers.attention.mla import MLA, MLAConfig
+from seqarch.layers.attention.stick_breaking_attention import StickBreakingAttention, StickBreakingAttentionConfig
 from seqarch.layers.bidirectional import Bidirectional
 from seqarch.layers.channel.mlp import Mlp, MlpConfig, SwiGlu, SwiGluConfig
 from seqarch.layers.channel.moe import MixtureOfExperts, MixtureOfExpertsConfig
@@ -19,9 +20,15 @@ from seqarch.layers.delta_rule.gated_delta_product import GatedDeltaProduct, Gat
 from seqarch.layers.delta_rule.jet_block import JetBlock, JetBlockConfig
 from seqarch.layers.delta_rule.kda import KDA, KDAConfig
 from seqarch.layers.delta_rule.log_linear_gated_delta_net import LogLinearGatedDeltaNet, LogLinearGatedDeltaNetConfig
+from seqarch.layers.delta_rule.preconditioned_gated_delta_net import (
+    PreconditionedGatedDeltaNet,
+    PreconditionedGatedDeltaNetConfig,
+)
+from seqarch.layers.delta_rule.preconditioned_kda import PreconditionedKDA, PreconditionedKDAConfig
 from seqarch.layers.delta_rule.rwkv7 import Rwkv7, Rwkv7Config
 from seqarch.layers.hybrid.rwkv_channel_mix import RwkvChannelMix, RwkvChannelMixConfig
 from seqarch.layers.linear_attention.based import Based, BasedConfig
+from seqarch.layers.linear_attention.gated_slot_attention import GatedSlotAttention, GatedSlotAttentionConfig
 from seqarch.layers.linear_attention.gla import Gla, GlaConfig
 from seqarch.layers.linear_attention.hgrn2 import Hgrn2, Hgrn2Config
 from seqarch.layers.linear_attention.lightning_attention import LightningAttention, LightningAttentionConfig
@@ -72,6 +79,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_delta_net_2": GatedDeltaNet2,
     "gated_delta_product": GatedDeltaProduct,
     "gated_short_conv": GatedShortConv,
+    "gated_slot_attention": GatedSlotAttention,
     "gla": Gla,
     "gru": Gru,
     "hgrn": Hgrn,
@@ -92,6 +100,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "min_gru": MinGru,
     "mlstm": Mlstm,
     "nsa": NSA,
+    "preconditioned_gated_delta_net": PreconditionedGatedDeltaNet,
+    "preconditioned_kda": PreconditionedKDA,
     "retention": Retention,
     "rg_lru": RgLru,
     "rwkv6": Rwkv6,
@@ -101,10 +111,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "sliding_window": SlidingWindow,
     "slstm": Slstm,
     "sparse_mla": SparseMLA,
+    "stick_breaking_attention": StickBreakingAttention,
 }
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "attention": ("attention", "sliding_window", "forgetting_attention", "mla"),
+    "attention": ("attention", "sliding_window", "forgetting_attention", "stick_breaking_attention", "mla"),
     "sparse attention": ("big_bird", "moba", "dsa", "sparse_mla", "longformer", "nsa"),
     "linear attention": (
         "linear_attention",
@@ -114,6 +125,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "gla",
         "hgrn2",
         "mlstm",
+        "gated_slot_attention",
         "rwkv6",
     ),
     "state space": ("mamba2", "mamba", "mamba3", "log_linear_mamba2"),
@@ -123,6 +135,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "kda",
         "gated_delta_net_2",
         "gated_delta_product",
+        "preconditioned_gated_delta_net",
+        "preconditioned_kda",
         "log_linear_gated_delta_net",
         "comba",
         "jet_block",
@@ -215,6 +229,8 @@ __all__ = [
     "GatedDeltaProductConfig",
     "GatedShortConv",
     "GatedShortConvConfig",
+    "GatedSlotAttention",
+    "GatedSlotAttentionConfig",
     "Gla",
     "GlaConfig",
     "Gru",
@@ -261,6 +277,10 @@ __all__ = [
     "MoBA",
     "MoBAConfig",
     "NSAConfig",
+    "PreconditionedGatedDeltaNet",
+    "PreconditionedGatedDeltaNetConfig",
+    "PreconditionedKDA",
+    "PreconditionedKDAConfig",
     "Retention",
     "RetentionConfig",
     "RgLru",
@@ -279,6 +299,8 @@ __all__ = [
     "SlstmConfig",
     "SparseMLA",
     "SparseMLAConfig",
+    "StickBreakingAttention",
+    "StickBreakingAttentionConfig",
     "SwiGlu",
     "SwiGluConfig",
     "build_channel_mixer",

@@ -18,6 +18,7 @@ VALUES = {
     "linear_attention": "v",
     "log_linear_attention": "v",
     "selective_scan": "x",
+    "stick_breaking_attention": "v",
 }
 """Operations that are linear in one of their inputs, the values, once the others are given: its name."""
 

@@ -33,6 +33,8 @@ from seqarch.ops.log_linear_attention import OP as _log_linear_attention
 from seqarch.ops.log_linear_attention import log_linear_attention
 from seqarch.ops.selective_scan import OP as _selective_scan
 from seqarch.ops.selective_scan import selective_scan
+from seqarch.ops.stick_breaking_attention import OP as _stick_breaking_attention
+from seqarch.ops.stick_breaking_attention import stick_breaking_attention
 
 OPS: dict[str, Op] = {
     "attention": _attention,
@@ -47,6 +49,7 @@ OPS: dict[str, Op] = {
     "linear_attention": _linear_attention,
     "log_linear_attention": _log_linear_attention,
     "selective_scan": _selective_scan,
+    "stick_breaking_attention": _stick_breaking_attention,
 }
 
 
@@ -101,5 +104,6 @@ __all__ = [
     "record_backends",
     "record_calls",
     "selective_scan",
+    "stick_breaking_attention",
     "use_backends",
 ]

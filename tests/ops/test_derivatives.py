@@ -48,6 +48,7 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Tensor], dict[str, Any]]]] = 
     "attention": lambda: ("attention", heads(), {}),
     "window": lambda: ("attention", heads(), {"window": 2, "key_start": torch.tensor([0, 2])}),
     "sums": lambda: ("attention", {**heads(), "sinks": draw(2)}, {"return_lse": True}),
+    "sticks": lambda: ("stick_breaking_attention", heads(), {"key_start": torch.tensor([0, 2])}),
     "biased": lambda: ("attention", {**heads(), "key_bias": draw(2, 5, 2)}, {}),
     "rnn": lambda: (
         "gated_rnn",

@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Tensor]], Callable[[int], 
         lambda _: {"window": 20},
         {"chunk_cpp": 64, "chunk_sdpa": 32, "parallel_sdpa": LENGTH},
     ),
+    "sticks": ("stick_breaking_attention", heads, lambda _: {}, {"chunk_torch": LENGTH}),
     "lists": (
         "block_sparse_attention",
         heads,

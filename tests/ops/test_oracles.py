@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from seqarch import ops
 from seqarch.testing import assert_close
@@ -27,14 +28,18 @@ RECORDS = {
     "delta_rule_dplr": "delta_rule",
     "delta_rule_scalar_decay": "delta_rule",
     "delta_rule_vector_decay": "delta_rule",
+    "gated_slot_attention": "linear_attention",
     "linear_attention_head_decay": "linear_attention",
     "linear_attention_no_decay": "linear_attention",
     "linear_attention_scalar_decay": "linear_attention",
     "linear_attention_vector_decay": "linear_attention",
     "linear_attention_vector_decay_strong": "linear_attention",
+    "log_linear_attention": "log_linear_attention",
     "native_sparse_attention": "block_sparse_attention",
+    "preconditioned_delta_rule": "delta_rule",
     "selective_scan": "selective_scan",
     "ssd": "linear_attention",
+    "stick_breaking_attention": "stick_breaking_attention",
 }
 HERE = [(record, name) for record, op in RECORDS.items() for name in available(op)]
 THERE = [(record, name) for record, op in RECORDS.items() for name in on_device(op) if record != "delta_rule_dplr"]
@@ -62,6 +67,14 @@ def compute(record: str, backend: str, scale: float, x: dict[str, Tensor]) -> di
             x["C"], x["Bm"], x["x"], x["log_decay"], scale=1.0, state=x["state"], backend=backend
         )
         return {"y": y, "state": state}
+    if record == "stick_breaking_attention":
+        return dict(zip(("o", "rest"), ops.stick_breaking_attention(**x, scale=scale, backend=backend), strict=True))
+    if record == "log_linear_attention":
+        return {"o": ops.log_linear_attention(**x, scale=scale, backend=backend)[0]}
+    if record == "gated_slot_attention":
+        return {"o": of_slots(**x, scale=scale, backend=backend)}
+    if record == "preconditioned_delta_rule":
+        return preconditioned(x, scale, backend)
     if record == "linear_attention_head_decay":
         decay = 1 - 2.0 ** (-5 - torch.arange(x["q"].shape[2], dtype=x["q"].dtype, device=x["q"].device))
         x = {**x, "log_decay": decay.log()}
@@ -71,6 +84,26 @@ def compute(record: str, backend: str, scale: float, x: dict[str, Tensor]) -> di
         x = {**kept, "read": read, "erase": x["b"]}
     op = {"delta_rule": ops.delta_rule, "linear_attention": ops.linear_attention}[RECORDS[record]]
     return dict(zip(("o", "state"), op(**x, scale=scale, backend=backend), strict=True))
+
+
+def of_slots(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, backend: str) -> Tensor:
+    """Two linear attentions: to the slots, each a head one wide, and from them."""
+    written = -torch.expm1(log_decay)
+    options = {"scale": scale, "backend": backend}
+    scores, _ = ops.linear_attention(q, k, written.flatten(2).unsqueeze(-1), log_decay.flatten(2), **options)
+    return ops.linear_attention(scores.view(written.shape).softmax(-1), written, v, log_decay, **options)[0]
+
+
+def preconditioned(x: dict[str, Tensor], scale: float, backend: str) -> dict[str, Tensor]:
+    """Keys of unit norm that are written at ``k x^(-r / (1 + |r|))``, x being 1.5."""
+    q, k = (F.normalize(x[name], dim=-1) for name in "qk")
+    one, added = torch.ones_like(k[..., :1]), x["sum_beta"].unsqueeze(-1) * k.square()
+    sums, last = ops.linear_attention(one, one, added, x["sum_log_decay"], scale=1.0)
+    r = (sums + 1e-6).log() - x["center"].unsqueeze(-1)
+    written = k * 1.5 ** (-r / (1 + r.abs()))
+    rates = {"beta": x["beta"], "log_decay": x["log_decay"], "read": k}
+    o, state = ops.delta_rule(q, written, x["v"], **rates, scale=scale, backend=backend)
+    return {"o": o, "state": state, "sums": last.squeeze(-2)}
 
 
 def over_means(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float) -> Tensor:

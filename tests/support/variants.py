@@ -52,6 +52,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gated_delta_net_2": [{"num_heads": 2, "num_key_heads": 1, "expand_v": 0.5, "negative_eigenvalues": True}],
     "gated_delta_product": [{"num_heads": 2, "num_key_heads": 1, "steps": 3, "negative_eigenvalues": False}],
     "gated_short_conv": [{"conv_width": 4, "bias": True}],
+    "gated_slot_attention": [{"num_heads": 2, "num_slots": 6, "conv_width": 3, "temperature": 1.0}],
     "gla": [
         {"num_heads": 2, "temperature": 1.0, "conv_width": 3, "negative_eigenvalues": True},
         {"num_heads": 3, "key_width": 6, "value_width": 5},
@@ -110,6 +111,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "window": 16,
         }
     ],
+    "preconditioned_gated_delta_net": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "squash": 1.9}],
+    "preconditioned_kda": [{"num_heads": 2, "key_width": 8, "value_width": 5, "log_decay_bound": 5.0}],
     "retention": [{"num_heads": 3, "key_width": 6, "value_width": 5, "conv_width": 4}],
     "rwkv6": [{"num_heads": 3, "head_dim": 6, "mix_rank": 3, "decay_rank": 5}],
     "rwkv7": [{"num_heads": 3, "head_dim": 6, "decay_rank": 3, "rate_rank": 4, "gate_rank": 5}],
@@ -121,6 +124,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "kv_lora_rank": 10, "q_lora_rank": 6, "top_k": 5, "index_heads": 3},
     ],
     "slstm": [{"num_heads": 2, "head_dim": 12, "conv_width": 0, "recurrent_std": 0.4}],
+    "stick_breaking_attention": [{"num_kv_heads": 2, "num_heads": 4, "qk_norm": True, "conv_width": 3}],
     "sliding_window": [{"window": 2}, {"window": 16, "num_heads": 2, "sinks": True}, {"window": 5, "logit_cap": 0.5}],
 }
 
