@@ -95,7 +95,8 @@ class LogLinear(RecurrentMixer):
     def level_weight(self, x: Tensor) -> Tensor:
         """``[B, T, H, L]``, of each head and level."""
         scale = self.level_scale.to(self.state_dtype)
-        return F.softplus(scale * self.level_proj(x).to(scale.dtype).unflatten(-1, scale.shape))
+        weight = F.softplus(scale.flatten() * self.level_proj(x).to(scale.dtype))
+        return weight.unflatten(-1, scale.shape)
 
     def new_state(self, batch_size: int, max_length: int, device: Device, dtype: torch.dtype | None) -> Any:
         return LogLinearState(*super().new_state(batch_size, max_length, device, dtype), (0,) * batch_size)

@@ -132,7 +132,7 @@ def _checked_counts(
     if len(counts) != rows or not all(checks.fits(count, (int,)) and count >= 0 for count in counts):
         raise ValueError(f"{NAME}: before is {before!r}, expected {rows} whole numbers of at least 0, or one")
     own = [length] * rows if offsets is None else [end - start for start, end in pairwise(offsets)]
-    most = max((count + new for count, new in zip(counts, own, strict=True)), default=0)
+    most = max([0, *(count + new for count, new in zip(counts, own, strict=True))])
     if most > 1 << (levels - 1):
         raise ValueError(
             f"{NAME}: a row has {most} tokens, expected at most {1 << (levels - 1)}: level_weight has {levels} levels,"
