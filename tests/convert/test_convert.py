@@ -136,8 +136,11 @@ def test_every_mixer_takes_queries_keys_and_values_where_it_says(name: str):
                 weight.copy_(value)
 
 
-ALSO = {("comba", "k"): {"q"}}
-"""Comba takes a share of the key from each query."""
+ALSO = {
+    **{("comba", "k"): {"q"}},
+    **{(f"preconditioned_{name}", "k"): {"v"} for name in ("gated_delta_net", "kda")},
+}
+"""Comba takes a share of the key from each query; preconditioners sum squares of keys, as if these were values."""
 
 
 def _inputs(mixer: Mixer, x: Tensor) -> dict[str, Tensor]:
