@@ -53,6 +53,13 @@ def measure(arguments: argparse.Namespace) -> int:
     config = run_config({key: value for key, value in run.config.items() if key != "format"})
     if config.train.teacher is None:
         raise RunnerError(f"{run.path}: the run has no teacher (train.objective is {config.train.objective})")
+    if config.train.objective == "logits":
+        raise RunnerError(
+            f"{run.path}: its norms and channel mixers were trained, too (train.objective is logits), so its layers do"
+            " not fit into the teacher: expected a run of mixer_outputs or mixer_matrices"
+        )
+    if not 0 <= arguments.keep <= config.model.options.depth:
+        raise RunnerError(f"--keep is {arguments.keep}, expected 0 to {config.model.options.depth}, the layers")
     engine, task = Engine(config.train), build_task(config)
     metric = task.metric
 
@@ -64,15 +71,13 @@ def measure(arguments: argparse.Namespace) -> int:
         costs = sensitivity(teacher, load(run.path, device="cpu"), score)
     except (CheckpointError, ValueError) as error:
         raise RunnerError(f"{run.path}: {error}") from error
-    if not 0 <= arguments.keep <= len(costs):
-        raise RunnerError(f"--keep is {arguments.keep}, expected 0 to {len(costs)}, the layers that differ")
     order = sorted(costs, key=lambda each: each.change, reverse=not metric.higher_is_better)
     print(f"{'layer':>5}  {'mixer':<24}  {metric.name:>12}  {'change':>10}")
     for each in order:
         print(f"{each.layer:>5}  {each.mixers:<24}  {each.score:>12.5g}  {each.change:>+10.3g}")
     if arguments.keep:
-        kept = most_costly(costs, arguments.keep, metric.higher_is_better)
-        print(f"to keep {arguments.keep}: keep_layers={kept}")
+        kept = most_costly(costs, min(arguments.keep, len(costs)), metric.higher_is_better)
+        print(f"to keep {len(kept)}: keep_layers={kept}")
     return 0
 
 

@@ -26,8 +26,9 @@ def train(model: LanguageModel, readers: Sequence[Reader]) -> float:
     """A step on the next piece of each reader, in this order; the mean loss in bits per byte.
 
     A state goes on from piece to piece of its text, without a gradient. Weights change by a step in between, which a
-    state bears; what all clients have learnt in a round is more, so that readers are made anew for each round, without
-    a state. AdamW begins anew with each call, too: its averages are of gradients at weights that are no longer there.
+    state bears; what all clients have learnt in a round is more, so that a federation makes readers anew for each
+    round, without a state; those of central training and of a client alone go on. AdamW begins anew with each call,
+    too: its averages are of gradients at weights that are no longer there.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     model.train()

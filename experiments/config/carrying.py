@@ -80,12 +80,17 @@ def _check_first_state(config: RunConfig, task: Task, model: LanguageModel) -> N
             f"{kind} does not go with train.objective: {config.train.objective}, which is of whole sequences from the"
             " initial state"
         )
-    names = [name for name, mixer in _mixers(config, model) if grows(mixer)]
-    if len(names) == len([*_mixers(config, model)]):
+    mixers, is_noise = dict(_mixers(config, model)), config.train.first_state != "passed"
+    if not any(passes(mixer) and (mixer.takes_any_state or not is_noise) for mixer in mixers.values()):
         raise ConfigError(
-            f"{kind} is for states of a fixed size, and all of this model's grow with every token:"
-            f" {', '.join(dict.fromkeys(names))}"
+            f"{kind} is for states of a fixed size{' that any numbers can be' if is_noise else ''}, and those of"
+            f" {', '.join(mixers)} are none"
         )
+
+
+def passes(mixer: Mixer) -> bool:
+    """Whether another sequence's state can be the mixer's first one: it neither grows nor counts up to an end."""
+    return not grows(mixer) and mixer.most_tokens is None
 
 
 def grows(mixer: Mixer) -> bool:

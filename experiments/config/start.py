@@ -34,6 +34,9 @@ def with_start(config: RunConfig) -> RunConfig:
     """
     train = config.train
     _check_named(train)
+    if config.machine.processes > 1 and (train.teacher or train.convert):
+        given = "train.teacher" if train.teacher else "train.convert"
+        raise ConfigError(f"{given}: such a run has one process, and machine.processes is {config.machine.processes}")
     if train.start_from is not None:
         path, digest = _found(KEY, train.start_from, "start_sha256", train.start_sha256)
         train = replace(train, start_from=str(path), start_sha256=digest)

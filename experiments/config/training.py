@@ -177,6 +177,9 @@ class TrainConfig:
         elif self.bptt or self.carry_state:
             name = "bptt" if self.bptt else "carry_state"
             raise ValueError(f"objective: {self.objective} is of whole sequences from their start: leave {name} out")
+        elif self.objective != "logits" and (self.compile or self.activation_checkpointing):
+            name = "compile" if self.compile else "activation_checkpointing"
+            raise ValueError(f"objective: {self.objective} runs mixers by themselves, without {name}: leave it out")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, got {self.temperature}")
         if self.objective != "logits" and (self.temperature != 1 or self.target_weight):

@@ -210,7 +210,7 @@ class Progress:
         return [] if self.chosen is None else self.of("reporting", self.chosen, self.protocol.reporting_seeds)
 
     def source(self, seed: int) -> RecordedRun | None:
-        """The run of a seed, for tuning or reporting, that others start from or learn of; ``None`` before it is over.
+        """The run of a seed, for tuning or reporting, that others start from or learn from; ``None`` before it is over.
 
         It is at the rate that was chosen; one that failed is none.
         """

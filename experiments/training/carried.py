@@ -82,7 +82,7 @@ class CarriedStates:
         self._state: Any = None
 
     def begin(self, step: int) -> None:
-        """Steps ``0, 1, ...`` begin with this."""
+        """Called before each step, with its number."""
 
     def rows(self, part: slice) -> Any:
         """The state that some rows go on from; ``None`` for the initial one."""
@@ -110,10 +110,10 @@ class CarriedStates:
         self._state = None
         if any(part["leaves"] is None for part in parts):
             return
-        form = pytree.tree_structure(self._model.init_state(1, max_length=1))
         end, found = self._first + self._count, []
         for part in sorted(parts, key=lambda part: part["first"]):
             wanted = range(max(self._first, part["first"]), min(end, part["first"] + part["count"]))
+            form = pytree.tree_structure(self._model.init_state(part["count"], max_length=1))
             if wanted and len(part["leaves"]) == form.num_leaves:
                 state = pytree.tree_unflatten(part["leaves"], form)
                 found.append((state_rows(state, [row - part["first"] for row in wanted]), len(wanted)))

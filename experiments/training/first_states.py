@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from experiments.config.carrying import carries, grows
+from experiments.config.carrying import carries, passes
 from experiments.config.schema import RunConfig
 from experiments.tasks import Task
 from experiments.training import processes
@@ -34,12 +33,13 @@ class FirstStates(CarriedStates):
     """What the sequences of a step begin with, without gradients (Buitrago Ruiz and Gu 2025, section 4.1).
 
     - ``passed``: what the sequences of the step before ended with, which are others.
-    - ``noise``: normal numbers of mean 0 and one standard deviation.
+    - ``noise``: normal numbers of mean 0 and one standard deviation, as recurrent states.
     - ``fitted_noise``: normal numbers with the mean and the standard deviation that the states had at the end of the
       step before, over all its sequences, by themselves for each head, or channel, of each tensor.
 
-    Mixers whose state grows with every token begin as ever, and with noise also those that count tokens. So
-    do all in the first step, but with ``noise``. Numbers follow from the seed and the step alone: the same in whatever
+    Mixers whose state grows with every token, or counts no more than so many, begin as ever; with noise also those that
+    divide by what they hold (:attr:`seqarch.layers.Mixer.takes_any_state`). So do all in the first step, but with
+    ``noise``. Numbers follow from the seed and the step alone: the same in whatever
     micro-batches and on however many processes.
     """
 
@@ -61,8 +61,9 @@ class FirstStates(CarriedStates):
             super().keep([self._of_fixed_size(state) for state in states])
 
     def _of_fixed_size(self, state: Any) -> Any:
-        """The state with the initial one of each mixer whose own would grow."""
-        return self._each(lambda mixer, fresh, own: fresh if grows(mixer) else own, row_count(state), state)
+        """The state with the initial one of each mixer whose own would grow, or count too far."""
+        rows = row_count(state)
+        return self._each(lambda mixer, fresh, own: own if passes(mixer) else fresh, rows, state)
 
     def _made(self) -> Any:
         if self.kind == "passed" or (self.kind == "fitted_noise" and self._state is None):
@@ -70,17 +71,15 @@ class FirstStates(CarriedStates):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._step)
 
         def drawn(mixer: Any, fresh: Any, last: Any) -> Any:
-            if grows(mixer) or not is_of_tensors(fresh):
+            if not passes(mixer) or not mixer.takes_any_state:
                 return fresh
-            return pytree.tree_map(lambda *leaves: self._drawn(generator, *leaves), fresh, last)
+            return fresh._replace(recurrent=self._drawn(generator, fresh.recurrent, last.recurrent))
 
         initial = self._model.init_state(self._count, max_length=1)
         return self._each(drawn, self._count, initial if self._state is None else self._state)
 
-    def _drawn(self, generator: torch.Generator, fresh: Tensor | None, last: Tensor | None) -> Tensor | None:
-        """Numbers for a tensor ``[B, ...]`` of the state, this process's rows of those of all; a count as it was."""
-        if fresh is None or last is None or not fresh.is_floating_point():
-            return last
+    def _drawn(self, generator: torch.Generator, fresh: Tensor, last: Tensor) -> Tensor:
+        """Numbers for a recurrent state ``[B, ...]``, this process's rows of those of all."""
         shape = self._count * processes.count(), *fresh.shape[1:]
         numbers = torch.randn(shape, generator=generator)[self._first : self._first + self._count]
         numbers = numbers.to(fresh.device, torch.float64)
@@ -97,11 +96,6 @@ class FirstStates(CarriedStates):
             tuple(make(*each) for each in zip(layer.mixers, new, own, strict=True))
             for layer, new, own in zip(layers, fresh, state, strict=True)
         )
-
-
-def is_of_tensors(state: Any) -> bool:
-    """Whether a mixer's state is of tensors alone; a cache of keys has a length as well, and no room at first."""
-    return all(leaf is None or isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(state))
 
 
 def moments(tensor: Tensor) -> tuple[Tensor, Tensor]:

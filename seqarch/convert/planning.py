@@ -48,7 +48,7 @@ def make_plan(config: StackConfig, mixers: Sequence[Sequence[Mixer]], pattern: s
     keep = _checked(keep_layers, config.depth)
     layers: list[LayerPattern] = []
     sources: list[tuple[int, ...] | None] = []
-    options: dict[str, dict[str, Any]] = {name: dict(getattr(config, name)) for name in BY_NAME}
+    taken: dict[str, dict[str, Any]] = {name: {} for name in BY_NAME}
     for i, (before, after) in enumerate(zip(own, wanted, strict=True)):
         _check_layer(i, after)
         if i in keep or _is_same(before, after):
@@ -62,8 +62,9 @@ def make_plan(config: StackConfig, mixers: Sequence[Sequence[Mixer]], pattern: s
         layers.append(LayerPattern(after.mixers, before.channel, given, _channel_options(before)))
         sources.append(found)
         for name, source in zip(after.mixers, found, strict=True):
-            _take_over(i, before.mixers[source], name, options)
-    return Plan(replace(config, pattern=write_pattern(layers), **options), tuple(sources))
+            _take_over(i, config, before.mixers[source], name, taken)
+    kept = {name for layer, found in zip(own, sources, strict=True) if found is None for name in layer.mixers}
+    return Plan(replace(config, pattern=write_pattern(layers), **_by_name(config, taken, kept)), tuple(sources))
 
 
 def _checked(keep_layers: Iterable[int], depth: int) -> set[int]:
@@ -126,14 +127,35 @@ def _options(
     return {**{option: value for option, value in found.items() if option not in by_name}, **said}
 
 
-def _take_over(number: int, before: str, after: str, options: dict[str, dict[str, Any]]) -> None:
-    """Have a new mixer the constants and the place of the norm that the old one has."""
-    for option, known in options.items():
-        if before in known and known.setdefault(after, known[before]) != known[before]:
+def _take_over(number: int, config: StackConfig, before: str, after: str, taken: Mapping[str, dict[str, Any]]) -> None:
+    """Give a new mixer the constants and the norm placement of the old one."""
+    for option, values in taken.items():
+        value = _constant(config, option, before)
+        if values.setdefault(after, value) != value:
             raise ValueError(
-                f"convert: layer {number}: {option} is {known[before]!r} for {before} and {known[after]!r} for"
-                f" {after}, which takes its place: expected the same"
+                f"convert: layer {number}: {option} is {value!r} for {before} and {values[after]!r} for another mixer"
+                f" in whose place {after} stands: expected the same"
             )
+
+
+def _constant(config: StackConfig, option: str, name: str) -> Any:
+    """What an option by the names of mixers is for one of them."""
+    usual = config.norm_placement if option == "norm_placements" else 1.0
+    return getattr(config, option).get(name, usual)
+
+
+def _by_name(config: StackConfig, taken: Mapping[str, Mapping[str, Any]], kept: set[str]) -> dict[str, dict[str, Any]]:
+    """The options by the names of mixers, with those that new mixers take over; layers that stay keep theirs."""
+    found: dict[str, dict[str, Any]] = {}
+    for option, values in taken.items():
+        new = {name: value for name, value in values.items() if value != _constant(config, option, name)}
+        if odd := sorted(kept & new.keys()):
+            raise ValueError(
+                f"convert: {option} is {_constant(config, option, odd[0])!r} for {odd[0]} in layers that stay, and"
+                f" would be {new[odd[0]]!r} in those that are new: expected the same"
+            )
+        found[option] = {**getattr(config, option), **new}
+    return found
 
 
 def check_alike(config: StackConfig, other: StackConfig) -> None:
@@ -163,6 +185,10 @@ def fitted(wanted: LMConfig, config: LMConfig, mixers: Sequence[Sequence[Mixer]]
     check_alike(config, wanted)
     named = {name: {**config.mixers.get(name, {}), **own} for name, own in wanted.mixers.items()}
     plan = make_plan(replace(config, mixers={**config.mixers, **named}), mixers, wanted.pattern, ())
+    for name in BY_NAME:
+        given, found = getattr(wanted, name), getattr(plan.config, name)
+        if given not in ({}, found):
+            raise ValueError(f"convert: {name} is {given!r}, and follows from the model that is converted: {found!r}")
     used = {name for layer in tile_pattern(plan.config.pattern, plan.config.depth) for name in layer.mixers}
     options = {name: own for name, own in plan.config.mixers.items() if name in used}
     return replace(wanted, mixers=options, **{name: getattr(plan.config, name) for name in ("pattern", *BY_NAME)})

@@ -142,6 +142,12 @@ class Mixer(Layer):
     takes: tuple[str, ...] = ()
     """Names of what this mixer needs of an earlier layer of its stack; ``"input"`` is what the stack was given."""
 
+    most_tokens: int | None = None
+    """Of one sequence, where the state counts no more."""
+
+    takes_any_state: ClassVar[bool] = False
+    """Whether any numbers are a state ``recurrent``: nothing is divided by one of them."""
+
     kept_parts: ClassVar[tuple[str, ...]] = ()
     """Names of further submodules and parameters that mean the same in every mixer which names them here."""
 

@@ -242,6 +242,18 @@ def test_constants_and_norms_of_the_old_mixer_hold_for_the_new_one():
     assert_close(made(tokens())[0], model(tokens())[0], 1e-12)
 
 
+def test_constants_are_never_those_of_other_layers():
+    """Of a mixer that stays, and of one that is named but is not there."""
+    mixed = teacher("attention mamba2", depth=2, input_factors={"attention": 2.0})
+    with pytest.raises(ValueError, match=r"input_factors is 1.0 for mamba2 in layers that stay, and would be 2.0"):
+        convert(mixed, "mamba2")
+    named = teacher(depth=1, input_factors={"mamba2": 2.0})
+    assert convert(named, "mamba2")[0].config.input_factors == {"mamba2": 1.0}
+    several = teacher("attention sliding_window", depth=2, norm_placements={"attention": "post"})
+    with pytest.raises(ValueError, match="layer 1: norm_placements is 'pre' for sliding_window and 'post'"):
+        convert(several, "gated_delta_net")
+
+
 def test_dtype_mode_and_tied_embeddings_stay():
     model = teacher(tie_embeddings=True).bfloat16().train()
     model.norm.float()

@@ -28,9 +28,9 @@ class StickBreakingAttention(CachedAttention):
 
     ``s_ij = sigmoid(q_i . k_j / sqrt(K))``, and ``r_i = prod_{j < i} (1 - s_ij)`` is what the tokens before i have
     left, which goes to the token itself. Tan et al. 2024, "Scaling Stick-Breaking Attention", section 3. Not softmax
-    attention, whose weights do not depend on the order of keys: here a token hides those before it, and there are no
-    positions. Not forgetting attention, whose gates are the same for all queries. Projections have ``nn.Linear``'s
-    initialisation.
+    attention, whose weights do not depend on the order of keys: here a token hides those before it, and by default
+    there are no positions. Not forgetting attention, whose gates are the same for all queries. Projections have
+    ``nn.Linear``'s initialisation.
     """
 
     Config = StickBreakingAttentionConfig

@@ -115,6 +115,8 @@ class DeltaRuleMixer(RecurrentMixer):
         steps: keys and values per token.
     """
 
+    takes_any_state = True
+
     config: DeltaRuleConfig
     norm: nn.Module
     gate: nn.Module

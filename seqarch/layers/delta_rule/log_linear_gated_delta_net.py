@@ -22,11 +22,11 @@ class LogLinearGatedDeltaNet(LogLinear, GatedDeltaNet):
 
     Level 0 is the token itself, ``beta_t k_t^T v_t``; level l holds ``2^(l-1)`` tokens, those that lie further back the
     more of them together, where bit ``l - 1`` of the position t is set: at most ``1 + log2 t`` states, a binary
-    counter. Every token decays and corrects all of them. ``w_t = softplus(L * W_l x_t)`` for each head and level, with
-    a learnt L that is 1 at first; all else is Gated DeltaNet's. Guo et al. 2025, "Log-Linear Attention", section 3.3.
-    Not Gated DeltaNet, which reads one state, the sum of these; nor gated_delta_product, which takes several steps of
-    one state. A token after t meets as many states as t has bits that are set: one after a power of two, half of
-    ``log2 t`` on average. Tokens beyond ``levels`` are refused.
+    counter. Every token decays and corrects all of them. ``w_tl = softplus(s_l W_l x_t)`` for each head and level,
+    with learnt s that are 1 at first; all else is Gated DeltaNet's. Guo et al. 2025, "Log-Linear Attention", section
+    3.3. Not Gated DeltaNet, which reads one state, the sum of these; nor gated_delta_product, which takes several
+    steps of one state. A token after t meets as many states as t has bits that are set: one after a power of two, half
+    of ``log2 t`` on average. Tokens beyond ``levels`` are refused.
     """
 
     Config = LogLinearGatedDeltaNetConfig

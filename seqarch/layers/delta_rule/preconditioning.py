@@ -28,8 +28,8 @@ class PreconditionedConfig(GatedDeltaRuleConfig):
     """Options of mixers whose keys are preconditioned.
 
     Attributes:
-        squash: x; each dimension of a key is multiplied by a number from ``1 / x`` to x. Up to 2, steps along keys of
-            unit norm cannot make the state grow.
+        squash: x; each dimension of a key is multiplied by a number from ``1 / x`` to x. Up to 2, the eigenvalues
+            of a step along a key of unit norm stay within -1 and 1.
         neutral_curvature: at which that number is 1 at first; its logarithm is learnt, one of each head.
     """
 
@@ -40,6 +40,8 @@ class PreconditionedConfig(GatedDeltaRuleConfig):
         super().__post_init__()
         if not 1 < self.squash <= 2:
             raise ValueError(f"squash must be above 1 and at most 2, got {self.squash}")
+        if self.negative_eigenvalues:
+            raise ValueError("negative_eigenvalues with keys times up to squash would make the state grow")
 
 
 class PreconditionedState(NamedTuple):
@@ -92,6 +94,8 @@ class Preconditioner(nn.Module):
 
 class Preconditioned(DeltaRuleMixer):
     """What a mixer on the delta rule gets in front of it, to write at preconditioned keys and read at its own."""
+
+    takes_any_state = False
 
     rates: Callable[[Tensor], tuple[Tensor, Tensor]]
     """beta and the log decays, from the mixer's input."""

@@ -96,6 +96,8 @@ class Rwkv7(RecurrentMixer):
     Mixtures and bonus take no weight decay (nor, in the release, the low-rank maps).
     """
 
+    takes_any_state = True
+
     Config = Rwkv7Config
     unquantized = ("decay", "rate", "value_gate")
     no_weight_decay = ("shares", "bonus")

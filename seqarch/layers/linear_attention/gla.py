@@ -82,6 +82,8 @@ class Gla(LinearMixer):
     ``nn.Linear``'s initialisation.
     """
 
+    takes_any_state = True
+
     Config = GlaConfig
     unquantized = ("decay",)
 

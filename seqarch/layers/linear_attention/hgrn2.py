@@ -68,6 +68,8 @@ class Hgrn2(LinearMixer):
     which the norm takes out again. Projections have ``nn.Linear``'s initialisation.
     """
 
+    takes_any_state = True
+
     Config = Hgrn2Config
 
     @from_options

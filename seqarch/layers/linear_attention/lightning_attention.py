@@ -50,6 +50,8 @@ class LightningAttention(LinearMixer):
     initialisation.
     """
 
+    takes_any_state = True
+
     Config = LightningAttentionConfig
 
     @from_options

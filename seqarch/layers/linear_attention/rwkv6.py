@@ -45,6 +45,8 @@ class Rwkv6(LinearMixer):
     ones would get no gradient), have ``nn.Linear``'s, and the norm's weights are 1 (there ``0.5^0.7``).
     """
 
+    takes_any_state = True
+
     Config = Rwkv6Config
     unquantized = ("shares", "decay")
     no_weight_decay = ("bonus",)

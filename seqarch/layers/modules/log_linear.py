@@ -27,7 +27,7 @@ class LevelsConfig(LayerConfig):
 
     Attributes:
         levels: L; a sequence has at most ``2^(L - 1)`` tokens, by default 262,144, and the state is ``L - 1`` times as
-            large as without levels. Released are 15.
+            large as without levels. The release has 15.
     """
 
     levels: int = 19
@@ -79,6 +79,8 @@ class LogLinear(RecurrentMixer):
     and takes no weight decay.
     """
 
+    takes_any_state = False
+
     delta: ClassVar[bool]
     """Whether the recurrence is the delta rule."""
 
@@ -91,6 +93,7 @@ class LogLinear(RecurrentMixer):
         self.level_proj = Linear(config.d_model, heads * config.levels, bias=False)
         self.level_scale = nn.Parameter(torch.ones(heads, config.levels))
         self.state_shape = (heads, config.levels - 1, keys, values)
+        self.most_tokens = 2 ** (config.levels - 1)
 
     def level_weight(self, x: Tensor) -> Tensor:
         """``[B, T, H, L]``, of each head and level."""

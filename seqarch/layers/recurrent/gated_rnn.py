@@ -73,6 +73,8 @@ class GatedRnnMixer(RecurrentMixer):
 class PlainRnn(GatedRnnMixer):
     """One whose gates' inputs are a linear map of x, and whose outputs are a linear map of h."""
 
+    takes_any_state = True
+
     @from_options
     def __init__(self, config: GatedRnnConfig):
         super().__init__(config)

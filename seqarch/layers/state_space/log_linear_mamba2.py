@@ -23,8 +23,8 @@ class LogLinearMamba2(LogLinear, Mamba2):
 
     Level 0 is the token itself, ``dt_t B_t x_t``; level l holds ``2^(l-1)`` tokens, those that lie further back the
     more of them together, where bit ``l - 1`` of the position t is set: at most ``1 + log2 t`` states, a binary
-    counter.
-    ``w_t = softplus(L * W_l x_t)`` for each head and level, with a learnt L that is 1 at first; all else is Mamba-2's.
+    counter. ``w_tl = softplus(s_l W_l x_t)`` for each head and level, with learnt s that are 1 at first; all else is
+    Mamba-2's.
     Guo et al. 2025, "Log-Linear Attention", section 3.3. Not Mamba-2 with a larger state: how much is held grows with
     the logarithm of the length, and what is near is held apart. A token after t reads as many states as t has bits that
     are set: one after a power of two, half of ``log2 t`` on average. Tokens beyond ``levels`` are refused.

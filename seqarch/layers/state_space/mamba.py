@@ -84,6 +84,8 @@ class Mamba(RecurrentMixer):
     depth: a stack's choice, not made).
     """
 
+    takes_any_state = True
+
     Config = MambaConfig
     unquantized = ("dt",)
     no_weight_decay = ("A_log",)

@@ -113,6 +113,8 @@ class Mamba2(LinearMixer):
     ``[B, H, N, P]``; the norm acts in groups where there are several, as in the release.
     """
 
+    takes_any_state = True
+
     Config = Mamba2Config
 
     @from_options

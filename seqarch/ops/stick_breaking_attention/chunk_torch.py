@@ -38,7 +38,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, key_start: Tensor | None) -> tuple[
         scores = (q[..., rows, :] @ k[..., :end, :].mT).masked_fill(~seen, -torch.inf)
         # log(1 - sigmoid(z)) of a key and those after it
         left = F.logsigmoid(-scores).flip(-1).cumsum(-1).flip(-1)
-        outputs.append((scores + left).exp() @ v[..., :end, :])
+        later = F.pad(left[..., 1:], (0, 1))  # of the keys after it, without subtracting large numbers
+        outputs.append((F.logsigmoid(scores) + later).exp() @ v[..., :end, :])
         rests.append(left[..., 0].exp())
     o, rest = torch.cat(outputs, dim=3), torch.cat(rests, dim=3)
     return o.flatten(1, 2).transpose(1, 2), rest.flatten(1, 2).transpose(1, 2)

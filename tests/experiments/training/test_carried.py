@@ -127,6 +127,17 @@ def test_a_run_that_was_stopped_goes_on_with_its_states_to_the_bit(changes, tmp_
     assert (last(whole) / "carried-0.pt").read_bytes() == (last(torn) / "carried-0.pt").read_bytes()
 
 
+def test_states_that_count_tokens_of_each_row_are_restored(changes, tmp_path):
+    name = "log_linear_mamba2"
+    run = prepared(tmp_path, changes, model__pattern=name, model__mixers={name: VARIANTS[name][-1]})
+    batches = [run.data.source(0, 0).batch(0, number) for number in range(2)]
+    run.engine.gradients(run.model, batches[0], None, run.carried)
+    kept = run.carried.plain()  # type: ignore[union-attr]
+    expected = run.engine.gradients(run.model, batches[1], None, run.carried)
+    run.carried.restore([kept])  # type: ignore[union-attr]
+    assert torch.equal(run.engine.gradients(run.model, batches[1], None, run.carried), expected)
+
+
 def test_states_of_other_rows_are_refused(changes, tmp_path):
     run = prepared(tmp_path, changes)
     assert run.carried is not None

@@ -152,6 +152,8 @@ def test_sensitivity_of_a_run(tmp_path, teacher, capsys):
         ({"train__start_from": None}, "train.convert=whole: convert is of what start_from names"),
         ({"train__objective": "logits"}, "train.objective=logits needs train.teacher"),
         ({"train__temperature": 2.0}, "temperature is of objective: logits, got targets"),
+        ({"machine__processes": 2}, "train.convert: such a run has one process, and machine.processes is 2"),
+        ({"model__input_factors": {"gated_delta_net": 2.0}}, "train.start_from: .*input_factors is .*2.0.*: {}"),
     ],
 )
 def test_a_start_that_does_not_fit(tmp_path, teacher, changes, message):
@@ -168,6 +170,8 @@ def test_a_start_that_does_not_fit(tmp_path, teacher, changes, message):
         ({"train__objective": "targets"}, "a teacher is for objective: mixer_outputs, mixer_matrices, logits"),
         ({"train__bptt": 8}, "objective: logits is of whole sequences from their start: leave bptt out"),
         ({"train__temperature": 0.0}, "temperature must be a positive number"),
+        ({"machine__processes": 2}, "train.teacher: such a run has one process, and machine.processes is 2"),
+        ({"train__objective": "mixer_outputs", "train__compile": True}, "without compile: leave it out"),
         ({"train__target_weight": 1.5}, "target_weight must be at most 1"),
         ({"train__teacher_sha256": "0123"}, "train.teacher: .*asks for 0123"),
     ],

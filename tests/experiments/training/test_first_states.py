@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from experiments.config.carrying import grows
+from experiments.config.carrying import passes
 from experiments.runs.folder import RunFolder
-from experiments.training.first_states import FirstStates, is_of_tensors, moments
+from experiments.training.first_states import FirstStates, moments
 from experiments.training.loop import Run
 from experiments.util.errors import ConfigError
 from seqarch.layers import MIXERS, build_mixer
@@ -54,7 +54,7 @@ def test_passed_states_are_those_that_the_step_before_ended_with(tmp_path):
 
 
 @pytest.mark.parametrize("first_state", ["passed", "noise", "fitted_noise"])
-@pytest.mark.parametrize("name", [name for name in MIXERS if name in ("mamba", "mamba2", "mlstm", "rwkv7", "gru")])
+@pytest.mark.parametrize("name", [name for name in MIXERS if name in ("mamba", "mamba2", "gla", "rwkv7", "gru")])
 def test_it_is_the_same_in_micro_batches_and_segments(tmp_path, name, first_state):
     kinds = ({}, {"train__micro_batch": 1}, {"train__bptt": 5})
     mixers = {"model__mixers": {name: VARIANTS.get(name, [{}])[-1]}}
@@ -70,8 +70,9 @@ def test_noise_is_drawn_anew_with_each_step_and_each_seed(tmp_path):
     for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
         states = FirstStates(run.model, 0, 64, "noise", 0.25, seed)
         states.begin(step)
-        (leaf, *_) = [leaf for leaf in pytree.tree_leaves(states.rows(slice(None))) if isinstance(leaf, Tensor)]
+        (((conv, leaf),),) = states.rows(slice(None))
         found.append(leaf)
+        assert not conv.any()
         assert leaf.std().item() == pytest.approx(0.25, rel=0.1)
         assert abs(leaf.mean().item()) < 0.05
     assert torch.equal(found[0], found[3])
@@ -97,11 +98,10 @@ def test_fitted_noise_has_the_moments_of_the_states(tmp_path):
     _, state = loss_from(run, 0, None)
     states.keep([state])
     states.begin(1)
-    for drawn, own in zip(*map(pytree.tree_leaves, (states.rows(slice(None)), state)), strict=True):
-        if isinstance(own, Tensor) and own.numel():
-            mean, std = (each.float() for each in moments(own))
-            assert ((drawn.mean(0, keepdim=True) - mean).abs() <= 0.1 * std + 1e-6).all()
-            torch.testing.assert_close(drawn.std(0).mean(), std.expand_as(drawn[:1]).mean(), rtol=0.05, atol=1e-6)
+    (((_, drawn),),), (((_, own),),) = states.rows(slice(None)), state
+    mean, std = (each.float() for each in moments(own))
+    assert ((drawn.mean(0, keepdim=True) - mean).abs() <= 0.1 * std + 1e-6).all()
+    torch.testing.assert_close(drawn.std(0).mean(), std.expand_as(drawn[:1]).mean(), rtol=0.05, atol=1e-6)
 
 
 def test_mixers_whose_state_grows_begin_as_ever(tmp_path):
@@ -114,12 +114,25 @@ def test_mixers_whose_state_grows_begin_as_ever(tmp_path):
         assert [leaf for leaf in pytree.tree_leaves(attention) if isinstance(leaf, int)] == [0]
 
 
-def test_which_states_noise_takes_the_place_of():
-    """All of a fixed size, but for those that count tokens: how many keys a window has, which powers of two."""
-    built = {name: build_mixer(name, d_model=32, **VARIANTS.get(name, [{}])[-1]) for name in MIXERS}
-    counted = {name for name, mixer in built.items() if not grows(mixer) and not is_of_tensors(mixer.init_state(1))}
-    windows = {"based", "forgetting_attention", "longformer", "sliding_window"}
-    assert counted == {*windows, "log_linear_mamba2", "log_linear_gated_delta_net"}
+FREE = [
+    name
+    for name in MIXERS
+    if (mixer := build_mixer(name, d_model=32, **VARIANTS.get(name, [{}])[-1])).takes_any_state and passes(mixer)
+]
+
+
+def test_which_states_can_be_any_numbers():
+    """Those that are divided by nothing; preconditioned keys take the logarithm of what was written."""
+    assert {"mamba", "mamba2", "gla", "gated_delta_net", "rwkv7", "gru", "lstm"} <= set(FREE)
+    assert not {"slstm", "mlstm", "linear_attention", "preconditioned_kda", "log_linear_mamba2", "attention"} & {*FREE}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_model_goes_on_from_noise(tmp_path, name):
+    mixers = {"model__mixers": {name: VARIANTS.get(name, [{}])[-1]}}
+    run = prepared(tmp_path, "noise", name, **mixers)
+    assert np.isfinite(steps(run, 2)).all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in run.model.parameters())
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):
@@ -142,11 +155,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"model__pattern": "attention+hyena"}, r"passed is for states of a fixed size.*: attention, hyena"),
+        ({"model__pattern": "attention+hyena"}, "passed is for states of a fixed size, and those of attention, hyena"),
+        (
+            {"model__pattern": "slstm", "train__first_state": "noise"},
+            "noise is for states of a fixed size that any numbers can be, and those of slstm are none",
+        ),
         ({"train__first_state_std": 0.1}, "first_state_std is of first_state: noise, and that is passed"),
         ({"task__train_on": [{}, {"length": 8}]}, "task.train_on has 2 sources"),
     ],
-    ids=["growing", "deviation", "several"],
+    ids=["growing", "dividing", "deviation", "several"],
 )  # fmt: skip
 def test_what_has_no_first_states_is_refused(tmp_path, others, message):
     with pytest.raises(ConfigError, match=message):

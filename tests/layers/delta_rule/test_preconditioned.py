@@ -55,6 +55,11 @@ def test_keys_are_written_less_where_much_was_written(name: str, options: dict[s
         torch.testing.assert_close(call.result[0][:, t], o, rtol=0, atol=1e-12)
 
 
+def test_steps_that_would_make_the_state_grow_are_refused():
+    with pytest.raises(ValueError, match="negative_eigenvalues with keys times up to squash"):
+        build_mixer("preconditioned_kda", d_model=32, negative_eigenvalues=True)
+
+
 def test_wrong_options_are_named():
     for squash in (1.0, 2.5):
         with pytest.raises(ValueError, match=f"squash must be above 1 and at most 2, got {squash}"):

@@ -76,6 +76,17 @@ def test_scores_of_any_size_are_right(backend: str):
         torch.testing.assert_close(rest, left, rtol=0, atol=1e-12)
 
 
+def test_large_scores_are_right_in_float32():
+    """A weight is a product, whatever the scores: none is the difference of large numbers."""
+    given = {name: x.float() for name, x in make(40).items()}
+    for factor in (1e4, 1e8):
+        strong = {"q": factor * given["q"], "k": given["k"], "v": given["v"]}
+        expected = ops.stick_breaking_attention(**{n: x.double() for n, x in strong.items()}, backend="recurrent_torch")
+        found = ops.stick_breaking_attention(**strong, backend="chunk_torch")
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-2)
+
+
 def test_gradcheck():
     given = [x.requires_grad_() for x in make(5, rows=1, heads=2, groups=1).values()]
     assert torch.autograd.gradcheck(lambda *x: ops.stick_breaking_attention(*x, backend="recurrent_torch"), given)
