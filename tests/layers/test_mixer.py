@@ -10,8 +10,9 @@ import torch
 
 from seqarch.layers import CHANNEL_MIXERS, MIXERS, build_channel_mixer, build_mixer, clone_state, materialize
 from seqarch.layers.materialize import VALUES
-from seqarch.layers.mixer import MOST, MOST_COUNTED
+from seqarch.layers.mixer import MOST_COUNTED
 from seqarch.layers.modules.kv_cache import KVCache
+from seqarch.layers.modules.options import MOST
 from seqarch.ops import record_calls
 from seqarch.ops.dispatch.checks import annotated_kinds
 

@@ -106,6 +106,7 @@ def _no_projection(name: str) -> bool:
         "C",
         "recurrent_weight",
         "candidate_bias",
+        "level_scale",
     )  # maps of outputs, of four dimensions
 
 
