@@ -5,6 +5,8 @@ The page is assembled from the files of ``explorer_page``, and Vega and Vega-Lit
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html
 import json
 import re
@@ -68,16 +70,22 @@ def write_page(read: Records, target: Path, command: str, title: str | None = No
 
 def page(read: Records, title: str, command: str) -> str:
     """The whole page: its template with each ``{{name}}`` replaced."""
-    scripts = [drawing_library(), "\n".join(map(_asset, SCRIPTS))]
+    data = json.dumps(page_data(read), separators=(",", ":"), allow_nan=False)
     parts = {
         "title": html.escape(title),
         "css": _asset("page.css"),
         "command": html.escape(command),
         "licence": html.escape(_asset("licences.txt")),
-        "data": json.dumps(page_data(read), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
-        "scripts": "\n".join(map(_script, scripts)),
+        "data": packed(data),
+        "drawing": packed(_alone(drawing_library())),
+        "scripts": _script("\n".join(map(_asset, SCRIPTS))),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("page.html"))
+
+
+def packed(text: str) -> str:
+    """A text as the page holds it: compressed, the same each time, and in letters that no element ends at."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _asset(name: str) -> str:
@@ -85,9 +93,14 @@ def _asset(name: str) -> str:
 
 
 def _script(text: str) -> str:
-    """An element with a script whose names are its own, and which nothing within it ends."""
-    inner = text.replace("</script", "<\\/script")
-    return f"<script>\n(() => {{\n{inner}\n}})();\n</script>"
+    """An element with a script, which nothing within it ends."""
+    inner = _alone(text).replace("</script", "<\\/script")
+    return f"<script>\n{inner}\n</script>"
+
+
+def _alone(text: str) -> str:
+    """A script whose names are its own."""
+    return f"(() => {{\n{text}\n}})();"
 
 
 def page_data(read: Records) -> dict[str, Any]:

@@ -287,7 +287,23 @@ function save(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
-const data = readData(document.getElementById("data").textContent);
-const from = data.sources.length ? ` from ${data.sources.join(", ")}` : "";
-document.getElementById("summary").textContent = `${data.count} recorded ${data.count === 1 ? "run" : "runs"}${from}.`;
-window.explorer = new Explorer(data);
+// A text that the file holds compressed.
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+async function open() {
+  const [drawing, text] = await Promise.all(["drawing", "data"].map(unpacked));
+  document.head.append(element("script", { textContent: drawing }));
+  const data = readData(text);
+  const from = data.sources.length ? ` from ${data.sources.join(", ")}` : "";
+  const summary = `${data.count} recorded ${data.count === 1 ? "run" : "runs"}${from}.`;
+  document.getElementById("summary").textContent = summary;
+  window.explorer = new Explorer(data);
+}
+
+open().catch((error) => {
+  document.getElementById("summary").textContent = `This page cannot be shown: ${error}.`;
+  throw error;
+});
