@@ -10,9 +10,6 @@ from urllib.parse import unquote, urlsplit
 LARGEST = 1_000_000
 """Bytes of a page with all that it loads."""
 
-EXPLORER = "explorer.html"
-"""The page with all runs in it, which is as large as they are."""
-
 
 class _Page(HTMLParser):
     """The anchors of a page, what it links to and what it loads."""
@@ -50,7 +47,7 @@ def problems(folder: Path) -> Iterator[str]:
                 yield f"{name} loads {load}, and no file is there"
             else:
                 size += there.stat().st_size
-        if size > LARGEST and path.name != EXPLORER:
+        if size > LARGEST:
             yield f"{name} and what it loads are {size:,} bytes, expected {LARGEST:,} at most"
         for link in page.links:
             yield from _broken(folder, path, link, pages)
