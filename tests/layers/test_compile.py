@@ -76,6 +76,7 @@ def new_cache() -> Iterator[None]:
 @pytest.mark.usefixtures("new_cache")
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside its compiler
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # torch's own, too
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support:UserWarning")  # complex numbers: FFTs run as ever
 @pytest.mark.parametrize("name", MIXERS)
 def test_the_compiled_code_gives_the_same_numbers(name):

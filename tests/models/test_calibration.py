@@ -88,6 +88,7 @@ QUICK = ("gated_delta_net",)
 def test_every_mixer_is_nearer_to_itself_with_calibration(name: str):
     torch.manual_seed(0)
     mixers = {"mla": {"q_lora_rank": 32}, "moba": {"block_size": 4}, "jet_block": {"tap_reduction": 2}}
+    mixers["preconditioned_gated_delta_net"] = {"num_heads": 2, "key_width": 16, "value_width": 32}
     mixers = {name: mixers[name]} if name in mixers else {}
     own = Stack(StackConfig(d_model=64, pattern=name, depth=2, mixers=mixers)).eval()
     x = correlated(9 * 64, 64).unflatten(0, (9, 64))
