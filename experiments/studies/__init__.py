@@ -12,9 +12,13 @@ from experiments.studies.needle import Needle
 from experiments.studies.recall_state import RecallState
 from experiments.studies.state_tracking import StateTracking
 from experiments.studies.study import Study
+from experiments.studies.text_length import TextLength
 
 STUDIES: dict[str, Study[Any, Any]] = {
     study.name: study
-    for study in (Initialisation(), StateTracking(), RecallState(), Needle(), Decoding(), Mup(), Conversion())
+    for study in (
+        *(Initialisation(), StateTracking(), RecallState(), Needle(), TextLength()),
+        *(Decoding(), Mup(), Conversion()),
+    )
 }
 """The studies by name."""

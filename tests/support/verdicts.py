@@ -140,6 +140,8 @@ def _reporting(arm: str, protocol: dict[str, Any], lines: list[dict[str, Any]]) 
         return None
     if not share and len(finished) < len(reporting):
         return None
+    if protocol.get("fixed_budget"):
+        return reporting
     scored = [(sign * line["record"]["results"]["validation"], line["config"]["seed"], line) for line in finished]
     *_, worst = min(scored, key=lambda each: each[:2])
     before = worst["record"]["results"]["validation"]
