@@ -10,6 +10,7 @@ from experiments.studies.initialisation import Initialisation
 from experiments.studies.mup import Mup
 from experiments.studies.needle import Needle
 from experiments.studies.recall_state import RecallState
+from experiments.studies.scaling import Scaling
 from experiments.studies.state_tracking import StateTracking
 from experiments.studies.study import Study
 from experiments.studies.text_length import TextLength
@@ -18,7 +19,7 @@ STUDIES: dict[str, Study[Any, Any]] = {
     study.name: study
     for study in (
         *(Initialisation(), StateTracking(), RecallState(), Needle(), TextLength()),
-        *(Decoding(), Mup(), Conversion()),
+        *(Scaling(), Decoding(), Mup(), Conversion()),
     )
 }
 """The studies by name."""
