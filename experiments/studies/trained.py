@@ -115,6 +115,28 @@ class Results:
             for arm in self.version.arms
         }
 
+    @cached_property
+    def stranded(self) -> dict[str, list[str]]:
+        """The arms of which runs are missing for good, each with the arms whose runs they start from or learn of: these
+        are over and failed.
+        """
+        found: dict[str, list[str]] = {}
+        for name, progress in self.arms.items():
+            seeds, sources = {wanted.seed for wanted in progress.wanted()}, dict.fromkeys(progress.arm.sources.values())
+            if lost := [source for source in sources if any(self._is_lost(source, seed) for seed in seeds)]:
+                found[name] = lost
+        return found
+
+    def _is_lost(self, arm: str, seed: int) -> bool:
+        """Whether no run of an arm with a seed is a source, nor will be one."""
+        if arm not in self.arms:
+            return True
+        progress = self.arms[arm]
+        waiting = [wanted.seed for wanted in progress.wanted() if progress.chosen is None or wanted.seed == seed]
+        if waiting:
+            return all(any(self._is_lost(source, each) for source in progress.arm.sources.values()) for each in waiting)
+        return self.source(arm, seed) is None
+
     def source(self, arm: str, seed: int) -> RecordedRun | None:
         """The finished run of an arm that runs of this seed of others start from or learn of."""
         return self.arms[arm].source(seed) if arm in self.arms else None

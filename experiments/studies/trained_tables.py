@@ -105,11 +105,14 @@ def _training_row(progress: Progress) -> list[str]:
 
 
 def unfinished(found: Results) -> list[str]:
-    """A sentence where runs are missing."""
+    """A sentence where runs are missing, and one for each arm that is missing some for good."""
     done = sum(not progress.wanted() for progress in found.arms.values())
     if done == len(found.arms):
         return []
-    return [f"**In progress**: {done} of {len(found.arms)} arms are done; the others are unresolved until they are."]
+    said = f"**In progress**: {done} of {len(found.arms)} arms are done; the others are unresolved until they are."
+    lost = [f"**Runs of {name} are missing for good**: they start from runs of {' and '.join(sources)}, or learn of"
+            " them, and these failed." for name, sources in found.stranded.items()]  # fmt: skip
+    return [said, *lost]
 
 
 def failures(runs: Sequence[RecordedRun]) -> str:

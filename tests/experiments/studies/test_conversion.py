@@ -152,3 +152,35 @@ def test_a_run_is_made_of_those_of_its_seed(folder):
     assert train["start_from"] == train["teacher"] == "runs/conversion/teacher-100"
     with pytest.raises(RunnerError, match=r"the arm 'mamba2: outputs' needs a run of 'attention' with the seed 77"):
         composer(Wanted("mamba2: outputs", "reporting", 0.003, 77))
+
+
+def test_a_page_says_which_runs_are_missing_for_good_since_the_runs_before_them_failed(folder):
+    """A teacher diverged with one seed: what learns of it, and what starts from that, has no record with this seed."""
+    seed, file = VERSION.protocol.reporting_seeds[0], folder / records.FILE
+    kept = []
+    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        study, arm = line["record"]["study"], line["record"]["study"]["arm"]
+        its = study["stage"] == "reporting" and line["config"]["seed"] == seed
+        if its and arm == conversion.TEACHER:
+            line["record"] |= {"status": "failed", "reason": "not finite"}
+            del line["record"]["results"]
+        learns = next(each for each in VERSION.arms if each.name == arm).sources
+        kept += [] if its and learns else [json.dumps(line)]
+    file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    runs = recorded(STUDY, VERSION, folder)
+    learners = {arm.name: [*dict.fromkeys(arm.sources.values())] for arm in VERSION.arms if arm.sources}
+    assert runs.stranded == learners
+    said = STUDY.unfinished(runs)
+    assert len(said) == 1 + len(learners)
+    name = f"{conversion.MIXERS[0]}: outputs"
+    assert f"**Runs of {name} are missing for good**: they start from runs of attention, or learn of" in said[1]
+
+
+def test_nothing_is_missing_for_good_while_the_runs_before_can_still_be_made(folder):
+    file = folder / records.FILE
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True)
+             if '"stage": "reporting"' not in line]  # fmt: skip
+    file.write_text("".join(lines), encoding="utf-8")
+    runs = recorded(STUDY, VERSION, folder)
+    assert not runs.stranded
+    assert len(STUDY.unfinished(runs)) == 1

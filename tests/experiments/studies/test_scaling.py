@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from experiments.runs.folder import RunFolder
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import plan, records, scaling
 from experiments.studies.page import how_to_run, recorded, results
-from experiments.studies.protocol import Wanted, rate_of
+from experiments.studies.protocol import Arm, Wanted, rate_of
 from experiments.studies.records import shortened
 from experiments.studies.sweep import Composer
 from experiments.sweeps.execute import resolve_composed
@@ -32,7 +33,7 @@ def bits(model: str, size: int, seed: int) -> float:
     return LEVELS[model] * size ** -EXPONENTS[model] * (1 + 0.002 * draw)
 
 
-def line(arm, config: dict[str, object], stage: str, rate: int, seed: int) -> dict[str, object]:
+def line(arm: Arm, config: dict[str, Any], stage: str, rate: int, seed: int) -> dict[str, Any]:
     width = int(arm.factors["width"])
     value = bits(arm.factors["model"], 32 * width**2, seed) + 0.1 * abs(rate + 5)
     record = {
