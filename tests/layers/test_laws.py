@@ -13,7 +13,10 @@ from seqarch.ops import OPS
 from seqarch.testing import LAWS, Case, Law, laws
 from tests.support.variants import registered_cases
 
-CASES = [pytest.param(case, id=f"{name}{case.setting}") for name, case in registered_cases()]
+CASES = [
+    pytest.param(case, id=f"{name}{case.setting}", marks=() if quick else pytest.mark.slow)
+    for name, case, quick in registered_cases()
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,5 +45,5 @@ def test_law(law: Law, case: Case):
 
 def test_the_flops_of_every_mixer_are_counted():
     """In the cases of references, of which each mixer has one."""
-    counted = {name for name, case in registered_cases() if not case.op or case.backend == OPS[case.op].reference}
+    counted = {name for name, case, _ in registered_cases() if not case.op or case.backend == OPS[case.op].reference}
     assert counted == set(MIXERS)

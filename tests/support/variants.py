@@ -147,8 +147,10 @@ class Joint(Case):
         return use_backends(**({self.op: self.backend} if self.op else {}), **self.others)
 
 
-def registered_cases() -> Iterator[tuple[str, Case]]:
+def registered_cases() -> Iterator[tuple[str, Case, bool]]:
     """Every mixer by its name, with its defaults and its variants, on each backend of each operation that it uses.
+
+    And whether the case is for every run of the tests: with its defaults on all backends, with variants on the best.
 
     Where it uses several, the backends of all of them are tried side by side, first with first and so on, and the
     operations that have none left choose for themselves: each is a function of its own inputs, so what is wrong with
@@ -160,7 +162,8 @@ def registered_cases() -> Iterator[tuple[str, Case]]:
             for case in mixer_cases(mixer, options=[options]):
                 by_op.setdefault(case.op, []).append(case)
             first, *rest = sorted(by_op.values(), key=len, reverse=True)
-            for beside in zip_longest(first, *rest):
+            for row, beside in enumerate(zip_longest(first, *rest)):
                 case = beside[0]
                 others = {each.op: each.backend for each in beside[1:] if each is not None}
-                yield name, Joint(case.layer, case.op, case.backend, case.options, case.d_model, others)
+                joint = Joint(case.layer, case.op, case.backend, case.options, case.d_model, others)
+                yield name, joint, not options or row == 0
