@@ -88,9 +88,8 @@ WARNINGS = (
 
 BY_THE_COMPILER = {
     *TRACED,
-    *("forgetting_attention", "stick_breaking_attention", "moba", "dsa", "nsa"),
-    *("mlstm", "gated_slot_attention", "mamba", "mamba3", "log_linear_gated_delta_net"),
-    *("preconditioned_kda", "jet_block", "rwkv7", "hgrn", "slstm", "s4d"),
+    *("stick_breaking_attention", "dsa", "nsa", "mlstm", "mamba", "mamba3"),
+    *("log_linear_gated_delta_net", "rwkv7", "hgrn", "s4d"),
 }
 """Mixers whose C++ is compiled and run: of each family, and of each kind of arithmetic that the others are made of."""
 

@@ -64,11 +64,11 @@ OWN_MODELS = [name for name in GROUPS["experiment"] if not name.startswith("conv
 ``mqar`` those of ``lengths``, which ``test_experiments_that_are_left_out_have_the_models_of_another`` holds."""
 
 PAIRS = [
-    pytest.param(experiment, model, marks=[pytest.mark.slow] if (row + column) % 4 else [])
+    pytest.param(experiment, model, marks=[pytest.mark.slow] if (row + column) % 8 else [])
     for row, model in enumerate(GROUPS["model"])
     for column, experiment in enumerate(OWN_MODELS)
 ]
-"""Every model with the settings of every experiment; in every run of the tests a quarter of the pairs, in which each of
+"""Every model with the settings of every experiment; in every run of the tests an eighth of the pairs, in which each of
 them is."""
 
 
