@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo results-small test test-slow sanitize cuda-check explorer-check lint bench bench-gpu docs site site-check federated-check clean
+.PHONY: help demo results-small test test-slow test-all sanitize cuda-check explorer-check lint bench bench-gpu docs site site-check federated-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make results-small  the small version of every page of docs/results: runs/results/small"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that build the package or take long"
+	@echo "make test-all   both, as a change must pass them"
 	@echo "make sanitize   the compiled kernels under the address and undefined behaviour sanitizers (a minute)"
 	@echo "make cuda-check the CUDA kernels by nvcc for three generations of GPUs, where nvcc is here"
 	@echo "make explorer-check  the explorer of reports in a headless browser, where Chromium is here"
@@ -58,12 +59,21 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
+# Both, gathered once, with what they share made once.
+test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" -n $(WORKERS) --dist worksteal
+
 # Each element that a kernel must write is looked at, too; no Python takes part.
 SANITIZED := build/sanitize/kernels
+SANITIZED_PARTS := $(patsubst csrc/%.cpp,build/sanitize/csrc/%.o,$(wildcard csrc/cpu/*.cpp)) \
+  $(patsubst tests/%.cpp,build/sanitize/tests/%.o,$(wildcard tests/sanitize/*.cpp))
 CHECKED := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc/include -Itests/sanitize
-$(SANITIZED): $(wildcard csrc/include/*.h csrc/cpu/* tests/sanitize/*)
+build/sanitize/%.o: %.cpp $(wildcard csrc/include/*.h csrc/cpu/*.h tests/sanitize/*.h)
 	@mkdir -p $(@D)
-	$(CXX) $(CHECKED) -fopenmp $(filter %.cpp,$^) -o $@
+	$(CXX) $(CHECKED) -fopenmp -c $< -o $@
+
+$(SANITIZED): $(SANITIZED_PARTS)
+	$(CXX) $(CHECKED) -fopenmp $^ -o $@
 
 # The CUDA kernels, compiled for this processor with a stand-in for CUDA, against those of the CPU.
 EMULATED := build/emulation/kernels

@@ -222,15 +222,19 @@ def op_page(name: str) -> str:
 PICTURES = {Path(f"docs/images/rooms-{top}.svg"): top for top in ("seqarch", "experiments")}
 
 
-def pages() -> dict[Path, str]:
-    """Every page with generated parts, by its path below the repository, as it should be."""
-    filled = {path: fill((ROOT / path).read_text(encoding="utf-8"), blocks) for path, blocks in BLOCKS.items()}
-    filled |= {path: picture(top) for path, top in PICTURES.items()}
-    return filled | {Path("docs/ops") / f"{name}.md": op_page(name) for name in OPS}
+PAGES_WITH_PARTS = (*BLOCKS, *PICTURES, *(Path("docs/ops") / f"{name}.md" for name in OPS))
+"""Of the repository, by their paths below it."""
+
+
+def page(path: Path) -> str:
+    """A page with generated parts as it should be."""
+    if path in BLOCKS:
+        return fill((ROOT / path).read_text(encoding="utf-8"), BLOCKS[path])
+    return picture(PICTURES[path]) if path in PICTURES else op_page(path.stem)
 
 
 def main() -> None:
-    for path, text in pages().items():
+    for path, text in {path: page(path) for path in PAGES_WITH_PARTS}.items():
         (ROOT / path).write_text(text, encoding="utf-8")
         print(path)
 

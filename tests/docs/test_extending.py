@@ -111,7 +111,8 @@ def test_the_new_mixer_and_the_new_backend_obey_the_laws(copy):
     assert f"\n{backend}\n" in PAGE
     said = follow(copy, mixer, "-k", f"simple_gla or {BACKEND} and mamba2", "-p", "no:cacheprovider")
     here = [name for name in available("linear_attention") if not name.endswith("_cpp")]  # nothing is compiled there
-    cases = [case for name, case in registered_cases() if "mamba2" in name and case.setting.endswith("-parallel_torch")]
+    beside = "causal_conv1d-parallel_torch"
+    cases = [case for name, case, quick in registered_cases() if quick and "mamba2" in name and beside in case.setting]
     assert f"{len(LAWS) * (len(here) + len(cases))} passed" in said
 
 
@@ -138,10 +139,13 @@ def test_a_mixer_of_ones_own_is_in_a_model(own):
     assert follow(own, "python use.py").startswith("own_mixer torch.Size([2, 50, 32]) ")
 
 
-@pytest.mark.slow
-def test_a_mixer_of_ones_own_is_held_to_the_laws(own):
-    said = follow(own, "python -m pytest tests/test_own_mixer.py", "-p", "no:cacheprovider")
-    assert f"{2 + len(LAWS) * len(available('linear_attention'))} passed" in said
+def test_a_mixer_of_ones_own_is_held_to_the_laws():
+    """By the template's tests, which are the page's as all of its files are: ``tests/test_examples.py`` runs them."""
+    assert "\npython -m pytest tests/test_own_mixer.py\n" in PAGE
+    template = ROOT / "examples" / "own_mixer"
+    for language, kind in (("python", "py"), ("yaml", "yaml")):
+        files = {path.relative_to(template).as_posix() for path in template.rglob(f"*.{kind}")}
+        assert {path for path, _ in blocks(language, inside=False)} == files
 
 
 @pytest.mark.slow

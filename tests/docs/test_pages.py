@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,8 +27,8 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 }
 OF_OWN = ("docs/extending.md", "docs/tutorials/own_mixer.ipynb", "examples/own_mixer/README.md")
 """The pages with choices of a user's own."""
-GENERATED = [*tables.BLOCKS, *tables.PICTURES, *(Path("docs/ops") / f"{name}.md" for name in OPS)]
-generated = cache(tables.pages)
+MATCHING = Path("docs/matching.md")
+"""Takes as long as all other pages: 270 searches, of each kind of which ``config/test_matching.py`` has one."""
 
 
 @pytest.mark.parametrize(
@@ -45,9 +44,13 @@ def test_the_code_on_the_page_runs(page, capsys):
     exec(compile("\n".join(code), page, "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("page", GENERATED, ids=str)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page == MATCHING)) for page in tables.PAGES_WITH_PARTS],
+    ids=str,
+)
 def test_generated_parts_are_up_to_date(page):
-    assert (ROOT / page).read_text(encoding="utf-8") == generated()[page], "stale: run `python -m docs.tables`"
+    assert (ROOT / page).read_text(encoding="utf-8") == tables.page(page), "stale: run `python -m docs.tables`"
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -37,7 +37,7 @@ def refused(edit: Edit) -> str | None:
 @torch.no_grad()
 def difference(models: Models, edit: Edit) -> str | None:
     """What is wrong: another model than theirs, an error that does not name the field, or one for nothing."""
-    untouched = models.key(edit.theirs) == models.key(models.base)
+    untouched = models.key(edit.theirs) == models.base_key
     message = refused(edit)
     if message is not None:
         named = any(name in message for name in names(models, edit))
@@ -73,7 +73,7 @@ def test_every_field_has_their_meaning_or_is_refused(name: str, alone: bool):
     wrong = {edit.text: found for edit in made if (found := difference(models, edit)) is not None}
     assert not wrong, "\n".join(f"{text}: {found}" for text, found in wrong.items())
     # what theirs makes of the fields differs, so that the comparisons are of different models
-    differ = {edit.name for edit in made if models.key(edit.theirs) != models.key(models.base)}
+    differ = {edit.name for edit in made if models.key(edit.theirs) != models.base_key}
     settings: Any = FAMILIES[models.base.model_type]
     assert len(models.known) > (10 if alone else 30)
     assert {*settings.Settings.only} <= differ | {"per_layer_config"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import fresh_cache
 
 from seqarch.layers import FAMILIES, MIXERS, Mixer
@@ -38,8 +41,7 @@ def outputs_and_gradients(run, stack: Stack) -> dict[str, Tensor]:
     return {"y": y.detach(), **found}
 
 
-def compiled_agrees(name: str, backend: str) -> None:
-    stack = block(name)
+def run_of(stack: Stack) -> Callable[[Tensor], tuple[Tensor, Tensor | float]]:
     mixers = [module for module in stack.modules() if isinstance(module, Mixer)]
 
     def run(x: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -48,6 +50,12 @@ def compiled_agrees(name: str, backend: str) -> None:
         return y, sum(loss for loss in losses if loss is not None)
 
     torch._dynamo.reset()
+    return run
+
+
+def compiled_agrees(name: str, backend: str) -> None:
+    stack = block(name)
+    run = run_of(stack)
     expected = outputs_and_gradients(run, stack)
     got = outputs_and_gradients(torch.compile(run, fullgraph=True, backend=backend), stack)
     assert got.keys() == expected.keys()
@@ -72,12 +80,48 @@ def new_cache() -> Iterator[None]:
         yield
 
 
+WARNINGS = (
+    "ignore:`torch.jit:DeprecationWarning",  # torch's own, inside its compiler
+    "ignore:.torch._prims_common.check. is deprecated:FutureWarning",  # torch's own, too
+    "ignore:Torchinductor does not support:UserWarning",  # complex numbers: FFTs run as ever
+)
+
+BY_THE_COMPILER = {
+    *TRACED,
+    *("stick_breaking_attention", "dsa", "nsa", "mlstm", "mamba", "mamba3"),
+    *("log_linear_gated_delta_net", "rwkv7", "hgrn", "s4d"),
+}
+"""Mixers whose C++ is compiled and run: of each family, and of each kind of arithmetic that the others are made of."""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("new_cache")
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, inside its compiler
-@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # torch's own, too
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support:UserWarning")  # complex numbers: FFTs run as ever
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize("name", sorted(BY_THE_COMPILER))
 def test_the_compiled_code_gives_the_same_numbers(name):
     compiled_agrees(name, "inductor")
+
+
+class Written(Exception):
+    """The code is there, and is called."""
+
+
+def not_compiled(*_: Any) -> Callable[..., None]:
+    def kernel(*_: Any) -> None:
+        raise Written
+
+    return kernel
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("new_cache")
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize("name", [name for name in MIXERS if name not in BY_THE_COMPILER])
+def test_the_code_is_written_and_its_decompositions_give_the_same_numbers(name, monkeypatch: pytest.MonkeyPatch):
+    """All of the compiler but g++, which takes four fifths of its time: graphs, decompositions, lowering and C++."""
+    compiled_agrees(name, "aot_eager_decomp_partition")
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", not_compiled)
+    stack = block(name)
+    with functorch_config.patch(force_non_lazy_backward_lowering=True), pytest.raises(Written):
+        outputs_and_gradients(torch.compile(run_of(stack), fullgraph=True, backend="inductor"), stack)

@@ -41,7 +41,10 @@ ROUNDED = 5e-3
 """Of the largest number: a rounding to bfloat16, of 8 bits, and what a rounded key or value does to the output."""
 
 
-@pytest.mark.parametrize("name", CAPTURED)
+QUICK = ("attention", "mla", "moba", "gla", "mamba", "mamba2", "gated_delta_net", "rg_lru", "lstm", "gated_short_conv")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CAPTURED])
 def test_bfloat16_rounds_what_it_stores(name: str, runs: Runs):
     stack = make(name, depth=1, width=64).bfloat16()
     compare_bfloat16(stack, 2, runs, context=40)

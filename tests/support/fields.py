@@ -134,14 +134,18 @@ def edits(name: str, alone: bool = False) -> Iterator[Edit]:
 
     Args:
         alone: without the fields of all other families, and of the files the first only.
+
+    Fields that are no family's own, nor named above, are varied in the first file only: what is not known of a
+    configuration says nothing more beside fewer fields.
     """
     base = VARIANTS[name][0]()
     files = {"config.json": plain(base)}
     if not alone:
         files["config.json without defaults"] = plain(base, whole=False)
+    known = {*files["config.json"], *MORE, *_fields_here(name)}
     for field, values in pool(name, alone).items():
         for value in values:
-            for kind, file in files.items():
+            for kind, file in list(files.items())[: None if field in known else 1]:
                 if field not in file or file[field] != value:
                     edited = {**file, field: value}
                     theirs = _made(type(base), edited)
@@ -171,6 +175,7 @@ class Models:
     def __init__(self, name: str):
         self.model, self.base = class_of(name), VARIANTS[name][0]()
         self.read = self._recorded()
+        self.base_key = self.key(self.base)
         self.known: dict[str, tuple[dict[str, Tensor], Tensor] | None] = {}
         self.imported: dict[str, Tensor] = {}
 

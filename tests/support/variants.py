@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from seqarch.layers import MIXERS
+from seqarch.ops import use_backends
 from seqarch.testing import Case, mixer_cases
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -129,8 +133,37 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def registered_cases() -> Iterator[tuple[str, Case]]:
-    """Every mixer by its name, with its defaults and its variants, on each backend of each operation that it uses."""
+@dataclass(frozen=True)
+class Joint(Case):
+    """A case in which other operations of the layer have a backend of their own, too, where they are named."""
+
+    others: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def setting(self) -> str:
+        return super().setting + "".join(f"-{op}-{backend}" for op, backend in self.others.items())
+
+    def active(self) -> AbstractContextManager[None]:
+        return use_backends(**({self.op: self.backend} if self.op else {}), **self.others)
+
+
+def registered_cases() -> Iterator[tuple[str, Case, bool]]:
+    """Every mixer by its name, with its defaults and its variants, on each backend of each operation that it uses.
+
+    And whether the case is for every run of the tests: with its defaults on all backends, with variants on the best.
+
+    Where it uses several, the backends of all of them are tried side by side, first with first and so on, and the
+    operations that have none left choose for themselves: each is a function of its own inputs, so what is wrong with
+    one shows beside whichever others.
+    """
     for name, mixer in MIXERS.items():
-        for case in mixer_cases(mixer, options=({}, *VARIANTS.get(name, []))):
-            yield name, case
+        for options in ({}, *VARIANTS.get(name, [])):
+            by_op: dict[str, list[Case]] = {}
+            for case in mixer_cases(mixer, options=[options]):
+                by_op.setdefault(case.op, []).append(case)
+            first, *rest = sorted(by_op.values(), key=len, reverse=True)
+            for row, beside in enumerate(zip_longest(first, *rest)):
+                case = beside[0]
+                others = {each.op: each.backend for each in beside[1:] if each is not None}
+                joint = Joint(case.layer, case.op, case.backend, case.options, case.d_model, others)
+                yield name, joint, not options or row == 0

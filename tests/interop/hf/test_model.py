@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import seqarch.interop.hf as hf
 from seqarch import LanguageModel
-from seqarch.layers import MIXERS
+from seqarch.layers import FAMILIES, MIXERS
 from seqarch.layers.mixer import measured_state_bytes
 from seqarch.testing import assert_close, error
 
@@ -70,7 +70,11 @@ def check_padding(model: LanguageModel, bound: float = BOUND) -> None:
         assert_close(torch.cat([later.logits[i], last.logits[i]]), whole, bound, f"after row {i}")
 
 
-@pytest.mark.parametrize("name", MIXERS)
+QUICK = {members[0] for members in FAMILIES.values()}
+"""A mixer of each family; rows of unequal prompts, which padding is made of, ``models/test_rows.py`` has for all."""
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MIXERS])
 @torch.no_grad()
 def test_padded_rows_are_as_each_alone(name: str):
     check_padding(model_of(name, channel="none"))

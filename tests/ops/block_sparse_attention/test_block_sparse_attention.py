@@ -57,9 +57,11 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(call: str, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], dict[str, Any]]:
+def make(
+    call: str, dtype: torch.dtype = torch.float64, changes: dict[str, Any] | None = None
+) -> tuple[list[Tensor], dict[str, Any]]:
     """q, k, v, the lists (with blocks twice, later than the query and none at all) and the size; the options."""
-    options = dict(CALLS[call])
+    options = {**CALLS[call], **(changes or {})}
     B, Tq, Tk, H, G, I, K, V = options.pop("shape")
     S, size = options.pop("lists"), options.pop("size")
     torch.manual_seed(0)
