@@ -140,9 +140,9 @@ def test_operators_with_options(runs: Runs):
     assert_close(found, after, BOUND)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 12])
 def test_heads_that_share_keys(kv_heads: int, runs: Runs):
-    heads = {"num_heads": 12, "num_kv_heads": kv_heads, "head_dim": 8}
+    heads = {"num_heads": 12, "num_kv_heads": kv_heads, "head_dim": 56}  # some vectors, and a rest
     stack = make("attention sliding_window", mixers={"attention": heads, "sliding_window": {**heads, "window": 9}})
     compare(stack, 3, runs, context=70)
     compare(stack, 1, runs, context=2100)  # in all parts that there may be
