@@ -14,6 +14,7 @@
 
 #include "arguments.h"
 #include "buffer.h"
+#include "functions.h"
 #include "linear.h"
 #include "numbers.h"
 #include "seqarch.h"
@@ -120,6 +121,15 @@ inline void each_alone(int64_t n, A* to, F f) {
     for (int64_t k = 0; k < n; ++k) to[k] = f(k);
 }
 
+// Whether all are in the range of sine() and cosine().
+template <class A>
+bool are_angles(int64_t n, const A* x) {
+    A most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t k = 0; k < n; ++k) most = std::max(most, std::fabs(x[k]));
+    return most <= A(kMostAngle);
+}
+
 template <class A>
 void step(const seqarch_step& s, int64_t n, A* to, const A* a, const A* b, const A* c) {
     const A number = static_cast<A>(s.number), other = static_cast<A>(s.other);
@@ -151,12 +161,16 @@ void step(const seqarch_step& s, int64_t n, A* to, const A* a, const A* b, const
         case SEQARCH_POWER: return each_alone(n, to, [=](int64_t k) { return std::pow(a[k], number); });
         case SEQARCH_REMAINDER:
             return each_alone(n, to, [=](int64_t k) { return a[k] - std::floor(a[k] / number) * number; });
-        case SEQARCH_TANH: return each_alone(n, to, [=](int64_t k) { return std::tanh(a[k]); });
-        case SEQARCH_LOG: return each_alone(n, to, [=](int64_t k) { return std::log(a[k]); });
-        case SEQARCH_LOG1P: return each_alone(n, to, [=](int64_t k) { return std::log1p(a[k]); });
-        case SEQARCH_EXPM1: return each_alone(n, to, [=](int64_t k) { return std::expm1(a[k]); });
-        case SEQARCH_SINE: return each_alone(n, to, [=](int64_t k) { return std::sin(a[k]); });
-        case SEQARCH_COSINE: return each_alone(n, to, [=](int64_t k) { return std::cos(a[k]); });
+        case SEQARCH_TANH: return each(n, to, [=](int64_t k) { return tanh_of(a[k]); });
+        case SEQARCH_LOG: return each(n, to, [=](int64_t k) { return logarithm(a[k]); });
+        case SEQARCH_LOG1P: return each(n, to, [=](int64_t k) { return logarithm_of_one_plus(a[k]); });
+        case SEQARCH_EXPM1: return each(n, to, [=](int64_t k) { return exponential_minus_one(a[k]); });
+        case SEQARCH_SINE:
+            if (!are_angles(n, a)) return each_alone(n, to, [=](int64_t k) { return std::sin(a[k]); });
+            return each(n, to, [=](int64_t k) { return sine(a[k]); });
+        case SEQARCH_COSINE:
+            if (!are_angles(n, a)) return each_alone(n, to, [=](int64_t k) { return std::cos(a[k]); });
+            return each(n, to, [=](int64_t k) { return cosine(a[k]); });
         case SEQARCH_ERF: return each_alone(n, to, [=](int64_t k) { return std::erf(a[k]); });
         default: return;
     }
@@ -178,6 +192,8 @@ const A* gather(const T* from, int64_t stride, int64_t n, A* to) {
         each(n, to, [=](int64_t) { return first; });
     else if (stride == 1)
         each(n, to, [=](int64_t k) { return static_cast<A>(load(from[k])); });
+    else if (stride == 2)  // a part of complex numbers, which compilers take apart by vectors
+        each(n, to, [=](int64_t k) { return static_cast<A>(load(from[2 * k])); });
     else
         for (int64_t k = 0; k < n; ++k) to[k] = static_cast<A>(load(from[k * stride]));
     return to;
@@ -364,22 +380,41 @@ void product_of(const Instruction& in) {
     }
 }
 
+// A step of channels [begin, end) of one row, of which state has the inputs before.
+template <int Taps>
+void convolve(Range own, int64_t channels, const float* __restrict x, const float* __restrict weight, const float* bias,
+              float* __restrict state, float* __restrict y) {
+#pragma omp simd
+    for (int64_t c = own.begin; c < own.end; ++c) {
+        float sum = weight[c * Taps + Taps - 1] * x[c], after = x[c];
+#pragma GCC unroll 8
+        for (int w = Taps - 2; w >= 0; --w) {
+            const float held = state[w * channels + c];
+            sum += weight[c * Taps + w] * held;
+            state[w * channels + c] = after;
+            after = held;
+        }
+        y[c] = sum;
+    }
+    if (bias) each(own.end - own.begin, y + own.begin, [=](int64_t k) { return y[own.begin + k] + bias[own.begin + k]; });
+}
+
+constexpr int kMostTaps = 8;  // as seqarch_causal_conv1d_forward takes
+
+template <int Taps = 2>
+void convolve(int64_t taps, Range own, int64_t channels, const float* x, const float* weight, const float* bias,
+              float* state, float* y) {
+    if (taps == Taps) return convolve<Taps>(own, channels, x, weight, bias, state, y);
+    if constexpr (Taps < kMostTaps) convolve<Taps + 1>(taps, own, channels, x, weight, bias, state, y);
+}
+
 // Views y, x, weight, bias, state; sizes B, D, W.
 void convolve(const Instruction& in) {
-    const int64_t channels = in.size(1), taps = in.size(2);
-    const float *weight = in.data(2), *bias = in.data(3);
-    const Range own = share(channels, in.piece, kLine);
+    const Range own = share(in.size(1), in.piece, kLine);
     for (int64_t r = 0; r < in.size(0); ++r) {
-        const float* __restrict x = in.data(1) + r * in.stride(1, 0);
-        float* __restrict y = in.data(0) + r * in.stride(0, 0);
-        float* __restrict state = in.data(4) + r * in.stride(4, 0);
-        for (int64_t c = own.begin; c < own.end; ++c)
-            y[c] = (bias ? bias[c] : 0.0f) + weight[c * taps + taps - 1] * x[c];
-        for (int64_t w = 0; w < taps - 1; ++w)
-            for (int64_t c = own.begin; c < own.end; ++c) {
-                y[c] += weight[c * taps + w] * state[w * channels + c];
-                state[w * channels + c] = w < taps - 2 ? state[(w + 1) * channels + c] : x[c];
-            }
+        float* y = in.data(0) + r * in.stride(0, 0);
+        convolve(in.size(2), own, in.size(1), in.data(1) + r * in.stride(1, 0), in.data(2), in.data(3),
+                 in.data(4) + r * in.stride(4, 0), y);
         if (in.i.flags) each(own.end - own.begin, y + own.begin, [=](int64_t k) {
             const float z = y[own.begin + k];
             return z * sigmoid(z);
@@ -631,7 +666,7 @@ bool valid(const seqarch_tape_instruction& i) {
         case SEQARCH_ELEMENTWISE:
             return i.outputs > 0 && i.inputs >= 0 && i.count >= 0 && i.outputs + i.inputs < 32 &&
                    i.inputs + i.count <= kMostRegisters;
-        case SEQARCH_STEP_CONVOLUTION: return i.sizes[2] > 1;
+        case SEQARCH_STEP_CONVOLUTION: return i.sizes[2] > 1 && i.sizes[2] <= kMostTaps;
         case SEQARCH_STEP_LINEAR_ATTENTION:
         case SEQARCH_STEP_DELTA_RULE: return i.sizes[5] > 0 && i.sizes[2] % i.sizes[5] == 0;
         case SEQARCH_ATTEND: return i.sizes[2] > 0 && i.sizes[5] > 0 && i.sizes[1] % i.sizes[5] == 0 && i.flags > 0;
