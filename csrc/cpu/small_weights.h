@@ -22,6 +22,7 @@ namespace seqarch {
 constexpr int64_t kBlockWeights = 128, kBlockBytes = 64;  // of 4 bits
 constexpr int64_t kWords = 16, kInWord = 8;               // words of a block, and their weights
 constexpr int64_t kScales = 16;                           // widened at once
+constexpr int kRowsOfX = 4;                               // that share what is read of a row of weights
 
 struct SmallWeights {
     int32_t format;  // SEQARCH_INT8 or SEQARCH_INT4
@@ -202,13 +203,7 @@ inline void small_products_of_all(const SmallWeights& a, int64_t begin, int64_t 
             small_products<decltype(bits)::value, decltype(group)::value>(a, j, from, stride, sums);
             for (int i = 0; i < count; ++i) finish(r + i, j, sums[i]);
         };
-        for (int64_t j = begin; j < end; ++j)
-            for (int64_t r = 0; r < rows; r += kRows) switch (rows - r) {
-                    case 1: some(std::integral_constant<int, 1>(), j, r); break;
-                    case 2: some(std::integral_constant<int, 2>(), j, r); break;
-                    case 3: some(std::integral_constant<int, 3>(), j, r); break;
-                    default: some(std::integral_constant<int, 4>(), j, r);
-                }
+        for (int64_t j = begin; j < end; ++j) in_groups<kRowsOfX>(rows, [&](auto count, int64_t r) { some(count, j, r); });
     };
 #ifdef SEQARCH_INTEGER_PRODUCTS
     const auto integers = [&](auto bits, auto group) {

@@ -14,6 +14,7 @@
 
 #include "arguments.h"
 #include "buffer.h"
+#include "functions.h"
 #include "linear.h"
 #include "numbers.h"
 #include "seqarch.h"
@@ -120,6 +121,15 @@ inline void each_alone(int64_t n, A* to, F f) {
     for (int64_t k = 0; k < n; ++k) to[k] = f(k);
 }
 
+// Whether all are in the range of sine() and cosine().
+template <class A>
+bool are_angles(int64_t n, const A* x) {
+    A most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t k = 0; k < n; ++k) most = std::max(most, std::fabs(x[k]));
+    return most <= A(kMostAngle);
+}
+
 template <class A>
 void step(const seqarch_step& s, int64_t n, A* to, const A* a, const A* b, const A* c) {
     const A number = static_cast<A>(s.number), other = static_cast<A>(s.other);
@@ -151,12 +161,16 @@ void step(const seqarch_step& s, int64_t n, A* to, const A* a, const A* b, const
         case SEQARCH_POWER: return each_alone(n, to, [=](int64_t k) { return std::pow(a[k], number); });
         case SEQARCH_REMAINDER:
             return each_alone(n, to, [=](int64_t k) { return a[k] - std::floor(a[k] / number) * number; });
-        case SEQARCH_TANH: return each_alone(n, to, [=](int64_t k) { return std::tanh(a[k]); });
-        case SEQARCH_LOG: return each_alone(n, to, [=](int64_t k) { return std::log(a[k]); });
-        case SEQARCH_LOG1P: return each_alone(n, to, [=](int64_t k) { return std::log1p(a[k]); });
-        case SEQARCH_EXPM1: return each_alone(n, to, [=](int64_t k) { return std::expm1(a[k]); });
-        case SEQARCH_SINE: return each_alone(n, to, [=](int64_t k) { return std::sin(a[k]); });
-        case SEQARCH_COSINE: return each_alone(n, to, [=](int64_t k) { return std::cos(a[k]); });
+        case SEQARCH_TANH: return each(n, to, [=](int64_t k) { return tanh_of(a[k]); });
+        case SEQARCH_LOG: return each(n, to, [=](int64_t k) { return logarithm(a[k]); });
+        case SEQARCH_LOG1P: return each(n, to, [=](int64_t k) { return logarithm_of_one_plus(a[k]); });
+        case SEQARCH_EXPM1: return each(n, to, [=](int64_t k) { return exponential_minus_one(a[k]); });
+        case SEQARCH_SINE:
+            if (!are_angles(n, a)) return each_alone(n, to, [=](int64_t k) { return std::sin(a[k]); });
+            return each(n, to, [=](int64_t k) { return sine(a[k]); });
+        case SEQARCH_COSINE:
+            if (!are_angles(n, a)) return each_alone(n, to, [=](int64_t k) { return std::cos(a[k]); });
+            return each(n, to, [=](int64_t k) { return cosine(a[k]); });
         case SEQARCH_ERF: return each_alone(n, to, [=](int64_t k) { return std::erf(a[k]); });
         default: return;
     }
@@ -178,6 +192,8 @@ const A* gather(const T* from, int64_t stride, int64_t n, A* to) {
         each(n, to, [=](int64_t) { return first; });
     else if (stride == 1)
         each(n, to, [=](int64_t k) { return static_cast<A>(load(from[k])); });
+    else if (stride == 2)  // a part of complex numbers, which compilers take apart by vectors
+        each(n, to, [=](int64_t k) { return static_cast<A>(load(from[2 * k])); });
     else
         for (int64_t k = 0; k < n; ++k) to[k] = static_cast<A>(load(from[k * stride]));
     return to;
@@ -289,21 +305,44 @@ void reduce(const Instruction& in) {
     }
 }
 
-// to[x] += sum_j weight[j] rows[j stride + x] for n rows of V numbers. Sums stay in registers.
-template <class T>
-void add_weighted(int64_t n, int64_t V, const float* weight, const T* rows, int64_t stride, float* to) {
-    constexpr int64_t L = kLanes<float>, kWide = 4;
-    int64_t x = 0;
-    for (; x + kWide * L <= V; x += kWide * L) {
-        Vector<float> sum[kWide];
-        for (int64_t i = 0; i < kWide; ++i) sum[i] = load_vector(to + x + i * L);
-        for (int64_t j = 0; j < n; ++j)
+// to[r][x] += sum_j weight[r][j] rows[j stride + x] over n rows of `numbers` numbers, for `Rows` rows of weights and of
+// sums, which stay in registers: what is read of a row serves all of them.
+template <int Rows, int Wide, class T>
+int64_t add_weighted(int64_t n, int64_t from, int64_t to, const float* weight, int64_t weight_row, const T* rows,
+                     int64_t stride, float* y, int64_t y_row) {
+    constexpr int64_t L = kLanes<float>;
+    for (; from + Wide * L <= to; from += Wide * L) {
+        Vector<float> sum[Rows][Wide];
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-            for (int64_t i = 0; i < kWide; ++i) sum[i] += weight[j] * load_wide(rows + j * stride + x + i * L);
-        for (int64_t i = 0; i < kWide; ++i) std::memcpy(to + x + i * L, &sum[i], sizeof sum[i]);
+            for (int i = 0; i < Wide; ++i) sum[r][i] = load_vector(y + r * y_row + from + i * L);
+        for (int64_t j = 0; j < n; ++j) {
+            Vector<float> row[Wide];
+#pragma GCC unroll 4
+            for (int i = 0; i < Wide; ++i) row[i] = load_wide(rows + j * stride + from + i * L);
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+                for (int i = 0; i < Wide; ++i) sum[r][i] += weight[r * weight_row + j] * row[i];
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+            for (int i = 0; i < Wide; ++i) store_vector(y + r * y_row + from + i * L, sum[r][i]);
     }
-    for (int64_t j = 0; j < n; ++j)
-        for (int64_t rest = x; rest < V; ++rest) to[rest] += weight[j] * load(rows[j * stride + rest]);
+    return from;
+}
+
+template <int Rows, class T>
+void add_weighted(int64_t n, int64_t numbers, const float* weight, int64_t weight_row, const T* rows, int64_t stride,
+                  float* y, int64_t y_row) {
+    constexpr int kWide = std::min(4, 2 * kRows / Rows);  // 16 sums of 32 registers, or 8 of 16
+    int64_t x = add_weighted<Rows, kWide>(n, 0, numbers, weight, weight_row, rows, stride, y, y_row);
+    x = add_weighted<Rows, 1>(n, x, numbers, weight, weight_row, rows, stride, y, y_row);
+    for (; x < numbers; ++x)
+        for (int r = 0; r < Rows; ++r)
+            for (int64_t j = 0; j < n; ++j) y[r * y_row + x] += weight[r * weight_row + j] * load(rows[j * stride + x]);
 }
 
 float product_of_strided(int64_t n, const float* a, int64_t a_step, const float* b, int64_t b_step) {
@@ -331,7 +370,7 @@ void product_of(const Instruction& in) {
                 alignas(64) float part[kBlock];
                 for (int64_t k = 0; k < K; k += kBlock) {
                     const int64_t n = std::min(kBlock, K - k);
-                    add_weighted(n, columns, gather(a + k * a_step, a_step, n, part), b + k * b_step, b_step, sum);
+                    add_weighted<1>(n, columns, gather(a + k * a_step, a_step, n, part), 0, b + k * b_step, b_step, sum, 0);
                 }
             } else {
                 for (int64_t j = 0; j < columns; ++j) sum[j] = product_of_strided(K, a, a_step, b + j * b_column, b_step);
@@ -341,22 +380,41 @@ void product_of(const Instruction& in) {
     }
 }
 
+// A step of channels [begin, end) of one row, of which state has the inputs before.
+template <int Taps>
+void convolve(Range own, int64_t channels, const float* __restrict x, const float* __restrict weight, const float* bias,
+              float* __restrict state, float* __restrict y) {
+#pragma omp simd
+    for (int64_t c = own.begin; c < own.end; ++c) {
+        float sum = weight[c * Taps + Taps - 1] * x[c], after = x[c];
+#pragma GCC unroll 8
+        for (int w = Taps - 2; w >= 0; --w) {
+            const float held = state[w * channels + c];
+            sum += weight[c * Taps + w] * held;
+            state[w * channels + c] = after;
+            after = held;
+        }
+        y[c] = sum;
+    }
+    if (bias) each(own.end - own.begin, y + own.begin, [=](int64_t k) { return y[own.begin + k] + bias[own.begin + k]; });
+}
+
+constexpr int kMostTaps = 8;  // as seqarch_causal_conv1d_forward takes
+
+template <int Taps = 2>
+void convolve(int64_t taps, Range own, int64_t channels, const float* x, const float* weight, const float* bias,
+              float* state, float* y) {
+    if (taps == Taps) return convolve<Taps>(own, channels, x, weight, bias, state, y);
+    if constexpr (Taps < kMostTaps) convolve<Taps + 1>(taps, own, channels, x, weight, bias, state, y);
+}
+
 // Views y, x, weight, bias, state; sizes B, D, W.
 void convolve(const Instruction& in) {
-    const int64_t channels = in.size(1), taps = in.size(2);
-    const float *weight = in.data(2), *bias = in.data(3);
-    const Range own = share(channels, in.piece, kLine);
+    const Range own = share(in.size(1), in.piece, kLine);
     for (int64_t r = 0; r < in.size(0); ++r) {
-        const float* __restrict x = in.data(1) + r * in.stride(1, 0);
-        float* __restrict y = in.data(0) + r * in.stride(0, 0);
-        float* __restrict state = in.data(4) + r * in.stride(4, 0);
-        for (int64_t c = own.begin; c < own.end; ++c)
-            y[c] = (bias ? bias[c] : 0.0f) + weight[c * taps + taps - 1] * x[c];
-        for (int64_t w = 0; w < taps - 1; ++w)
-            for (int64_t c = own.begin; c < own.end; ++c) {
-                y[c] += weight[c * taps + w] * state[w * channels + c];
-                state[w * channels + c] = w < taps - 2 ? state[(w + 1) * channels + c] : x[c];
-            }
+        float* y = in.data(0) + r * in.stride(0, 0);
+        convolve(in.size(2), own, in.size(1), in.data(1) + r * in.stride(1, 0), in.data(2), in.data(3),
+                 in.data(4) + r * in.stride(4, 0), y);
         if (in.i.flags) each(own.end - own.begin, y + own.begin, [=](int64_t k) {
             const float z = y[own.begin + k];
             return z * sigmoid(z);
@@ -490,19 +548,21 @@ int64_t key_parts(int64_t keys, int64_t most) {
 
 // Softmax attention of one query a head, each part of the keys for itself. Views room [P, B, H], q [B, H], k [B, G, N], v
 // [B, G, N]; sizes B, H, N, K, V, G; flags: P. A part reads whole rows of a cache one after another, the numbers of all
-// heads, as memory is read fastest; values are fetched while their keys are read. The room of a head holds the weighted sum
-// of V values, the largest score, the sum of the weights, and scores.
+// heads, as memory is read fastest; values are fetched while their keys are read. Heads that share keys take what is read
+// of them, and widened, together. The room of a head holds the weighted sum of V values, the largest score, the sum of the
+// weights, and scores.
 template <class T>
 void attend(const Instruction& in, const T* keys, const T* values) {
     constexpr int64_t kKeys = SEQARCH_ATTEND_KEYS;
     const int64_t H = in.size(1), N = in.size(2), K = in.size(3), V = in.size(4), G = in.size(5), sharing = H / G;
     const int64_t parts = key_parts(N, in.i.flags), key_row = in.stride(2, 2), value_row = in.stride(3, 2);
+    const int64_t head_row = in.stride(0, 2);
     const float scale = static_cast<float>(in.i.factor);
     const auto place = [&](int v, int64_t b, int64_t h) { return b * in.stride(v, 0) + h * in.stride(v, 1); };
     const Range own = share(in.size(0) * parts, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         const int64_t b = t / parts, p = t % parts, end = N * (p + 1) / parts;
-        const auto room = [&](int64_t h) { return in.data(0) + place(0, p, b) + h * in.stride(0, 2); };
+        const auto room = [&](int64_t h) { return in.data(0) + place(0, p, b) + h * head_row; };
         for (int64_t h = 0; h < H; ++h) {
             std::fill_n(room(h), V, 0.0f);
             room(h)[V] = -std::numeric_limits<float>::infinity();
@@ -532,8 +592,13 @@ void attend(const Instruction& in, const T* keys, const T* values) {
 #pragma omp simd reduction(+ : sum)
                 for (int64_t j = 0; j < n; ++j) sum += score[j];
                 total += sum;
-                add_weighted(n, V, score, values + place(3, b, h / sharing) + first * value_row, value_row, sums);
             }
+            for (int64_t g = 0; g < G; ++g)
+                in_groups<kRows>(sharing, [&](auto count, int64_t i) {
+                    float* sums = room(g * sharing + i);
+                    const T* rows = values + place(3, b, g) + first * value_row;
+                    add_weighted<decltype(count)::value>(n, V, sums + V + 2, head_row, rows, value_row, sums, head_row);
+                });
         }
     }
 }
@@ -601,7 +666,7 @@ bool valid(const seqarch_tape_instruction& i) {
         case SEQARCH_ELEMENTWISE:
             return i.outputs > 0 && i.inputs >= 0 && i.count >= 0 && i.outputs + i.inputs < 32 &&
                    i.inputs + i.count <= kMostRegisters;
-        case SEQARCH_STEP_CONVOLUTION: return i.sizes[2] > 1;
+        case SEQARCH_STEP_CONVOLUTION: return i.sizes[2] > 1 && i.sizes[2] <= kMostTaps;
         case SEQARCH_STEP_LINEAR_ATTENTION:
         case SEQARCH_STEP_DELTA_RULE: return i.sizes[5] > 0 && i.sizes[2] % i.sizes[5] == 0;
         case SEQARCH_ATTEND: return i.sizes[2] > 0 && i.sizes[5] > 0 && i.sizes[1] % i.sizes[5] == 0 && i.flags > 0;

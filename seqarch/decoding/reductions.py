@@ -9,7 +9,7 @@ from torch import fx
 
 import seqarch.ops.native.linear
 import seqarch.ops.native.quantized_linear  # noqa: F401  (these define the operators)
-from seqarch.decoding.lowering import Lowering, lowers, number, shape_of
+from seqarch.decoding.lowering import Lowering, is_wide, lowers, number, shape_of
 from seqarch.decoding.shapes import rows
 from seqarch.ops.native.tape import Step
 from seqarch.ops.native.view import Unserved, View, numel
@@ -24,8 +24,27 @@ def _reduce(low: Lowering, node: fx.Node) -> None:
     dims = sorted({d % view.rank for d in ([given] if isinstance(given, int) else given or range(view.rank))})
     kind = {aten.amax.default: "maximum", aten.amin.default: "minimum"}.get(node.target, "sum")  # type: ignore[arg-type]
     factor = 1 / numel([view.sizes[d] for d in dims]) if node.target is aten.mean.dim else 1.0
-    low.values[node] = to = low.tape.value(shape_of(node))
-    low.tape.reduce(kind, to, view, dims, factor)
+    low.values[node] = to = low.tape.value(shape_of(node), is_wide(node))
+    count = view.sizes[dims[0]] if len(dims) == 1 else None
+    if isinstance(count, int) and 0 < count <= FEW:
+        _reduce_few(low, kind, to, [view.part(dims[0], at, 1) for at in range(count)], dims[0], factor)
+    else:
+        low.tape.reduce(kind, to, view, dims, factor)
+
+
+FEW = 4
+"""Numbers of a reduction that an elementwise instruction joins: neighbouring results are then computed at once."""
+
+
+def _reduce_few(low: Lowering, kind: str, to: View, parts: list[View], dim: int, factor: float) -> None:
+    to = to.with_one(dim) if to.rank < parts[0].rank else to
+    steps, last = [], 0
+    for at in range(1, len(parts)):
+        steps.append(Step("add" if kind == "sum" else kind, last, at, number=1.0))
+        last = -len(steps)
+    if factor != 1.0 or not steps:
+        steps.append(Step("affine", last, number=factor))
+    low.tape.elementwise([to], parts, steps, [-len(steps)])
 
 
 def _over(low: Lowering, kind: str, view: View, dims: list[int], factor: float = 1.0) -> View:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from seqarch.decoding.lowering import Lowering, amount, is_wide, lowers, shape_of
+from seqarch.ops.native.tape import Step
 from seqarch.ops.native.view import Amount, Unserved, View
 
 aten = torch.ops.aten
@@ -184,17 +185,35 @@ def rows(view: View) -> View | None:
     return view.reshaped((count, view.sizes[-1]))
 
 
+MOST_RUNNING = 8
+"""Numbers of a running sum or extreme that are instructions, one for each."""
+
+
+def _running(low: Lowering, node: fx.Node, code: str) -> View:
+    """Along a dimension each number joined with what all before it have come to."""
+    view = low.view(node.args[0])
+    dim = _dim(node, 1, view.rank)
+    count = view.sizes[dim]
+    if count == 1:
+        return view
+    if not isinstance(count, int) or count > MOST_RUNNING:
+        raise Unserved("a running sum or extreme of many numbers")
+    (view,) = low.reads(node.args[0])
+    to = low.tape.value(view.sizes, view.wide)
+    low.tape.copy(view.part(dim, 0, 1), to.part(dim, 0, 1))
+    for at in range(1, count):
+        both = [to.part(dim, at - 1, 1), view.part(dim, at, 1)]
+        low.tape.elementwise([to.part(dim, at, 1)], both, [Step(code, 0, 1, number=1.0)], [-1])
+    return to
+
+
 @lowers(aten.cumsum.default)
 def _running_sum(low: Lowering, node: fx.Node) -> None:
-    view = low.view(node.args[0])
-    if view.sizes[_dim(node, 1, view.rank)] != 1:
-        raise Unserved("a running sum of several numbers")
-    low.values[node] = view
+    low.values[node] = _running(low, node, "add")
 
 
 @lowers(aten.cummax.default)
 def _running_extreme(low: Lowering, node: fx.Node) -> None:
-    view = low.view(node.args[0])
-    if view.sizes[_dim(node, 1, view.rank)] != 1 or len(node.users) > 1:
-        raise Unserved("a running extreme of several numbers")
-    low.values[node] = [view]
+    if any(user.args[1] != 0 for user in node.users):
+        raise Unserved("the place of a running extreme")
+    low.values[node] = [_running(low, node, "maximum")]

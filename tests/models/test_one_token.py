@@ -140,9 +140,51 @@ def test_operators_with_options(runs: Runs):
     assert_close(found, after, BOUND)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+class Functions(nn.Module):
+    """Each function that has vector code of its own, one after the other, of ``x [1, 1, 6 n]``."""
+
+    def forward(self, x: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
+        functions = (torch.sin, torch.cos, torch.tanh, torch.expm1, torch.log, torch.log1p)
+        parts = [function(part) for function, part in zip(functions, x.chunk(6, -1), strict=True)]
+        return torch.cat(parts, -1), (state[0] + 1,)
+
+
+@pytest.mark.usefixtures("isa")
+@torch.no_grad()
+def test_functions_are_right_over_their_range(runs: Runs):
+    """Each number by itself, within some ulp of float64; angles beyond what vector code takes, too."""
+    spread = 10.0 ** torch.linspace(-30, 1.9, 300)
+    for least, most in ((1.0, 1.0), (1.0, 1e9)):
+        angles = torch.cat([spread * least, -spread * most])
+        x = torch.cat([angles, angles, *[torch.cat([spread, -spread])] * 2, *[torch.cat([spread, 1 / spread])] * 2])
+        layer, state = Functions(), (torch.zeros(1),)
+        program = Program([capture(layer, x[None, None], state)], layer.modules(), x[None, None], [state])
+        y, _ = program.run(x[None, None], [state])
+        expected, _ = layer(x[None, None].double(), state)
+        error = (y.double() - expected).abs()
+        relative = error / expected.abs()
+        waves = 2 * len(angles)  # of sines and cosines the error beside 1 counts
+        assert error[..., :waves].max() < 2e-7
+        assert relative[..., waves:].max() < 4e-7
+
+
+@torch.no_grad()
+def test_functions_of_what_is_no_number(runs: Runs):
+    odd = torch.tensor([0.0, -0.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-44])
+    x = torch.cat([odd] * 6)[None, None]
+    layer, state = Functions(), (torch.zeros(1),)
+    y, _ = Program([capture(layer, x, state)], layer.modules(), x, [state]).run(x, [state])
+    expected, _ = layer(x, state)
+    finite = expected.isfinite()
+    assert_close(y[finite], expected[finite], BOUND)
+    assert torch.equal(y.isnan(), expected.isnan())
+    large = expected.isinf() & ~torch.isin(torch.arange(x.shape[-1]) // len(odd), torch.tensor(3))
+    assert torch.equal(y[large], expected[large])  # exponentials end at exp(87.3), others where they do
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 12])
 def test_heads_that_share_keys(kv_heads: int, runs: Runs):
-    heads = {"num_heads": 12, "num_kv_heads": kv_heads, "head_dim": 8}
+    heads = {"num_heads": 12, "num_kv_heads": kv_heads, "head_dim": 56}  # some vectors, and a rest
     stack = make("attention sliding_window", mixers={"attention": heads, "sliding_window": {**heads, "window": 9}})
     compare(stack, 3, runs, context=70)
     compare(stack, 1, runs, context=2100)  # in all parts that there may be

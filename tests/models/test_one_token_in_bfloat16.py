@@ -53,7 +53,9 @@ def test_bfloat16_rounds_what_it_stores(name: str, runs: Runs):
 
 @pytest.mark.usefixtures("isa")
 def test_bfloat16_on_every_instruction_set(runs: Runs):
+    shared = {"attention": {"num_heads": 12, "num_kv_heads": 1, "head_dim": 56}}
+    options = {"channels": {"mlp": {"activation": "gelu", "bias": True}}, "branch_norm": True, "mixers": shared}
     for pattern in ("mamba/swiglu", "gated_delta_net+attention/mlp", "mla"):
-        stack = make(pattern, channels={"mlp": {"activation": "gelu", "bias": True}}, branch_norm=True).bfloat16()
+        stack = make(pattern, **options).bfloat16()
         for rows in (1, 8):
             compare_bfloat16(stack, rows, runs)

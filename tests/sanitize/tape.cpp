@@ -45,7 +45,7 @@ void tape(Random& random) {
     const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3}));
     const int64_t rows = random.pick({1, 2, 5, 8}), width = random.pick({1, 7, 16, 33, 64});
     const int64_t channels = random.pick({1, 5, 16, 40, 300}), taps = random.pick({2, 4, 8}), states = random.pick({1, 7, 16});
-    const int64_t groups = random.pick({1, 2, 3}), sharing = random.pick({1, 2, 5}), heads = groups * sharing;
+    const int64_t groups = random.pick({1, 2, 3}), sharing = random.pick({1, 2, 5, 9}), heads = groups * sharing;
     const int64_t keys = random.pick({1, 8, 33}), values = random.pick({1, 8, 70}), tokens = random.pick({1, 5, 64, 130});
     const auto numbers = [&](int64_t count) { return Numbers(SEQARCH_FLOAT32, count, random); };
     const auto empty = [](int64_t count) { return Numbers(SEQARCH_FLOAT32, count); };
