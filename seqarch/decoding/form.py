@@ -7,6 +7,7 @@ K]`` in a state that counts its tokens. A prompt of another length or with other
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -20,14 +21,21 @@ LEAVES = (Tensor, int, type(None))
 """Of most states."""
 
 
+@cache
+def _is_tuple(kind: type) -> bool:
+    """Whether it is the type of a tuple, named or not, that torch goes through as such."""
+    named = issubclass(kind, tuple) and hasattr(kind, "_fields") and kind not in pytree.SUPPORTED_NODES
+    return kind is tuple or named
+
+
 def leaves_of(state: Any) -> list[Any]:
     """What a state holds, in order. States are tuples of tuples as a rule, which torch takes long to go through."""
     found: list[Any] = []
-    for each in state if type(state) is tuple else (state,):
-        if type(each) is tuple:
-            found += leaves_of(each)
-        elif type(each) in LEAVES:
+    for each in state if _is_tuple(type(state)) else (state,):
+        if type(each) in LEAVES:
             found.append(each)
+        elif _is_tuple(type(each)):
+            found += leaves_of(each)
         else:
             found += pytree.tree_leaves(each)
     return found
@@ -35,32 +43,40 @@ def leaves_of(state: Any) -> list[Any]:
 
 def with_leaves(state: Any, leaves: Iterator[Any]) -> Any:
     """A state of the same form that holds others, in order."""
-    if type(state) is tuple:
-        return tuple([with_leaves(each, leaves) for each in state])
-    if type(state) in LEAVES:
+    kind = type(state)
+    if kind in LEAVES:
         return next(leaves)
+    if _is_tuple(kind):
+        inner = [with_leaves(each, leaves) for each in state]
+        return tuple(inner) if kind is tuple else kind(*inner)
     return pytree.tree_map(lambda _: next(leaves), state)
 
 
 def has_capacity(leaf: Any, leaves: Sequence[Any]) -> bool:
     """Whether a tensor is a cache whose room is a number like any other; below 2 it stands for itself."""
-    if not isinstance(leaf, Tensor) or leaf.ndim != 4 or leaf.shape[CAPACITY] < 2:
-        return False
-    return any(type(each) is int for each in leaves)
+    return isinstance(leaf, Tensor) and _has_room(leaf.shape) and _counts(leaves)
+
+
+def _has_room(sizes: Sequence[int]) -> bool:
+    return len(sizes) == 4 and sizes[CAPACITY] >= 2
 
 
 def form_of(leaves: Sequence[Any]) -> tuple[Hashable, ...]:
     """Kinds, sizes and dtypes, without the numbers that may change."""
-    return tuple(
-        (tuple(leaf.shape[:1]) + tuple(leaf.shape[2:]) if has_capacity(leaf, leaves) else leaf.shape, *_kind(leaf))
-        if isinstance(leaf, Tensor)
-        else type(leaf)
-        for leaf in leaves
-    )
+    counts = _counts(leaves)  # asked once: this is looked at before every token, when it has left the cache
+    return tuple([_kind(leaf, counts) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves])
 
 
-def _kind(leaf: Tensor) -> tuple[Hashable, ...]:
-    return leaf.ndim, leaf.dtype, is_plain(leaf)
+def _counts(leaves: Sequence[Any]) -> bool:
+    """Whether a state counts its tokens."""
+    return int in map(type, leaves)
+
+
+def _kind(leaf: Tensor, counts: bool) -> tuple[Hashable, ...]:
+    sizes = leaf.shape
+    if counts and _has_room(sizes):
+        sizes = (*sizes[:CAPACITY], *sizes[CAPACITY + 1 :])
+    return sizes, leaf.ndim, leaf.dtype, is_plain(leaf)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -70,9 +86,11 @@ def is_plain(tensor: Tensor) -> bool:
 
 def numbers_of(leaves: Sequence[Any]) -> list[int]:
     """Those that may change, in order."""
-    found = (leaf if type(leaf) is int else _capacity(leaf, leaves) for leaf in leaves)
+    if not _counts(leaves):
+        return []
+    found = (leaf if type(leaf) is int else _capacity(leaf) for leaf in leaves)
     return [number for number in found if number is not None]
 
 
-def _capacity(leaf: Any, leaves: Sequence[Any]) -> int | None:
-    return leaf.shape[CAPACITY] if has_capacity(leaf, leaves) else None
+def _capacity(leaf: Any) -> int | None:
+    return leaf.shape[CAPACITY] if isinstance(leaf, Tensor) and _has_room(leaf.shape) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +66,8 @@ class Program:
         for number, scope in enumerate(self.scopes):
             scope.close(tape, number, self.parts)
         tape.wanted = lines(self.watch.objects())
-        self._workspaces = [Workspace(tape)]
+        self.is_whole = not any(part.made or part.lowered.calls for part in self.parts)
+        self._rooms = [self._room()]
         for tensor in tape.tensors.values():
             huge_pages.collapse(tensor)
 
@@ -88,16 +89,28 @@ class Program:
         for scope in self.scopes:
             amounts |= zip(scope.names, scope.amounts(*numbers_of(leaves[scope.members[0]])), strict=True)
         try:
-            workspace = self._workspaces.pop()
-        except IndexError:  # as many runs are under way as there are workspaces
-            workspace = Workspace(self.tape)
-        run = Run(workspace, leaves, amounts, self.tape.tensors)
-        workspace.begin(run.states, amounts)
-        workspace.tensor(self.input).copy_(x)
-        after = self._run(run, states)
-        y = workspace.tensor(self.output).to(self.dtype, copy=True)
-        self._workspaces.append(workspace)
+            room = self._rooms.pop()
+        except IndexError:  # as many runs are under way as there are rooms
+            room = self._room()
+        run = Run(room.workspace, leaves, amounts, self.tape.tensors)
+        room.workspace.begin(run.states, amounts)
+        room.input.copy_(x)
+        after = self._whole(run, states) if self.is_whole else self._run(run, states)
+        y = room.output.to(self.dtype, copy=True)
+        self._rooms.append(room)
         return y, after
+
+    def _room(self) -> Room:
+        workspace = Workspace(self.tape)
+        return Room(workspace, workspace.tensor(self.input), workspace.tensor(self.output))
+
+    def _whole(self, run: Run, states: Sequence[Any]) -> list[Any]:
+        """The instructions, where torch does nothing before and among them; the states after the token."""
+        run.instructions(0, len(self.tape.instructions))
+        return [
+            state if part.is_replaced else part.after(state, own, {}, run.amounts)
+            for part, state, own in zip(self.parts, states, run.leaves, strict=True)
+        ]
 
     def _run(self, run: Run, states: Sequence[Any]) -> list[Any]:
         """The instructions, and what torch does before and among them; the states after the token."""
@@ -127,6 +140,15 @@ class Program:
     def explain(self) -> list[list[str]]:
         """For each layer, why torch does what has no instructions."""
         return [[call.reason for call in part.lowered.calls] for part in self.parts]
+
+
+@dataclass(frozen=True)
+class Room:
+    """A workspace, and its input and output as torch sees them."""
+
+    workspace: Workspace
+    input: Tensor
+    output: Tensor
 
 
 class Run:
