@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.studies.conversion import Conversion
 from experiments.studies.decoding import Decoding
+from experiments.studies.hybrid_ratio import HybridRatio
 from experiments.studies.initialisation import Initialisation
 from experiments.studies.mup import Mup
 from experiments.studies.needle import Needle
@@ -18,7 +19,7 @@ from experiments.studies.text_length import TextLength
 STUDIES: dict[str, Study[Any, Any]] = {
     study.name: study
     for study in (
-        *(Initialisation(), StateTracking(), RecallState(), Needle(), TextLength()),
+        *(Initialisation(), StateTracking(), RecallState(), Needle(), HybridRatio(), TextLength()),
         *(Scaling(), Decoding(), Mup(), Conversion()),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments.config.data import build_data
-from experiments.studies import needle, recall_state
+from experiments.studies import hybrid_ratio, needle, recall_state
 from experiments.studies.page import how_to_run, recorded, results
 from experiments.studies.protocol import Wanted
 from experiments.studies.sweep import Composer
@@ -44,7 +44,32 @@ def digits(arm, split):
     return 0.99 if short and arm.name != "sliding_window" else FAR[arm.name]
 
 
+def hybrid(arm, split):
+    """Mamba-2 needs a layer of attention and the delta rule none; four are too many for it in long texts."""
+    if split in (hybrid_ratio.LEARNT.split, "test"):
+        return 0.97
+    count, mixer = int(arm.factors["count"]), arm.factors["recurrence"]
+    if count == hybrid_ratio.LAYERS:
+        return 0.8
+    if mixer == "mamba2":
+        return (0.3 if count == 0 else 0.82) - 0.2 * (arm.factors["place"] == "before")
+    return 0.75 if split == hybrid_ratio.BY_LENGTH[4096] else 0.85 + 0.03 * count
+
+
 CASES = {
+    "hybrid_ratio": (
+        hybrid_ratio.HybridRatio(),
+        (hybrid, {**dict.fromkeys(recall_state.BY_PAIRS.values(), 256),
+                  **{split: length for length, split in recall_state.BY_LENGTH.items()}, recall_state.MOST: 4096},
+         lambda arm: {"name": "x", "pattern": "attention"}, "mamba2, 4 of 8 after"),
+        {"mamba2: one layer helps": "yes", "mamba2: one layer is enough": "yes", "mamba2: far away, too": "yes",
+         "mamba2: four are better": "unresolved", "mamba2: the place": "unresolved",
+         "gated_delta_net: one layer is enough": "yes", "gated_delta_net: far away, too": "no",
+         "gated_delta_net: four are better": "yes", "gated_delta_net: the place": "no"},
+        ("Beside mamba2 that one layer of eight recalls as much of 256 pairs as eight is so, and that it stands better"
+         " at the end unresolved; beside gated_delta_net", "mamba2, 4 of 8 after has 2 of 5 seeds",
+         "sign flips against no difference"),
+    ),
     "recall_state": (
         recall_state.RecallState(),
         (recall, {**dict.fromkeys(recall_state.BY_PAIRS.values(), 256),
