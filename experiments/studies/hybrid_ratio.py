@@ -109,7 +109,7 @@ class HybridRatio(TrainedStudy):
             LEARNT,
         ),
         "small": Version(
-            f"{COMMON} task.vocab_size=128 'task.train_on=[{{length: 64, pairs: 4}}]' task.length=64 task.pairs=4"
+            f"{COMMON} task.vocab_size=256 'task.train_on=[{{length: 64, pairs: 4}}]' task.length=64 task.pairs=4"
             " task.test_examples=16 'task.test_on=[{length: 256, pairs: 64}]' train.steps=60 train.plateau_tokens=30720"
             " match.parameters=100k",
             arms(("gated_delta_net",), (1,)),
