@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo results-small test test-slow test-all sanitize cuda-check explorer-check lint bench bench-gpu docs site site-check federated-check clean
+.PHONY: help demo results-small test test-slow sanitize cuda-check explorer-check lint bench bench-gpu docs site site-check federated-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,7 +17,6 @@ help:
 	@echo "make results-small  the small version of every page of docs/results: runs/results/small"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that build the package or take long"
-	@echo "make test-all   both, as a change must pass them"
 	@echo "make sanitize   the compiled kernels under the address and undefined behaviour sanitizers (a minute)"
 	@echo "make cuda-check the CUDA kernels by nvcc for three generations of GPUs, where nvcc is here"
 	@echo "make explorer-check  the explorer of reports in a headless browser, where Chromium is here"
@@ -58,10 +57,6 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
-
-# Both, gathered once, with what they share made once.
-test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" -n $(WORKERS) --dist worksteal
 
 # Each element that a kernel must write is looked at, too; no Python takes part.
 SANITIZED := build/sanitize/kernels

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 MOST_ROWS = 8
 """Sequences of a batch; for more of them torch's products of matrices are as fast."""
 
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of the residual streams that programs compute."""
+
 MOST_CAPTURES = 16
 """Of a stack for some number of rows: one whose state takes ever other forms runs in torch."""
 
@@ -124,6 +127,9 @@ class OneToken:
 
     def _write(self, known: Known, x: Tensor, state: StackState) -> list[Piece]:
         """The pieces for such a state; none where nothing of it is compiled."""
+        if _features(x, known.layers).dtype not in DTYPES:  # tokens do not tell it, and capturing takes a second
+            known.captures = MOST_CAPTURES
+            return []
         units = _units(known.layers)
         states = _split([([unit], "") for unit in units], state)
         here = x
@@ -148,7 +154,7 @@ class OneToken:
         return pieces
 
     @staticmethod
-    def serves(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> bool:
+    def serves(x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
         """Whether a program may run: one token of a few rows, on a CPU, in such a dtype, without gradients, unobserved.
 
         Whoever chose or records backends, or looks at torch's calls otherwise, sees the layers run in torch.

@@ -20,7 +20,7 @@ from experiments.sweeps.execute import resolve_composed
 from experiments.sweeps.status import SweepStatus
 from experiments.util.errors import RunnerError, StorageError
 from tests.support.paths import ROOT
-from tests.support.runs import TINY, call, command_line, train_for_sweep, until
+from tests.support.runs import TINY, command_line, train_for_sweep, until
 
 
 def folders(runs: Path) -> dict[str, RunFolder]:
@@ -32,11 +32,11 @@ def folders(runs: Path) -> dict[str, RunFolder]:
 def test_a_failing_run_stops_no_other_and_nothing_is_done_twice(tmp_path, command_here, capfd):
     # The model is given twice, of which the last counts.
     sweep = ["--multirun", *TINY, "train.steps=10", "model=mamba2,gla", "model=attention", "train.grad_clip=0"]
-    first = call("experiments.run", *sweep, "train.lr=1e30,1e-3", cwd=tmp_path)
-    assert first.returncode == 1
-    assert "2 runs: 1 failed, 1 finished" in first.stdout
-    assert "training diverged at step" in first.stdout
-    assert "Traceback" not in first.stdout + first.stderr
+    assert command_here(*sweep, "train.lr=1e30,1e-3") == 1
+    shown, errors = capfd.readouterr()
+    assert "2 runs: 1 failed, 1 finished" in shown
+    assert "training diverged at step" in shown
+    assert "Traceback" not in shown + errors
     found = [RunFolder(path.parent) for path in tmp_path.glob("runs/mqar/*/run.json")]
     assert sorted((folder.status(), folder.config().train.lr) for folder in found) == [
         ("failed", 1e30),

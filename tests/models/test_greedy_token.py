@@ -56,6 +56,15 @@ def test_the_tokens_are_those_of_the_logits(options: dict[str, Any], monkeypatch
     assert len(runs) == 11
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_models_of_which_nothing_is_compiled_are_not_captured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Their tokens are whole numbers as any model's, and capturing what is then refused took a second."""
+    monkeypatch.setattr("seqarch.decoding.capture.capture", lambda *_: pytest.fail("captured"))
+    model = make(pattern="gated_delta_net attention").to(dtype)
+    model.generate(PROMPTS, 4)
+    assert known(model) is not None
+
+
 def test_bfloat16_takes_the_likeliest_of_float32(monkeypatch: pytest.MonkeyPatch):
     model, runs, run = make(pattern="gated_delta_net attention/swiglu").bfloat16(), [], Program.run
     monkeypatch.setattr(Program, "run", lambda *given: runs.append(1) or run(*given))
