@@ -1,88 +1,16 @@
 // Softmax attention, forward and backward. See seqarch.h for the equation and the arguments.
 //
-// A tile takes up to kColumns queries of one sequence: tokens, and of each the heads that share their keys. Forward goes
-// over the keys that a tile sees. Backward does so again, and adds to the gradients of those keys; the tiles of a part
-// come in order, and the parts' sums are added in order. What a part is depends on the sizes alone, so sums do not depend
-// on the number of threads.
-#include <vector>
-
-#include "arguments.h"
+// Forward goes over the keys that a tile of queries sees. Backward does so again, and adds to the gradients of those
+// keys.
 #include "dtypes.h"
-#include "key_gradients.h"
-#include "softmax_tiles.h"
+#include "query_tiles.h"
 
 namespace {
 
 using namespace seqarch;
+using namespace seqarch::query_tiles;
 
-constexpr int64_t kParts = 32;           // wanted for the threads of large machines
-constexpr int64_t kSmallWork = 1 << 18;  // fewer multiply-adds than starting the threads is worth
-constexpr int64_t kFewColumns = 2;       // for which a key is read faster than it is packed
-
-struct Sizes {
-    const int64_t *offsets, *key_start;
-    int64_t sequences, queries, keys, groups, heads, key_width, value_width, window;
-    bool causal;
-
-    int64_t sharing() const { return heads / groups; }
-    int64_t query_tokens() const { return offsets ? queries : sequences * queries; }
-    int64_t key_tokens() const { return offsets ? keys : sequences * keys; }
-};
-
-// One sequence: where its queries and keys begin, and which it has.
-struct Sequence {
-    Row query, key;
-    int64_t queries, keys, first_key;
-
-    Sequence(const Sizes& sizes, int64_t s) {
-        const int64_t begin = sizes.offsets ? sizes.offsets[s] : 0;
-        query = {sizes.offsets ? 0 : s, begin, sizes.offsets ? begin : s * sizes.queries};
-        key = {sizes.offsets ? 0 : s, begin, sizes.offsets ? begin : s * sizes.keys};
-        queries = sizes.offsets ? sizes.offsets[s + 1] - begin : sizes.queries;
-        keys = sizes.offsets ? queries : sizes.keys;
-        first_key = sizes.key_start ? std::clamp<int64_t>(sizes.key_start[s], 0, keys) : 0;
-    }
-    // The keys [first, last) that a query sees.
-    int64_t first(const Sizes& sizes, int64_t query) const {
-        return sizes.window ? std::max(first_key, query + keys - queries - sizes.window + 1) : first_key;
-    }
-    int64_t last(const Sizes& sizes, int64_t query) const { return sizes.causal ? query + keys - queries + 1 : keys; }
-};
-
-// Up to kColumns columns of a sequence and group: token and head of each, and the keys that some of them sees.
-struct Tile {
-    int64_t group, sharing, begin, columns, first_key, last_key;
-
-    Tile(const Sizes& sizes, const Sequence& sequence, int64_t group, int64_t tile)
-        : group(group), sharing(sizes.sharing()), begin(tile * kColumns) {
-        columns = std::min(kColumns, sequence.queries * sharing - begin);
-        first_key = sequence.first(sizes, token(0));
-        last_key = sequence.last(sizes, token(columns - 1));
-    }
-    int64_t token(int64_t column) const { return (begin + column) / sharing; }
-    int64_t head(int64_t column) const { return group * sharing + (begin + column) % sharing; }
-    // Calls f(column, head) for columns from one to another.
-    template <class F>
-    void each_head(int64_t from, int64_t to, F f) const {
-        int64_t among = (begin + from) % sharing;
-        for (int64_t c = from; c < to; ++c) {
-            f(c, group * sharing + among);
-            if (++among == sharing) among = 0;
-        }
-    }
-    template <class T>
-    const T* at(const Heads<T>& heads, const Sequence& sequence, int64_t column) const {
-        return heads.at(sequence.query.later(token(column)), head(column));
-    }
-    // Where the column stands in a contiguous [tokens, heads].
-    int64_t place(const Sizes& sizes, const Sequence& sequence, int64_t column) const {
-        return (sequence.query.token + token(column)) * sizes.heads + head(column);
-    }
-};
-
-int64_t tiles_of(const Sizes& sizes, const Sequence& sequence) {
-    return (sequence.queries * sizes.sharing() + kColumns - 1) / kColumns;
-}
+constexpr int64_t kFewColumns = 2;  // for which a key is read faster than it is packed
 
 template <class T>
 struct Inputs {
@@ -92,26 +20,6 @@ struct Inputs {
     Acc<T> factor;           // the scale, times log2(e)
     int num_threads;
 };
-
-// What the columns of a tile see of the keys from `key` on.
-template <class A>
-void look(const Sizes& sizes, const Sequence& sequence, const Tile& tile, int64_t key, Seen<A>& seen) {
-    const int64_t count = std::min(kTileKeys, tile.last_key - key);
-    const bool from_first = sequence.first(sizes, tile.token(tile.columns - 1)) <= key;
-    if (from_first && key + count <= sequence.last(sizes, tile.token(0))) return seen.set_whole(tile.columns, count);
-    seen.set(
-        tile.columns, count, [&](int64_t c) { return sequence.first(sizes, tile.token(c)) - key; },
-        [&](int64_t c) { return sequence.last(sizes, tile.token(c)) - key - 1; });
-}
-
-// Calls f(key, row) for each tile of keys that the tile of columns sees, from that key and token on.
-template <class T, class F>
-void each_keys(const Inputs<T>& in, const Sequence& sequence, const Tile& tile, Seen<Acc<T>>& seen, F f) {
-    for (int64_t key = tile.first_key; key < tile.last_key; key += kTileKeys) {
-        look(in.sizes, sequence, tile, key, seen);
-        f(key, sequence.key.later(key));
-    }
-}
 
 template <class A>
 struct Scratch {
@@ -152,7 +60,7 @@ void forward_tile(const Inputs<T>& in, const Sequence& sequence, const Tile& til
     Columns<A>& columns = s.columns;
     columns.load(tile.columns, in.factor, [&](int64_t c) { return tile.at(in.q, sequence, c); });
     columns.start();
-    each_keys(in, sequence, tile, s.seen, [&](int64_t, const Row& row) {
+    each_keys(in.sizes, sequence, tile, s.seen, [&](int64_t, const Row& row) {
         s.load_bias(in, row, tile);
         if (columns.count <= kFewColumns)
             return attend_few(s.seen, in.k.at(row, tile.group), in.k.time, in.v.at(row, tile.group), in.v.time, s.keys,
@@ -165,26 +73,6 @@ void forward_tile(const Inputs<T>& in, const Sequence& sequence, const Tile& til
         write_outputs(width, columns.o + c * padded<A>(width), columns.total[c], o + place * width);
         log_sum[place] = log_of(columns.row_max[c], columns.total[c]);
     }
-}
-
-struct TileTask {
-    int64_t sequence, group, tile;
-};
-
-std::vector<TileTask> tile_tasks(const Sizes& sizes) {
-    std::vector<TileTask> tasks;
-    for (int64_t s = 0; s < sizes.sequences; ++s) {
-        const int64_t tiles = tiles_of(sizes, Sequence(sizes, s));
-        for (int64_t g = 0; g < sizes.groups; ++g)
-            for (int64_t t = 0; t < tiles; ++t) tasks.push_back({s, g, tiles - 1 - t});  // those with most keys first
-    }
-    return tasks;
-}
-
-int threads_for(const Sizes& sizes, int num_threads) {
-    const int64_t seen = sizes.window ? std::min(sizes.window, sizes.keys) : sizes.keys;
-    const double scores = static_cast<double>(sizes.query_tokens()) * sizes.heads * seen;
-    return scores * (sizes.key_width + sizes.value_width) > kSmallWork ? num_threads : 1;
 }
 
 template <class T>
@@ -208,40 +96,6 @@ struct Gradients {
     Acc<T>* dkey_bias;
 };
 
-// Some tiles of one sequence and group, and the keys that they see.
-struct TilesPart {
-    int64_t first, last;
-    KeyPart keys;
-};
-
-std::vector<TilesPart> cut(const Sizes& sizes, int64_t tiles_a_part) {
-    std::vector<TilesPart> parts;
-    int64_t rows = 0;
-    for (int64_t s = 0; s < sizes.sequences; ++s) {
-        const Sequence sequence(sizes, s);
-        const int64_t tiles = tiles_of(sizes, sequence);
-        for (int64_t g = 0; g < sizes.groups; ++g)
-            for (int64_t t = 0; t < tiles; t += tiles_a_part) {
-                const int64_t end = std::min(t + tiles_a_part, tiles), first = Tile(sizes, sequence, g, t).first_key;
-                const int64_t last = std::max(first, Tile(sizes, sequence, g, end - 1).last_key);
-                parts.push_back({t, end, {s, g, first, last, rows}});
-                rows = parts.back().keys.end();
-            }
-    }
-    return parts;
-}
-
-// As many parts as are wanted, if their sums take no more memory than twice the keys and once the queries.
-std::vector<TilesPart> cut(const Sizes& sizes) {
-    int64_t tiles = 0;
-    for (int64_t s = 0; s < sizes.sequences; ++s) tiles += tiles_of(sizes, Sequence(sizes, s)) * sizes.groups;
-    const int64_t most = 2 * sizes.key_tokens() * sizes.groups + sizes.query_tokens() * sizes.heads;
-    for (int64_t tiles_a_part = std::max<int64_t>((tiles + kParts - 1) / kParts, 1);; tiles_a_part *= 2) {
-        std::vector<TilesPart> parts = cut(sizes, tiles_a_part);
-        if (parts.empty() || parts.back().keys.end() <= most || tiles_a_part >= tiles) return parts;
-    }
-}
-
 template <class A>
 struct BackwardScratch : Scratch<A> {
     ColumnGradients<A> gradients;
@@ -259,7 +113,8 @@ struct Sums {
     int64_t bias_stride;
 };
 
-// Adds the gradients of a tile's scores to those of what was added to them: of each key a row of the heads that share it.
+// Adds the gradients of a tile's scores to those of what was added to them: of each key a row of the heads that share
+// it.
 template <class A>
 void add_bias_gradients(const Seen<A>& seen, const A* dscores, const Tile& tile, A* to, int64_t stride) {
     for (int64_t key = 0; key < seen.keys; ++key, dscores += kColumns, to += stride) {
@@ -289,7 +144,7 @@ void backward_tile(const Inputs<T>& in, const Gradients<T>& g, const Sequence& s
             return g.dlse ? own - g.dlse[tile.place(sizes, sequence, c)] : own;
         },
         [&](int64_t c) { return g.log_sum[tile.place(sizes, sequence, c)]; });
-    each_keys(in, sequence, tile, s.seen, [&](int64_t key, const Row& row) {
+    each_keys(in.sizes, sequence, tile, s.seen, [&](int64_t key, const Row& row) {
         s.load_bias(in, row, tile);
         s.load_keys(in, row, tile.group);
         attend_backward(s.seen, s.keys, s.columns, s.gradients, sums.keys.dk(key), sums.keys.dv(key));
@@ -330,26 +185,6 @@ void backward(const Inputs<T>& in, const Gradients<T>& g) {
     dk.add_up(spans, sizes.groups, A(kLn2), g.dk, threads);
     dv.add_up(spans, sizes.groups, A(1), g.dv, threads);
     if (g.dkey_bias) dbias.add_up(spans, sizes.groups, A(1), g.dkey_bias, threads);
-}
-
-// All sizes can be counted, and a window is no longer than the keys.
-bool valid(Sizes& sizes, int num_threads) {
-    constexpr int64_t kPadding = 64;  // of widths to vectors, and of sequences to tiles
-    if (num_threads < 1 || sizes.groups < 1 || sizes.heads % sizes.groups || sizes.window < 0 ||
-        (!sizes.causal && sizes.window))
-        return false;
-    if (!countable({sizes.sequences, sizes.queries, sizes.heads}) ||
-        !countable({sizes.sequences, sizes.keys, sizes.groups}))
-        return false;
-    if (!countable({sizes.key_width, sizes.value_width}) ||
-        (sizes.offsets && (sizes.queries != sizes.keys || sizes.key_start)))
-        return false;
-    const int64_t rows = sizes.offsets ? 1 : sizes.sequences, width = sizes.key_width + sizes.value_width + kPadding;
-    sizes.window = std::min(sizes.window, std::max<int64_t>(sizes.keys, 1));
-    return countable({rows, sizes.queries + kPadding, sizes.heads, width}) &&
-           countable({rows, sizes.keys + kPadding, sizes.heads, kPadding}) &&
-           countable({rows, sizes.keys + kPadding, sizes.groups, width}) &&
-           packs(sizes.offsets, sizes.sequences, sizes.queries);
 }
 
 Sizes sizes_of(const seqarch_attention_inputs& in) {

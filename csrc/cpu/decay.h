@@ -93,13 +93,22 @@ class ChunkDecay {
     // where the decay is not per key.
     void scores_backward(int64_t n, const A* q, const A* k, A* dscores, A* dq, A* dk) {
         if (kind == DecayKind::per_key) {
-            rows_per_key(n, dscores, q, k, dq);
+            rows_per_key<true>(n, dscores, q, k, dq);
             columns_per_key(n, dscores, q, k, dk);
             return;
         }
         for (int64_t i = 0; i < n; ++i) mask(i, dscores + i * row, between + i * row, dscores + i * row);
         multiply(Shape::lower_left, n, keys, n, as_is(dscores, row), k, keys_row, dq, keys_row, true);
         multiply(Shape::upper_left, n, keys, n, transposed(dscores, row), q, keys_row, dk, keys_row, true);
+    }
+
+    // Per key, where what is decayed are values and the scores of queries and keys are not: o[i] += the sum over j <= i of
+    // scores[i, j] v[j] a(j -> i).
+    void read_values(int64_t n, const A* scores, const A* v, A* o) { rows_per_key<false>(n, scores, nullptr, v, o); }
+    // Its gradient: adds to dv, and to the gradient of the decays.
+    void read_values_backward(int64_t n, const A* scores, const A* dout, const A* v, A* o, A* dv) {
+        rows_per_key<true>(n, scores, dout, v, o);
+        columns_per_key(n, scores, dout, v, dv);
     }
 
     // Multiplies the gradient of decayed queries (keys) by their decay, in place.
@@ -136,14 +145,18 @@ class ChunkDecay {
     }
     // state, dstate: before the chunk, and the gradient after it, [V, K].
     void write_gradient(int64_t n, int64_t values, const A* state, const A* dstate, A* to, int64_t stride) {
-        std::fill_n(sums, std::max(row, keys_row), A(0));
-        if (kind == DecayKind::per_head) write_per_head(n, values, state, dstate, to, stride);
+        if (kind == DecayKind::per_head) write_per_head(n, whole[0] * dot(values * keys_row, state, dstate), to, stride);
         if (kind == DecayKind::per_key) write_per_key(n, values, state, dstate, to, stride);
+    }
+    // Per head, where several states passed over the chunk: the products of what they became and its gradient, summed.
+    void write_gradient(int64_t n, A through, A* to, int64_t stride) {
+        if (kind == DecayKind::per_head) write_per_head(n, through, to, stride);
     }
 
   private:
-    void write_per_head(int64_t n, int64_t values, const A* state, const A* dstate, A* to, int64_t stride) {
-        A through = whole[0] * dot(values * keys_row, state, dstate), after = 0;
+    void write_per_head(int64_t n, A through, A* to, int64_t stride) {
+        A after = 0;
+        std::fill_n(sums, row, A(0));
         for (int64_t t = n - 1; t >= 0; --t) {
             after += later[t];
             for (int64_t j = 0; j < padded<A>(t + 1); ++j) sums[j] += score_terms[t * row + j];
@@ -159,6 +172,7 @@ class ChunkDecay {
     }
 
     void write_per_key(int64_t n, int64_t values, const A* state, const A* dstate, A* to, int64_t stride) {
+        std::fill_n(sums, keys_row, A(0));
         for (int64_t t = n - 1; t >= 0; --t) {
             A* line = later + t * keys_row;
             for (int64_t d = 0; d < keys_row; ++d) line[d] = sums[d] += line[d];
@@ -287,8 +301,9 @@ class ChunkDecay {
         }
     }
 
-    // dq[i] += x, where x = sum_{j <= i} dscores[i, j] k[j] a(j -> i), and later[i] += q[i] x without j = i: no decay
-    // acts on a token that meets itself, and what cancels would leave its rounding behind.
+    // dq[i] += x, where x = sum_{j <= i} dscores[i, j] k[j] a(j -> i), and if Decays later[i] += q[i] x without j = i: no
+    // decay acts on a token that meets itself, and what cancels would leave its rounding behind.
+    template <bool Decays>
     void rows_per_key(int64_t n, const A* dscores, const A* q, const A* k, A* dq) {
         constexpr int64_t L = kLanes<A>, R = 4;
         for (int64_t d = 0; d < keys_row; d += L) {
@@ -312,7 +327,7 @@ class ChunkDecay {
                 for (int64_t own = 0; own < count; ++own) {
                     Vector<A> x = load_vector(lane + (i + own) * L);
                     const int64_t at = (i + own) * keys_row + d;
-                    store_vector(later + at, load_vector(later + at) + load_vector(q + at) * sum[own]);
+                    if (Decays) store_vector(later + at, load_vector(later + at) + load_vector(q + at) * sum[own]);
                     sum[own] += splat(weights[own][i + own]) * x;
                     for (int64_t r = own + 1; r < count; ++r) {
                         x *= step[r];

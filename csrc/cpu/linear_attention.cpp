@@ -3,7 +3,9 @@
 // A task is one sequence and some heads that share their queries and keys (forward also a part of the values). It goes
 // over chunks of tokens: scores within a chunk are matrix products, what came before it is a product with the state at
 // its start. Backward goes over the sequence twice: forward for the states at the chunks' starts, back for the gradients.
-// How heads are cut into tasks depends on the sizes alone, so sums do not depend on the number of threads.
+// How heads are cut into tasks depends on the sizes alone, so sums do not depend on the number of threads. Heads whose
+// values are one wide are taken side by side, in linear_attention_narrow.cpp.
+#include "narrow_heads.h"
 #include "recurrence.h"
 
 namespace {
@@ -303,6 +305,7 @@ Problem<T> problem(const seqarch_linear_attention_inputs& in, int num_threads) {
 int32_t seqarch_linear_attention_forward(const seqarch_linear_attention_inputs* inputs,
                                          const seqarch_linear_attention_outputs* outputs, int32_t num_threads) {
     if (!valid(*inputs, num_threads)) return SEQARCH_BAD_ARGUMENT;
+    if (narrow::serves(*inputs)) return narrow::forward(*inputs, *outputs, num_threads);
     return with_dtype(inputs->dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         forward(problem<T>(*inputs, num_threads),
@@ -313,6 +316,7 @@ int32_t seqarch_linear_attention_forward(const seqarch_linear_attention_inputs* 
 int32_t seqarch_linear_attention_backward(const seqarch_linear_attention_inputs* inputs,
                                           const seqarch_linear_attention_gradients* gradients, int32_t num_threads) {
     if (!valid(*inputs, num_threads)) return SEQARCH_BAD_ARGUMENT;
+    if (narrow::serves(*inputs)) return narrow::backward(*inputs, *gradients, num_threads);
     return with_dtype(inputs->dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;

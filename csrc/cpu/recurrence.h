@@ -27,6 +27,11 @@ struct Sizes {
     // Of the inputs of any of the recurrences, which are valid.
     template <class Inputs>
     explicit Sizes(const Inputs& in)
+        : Sizes(in, !in.log_decay.data  ? DecayKind::none
+                    : in.decay_per_key ? DecayKind::per_key
+                                       : DecayKind::per_head) {}
+    template <class Inputs>
+    Sizes(const Inputs& in, DecayKind decay)
         : offsets(in.offsets),
           sequences(in.sequences),
           length(in.length),
@@ -34,7 +39,7 @@ struct Sizes {
           heads(in.heads),
           keys(in.keys),
           values(in.values),
-          decay(!in.log_decay.data ? DecayKind::none : in.decay_per_key ? DecayKind::per_key : DecayKind::per_head),
+          decay(decay),
           longest(offsets ? 0 : length) {
         for (int64_t s = 0; offsets && s < sequences; ++s) longest = std::max(longest, offsets[s + 1] - offsets[s]);
         const int64_t sharing = heads / groups, wanted = kFewTasks / std::max<int64_t>(1, sequences * groups);

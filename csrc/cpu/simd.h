@@ -293,9 +293,7 @@ template <class A>
 inline A dot(int64_t n, const A* x, const A* y) {
     Vector<A> sum{};
     for (int64_t i = 0; i < n; i += kLanes<A>) sum += load_vector(x + i) * load_vector(y + i);
-    A total = 0;
-    for (int64_t i = 0; i < kLanes<A>; ++i) total += sum[i];
-    return total;
+    return sum_of_lanes(sum);
 }
 
 // The sum of x y, whatever their types.

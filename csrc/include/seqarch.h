@@ -33,7 +33,7 @@ extern "C" {
 
 /* Raised with every change of what a declaration below means; seqarch/ops/native/cpu_library.py holds the same number.
  * The fields of the structures are nowhere else: Python reads this file, installed beside the library. */
-#define SEQARCH_INTERFACE 21
+#define SEQARCH_INTERFACE 23
 
 enum { SEQARCH_OK = 0, SEQARCH_BAD_ARGUMENT = 1, SEQARCH_OUT_OF_MEMORY = 2 };
 enum { SEQARCH_FLOAT32 = 0, SEQARCH_BFLOAT16 = 1, SEQARCH_FLOAT64 = 2 };
@@ -440,6 +440,47 @@ typedef struct {
 SEQARCH_API int32_t seqarch_delta_rule_backward(const seqarch_delta_rule_inputs* inputs,
                                                 const seqarch_delta_rule_gradients* gradients, int32_t num_threads);
 
+/* Log-linear attention (L = levels): linear attention, or with beta the delta rule, with a state for each power of two of
+ * tokens; letters, shapes and types as there. Tokens are counted from the first of a sequence, those before the call
+ * included. With bits(x) the binary digits of x and S(j, t) what the base recurrence holds at t of token j's k_j^T v_j,
+ *
+ *   o_t = scale sum_{j <= t} level_weight[t, bits(j xor t)] q_t S(j, t).
+ *
+ *   level_weight     [S, T, H, L], accumulation type
+ *   beta, log_decay  [S, T, H], accumulation type; NULL: linear attention, no decay
+ *   state, state_out [S, H, L - 1, K, V], accumulation type: entry b is that of the 2^b tokens that bit b of the number of
+ *                    tokens so far stands for. Where the bit is not set it is not read, and written as zeros.
+ *   before           [S]: tokens before the first, at least 0; with those of the call at most 2^(L - 1)
+ */
+typedef struct {
+    int32_t dtype;
+    seqarch_heads q, k, v, level_weight, beta, log_decay;
+    double scale;
+    const void* state;
+    const int64_t *before, *offsets;
+    int64_t sequences, length, groups, heads, keys, values, levels;
+} seqarch_log_linear_attention_inputs;
+
+typedef struct {
+    void *o, *state_out;
+} seqarch_log_linear_attention_outputs;
+
+SEQARCH_API int32_t seqarch_log_linear_attention_forward(const seqarch_log_linear_attention_inputs* inputs,
+                                                         const seqarch_log_linear_attention_outputs* outputs,
+                                                         int32_t num_threads);
+
+/* Its gradients, from dout (like o, with strides of its own) and dstate_out (like state_out), each contiguous and like
+ * what it is the gradient of. dbeta and dlog_decay are NULL where beta and log_decay are. */
+typedef struct {
+    seqarch_heads dout;
+    const void* dstate_out;
+    void *dq, *dk, *dv, *dlevel_weight, *dbeta, *dlog_decay, *dstate;
+} seqarch_log_linear_attention_gradients;
+
+SEQARCH_API int32_t seqarch_log_linear_attention_backward(const seqarch_log_linear_attention_inputs* inputs,
+                                                          const seqarch_log_linear_attention_gradients* gradients,
+                                                          int32_t num_threads);
+
 /* Softmax attention (Tq = queries, Tk = keys, G = groups, H = heads, a multiple of G, K = key_width, V = value_width,
  * S = sequences); head h uses the keys and values h / (H / G):
  *
@@ -483,6 +524,42 @@ typedef struct {
 
 SEQARCH_API int32_t seqarch_attention_backward(const seqarch_attention_inputs* inputs,
                                                const seqarch_attention_gradients* gradients, int32_t num_threads);
+
+/* Stick-breaking attention; letters, shapes and types as in softmax attention. Query i, at p = i + Tk - Tq, sees the keys
+ * before p from key_start on, of which each from the last on takes its share of what the later ones left:
+ *
+ *   o_i = sum_j s_ij (prod_{j < l < p} (1 - s_il)) v_j,   rest_i = prod_{j < p} (1 - s_ij),   s_ij = sigmoid(scale q_i k_j).
+ *
+ *   o                [S, Tq, H, V]
+ *   rest             [S, Tq, H], accumulation type
+ */
+typedef struct {
+    int32_t dtype;
+    seqarch_heads q, k, v;
+    double scale;
+    const int64_t *key_start, *offsets;
+    int64_t sequences, queries, keys, groups, heads, key_width, value_width;
+} seqarch_stick_breaking_attention_inputs;
+
+typedef struct {
+    void *o, *rest;
+} seqarch_stick_breaking_attention_outputs;
+
+SEQARCH_API int32_t seqarch_stick_breaking_attention_forward(const seqarch_stick_breaking_attention_inputs* inputs,
+                                                             const seqarch_stick_breaking_attention_outputs* outputs,
+                                                             int32_t num_threads);
+
+/* Its gradients, from dout (like o, with strides of its own) and drest (like rest, contiguous): dq, dk and dv, like q, k
+ * and v, contiguous. */
+typedef struct {
+    seqarch_heads dout;
+    const void* drest;
+    void *dq, *dk, *dv;
+} seqarch_stick_breaking_attention_gradients;
+
+SEQARCH_API int32_t seqarch_stick_breaking_attention_backward(const seqarch_stick_breaking_attention_inputs* inputs,
+                                                              const seqarch_stick_breaking_attention_gradients* gradients,
+                                                              int32_t num_threads);
 
 /* Recurrences whose gates read their last output (T = length, H = heads, W = width):
  *

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Tensor]], Callable[[int], 
         lambda _: {"window": 20},
         {"chunk_cpp": 64, "chunk_sdpa": 32, "parallel_sdpa": LENGTH},
     ),
-    "sticks": ("stick_breaking_attention", heads, lambda _: {}, {"chunk_torch": LENGTH}),
+    "sticks": ("stick_breaking_attention", heads, lambda _: {}, {"chunk_cpp": 64, "chunk_torch": LENGTH}),
     "lists": (
         "block_sparse_attention",
         heads,
@@ -91,7 +91,7 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Tensor]], Callable[[int], 
             **{"beta": torch.rand(rows, LENGTH, 2), "level_weight": torch.rand(rows, LENGTH, 2, 8)},
         },
         lambda _: {},
-        {"chunk_torch": 64},
+        {"chunk_cpp": 64, "chunk_torch": 64},
     ),
     "rnn": (
         "gated_rnn",
@@ -144,7 +144,7 @@ def test_what_is_not_finite_reaches_its_tile_at_most(case: str, number: float):
                         assert same[0, other].all(), f"{what} reaches another sequence"
 
 
-@pytest.mark.parametrize("case", ["attention", "window", "lists", "linear", "delta"])
+@pytest.mark.parametrize("case", ["attention", "window", "sticks", "lists", "linear", "delta", "levels"])
 def test_what_is_not_finite_stays_in_its_head(case: str):
     op, make, more, _ = CASES[case]
     tensors, options = make(2), more(2)

@@ -13,9 +13,9 @@ void linear_attention(Random& random) {
     const int32_t dtype = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16, SEQARCH_FLOAT64}));
     const int32_t wide = dtype == SEQARCH_FLOAT64 ? SEQARCH_FLOAT64 : SEQARCH_FLOAT32;
     const int64_t G = random.pick({1, 1, 2, 3}), H = G * random.pick({0, 1, 2, 5});
-    const int64_t K = random.pick({1, 3, 16, 17, 40}), V = random.pick({0, 1, 5, 16, 33, 70});
-    const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3})), per_key = random.coin();
-    const bool has_decay = random.coin();
+    const bool narrow = random.coin(), has_decay = narrow || random.coin();
+    const int64_t K = random.pick({1, 3, 16, 17, 40}), V = narrow ? 1 : random.pick({0, 1, 5, 16, 33, 70});
+    const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3})), per_key = !narrow && random.coin();
     const Sequences s(random);
     const int64_t states = s.count * H * K * V, tokens = s.rows() * s.steps;
 

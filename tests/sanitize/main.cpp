@@ -12,10 +12,12 @@ int main(int count, char** arguments) {
         gated_rnn(random);
         linear(random);
         linear_attention(random);
+        log_linear_attention(random);
         quantized_linear(random);
         rms_norm(random);
         rotary(random);
         selective_scan(random);
+        stick_breaking_attention(random);
         swiglu(random);
         tape(random);
         team(random);

@@ -29,16 +29,16 @@ from torch import Tensor
 from seqarch.ops.chunked.recurrence import stepwise
 from seqarch.ops.dispatch import checks
 from seqarch.ops.dispatch.op import Op
-from seqarch.ops.log_linear_attention import chunk_torch, recurrent_torch
+from seqarch.ops.log_linear_attention import chunk_cpp, chunk_torch, recurrent_torch
 from seqarch.ops.log_linear_attention.inputs import LogLinearAttentionInputs
 
 NAME = "log_linear_attention"
 
 OP = Op(
     NAME,
-    order=(chunk_torch, recurrent_torch),
+    order=(chunk_cpp, chunk_torch, recurrent_torch),
     reference=recurrent_torch,
-    step_order=(recurrent_torch, chunk_torch),
+    step_order=(chunk_cpp, recurrent_torch, chunk_torch),
 )
 
 

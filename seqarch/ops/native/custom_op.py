@@ -21,7 +21,7 @@ I = TypeVar("I", bound=Inputs)
 
 SCHEMA = {
     "Tensor": "Tensor", "Tensor | None": "Tensor?", "bool": "bool", "int": "SymInt", "float": "float", "str": "str",
-    "tuple[int, ...] | None": "SymInt[]?",
+    "tuple[int, ...]": "SymInt[]", "tuple[int, ...] | None": "SymInt[]?",
 }  # fmt: skip
 """The types of fields as operators' schemas write them."""
 

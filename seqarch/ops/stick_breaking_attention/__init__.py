@@ -8,8 +8,8 @@ and what is left of the stick, ``r_i = prod_{j < i} (1 - sigma(z_ij)) = 1 - sum_
 Stick-Breaking Attention", section 3). A query does not see its own key. There are no positions: of two keys with equal
 scores the later one counts more.
 
-Work is ``O(T^2 (K + V))``, in memory for 128 queries and all keys at a time. Scores of any size are right; inputs are
-expected to be finite.
+Work is ``O(T^2 (K + V))``; the compiled kernel leaves out keys before which nothing is left, ``chunk_torch`` holds the
+scores of 128 queries and all keys at a time. Scores of any size are right; inputs are expected to be finite.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from seqarch.ops.dispatch import checks
 from seqarch.ops.dispatch.op import Op
-from seqarch.ops.stick_breaking_attention import chunk_torch, recurrent_torch
+from seqarch.ops.stick_breaking_attention import chunk_cpp, chunk_torch, recurrent_torch
 from seqarch.ops.stick_breaking_attention.inputs import StickBreakingInputs
 
 NAME = "stick_breaking_attention"
 
-OP = Op(NAME, order=(chunk_torch, recurrent_torch), reference=recurrent_torch)
+OP = Op(NAME, order=(chunk_cpp, chunk_torch, recurrent_torch), reference=recurrent_torch)
 
 
 @OP.public

@@ -77,6 +77,26 @@ def test_every_instruction_set_equals_the_reference(op: str, decay: str):
                 assert_close(found[name], expected, 1e-11, f"{isa}, {shape}: {name}")
 
 
+def test_heads_of_values_one_wide_are_taken_side_by_side():
+    """As slots are: with decays from 0 to -inf, packed, of more heads than a vector has numbers, and where gradients of
+    queries and keys are those of several tasks."""
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"T": 131, "H": 80, "V": 1}, {}),
+        ({"T": 70, "H": 9, "G": 1, "V": 1, "K": 33, "B": 1}, {}),
+        ({"T": 1, "H": 6, "V": 1, "B": 3}, {}),
+        ({"T": 200, "H": 6, "V": 1, "B": 1, "rows": 4}, {"cu_seqlens": (0, 64, 64, 65, 200)}),
+    ]
+    for shape, options in cases:
+        inputs = make("linear_attention", "step", **shape)
+        inputs["log_decay"][..., 0], inputs["log_decay"][..., 1] = 0.0, -torch.inf
+        right = gradients("linear_attention", "recurrent_torch", inputs, **options)
+        for isa in ISAS:
+            with cpu_library.use_isa(isa):
+                found = gradients("linear_attention", "chunk_cpp", inputs, **options)
+            for name, expected in right.items():
+                assert_close(found[name], expected, 1e-11, f"{isa}, {shape}: {name}")
+
+
 @pytest.mark.parametrize("op", COMPILED if ISAS else ())
 def test_packed_sequences_with_gradients(op: str):
     offsets = (0, 0, 64, 65, 65, 130, 200, 200)
@@ -98,7 +118,7 @@ def test_without_heads_of_values_the_gradients_are_0(op: str):
 def test_results_do_not_depend_on_the_number_of_threads(op: str):
     before = torch.get_num_threads()
     for decay in DECAYS:
-        for H, V in ((12, 37), (1, 150)):
+        for H, V in ((12, 37), (1, 150), (40, 1)):
             inputs, results = make(op, decay, 1, 130, G=1, H=H, V=V, dtype=torch.float32), []
             try:
                 for threads in (1, 2, 5):
