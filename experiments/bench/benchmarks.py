@@ -92,6 +92,13 @@ OPERATIONS: dict[str, Benchmark] = {
         flops=inputs.stick_breaking_flops,
         baselines=NOBODY,
     ),
+    "path_attention": of_operation(
+        "path_attention",
+        title=f"{MATRICES}",
+        inputs=inputs.path,
+        flops=inputs.path_flops,
+        baselines=NOBODY,
+    ),
     "window_attention": of_operation(
         "attention",
         title=f"{MATRICES}, causal, window of {{window}}",

@@ -64,6 +64,9 @@ def inputs_of(op: str) -> dict[str, Any]:
     if op == "block_sparse_attention":
         index = torch.randint(-1, 4, (1, LENGTH, 2, 3), generator=generator)
         return x | {"block_index": index, "block_size": 32, "window": 20}
+    if op == "path_attention":
+        factors = {"w": F.normalize(draw(2, WIDTH), dim=-1), "beta": 2 * draw(2).sigmoid()}
+        return x | {"q": draw(HEADS, WIDTH), "v": draw(2, WIDTH)} | factors
     if op == "stick_breaking_attention":
         return x | {"q": draw(HEADS, WIDTH), "v": draw(2, WIDTH)}
     if op in ("linear_attention", "delta_rule"):

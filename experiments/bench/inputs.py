@@ -22,6 +22,7 @@ from seqarch.ops.gated_rnn import flops as flops_of_rnn
 from seqarch.ops.index_topk import flops as flops_of_index
 from seqarch.ops.indexer_loss import flops as flops_of_indexer_loss
 from seqarch.ops.log_linear_attention import flops as flops_of_levels
+from seqarch.ops.path_attention import flops as flops_of_paths
 from seqarch.ops.stick_breaking_attention import flops as flops_of_sticks
 
 NSA = {"compressed_length": 32, "compressed_stride": 16, "block_size": BLOCK, "selected_blocks": BLOCKS}
@@ -36,6 +37,12 @@ def heads(sizes: Sizes) -> Inputs:
     """Queries and keys of norm 1, and values: ``[B, T, H, W]``."""
     q, k = (F.normalize(sizes.normal(sizes.heads, sizes.width), dim=-1).to(sizes.dtype) for _ in range(2))
     return {"q": q, "k": k, "v": sizes.normal(sizes.heads, sizes.width).to(sizes.dtype)}
+
+
+def path(sizes: Sizes) -> Inputs:
+    """Factors of unit norm, and beta from 0 to 2."""
+    w = F.normalize(sizes.normal(sizes.heads, sizes.width), dim=-1).to(sizes.dtype)
+    return heads(sizes) | {"w": w, "beta": 2 * sizes.uniform(sizes.heads).to(sizes.dtype)}
 
 
 def retention(sizes: Sizes) -> Inputs:
@@ -172,6 +179,11 @@ def attention_flops(sizes: Sizes, inputs: Inputs) -> int:
 def compressed_flops(sizes: Sizes, _: Inputs) -> int:
     width = sizes.width
     return sizes.batch * flops_of_compressed(sizes.length, 0, sizes.heads, width, width, COMPRESSED)
+
+
+def path_flops(sizes: Sizes, _: Inputs) -> int:
+    shape = (sizes.length, sizes.length, sizes.heads, sizes.heads, sizes.width, sizes.width)
+    return flops_of_paths(*shape, batch_size=sizes.batch)
 
 
 def stick_breaking_flops(sizes: Sizes, _: Inputs) -> int:

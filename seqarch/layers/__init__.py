@@ -5,6 +5,7 @@ from typing import Any
 from seqarch.layers.attention.attention import Attention, AttentionConfig, SlidingWindow, SlidingWindowConfig
 from seqarch.layers.attention.forgetting_attention import ForgettingAttention, ForgettingAttentionConfig
 from seqarch.layers.attention.mla import MLA, MLAConfig
+from seqarch.layers.attention.path_attention import PathAttention, PathAttentionConfig
 from seqarch.layers.attention.stick_breaking_attention import StickBreakingAttention, StickBreakingAttentionConfig
 from seqarch.layers.bidirectional import Bidirectional
 from seqarch.layers.channel.mlp import Mlp, MlpConfig, SwiGlu, SwiGluConfig
@@ -28,11 +29,13 @@ from seqarch.layers.delta_rule.preconditioned_kda import PreconditionedKDA, Prec
 from seqarch.layers.delta_rule.rwkv7 import Rwkv7, Rwkv7Config
 from seqarch.layers.hybrid.rwkv_channel_mix import RwkvChannelMix, RwkvChannelMixConfig
 from seqarch.layers.linear_attention.based import Based, BasedConfig
+from seqarch.layers.linear_attention.gated_kalma_net import GatedKalmaNet, GatedKalmaNetConfig
 from seqarch.layers.linear_attention.gated_slot_attention import GatedSlotAttention, GatedSlotAttentionConfig
 from seqarch.layers.linear_attention.gla import Gla, GlaConfig
 from seqarch.layers.linear_attention.hgrn2 import Hgrn2, Hgrn2Config
 from seqarch.layers.linear_attention.lightning_attention import LightningAttention, LightningAttentionConfig
 from seqarch.layers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from seqarch.layers.linear_attention.mesa_net import MesaNet, MesaNetConfig
 from seqarch.layers.linear_attention.mlstm import Mlstm, MlstmConfig
 from seqarch.layers.linear_attention.retention import Retention, RetentionConfig
 from seqarch.layers.linear_attention.rwkv6 import Rwkv6, Rwkv6Config
@@ -78,6 +81,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_delta_net": GatedDeltaNet,
     "gated_delta_net_2": GatedDeltaNet2,
     "gated_delta_product": GatedDeltaProduct,
+    "gated_kalma_net": GatedKalmaNet,
     "gated_short_conv": GatedShortConv,
     "gated_slot_attention": GatedSlotAttention,
     "gla": Gla,
@@ -97,9 +101,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "mesa_net": MesaNet,
     "min_gru": MinGru,
     "mlstm": Mlstm,
     "nsa": NSA,
+    "path_attention": PathAttention,
     "preconditioned_gated_delta_net": PreconditionedGatedDeltaNet,
     "preconditioned_kda": PreconditionedKDA,
     "retention": Retention,
@@ -115,7 +121,14 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "attention": ("attention", "sliding_window", "forgetting_attention", "stick_breaking_attention", "mla"),
+    "attention": (
+        "attention",
+        "sliding_window",
+        "forgetting_attention",
+        "path_attention",
+        "stick_breaking_attention",
+        "mla",
+    ),
     "sparse attention": ("big_bird", "moba", "dsa", "sparse_mla", "longformer", "nsa"),
     "linear attention": (
         "linear_attention",
@@ -126,6 +139,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "hgrn2",
         "mlstm",
         "gated_slot_attention",
+        "mesa_net",
+        "gated_kalma_net",
         "rwkv6",
     ),
     "state space": ("mamba2", "mamba", "mamba3", "log_linear_mamba2"),
@@ -227,6 +242,8 @@ __all__ = [
     "GatedDeltaNetConfig",
     "GatedDeltaProduct",
     "GatedDeltaProductConfig",
+    "GatedKalmaNet",
+    "GatedKalmaNetConfig",
     "GatedShortConv",
     "GatedShortConvConfig",
     "GatedSlotAttention",
@@ -265,6 +282,8 @@ __all__ = [
     "Mamba3",
     "Mamba3Config",
     "MambaConfig",
+    "MesaNet",
+    "MesaNetConfig",
     "MinGru",
     "MinGruConfig",
     "Mixer",
@@ -277,6 +296,8 @@ __all__ = [
     "MoBA",
     "MoBAConfig",
     "NSAConfig",
+    "PathAttention",
+    "PathAttentionConfig",
     "PreconditionedGatedDeltaNet",
     "PreconditionedGatedDeltaNetConfig",
     "PreconditionedKDA",

@@ -17,6 +17,7 @@ VALUES = {
     "delta_rule": "v",
     "linear_attention": "v",
     "log_linear_attention": "v",
+    "path_attention": "v",
     "selective_scan": "x",
     "stick_breaking_attention": "v",
 }

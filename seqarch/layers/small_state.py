@@ -6,7 +6,8 @@ and error feedback where they are asked for. Keys and values, and what else is a
 written (:mod:`seqarch.layers.modules.coded_cache`). ``conv`` and ``inputs`` are inputs of convolutions, which are
 rounded to the nearest and then stay as they are: a token has scales of its own, so coding them again changes nothing.
 Whatever has another name stays as it is: positions, counts, angles, what keeps exponents in range, sums by which blocks
-are chosen. So does ``forgotten``, a cache of sums whose differences count.
+are chosen. So do ``forgotten``, a cache of sums whose differences count, and ``turned``, one of keys that are computed
+anew with every token.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from seqarch.layers.modules.state_format import Coded, StateFormat
 INPUTS = {"conv": 2, "inputs": 3}
 """Fields with inputs of convolutions, and how many of their dimensions come before the channels of one token."""
 
-EXACT = ("forgotten",)
+EXACT = ("forgotten", "turned")
 """Fields with caches that are held in full."""
 
 CACHED = ("_state_form", "_plain")

@@ -31,6 +31,8 @@ from seqarch.ops.linear_attention import OP as _linear_attention
 from seqarch.ops.linear_attention import linear_attention
 from seqarch.ops.log_linear_attention import OP as _log_linear_attention
 from seqarch.ops.log_linear_attention import log_linear_attention
+from seqarch.ops.path_attention import OP as _path_attention
+from seqarch.ops.path_attention import path_attention
 from seqarch.ops.selective_scan import OP as _selective_scan
 from seqarch.ops.selective_scan import selective_scan
 from seqarch.ops.stick_breaking_attention import OP as _stick_breaking_attention
@@ -48,6 +50,7 @@ OPS: dict[str, Op] = {
     "indexer_loss": _indexer_loss,
     "linear_attention": _linear_attention,
     "log_linear_attention": _log_linear_attention,
+    "path_attention": _path_attention,
     "selective_scan": _selective_scan,
     "stick_breaking_attention": _stick_breaking_attention,
 }
@@ -101,6 +104,7 @@ __all__ = [
     "indexer_loss",
     "linear_attention",
     "log_linear_attention",
+    "path_attention",
     "record_backends",
     "record_calls",
     "selective_scan",

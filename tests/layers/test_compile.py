@@ -83,6 +83,7 @@ def new_cache() -> Iterator[None]:
 WARNINGS = (
     "ignore:`torch.jit:DeprecationWarning",  # torch's own, inside its compiler
     "ignore:.torch._prims_common.check. is deprecated:FutureWarning",  # torch's own, too
+    "ignore:.* should not be instantiated:DeprecationWarning",  # torch's own, too
     "ignore:Torchinductor does not support:UserWarning",  # complex numbers: FFTs run as ever
 )
 

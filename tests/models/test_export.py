@@ -16,7 +16,7 @@ from seqarch.models.exporting import register_states
 
 QUICK = ("gated_delta_net",)
 LOG_LINEAR = {name for name in MIXERS if name.startswith("log_linear")}
-LENGTH_IS_FIXED = {"hyena", "nsa", "s4d", "stick_breaking_attention", *LOG_LINEAR}
+LENGTH_IS_FIXED = {"hyena", "nsa", "path_attention", "s4d", "stick_breaking_attention", *LOG_LINEAR}
 BATCH_IS_FIXED = {"hyena", *LOG_LINEAR}
 
 

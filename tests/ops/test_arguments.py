@@ -51,6 +51,7 @@ def given(op: str, T: int = 5, H: int = 2, K: int = 4, V: int = 4, D: int = 4, t
             **{"q": torch.randn(2, T, 2, K), "k": torch.randn(2, T, 1, K)},
         },
         "linear_attention": recurrent,
+        "path_attention": lambda: {**heads(), "w": torch.randn(2, T, 1, K), "beta": torch.rand(2, T, 1)},
         "stick_breaking_attention": heads,
         "log_linear_attention": lambda: {
             **recurrent(),
@@ -66,7 +67,7 @@ def given(op: str, T: int = 5, H: int = 2, K: int = 4, V: int = 4, D: int = 4, t
 SCALED = (
     *("attention", "block_sparse_attention", "compressed_attention"),
     *("delta_rule", "indexer_loss", "linear_attention", "log_linear_attention"),
-    "stick_breaking_attention",
+    *("path_attention", "stick_breaking_attention"),
 )
 EMPTY: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     *((op, {"T": 0}, {}) for op in OPS),

@@ -49,6 +49,11 @@ CASES: dict[str, Callable[[], tuple[str, dict[str, Tensor], dict[str, Any]]]] = 
     "window": lambda: ("attention", heads(), {"window": 2, "key_start": torch.tensor([0, 2])}),
     "sums": lambda: ("attention", {**heads(), "sinks": draw(2)}, {"return_lse": True}),
     "sticks": lambda: ("stick_breaking_attention", heads(), {"key_start": torch.tensor([0, 2])}),
+    "paths": lambda: (
+        "path_attention",
+        {**heads(), "w": draw(2, 5, 1, 3), "beta": draw(2, 5, 1), "key_bias": draw(2, 5, 2)},
+        {"key_start": torch.tensor([0, 2])},
+    ),
     "biased": lambda: ("attention", {**heads(), "key_bias": draw(2, 5, 2)}, {}),
     "rnn": lambda: (
         "gated_rnn",

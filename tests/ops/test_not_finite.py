@@ -53,6 +53,15 @@ CASES: dict[str, tuple[str, Callable[[int], dict[str, Tensor]], Callable[[int], 
         {"chunk_cpp": 64, "chunk_sdpa": 32, "parallel_sdpa": LENGTH},
     ),
     "sticks": ("stick_breaking_attention", heads, lambda _: {}, {"chunk_cpp": 64, "chunk_torch": LENGTH}),
+    "paths": (
+        "path_attention",
+        lambda rows: {
+            **heads(rows),
+            **{"w": F.normalize(draw(rows, LENGTH, 2, 4), dim=-1), "beta": 2 * torch.rand(rows, LENGTH, 2)},
+        },
+        lambda _: {},
+        {"chunk_torch": LENGTH},
+    ),
     "lists": (
         "block_sparse_attention",
         heads,

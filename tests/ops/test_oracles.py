@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seqarch import ops
+from seqarch.layers.linear_attention.ridge_regression import Covariance, solve
 from seqarch.testing import assert_close
 from tests.support.backends import available, on_device
 from tests.support.paths import ORACLES
@@ -35,7 +36,9 @@ RECORDS = {
     "linear_attention_vector_decay": "linear_attention",
     "linear_attention_vector_decay_strong": "linear_attention",
     "log_linear_attention": "log_linear_attention",
+    "mesa_net": "linear_attention",
     "native_sparse_attention": "block_sparse_attention",
+    "path_attention": "path_attention",
     "preconditioned_delta_rule": "delta_rule",
     "selective_scan": "selective_scan",
     "ssd": "linear_attention",
@@ -73,6 +76,12 @@ def compute(record: str, backend: str, scale: float, x: dict[str, Tensor]) -> di
         return {"o": ops.log_linear_attention(**x, scale=scale, backend=backend)[0]}
     if record == "gated_slot_attention":
         return {"o": of_slots(**x, scale=scale, backend=backend)}
+    if record == "mesa_net":
+        return of_regression(**x, backend=backend)
+    if record == "path_attention":
+        kept = {name: tensor for name, tensor in x.items() if name != "log_f"}
+        bias = -scale * x["log_f"].cumsum(1)  # the plain form scales gates as it does scores, unlike the paper
+        return {"o": ops.path_attention(**kept, key_bias=bias, scale=scale, backend=backend)[0]}
     if record == "preconditioned_delta_rule":
         return preconditioned(x, scale, backend)
     if record == "linear_attention_head_decay":
@@ -92,6 +101,18 @@ def of_slots(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, b
     options = {"scale": scale, "backend": backend}
     scores, _ = ops.linear_attention(q, k, written.flatten(2).unsqueeze(-1), log_decay.flatten(2), **options)
     return ops.linear_attention(scores.view(written.shape).softmax(-1), written, v, log_decay, **options)[0]
+
+
+def of_regression(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, ridge: Tensor, backend: str
+) -> dict[str, Tensor]:
+    """Conjugate gradients, each step of which is a linear attention, and their implicit gradients."""
+    nothing = q.new_zeros(q.shape[0], *k.shape[2:], v.shape[3])
+    covariance = Covariance(k, beta.unsqueeze(-1) * k, log_decay, ridge, nothing)
+    with ops.use_backends(linear_attention=backend):
+        solved, last = solve(q, covariance, 30, None)
+        o, state = covariance.sums(solved, v, nothing, None)
+    return {"o": o, "covariance": last, "state": state}
 
 
 def preconditioned(x: dict[str, Tensor], scale: float, backend: str) -> dict[str, Tensor]:

@@ -85,9 +85,35 @@ def preconditioned(x: Tensors) -> Tensors:
     return {"o": o, "state": state, "sums": sums}
 
 
+def mesa_inputs() -> Tensors:
+    unit = {name: F.normalize(draw(2, 16), dim=-1) for name in "qk"}
+    rates = {"beta": draw(2).sigmoid(), "log_decay": -draw(2).abs() / 8}
+    return {**unit, "v": draw(2, 16), **rates, "ridge": 0.25 + F.softplus(torch.randn(2, 16))}
+
+
+def mesa(x: Tensors) -> Tensors:
+    from fla.ops.mesa_net.naive import naive_mesa_net_exact  # pyright: ignore[reportMissingImports]
+
+    given = (x[name] for name in ("q", "k", "v", "log_decay", "ridge", "beta"))
+    return dict(zip(("o", "covariance", "state"), naive_mesa_net_exact(*given), strict=True))
+
+
+def path_inputs() -> Tensors:
+    factors = {"w": F.normalize(draw(2, 16), dim=-1), "beta": 2 * draw(2).sigmoid()}
+    return {"q": draw(4, 16), "k": draw(2, 16), "v": draw(2, 8), **factors, "log_f": F.logsigmoid(draw(4) + 2)}
+
+
+def path(x: Tensors) -> Tensors:
+    from fla.ops.path_attn.naive import naive_path_attn  # pyright: ignore[reportMissingImports]
+
+    return {"o": naive_path_attn(x["q"], x["k"], x["v"], x["w"], x["beta"], x["log_f"], 0.25)}
+
+
 RECORDS: dict[str, tuple[Callable[[], Tensors], Callable[[Tensors], Tensors], str]] = {
     "gated_slot_attention": (slots_inputs, slots, "1.0"),
     "log_linear_attention": (log_linear_inputs, log_linear, "0.25"),
+    "mesa_net": (mesa_inputs, mesa, "1.0"),
+    "path_attention": (path_inputs, path, "0.25"),
     "preconditioned_delta_rule": (preconditioned_inputs, preconditioned, "0.25"),
     "stick_breaking_attention": (stick_breaking_inputs, stick_breaking, "0.25"),
 }

@@ -55,6 +55,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gated_delta_net": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "negative_eigenvalues": True}],
     "gated_delta_net_2": [{"num_heads": 2, "num_key_heads": 1, "expand_v": 0.5, "negative_eigenvalues": True}],
     "gated_delta_product": [{"num_heads": 2, "num_key_heads": 1, "steps": 3, "negative_eigenvalues": False}],
+    "gated_kalma_net": [{"num_heads": 2, "key_width": 6, "value_width": 5, "iterations": 8, "ridge_ratio": 0.1}],
     "gated_short_conv": [{"conv_width": 4, "bias": True}],
     "gated_slot_attention": [{"num_heads": 2, "num_slots": 6, "conv_width": 3, "temperature": 1.0}],
     "gla": [
@@ -98,6 +99,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "rotary_fraction": 1.0},
         {"d_state": 8, "head_dim": 12, "num_heads": 3, "mimo_rank": 3, "output_norm": True},
     ],
+    "mesa_net": [
+        {"num_heads": 2, "key_width": 6, "value_width": 5, "iterations": 8, "gate_bias": 3.0, "conv_width": 0}
+    ],
     "min_gru": [{"d_inner": 24, "candidate": "positive", "negative_eigenvalues": True}],
     "mlstm": [
         {"num_heads": 2, "forget_gate": "exponential", "gate_cap": 0.0, "conv_width": 3},
@@ -114,6 +118,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "local_blocks": 1,
             "window": 16,
         }
+    ],
+    "path_attention": [
+        {"num_kv_heads": 2, "num_heads": 4, "w_rank": 5, "qk_norm": True, "forget_gate": True},
+        {"num_heads": 2, "w_rank": 0, "conv_width": 0, "position": "rotary", "output_gate": True},
     ],
     "preconditioned_gated_delta_net": [{"num_heads": 2, "num_key_heads": 1, "key_width": 8, "squash": 1.9}],
     "preconditioned_kda": [{"num_heads": 2, "key_width": 8, "value_width": 5, "log_decay_bound": 5.0}],

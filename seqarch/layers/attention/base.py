@@ -129,11 +129,8 @@ class CacheMixer(Mixer):
 
     def mix_and_keep(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> tuple[Tensor, Any, Kept]:
         """As :meth:`mix`, and the keys and values that it has read."""
-        # the cache as rows, and where this call's tokens are in their sequences
         conv, cache, *entries = state
-        cache = cache.as_rows()
-        _check_cache(cache, row_count(x, cu_seqlens), self.cache_window)
-        place = Place(_positions(cache, x, cu_seqlens), cache.length + _longest(x, cu_seqlens), cu_seqlens)
+        cache, place = self.place(cache, x, cu_seqlens)
         # q [B, T, H, K], k and v [B, T, G, K], normed and rotated; sparse kinds choose what each query reads
         (q, k, v), conv = self.project(x, conv, place)
         selection, entries = self.select(q, k, place, *entries)
@@ -141,22 +138,32 @@ class CacheMixer(Mixer):
         kept, entries = self.add_to_scores(x, kept, *entries)
         return self.read(x, (q, *selection), kept), self.State(conv, cache, *entries), kept
 
+    def place(self, cache: Any, x: Tensor, cu_seqlens: Boundaries) -> tuple[Any, Place]:
+        """The cache as rows, and where this call's tokens are in their sequences."""
+        cache = cache.as_rows()
+        _check_cache(cache, row_count(x, cu_seqlens), self.cache_window)
+        return cache, Place(_positions(cache, x, cu_seqlens), cache.length + _longest(x, cu_seqlens), cu_seqlens)
+
     def read(self, x: Tensor, queries: Sequence[Tensor], kept: Kept) -> Tensor:
         """The mixer's outputs ``[B, T, D]``: what queries, and what they choose, read of all keys and values."""
+        o = self.attend_to(kept, queries)
+        return self.output(x, o if isinstance(o, Tensor) else torch.cat(o, dim=1))
+
+    def attend_to(self, kept: Kept, queries: Sequence[Tensor]) -> Any:
+        """What :meth:`attend` returns of all keys and values; a list for packed sequences that go on, one by one."""
         cu_seqlens, keys, values = kept.place.cu_seqlens, kept.keys, kept.values
         q, *selection = queries
         if isinstance(keys, Tensor):
             where: dict[str, Any] = {"key_start": kept.start} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
             where |= {} if kept.bias is None else {"key_bias": kept.bias}
-            return self.output(x, self.attend(q, keys, values, *selection, **where))  # type: ignore[arg-type]
+            return self.attend(q, keys, values, *selection, **where)  # type: ignore[arg-type]
         assert cu_seqlens is not None
         lengths = [end - start for start, end in pairwise(cu_seqlens)]
         added: list[dict[str, Any]] = [{}] * len(lengths)
         if kept.bias is not None:
             added = [{"key_bias": bias[None]} for bias in kept.bias]
         rows = zip(keys, values, added, *(part.split(lengths, dim=1) for part in queries), strict=True)
-        o = [self.attend(q, key[None], value[None], *s, **more) for key, value, more, q, *s in rows]
-        return self.output(x, torch.cat(o, dim=1))
+        return [self.attend(q, key[None], value[None], *s, **more) for key, value, more, q, *s in rows]
 
     def output(self, x: Tensor, o: Tensor) -> Tensor:
         """The mixer's outputs ``[B, T, D]`` from what the heads read ``[B, T, H, V]``: gate and last projection."""
@@ -217,13 +224,17 @@ class CachedAttention(CacheMixer):
         super().__init__(config)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         parts = [(heads, width), (kv_heads, width), (kv_heads, width)][: self.projected]
-        self.qkv_proj = HeadProjection(config.d_model, parts, config.conv_width, bias=config.qkv_bias)
+        self.qkv_proj = self.projection(parts)
         self.query_norm = _norm(config, heads)
         self.key_norm = _norm(config, kv_heads) if self.projected > 1 else nn.Identity()
         gates = heads if config.output_gate_scope == "head" else heads * width
         self.gate = Linear(config.d_model, gates, bias=False) if config.output_gate else None
         self.out_proj = Linear(heads * width, config.d_model, bias=config.output_bias)
         self.cache_shape = (kv_heads, width, width)
+
+    def projection(self, parts: list[tuple[int, int]]) -> HeadProjection:
+        """What makes queries, keys and values of these heads and widths."""
+        return HeadProjection(self.config.d_model, parts, self.config.conv_width, bias=self.config.qkv_bias)
 
     def head_maps(self) -> list[HeadMap]:
         out = HeadMap("o", "out_proj", self.config.heads, self.config.head_width)

@@ -113,18 +113,8 @@ class ForgettingAttention(CachedAttention):
         return (), entries
 
     def add_to_scores(self, x: Tensor, kept: Kept, *entries: Any) -> tuple[Kept, tuple[Any, ...]]:
-        """Minus the sums of log forget gates up to each key, relative to the last token's where rows end together."""
-        before = entries[0].as_rows()
-        log_f = F.logsigmoid(self.forget(x).to(self._sum_dtype))
-        sums, _ = over_sequences(_add_up, kept.place.cu_seqlens, _last(before, self.cache_window), log_f)
-        sums = sums.unsqueeze(-1)
-        found, after = self.keep(before, sums, sums[..., :0], kept.place)
-        if not isinstance(found.keys, Tensor):
-            return kept._replace(bias=[-row.squeeze(-1) for row in found.keys]), (after,)
-        c = found.keys.squeeze(-1)
-        # what all keys share changes no weight: near the last token, differences are small numbers
-        c = c if kept.place.cu_seqlens is not None else c - c[:, -1:].detach()
-        return kept._replace(bias=-c), (after,)
+        kept, forgotten = add_gates(self, F.logsigmoid(self.forget(x).to(self._sum_dtype)), kept, entries[0])
+        return kept, (forgotten,)
 
     def output(self, x: Tensor, o: Tensor) -> Tensor:
         return super().output(x, self.read_norm(o))
@@ -155,6 +145,21 @@ class ForgettingAttention(CachedAttention):
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         heads, width = self.config.heads, self.config.head_width
         return attention_flops(length, length, heads, width, width, True, self.config.window, batch_size)
+
+
+def add_gates(mixer: CachedAttention, log_f: Tensor, kept: Kept, forgotten: Any) -> tuple[Kept, Any]:
+    """What is read, with minus the sums of log forget gates up to each key added to its scores, relative to the last
+    token's where rows end together; and the cache of these sums, ``[B, capacity, H, 1]``."""
+    before = forgotten.as_rows()
+    sums, _ = over_sequences(_add_up, kept.place.cu_seqlens, _last(before, mixer.cache_window), log_f)
+    sums = sums.unsqueeze(-1)
+    found, after = mixer.keep(before, sums, sums[..., :0], kept.place)
+    if not isinstance(found.keys, Tensor):
+        return kept._replace(bias=[-row.squeeze(-1) for row in found.keys]), after
+    c = found.keys.squeeze(-1)
+    # what all keys share changes no weight: near the last token, differences are small numbers
+    c = c if kept.place.cu_seqlens is not None else c - c[:, -1:].detach()
+    return kept._replace(bias=-c), after
 
 
 def _last(sums: KVCache, cache_window: int | None) -> Tensor:

@@ -266,3 +266,25 @@ def extend_packed(
     lengths = [before + new for before, new in zip(seen, added, strict=True)]
     after = right_aligned(keys, values, lengths, cache_window, cache.capacity, sink_tokens)
     return [key.to(k.dtype) for key in keys], [value.to(v.dtype) for value in values], after
+
+
+def replace_keys(
+    cache: KVCache | PackedKV, keys: Tensor | Sequence[Tensor], cu_seqlens: tuple[int, ...] | None
+) -> KVCache | PackedKV:
+    """A cache of all tokens with other keys in the place of those in use, after the call that appended the last.
+
+    Args:
+        keys: ``[B, length, G, K]``; of packed sequences ``[1, T, G, K]`` where they begin, else those of each.
+        cu_seqlens: of that call.
+    """
+    if isinstance(cache, PackedKV):
+        return cache._replace(keys=keys)
+    if isinstance(keys, Tensor) and cu_seqlens is None:
+        keys = keys.to(cache.keys.dtype)
+        return cache._replace(keys=keys if keys.shape == cache.keys.shape else _write(cache.keys, keys, 0))
+    if isinstance(keys, Tensor):
+        assert cu_seqlens is not None
+        keys = keys[0].split([end - start for start, end in pairwise(cu_seqlens)])
+    rows = pad_sequence(list(keys), batch_first=True, padding_side="left")
+    rows = F.pad(rows, (0, 0, 0, 0, 0, cache.capacity - rows.shape[1]))
+    return cache._replace(keys=rows.to(cache.keys.dtype))

@@ -136,8 +136,11 @@ def floating_on_one_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def dense(op: str, name: str, tensor: Tensor) -> None:
-    """Raise if a tensor is sparse, nested or in a library's own layout."""
-    if tensor.layout is not torch.strided:
+    """Raise if a tensor is sparse, nested or in a library's own layout.
+
+    Not asked of a compiler's tensors, since it lets nobody ask in the backward pass of an ``autograd.Function``.
+    """
+    if not torch.compiler.is_compiling() and tensor.layout is not torch.strided:
         raise TypeError(f"{op}: {name} has layout {tensor.layout}, expected torch.strided")
 
 

@@ -27,7 +27,7 @@ from seqarch.ops.dispatch.inputs import RecurrenceInputs
 from seqarch.ops.dispatch.scoped import Scoped
 from seqarch.ops.native.arguments import NUMBERS, packer, structures_beside
 
-INTERFACE = 23
+INTERFACE = 22
 """``SEQARCH_INTERFACE`` of the header that the calls in this package were written against."""
 
 ISAS = ("baseline", "avx2", "avx512")

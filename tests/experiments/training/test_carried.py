@@ -21,7 +21,18 @@ from tests.support.runs import last, tiny_config, train_here
 from tests.support.streamed import streamed, write_texts
 from tests.support.variants import VARIANTS
 
-GROWING = {"attention", "mla", "big_bird", "moba", "dsa", "sparse_mla", "nsa", "hyena", "stick_breaking_attention"}
+GROWING = {
+    "attention",
+    "mla",
+    "big_bird",
+    "moba",
+    "dsa",
+    "sparse_mla",
+    "nsa",
+    "hyena",
+    "stick_breaking_attention",
+    "path_attention",
+}
 
 
 @pytest.fixture(scope="module")

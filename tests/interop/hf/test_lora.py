@@ -98,7 +98,17 @@ def test_adapters_reach_every_projection_learn_merge_and_come_back(pattern: str,
 def _no_projection(name: str) -> bool:
     """Whether a tensor of more than one dimension multiplies no features: by its name, and by name alone."""
     *_, owner, own = name.split(".")
-    if owner in ("conv", "router") or own in ("A_log", "bias", "B_bias", "C_bias", "bonus", "place", "shares", "skip"):
+    if owner in ("conv", "router") or own in (
+        "A_log",
+        "bias",
+        "B_bias",
+        "C_bias",
+        "bonus",
+        "place",
+        "ridge",
+        "shares",
+        "skip",
+    ):
         return True
     return own in (
         "log_A_real",

@@ -125,6 +125,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
     },
     "linear_attention": dict(arguments()),
     "log_linear_attention": {**arguments(), "level_weight": torch.randn(1, 5, 2, 4)},
+    "path_attention": {**arguments(), "w": torch.randn(1, 5, 2, 4), "beta": torch.rand(1, 5, 2)},
     "stick_breaking_attention": dict(arguments()),
     "selective_scan": {
         **{name: torch.randn(1, 5, 3) for name in ("x", "dt")},
