@@ -15,17 +15,17 @@ from experiments.studies.recall_state import BY_LENGTH, BY_PAIRS, LEARNT, MOST
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Results, Version
 from experiments.studies.trained_study import TrainedStudy
-from experiments.studies.trained_tables import mean_text, not_learnt_text
+from experiments.studies.trained_tables import mean_text, not_learnt_text, so_text
 
-COMMON = "experiment=hybrid_ratio match.parameters=175k match.count=layers match.tolerance=3%"
+COMMON = "experiment=hybrid_ratio match.parameters=300k match.count=layers match.tolerance=3%"
 """The channel mixers' widths are solved for these parameters in the eight layers."""
 
 LAYERS = 8
 COUNTS = (1, 2, 4)
 """Layers of attention of a hybrid."""
 
-PLACES = ("before", "after")
-"""Where attention stands: at the beginning or the end of each of as many equal parts of the stack."""
+PLACES = ("before", "behind")
+"""Where attention stands: before or behind the recurrences of each of as many equal parts of the stack."""
 
 RECURRENCES = ("mamba2", "gated_delta_net")
 
@@ -40,10 +40,10 @@ SPLITS = {
 MARGIN = 0.05
 """Of recall accuracy: less would change nobody's choice of a model."""
 
-DASHES: dict[str, Any] = {"before": (0, (4, 2)), "after": "-"}
+DASHES: dict[str, Any] = {"before": (0, (4, 2)), "behind": "-"}
 
 
-def named(recurrence: str, count: int, place: str = "after") -> str:
+def named(recurrence: str, count: int, place: str = "behind") -> str:
     """The arm with so many layers of attention of eight."""
     if count == LAYERS:
         return "attention"
@@ -51,19 +51,25 @@ def named(recurrence: str, count: int, place: str = "after") -> str:
 
 
 def pattern(recurrence: str, count: int, place: str) -> str:
-    """The layers of a hybrid: ``3*mamba2 attention`` is two of eight, after."""
+    """The layers of a hybrid: ``3*mamba2 attention`` is two of eight, behind."""
     others = LAYERS // count - 1
     own = f"{others}*{recurrence}"
     return f"attention {own}" if place == "before" else f"{own} attention"
 
 
+def overrides(recurrence: str, count: int, place: str) -> str:
+    """Of a hybrid, with a name of its own for its runs."""
+    name = f"{recurrence}_{count}_{place}"
+    return f"model=attention model.name={name} 'model.pattern=\"{pattern(recurrence, count, place)}\"'"
+
+
 def arms(recurrences: Sequence[str] = RECURRENCES, counts: Sequence[int] = COUNTS) -> tuple[Arm, ...]:
-    found = [Arm("attention", "model.pattern=attention", {"recurrence": "", "count": f"{LAYERS}", "place": ""})]
+    found = [Arm("attention", "model=attention", {"recurrence": "", "count": f"{LAYERS}", "place": ""})]
     for recurrence in recurrences:
         alone = {"recurrence": recurrence, "count": "0", "place": ""}
-        found.append(Arm(named(recurrence, 0), f"model.pattern={recurrence}", alone))
+        found.append(Arm(named(recurrence, 0), f"model={recurrence}", alone))
         found += [
-            Arm(named(recurrence, count, place), f"'model.pattern=\"{pattern(recurrence, count, place)}\"'",
+            Arm(named(recurrence, count, place), overrides(recurrence, count, place),
                 {"recurrence": recurrence, "count": f"{count}", "place": place})
             for count in counts for place in PLACES
         ]  # fmt: skip
@@ -111,7 +117,7 @@ class HybridRatio(TrainedStudy):
         "small": Version(
             f"{COMMON} task.vocab_size=256 'task.train_on=[{{length: 64, pairs: 4}}]' task.length=64 task.pairs=4"
             " task.test_examples=16 'task.test_on=[{length: 256, pairs: 64}]' train.steps=60 train.plateau_tokens=30720"
-            " match.parameters=100k",
+            " match.parameters=250k",
             arms(("gated_delta_net",), (1,)),
             Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1)),
         ),
@@ -121,8 +127,8 @@ class HybridRatio(TrainedStudy):
         answers = {decision.claim.name: decision.verdict.answer for decision in decide(results)}
         said = [
             f"beside {mixer} that one layer of eight recalls as much of 256 pairs as eight is"
-            f" {_is(answers.get(f'{mixer}: one layer is enough'))}, and that it stands better at the end"
-            f" {_is(answers.get(f'{mixer}: the place'))}"
+            f" {so_text(answers.get(f'{mixer}: one layer is enough'))}, and that it stands better behind"
+            f" {so_text(answers.get(f'{mixer}: the place'))}"
             for mixer in RECURRENCES
         ]
         first, *others = said
@@ -133,8 +139,8 @@ class HybridRatio(TrainedStudy):
             Figure(
                 "ratio",
                 "Recall against the layers of attention of eight: each reporting seed, and their medians joined. A"
-                " panel is a number of pairs in a length; the first is as in training. Solid: attention at the end of"
-                " each part of the stack, dashed: at its beginning. Chance is grey.",
+                " panel is a number of pairs in a length; the first is as in training. Solid: attention behind the"
+                " recurrences of each part of the stack, dashed: before them. Chance is grey.",
                 partial(draw_ratios, results=results),
                 columns=2,
                 rows=2,
@@ -147,10 +153,6 @@ class HybridRatio(TrainedStudy):
         rows += [[progress.arm.name, *(mean_text(progress, split) for split in SPLITS.values())]
                  for progress in results.arms.values()]  # fmt: skip
         return [Table("Recall of so many pairs: mean (95 % interval)", rows)]
-
-
-def _is(answer: str | None) -> str:
-    return {"yes": "so", "no": "not so"}.get(answer or "", "unresolved")
 
 
 def draw_ratios(panels: Sequence[Axes], results: Results) -> None:

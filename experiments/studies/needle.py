@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
@@ -17,7 +17,7 @@ from experiments.studies.protocol import Arm, Progress, Protocol
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Learnt, Results, Version
 from experiments.studies.trained_study import TrainedStudy
-from experiments.studies.trained_tables import mean_text, not_learnt_text
+from experiments.studies.trained_tables import mean_text, not_learnt_text, so_text
 
 COMMON = "experiment=needle match.parameters=140k match.count=layers match.tolerance=3%"
 """The widths of every arm are solved for these parameters in the layers."""
@@ -138,10 +138,11 @@ class Needle(TrainedStudy):
 
         return (
             f"In texts of {FAR:,} bytes, eight times as long as in training: that attention finds more without"
-            f" positions than with rotary ones is {_is(said('no positions reach farther'))}; that the delta rule finds"
-            f" more than Mamba-2 is {_is(said('the delta rule keeps what Mamba-2 loses'))}; that a layer of attention"
-            f" before the recurrence finds more is {_is(said('a layer of attention helps mamba2'))} of Mamba-2 and"
-            f" {_is(said('a layer of attention helps gated_delta_net'))} of the gated delta rule."
+            f" positions than with rotary ones is {so_text(said('no positions reach farther'))}; that the delta rule"
+            f" finds more than Mamba-2 is {so_text(said('the delta rule keeps what Mamba-2 loses'))}; that a layer of"
+            " attention before the recurrence finds more is"
+            f" {so_text(said('a layer of attention helps mamba2'))} of Mamba-2 and"
+            f" {so_text(said('a layer of attention helps gated_delta_net'))} of the gated delta rule."
             f" Differences count from {MARGIN:g} of the numbers on, each of which counts where all its digits are"
             f" right.{not_learnt_text(results)}"
         )
@@ -182,10 +183,6 @@ class Needle(TrainedStudy):
             Table("Share of digits by bytes of the text: mean (95 % interval)", digits),
             Table(f"Seeds that find {FOUND:.0%} of the numbers whole, by bytes of the text", seeds),
         ]
-
-
-def _is(answer: str) -> str:
-    return {"yes": "so", "no": "not so"}.get(answer, answer)
 
 
 def accuracy(run: RecordedRun, length: int) -> float | None:
@@ -229,7 +226,7 @@ def draw_lengths(panels: Sequence[Axes], results: Results) -> None:
         runs, name = [run for run in progress.reporting if run.finished], progress.arm.name
         points = [(length, [each for run in runs if (each := accuracy(run, length)) is not None]) for length in LENGTHS]
         if points := [point for point in points if point[1]]:
-            line: dict[str, Any] = {"linestyle": (0, (4, 2))} if " and " in name else {}
+            line = plots.dashed(" and " in name)
             style = plots.mixer_style(name.partition(",")[0].replace(" and ", " "))
             if name == "attention, rotary":
                 style |= {"marker": "v"}

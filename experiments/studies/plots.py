@@ -27,6 +27,11 @@ def mixer_style(pattern: str) -> dict[str, Any]:
     return {"color": COLOURS.get(kind, INK), "marker": SHAPES[places[0] % len(SHAPES)]}
 
 
+def dashed(is_other: bool) -> dict[str, Any]:
+    """The line of a model that is to be told from others of its colour; a full one otherwise."""
+    return {"linestyle": (0, (4, 2))} if is_other else {}
+
+
 def draw_seeds(axes: Axes, x: float, values: Sequence[float], style: dict[str, Any], size: float = 4.0) -> None:
     """The seeds of one point as small marks and their range as a line."""
     axes.plot([x, x], [min(values), max(values)], "-", color=style["color"], alpha=0.35, linewidth=2.5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -290,7 +290,7 @@ def draw_splits(axes: Axes, chosen: Sequence[Progress], splits: Mapping[int, str
         points = [(x, [float(items.mean()) for run in runs if (items := run.items(split)) is not None])
                   for x, split in splits.items()]  # fmt: skip
         if points := [point for point in points if point[1]]:
-            line: dict[str, Any] = {"linestyle": (0, (4, 2))} if mixer == "attention" else {}
+            line = plots.dashed(mixer == "attention")
             style = plots.mixer_style(mixer)
             ends.append((mixer, style["color"], plots.draw_series(axes, points, style, **line)))
     plots.label_lines(axes, ends)

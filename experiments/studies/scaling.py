@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,19 +11,21 @@ from matplotlib.axes import Axes
 
 from experiments.report.statistics import Interval, Verdict, difference, mean_interval, verdict
 from experiments.runs.recorded import RecordedRun
-from experiments.studies import plots, trained_tables
+from experiments.studies import plots
 from experiments.studies.claims import lacks
 from experiments.studies.protocol import Arm, Progress, Protocol
 from experiments.studies.records import model_of
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Results, Version
 from experiments.studies.trained_study import TrainedStudy
+from experiments.studies.trained_tables import median_text
 
 COMMON = "experiment=scaling task.corpus=golang-1.19-src match.count=layers match.tolerance=3%"
 SMALL = "experiment=scaling name=studies/scaling task=stdlib_text task.length=64 task.eval_length=128 train.warmup=2"
 
-WIDTHS = (24, 32, 48, 64, 96)
-LARGE = (128, 192, 256, 384, 512)
+WIDTHS = (16, 32, 48, 64, 96)
+LARGE = (96, 112, 128, 160, 192)
+"""The widest reads 24 MB, which is less than there is of training files: larger ones would read them again."""
 
 PER_WIDTH = 32
 """Parameters of the two layers over the square of the width, for which ``match`` solves the channel mixer's."""
@@ -37,7 +38,7 @@ STEP = 4096
 
 DELTA, MIXED = "gated_delta_net", "attention and gated_delta_net"
 HEAD = 16
-"""The width of a head of attention, and of the model that a head of the delta rule has."""
+"""The width of a head of attention, and of the model for each head of the delta rule; all widths are multiples."""
 
 MODELS = {
     "attention": "model=attention model.mixers.attention.num_heads={heads}",
@@ -64,7 +65,7 @@ def arms(
 
 
 def _overrides(model: str, width: int, matched: bool) -> str:
-    said = f"{MODELS[model].format(heads=width // HEAD or 1)} model.d_model={width}"
+    said = f"{MODELS[model].format(heads=width // HEAD)} model.d_model={width}"
     if not matched:
         return said
     parameters = PER_WIDTH * width**2
@@ -92,12 +93,14 @@ class Law:
 
     Attributes:
         exponents: with a minus, of each reporting seed, by least squares of logarithms over all sizes.
-        worst: the largest share by which a size's mean lies off the law of the means.
+        line: the slope and height of the means of logarithms, by the logarithm of the parameters, base two.
+        worst: the largest share by which a size's mean lies off that line.
         lacking: why no verdict on it is possible.
     """
 
     model: str
     exponents: np.ndarray
+    line: np.ndarray
     worst: float
     lacking: tuple[str, ...]
 
@@ -137,9 +140,10 @@ def laws(results: Results) -> list[Law]:
         y = np.log2([bits[:seeds] for _, bits in sizes])
         slopes = np.polyfit(x, y, 1)[0]
         mean = y.mean(axis=1)
-        off = np.exp2(np.abs(mean - np.polyval(np.polyfit(x, mean, 1), x))) - 1
+        line = np.polyfit(x, mean, 1)
+        off = np.exp2(np.abs(mean - np.polyval(line, x))) - 1
         lacking = tuple(reason for progress in own for reason in lacks(progress))
-        found.append(Law(model, -slopes, float(off.max()), lacking))
+        found.append(Law(model, -slopes, line, float(off.max()), lacking))
     return found
 
 
@@ -200,7 +204,7 @@ class Scaling(TrainedStudy):
             Figure(
                 "sizes",
                 "Bits per byte of the test files against the parameters in the layers, both logarithmic: each reporting"
-                " seed, the medians joined, and the power law of the means as a thin line. Dashed: the hybrid.",
+                " seed, the medians joined, and the power law as a thin line. Dashed: the hybrid.",
                 lambda axes: draw_sizes(axes, results),
                 size=(8.4, 5.2),
             )
@@ -225,9 +229,6 @@ class Scaling(TrainedStudy):
             Table("Bits per byte: median (and range) of the reporting seeds", bits),
         ]
 
-    def made(self, results: Results) -> Sequence[Table | str]:
-        return [trained_tables.training(results), trained_tables.failures(results.runs)]
-
 
 def _text(interval: Interval, sign: str = "") -> str:
     return f"{interval.estimate:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})"
@@ -238,23 +239,23 @@ def _said(decided: Verdict) -> str:
 
 
 def _median(progress: Progress) -> str:
-    bits = [run.result("test") for run in progress.reporting if run.finished]
-    return f"{statistics.median(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})" if bits else ""
+    return median_text([run.result("test") for run in progress.reporting if run.finished])
 
 
 def draw_sizes(panels: Sequence[Axes], results: Results) -> None:
     axes, ends, counts, seen = panels[0], [], [], []
+    lines = {law.model: law.line for law in laws(results)}
     for model, own in series(results):
         if not (found := points(own)):
             continue
         style = plots.mixer_style(model.replace(" and ", " "))
-        line = {"linestyle": (0, (4, 2))} if " and " in model else {}
+        line = plots.dashed(" and " in model)
         ends.append((model, style["color"], plots.draw_series(axes, found, style, **line)))
-        x, middle = [count for count, _ in found], [statistics.fmean(bits) for _, bits in found]
+        x = [count for count, _ in found]
         counts, seen = [*counts, *x], [*seen, *(value for _, bits in found for value in bits)]
-        if len(found) > 2:
-            law = np.polyfit(np.log2(x), np.log2(middle), 1)
-            axes.plot(x, np.exp2(np.polyval(law, np.log2(x))), color=style["color"], linewidth=0.8, zorder=1)
+        if model in lines:
+            law = np.exp2(np.polyval(lines[model], np.log2(x)))
+            axes.plot(x, law, color=style["color"], linewidth=0.8, zorder=1)
     if counts:
         plots.logarithmic(axes, _ticks(counts), lambda value: f"{value:,.0f}")
         low, high = min(seen), max(seen)

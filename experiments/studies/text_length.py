@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,6 +19,7 @@ from experiments.studies.study import Figure, Table
 from experiments.studies.text_programs import Program, TextResults, between, measure, read_results
 from experiments.studies.trained import Claim, Results, Version
 from experiments.studies.trained_study import TrainedStudy
+from experiments.studies.trained_tables import median_text, so_text
 from experiments.tasks.byte_text import position_bins
 from experiments.util.plot_style import QUIET
 
@@ -36,6 +36,9 @@ LENGTHENED = (
 STATE = "match.state_bytes=80KiB"
 """Of a recurrence's four layers together; in the large version too."""
 
+HALF = "match.state_length=1 match.state_bytes=41KiB"
+"""Of the hybrid after one byte: as much in its two recurrent layers, the rest is one byte of attention's cache."""
+
 DELTA = "gated_delta_net"
 MODELS = {
     "attention, rotary": "model=attention",
@@ -43,7 +46,7 @@ MODELS = {
     "mamba2": f"model=mamba2 {STATE}",
     DELTA: f"model={DELTA} {STATE}",
     f"{DELTA}, passed states": f"model={DELTA} {STATE} train.first_state=passed",
-    f"attention and {DELTA}": "model=hybrid_delta",
+    f"attention and {DELTA}": f"model=hybrid_delta {HALF}",
 }
 """Five models of four layers, one of them twice: from the states that other texts have left, too. Attention beside a
 recurrence has no positions."""
@@ -125,7 +128,7 @@ class TextLength(TrainedStudy):
         answers = {decision.claim.name: decision.verdict.answer for decision in decide(results)}
 
         def said(name: str) -> str:
-            return {"yes": "so", "no": "not so"}.get(answers.get(name, ""), "unresolved")
+            return so_text(answers.get(name))
 
         return (
             "That over files 32 times as long as the windows in training the gated delta rule takes fewer bits than"
@@ -214,7 +217,7 @@ def bits_row(progress: Progress, bands: Sequence[tuple[int, int]]) -> list[str]:
     curves = [run.record["results"]["curve"] for run in runs]
     values = [[*(between(curve["y"], curve["x_end"], left, right) for left, right in bands), run.result("test")]
               for run, curve in zip(runs, curves, strict=True)]  # fmt: skip
-    return [f"{statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})" for each in zip(*values, strict=True)]
+    return [median_text(each) for each in zip(*values, strict=True)]
 
 
 def program_row(program: Program, bands: Sequence[tuple[int, int]]) -> list[str]:
@@ -238,7 +241,7 @@ def draw_positions(panels: Sequence[Axes], results: Results) -> None:
             continue
         x = runs[0].record["results"]["curve"]["x"]
         bits = np.array([run.record["results"]["curve"]["y"] for run in runs])
-        line: dict[str, Any] = {"linestyle": (0, (4, 2))} if " and " in name or "passed" in name else {}
+        line = plots.dashed(" and " in name or "passed" in name)
         style = plots.mixer_style(name.partition(",")[0].replace(" and ", " ")) | {"marker": ""}
         plots.draw_band(axes, [*zip(x, bits.T.tolist(), strict=True)], style, **line)
         ends.append((name, style["color"], (x[-1], float(bits.mean(axis=0)[-1]))))

@@ -72,6 +72,11 @@ def _not_learnt_cell(found: Results, name: str) -> str:
     return f"{not_learnt(found, name)} of {reporting}" if reporting else ""
 
 
+def so_text(answer: str | None) -> str:
+    """The answer to a claim as the end of "that ... is"."""
+    return {"yes": "so", "no": "not so"}.get(answer or "", "unresolved")
+
+
 def not_learnt_text(found: Results) -> str:
     """A sentence that names the arms of which runs have not learnt their task; empty where there are none."""
     arms = [f"{name} ({_not_learnt_cell(found, name)})" for name in found.arms if not_learnt(found, name)]
@@ -106,13 +111,13 @@ def _training_row(progress: Progress) -> list[str]:
 
 def unfinished(found: Results) -> list[str]:
     """A sentence where runs are missing, and one for each arm that is missing some for good."""
-    done = sum(not progress.wanted() for progress in found.arms.values())
-    if done == len(found.arms):
-        return []
+    done, lost = sum(not progress.wanted() for progress in found.arms.values()), found.stranded
     said = f"**In progress**: {done} of {len(found.arms)} arms are done; the others are unresolved until they are."
-    lost = [f"**Runs of {name} are missing for good**: they start from runs of {' and '.join(sources)}, or learn of"
-            " them, and these failed." for name, sources in found.stranded.items()]  # fmt: skip
-    return [said, *lost]
+    return [
+        *([said] if done + len(lost) < len(found.arms) else []),
+        *(f"**Runs of {name} are missing for good**: they start from runs of {' and '.join(sources)}, or learn of them,"
+          " and these failed." for name, sources in lost.items()),
+    ]  # fmt: skip
 
 
 def failures(runs: Sequence[RecordedRun]) -> str:
@@ -144,6 +149,11 @@ def mean_of(progress: Progress, split: str) -> Interval | None:
     if len(runs) < 2 or runs[0].items(split) is None:
         return None
     return mean_interval(scores_of(progress, Claim("", "", (), "more", 0.0, split)))
+
+
+def median_text(values: Sequence[float]) -> str:
+    """The median and the range of some numbers; empty where there are none."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
 
 
 def mean_text(progress: Progress, split: str) -> str:

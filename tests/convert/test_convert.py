@@ -139,8 +139,10 @@ def test_every_mixer_takes_queries_keys_and_values_where_it_says(name: str):
 ALSO = {
     **{("comba", "k"): {"q"}},
     **{(f"preconditioned_{name}", "k"): {"v"} for name in ("gated_delta_net", "kda")},
+    **{(name, "k"): {"q", "v"} for name in ("mesa_net", "gated_kalma_net")},
 }
-"""Comba takes a share of the key from each query; preconditioners sum squares of keys, as if these were values."""
+"""Comba takes a share of the key from each query; preconditioners sum squares of keys, as if these were values; a
+regression on the keys multiplies by their covariance, with keys as values and what it solves for as queries."""
 
 
 def _inputs(mixer: Mixer, x: Tensor) -> dict[str, Tensor]:

@@ -61,13 +61,13 @@ CASES = {
         hybrid_ratio.HybridRatio(),
         (hybrid, {**dict.fromkeys(recall_state.BY_PAIRS.values(), 256),
                   **{split: length for length, split in recall_state.BY_LENGTH.items()}, recall_state.MOST: 4096},
-         lambda arm: {"name": "x", "pattern": "attention"}, "mamba2, 4 of 8 after"),
+         lambda arm: {"name": "x", "pattern": "attention"}, "mamba2, 4 of 8 behind"),
         {"mamba2: one layer helps": "yes", "mamba2: one layer is enough": "yes", "mamba2: far away, too": "yes",
          "mamba2: four are better": "unresolved", "mamba2: the place": "unresolved",
          "gated_delta_net: one layer is enough": "yes", "gated_delta_net: far away, too": "no",
          "gated_delta_net: four are better": "yes", "gated_delta_net: the place": "no"},
         ("Beside mamba2 that one layer of eight recalls as much of 256 pairs as eight is so, and that it stands better"
-         " at the end unresolved; beside gated_delta_net", "mamba2, 4 of 8 after has 2 of 5 seeds",
+         " behind unresolved; beside gated_delta_net", "mamba2, 4 of 8 behind has 2 of 5 seeds",
          "sign flips against no difference"),
     ),
     "recall_state": (

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
     return where
 
 
-@pytest.mark.parametrize("name", ["mamba2, 24", "attention and gated_delta_net, 96"])
+@pytest.mark.parametrize("name", ["mamba2, 16", "attention and gated_delta_net, 96"])
 def test_an_arm_has_its_parameters_and_reads_in_proportion(name, tmp_path):
     config = resolve_composed(Composer(VERSION, tmp_path)(Wanted(name, "reporting", 1e-3, 0)))
     run = RecordedRun(RunFolder(tmp_path), shortened(config), {})

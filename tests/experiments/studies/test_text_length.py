@@ -28,6 +28,9 @@ STUDY = text_length.TextLength()
 VERSION = STUDY.versions["recorded"]
 LENGTH, FILES, DATA = 32768, 12, "d" * 64
 WIDTHS = np.diff(position_bins(LENGTH))
+EASE = np.linspace(-0.3, 0.3, FILES).tolist()
+"""What each file takes more than the mean."""
+
 FAR = {"attention, rotary": 2.9, "sliding_window": 2.3, "mamba2": 2.25, "gated_delta_net": 2.2,
        "gated_delta_net, passed states": 2.15, "attention and gated_delta_net": 2.21}  # fmt: skip
 """Bits per byte from 1024 bytes on; before, all take 2.5."""
@@ -40,7 +43,7 @@ def along(arm: str) -> np.ndarray:
 def line(arm: str, stage: str, rate: int, seed: int) -> dict[str, object]:
     draws = np.random.default_rng([seed, len(arm)])
     curve = along(arm) + 0.05 * abs(rate + 5) + 0.004 * draws.standard_normal()
-    items = np.average(curve, weights=WIDTHS) + np.linspace(-0.3, 0.3, FILES) + 0.002 * draws.standard_normal(FILES)
+    items = np.average(curve, weights=WIDTHS) + np.array(EASE) + 0.002 * draws.standard_normal(FILES)
     shown = {"x": [*range(1, len(curve) + 1)], "y": curve.tolist(), "x_end": LENGTH, "trained_to": 1024}
     bits = {"test": float(items.mean()), "validation": float(curve[0]), "items": encode_items(items), "curve": shown}
     record = {
@@ -73,8 +76,8 @@ def folder(tmp_path, monkeypatch):
     lines += [line(arm.name, "reporting", -5, seed) for arm in VERSION.arms for seed in protocol.reporting_seeds]
     (tmp_path / records.FILE).write_text("".join(f"{json.dumps(each)}\n" for each in lines), encoding="utf-8")
     plan.settle(VERSION, tmp_path, recorded=False)
-    programs = [asdict(Program(name, name, LENGTH, ((level,) * len(WIDTHS),) * FILES))
-                for name, level in (("gzip", 2.4), ("ngram", 2.1))]  # fmt: skip
+    programs = [asdict(Program(name, name, LENGTH, tuple((level + each,) * len(WIDTHS) for each in EASE)))
+                for name, level in (("gzip", 2.4), ("ngram", 2.19))]  # fmt: skip
     (tmp_path / FILE).write_text(json.dumps({"data": DATA, "programs": programs}), encoding="utf-8")
     return tmp_path
 
@@ -92,10 +95,10 @@ def test_the_page_and_the_verdicts_of_made_up_records(folder):
     runs = recorded(STUDY, VERSION, folder)
     page = results(STUDY, runs, STUDY.name) + how_to_run(STUDY, runs)
     assert (
-        "0 of 6 arms take fewer bits than every compressor and the n-grams, by more than 0.02; the best of these,"
+        "1 of 6 arms take fewer bits than every compressor and the n-grams, by more than 0.02; the best of these,"
         in page
     )
-    assert "| ngram | 2.100 | 2.100 | 2.100 | 2.100 |" in page
+    assert "| ngram | 2.190 | 2.190 | 2.190 | 2.190 |" in page
     assert not STUDY.unfinished(runs)
     for each in STUDY.tables(runs):
         assert {len(row) for row in each.rows} == {len(each.rows[0])}, each.title
