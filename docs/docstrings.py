@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.util.docstrings import options_text
 
-_SOURCE = re.compile(r'[A-Z][A-Za-z-]+(?: et al\.| and [A-Z][a-z]+)? \d{4}(?:, "[^"]+")?')
+_SOURCE = re.compile(r'(?:Von )?[A-Z][A-Za-z-]+(?: et al\.| and [A-Z][a-z]+)? \d{4}(?:, "[^"]+")?')
 _MATH = re.compile(r"^\.\. math::\n((?:[ \t]+\S.*\n?|\n)+)", re.MULTILINE)
 
 

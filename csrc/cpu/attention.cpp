@@ -53,6 +53,15 @@ struct Scratch {
     }
 };
 
+// Calls f(key, row) for each tile of keys that the tile of columns sees, from that key and token on.
+template <class A, class F>
+void each_keys(const Sizes& sizes, const Sequence& sequence, const Tile& tile, Seen<A>& seen, F f) {
+    for (int64_t key = tile.first_key; key < tile.last_key; key += kTileKeys) {
+        look(sizes, sequence, tile, key, seen);
+        f(key, sequence.key.later(key));
+    }
+}
+
 template <class T>
 void forward_tile(const Inputs<T>& in, const Sequence& sequence, const Tile& tile, T* o, Acc<T>* log_sum,
                   Scratch<Acc<T>>& s) {

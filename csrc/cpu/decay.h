@@ -102,8 +102,8 @@ class ChunkDecay {
         multiply(Shape::upper_left, n, keys, n, transposed(dscores, row), q, keys_row, dk, keys_row, true);
     }
 
-    // Per key, where what is decayed are values and the scores of queries and keys are not: o[i] += the sum over j <= i of
-    // scores[i, j] v[j] a(j -> i).
+    // Per key, where what is decayed are values and the scores of queries and keys are not: o[i] += the sum over j <= i
+    // of scores[i, j] v[j] a(j -> i).
     void read_values(int64_t n, const A* scores, const A* v, A* o) { rows_per_key<false>(n, scores, nullptr, v, o); }
     // Its gradient: adds to dv, and to the gradient of the decays.
     void read_values_backward(int64_t n, const A* scores, const A* dout, const A* v, A* o, A* dv) {
@@ -145,7 +145,8 @@ class ChunkDecay {
     }
     // state, dstate: before the chunk, and the gradient after it, [V, K].
     void write_gradient(int64_t n, int64_t values, const A* state, const A* dstate, A* to, int64_t stride) {
-        if (kind == DecayKind::per_head) write_per_head(n, whole[0] * dot(values * keys_row, state, dstate), to, stride);
+        if (kind == DecayKind::per_head)
+            write_per_head(n, whole[0] * dot(values * keys_row, state, dstate), to, stride);
         if (kind == DecayKind::per_key) write_per_key(n, values, state, dstate, to, stride);
     }
     // Per head, where several states passed over the chunk: the products of what they became and its gradient, summed.
@@ -301,8 +302,8 @@ class ChunkDecay {
         }
     }
 
-    // dq[i] += x, where x = sum_{j <= i} dscores[i, j] k[j] a(j -> i), and if Decays later[i] += q[i] x without j = i: no
-    // decay acts on a token that meets itself, and what cancels would leave its rounding behind.
+    // dq[i] += x, where x = sum_{j <= i} dscores[i, j] k[j] a(j -> i), and if Decays later[i] += q[i] x without j = i:
+    // no decay acts on a token that meets itself, and what cancels would leave its rounding behind.
     template <bool Decays>
     void rows_per_key(int64_t n, const A* dscores, const A* q, const A* k, A* dq) {
         constexpr int64_t L = kLanes<A>, R = 4;

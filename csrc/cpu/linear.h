@@ -36,8 +36,8 @@ inline V add_halves(V first, V second) {
     for (int x = 0; x < L; ++x) low[x] = x / kHalf * 2 * kHalf + x % kHalf;  // from L on, of the second
     return __builtin_shuffle(first, second, low) + __builtin_shuffle(first, second, low + kHalf);
 }
-// y[r] = the sum of the lanes of x[r]; y has room for whole vectors. Vectors are merged two by two, so that several take
-// little more than one.
+// y[r] = the sum of the lanes of x[r]; y has room for whole vectors. Vectors are merged two by two, so that several
+// take little more than one.
 template <int Rows, int Blocks = 1, class V, class A>
 inline void sums_of_lanes(const V (&x)[Rows], A* y) {
     constexpr int L = sizeof(V) / sizeof(x[0][0]), kPairs = (Rows + 1) / 2;
@@ -50,8 +50,8 @@ inline void sums_of_lanes(const V (&x)[Rows], A* y) {
         std::memcpy(y, merged, sizeof merged);
 }
 
-// y[r] = x[r] . weight for `Rows` rows of x, `stride` apart; y has room for whole vectors. A product of few rows is added up in several sums side by
-// side, as a multiply-add takes four cycles and the next one need not wait for it.
+// y[r] = x[r] . weight for `Rows` rows of x, `stride` apart; y has room for whole vectors. A product of few rows is
+// added up in several sums side by side, as a multiply-add takes four cycles and the next one need not wait for it.
 template <int Rows, class T, class A>
 inline void products(int64_t depth, const T* weight, const A* x, int64_t stride, A* y) {
     constexpr int64_t L = kLanes<A>, kSides = Rows == 1 ? 4 : Rows < 8 ? 2 : 1;

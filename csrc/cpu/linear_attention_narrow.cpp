@@ -1,9 +1,9 @@
-// Linear attention of heads whose values are one wide, forward and backward: the heads that share queries and keys are the
-// columns of one state [K, R], each of which decays on its own. See linear_attention.cpp for how work is cut.
+// Linear attention of heads whose values are one wide, forward and backward: the heads that share queries and keys are
+// the columns of one state [K, R], each of which decays on its own. See linear_attention.cpp for how work is cut.
 //
-// Within a chunk o = sum_j s_ij v_j a(j -> i), with scores s that no decay is in. That is the sum with which a decay of each
-// key dimension gives the gradient of queries, so ChunkDecay has it: here its vectors are of heads. In memory a group's
-// states are [R, K].
+// Within a chunk o = sum_j s_ij v_j a(j -> i), with scores s that no decay is in. That is the sum with which a decay of
+// each key dimension gives the gradient of queries, so ChunkDecay has it: here its vectors are of heads. In memory a
+// group's states are [R, K].
 #include "narrow_heads.h"
 
 #include "recurrence.h"
@@ -56,7 +56,7 @@ struct Scratch {
         between = arena.take(keys_row * heads_row);
     }
 
-    // Queries and keys, unless `scores_too` only keys; and values and decays of the task's heads.
+    // Keys, and values and decays of the task's heads; with `scores_too` also queries and the scores, without decay.
     template <class T>
     void load(const Problem<T>& p, const Task& task, const Row& row, int64_t n, bool scores_too) {
         pack(n, keys, p.k.at(row, task.group), p.k.time, A(1), k, keys_row);
@@ -70,12 +70,13 @@ struct Scratch {
         multiply(Shape::lower_result, n, n, keys, as_is(q, keys_row), transposed_k, kChunk, scores, kChunk, false);
         for (int64_t i = 0; i < n; ++i) std::fill(scores + i * kChunk + i + 1, scores + (i + 1) * kChunk, A(0));
     }
-    // The task's states [R, K] as [K, R], and the way back.
+    // The task's states [R, K] as [K, R], and the way back. The last task of a group may have fewer heads than columns:
+    // what is beyond them is read, and becomes 0.
     void load_state(const Task& task, const A* from, A* to) const {
         const int64_t count = task.last_head - task.first_head;
         pack(count, keys, from, keys, A(1), between, keys_row);
         std::fill_n(between + count * keys_row, (heads_row - count) * keys_row, A(0));
-        transpose(count, keys, between, keys_row, to, heads_row);
+        transpose(heads_row, keys, between, keys_row, to, heads_row);
     }
     void store_state(const Task& task, const A* from, A* to) const {
         transpose(keys, task.last_head - task.first_head, from, heads_row, between, keys_row);
@@ -104,7 +105,8 @@ void step(const Problem<T>& p, const Task& task, const Outputs<T>& out, Scratch<
     pack(1, keys, p.k.at(task.row, task.group), 0, A(1), s.k, s.keys_row);
     for (int64_t h = task.first_head; h < task.last_head; ++h) {
         const A decay = decay_exponential(*p.log_decay.at(task.row, h)), value = load(*p.v.at(task.row, h));
-        const A *__restrict before = p.state + p.sizes.state(task.sequence, h), *__restrict q = s.q, *__restrict k = s.k;
+        const A* __restrict before = p.state + p.sizes.state(task.sequence, h);
+        const A *__restrict q = s.q, *__restrict k = s.k;
         A* __restrict after = out.state + p.sizes.state(task.sequence, h);
         A o = 0;
 #pragma omp simd reduction(+ : o)
@@ -127,7 +129,8 @@ void forward_task(const Problem<T>& p, const Task& task, const Outputs<T>& out, 
         const int64_t n = std::min(kChunk, task.steps - t);
         const Row row = task.row.later(t);
         s.load(p, task, row, n, true);
-        multiply(Shape::full, n, s.heads, s.keys, as_is(s.q, s.keys_row), s.state, s.heads_row, s.o, s.heads_row, false);
+        multiply(Shape::full, n, s.heads, s.keys, as_is(s.q, s.keys_row), s.state, s.heads_row, s.o, s.heads_row,
+                 false);
         s.decay.from_start_backward(n, s.o);
         s.decay.read_values(n, s.scores, s.v, s.o);
         unpack(n, task.last_head - task.first_head, s.o, s.heads_row, A(1), out.o + sizes.place(row, task.first_head),
@@ -196,8 +199,8 @@ void backward_chunk(const Problem<T>& p, const Gradients<T>& g, const Task& task
     multiply(Shape::upper_left, n, keys, n, transposed(b.dscores, kChunk), b.q, keys_row, b.dk, keys_row, false);
     const A* decayed_dout = b.decay.from_start(n, b.dout, b.decayed_dout);
     transpose(keys, b.heads, state, heads_row, b.transposed_state, keys_row);
-    multiply(Shape::full, n, keys, b.heads, as_is(decayed_dout, heads_row), b.transposed_state, keys_row, b.dq, keys_row,
-             true);
+    multiply(Shape::full, n, keys, b.heads, as_is(decayed_dout, heads_row), b.transposed_state, keys_row, b.dq,
+             keys_row, true);
     transpose(keys, b.heads, b.dstate, heads_row, b.transposed_state, keys_row);
     multiply(Shape::full, n, keys, b.heads, as_is(b.decay.to_end(n, b.v, b.decayed), heads_row), b.transposed_state,
              keys_row, b.dk, keys_row, true);
@@ -205,7 +208,8 @@ void backward_chunk(const Problem<T>& p, const Gradients<T>& g, const Task& task
     g.dk.write(sizes, row, task, n, b.dk, keys_row, A(1));
 
     b.decay.write_gradient(n, keys, state, b.dstate, b.decayed, heads_row);
-    unpack(n, count, b.decayed, heads_row, A(1), g.dlog_decay + row.token * sizes.heads + task.first_head, sizes.heads);
+    unpack(n, count, b.decayed, heads_row, A(1), g.dlog_decay + row.token * sizes.heads + task.first_head,
+           sizes.heads);
     b.decay.over_transposed(keys, b.dstate);
     multiply(Shape::full, keys, b.heads, n, transposed(b.q, keys_row), decayed_dout, heads_row, b.dstate, heads_row,
              true);
@@ -215,7 +219,6 @@ template <class T>
 void backward_task(const Problem<T>& p, const Task& task, const Gradients<T>& g, BackwardScratch<Acc<T>>& b) {
     const int64_t size = b.keys_row * b.heads_row, first = p.sizes.state(task.sequence, task.first_head);
     b.load_state(task, p.state + first, b.states);
-    std::fill(b.states + b.keys * b.heads_row, b.states + size, Acc<T>(0));
     for (int64_t c = 0; (c + 1) * kChunk < task.steps; ++c) {
         std::copy_n(b.states + c * size, size, b.states + (c + 1) * size);
         b.load(p, task, task.row.later(c * kChunk), kChunk, false);

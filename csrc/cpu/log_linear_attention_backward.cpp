@@ -50,7 +50,7 @@ struct Backward : Scratch<A> {
             const Counter counter = problem.counter(s);
             int64_t read = 0;
             for (int64_t c = 0; c < counter.chunks(); ++c) read += ones_of(counter.chunk(c).number);
-            made_per_head = std::max(made_per_head, this->delta ? read : counter.chunks());
+            made_per_head = std::max(made_per_head, this->delta ? read : counter.chunks() - 1);
             chunks = std::max(chunks, counter.chunks());
         }
         const int64_t heads = problem.sizes.heads_per_task, wide = kChunk * this->keys_row, square = kChunk * kChunk;
@@ -67,7 +67,7 @@ struct Backward : Scratch<A> {
         dlevels = arena.take(kChunk * levels);
         begun = arena.take(heads * kWithin * size);
         dbegun = arena.take(heads * kWithin * size);
-        first = arena.take(heads * places * size);
+        first = arena.take((1 - more) * heads * places * size);
         dheld = arena.take(heads * places * size);
         decays = arena.take(heads * chunks * places);
         made = arena.take_unwritten(heads * made_per_head * size);

@@ -94,15 +94,6 @@ void look(const Sizes& sizes, const Sequence& sequence, const Tile& tile, int64_
         [&](int64_t c) { return sequence.last(sizes, tile.token(c)) - key - 1; });
 }
 
-// Calls f(key, row) for each tile of keys that the tile of columns sees, from that key and token on.
-template <class A, class F>
-void each_keys(const Sizes& sizes, const Sequence& sequence, const Tile& tile, Seen<A>& seen, F f) {
-    for (int64_t key = tile.first_key; key < tile.last_key; key += kTileKeys) {
-        look(sizes, sequence, tile, key, seen);
-        f(key, sequence.key.later(key));
-    }
-}
-
 struct TileTask {
     int64_t sequence, group, tile;
 };

@@ -203,7 +203,8 @@ inline void small_products_of_all(const SmallWeights& a, int64_t begin, int64_t 
             small_products<decltype(bits)::value, decltype(group)::value>(a, j, from, stride, sums);
             for (int i = 0; i < count; ++i) finish(r + i, j, sums[i]);
         };
-        for (int64_t j = begin; j < end; ++j) in_groups<kRowsOfX>(rows, [&](auto count, int64_t r) { some(count, j, r); });
+        for (int64_t j = begin; j < end; ++j)
+            in_groups<kRowsOfX>(rows, [&](auto count, int64_t r) { some(count, j, r); });
     };
 #ifdef SEQARCH_INTEGER_PRODUCTS
     const auto integers = [&](auto bits, auto group) {

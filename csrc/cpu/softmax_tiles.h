@@ -96,7 +96,8 @@ inline void each_score(const Seen<A>& seen, int64_t column, A* scores, F f) {
 }
 
 // The columns' queries, and what forward carries from tile to tile of keys: of each query (a row of the scores in the
-// papers) row_max, the largest score so far, and `total`, the sum of the weights; o is not yet divided by `total`.
+// papers) row_max, the largest score so far, and `total`, the sum of the weights, by which o is not yet divided, or
+// where sticks are broken what is left of them.
 template <class A>
 struct Columns {
     int64_t count = 0, key_width, value_width;

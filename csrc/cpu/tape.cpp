@@ -305,7 +305,7 @@ void reduce(const Instruction& in) {
     }
 }
 
-// to[r][x] += sum_j weight[r][j] rows[j stride + x] over n rows of `numbers` numbers, for `Rows` rows of weights and of
+// y[r][x] += sum_j weight[r][j] rows[j stride + x] over n rows of `numbers` numbers, for `Rows` rows of weights and of
 // sums, which stay in registers: what is read of a row serves all of them.
 template <int Rows, int Wide, class T>
 int64_t add_weighted(int64_t n, int64_t from, int64_t to, const float* weight, int64_t weight_row, const T* rows,
@@ -370,7 +370,8 @@ void product_of(const Instruction& in) {
                 alignas(64) float part[kBlock];
                 for (int64_t k = 0; k < K; k += kBlock) {
                     const int64_t n = std::min(kBlock, K - k);
-                    add_weighted<1>(n, columns, gather(a + k * a_step, a_step, n, part), 0, b + k * b_step, b_step, sum, 0);
+                    add_weighted<1>(n, columns, gather(a + k * a_step, a_step, n, part), 0, b + k * b_step, b_step, sum,
+                                    0);
                 }
             } else {
                 for (int64_t j = 0; j < columns; ++j) sum[j] = product_of_strided(K, a, a_step, b + j * b_column, b_step);
@@ -396,7 +397,8 @@ void convolve(Range own, int64_t channels, const float* __restrict x, const floa
         }
         y[c] = sum;
     }
-    if (bias) each(own.end - own.begin, y + own.begin, [=](int64_t k) { return y[own.begin + k] + bias[own.begin + k]; });
+    if (bias)
+        each(own.end - own.begin, y + own.begin, [=](int64_t k) { return y[own.begin + k] + bias[own.begin + k]; });
 }
 
 constexpr int kMostTaps = 8;  // as seqarch_causal_conv1d_forward takes
@@ -548,9 +550,9 @@ int64_t key_parts(int64_t keys, int64_t most) {
 
 // Softmax attention of one query a head, each part of the keys for itself. Views room [P, B, H], q [B, H], k [B, G, N], v
 // [B, G, N]; sizes B, H, N, K, V, G; flags: P. A part reads whole rows of a cache one after another, the numbers of all
-// heads, as memory is read fastest; values are fetched while their keys are read. Heads that share keys take what is read
-// of them, and widened, together. The room of a head holds the weighted sum of V values, the largest score, the sum of the
-// weights, and scores.
+// heads, as memory is read fastest; values are fetched while their keys are read. Heads that share keys take what is
+// read of them, and widened, together. The room of a head holds the weighted sum of V values, the largest score, the
+// sum of the weights, and scores.
 template <class T>
 void attend(const Instruction& in, const T* keys, const T* values) {
     constexpr int64_t kKeys = SEQARCH_ATTEND_KEYS;

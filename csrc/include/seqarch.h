@@ -440,16 +440,16 @@ typedef struct {
 SEQARCH_API int32_t seqarch_delta_rule_backward(const seqarch_delta_rule_inputs* inputs,
                                                 const seqarch_delta_rule_gradients* gradients, int32_t num_threads);
 
-/* Log-linear attention (L = levels): linear attention, or with beta the delta rule, with a state for each power of two of
- * tokens; letters, shapes and types as there. Tokens are counted from the first of a sequence, those before the call
+/* Log-linear attention (L = levels): linear attention, or with beta the delta rule, with a state for each power of two
+ * of tokens; letters, shapes and types as there. Tokens are counted from the first of a sequence, those before the call
  * included. With bits(x) the binary digits of x and S(j, t) what the base recurrence holds at t of token j's k_j^T v_j,
  *
  *   o_t = scale sum_{j <= t} level_weight[t, bits(j xor t)] q_t S(j, t).
  *
  *   level_weight     [S, T, H, L], accumulation type
  *   beta, log_decay  [S, T, H], accumulation type; NULL: linear attention, no decay
- *   state, state_out [S, H, L - 1, K, V], accumulation type: entry b is that of the 2^b tokens that bit b of the number of
- *                    tokens so far stands for. Where the bit is not set it is not read, and written as zeros.
+ *   state, state_out [S, H, L - 1, K, V], accumulation type: entry b is that of the 2^b tokens that bit b of the number
+ *                    of tokens so far stands for. Where the bit is not set it is not read, and written as zeros.
  *   before           [S]: tokens before the first, at least 0; with those of the call at most 2^(L - 1)
  */
 typedef struct {
@@ -525,10 +525,11 @@ typedef struct {
 SEQARCH_API int32_t seqarch_attention_backward(const seqarch_attention_inputs* inputs,
                                                const seqarch_attention_gradients* gradients, int32_t num_threads);
 
-/* Stick-breaking attention; letters, shapes and types as in softmax attention. Query i, at p = i + Tk - Tq, sees the keys
- * before p from key_start on, of which each from the last on takes its share of what the later ones left:
+/* Stick-breaking attention; letters, shapes and types as in softmax attention. Query i, at p = i + Tk - Tq, sees the
+ * keys before p from key_start on, of which each from the last on takes its share of what the later ones left:
  *
- *   o_i = sum_j s_ij (prod_{j < l < p} (1 - s_il)) v_j,   rest_i = prod_{j < p} (1 - s_ij),   s_ij = sigmoid(scale q_i k_j).
+ *   o_i = sum_j s_ij (prod_{j < l < p} (1 - s_il)) v_j,   rest_i = prod_{j < p} (1 - s_ij),
+ *   s_ij = sigmoid(scale q_i k_j).
  *
  *   o                [S, Tq, H, V]
  *   rest             [S, Tq, H], accumulation type

@@ -90,7 +90,7 @@ WARNINGS = (
 BY_THE_COMPILER = {
     *TRACED,
     *("stick_breaking_attention", "dsa", "nsa", "mlstm", "mamba", "mamba3"),
-    *("log_linear_gated_delta_net", "rwkv7", "hgrn", "s4d"),
+    *("log_linear_gated_delta_net", "rwkv7", "hgrn", "s4d", "mesa_net"),
 }
 """Mixers whose C++ is compiled and run: of each family, and of each kind of arithmetic that the others are made of."""
 

@@ -16,10 +16,9 @@ from seqarch.decoding.program import Program
 from seqarch.layers import MIXERS, clone_state
 from seqarch.models import Stack
 from seqarch.testing import assert_close
+from tests.support.one_token import NOT_CAPTURED
 
 ROWS, WIDTH, PROMPT, TOKENS, BOUND = 4, 768, 507, 12, 3e-6
-
-NOT_CAPTURED = ("hyena", "nsa", "path_attention", "log_linear_gated_delta_net", "log_linear_mamba2")
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ void set_sizes(seqarch_linear_attention_inputs& in, const std::vector<int64_t>& 
 void linear_attention(Random& random) {
     const int32_t dtype = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16, SEQARCH_FLOAT64}));
     const int32_t wide = dtype == SEQARCH_FLOAT64 ? SEQARCH_FLOAT64 : SEQARCH_FLOAT32;
-    const int64_t G = random.pick({1, 1, 2, 3}), H = G * random.pick({0, 1, 2, 5});
     const bool narrow = random.coin(), has_decay = narrow || random.coin();
+    const int64_t G = random.pick({1, 1, 2, 3});
+    const int64_t H = G * (narrow ? random.pick({0, 2, 5, 7, 9, 37}) : random.pick({0, 1, 2, 5}));
     const int64_t K = random.pick({1, 3, 16, 17, 40}), V = narrow ? 1 : random.pick({0, 1, 5, 16, 33, 70});
     const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3})), per_key = !narrow && random.coin();
     const Sequences s(random);
@@ -28,7 +29,8 @@ void linear_attention(Random& random) {
     const Numbers dq(dtype, tokens * G * K), dk(dtype, tokens * G * K), dv(dtype, tokens * H * V);
     const Numbers ddecay(wide, tokens * H * (per_key ? K : 1));
 
-    const seqarch_linear_attention_inputs inputs{dtype, per_key, *q, *k, *v, maybe(has_decay, decay), 0.5, state.data()};
+    const seqarch_linear_attention_inputs inputs{dtype, per_key, *q, *k, *v, maybe(has_decay, decay), 0.5,
+                                                 state.data()};
     const seqarch_linear_attention_outputs outputs{o.data(), last.data()};
     const seqarch_linear_attention_gradients gradients{*dout, dlast.data(), dq.data(), dk.data(), dv.data(),
                                                        maybe(has_decay, ddecay), dstate.data()};

@@ -51,6 +51,8 @@ void log_linear_attention(Random& random) {
             before[i] = wrong;
             require(forward(sizes, s.packed()) == SEQARCH_BAD_ARGUMENT,
                     "log_linear_attention_forward took a wrong count");
+            require(backward(sizes, s.packed()) == SEQARCH_BAD_ARGUMENT,
+                    "log_linear_attention_backward took a wrong count");
             before[i] = right;
         }
     require(forward(sizes, s.packed()) == SEQARCH_OK, "log_linear_attention_forward refused");

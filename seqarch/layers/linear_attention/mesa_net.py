@@ -1,4 +1,4 @@
-"""MesaNet: every token reads the least-squares fit of the values to the keys before it."""
+"""MesaNet: every token reads the least-squares fit of the values to the keys up to it."""
 
 from __future__ import annotations
 

@@ -214,10 +214,8 @@ class RidgeRegression(RecurrentMixer):
         self.state_shape = (config.heads, config.keys, config.values)
 
     @abstractmethod
-    def project(
-        self, x: Tensor, state: Any, cu_seqlens: Boundaries
-    ) -> tuple[Tensor, Tensor, Covariance, Tensor | None]:
-        """q and v, what the covariance is made of, in the state's dtype, and the convolution's state."""
+    def project(self, x: Tensor, state: Any, cu_seqlens: Boundaries) -> Projected:
+        """What is solved and read, from the mixer's input x."""
 
     @abstractmethod
     def finish(self, x: Tensor, o: Tensor) -> Tensor:

@@ -79,10 +79,11 @@ def test_every_instruction_set_equals_the_reference(op: str, decay: str):
 
 def test_heads_of_values_one_wide_are_taken_side_by_side():
     """As slots are: with decays from 0 to -inf, packed, of more heads than a vector has numbers, and where gradients of
-    queries and keys are those of several tasks."""
+    queries and keys are those of several tasks, the last of which has fewer heads."""
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"T": 131, "H": 80, "V": 1}, {}),
         ({"T": 70, "H": 9, "G": 1, "V": 1, "K": 33, "B": 1}, {}),
+        ({"T": 130, "H": 37, "G": 1, "V": 1, "B": 2}, {}),
         ({"T": 1, "H": 6, "V": 1, "B": 3}, {}),
         ({"T": 200, "H": 6, "V": 1, "B": 1, "rows": 4}, {"cu_seqlens": (0, 64, 64, 65, 200)}),
     ]
@@ -144,6 +145,34 @@ def test_numbers_that_are_not_finite_stay_in_their_sequence(op: str):
             assert torch.equal(clean[name][:, 70:], found[name][:, 70:]), (decay, name)
         assert torch.equal(clean["last state"][1:], found["last state"][1:])
         assert torch.equal(clean["gradient of state"][1:], found["gradient of state"][1:])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("dtype", "rows", "H"), [("float64", 2, 37), ("float64", 4, 7), ("float32", 2, 137)])
+def test_heads_side_by_side_see_nothing_of_the_sequence_before(isa: str, dtype: str, rows: int, H: int):
+    """Nor does the last of a group's tasks, which has fewer heads than its buffers. Tasks go to whichever thread is
+    free: the first sequence is long, so that its last tasks end while those of the next ones are handed out."""
+    long, before = 640, torch.get_num_threads()
+    offsets = (0, *(long + 70 * i for i in range(rows)))
+    inputs = make(
+        "linear_attention", "step", 1, offsets[-1], G=1, H=H, K=65, V=1, dtype=getattr(torch, dtype), rows=rows
+    )
+    spoiled = {name: m.clone() for name, m in inputs.items()}
+    for name in ("q", "k", "v"):
+        spoiled[name][:, :long] = torch.nan
+    spoiled["state"][0] = torch.nan
+    try:
+        with cpu_library.use_isa(isa):
+            clean = gradients("linear_attention", "chunk_cpp", inputs, cu_seqlens=offsets)
+            for threads in (1, 2, 3, 3, 5, 5, 5):
+                torch.set_num_threads(threads)
+                found = gradients("linear_attention", "chunk_cpp", spoiled, cu_seqlens=offsets)
+                for name in ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of log_decay"):
+                    assert torch.equal(clean[name][:, long:], found[name][:, long:]), (threads, name)
+                for name in ("last state", "gradient of state"):
+                    assert torch.equal(clean[name][1:], found[name][1:]), (threads, name)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("op", COMPILED if ISAS else ())

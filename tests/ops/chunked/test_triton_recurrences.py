@@ -46,7 +46,9 @@ THOROUGH = [
     for decay in ("none", "head", "step", "key")
     for shape in ({"T": 131, "B": 2, "H": 1}, {"T": 20, "K": 70, "V": 69}, {"T": 2, "K": 1, "V": 1})
 ]
-"""Rows in the longest shape, heads in the others: a program takes one head of one row, so that each pays for itself."""
+THOROUGH += [(op, decay, {"T": 66}) for op, decay in (("delta_rule", "step"), ("linear_attention", "key"))]
+"""Rows in the longest shape, heads in most others: a program takes one head of one row, so that each pays for itself.
+Several heads of several chunks are where what is kept of a chunk has a stride of its own."""
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
