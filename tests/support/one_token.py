@@ -19,10 +19,10 @@ class Runs:
     count: int = 0
 
 
-NOT_CAPTURED = ("hyena", "nsa", "path_attention", *(name for name in MIXERS if name.startswith("log_linear")))
+NOT_CAPTURED = ("hyena", "nsa", "path_attention")
 CAPTURED = tuple(name for name in MIXERS if name not in NOT_CAPTURED)
 """A step of ``hyena`` compares filters by their values; ``nsa`` pads by a length, which torch does not capture; one of
-``path_attention`` writes all of its keys anew; one of log-linear attention depends on the bits of the position."""
+``path_attention`` writes all of its keys anew."""
 
 
 def make(pattern: str = "mamba", depth: int = 2, width: int = 96, **options: object) -> Stack:
