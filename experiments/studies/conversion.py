@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from experiments.report.statistics import Interval, Verdict, mean_interval, verd
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.claims import decide, lacks
-from experiments.studies.protocol import Arm, Progress, Protocol
+from experiments.studies.protocol import IN_MINUTES, Arm, Progress, Protocol
 from experiments.studies.records import model_of
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Learnt, Results, Version
@@ -179,7 +179,7 @@ class Conversion(TrainedStudy):
         "small": Version(
             f"{COMMON} task.length=64 task.test_lengths=[128] train.batch_size=8 train.warmup=2 train.eval_every=25",
             arms(("gated_delta_net",), (), shorter=20),
-            Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1), fixed_budget=True),
+            replace(IN_MINUTES, fixed_budget=True),
             claims(("gated_delta_net",)),
         ),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 
 from experiments.studies import plots
 from experiments.studies.claims import decide
-from experiments.studies.protocol import Arm, Progress, Protocol
+from experiments.studies.protocol import IN_MINUTES, LONG_RUNS, Arm, Progress
 from experiments.studies.recall_state import BY_LENGTH, BY_PAIRS, LEARNT, MOST
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Results, Version
@@ -109,8 +110,7 @@ class HybridRatio(TrainedStudy):
         "recorded": Version(
             COMMON,
             arms(),
-            Protocol(rates=(-6, -5, -4), most_rates=6, tuning_seeds=(100,), reporting_seeds=(0, 1, 2, 3, 4),
-                     tests_for_reporting=True),
+            replace(LONG_RUNS, tests_for_reporting=True),
             claims(),
             LEARNT,
         ),
@@ -119,7 +119,7 @@ class HybridRatio(TrainedStudy):
             " task.test_examples=16 'task.test_on=[{length: 256, pairs: 64}]' train.steps=60 train.plateau_tokens=30720"
             " match.parameters=250k",
             arms(("gated_delta_net",), (1,)),
-            Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1)),
+            IN_MINUTES,
         ),
     }  # fmt: skip
 

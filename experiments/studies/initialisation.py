@@ -14,7 +14,7 @@ from experiments.report.statistics import mean_interval, share_interval, steps_t
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.claims import decide, scores_of, steps_to
-from experiments.studies.protocol import Arm, Progress, Protocol, rate_of
+from experiments.studies.protocol import IN_MINUTES, Arm, Progress, Protocol, rate_of
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Results, Version
 from experiments.studies.trained_study import TrainedStudy
@@ -141,7 +141,7 @@ class Initialisation(TrainedStudy):
             "experiment=initialisation task.pairs=4 task.length=32 train.steps=400 train.plateau_tokens=102400"
             " train.target=0.99",
             arms(("attention", "mamba2")),
-            Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1)),
+            IN_MINUTES,
         ),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -13,7 +14,7 @@ from experiments.report.maps import cells_of, draw_cells
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.claims import decide
-from experiments.studies.protocol import Arm, Progress, Protocol
+from experiments.studies.protocol import IN_MINUTES, LONG_RUNS, Arm, Progress
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Learnt, Results, Version
 from experiments.studies.trained_study import TrainedStudy
@@ -117,8 +118,7 @@ class Needle(TrainedStudy):
         "recorded": Version(
             COMMON,
             arms(),
-            Protocol(rates=(-6, -5, -4), most_rates=6, tuning_seeds=(100,), reporting_seeds=(0, 1, 2, 3, 4),
-                     tests_for_reporting=True),
+            replace(LONG_RUNS, tests_for_reporting=True),
             claims(),
             LEARNT,
         ),
@@ -126,7 +126,7 @@ class Needle(TrainedStudy):
             f"{COMMON} task.length=128 task.needles=1 task.questions=1 task.digits=2 task.train_on=[]"
             " 'task.test_lengths=[256,512]' train.batch_size=16 train.steps=300",
             arms(("attention, no positions", "gated_delta_net")),
-            Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1)),
+            IN_MINUTES,
         ),
     }  # fmt: skip
 

@@ -110,6 +110,13 @@ class Protocol:
         return without(asdict(self), tuple(name for name in later if not getattr(self, name)))
 
 
+LONG_RUNS = Protocol(rates=(-6, -5, -4), most_rates=6, tuning_seeds=(100,))
+"""Of studies whose runs take minutes each: few rates to begin with, on one seed."""
+
+IN_MINUTES = Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1))
+"""Of small versions, which show that a study runs, and decide nothing."""
+
+
 def rate_of(half_decades: int) -> float:
     """``-5`` is 0.003."""
     return float(f"{10 ** (half_decades / 2):.0e}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from experiments.report.figures import bytes_text
 from experiments.report.statistics import Interval
 from experiments.studies import plots
 from experiments.studies.claims import decide, decide_one
-from experiments.studies.protocol import Arm, Progress, Protocol
+from experiments.studies.protocol import IN_MINUTES, LONG_RUNS, Arm, Progress
 from experiments.studies.records import model_of, state_after
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Learnt, Results, Version
@@ -139,8 +140,7 @@ class RecallState(TrainedStudy):
         "recorded": Version(
             COMMON,
             arms(),
-            Protocol(rates=(-6, -5, -4), most_rates=6, tuning_seeds=(100,), reporting_seeds=(0, 1, 2, 3, 4),
-                     tests_for_reporting=True),
+            replace(LONG_RUNS, tests_for_reporting=True),
             claims(),
             LEARNT,
         ),
@@ -149,7 +149,7 @@ class RecallState(TrainedStudy):
             " 'task.test_on=[{length: 64, pairs: 4}, {length: 1024, pairs: 256}]'"
             " train.steps=200 train.plateau_tokens=102400",
             arms(("delta_net",), (8, 20)),
-            Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1)),
+            IN_MINUTES,
         ),
     }  # fmt: skip
 

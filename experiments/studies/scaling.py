@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from experiments.report.statistics import Interval, Verdict, difference, mean_in
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.claims import lacks
-from experiments.studies.protocol import Arm, Progress, Protocol
+from experiments.studies.protocol import IN_MINUTES, LONG_RUNS, Arm, Progress, Protocol
 from experiments.studies.records import model_of
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Results, Version
@@ -168,14 +168,13 @@ class Scaling(TrainedStudy):
         "recorded": Version(
             COMMON,
             arms(),
-            Protocol(rates=(-6, -5, -4), most_rates=6, tuning_seeds=(100,), reporting_seeds=(0, 1, 2, 3, 4),
-                     fixed_budget=True),
+            replace(LONG_RUNS, fixed_budget=True),
             claims(),
         ),
         "small": Version(
             f"{SMALL} task.validation_files=4 task.test_files=4 train.steps=20 train.eval_every=20",
             arms(("attention", DELTA), (16, 32, 48), matched=False),
-            Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1), fixed_budget=True),
+            replace(IN_MINUTES, fixed_budget=True),
         ),
         "large": Version(
             f"{COMMON} task.length=2048 task.eval_length=16384 train.batch_size=2",

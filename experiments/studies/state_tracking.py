@@ -11,7 +11,7 @@ from experiments.report.statistics import mean_interval, share_interval
 from experiments.runs.recorded import RecordedRun
 from experiments.studies import plots
 from experiments.studies.claims import decide, scores_of
-from experiments.studies.protocol import Arm, Progress, Protocol
+from experiments.studies.protocol import IN_MINUTES, Arm, Progress, Protocol
 from experiments.studies.study import Figure, Table
 from experiments.studies.trained import Claim, Results, Version
 from experiments.studies.trained_study import TrainedStudy
@@ -124,7 +124,7 @@ class StateTracking(TrainedStudy):
         "small": Version(
             f"{COMMON} train.steps=300 train.plateau_tokens=51200 'task.test_lengths=[128,256,1024]'",
             arms({"parity": ("delta_net, positive", "delta_net, negative")}),
-            Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1)),
+            IN_MINUTES,
         ),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,7 @@ from experiments.report.figures import mark_length
 from experiments.report.statistics import Verdict, mean_interval, verdict
 from experiments.studies import plots
 from experiments.studies.claims import decide, lacks, scores_of
-from experiments.studies.protocol import Arm, Progress, Protocol
+from experiments.studies.protocol import IN_MINUTES, LONG_RUNS, Arm, Progress
 from experiments.studies.study import Figure, Table
 from experiments.studies.text_programs import Program, TextResults, between, measure, read_results
 from experiments.studies.trained import Claim, Results, Version
@@ -96,8 +97,7 @@ class TextLength(TrainedStudy):
         "recorded": Version(
             COMMON,
             arms(),
-            Protocol(rates=(-6, -5, -4), most_rates=6, tuning_seeds=(100,), reporting_seeds=(0, 1, 2, 3, 4),
-                     fixed_budget=True),
+            replace(LONG_RUNS, fixed_budget=True),
             claims(),
         ),
         "small": Version(
@@ -106,13 +106,12 @@ class TextLength(TrainedStudy):
             " task.test_files=4 train.batch_size=4 train.steps=20 train.warmup=2 train.eval_every=20"
             " model.depth=2 model.d_model=32",
             arms(("sliding_window", DELTA)),
-            Protocol(rates=(-5, -4), most_rates=2, tuning_seeds=(100,), reporting_seeds=(0, 1), fixed_budget=True),
+            replace(IN_MINUTES, fixed_budget=True),
         ),
         "large": Version(
             LENGTHENED,
             arms(),
-            Protocol(rates=(-6, -5, -4), most_rates=6, tuning_seeds=(100,), reporting_seeds=(0, 1, 2, 3, 4),
-                     fixed_budget=True),
+            replace(LONG_RUNS, fixed_budget=True),
             claims(),
         ),
     }  # fmt: skip
