@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "dtypes.h"
 #include "numbers.h"
+#include "parallel.h"
 #include "seqarch.h"
 
 namespace {
@@ -133,13 +134,19 @@ void forward_block(const Problem<T>& p, const Block& block, int64_t c0, T* y, T*
         std::copy_n(h.row(steps + i), h.n, state_out + (block.sequence * (p.width - 1) + i) * p.channels + c0);
 }
 
+// body(b, c0) for each of `count` blocks of time and each block of channels, which begins at c0.
+template <class T, class Body>
+void for_each_block(const Problem<T>& p, int64_t count, Body body) {
+    const int64_t across = (p.channels + kChannelBlock - 1) / kChannelBlock;
+    seqarch::parallel_for(count * across, p.worth_threads(count) ? p.num_threads : 1,
+                          [&](int64_t i) { body(i / across, i % across * kChannelBlock); });
+}
+
 template <class T>
 void forward(const Problem<T>& p, T* y, T* state_out) {
     const std::vector<Block> blocks = cut(p, 0);
     const int64_t count = static_cast<int64_t>(blocks.size());
-#pragma omp parallel for collapse(2) schedule(static) num_threads(p.num_threads) if (p.worth_threads(count))
-    for (int64_t b = 0; b < count; ++b)
-        for (int64_t c0 = 0; c0 < p.channels; c0 += kChannelBlock) forward_block(p, blocks[b], c0, y, state_out);
+    for_each_block(p, count, [&](int64_t b, int64_t c0) { forward_block(p, blocks[b], c0, y, state_out); });
 }
 
 template <class T>
@@ -214,10 +221,8 @@ void backward(const Problem<T>& p, const Gradients<T>& g) {
     const int64_t count = static_cast<int64_t>(blocks.size());
     const int64_t share = (p.width + 1) * p.channels;
     std::vector<Acc<T>> shares(count * share);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(p.num_threads) if (p.worth_threads(count))
-    for (int64_t b = 0; b < count; ++b)
-        for (int64_t c0 = 0; c0 < p.channels; c0 += kChannelBlock)
-            backward_block(p, g, blocks[b], c0, &shares[b * share]);
+    for_each_block(p, count,
+                   [&](int64_t b, int64_t c0) { backward_block(p, g, blocks[b], c0, &shares[b * share]); });
 
     std::vector<Acc<T>> total(share);
     for (int64_t b = 0; b < count; ++b)

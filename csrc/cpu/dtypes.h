@@ -4,6 +4,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "flush_denormals.h"
 #include "numbers.h"
 #include "seqarch.h"
 
@@ -12,6 +13,7 @@ namespace seqarch {
 // Calls f with a null pointer of the activation type, and turns a failed allocation into its code.
 template <class F>
 int32_t with_dtype(int32_t dtype, F f) {
+    const FlushDenormals flush;
     try {
         switch (dtype) {
             case SEQARCH_FLOAT32: f(static_cast<float*>(nullptr)); return SEQARCH_OK;

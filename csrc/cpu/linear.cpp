@@ -7,6 +7,7 @@
 #include "arguments.h"
 #include "dtypes.h"
 #include "buffer.h"
+#include "parallel.h"
 #include "seqarch.h"
 
 namespace {
@@ -18,10 +19,10 @@ constexpr int64_t kSmallWork = 1 << 20;  // weights fewer than starting the thre
 template <class T, class A>
 void linear(const A* x, const T* weight, const A* bias, T* y, int64_t rows, int64_t depth, int64_t width, int threads) {
     const int team = width * depth < kSmallWork ? 1 : threads;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (int64_t j = 0; j < width; ++j)
+    parallel_for(width, team, [&](int64_t j) {
         products_of_all(rows, depth, weight + j * depth, x, depth,
                         [=](int64_t r, A sum) { store(y + r * width + j, sum + (bias ? bias[j] : A(0))); });
+    });
 }
 
 }  // namespace

@@ -6,9 +6,33 @@
 #endif
 
 #include "buffer.h"
+#include "flush_denormals.h"
 #include "simd.h"
 
 namespace seqarch {
+
+// body(i) for each i below `count`, in equal shares of consecutive ones. Work on several threads goes through here or
+// through what follows, so that none of them computes with denormal numbers.
+template <class Body>
+void parallel_for(int64_t count, int num_threads, Body body) {
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        const FlushDenormals flush;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) body(i);
+    }
+}
+
+// The same, each in turn to whichever thread is free.
+template <class Body>
+void parallel_tasks(int64_t count, int num_threads, Body body) {
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        const FlushDenormals flush;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; ++i) body(i);
+    }
+}
 
 // run(task, scratch) for each of `count` tasks, in turn to whichever thread is free; `lay_out` takes a thread's scratch
 // from an arena. All memory is taken before the threads start, where a failure can still be reported. Each thread's

@@ -128,14 +128,14 @@ struct Shared {
     void add_up(const Sizes& sizes, int num_threads) const {
         if (parts.empty()) return;
         const int64_t width = sizes.groups * sizes.keys, tokens = sizes.tokens();
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-        for (int64_t t = 0; t < tokens; ++t)
+        parallel_for(tokens, num_threads, [&](int64_t t) {
             for (int64_t x = 0; x < width; ++x) {
                 Acc<T> sum = 0;
                 for (int64_t part = 0; part < sizes.tasks_per_group; ++part)
                     sum += parts[(part * tokens + t) * width + x];
                 store(to + t * width + x, sum);
             }
+        });
     }
 };
 

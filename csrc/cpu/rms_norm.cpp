@@ -11,6 +11,7 @@
 #include "dtypes.h"
 #include "heads.h"
 #include "numbers.h"
+#include "parallel.h"
 #include "seqarch.h"
 
 namespace {
@@ -154,9 +155,9 @@ void backward_rows(const Problem<T>& p, const Gradients<T>& g, int64_t begin, in
 template <Gate G, class T>
 void forward(const Problem<T>& p, T* y, T* scale, int num_threads) {
     const int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (p.rows * p.width > kSmallWork)
-    for (int64_t b = 0; b < blocks; ++b)
+    seqarch::parallel_for(blocks, p.rows * p.width > kSmallWork ? num_threads : 1, [&](int64_t b) {
         forward_rows<G>(p, b * kRowBlock, std::min((b + 1) * kRowBlock, p.rows), y, scale);
+    });
 }
 
 template <Gate G, class T>
@@ -164,11 +165,10 @@ void backward(const Problem<T>& p, const Gradients<T>& g, int num_threads) {
     const int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock, size = p.weight ? p.weights * p.width : 0;
     const int64_t each = 2 * p.width + size;
     std::vector<T> memory(std::max<int64_t>(blocks, 1) * each);
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (p.rows * p.width > kSmallWork)
-    for (int64_t b = 0; b < blocks; ++b) {
+    seqarch::parallel_for(blocks, p.rows * p.width > kSmallWork ? num_threads : 1, [&](int64_t b) {
         T* own = memory.data() + b * each;
         backward_rows<G>(p, g, b * kRowBlock, std::min((b + 1) * kRowBlock, p.rows), own, own + 2 * p.width);
-    }
+    });
     if (!g.dweight) return;
     std::fill_n(g.dweight, size, T(0));
     for (int64_t b = 0; b < blocks; ++b)

@@ -6,6 +6,7 @@
 #include "dtypes.h"
 #include "heads.h"
 #include "numbers.h"
+#include "parallel.h"
 #include "seqarch.h"
 
 namespace {
@@ -21,8 +22,7 @@ void turn(const seqarch_rotary_arguments& a, int num_threads) {
     const Heads<T> x(a.x);
     const T sign = a.back ? T(-1) : T(1);
     const int64_t tokens = a.batch * a.length, half = a.half;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (tokens * a.heads * a.width > kSmallWork)
-    for (int64_t token = 0; token < tokens; ++token) {
+    seqarch::parallel_for(tokens, tokens * a.heads * a.width > kSmallWork ? num_threads : 1, [&](int64_t token) {
         const int64_t batch = token / a.length, time = token % a.length;
         const int64_t place = (batch * a.table_stride + time) * half;
         const T *__restrict cosine = static_cast<const T*>(a.cosine) + place;
@@ -38,7 +38,7 @@ void turn(const seqarch_rotary_arguments& a, int num_threads) {
             }
             std::copy(from + 2 * half, from + a.width, to + 2 * half);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -116,15 +116,14 @@ void forward(const Problem<A>& p, const Outputs<A>& out) {
     const std::vector<Run> runs = cut(p, team, blocks);
     std::vector<Scratch<A>> scratch;
     for (int i = 0; i < team; ++i) scratch.emplace_back(p, std::min(p.chunk, p.longest()), blocks);
-#pragma omp parallel for schedule(dynamic) num_threads(team) if (team > 1)
-    for (size_t i = 0; i < runs.size(); ++i) {
+    seqarch::parallel_tasks(static_cast<int64_t>(runs.size()), team, [&](int64_t i) {
         Scratch<A>& w = scratch[thread_number()];
         if (out.starts || p.steps(runs[i].sequence) >= kFewSteps || p.states < kLanes / 2) {
             forward_run(p, out, runs[i], w);
         } else {
             for (int64_t b = runs[i].begin; b < runs[i].end; ++b) step_item(p, out, item_of(p, runs[i], b), w);
         }
-    }
+    });
 }
 
 }  // namespace

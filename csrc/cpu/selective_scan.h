@@ -11,9 +11,8 @@
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
-#include <new>
 #include <numeric>
-#include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
@@ -22,7 +21,9 @@
 
 #include "arguments.h"
 #include "buffer.h"
+#include "dtypes.h"
 #include "numbers.h"
+#include "parallel.h"
 #include "rows.h"
 #include "seqarch.h"
 
@@ -240,20 +241,13 @@ void load_start(const Problem<A>& p, const Item& item, const A* start, A* tiles)
                         tiles + c * p.states + n * kLanes);
 }
 
-// Calls f with a null pointer of the accumulation type, and turns a failed allocation into its code.
+// Calls f with a null pointer of the accumulation type, as with_dtype does.
 template <class F>
 int32_t with_accumulation(int32_t dtype, F f) {
-    try {
-        switch (dtype) {
-            case SEQARCH_FLOAT32: f(static_cast<float*>(nullptr)); return SEQARCH_OK;
-            case SEQARCH_FLOAT64: f(static_cast<double*>(nullptr)); return SEQARCH_OK;
-            default: return SEQARCH_BAD_ARGUMENT;
-        }
-    } catch (const std::bad_alloc&) {
-        return SEQARCH_OUT_OF_MEMORY;
-    } catch (const std::length_error&) {  // of a std::vector
-        return SEQARCH_OUT_OF_MEMORY;
-    }
+    if (dtype == SEQARCH_BFLOAT16) return SEQARCH_BAD_ARGUMENT;
+    return with_dtype(dtype, [&](auto* type) {
+        if constexpr (!std::is_same_v<decltype(type), bfloat16*>) f(type);
+    });
 }
 
 // Whether a kernel computes with these inputs. What it works in has for each step a state and a number of each channel,

@@ -237,8 +237,7 @@ void write_shared(const Problem<A>& p, const A* shares, const seqarch_rows& rows
     for (int64_t s = 0; s < p.sequences; ++s) first[s + 1] = first[s] + p.steps(s);
     std::vector<Buffer<A>> sums;
     for (int i = 0; i < team; ++i) sums.emplace_back(N);
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (int64_t row = 0; row < total; ++row) {
+    seqarch::parallel_for(total, team, [&](int64_t row) {
         const int64_t s = std::upper_bound(first.begin(), first.end(), row) - first.begin() - 1;
         A* __restrict sum = sums[thread_number()];
         for (int64_t g = 0; g < p.groups; ++g) {
@@ -247,7 +246,7 @@ void write_shared(const Problem<A>& p, const A* shares, const seqarch_rows& rows
                 for (int64_t n = 0; n < N; ++n) sum[n] += shares[(b * total + row) * N + n];
             write(rows, p.element(rows, s, row - first[s]) + g * N, N, sum);
         }
-    }
+    });
 }
 
 template <bool kShared, class A>
@@ -261,8 +260,8 @@ void backward(const Problem<A>& p, const Gradients<A>& g) {
                            Buffer<A>(rows)};
     std::vector<BackwardScratch<A>> scratch;
     for (int i = 0; i < team; ++i) scratch.emplace_back(p, std::min(p.chunk, p.longest()), longest);
-#pragma omp parallel for schedule(dynamic) num_threads(team) if (team > 1)
-    for (size_t i = 0; i < runs.size(); ++i) backward_run<kShared>(p, g, runs[i], scratch[thread_number()], shares);
+    seqarch::parallel_tasks(static_cast<int64_t>(runs.size()), team,
+                            [&](int64_t i) { backward_run<kShared>(p, g, runs[i], scratch[thread_number()], shares); });
 
     over_shares(p.sequences, p.channels * p.states, +shares.dA, g.dA);
     if (g.dD) over_shares(p.sequences, p.channels, +shares.dD, g.dD);

@@ -91,23 +91,6 @@ inline Vector<double> power_of_two(Vector<double> x) {
     return x;
 }
 
-// While one lives, results too small for a normal number are 0: states that decay towards 0 stay fast, as processors
-// compute with such numbers in microcode, at a hundred cycles and more each.
-class FlushDenormals {
-#ifdef __SSE2__
-    unsigned before = _mm_getcsr();
-
-  public:
-    FlushDenormals() { _mm_setcsr(before | 0x8040u); }
-    ~FlushDenormals() { _mm_setcsr(before); }
-#else
-  public:
-    FlushDenormals() {}
-#endif
-    FlushDenormals(const FlushDenormals&) = delete;
-    FlushDenormals& operator=(const FlushDenormals&) = delete;
-};
-
 // Hands out parts of one allocation, each at a cache line and full of zeros; without memory it only counts.
 template <class A>
 class Arena {

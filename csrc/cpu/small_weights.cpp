@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "buffer.h"
+#include "parallel.h"
 
 namespace {
 
@@ -46,6 +47,7 @@ int32_t seqarch_quantized_linear(const seqarch_quantized_linear_arguments* argum
     const int team = a.width * a.depth < kSmallWork ? 1 : num_threads;
     const int64_t parts = (a.width + kPart - 1) / kPart;
     const bool integers = has_integer_products();
+    const FlushDenormals flush;
     static thread_local Kept kept;
     uint8_t* prepared;
     try {
@@ -54,9 +56,9 @@ int32_t seqarch_quantized_linear(const seqarch_quantized_linear_arguments* argum
         return SEQARCH_OUT_OF_MEMORY;
     }
     prepare(weights, a.rows, x, a.depth, integers, prepared);
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (int64_t part = 0; part < parts; ++part)
+    parallel_for(parts, team, [&](int64_t part) {
         small_products_of_all(weights, part * kPart, std::min(a.width, (part + 1) * kPart), a.rows, integers, prepared,
                               [=](int64_t r, int64_t j, float sum) { y[r * a.width + j] = sum + (bias ? bias[j] : 0.0f); });
+    });
     return SEQARCH_OK;
 }

@@ -4,6 +4,7 @@
 #include "arguments.h"
 #include "dtypes.h"
 #include "numbers.h"
+#include "parallel.h"
 #include "seqarch.h"
 
 namespace {
@@ -15,19 +16,17 @@ constexpr int64_t kSmallWork = 1 << 14;  // fewer numbers than starting the thre
 
 template <class T>
 void forward(const T* x, T* y, int64_t rows, int64_t width, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * width > kSmallWork)
-    for (int64_t row = 0; row < rows; ++row) {
+    seqarch::parallel_for(rows, rows * width > kSmallWork ? num_threads : 1, [&](int64_t row) {
         const T *__restrict gate = x + 2 * row * width, *__restrict value = gate + width;
         T* __restrict out = y + row * width;
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) out[i] = gate[i] * seqarch::sigmoid(gate[i]) * value[i];
-    }
+    });
 }
 
 template <class T>
 void backward(const T* x, const T* dy, T* dx, int64_t rows, int64_t width, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * width > kSmallWork)
-    for (int64_t row = 0; row < rows; ++row) {
+    seqarch::parallel_for(rows, rows * width > kSmallWork ? num_threads : 1, [&](int64_t row) {
         const T *__restrict gate = x + 2 * row * width, *__restrict value = gate + width;
         const T* __restrict upstream = dy + row * width;
         T *__restrict dgate = dx + 2 * row * width, *__restrict dvalue = dgate + width;
@@ -37,7 +36,7 @@ void backward(const T* x, const T* dy, T* dx, int64_t rows, int64_t width, int n
             dgate[i] = upstream[i] * value[i] * s * (T(1) + gate[i] * (T(1) - s));
             dvalue[i] = upstream[i] * gate[i] * s;
         }
-    }
+    });
 }
 
 bool valid(int64_t rows, int64_t width, int32_t dtype, int num_threads) {

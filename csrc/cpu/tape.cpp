@@ -14,6 +14,7 @@
 
 #include "arguments.h"
 #include "buffer.h"
+#include "flush_denormals.h"
 #include "functions.h"
 #include "linear.h"
 #include "numbers.h"
@@ -760,6 +761,7 @@ public:
     int32_t together(int team) {
 #pragma omp parallel num_threads(team)
         {
+            const FlushDenormals flush;
 #ifdef _OPENMP
             const int number = omp_get_thread_num();
 #else
@@ -858,6 +860,7 @@ int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int
     double weights = 0;
     for (int64_t i = 0; i < tape->count; ++i)
         if (tape->instructions[i].kind == SEQARCH_MAP) weights += static_cast<double>(weight_bytes(tape->instructions[i]));
+    const FlushDenormals flush;
     static thread_local Kept kept;
     const bool integers = has_integer_products();
     uint8_t* room;
