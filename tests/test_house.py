@@ -238,6 +238,13 @@ def test_files_and_functions_are_short():
         assert not {name: length for name, length in lengths.items() if length > 60}, file
 
 
+def test_lines_of_cpp_are_no_longer_than_those_of_python():
+    for file in (path for top in ("csrc", "tests") for path in (ROOT / top).rglob("*") if path.is_file()):
+        if file.suffix in (".cpp", ".h", ".cu", ".cuh"):
+            lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+            assert not [number for number, line in lines if len(line) > 120], file
+
+
 def test_every_file_says_what_it_is():
     silent = [file for file in FILES if not ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))]
     assert not silent

@@ -161,39 +161,24 @@ void backward_tile(const Inputs<T>& in, const Gradients<T>& g, const Sequence& s
             add_bias_gradients(s.seen, s.keys.dscores, tile,
                                sums.bias + (key - sums.keys.first_key) * sums.bias_stride, sums.bias_stride);
     });
-    const A scale = in.factor * A(kLn2);
-    for (int64_t c = 0; c < tile.columns; ++c)
-        unpack(1, sizes.key_width, s.gradients.dq + c * padded<A>(sizes.key_width), 0, scale,
-               g.dq + tile.place(sizes, sequence, c) * sizes.key_width, 0);
+    write_query_gradients(sizes, sequence, tile, s.gradients.dq, in.factor, g.dq);
 }
 
 template <class T>
 void backward(const Inputs<T>& in, const Gradients<T>& g) {
     using A = Acc<T>;
     const Sizes& sizes = in.sizes;
-    const std::vector<TilesPart> parts = cut(sizes);
-    std::vector<KeyPart> key_parts;
-    for (const TilesPart& part : parts) key_parts.push_back(part.keys);
-    std::vector<KeySpan> spans;
-    for (int64_t s = 0; s < sizes.sequences; ++s)
-        spans.push_back({Sequence(sizes, s).key.token, 0, Sequence(sizes, s).keys});
-    const KeySums<T> dk(key_parts, sizes.key_width), dv(key_parts, sizes.value_width);
-    const KeySums<A> dbias(key_parts, g.dkey_bias ? sizes.sharing() : 0);
+    const BackwardParts all(sizes);
+    const KeySums<A> dbias(all.keys, g.dkey_bias ? sizes.sharing() : 0);
     const int threads = threads_for(sizes, in.num_threads);
-    run_parallel<A>(
-        parts.size(), threads, [&](Arena<A>& arena) { return BackwardScratch<A>(in, arena); },
-        [&](int64_t t, BackwardScratch<A>& scratch) {
-            const TilesPart& part = parts[parts.size() - 1 - t];  // those with most keys first
-            const Sequence sequence(sizes, part.keys.span);
-            const PartSums<A> keys{dk.start(part.keys), dv.start(part.keys), dk.stride(), dv.stride(),
-                                   part.keys.first_key};
+    over_parts(
+        sizes, all, threads, g.dk, g.dv, [&](Arena<A>& arena) { return BackwardScratch<A>(in, arena); },
+        [&](const TilesPart& part, const Sequence& sequence, const PartSums<A>& keys, BackwardScratch<A>& scratch) {
             const Sums<A> sums{keys, g.dkey_bias ? dbias.start(part.keys) : nullptr, dbias.stride()};
             for (int64_t tile = part.first; tile < part.last; ++tile)
                 backward_tile(in, g, sequence, Tile(sizes, sequence, part.keys.group, tile), sums, scratch);
         });
-    dk.add_up(spans, sizes.groups, A(kLn2), g.dk, threads);
-    dv.add_up(spans, sizes.groups, A(1), g.dv, threads);
-    if (g.dkey_bias) dbias.add_up(spans, sizes.groups, A(1), g.dkey_bias, threads);
+    if (g.dkey_bias) dbias.add_up(all.spans, sizes.groups, A(1), g.dkey_bias, threads);
 }
 
 Sizes sizes_of(const seqarch_attention_inputs& in) {

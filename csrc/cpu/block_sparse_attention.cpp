@@ -2,8 +2,8 @@
 //
 // What all lists name is sorted by block, so that a block's keys meet the queries that list it in tiles: gathered,
 // scored as in softmax_tiles.h, and put back. A part of the work is some queries of one sequence and head of lists. It
-// goes over its blocks in order; sums for keys are the parts', added in order. What a part is depends on the sizes alone,
-// so results do not depend on the number of threads.
+// goes over its blocks in order; sums for keys are the parts', added in order. What a part is depends on the sizes
+// alone, so results do not depend on the number of threads.
 #include <vector>
 
 #include "arguments.h"
@@ -241,8 +241,8 @@ void load_part(const Sizes& sizes, const QueriesPart& part, const Heads<T>& from
              padded<Acc<T>>(width));
 }
 
-// Calls start() when some columns of a part are gathered, each(key) for each tile of the keys of their block, loaded from
-// that key on, then finish().
+// Calls start() when some columns of a part are gathered, each(key) for each tile of the keys of their block, loaded
+// from that key on, then finish().
 template <class T, class Start, class Each, class Finish>
 void each_tile(const Inputs<T>& in, const QueriesPart& part, const Sorted& sorted, Scratch<Acc<T>>& s, Start start,
                Each each, Finish finish) {
@@ -367,7 +367,8 @@ void backward_part(const Inputs<T>& in, const Gradients<T>& g, const QueriesPart
             [&](int64_t c) { return g.log_sum[part.place(sizes, gathered.column[c])]; });
     };
     const auto add = [&] {
-        for (int64_t c = 0; c < gathered.count; ++c) add_row(row, s.gradients.dq + c * row, s.dq + gathered.column[c] * row);
+        for (int64_t c = 0; c < gathered.count; ++c)
+            add_row(row, s.gradients.dq + c * row, s.dq + gathered.column[c] * row);
     };
     const auto each = [&](int64_t key) {
         attend_backward(s.seen, s.keys, s.columns, s.gradients, sums.dk(key), sums.dv(key));
@@ -454,6 +455,7 @@ int32_t seqarch_block_sparse_attention_backward(const seqarch_block_sparse_atten
         const auto& g = *gradients;
         backward(inputs_of<T>(sizes, *inputs, num_threads),
                  Gradients<T>{Heads<T>(g.o), Heads<T>(g.dout), static_cast<const Acc<T>*>(g.log_sum),
-                              static_cast<const Acc<T>*>(g.dlse), static_cast<T*>(g.dq), static_cast<T*>(g.dk), static_cast<T*>(g.dv)});
+                              static_cast<const Acc<T>*>(g.dlse), static_cast<T*>(g.dq), static_cast<T*>(g.dk),
+                              static_cast<T*>(g.dv)});
     });
 }

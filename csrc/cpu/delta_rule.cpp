@@ -1,14 +1,15 @@
 // The delta rule with any diagonal decay, forward and backward. See seqarch.h for the equation and the arguments.
 //
-// Within a chunk that starts from the state S, with x' for x decayed from the chunk's start or to its end and r = -read,
+// Within a chunk that starts from the state S, with x' for x decayed from the chunk's start or to its end and r =
+// -read,
 //
 //   X = V + r' S + M U,   U = beta X,   M[i, j] = r_i . erase_j decayed, j < i:   row after row, a triangular system
 //   o = q' S + P U,       S' = decayed S + erase'^T U
 //
 // and, with erase and k apart, W = beta V:   X = r' S + M U + Mk W,   o += Pk W,   S' += k'^T W.
 //
-// Tasks are cut as in linear_attention.cpp. Backward goes over the sequence twice: forward for the states at the chunks'
-// starts and X, back for the gradients. Of U its gradient follows from the transposed system.
+// Tasks are cut as in linear_attention.cpp. Backward goes over the sequence twice: forward for the states at the
+// chunks' starts and X, back for the gradients. Of U its gradient follows from the transposed system.
 #include "recurrence.h"
 
 namespace {
@@ -486,7 +487,9 @@ int32_t seqarch_delta_rule_backward(const seqarch_delta_rule_inputs* inputs,
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         const auto& g = *gradients;
-        const auto shared = [](void* to, bool wanted = true) { return Shared<T>(wanted ? static_cast<T*>(to) : nullptr); };
+        const auto shared = [](void* to, bool wanted = true) {
+            return Shared<T>(wanted ? static_cast<T*>(to) : nullptr);
+        };
         backward(problem<T>(*inputs, num_threads),
                  Gradients<T>{Heads<T>(g.dout), static_cast<const A*>(g.dstate_out), shared(g.dq), shared(g.dk),
                               shared(g.dread, inputs->read.data), shared(g.derase, inputs->erase.data),

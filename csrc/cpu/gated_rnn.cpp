@@ -215,7 +215,8 @@ const A* states_before(const Problem<A, Cell>& p, const A* steps, int64_t sequen
     return t ? steps + p.states(p.token(sequence, t - 1), head) : p.state + p.states(sequence, head);
 }
 
-// The gates' shares of the last outputs at steps [from, to), and these outputs; zeros where a sequence has no such step.
+// The gates' shares of the last outputs at steps [from, to), and these outputs; zeros where a sequence has no such
+// step.
 template <class A, class Cell>
 void recompute(const Problem<A, Cell>& p, const Block& block, const A* steps, int64_t from, int64_t to,
                BackwardScratch<A, Cell>& s) {

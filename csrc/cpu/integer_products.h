@@ -2,13 +2,13 @@
 //
 // x becomes integers: its largest number 2^22, or nearly 2^23 for codes of 4 bits, so that all of them are within
 // 2^-23 of the largest, as the sums of float32 are. They are written with three digits of 8 bits with a sign. One
-// instruction adds the products of 64 unsigned codes with 64 digits into 16 sums; those of three digits make the exact sum
-// of a lane, which then meets the scale of its group. Codes are made unsigned by adding 8 or 128, and what that adds, which
-// x alone says, is taken off. Sums of lanes stay below 2^31 (8 8 2^23 and 4 127 2^22); what overflows on the way does so
-// modulo 2^32. An x with a number that is not finite gives NaN.
+// instruction adds the products of 64 unsigned codes with 64 digits into 16 sums; those of three digits make the exact
+// sum of a lane, which then meets the scale of its group. Codes are made unsigned by adding 8 or 128, and what that
+// adds, which x alone says, is taken off. Sums of lanes stay below 2^31 (8 8 2^23 and 4 127 2^22); what overflows on
+// the way does so modulo 2^32. An x with a number that is not finite gives NaN.
 //
-// Included by small_weights.h alone. What the compiler may use is said here and not for the whole library, as processors
-// with AVX-512 lack these instructions or have them; has_integer_products() says which.
+// Included by small_weights.h alone. What the compiler may use is said here and not for the whole library, as
+// processors with AVX-512 lack these instructions or have them; has_integer_products() says which.
 #pragma once
 
 #include <cstdint>

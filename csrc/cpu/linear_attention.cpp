@@ -2,15 +2,15 @@
 //
 // A task is one sequence and some heads that share their queries and keys (forward also a part of the values). It goes
 // over chunks of tokens: scores within a chunk are matrix products, what came before it is a product with the state at
-// its start. Backward goes over the sequence twice: forward for the states at the chunks' starts, back for the gradients.
-// How heads are cut into tasks depends on the sizes alone, so sums do not depend on the number of threads. Heads whose
-// values are one wide are taken side by side, in linear_attention_narrow.cpp.
-#include "narrow_heads.h"
-#include "recurrence.h"
+// its start. Backward goes over the sequence twice: forward for the states at the chunks' starts, back for the
+// gradients. How heads are cut into tasks depends on the sizes alone, so sums do not depend on the number of threads.
+// Heads whose values are one wide are taken side by side, in linear_attention_narrow.cpp.
+#include "linear_attention.h"
 
 namespace {
 
 using namespace seqarch;
+using namespace seqarch::linear_attention;
 
 constexpr int64_t kChunk = 64;
 
@@ -32,23 +32,6 @@ struct Scratch {
           o(arena.take(kChunk * padded<A>(sizes.values))),
           states(arena.take(sizes.heads_per_task * sizes.keys * padded<A>(sizes.values))),
           decay(sizes.decay, kChunk, sizes.keys, arena) {}
-};
-
-template <class T>
-struct Problem {
-    using A = Acc<T>;
-    Sizes sizes;
-    Heads<T> q, k, v;
-    Heads<A> log_decay;
-    A scale;
-    const A* state;
-    int num_threads;
-};
-
-template <class T>
-struct Outputs {
-    T* o;
-    Acc<T>* state;
 };
 
 // One token: the state is read and written once.
@@ -108,7 +91,8 @@ void forward_task(const Problem<T>& p, const Task& task, const Outputs<T>& out, 
             pack(n, columns, p.v.at(row, h) + task.first_value, p.v.time, A(1), s.v, values_row);
             if (sizes.decay != DecayKind::none) s.decay.read(n, p.log_decay.at(row, h), p.log_decay.time);
             s.decay.scores(n, s.q, s.transposed_k, s.raw, s.scores);
-            multiply(Shape::lower_left, n, columns, n, as_is(s.scores, kChunk), s.v, values_row, s.o, values_row, false);
+            multiply(Shape::lower_left, n, columns, n, as_is(s.scores, kChunk), s.v, values_row, s.o, values_row,
+                     false);
             const A* q = s.decay.from_start(n, s.q, s.decayed_q);
             multiply(Shape::full, n, columns, sizes.keys, as_is(q, keys_row), state, values_row, s.o, values_row, true);
             unpack(n, columns, s.o, values_row, A(1),
@@ -123,16 +107,6 @@ void forward_task(const Problem<T>& p, const Task& task, const Outputs<T>& out, 
         unpack(sizes.keys, columns, s.states + (h - task.first_head) * sizes.keys * values_row, values_row, A(1),
                out.state + sizes.state(task.sequence, h) + task.first_value, sizes.values);
 }
-
-template <class T>
-struct Gradients {
-    using A = Acc<T>;
-    Heads<T> dout;
-    const A* dstate_out;
-    Shared<T> dq, dk;
-    T* dv;
-    A *dlog_decay, *dstate;
-};
 
 // Buffers of backward beyond those of forward; states are [V, K] here, keys along their rows.
 template <class A>
@@ -185,8 +159,8 @@ void recompute_states(const Problem<T>& p, const Task& task, Scratch<Acc<T>>& s,
 
 // The gradients of one head in one chunk, whose queries, keys and raw scores stand in s.
 template <class T>
-void backward_head(const Problem<T>& p, const Gradients<T>& g, const Row& row, int64_t h, int64_t n, const Acc<T>* state,
-                   Acc<T>* dstate, Scratch<Acc<T>>& s, BackwardScratch<Acc<T>>& b) {
+void backward_head(const Problem<T>& p, const Gradients<T>& g, const Row& row, int64_t h, int64_t n,
+                   const Acc<T>* state, Acc<T>* dstate, Scratch<Acc<T>>& s, BackwardScratch<Acc<T>>& b) {
     using A = Acc<T>;
     const Sizes& sizes = p.sizes;
     const int64_t keys_row = padded<A>(sizes.keys), values_row = padded<A>(sizes.values);
@@ -277,11 +251,9 @@ void forward(const Problem<T>& p, const Outputs<T>& out) {
 }
 
 template <class T>
-void backward(const Problem<T>& p, Gradients<T> g) {
+void backward(const Problem<T>& p, const Gradients<T>& g) {
     using A = Acc<T>;
     using Both = std::pair<Scratch<A>, BackwardScratch<A>>;
-    g.dq.allocate(p.sizes);
-    g.dk.allocate(p.sizes);
     run_tasks<A>(
         p.sizes, head_tasks(p.sizes), p.num_threads,
         [&](Arena<A>& arena) {
@@ -289,15 +261,7 @@ void backward(const Problem<T>& p, Gradients<T> g) {
             return Both(first, BackwardScratch<A>(p.sizes, arena));
         },
         [&](const Task& task, Both& scratch) { backward_task(p, task, g, scratch.first, scratch.second); });
-    g.dq.add_up(p.sizes, p.num_threads);
-    g.dk.add_up(p.sizes, p.num_threads);
-}
-
-template <class T>
-Problem<T> problem(const seqarch_linear_attention_inputs& in, int num_threads) {
-    using A = Acc<T>;
-    return {Sizes(in), Heads<T>(in.q), Heads<T>(in.k), Heads<T>(in.v), Heads<A>(in.log_decay), static_cast<A>(in.scale),
-            static_cast<const A*>(in.state), num_threads};
+    g.add_up(p);
 }
 
 }  // namespace
@@ -305,25 +269,21 @@ Problem<T> problem(const seqarch_linear_attention_inputs& in, int num_threads) {
 int32_t seqarch_linear_attention_forward(const seqarch_linear_attention_inputs* inputs,
                                          const seqarch_linear_attention_outputs* outputs, int32_t num_threads) {
     if (!valid(*inputs, num_threads)) return SEQARCH_BAD_ARGUMENT;
-    if (narrow::serves(*inputs)) return narrow::forward(*inputs, *outputs, num_threads);
+    if (linear_attention::is_narrow(*inputs)) return linear_attention::narrow_forward(*inputs, *outputs, num_threads);
     return with_dtype(inputs->dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        forward(problem<T>(*inputs, num_threads),
-                Outputs<T>{static_cast<T*>(outputs->o), static_cast<Acc<T>*>(outputs->state_out)});
+        forward(Problem<T>(*inputs, num_threads), Outputs<T>(*outputs));
     });
 }
 
 int32_t seqarch_linear_attention_backward(const seqarch_linear_attention_inputs* inputs,
                                           const seqarch_linear_attention_gradients* gradients, int32_t num_threads) {
     if (!valid(*inputs, num_threads)) return SEQARCH_BAD_ARGUMENT;
-    if (narrow::serves(*inputs)) return narrow::backward(*inputs, *gradients, num_threads);
+    if (linear_attention::is_narrow(*inputs))
+        return linear_attention::narrow_backward(*inputs, *gradients, num_threads);
     return with_dtype(inputs->dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        using A = Acc<T>;
-        const auto& g = *gradients;
-        const auto shared = [](void* to) { return Shared<T>(static_cast<T*>(to)); };
-        backward(problem<T>(*inputs, num_threads),
-                 Gradients<T>{Heads<T>(g.dout), static_cast<const A*>(g.dstate_out), shared(g.dq), shared(g.dk),
-                              static_cast<T*>(g.dv), static_cast<A*>(g.dlog_decay), static_cast<A*>(g.dstate)});
+        const Problem<T> p(*inputs, num_threads);
+        backward(p, Gradients<T>(*gradients, p.sizes));
     });
 }

@@ -4,36 +4,14 @@
 // Within a chunk o = sum_j s_ij v_j a(j -> i), with scores s that no decay is in. That is the sum with which a decay of
 // each key dimension gives the gradient of queries, so ChunkDecay has it: here its vectors are of heads. In memory a
 // group's states are [R, K].
-#include "narrow_heads.h"
-
-#include "recurrence.h"
+#include "linear_attention.h"
 
 namespace {
 
 using namespace seqarch;
+using namespace seqarch::linear_attention;
 
 constexpr int64_t kChunk = 64;
-
-template <class T>
-struct Problem {
-    using A = Acc<T>;
-    Sizes sizes;
-    Heads<T> q, k, v;
-    Heads<A> log_decay;
-    A scale;
-    const A* state;
-    int num_threads;
-
-    Problem(const seqarch_linear_attention_inputs& in, int num_threads)
-        : sizes(in),
-          q(in.q),
-          k(in.k),
-          v(in.v),
-          log_decay(in.log_decay),
-          scale(static_cast<A>(in.scale)),
-          state(static_cast<const A*>(in.state)),
-          num_threads(num_threads) {}
-};
 
 // Buffers of one task, R the heads that it takes.
 template <class A>
@@ -90,12 +68,6 @@ struct Scratch {
     }
 };
 
-template <class T>
-struct Outputs {
-    T* o;
-    Acc<T>* state;
-};
-
 // One token: the rows of the states are read and written once.
 template <class T>
 void step(const Problem<T>& p, const Task& task, const Outputs<T>& out, Scratch<Acc<T>>& s) {
@@ -139,16 +111,6 @@ void forward_task(const Problem<T>& p, const Task& task, const Outputs<T>& out, 
     }
     s.store_state(task, s.state, out.state + sizes.state(task.sequence, task.first_head));
 }
-
-template <class T>
-struct Gradients {
-    using A = Acc<T>;
-    Heads<T> dout;
-    const A* dstate_out;
-    Shared<T> dq, dk;
-    T* dv;
-    A *dlog_decay, *dstate;
-};
 
 // Buffers of backward beyond those of forward.
 template <class A>
@@ -233,36 +195,29 @@ void backward_task(const Problem<T>& p, const Task& task, const Gradients<T>& g,
 
 }  // namespace
 
-int32_t seqarch::narrow::forward(const seqarch_linear_attention_inputs& in,
+int32_t seqarch::linear_attention::narrow_forward(const seqarch_linear_attention_inputs& in,
                                  const seqarch_linear_attention_outputs& outputs, int num_threads) {
     return with_dtype(in.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         const Problem<T> p(in, num_threads);
-        const Outputs<T> out{static_cast<T*>(outputs.o), static_cast<A*>(outputs.state_out)};
+        const Outputs<T> out(outputs);
         run_tasks<A>(
             p.sizes, head_tasks(p.sizes), num_threads, [&](Arena<A>& arena) { return Scratch<A>(p, arena); },
             [&](const Task& task, Scratch<A>& scratch) { forward_task(p, task, out, scratch); });
     });
 }
 
-int32_t seqarch::narrow::backward(const seqarch_linear_attention_inputs& in,
+int32_t seqarch::linear_attention::narrow_backward(const seqarch_linear_attention_inputs& in,
                                   const seqarch_linear_attention_gradients& gradients, int num_threads) {
     return with_dtype(in.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         const Problem<T> p(in, num_threads);
-        const auto shared = [](void* to) { return Shared<T>(static_cast<T*>(to)); };
-        Gradients<T> g{Heads<T>(gradients.dout),      static_cast<const A*>(gradients.dstate_out),
-                       shared(gradients.dq),          shared(gradients.dk),
-                       static_cast<T*>(gradients.dv), static_cast<A*>(gradients.dlog_decay),
-                       static_cast<A*>(gradients.dstate)};
-        g.dq.allocate(p.sizes);
-        g.dk.allocate(p.sizes);
+        const Gradients<T> g(gradients, p.sizes);
         run_tasks<A>(
             p.sizes, head_tasks(p.sizes), num_threads, [&](Arena<A>& arena) { return BackwardScratch<A>(p, arena); },
             [&](const Task& task, BackwardScratch<A>& scratch) { backward_task(p, task, g, scratch); });
-        g.dq.add_up(p.sizes, num_threads);
-        g.dk.add_up(p.sizes, num_threads);
+        g.add_up(p);
     });
 }

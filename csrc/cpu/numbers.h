@@ -37,8 +37,8 @@ struct accumulation<double> {
     using type = double;
 };
 
-// The bound with the sign of x where |x| is larger, else x; a NaN stays a NaN. Written on the bits: from a comparison of
-// floats, compilers make a second path that multiplies by constants near the smallest normal number, for all lanes.
+// The bound with the sign of x where |x| is larger, else x; a NaN stays a NaN. Written on the bits: from a comparison
+// of floats, compilers make a second path that multiplies by constants near the smallest normal number, for all lanes.
 inline float clamp_magnitude(float x, float bound) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, x), magnitude = bits & 0x7fffffffu;
     const uint32_t clamped = std::min(magnitude, __builtin_bit_cast(uint32_t, bound));

@@ -148,6 +148,48 @@ inline std::vector<TilesPart> cut(const Sizes& sizes) {
     }
 }
 
+// The parts of a backward pass, and the keys of every sequence.
+struct BackwardParts {
+    std::vector<TilesPart> parts;
+    std::vector<KeyPart> keys;
+    std::vector<KeySpan> spans;
+
+    explicit BackwardParts(const Sizes& sizes) : parts(cut(sizes)) {
+        for (const TilesPart& part : parts) keys.push_back(part.keys);
+        for (int64_t s = 0; s < sizes.sequences; ++s) {
+            const Sequence sequence(sizes, s);
+            spans.push_back({sequence.key.token, 0, sequence.keys});
+        }
+    }
+};
+
+// Calls f(part, sequence, its sums, scratch) for each part, those with most keys first, and adds the parts' sums up
+// to dk, times ln(2) as scores are of base 2, and dv.
+template <class T, class LayOut, class F>
+void over_parts(const Sizes& sizes, const BackwardParts& all, int threads, T* dk, T* dv, LayOut lay_out, F f) {
+    using A = Acc<T>;
+    const KeySums<T> of_keys(all.keys, sizes.key_width), of_values(all.keys, sizes.value_width);
+    run_parallel<A>(all.parts.size(), threads, lay_out, [&](int64_t t, auto& scratch) {
+        const TilesPart& part = all.parts[all.parts.size() - 1 - t];
+        const Sequence sequence(sizes, part.keys.span);
+        const PartSums<A> sums{of_keys.start(part.keys), of_values.start(part.keys), of_keys.stride(),
+                               of_values.stride(), part.keys.first_key};
+        f(part, sequence, sums, scratch);
+    });
+    of_keys.add_up(all.spans, sizes.groups, A(kLn2), dk, threads);
+    of_values.add_up(all.spans, sizes.groups, A(1), dv, threads);
+}
+
+// A tile's gradients of queries, of which q was loaded times `factor`.
+template <class T>
+void write_query_gradients(const Sizes& sizes, const Sequence& sequence, const Tile& tile, const Acc<T>* dq,
+                           Acc<T> factor, T* to) {
+    using A = Acc<T>;
+    for (int64_t c = 0; c < tile.columns; ++c)
+        unpack(1, sizes.key_width, dq + c * padded<A>(sizes.key_width), 0, factor * A(kLn2),
+               to + tile.place(sizes, sequence, c) * sizes.key_width, 0);
+}
+
 // All sizes can be counted, and a window is no longer than the keys.
 inline bool valid(Sizes& sizes, int num_threads) {
     constexpr int64_t kPadding = 64;  // of widths to vectors, and of sequences to tiles

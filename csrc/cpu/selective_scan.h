@@ -1,11 +1,11 @@
 // What both directions of the selective scan share: the problem, how it is cut, a step's inputs, the scan of a tile.
 //
-// Channels are cut into blocks of one group, and these into tiles of kLanes that lie side by side in vectors, so that the
-// sum over the states of a channel needs no sum within a vector. A thread takes some neighbouring blocks of a sequence
-// through its steps together, chunk by chunk: a page of memory holds a row or less, and is not looked up again for each
-// block. For the backward pass the forward pass leaves the state before each chunk, from which the chunk's decays and
-// states are computed again, tile by tile, into the cache. Sums over channels and sequences are taken block by block in
-// a fixed order, so results do not depend on the number of threads.
+// Channels are cut into blocks of one group, and these into tiles of kLanes that lie side by side in vectors, so that
+// the sum over the states of a channel needs no sum within a vector. A thread takes some neighbouring blocks of a
+// sequence through its steps together, chunk by chunk: a page of memory holds a row or less, and is not looked up again
+// for each block. For the backward pass the forward pass leaves the state before each chunk, from which the chunk's
+// decays and states are computed again, tile by tile, into the cache. Sums over channels and sequences are taken block
+// by block in a fixed order, so results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>

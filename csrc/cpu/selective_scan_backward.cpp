@@ -284,9 +284,18 @@ int32_t seqarch_selective_scan_backward(const seqarch_selective_scan_inputs* inp
     return with_accumulation(inputs->dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const auto p = problem<T>(*inputs, num_threads);
-        const Gradients<T> g{static_cast<const T*>(to.starts), to.dy, static_cast<const T*>(to.dstate_out), to.dx, to.ddt,
-                             to.dB, to.dC, to.dz, static_cast<T*>(to.dA), static_cast<T*>(to.dD),
-                             static_cast<T*>(to.ddt_bias), static_cast<T*>(to.dstate)};
+        const Gradients<T> g{static_cast<const T*>(to.starts),
+                             to.dy,
+                             static_cast<const T*>(to.dstate_out),
+                             to.dx,
+                             to.ddt,
+                             to.dB,
+                             to.dC,
+                             to.dz,
+                             static_cast<T*>(to.dA),
+                             static_cast<T*>(to.dD),
+                             static_cast<T*>(to.ddt_bias),
+                             static_cast<T*>(to.dstate)};
         to.dB.data ? backward<true>(p, g) : backward<false>(p, g);
     });
 }

@@ -57,8 +57,9 @@ int32_t seqarch_quantized_linear(const seqarch_quantized_linear_arguments* argum
     }
     prepare(weights, a.rows, x, a.depth, integers, prepared);
     parallel_for(parts, team, [&](int64_t part) {
-        small_products_of_all(weights, part * kPart, std::min(a.width, (part + 1) * kPart), a.rows, integers, prepared,
-                              [=](int64_t r, int64_t j, float sum) { y[r * a.width + j] = sum + (bias ? bias[j] : 0.0f); });
+        small_products_of_all(
+            weights, part * kPart, std::min(a.width, (part + 1) * kPart), a.rows, integers, prepared,
+            [=](int64_t r, int64_t j, float sum) { y[r * a.width + j] = sum + (bias ? bias[j] : 0.0f); });
     });
     return SEQARCH_OK;
 }

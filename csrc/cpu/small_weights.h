@@ -1,10 +1,11 @@
 // Products of a few rows of float32 with weights of 8 or 4 bits, which are read once.
 //
 // A row of `depth` weights has a scale for every `group` of them, in bfloat16: weight = code scale. Codes of 8 bits lie
-// side by side. Those of 4 bits are held as code + 8 in the order of their weights, two in a byte, the first in its lower
-// half; rows are filled up to whole blocks of 128 in 64 bytes. A word of 32 bits so has eight weights of one group: where a
-// vector's words are shifted by 4 j bits, lane l has the weight 8 l + j of its block, and one vector of scales serves all.
-// x is put into that order first, by prepare(). integer_products.h has the same for processors with AVX-512 VNNI.
+// side by side. Those of 4 bits are held as code + 8 in the order of their weights, two in a byte, the first in its
+// lower half; rows are filled up to whole blocks of 128 in 64 bytes. A word of 32 bits so has eight weights of one
+// group: where a vector's words are shifted by 4 j bits, lane l has the weight 8 l + j of its block, and one vector of
+// scales serves all. x is put into that order first, by prepare(). integer_products.h has the same for processors with
+// AVX-512 VNNI.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +36,8 @@ struct SmallWeights {
     int64_t row_bytes() const { return format == SEQARCH_INT8 ? depth : blocks() * kBlockBytes; }
     bool valid() const {
         const bool known = format == SEQARCH_INT8 || format == SEQARCH_INT4;
-        return known && groups >= 0 && (groups == 0 ? depth == 0 : depth % groups == 0 && (group() == 32 || group() == 64));
+        return known && groups >= 0 &&
+               (groups == 0 ? depth == 0 : depth % groups == 0 && (group() == 32 || group() == 64));
     }
 };
 
@@ -69,7 +71,8 @@ inline Vector<float> codes_at(Words words, int shift) {
 #ifdef __AVX512F__
     // a lookup by the lowest 4 bits of each lane, in place of a second shift and a conversion
     const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return reinterpret_cast<Vector<float>>(_mm512_maskz_permutexvar_ps(kAll, reinterpret_cast<__m512i>(words >> shift), values));
+    return reinterpret_cast<Vector<float>>(
+        _mm512_maskz_permutexvar_ps(kAll, reinterpret_cast<__m512i>(words >> shift), values));
 #else
     return __builtin_convertvector((words >> shift & 15) - 8, Vector<float>);
 #endif
@@ -97,7 +100,8 @@ inline Vector<float> scales_of_lanes(const float* scales) {
 
 // total[r] += what one block of 4 bits adds, for `Rows` rows of x; `scale` begins at the block's first.
 template <int Group, int Rows>
-inline void add_block(const uint8_t* codes, const float* x, int64_t stride, const float* scale, Vector<float> (&total)[Rows]) {
+inline void add_block(const uint8_t* codes, const float* x, int64_t stride, const float* scale,
+                      Vector<float> (&total)[Rows]) {
     constexpr int L = kLanes<float>;
 #pragma GCC unroll 4
     for (int l = 0; l < kWords; l += L) {

@@ -294,8 +294,8 @@ struct PartSums {
 // Backward over one tile of keys: adds to dq, and to the rows of dk and dv, which are padded. dq lacks the scale, dk
 // log2(e).
 template <class A>
-void attend_backward(const Seen<A>& seen, Keys<A>& keys, const Columns<A>& columns, ColumnGradients<A>& gradients, A* dk,
-                     A* dv) {
+void attend_backward(const Seen<A>& seen, Keys<A>& keys, const Columns<A>& columns, ColumnGradients<A>& gradients,
+                     A* dk, A* dv) {
     const int64_t key_width = columns.key_width, keys_row = padded<A>(key_width);
     const int64_t value_width = columns.value_width, values_row = padded<A>(value_width);
     keys.score(seen, columns.transposed_q);
@@ -312,8 +312,8 @@ void attend_backward(const Seen<A>& seen, Keys<A>& keys, const Columns<A>& colum
             store_vector(dscore, weight * (load_vector(dscore) - delta));
         });
     }
-    multiply_parts(seen.keys, as_is(keys.scores, kColumns), gradients.dout, values_row, dv, values_row, true, values_row,
-                   [&](int64_t i, int64_t) { return seen.over_columns(i, value_width); });
+    multiply_parts(seen.keys, as_is(keys.scores, kColumns), gradients.dout, values_row, dv, values_row, true,
+                   values_row, [&](int64_t i, int64_t) { return seen.over_columns(i, value_width); });
     multiply_parts(seen.keys, as_is(keys.dscores, kColumns), columns.q, keys_row, dk, keys_row, true, keys_row,
                    [&](int64_t i, int64_t) { return seen.over_columns(i, key_width); });
     multiply_parts(seen.columns, transposed(keys.dscores, kColumns), keys.k, keys_row, gradients.dq, keys_row, true,

@@ -235,36 +235,20 @@ void backward_tile(const Inputs<T>& in, const Gradients<T>& g, const Sequence& s
             attend_keys_backward(s, sums.dk(key), sums.dv(key));
         }
     }
-    const A scale = in.factor * A(kLn2);
-    for (int64_t c = 0; c < tile.columns; ++c)
-        unpack(1, sizes.key_width, s.gradients.dq + c * padded<A>(sizes.key_width), 0, scale,
-               g.dq + tile.place(sizes, sequence, c) * sizes.key_width, 0);
+    write_query_gradients(sizes, sequence, tile, s.gradients.dq, in.factor, g.dq);
 }
 
 template <class T>
 void backward(const Inputs<T>& in, const Gradients<T>& g) {
     using A = Acc<T>;
     const Sizes& sizes = in.sizes;
-    const std::vector<TilesPart> parts = cut(sizes);
-    std::vector<KeyPart> key_parts;
-    for (const TilesPart& part : parts) key_parts.push_back(part.keys);
-    std::vector<KeySpan> spans;
-    for (int64_t s = 0; s < sizes.sequences; ++s)
-        spans.push_back({Sequence(sizes, s).key.token, 0, Sequence(sizes, s).keys});
-    const KeySums<T> dk(key_parts, sizes.key_width), dv(key_parts, sizes.value_width);
-    const int threads = threads_for(sizes, in.num_threads);
-    run_parallel<A>(
-        parts.size(), threads, [&](Arena<A>& arena) { return BackwardScratch<A>(in, arena); },
-        [&](int64_t t, BackwardScratch<A>& scratch) {
-            const TilesPart& part = parts[parts.size() - 1 - t];  // those with most keys first
-            const Sequence sequence(sizes, part.keys.span);
-            const PartSums<A> sums{dk.start(part.keys), dv.start(part.keys), dk.stride(), dv.stride(),
-                                   part.keys.first_key};
+    over_parts(
+        sizes, BackwardParts(sizes), threads_for(sizes, in.num_threads), g.dk, g.dv,
+        [&](Arena<A>& arena) { return BackwardScratch<A>(in, arena); },
+        [&](const TilesPart& part, const Sequence& sequence, const PartSums<A>& sums, BackwardScratch<A>& scratch) {
             for (int64_t tile = part.first; tile < part.last; ++tile)
                 backward_tile(in, g, sequence, Tile(sizes, sequence, part.keys.group, tile), sums, scratch);
         });
-    dk.add_up(spans, sizes.groups, A(kLn2), g.dk, threads);
-    dv.add_up(spans, sizes.groups, A(1), g.dv, threads);
 }
 
 Sizes sizes_of(const seqarch_stick_breaking_attention_inputs& in) {

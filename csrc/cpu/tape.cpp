@@ -1,8 +1,8 @@
 // One token through a list of instructions, of any layer whose step was captured. See seqarch.h.
 //
-// The calling thread goes through the instructions. Those with much to do are in pieces, which the other threads take as
-// they come (team.h). A result is computed by one thread from the same numbers in the same order, so it does not depend
-// on how many threads there are, nor on which of them took it.
+// The calling thread goes through the instructions. Those with much to do are in pieces, which the other threads take
+// as they come (team.h). A result is computed by one thread from the same numbers in the same order, so it does not
+// depend on how many threads there are, nor on which of them took it.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -238,7 +238,8 @@ void elementwise(const Instruction& in) {
         for (int i = 0; i < inputs; ++i) {
             const int v = outputs + i;
             const int64_t at = offset(in, v, place, 5), stride = in.stride(v, 4);
-            source[i] = with_type_of(in.views[v], [&](const auto* data) { return gather(data + at, stride, n, memory[i]); });
+            source[i] =
+                with_type_of(in.views[v], [&](const auto* data) { return gather(data + at, stride, n, memory[i]); });
         }
         for (int s = 0; s < in.i.count; ++s) {
             const seqarch_step& one = in.steps[s];
@@ -353,11 +354,12 @@ float product_of_strided(int64_t n, const float* a, int64_t a_step, const float*
     return sum;
 }
 
-// y [s0, s1, M, N] = a [s0, s1, M, K] b [s0, s1, K, N]. A block of b's columns serves all M rows of a while it is in the
-// cache; the columns of a piece are whole blocks.
+// y [s0, s1, M, N] = a [s0, s1, M, K] b [s0, s1, K, N]. A block of b's columns serves all M rows of a while it is in
+// the cache; the columns of a piece are whole blocks.
 void product_of(const Instruction& in) {
     const int64_t M = in.size(2), N = in.size(3), K = in.size(4), blocks = (N + kColumns - 1) / kColumns;
-    const int64_t a_step = in.stride(1, 3), b_step = in.stride(2, 2), b_column = in.stride(2, 3), y_step = in.stride(0, 3);
+    const int64_t a_step = in.stride(1, 3), b_step = in.stride(2, 2), b_column = in.stride(2, 3),
+                  y_step = in.stride(0, 3);
     const Range own = share(in.size(0) * in.size(1) * blocks, in.piece);
     for (int64_t t = own.begin; t < own.end; ++t) {
         const int64_t place[2] = {t / blocks / in.size(1), t / blocks % in.size(1)};
@@ -375,7 +377,8 @@ void product_of(const Instruction& in) {
                                     0);
                 }
             } else {
-                for (int64_t j = 0; j < columns; ++j) sum[j] = product_of_strided(K, a, a_step, b + j * b_column, b_step);
+                for (int64_t j = 0; j < columns; ++j)
+                    sum[j] = product_of_strided(K, a, a_step, b + j * b_column, b_step);
             }
             scatter(sum, columns, y, y_step);
         }
@@ -459,9 +462,9 @@ int32_t scan(const Instruction& in) {
     return code;
 }
 
-// A recurrence with a state [K, V] for each sequence and head, T steps of it. Views o [B, T, H], q [B, T, G], k, v, decay,
-// state [B, H] and for the delta rule beta, read, erase; sizes B, T, H, K, V, G; flags: how the decay varies, 0 not at all,
-// 1 by head, 2 by key; its last stride is the key's.
+// A recurrence with a state [K, V] for each sequence and head, T steps of it. Views o [B, T, H], q [B, T, G], k, v,
+// decay, state [B, H] and for the delta rule beta, read, erase; sizes B, T, H, K, V, G; flags: how the decay varies, 0
+// not at all, 1 by head, 2 by key; its last stride is the key's.
 template <bool Delta>
 void recurrence(const Instruction& in) {
     const int64_t T = in.size(1), H = in.size(2), K = in.size(3), V = in.size(4), sharing = H / in.size(5);
@@ -482,7 +485,9 @@ void recurrence(const Instruction& in) {
             float* o = at(0, h) + first;
             alignas(64) float sum[kWidth] = {}, change[kWidth];
             const float whole = in.i.flags == 1 ? std::exp(*decay) : 1.0f;
-            const auto kept = [&](int64_t key) { return in.i.flags == 2 ? exponential(decay[key * decay_step]) : whole; };
+            const auto kept = [&](int64_t key) {
+                return in.i.flags == 2 ? exponential(decay[key * decay_step]) : whole;
+            };
             if constexpr (Delta) {
                 const float *beta = at(6, h), *read = in.data(7) ? at(7, h / sharing) : k;
                 const float* erase = in.data(8) ? at(8, h / sharing) : nullptr;
@@ -549,10 +554,10 @@ int64_t key_parts(int64_t keys, int64_t most) {
     return std::max<int64_t>(1, std::min(keys / kLeast, most));
 }
 
-// Softmax attention of one query a head, each part of the keys for itself. Views room [P, B, H], q [B, H], k [B, G, N], v
-// [B, G, N]; sizes B, H, N, K, V, G; flags: P. A part reads whole rows of a cache one after another, the numbers of all
-// heads, as memory is read fastest; values are fetched while their keys are read. Heads that share keys take what is
-// read of them, and widened, together. The room of a head holds the weighted sum of V values, the largest score, the
+// Softmax attention of one query a head, each part of the keys for itself. Views room [P, B, H], q [B, H], k [B, G, N],
+// v [B, G, N]; sizes B, H, N, K, V, G; flags: P. A part reads whole rows of a cache one after another, the numbers of
+// all heads, as memory is read fastest; values are fetched while their keys are read. Heads that share keys take what
+// is read of them, and widened, together. The room of a head holds the weighted sum of V values, the largest score, the
 // sum of the weights, and scores.
 template <class T>
 void attend(const Instruction& in, const T* keys, const T* values) {
@@ -577,8 +582,9 @@ void attend(const Instruction& in, const T* keys, const T* values) {
                 for (int64_t g = 0; g < G; ++g) {
                     fetch(values + place(3, b, g) + j * value_row, V);
                     const float* query = in.data(1) + place(1, b, g * sharing);
-                    products_of_all(sharing, K, keys + place(2, b, g) + j * key_row, query, in.stride(1, 1),
-                                    [&](int64_t i, float sum) { room(g * sharing + i)[V + 2 + j - first] = scale * sum; });
+                    products_of_all(
+                        sharing, K, keys + place(2, b, g) + j * key_row, query, in.stride(1, 1),
+                        [&](int64_t i, float sum) { room(g * sharing + i)[V + 2 + j - first] = scale * sum; });
                 }
             for (int64_t h = 0; h < H; ++h) {
                 float *sums = room(h), *score = sums + V + 2, &most = sums[V], &total = sums[V + 1];
@@ -709,7 +715,8 @@ int64_t pieces_of(const seqarch_tape_instruction& i) {
             return cut(numbers * (i.inputs + i.count), kPiece, numbers / kBlock);
         }
         case SEQARCH_REDUCE: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * n[2]);
-        case SEQARCH_PRODUCT: return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * ((n[3] + kColumns - 1) / kColumns));
+        case SEQARCH_PRODUCT:
+            return cut(n[0] * n[1] * n[2] * n[3] * n[4], kPiece, n[0] * n[1] * ((n[3] + kColumns - 1) / kColumns));
         case SEQARCH_STEP_CONVOLUTION: return cut(n[0] * n[1] * n[2], kPiece, n[1] / kLine);
         case SEQARCH_STEP_SCAN: return cut(n[0] * n[1] * n[2], kPiece / 16, n[1] / kLine);
         case SEQARCH_ATTEND: return n[0] * key_parts(n[2], i.flags);
@@ -746,7 +753,8 @@ public:
     static int64_t room_for(const seqarch_tape& tape, bool integers) {
         int64_t most = 0;
         for (const auto* i = tape.instructions; i < tape.instructions + tape.count; ++i)
-            if (has_small_weights(*i)) most = std::max(most, prepared_bytes(small_weights(*i, nullptr), i->sizes[0], integers));
+            if (has_small_weights(*i))
+                most = std::max(most, prepared_bytes(small_weights(*i, nullptr), i->sizes[0], integers));
         return most;
     }
 
@@ -781,8 +789,8 @@ private:
         return {one, tape_.views + one.views, tape_.steps + one.steps, room_, integers_, which};
     }
 
-    // Put x in order for a map with weights of few bits; several in a row may be of the same x. A thread that was stopped
-    // within an earlier map may still read here: its results are not taken.
+    // Put x in order for a map with weights of few bits; several in a row may be of the same x. A thread that was
+    // stopped within an earlier map may still read here: its results are not taken.
     void prepare_for(int64_t i) {
         const seqarch_tape_instruction& map = tape_.instructions[i];
         if (!has_small_weights(map)) return;
@@ -794,7 +802,8 @@ private:
                 std::equal(map.sizes, map.sizes + 2, before.sizes) && before.sizes[3] == map.sizes[3])
                 return;
         }
-        prepare(small_weights(map, nullptr), map.sizes[0], static_cast<const float*>(x.data), x.strides[0], integers_, room_);
+        prepare(small_weights(map, nullptr), map.sizes[0], static_cast<const float*>(x.data), x.strides[0], integers_,
+                room_);
     }
 
     void note(int32_t code) {
@@ -820,7 +829,8 @@ private:
         alignas(64) float room[kRoom];
         team_.follow(
             [&](Team::Taken taken) {
-                const Instruction in = piece(taken.instruction, {taken.piece, pieces_of(tape_.instructions[taken.instruction])});
+                const Instruction in =
+                    piece(taken.instruction, {taken.piece, pieces_of(tape_.instructions[taken.instruction])});
                 if (is_repeatable(in)) {
                     const Range own = outputs_of_map(in);
                     map_to(in, own, room, own.end - own.begin, 1);
@@ -859,7 +869,8 @@ int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int
     if (!std::all_of(tape->instructions, tape->instructions + tape->count, valid)) return SEQARCH_BAD_ARGUMENT;
     double weights = 0;
     for (int64_t i = 0; i < tape->count; ++i)
-        if (tape->instructions[i].kind == SEQARCH_MAP) weights += static_cast<double>(weight_bytes(tape->instructions[i]));
+        if (tape->instructions[i].kind == SEQARCH_MAP)
+            weights += static_cast<double>(weight_bytes(tape->instructions[i]));
     const FlushDenormals flush;
     static thread_local Kept kept;
     const bool integers = has_integer_products();

@@ -1,10 +1,10 @@
 // Threads that share the pieces of one instruction after another, and do not wait for one that is not running.
 //
-// One thread leads: it goes through the instructions, opens the pieces of one, takes them from the front and goes on when
-// all are done. The others take pieces from the back, of whatever instruction is open. A machine that is busy stops a
-// thread for a time slice, thousands of times as long as a piece takes. If what it was at can be done again, because it
-// writes into room of its own first, the leader does it again and goes on; the other one finds out when it would hand its
-// results over. What replaces numbers in place is done by whoever began it. At the end all meet once.
+// One thread leads: it goes through the instructions, opens the pieces of one, takes them from the front and goes on
+// when all are done. The others take pieces from the back, of whatever instruction is open. A machine that is busy
+// stops a thread for a time slice, thousands of times as long as a piece takes. If what it was at can be done again,
+// because it writes into room of its own first, the leader does it again and goes on; the other one finds out when it
+// would hand its results over. What replaces numbers in place is done by whoever began it. At the end all meet once.
 #pragma once
 
 #include <atomic>
@@ -101,7 +101,8 @@ private:
 
     static uint32_t state(int64_t instruction, State what) { return static_cast<uint32_t>(instruction) << 2 | what; }
     static uint64_t line(int64_t instruction, int64_t front, int64_t back) {
-        return static_cast<uint64_t>(instruction) << 32 | static_cast<uint64_t>(front) << 16 | static_cast<uint64_t>(back);
+        return static_cast<uint64_t>(instruction) << 32 | static_cast<uint64_t>(front) << 16 |
+               static_cast<uint64_t>(back);
     }
     static int64_t front(uint64_t line) { return line >> 16 & 0xffff; }
     static int64_t back(uint64_t line) { return line & 0xffff; }

@@ -1,9 +1,9 @@
 // A matrix transposed into columns of another. See seqarch.h.
 //
 // The matrix is meant to lie in a cache, as what was just read of a file does. A few of its columns at a time go to as
-// many rows of the result, each a run of whole lines; blocks of vectors are transposed in registers on their way. Where a
-// vector is a line and the lines of the result are whole, they go past the caches: the result is larger than these, and
-// its lines would else be read before they are written.
+// many rows of the result, each a run of whole lines; blocks of vectors are transposed in registers on their way. Where
+// a vector is a line and the lines of the result are whole, they go past the caches: the result is larger than these,
+// and its lines would else be read before they are written.
 #include "arguments.h"
 #include "seqarch.h"
 #include "simd.h"

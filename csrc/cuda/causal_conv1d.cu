@@ -1,8 +1,8 @@
 // Causal depthwise convolution, forward and backward. See seqarch.h for the equation and the arguments.
 //
 // h = [state; x] has T + W - 1 rows; output row t reads rows t .. t + W - 1 of it. A thread takes four neighbouring
-// channels through a run of steps, with the last W - 1 rows in registers: each row is read once from memory. Its time is
-// that of the bytes.
+// channels through a run of steps, with the last W - 1 rows in registers: each row is read once from memory. Its time
+// is that of the bytes.
 #include "launch.cuh"
 #include "numbers.cuh"
 
@@ -130,7 +130,8 @@ struct Place {
 };
 
 template <class A, int W>
-__global__ void __launch_bounds__(kThreads) convolve(const Problem<A> p, const int64_t runs, const int64_t steps, void* y) {
+__global__ void __launch_bounds__(kThreads)
+    convolve(const Problem<A> p, const int64_t runs, const int64_t steps, void* y) {
     const Place place(p.channels);
     if (place.run >= runs) return;
     Column<A, W> column(p, place.four);
@@ -200,9 +201,8 @@ struct Backwards {
 
 // A run's dx, and its parts of dweight [runs, D, W] and dbias [runs, D].
 template <class A, int W>
-__global__ void __launch_bounds__(kThreads)
-    differentiate(const Problem<A> p, const Upstream<A> up, const int64_t runs, const int64_t steps, void* dx, A* dweight,
-                  A* dbias) {
+__global__ void __launch_bounds__(kThreads) differentiate(const Problem<A> p, const Upstream<A> up, const int64_t runs,
+                                                          const int64_t steps, void* dx, A* dweight, A* dbias) {
     const Place place(p.channels);
     if (place.run >= runs) return;
     Column<A, W> column(p, place.four);
@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The gradient of the rows of the state: what the first W - 1 steps read of them, and what of them is handed on.
 template <class A, int W>
-__global__ void __launch_bounds__(kThreads) differentiate_state(const Problem<A> p, const Upstream<A> up, void* dstate) {
+__global__ void __launch_bounds__(kThreads)
+    differentiate_state(const Problem<A> p, const Upstream<A> up, void* dstate) {
     const Place place(p.channels);
     if (place.run >= p.sequences) return;
     Column<A, W> column(p, place.four);

@@ -76,8 +76,8 @@ class Workspace {
     int64_t used_ = 0;
 };
 
-// Sums over the lanes of a warp whose numbers differ in log2(kLanes) neighbouring bits, the lowest of weight kStride, of
-// kCount values at once: each exchange of lanes halves the values that a lane still adds up, so that it takes about
+// Sums over the lanes of a warp whose numbers differ in log2(kLanes) neighbouring bits, the lowest of weight kStride,
+// of kCount values at once: each exchange of lanes halves the values that a lane still adds up, so that it takes about
 // kCount shuffles in all. Then lane `place` of the kLanes has in v the sums from Fold::first(place) on.
 template <int kCount, int kLanes, int kStride>
 struct Fold {

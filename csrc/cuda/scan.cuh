@@ -1,14 +1,16 @@
-// What both directions of the selective scan share: how it is cut, a thread's share of a chunk, the scan within segments.
+// What both directions of the selective scan share: how it is cut, a thread's share of a chunk, scans of segments.
 //
-// Time. Every sequence is cut into chunks of kChunk steps; the chunks of all sequences form one list, of which a segment
-// is some neighbours. A block takes one segment through its chunks. Where there are enough channels and sequences to fill
-// a GPU, a segment is all of a sequence. Otherwise there are more, and each needs the state that enters it: a first pass
-// scans every segment from zero (scan_segments), a second one joins what they make of a state (join_segments).
+// Time. Every sequence is cut into chunks of kChunk steps; the chunks of all sequences form one list, of which a
+// segment is some neighbours. A block takes one segment through its chunks. Where there are enough channels and
+// sequences to fill a GPU, a segment is all of a sequence. Otherwise there are more, and each needs the state that
+// enters it: a first pass scans every segment from zero (scan_segments), a second one joins what they make of a state
+// (join_segments).
 //
-// Channels. A block takes `kWidth` neighbouring channels of one group, a warp `kChannels` of them. The states of a channel
-// lie in the registers of `kSharing` lanes, kStates in each. So decays cost one exponential and all else a few fused
-// multiply-adds, sums over states are short, and B and C are read once per block. Rows come from memory four neighbouring
-// channels per thread and go through shared memory, since a thread reads more channels and fewer steps than it scans.
+// Channels. A block takes `kWidth` neighbouring channels of one group, a warp `kChannels` of them. The states of a
+// channel lie in the registers of `kSharing` lanes, kStates in each. So decays cost one exponential and all else a few
+// fused multiply-adds, sums over states are short, and B and C are read once per block. Rows come from memory four
+// neighbouring channels per thread and go through shared memory, since a thread reads more channels and fewer steps
+// than it scans.
 #pragma once
 
 #include "launch.cuh"
@@ -18,7 +20,7 @@ namespace seqarch::cuda::scan {
 
 constexpr int kChunk = SEQARCH_CUDA_CHUNK;
 constexpr int kGroup = 4;              // steps whose sums over states are taken together
-constexpr int64_t kBusyWarps = 2048;   // as many as fill a large GPU; fixed, so that results do not depend on the device
+constexpr int64_t kBusyWarps = 2048;  // as many as fill a large GPU; fixed, so that results do not depend on the device
 constexpr int64_t kLeastSpan = 8;      // chunks of a segment that is worth a first pass
 
 // kBlocks: as many as a multiprocessor must hold in the backward pass, which bounds their registers.
@@ -97,7 +99,7 @@ struct Segments {
 };
 
 // What the first pass says of each segment: the sum of its step sizes [segments, D], whether it does not hand on the
-// state that enters it, and the state that leaves it [segments, D, N], which join_segments replaces by the entering one.
+// state that enters it, and the state that leaves it [segments, D, N], for which join_segments puts the entering one.
 template <class A>
 struct Passing {
     A* steps;
@@ -150,7 +152,8 @@ struct Lane {
 
     // Its states of a tensor [D, N]; `padding` for those that are not there.
     template <class A>
-    __device__ void load(const A* from, const Columns<L>& columns, int64_t states, A padding, A (&to)[L::kStates]) const {
+    __device__ void load(const A* from, const Columns<L>& columns, int64_t states, A padding,
+                         A (&to)[L::kStates]) const {
         const bool there = channel < columns.count;
         from += (columns.first + channel) * states + state;
 #pragma unroll
@@ -250,8 +253,8 @@ struct SegmentTile {
     Vectors<A, L> vectors;
 };
 
-// Scans every segment from zero or from where a sequence begins in it, up to its last step; backward, the gradient of the
-// states from its end or from where a sequence ends in it, down to its first step, from dy and dstate_out.
+// Scans every segment from zero or from where a sequence begins in it, up to its last step; backward, the gradient of
+// the states from its end or from where a sequence ends in it, down to its first step, from dy and dstate_out.
 template <bool kBackward, class A, class L>
 __global__ void __launch_bounds__(L::kThreads)
     scan_segments(const Problem<A> p, const Segments segments, const Rows dy, const A* ends, const Passing<A> passing) {
@@ -323,7 +326,8 @@ __global__ void __launch_bounds__(L::kThreads)
 
 // Replaces the state that leaves each segment by the one that enters it; backward, from the last segment to the first.
 template <bool kBackward, class A>
-__global__ void __launch_bounds__(128) join_segments(const Problem<A> p, const Segments segments, const Passing<A> passing) {
+__global__ void __launch_bounds__(128)
+    join_segments(const Problem<A> p, const Segments segments, const Passing<A> passing) {
     const int64_t size = p.channels * p.states, i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= size) return;
     const int64_t channel = i / p.states, count = ceil_div(p.layout.chunks(), segments.span);
@@ -333,7 +337,8 @@ __global__ void __launch_bounds__(128) join_segments(const Problem<A> p, const S
     for (int64_t s = 0; s < count; ++s) {
         const int64_t segment = kBackward ? count - 1 - s : s;
         const A own = passing.states[segment * size + i];
-        const A kept = passing.cut[segment] ? A(0) : power_of_two(passing.steps[segment * p.channels + channel] * rate) * h;
+        const A kept =
+            passing.cut[segment] ? A(0) : power_of_two(passing.steps[segment * p.channels + channel] * rate) * h;
         passing.states[segment * size + i] = h;
         h = kept + own;
     }
@@ -392,8 +397,8 @@ template <bool kBackward, class A, class L>
 void pass_segments(Launches& launch, const Problem<A>& p, const Segments& segments, const Rows& dy, const A* ends,
                    const Passing<A>& passing) {
     if (!segments.carried) return;
-    launch(scan_segments<kBackward, A, L>, grid_for<L>(p, segments), L::kThreads, sizeof(SegmentTile<A, L>), p, segments,
-           dy, ends, passing);
+    launch(scan_segments<kBackward, A, L>, grid_for<L>(p, segments), L::kThreads, sizeof(SegmentTile<A, L>), p,
+           segments, dy, ends, passing);
     launch(join_segments<kBackward, A>, grid_of(ceil_div(p.channels * p.states, 128)), 128, 0, p, segments, passing);
 }
 
@@ -404,8 +409,8 @@ void pass_empty_states(Launches& launch, const Problem<A>& p, const A* from, A* 
         launch(pass_empty<A>, grid_of(ceil_div(p.layout.sequences * size, 128)), 128, 0, p.layout, size, from, to);
 }
 
-// Calls f with the accumulation type and with the lanes for so many states. The sums of a block's warps over more states
-// of float64 than these outgrow the shared memory of the older devices.
+// Calls f with the accumulation type and with the lanes for so many states. The sums of a block's warps over more
+// states of float64 than these outgrow the shared memory of the older devices.
 template <class F>
 int32_t with_lanes(int32_t dtype, int64_t states, F f) {
     const auto with = [&](auto lanes) {

@@ -1,10 +1,10 @@
 // The gradients of the selective scan. See seqarch.h for the equation, scan.cuh for the cut.
 //
-// A block goes through the chunks of its segment from the last to the first. The states of a chunk are computed again from
-// the one kept before it and stay in registers; the decays cost a second exponential, which is cheaper than room for them.
-// What is summed over channels, dB and dC, is summed over a warp as it arises, over the block's warps once per chunk, and
-// over blocks by a kernel of its own; what is summed over steps, once per segment and then over segments. No sum depends on
-// the order in which blocks run.
+// A block goes through the chunks of its segment from the last to the first. The states of a chunk are computed again
+// from the one kept before it and stay in registers; the decays cost a second exponential, which is cheaper than room
+// for them. What is summed over channels, dB and dC, is summed over a warp as it arises, over the block's warps once
+// per chunk, and over blocks by a kernel of its own; what is summed over steps, once per segment and then over
+// segments. No sum depends on the order in which blocks run.
 #include "scan.cuh"
 
 namespace {
@@ -110,8 +110,8 @@ __device__ __forceinline__ void scan_again(BackwardTile<A, L>& tile, const Lane<
     }
 }
 
-// A chunk backwards. `carried` is the gradient of the state after it and becomes that of the state before it; `after` is
-// the state after it. The gradients of step sizes are per unit of rate, so to base 2.
+// A chunk backwards. `carried` is the gradient of the state after it and becomes that of the state before it; `after`
+// is the state after it. The gradients of step sizes are per unit of rate, so to base 2.
 template <class A, class L>
 __device__ __forceinline__ void differentiate(BackwardTile<A, L>& tile, const Lane<L>& lane, int steps, bool shared,
                                               const A (&rate)[L::kStates], const A (&before)[kChunk][L::kStates],

@@ -5,8 +5,8 @@
  *
  * Conventions
  *   - Every kernel returns SEQARCH_OK, or one of the codes below and has then written nothing of use.
- *   - A kernel takes structures of its arguments: its inputs, and what it writes. Forward and backward share the inputs.
- *     Every field counts: one that is left out of an initialiser is 0 or NULL, which is an argument too.
+ *   - A kernel takes structures of its arguments: its inputs, and what it writes. Forward and backward share the
+ *     inputs. Every field counts: one that is left out of an initialiser is 0 or NULL, which is an argument too.
  *   - A pointer that may be NULL is said to; a tensor by value (seqarch_heads, seqarch_rows) is then one whose data is
  *     NULL. A tensor of no elements may have NULL data, wherever it is.
  *   - Sizes below 0, sizes whose products no memory has, offsets that do not pack and fewer threads than 1 are
@@ -88,11 +88,11 @@ SEQARCH_API int32_t seqarch_linear(const seqarch_linear_arguments* arguments, in
 /* The same with weights of 8 or 4 bits in groups of 32 or 64, weight = code scale: x, bias and y are float32.
  *
  *   scales           [width, groups], bfloat16
- *   codes            of SEQARCH_INT8 [width, depth]. Of SEQARCH_INT4 [width, ceil(depth / 128) 64] bytes of code + 8, two
- *                    in a byte, the first in bits 0 to 3; rows are filled up to whole blocks of 128 codes.
+ *   codes            of SEQARCH_INT8 [width, depth]. Of SEQARCH_INT4 [width, ceil(depth / 128) 64] bytes of code + 8,
+ *                    two in a byte, the first in bits 0 to 3; rows are filled up to whole blocks of 128 codes.
  *
- * With AVX-512 VNNI a row of x is rounded to integers of which its largest number is 2^22 or more; one that has a number
- * that is not finite gives NaN. */
+ * With AVX-512 VNNI a row of x is rounded to integers of which its largest number is 2^22 or more; one that has a
+ * number that is not finite gives NaN. */
 enum { SEQARCH_INT8 = 3, SEQARCH_INT4 = 4 };
 
 typedef struct {
@@ -134,8 +134,8 @@ typedef struct {
 SEQARCH_API int32_t seqarch_rms_norm_forward(const seqarch_rms_norm_inputs* inputs,
                                              const seqarch_rms_norm_outputs* outputs, int32_t num_threads);
 
-/* Its gradients, from scale and dy (like y, with strides of its own), contiguous: dx and dz like x, dweight [weights, W].
- * dz and dweight are NULL where z and weight are. */
+/* Its gradients, from scale and dy (like y, with strides of its own), contiguous: dx and dz like x, dweight [weights,
+ * W]. dz and dweight are NULL where z and weight are. */
 typedef struct {
     seqarch_heads dy;
     const void* scale;
@@ -166,8 +166,8 @@ typedef struct {
 
 SEQARCH_API int32_t seqarch_swiglu_backward(const seqarch_swiglu_gradients* gradients, int32_t num_threads);
 
-/* Rotary positions, in SEQARCH_FLOAT32 or SEQARCH_FLOAT64: of each row of W = width numbers the pairs (i, half + i) turn
- * by an angle of the token and of i < half <= W / 2, and numbers from 2 half on stay. `back` turns by the opposite
+/* Rotary positions, in SEQARCH_FLOAT32 or SEQARCH_FLOAT64: of each row of W = width numbers the pairs (i, half + i)
+ * turn by an angle of the token and of i < half <= W / 2, and numbers from 2 half on stay. `back` turns by the opposite
  * angles, which is the gradient's way.
  *
  *   x, y             [batch, length, heads, W], y contiguous
@@ -183,21 +183,21 @@ typedef struct {
 
 SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, int32_t num_threads);
 
-/* One token through a tape: a list of instructions, in their order and in one call, for models whose token costs as many
- * calls as it has operations, each of which is short. All numbers are float32, but for weights of MAP, and for those that
- * ELEMENTWISE, ATTEND and LOOKUP read or write as the type that their view names.
+/* One token through a tape: a list of instructions, in their order and in one call, for models whose token costs as
+ * many calls as it has operations, each of which is short. All numbers are float32, but for weights of MAP, and for
+ * those that ELEMENTWISE, ATTEND and LOOKUP read or write as the type that their view names.
  *
  * A view is a place and strides, in numbers, of the dimensions that the instruction names; a pointer may be NULL where
  * brackets say so. Sizes come in the order below.
  *
- *   MAP               y [M, N], x [M], weight, [bias]        y = x weight^T + bias; sizes M, K, N; weight [N, K] without
- *                                                            gaps, of the dtype in the flags; or, with flags
+ *   MAP               y [M, N], x [M], weight, [bias]        y = x weight^T + bias; sizes M, K, N; weight [N, K]
+ *                                                            without gaps, of the dtype in the flags; or, with flags
  *                                                            SEQARCH_INT8 or SEQARCH_INT4, codes, and after the bias
  *                                                            scales, as seqarch_quantized_linear, with a size of groups
  *   ELEMENTWISE       outputs, inputs                        steps on numbers of five dimensions; see seqarch_step;
  *                                                            computed in float64 if flags, otherwise in float32
- *   REDUCE            y [3], x [3 + 2]                       factor times the sum over the last two of five sizes, or the
- *                                                            largest (flags 1) or least (2)
+ *   REDUCE            y [3], x [3 + 2]                       factor times the sum over the last two of five sizes, or
+ *                                                            the largest (flags 1) or least (2)
  *   PRODUCT           y, a, b                                y [s, t, M, N] = a [s, t, M, K] b [s, t, K, N];
  *                                                            sizes s, t, M, N, K
  *   CONVOLUTION       y [B], x [B], weight, [bias], state [B]  one step of seqarch_causal_conv1d_forward, with silu if
@@ -205,8 +205,8 @@ SEQARCH_API int32_t seqarch_rotary(const seqarch_rotary_arguments* arguments, in
  *   SCAN              y [B], x [B], dt [B], A, B [B], C [B], [D], [z [B]], [dt_bias], state [B]
  *                                                            one step of seqarch_selective_scan_forward; flags: 1
  *                                                            softplus, 2 scale_input; sizes B, D, N
- *   LINEAR_ATTENTION  o, q, k, v, [decay] [B, T, H], state [B]  T steps of seqarch_linear_attention_forward; flags: 0 no
- *                                                            decay, 1 by head, 2 by key; sizes B, T, H, K, V, G
+ *   LINEAR_ATTENTION  o, q, k, v, [decay] [B, T, H], state [B]  T steps of seqarch_linear_attention_forward; flags: 0
+ *                                                            no decay, 1 by head, 2 by key; sizes B, T, H, K, V, G
  *   DELTA_RULE        the same, beta, [read], [erase] [B, T, H]  of seqarch_delta_rule_forward
  *   ATTEND            room [P, B, H], q [B, H], k, v [B, G, N]  softmax attention of one query a head, times factor, on
  *                                                            up to P parts of the keys; room for V + 2 +
@@ -266,8 +266,8 @@ typedef struct {
     int64_t base, factor, number;
 } seqarch_patch;
 
-/* `wanted` are addresses that the caller will look at next, which weights have pushed out of the cache: they are fetched
- * at the end, and never read. */
+/* `wanted` are addresses that the caller will look at next, which weights have pushed out of the cache: they are
+ * fetched at the end, and never read. */
 typedef struct {
     const seqarch_tape_instruction* instructions;
     const seqarch_view* views;
@@ -393,8 +393,8 @@ SEQARCH_API int32_t seqarch_linear_attention_forward(const seqarch_linear_attent
                                                      const seqarch_linear_attention_outputs* outputs,
                                                      int32_t num_threads);
 
-/* Its gradients, from dout (like o, with strides of its own) and dstate_out (like state_out): dq, dk, dv, dlog_decay and
- * dstate, like what they are the gradients of, contiguous. dlog_decay is NULL where log_decay is. */
+/* Its gradients, from dout (like o, with strides of its own) and dstate_out (like state_out): dq, dk, dv, dlog_decay
+ * and dstate, like what they are the gradients of, contiguous. dlog_decay is NULL where log_decay is. */
 typedef struct {
     seqarch_heads dout;
     const void* dstate_out;
@@ -429,8 +429,8 @@ SEQARCH_API int32_t seqarch_delta_rule_forward(const seqarch_delta_rule_inputs* 
                                                const seqarch_delta_rule_outputs* outputs, int32_t num_threads);
 
 /* Its gradients, from dout (like o, with strides of its own) and dstate_out (like state_out), each contiguous and like
- * what it is the gradient of. dlog_decay, dread and derase are not written where log_decay, read and erase are NULL; the
- * gradient through k then holds what they would. */
+ * what it is the gradient of. dlog_decay, dread and derase are not written where log_decay, read and erase are NULL;
+ * the gradient through k then holds what they would. */
 typedef struct {
     seqarch_heads dout;
     const void* dstate_out;
@@ -513,9 +513,9 @@ typedef struct {
 SEQARCH_API int32_t seqarch_attention_forward(const seqarch_attention_inputs* inputs,
                                               const seqarch_attention_outputs* outputs, int32_t num_threads);
 
-/* Its gradients, from dout (like o, each with strides of its own) and dlse (like log_sum), that of the natural logarithm
- * of sum_j w_ij, or NULL: dq, dk and dv, and dkey_bias like key_bias, all contiguous; dkey_bias is NULL where key_bias is
- * or where it is not wanted. */
+/* Its gradients, from dout (like o, each with strides of its own) and dlse (like log_sum), that of the natural
+ * logarithm of sum_j w_ij, or NULL: dq, dk and dv, and dkey_bias like key_bias, all contiguous; dkey_bias is NULL where
+ * key_bias is or where it is not wanted. */
 typedef struct {
     seqarch_heads o, dout;
     const void *log_sum, *dlse;
@@ -550,17 +550,17 @@ SEQARCH_API int32_t seqarch_stick_breaking_attention_forward(const seqarch_stick
                                                              const seqarch_stick_breaking_attention_outputs* outputs,
                                                              int32_t num_threads);
 
-/* Its gradients, from dout (like o, with strides of its own) and drest (like rest, contiguous): dq, dk and dv, like q, k
- * and v, contiguous. */
+/* Its gradients, from dout (like o, with strides of its own) and drest (like rest, contiguous): dq, dk and dv, like q,
+ * k and v, contiguous. */
 typedef struct {
     seqarch_heads dout;
     const void* drest;
     void *dq, *dk, *dv;
 } seqarch_stick_breaking_attention_gradients;
 
-SEQARCH_API int32_t seqarch_stick_breaking_attention_backward(const seqarch_stick_breaking_attention_inputs* inputs,
-                                                              const seqarch_stick_breaking_attention_gradients* gradients,
-                                                              int32_t num_threads);
+SEQARCH_API int32_t seqarch_stick_breaking_attention_backward(
+    const seqarch_stick_breaking_attention_inputs* inputs, const seqarch_stick_breaking_attention_gradients* gradients,
+    int32_t num_threads);
 
 /* Recurrences whose gates read their last output (T = length, H = heads, W = width):
  *
@@ -598,8 +598,8 @@ typedef struct {
 SEQARCH_API int32_t seqarch_gated_rnn_forward(const seqarch_gated_rnn_inputs* inputs,
                                               const seqarch_gated_rnn_outputs* outputs, int32_t num_threads);
 
-/* Its gradients, from dout (like o) and dlast (like last): dx (like x, contiguous) and dweight, dbias and dstate. What a
- * gradient of m comes to is none: no output depends on it. */
+/* Its gradients, from dout (like o) and dlast (like last): dx (like x, contiguous) and dweight, dbias and dstate. What
+ * a gradient of m comes to is none: no output depends on it. */
 typedef struct {
     seqarch_rows dout;
     const void *steps, *dlast;
@@ -610,11 +610,11 @@ typedef struct {
 SEQARCH_API int32_t seqarch_gated_rnn_backward(const seqarch_gated_rnn_inputs* inputs,
                                                const seqarch_gated_rnn_gradients* gradients, int32_t num_threads);
 
-/* Softmax attention over listed blocks; letters, shapes and o as in attention, with S = batch and I = lists, a multiple of
- * G that divides H. Head h uses list h / (H / I), whose keys and values are those of head h / (H / G).
+/* Softmax attention over listed blocks; letters, shapes and o as in attention, with S = batch and I = lists, a multiple
+ * of G that divides H. Head h uses list h / (H / I), whose keys and values are those of head h / (H / G).
  *
- *   index            [S, Tq, I, listed]: the blocks of each query, in any order; negative for none. A block listed twice
- *                    counts once, one that begins after the query not at all.
+ *   index            [S, Tq, I, listed]: the blocks of each query, in any order; negative for none. A block listed
+ *                    twice counts once, one that begins after the query not at all.
  *   first            [S, Tq], or [1, Tq] with first_stride 0: the key with which a query's sequence begins, never
  *                    decreasing along a row. Block b has the block_size keys from first + b block_size on.
  *   window           if not 0, a query also sees its own key and the window - 1 before it

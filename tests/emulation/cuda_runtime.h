@@ -1,9 +1,9 @@
 // The part of CUDA that csrc/cuda uses, for a C++ compiler and a processor: kernels run here, thread by thread.
 //
 // A block's threads are fibers of one thread of the machine (emulation.cpp). Each runs until it meets a barrier or a
-// shuffle; in which order is drawn at random, so that what only holds by chance shows. Stricter than a GPU: a barrier that
-// not all threads of a block reach, or a shuffle that not all lanes of a warp reach, ends the program with a message.
-// Shared memory is full of NaN when a block begins and ends, for the address sanitizer, where the launch said.
+// shuffle; in which order is drawn at random, so that what only holds by chance shows. Stricter than a GPU: a barrier
+// that not all threads of a block reach, or a shuffle that not all lanes of a warp reach, ends the program with a
+// message. Shared memory is full of NaN when a block begins and ends, for the address sanitizer, where the launch said.
 #pragma once
 
 #include <math.h>

@@ -169,7 +169,8 @@ cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, const std:
     const dim3 grid = config.gridDim;
     const unsigned threads = config.blockDim.x;
     const auto asked = allowed.find(kernel);
-    if (config.dynamicSmemBytes > (asked == allowed.end() ? kWithoutAsking : asked->second)) return cudaErrorInvalidValue;
+    if (config.dynamicSmemBytes > (asked == allowed.end() ? kWithoutAsking : asked->second))
+        return cudaErrorInvalidValue;
     if (!grid.x || !grid.y || grid.x > 0x7fffffffu || grid.y > kMostRows || !threads || threads > kMostThreads ||
         threads % kLanes)
         return cudaErrorInvalidConfiguration;

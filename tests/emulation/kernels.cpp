@@ -77,7 +77,8 @@ void convolution(Random& random) {
 
     const Rows y = rows(), y2 = rows(), dx = rows(), dx2 = rows();
     const Numbers last = states(), last2 = states(), dstate = states(), dstate2 = states();
-    const Numbers dweight(wide, weight.count()), dweight2(wide, weight.count()), dbias(wide, channels), dbias2(wide, channels);
+    const Numbers dweight(wide, weight.count()), dweight2(wide, weight.count()), dbias(wide, channels),
+        dbias2(wide, channels);
     seqarch_causal_conv1d_inputs in{*x, weight.data(), maybe(has_bias, bias), maybe(has_state, state), s.packed()};
     set_sizes(in, sizes);
     in.silu = silu;
@@ -107,7 +108,9 @@ struct ScanGradients {
 
 void scan(Random& random) {
     const int32_t wide = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_FLOAT64, SEQARCH_FLOAT64}));
-    const auto dtype = [&] { return static_cast<int32_t>(random.pick({wide, wide, SEQARCH_FLOAT32, SEQARCH_BFLOAT16})); };
+    const auto dtype = [&] {
+        return static_cast<int32_t>(random.pick({wide, wide, SEQARCH_FLOAT32, SEQARCH_BFLOAT16}));
+    };
     const int64_t groups = random.pick({1, 1, 2, 5}), channels = groups * random.pick({0, 1, 3, 16, 33, 65});
     const int64_t N = random.pick({0, 1, 1, 3, 5, 8, 16, 16, 17, wide == SEQARCH_FLOAT64 ? 40 : 70});
     const int32_t softplus = random.coin(), scale_input = random.coin();
@@ -123,11 +126,13 @@ void scan(Random& random) {
     };
 
     Numbers A(wide, channels * N, random);
-    for (int64_t i = 0; i < A.count(); ++i) A.set(i, random.pick({0, 1, 1}) ? -std::fabs(random.normal()) : random.pick({0, -3}));
+    for (int64_t i = 0; i < A.count(); ++i)
+        A.set(i, random.pick({0, 1, 1}) ? -std::fabs(random.normal()) : random.pick({0, -3}));
     const Numbers D(wide, channels, random), bias(wide, channels, random);
     const Rows x(dtype(), s, channels, random), z(dtype(), s, channels, random), dy(dtype(), s, channels, random);
     Rows dt(dtype(), s, channels, random);
-    for (int64_t i = 0; i < dt.numbers.count() && !softplus; ++i) dt.numbers.set(i, std::fabs(random.normal()) + (has_bias ? 3 : 0));
+    for (int64_t i = 0; i < dt.numbers.count() && !softplus; ++i)
+        dt.numbers.set(i, std::fabs(random.normal()) + (has_bias ? 3 : 0));
     const Rows B(dtype(), s, groups * N, random), C(dtype(), s, groups * N, random);
     const Numbers state(wide, s.count * channels * N, random), dlast(wide, state.count(), random);
     const double bound = std::max({bound_of(wide), bound_of((*x).dtype), bound_of((*dt).dtype), bound_of((*z).dtype),
@@ -154,15 +159,25 @@ void scan(Random& random) {
     all_written(starts2, "scan starts");
 
     const auto room = [&] {
-        return ScanGradients{Rows((*x).dtype, s, channels), Rows((*dt).dtype, s, channels), Rows((*z).dtype, s, channels),
-                             Rows((*B).dtype, s, groups * N), Rows((*C).dtype, s, groups * N), Numbers(wide, A.count()),
-                             Numbers(wide, channels), Numbers(wide, channels), Numbers(wide, state.count())};
+        return ScanGradients{
+            Rows((*x).dtype, s, channels),   Rows((*dt).dtype, s, channels),  Rows((*z).dtype, s, channels),
+            Rows((*B).dtype, s, groups * N), Rows((*C).dtype, s, groups * N), Numbers(wide, A.count()),
+            Numbers(wide, channels),         Numbers(wide, channels),         Numbers(wide, state.count())};
     };
     const ScanGradients g = room(), g2 = room();
     const auto gradients = [&](const ScanGradients& g, const Numbers& starts) {
-        return seqarch_selective_scan_gradients{
-            starts.data(), *dy, dlast.data(), *g.dx, *g.ddt, maybe(shared, g.dB), maybe(shared, g.dC), maybe(has_z, g.dz),
-            g.dA.data(), maybe(has_D, g.dD), maybe(has_bias, g.dbias), g.dstate.data()};
+        return seqarch_selective_scan_gradients{starts.data(),
+                                                *dy,
+                                                dlast.data(),
+                                                *g.dx,
+                                                *g.ddt,
+                                                maybe(shared, g.dB),
+                                                maybe(shared, g.dC),
+                                                maybe(has_z, g.dz),
+                                                g.dA.data(),
+                                                maybe(has_D, g.dD),
+                                                maybe(has_bias, g.dbias),
+                                                g.dstate.data()};
     };
     const auto to = gradients(g, starts), to2 = gradients(g2, starts2);
     require(seqarch_selective_scan_backward(&in, &to, 1) == SEQARCH_OK, "CPU scan backward");

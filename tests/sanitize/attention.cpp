@@ -108,7 +108,8 @@ void block_sparse_attention(Random& random) {
     seqarch_block_sparse_attention_inputs inputs{z.dtype, *t.q, *t.k, *t.v, index.data(), first.data()};
     inputs.first_stride = steps, inputs.block_size = block_size, inputs.window = window, inputs.scale = 0.3;
     const auto forward = with_sizes(seqarch_block_sparse_attention_forward, inputs, t.outputs, set_lists, z.threads);
-    const auto backward = with_sizes(seqarch_block_sparse_attention_backward, inputs, t.gradients, set_lists, z.threads);
+    const auto backward =
+        with_sizes(seqarch_block_sparse_attention_backward, inputs, t.gradients, set_lists, z.threads);
     const std::vector<int64_t> sizes{listed, rows,    steps,       z.keys.steps, z.groups,
                                      lists,  z.heads, z.key_width, z.value_width};
     refuses(sizes, {}, forward, "block_sparse_attention_forward took a wrong size");

@@ -5,10 +5,12 @@ void quantized_linear(Random& random) {
     const int32_t format = static_cast<int32_t>(random.pick({SEQARCH_INT8, SEQARCH_INT4}));
     const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3}));
     const int64_t rows = random.pick({0, 1, 2, 3, 4, 5, 9}), group = random.pick({32, 64});
-    const int64_t groups = random.pick({0, 1, 2, 3, 4, 16, 17, 33}), depth = group * groups, width = random.pick({0, 1, 7, 40});
+    const int64_t groups = random.pick({0, 1, 2, 3, 4, 16, 17, 33}), depth = group * groups,
+                  width = random.pick({0, 1, 7, 40});
     const int64_t bytes = format == SEQARCH_INT8 ? depth : (depth + 127) / 128 * 64;
     std::unique_ptr<uint8_t[]> codes(new uint8_t[width * bytes]);
-    for (int64_t i = 0; i < width * bytes; ++i) codes[i] = static_cast<uint8_t>(static_cast<int>(random.normal() * 50) & 255);
+    for (int64_t i = 0; i < width * bytes; ++i)
+        codes[i] = static_cast<uint8_t>(static_cast<int>(random.normal() * 50) & 255);
     const Numbers x(SEQARCH_FLOAT32, rows * depth, random), bias(SEQARCH_FLOAT32, width, random);
     const Numbers scales(SEQARCH_BFLOAT16, width * groups, random), y(SEQARCH_FLOAT32, rows * width);
     const Numbers again(SEQARCH_FLOAT32, rows * width);

@@ -6,7 +6,8 @@ namespace {
 void make_decays(Numbers& A, Numbers& dt, bool softplus, Random& random) {
     const double extremes[] = {0.0, -1e-9, -1e4, -HUGE_VAL};
     for (int64_t i = 0; i < A.count(); ++i)
-        A.set(i, random.pick({0, 0, 1}) ? extremes[random.pick({0, 1, 2, softplus ? 3 : 2})] : -std::fabs(random.normal()));
+        A.set(i, random.pick({0, 0, 1}) ? extremes[random.pick({0, 1, 2, softplus ? 3 : 2})]
+                                        : -std::fabs(random.normal()));
     for (int64_t i = 0; i < dt.count() && !softplus; ++i) dt.set(i, random.coin() ? 0.0 : std::fabs(random.normal()));
 }
 
@@ -19,7 +20,9 @@ void set_sizes(seqarch_selective_scan_inputs& in, const std::vector<int64_t>& n,
 
 void selective_scan(Random& random) {
     const int32_t wide = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_FLOAT64}));
-    const auto dtype = [&] { return static_cast<int32_t>(random.pick({wide, wide, SEQARCH_FLOAT32, SEQARCH_BFLOAT16})); };
+    const auto dtype = [&] {
+        return static_cast<int32_t>(random.pick({wide, wide, SEQARCH_FLOAT32, SEQARCH_BFLOAT16}));
+    };
     const int64_t groups = random.pick({1, 1, 2, 5}), channels = groups * random.pick({0, 1, 3, 16, 33, 130, 300});
     const int64_t N = random.pick({0, 1, 1, 3, 8, 16, 17}), chunk = std::max<int64_t>(1, any_count(random, {1, 3, 32}));
     const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3})), softplus = random.coin();

@@ -44,9 +44,11 @@ void check(const seqarch_tape_instruction& one, const std::vector<seqarch_view>&
 void tape(Random& random) {
     const int32_t threads = static_cast<int32_t>(random.pick({1, 2, 3}));
     const int64_t rows = random.pick({1, 2, 5, 8}), width = random.pick({1, 7, 16, 33, 64});
-    const int64_t channels = random.pick({1, 5, 16, 40, 300}), taps = random.pick({2, 4, 8}), states = random.pick({1, 7, 16});
+    const int64_t channels = random.pick({1, 5, 16, 40, 300}), taps = random.pick({2, 4, 8}),
+                  states = random.pick({1, 7, 16});
     const int64_t groups = random.pick({1, 2, 3}), sharing = random.pick({1, 2, 5, 9}), heads = groups * sharing;
-    const int64_t keys = random.pick({1, 8, 33}), values = random.pick({1, 8, 70}), tokens = random.pick({1, 5, 64, 130});
+    const int64_t keys = random.pick({1, 8, 33}), values = random.pick({1, 8, 70}),
+                  tokens = random.pick({1, 5, 64, 130});
     const auto numbers = [&](int64_t count) { return Numbers(SEQARCH_FLOAT32, count, random); };
     const auto empty = [](int64_t count) { return Numbers(SEQARCH_FLOAT32, count); };
     const int32_t half = static_cast<int32_t>(random.pick({SEQARCH_FLOAT32, SEQARCH_BFLOAT16}));
@@ -62,7 +64,8 @@ void tape(Random& random) {
     if (threads > 1 && random.coin()) {  // large enough for several threads
         const Numbers wide_x = numbers(rows * 1024), wide_weight = numbers(300 * 1024), wide_y = empty(rows * 300);
         require(run(instruction(SEQARCH_MAP, {rows, 1024, 300}, SEQARCH_FLOAT32),
-                    {view(wide_y, {rows, 300}), view(wide_x, {rows, 1024}), view(wide_weight, {}), none}, {}, threads) == SEQARCH_OK,
+                    {view(wide_y, {rows, 300}), view(wide_x, {rows, 1024}), view(wide_weight, {}), none}, {},
+                    threads) == SEQARCH_OK,
                 "run_tape refused a wide map");
         all_written(wide_y, "run_tape wide map");
     }
@@ -108,7 +111,8 @@ void tape(Random& random) {
     chosen[0] = random.coin() ? -1 : channels;
     require(run(instruction(SEQARCH_LOOKUP, {rows, width, channels}), looked, {}, threads) != SEQARCH_OK,
             "run_tape took a row that there is not");
-    check(instruction(SEQARCH_ARGMAX, {rows, channels}), {view(places, {rows}), view(mapped, {rows, channels})}, threads);
+    check(instruction(SEQARCH_ARGMAX, {rows, channels}), {view(places, {rows}), view(mapped, {rows, channels})},
+          threads);
     all_written(places, "run_tape argmax");
 
     const Numbers convolved = empty(rows * channels), conv = numbers(channels * taps);
@@ -125,28 +129,33 @@ void tape(Random& random) {
     make_log_decays(A, random);
     check(instruction(SEQARCH_STEP_SCAN, {rows, channels, states}, static_cast<int32_t>(random.pick({1, 3}))),
           {view(scanned, {rows, channels}), view(y, {rows, channels}), view(mapped, {rows, channels}), view(A, {}),
-           view(B, {rows, states}), view(C, {rows, states}), added, random.coin() ? view(convolved, {rows, channels}) : none,
-           none, view(memory, {rows, channels * states})},
+           view(B, {rows, states}), view(C, {rows, states}), added,
+           random.coin() ? view(convolved, {rows, channels}) : none, none, view(memory, {rows, channels * states})},
           threads);
     all_written(scanned, "run_tape scan");
 
     const int64_t T = random.pick({1, 2});
-    const Numbers o = empty(rows * T * heads * values), q = numbers(rows * T * groups * keys), k = numbers(rows * T * groups * keys);
+    const Numbers o = empty(rows * T * heads * values), q = numbers(rows * T * groups * keys),
+                  k = numbers(rows * T * groups * keys);
     const Numbers v = numbers(rows * T * heads * values), beta = numbers(rows * T * heads);
     const Numbers state = numbers(rows * heads * keys * values);
     Numbers decay = numbers(rows * T * heads * keys);
     make_log_decays(decay, random);
     const int32_t kind = static_cast<int32_t>(random.pick({0, 1, 2}));
-    const seqarch_view decays = kind == 2 ? view(decay, {rows, T, heads, keys}) : kind ? view(decay, {rows, T, heads}) : none;
+    const seqarch_view decays = kind == 2 ? view(decay, {rows, T, heads, keys})
+                                : kind    ? view(decay, {rows, T, heads})
+                                          : none;
     const auto shared = [&](const Numbers& each) { return view(each, {rows, T, groups, keys}); };
     const seqarch_view out = view(o, {rows, T, heads, values}), read = random.coin() ? shared(q) : none;
     const std::initializer_list<int64_t> sizes = {rows, T, heads, keys, values, groups};
     const seqarch_view held = view(state, {rows, heads * keys * values}), in = view(v, {rows, T, heads, values});
-    check(instruction(SEQARCH_STEP_LINEAR_ATTENTION, sizes, kind), {out, shared(q), shared(k), in, decays, held}, threads);
-    all_written(o, "run_tape linear_attention");
-    check(instruction(SEQARCH_STEP_DELTA_RULE, sizes, kind),
-          {out, shared(q), shared(k), in, decays, held, view(beta, {rows, T, heads}), read, random.coin() ? read : none},
+    check(instruction(SEQARCH_STEP_LINEAR_ATTENTION, sizes, kind), {out, shared(q), shared(k), in, decays, held},
           threads);
+    all_written(o, "run_tape linear_attention");
+    check(
+        instruction(SEQARCH_STEP_DELTA_RULE, sizes, kind),
+        {out, shared(q), shared(k), in, decays, held, view(beta, {rows, T, heads}), read, random.coin() ? read : none},
+        threads);
 
     const Numbers answer = empty(rows * heads * values), query = numbers(rows * heads * keys);
     const Numbers cached(half, rows * groups * tokens * keys, random);
