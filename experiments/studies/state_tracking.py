@@ -31,17 +31,27 @@ MARGIN = 0.2
 TASKS = {
     "parity": "task=parity",
     "s3": "task=word_problem task.group=s3",
+    "a5": (
+        "task=word_problem task.group=a5 model.d_model=64 train.steps=8000"
+        " 'task.train_on=[{length:2},{length:4},{length:8},{length:16},{length:32},{}]'"
+    ),
 }
-TITLES = {"parity": "Parity", "s3": "S3, of 6 elements"}
+"""A5 has 60 elements: it takes a wider model and short words to begin with."""
+
+TITLES = {"parity": "Parity", "s3": "S3, of 6 elements", "a5": "A5, of 60 elements"}
 
 SIGNED = ("mamba2", "gla", "delta_net")
 """Mixers that are tried with eigenvalues of the transition in (0, 1) and in (-1, 1)."""
 
+CEILINGS = ("slstm", "gru")
+"""Recurrences that are not linear in their state, so that nothing but training keeps them from following it."""
+
 TRIED = {
     "parity": ("attention", *(f"{mixer}, {sign}" for mixer in SIGNED for sign in ("positive", "negative")),
-               "mlstm", "rwkv7"),
+               "mlstm", "rwkv7", *CEILINGS),
     "s3": ("attention", "mamba2, negative", "delta_net, negative",
-           *(f"gated_delta_product, {count} steps" for count in (1, 2)), "mlstm", "rwkv7"),
+           *(f"gated_delta_product, {count} steps" for count in (1, 2)), "mlstm", "rwkv7", *CEILINGS),
+    "a5": ("attention", *(f"gated_delta_product, {count} steps" for count in (2, 4)), *CEILINGS),
 }  # fmt: skip
 
 DASHES = {"positive": (0, (5, 1.5))}
@@ -104,6 +114,15 @@ def claims() -> tuple[Claim, ...]:
         Claim("RWKV-7 beyond one reflection", "RWKV-7's transition tracks S3 where one delta step does not"
               " (Peng et al. 2025)",
               (("s3: rwkv7", "s3: delta_net, negative"),), "more", MARGIN, near),
+        Claim("memory mixing", "sLSTM, whose gates see its state, follows parity beyond the training length, mLSTM does"
+              " not (Beck et al. 2024)",
+              (("parity: slstm", "parity: mlstm"),), "more", MARGIN, far),
+        Claim("as far as sLSTM", "Two delta steps track S3 no less far than sLSTM",
+              (("s3: gated_delta_product, 2 steps", "s3: slstm"),), "more", -MARGIN, near),
+        Claim("four reflections", "Four delta steps a letter track A5, two do not (Siems et al. 2025)",
+              (("a5: gated_delta_product, 4 steps", "a5: gated_delta_product, 2 steps"),), "more", MARGIN, near),
+        Claim("constant depth", "A GRU tracks A5, two layers of attention do not (Merrill et al. 2024)",
+              (("a5: gru", "a5: attention"),), "more", MARGIN, near),
     )  # fmt: skip
 
 
@@ -146,8 +165,8 @@ class StateTracking(TrainedStudy):
                 " seed, and their medians joined. Trained on words of 8 to 64 letters (the dotted line). Dashed:"
                 " eigenvalues in (0, 1) alone. Chance is grey.",
                 lambda axes: draw_lengths(axes, results),
-                columns=2,
-                size=(11.4, 4.8),
+                columns=3,
+                size=(16.2, 4.8),
             )
         ]
 
