@@ -9,12 +9,14 @@ import torch
 from experiments.config.carrying import check_carrying
 from experiments.config.data import build_data
 from experiments.config.matching import matched
-from experiments.config.schema import RunConfig
+from experiments.config.schema import RunConfig, TrainConfig
 from experiments.config.start import with_start
 from experiments.tasks import TASKS, Task
 from experiments.trackers import missing_package
 from experiments.util.errors import ConfigError
 from seqarch.models import LanguageModel, parse_pattern
+from seqarch.models.low_rank import LoraAdapters
+from seqarch.models.optimisation import train_only
 
 
 def build_task(config: RunConfig) -> Task:
@@ -78,6 +80,7 @@ def _check_builds(config: RunConfig) -> None:
     try:
         with torch.device("meta"):
             model = build_model(config)
+            restrict(model, config.train)
     except RuntimeError as error:  # Torch's, of sizes beyond all machines.
         raise ConfigError(f"model: {str(error).splitlines()[0]}") from error
     check_carrying(config, build_task(config), model)
@@ -104,3 +107,20 @@ def build_model(config: RunConfig) -> LanguageModel:
         return LanguageModel(config.model.options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def restrict(model: LanguageModel, train: TrainConfig) -> LoraAdapters | None:
+    """Let only those of a model's weights learn that a run trains, and put its adapters on, which are returned.
+
+    Raises:
+        ConfigError: a name matches nothing, or the model cannot have adapters there.
+    """
+    key = "train.trainable"
+    try:
+        if not train.trains_all:
+            train_only(model, train.trainable or [])
+        key = "train.lora"
+        lora = train.lora
+        return None if lora is None else LoraAdapters(model, lora.rank, lora.alpha, lora.targets)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from experiments.config.schema import MachineConfig, ModelConfig, OtherCode, RunConfig, TrackerConfig
 from experiments.config.targets import MatchConfig
 from experiments.config.tasks import TaskConfig, TrainOn
-from experiments.config.training import TrainConfig
+from experiments.config.training import LoraConfig, TrainConfig
 from experiments.tasks import TASKS
 from experiments.trackers import TRACKERS
 from experiments.util.docstrings import attributes, options_text
@@ -69,7 +69,7 @@ def sections() -> dict[str, list[Key]]:
         "the run": [name, *(key for key in keys(RunConfig) if key.name != "shown"), retry, other],
         "the model": [model, *_language_model()],
         "any task": [task, *keys(TaskConfig, "task."), *keys(TrainOn, "task.train_on[].")],
-        "training": keys(TrainConfig, "train."),
+        "training": [*keys(TrainConfig, "train."), *keys(LoraConfig, "train.lora.")],
         "the machine": keys(MachineConfig, "machine."),
         "matched sizes": keys(MatchConfig, "match."),
         "the tracker": [tracker],
@@ -191,7 +191,7 @@ def _kind(hint: Any) -> str:
         return "|".join(map(str, arguments))
     if origin is list:
         return "{...}, ..." if is_dataclass(arguments[0]) else f"[{_kind(arguments[0])}, ...]"
-    if origin is dict:
+    if origin is dict or is_dataclass(hint):
         return "{...}"
     names = {str: "text", bool: "true|false", type(None): "null", Any: "value"}
     return names.get(hint) or getattr(hint, "__name__", str(hint))

@@ -34,9 +34,11 @@ def with_start(config: RunConfig) -> RunConfig:
     """
     train = config.train
     _check_named(train)
-    if config.machine.processes > 1 and (train.teacher or train.convert):
-        given = "train.teacher" if train.teacher else "train.convert"
-        raise ConfigError(f"{given}: such a run has one process, and machine.processes is {config.machine.processes}")
+    if config.machine.processes > 1 and (train.teacher or train.convert or not train.trains_all):
+        given = "teacher" if train.teacher else "convert" if train.convert else train.restriction
+        raise ConfigError(
+            f"train.{given}: such a run has one process, and machine.processes is {config.machine.processes}"
+        )
     if train.start_from is not None:
         path, digest = _found(KEY, train.start_from, "start_sha256", train.start_sha256)
         train = replace(train, start_from=str(path), start_sha256=digest)
@@ -51,6 +53,8 @@ def with_start(config: RunConfig) -> RunConfig:
 def _check_named(train: TrainConfig) -> None:
     """Refuse what is of a checkpoint that is not named."""
     if train.start_from is None:
+        if train.lora is not None:
+            raise ConfigError(f"train.lora changes what {KEY} names, the folder of a run: it is not given")
         for name in ("convert", "start_sha256"):
             if (given := getattr(train, name)) is not None:
                 raise ConfigError(f"train.{name}={given}: {name} is of what start_from names, and that is not given")

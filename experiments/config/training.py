@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from experiments.config.tasks import MOST
@@ -24,9 +24,33 @@ WHERE_SET = (
     *("stage_target", "stage_warmup", "start_from", "start_sha256", "bptt", "carry_state"),
     *("first_state", "first_state_std"),
     *("convert", "objective", "teacher", "teacher_sha256", "temperature", "target_weight"),
+    *("lora", "trainable"),
 )
 """Options of training that are written only where they are set, so that runs which have none are as if there were none
 of them."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The options of low-rank adapters (LoRA).
+
+    Attributes:
+        rank: of the change of each matrix.
+        alpha: each change is multiplied by ``alpha / rank``.
+        targets: names of mixers and channel mixers (``mamba2``, ``moe``), to adapt those alone, of their projections
+            (``out_proj``), or ``q``, ``k``, ``v`` and ``o`` for those of heads, each by itself; all projections if none
+            is given.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be a positive number, got {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,10 @@ class TrainConfig:
         teacher_sha256: the hash of that checkpoint's manifest, which is found where it is not given.
         temperature: by which both logits are divided for ``logits``.
         target_weight: of the loss of the task's targets beside that of ``logits``, which has the rest of 1.
+        lora: low-rank adapters of what ``start_from`` names, with its options ``rank``, ``alpha`` and ``targets``. They
+            learn and nothing else does; checkpoints hold the model with them merged.
+        trainable: names of parameters, or of modules with all inside of them, as ``head`` or ``*.out_proj``: only these
+            learn, with ``lora`` beside the adapters. All learn where neither is given.
         optimizer: ``adamw``, or ``muon`` for the layers' linear maps with AdamW for the rest.
         lr, warmup, final_lr_ratio: the rate climbs linearly to ``lr`` over ``warmup`` steps, at most all of them, then
             falls along the schedule to ``final_lr_ratio * lr`` at ``steps``.
@@ -117,6 +145,8 @@ class TrainConfig:
     teacher_sha256: str | None = None
     temperature: float = 1.0
     target_weight: float = 0.0
+    lora: LoraConfig | None = None
+    trainable: list[str] | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.1
     warmup: int = 0
@@ -166,6 +196,8 @@ class TrainConfig:
         if self.first_state_std != TrainConfig.first_state_std and self.first_state != "noise":
             raise ValueError(f"first_state_std is of first_state: noise, and that is {self.first_state}")
         self._check_teacher()
+        if self.trainable == [] and self.lora is None:
+            raise ValueError("trainable is empty, so that nothing would learn: name what does, or leave it out for all")
         if self.threads > MOST_THREADS:
             raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
 
@@ -185,6 +217,16 @@ class TrainConfig:
         if self.objective != "logits" and (self.temperature != 1 or self.target_weight):
             name = "temperature" if self.temperature != 1 else "target_weight"
             raise ValueError(f"{name} is of objective: logits, got {self.objective}")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights learn."""
+        return self.lora is None and self.trainable is None
+
+    @property
+    def restriction(self) -> str:
+        """The option by which only some do."""
+        return "trainable" if self.lora is None else "lora"
 
     @property
     def most_warmup(self) -> int:
@@ -213,4 +255,4 @@ class TrainConfig:
     def plain(self) -> dict[str, Any]:
         """The options by name, those of :data:`WHERE_SET` where they are set."""
         unset = {name for name in WHERE_SET if getattr(self, name) == getattr(TrainConfig, name)}
-        return {name: value for name, value in vars(self).items() if name not in unset}
+        return {name: value for name, value in asdict(self).items() if name not in unset}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from experiments.config.build import build_model
+from experiments.config.build import build_model, restrict
 from experiments.config.data import Data, Source, build_data
 from experiments.config.matching import shown, sizes
 from experiments.config.schema import RunConfig
@@ -28,7 +28,8 @@ class Plan:
     """The size, memory and work of a run that was not run.
 
     Attributes:
-        parameters: their number, shared ones counted once; ``layers``: those of them inside the layers.
+        parameters: their number, shared ones counted once; ``layers``: those of them inside the layers;
+            ``trained``: those that learn, of adapters among them.
         parameter_bytes, gradient_bytes, optimizer_bytes: of all processes together, which share them.
         activation_bytes: kept for the backward pass of one micro-batch, on one process, where every target
             counts; less where few do, as in recall. Beside it, the passes need room to work in.
@@ -42,6 +43,7 @@ class Plan:
 
     parameters: int
     layers: int
+    trained: int
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -60,7 +62,7 @@ class Plan:
     def __str__(self) -> str:
         model = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
         rows = {
-            "parameters": f"{self.parameters:,}, {self.layers:,} of them in the layers",
+            "parameters": f"{self.parameters:,}, {self.layers:,} of them in the layers{self._trained}",
             "sizes": "; ".join(f"{name} {shown(own)}" for name, own in self.sizes.items()),
             "model": f"{in_bytes(model)}: parameters {in_bytes(self.parameter_bytes)}, gradients"
             f" {in_bytes(self.gradient_bytes)}, optimizer {in_bytes(self.optimizer_bytes)}",
@@ -72,6 +74,10 @@ class Plan:
         }
         return "\n".join(f"    {name:<12}{text}" for name, text in rows.items())
 
+    @property
+    def _trained(self) -> str:
+        return "" if self.trained == self.parameters else f"; {self.trained:,} learn"
+
 
 def plan(config: RunConfig) -> Plan:
     """The plan of a configuration's run on this machine. Nothing of the model's size is allocated."""
@@ -80,15 +86,19 @@ def plan(config: RunConfig) -> Plan:
     with warnings.catch_warnings(), FakeTensorMode(), torch.device(choose_device(train.device)):
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         model = build_model(config)
+        numbers = model.num_parameters(), sum(parameter.numel() for parameter in model.stack.parameters())
+        restrict(model, train)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizers = Optimizers(model, train)
         activations, rows, length = max((_activation_bytes(model, config, *shape), *shape) for shape in shapes)
         work = [3 * model.flops(source.task.length, source.batch_size) for source in data.sources]
         largest = max(range(len(work)), key=work.__getitem__)
         return Plan(
-            parameters=model.num_parameters(),
-            layers=sum(parameter.numel() for parameter in model.stack.parameters()),
+            parameters=numbers[0],
+            layers=numbers[1],
+            trained=sum(parameter.numel() for parameter in learning),
             parameter_bytes=_bytes(model.parameters()),
-            gradient_bytes=_bytes(model.parameters()),
+            gradient_bytes=_bytes(learning),
             optimizer_bytes=_bytes(optimizers.tensors().values()),
             activation_bytes=activations,
             micro_batch=rows,

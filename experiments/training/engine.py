@@ -110,7 +110,7 @@ class Engine:
         counted = max(processes.total(self.objective.count(batch)), 1)
         read = max(processes.total(count_read(batch)), 1)
         loss = torch.zeros((), device=self.device)
-        state, ended = None, []
+        state, ended, learns = None, [], False
         for part, is_end, is_last in self._parts(tokens.shape[0], tokens.shape[1], micro_batch):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
@@ -124,12 +124,20 @@ class Engine:
                 mean = total / counted
                 extra = model.auxiliary_loss() if self.objective.of_model else 0.0
                 # FSDP takes the mean over processes, and the sum is wanted.
-                ((mean + extra * share) * processes.count()).backward()
+                whole = (mean + extra * share) * processes.count()
+                if whole.requires_grad or self.config.trains_all:  # Of some layers nothing may be trained.
+                    whole.backward()
+                    learns = True
                 loss += mean.detach()
                 state = after
             if is_end:
                 ended.append(state)
                 state = None
+        if not learns:
+            raise RunnerError(
+                f"train.objective: {self.config.objective} depends on nothing that learns by train.lora and"
+                " train.trainable: name more"
+            )
         if carried is not None:
             carried.keep(ended)
         return processes.add(loss)
@@ -162,10 +170,11 @@ class Engine:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def update_routers(self, model: LanguageModel, bad: Tensor) -> None:
-        """Move the routers' biases by the loads of all processes, not by those of a bad step."""
-        loads = [module.load for module in model.modules() if isinstance(module, Router)]
-        for load in {id(each): each for each in loads}.values():  # of layers that share their experts, one
-            processes.add(load.mul_(1 - bad.long()))
+        """Move the biases of routers that learn by the loads of all processes, not by those of a bad step."""
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        for router in {id(each.load): each for each in routers}.values():  # of layers that share their experts, one
+            learns = any(parameter.requires_grad for parameter in router.parameters())
+            processes.add(router.load.mul_((1 - bad.long()) * learns))
         model.update_routers()
 
     @torch.no_grad()

@@ -18,10 +18,9 @@ from torch import Tensor
 from experiments.config.build import build_model
 from experiments.config.data import build_data
 from experiments.config.schema import RunConfig
-from experiments.config.start import KEY as START
 from experiments.runs.folder import RunFolder
 from experiments.training import processes
-from experiments.training.checkpoints import Checkpoints, TrainState, load_named
+from experiments.training.checkpoints import Checkpoints, TrainState
 from experiments.training.convergence import Convergence, Ending
 from experiments.training.cost_meter import CostMeter
 from experiments.training.engine import Engine
@@ -32,10 +31,9 @@ from experiments.training.objectives import make_objective
 from experiments.training.optimizers import Optimizers
 from experiments.training.run_logger import make_logger
 from experiments.training.step_monitor import DIVERGED, Diverged, StepMonitor, StepStats
-from experiments.training.teacher import model_of
+from experiments.training.weights import Weights
 from experiments.util.errors import RunnerError
 from experiments.util.interrupts import Interrupts, Preempted
-from seqarch.convert import carry_over
 
 CHECK_EVERY = 16
 """Steps after which the host reads the step monitor, besides before each checkpoint."""
@@ -54,6 +52,7 @@ class Run:
         self.task = self.data.task
         self._check_shares()
         self.model = self.engine.prepare(build_model(config))
+        self.weights = Weights(self.model, config.train)
         self.engine.objective = make_objective(config.train, self.engine.device)
         torch.manual_seed(config.seed + processes.rank())
         self.optimizers = Optimizers(self.model, config.train)
@@ -126,7 +125,7 @@ class Run:
 
     def restore(self, last: float = math.inf) -> None:
         """The counters, tensors and carried states of the latest intact checkpoint up to a step, or of the start."""
-        found = self.checkpoints.resume(self.content(), last)
+        found = self.checkpoints.resume({**self.weights.to_fill(), **self._of_training()}, last)
         self.state = found or self.start()
         if self.carried is not None:
             self.carried.forget()
@@ -135,14 +134,7 @@ class Run:
 
     def start(self) -> TrainState:
         """Begin before the first step, with the weights that ``train.start_from`` names, if any; the counters."""
-        config = self.train_config
-        if config.start_from is not None and config.convert is None:
-            content = {"model": self.model.state_dict()}
-            load_named(START, Path(config.start_from), config.start_sha256, content)
-        elif config.start_from is not None:
-            source = model_of(START, config.start_from, config.start_sha256)
-            report = carry_over(source, self.model, partial=config.convert == "partial")
-            self.logger.info(f"converted {config.start_from}:\n{report}")
+        self.weights.start(self.logger.info)
         return self.begin()
 
     def step(self) -> Tensor:
@@ -324,9 +316,12 @@ class Run:
         raise Preempted(f"stopped by SIGTERM, with a checkpoint of step {self.saved_step}")
 
     def content(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors that a checkpoint holds, and that loading one writes into."""
-        state = {"optimizer": self.optimizers.tensors(), "step_monitor": self.step_monitor.tensors()}
-        return {"model": self.model.state_dict(), **state}
+        """The tensors that a checkpoint holds."""
+        return {**self.weights.content(), **self._of_training()}
+
+    def _of_training(self) -> dict[str, dict[str, Tensor]]:
+        """What training alone needs of a checkpoint, and what loading one writes into."""
+        return {"optimizer": self.optimizers.tensors(), "step_monitor": self.step_monitor.tensors()}
 
     def is_done(self) -> bool:
         """Whether the last evaluation was good enough, or too many in a row were no better."""
@@ -340,8 +335,7 @@ class Run:
 
         Where that one is damaged or gone, they are of the next best that is intact, and the results say so.
         """
-        content = {"model": self.model.state_dict()}
-        chosen, tested, problems = self.checkpoints.load_first(self.test_candidates(), content)
+        chosen, tested, problems = self.checkpoints.load_first(self.test_candidates(), self.weights.to_fill())
         results = evaluate_tests(self.model, self.data.tests, self.engine, self.data.trained_to)
         chosen_as = {"validation": tested.validation, "checkpoint": chosen.name, "checkpoint_step": tested.step}
         if problems:

@@ -194,7 +194,8 @@ def _describe(run: Run) -> dict[str, Any]:
         "task": {"title": run.task.title, "reading": run.task.reading, "tokens": run.task.tokens},
         "metric": {**asdict(run.task.metric), "chance": value, "chance_label": words},
         "model": {
-            "parameters": run.model.num_parameters(),
+            "parameters": run.weights.count,
+            "trained_parameters": run.weights.trained,
             "state_bytes": run.model.state_bytes(run.data.longest),
             "state_length": run.data.longest,
         },
@@ -230,7 +231,7 @@ def _cost(run: Run) -> dict[str, Any]:
         "processor_seconds": state.processor_seconds,
         "tokens_per_second": tokens / max(state.train_seconds, 1e-9),
         "flops": flops,
-        "flops_formula": FLOPS_FORMULA,
+        "flops_formula": FLOPS_FORMULA if config.trains_all else f"{FLOPS_FORMULA}; as where all weights learn",
         "peak_flops": peak,
         "peak_flops_source": "given" if given else "a matrix product, measured",
         "utilisation": utilisation(flops, state.train_seconds, peak),

@@ -1,8 +1,10 @@
-"""Parameter groups: with weight decay and without, and those whose learning rates are scaled."""
+"""Which parameters learn, and their groups: with weight decay and without, and those whose rates are scaled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -51,3 +53,29 @@ def _exempt_by_name(model: nn.Module) -> Iterator[nn.Parameter]:
             parameter = getattr(module, name)
             if parameter is not None:
                 yield parameter
+
+
+def train_only(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Let nothing learn but the parameters that are named; returns their paths.
+
+    Args:
+        names: of parameters, or of modules with all inside of them, as ``"head"``, ``"stack.layers.0"`` or
+            ``"*.out_proj"``. Of weights that two modules share it is enough to name one.
+
+    Raises:
+        ValueError: a name is of no parameter; then nothing is changed.
+    """
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    inside = {path: list(accumulate(path.split("."), "{}.{}".format)) for path in everything}
+    for name in names:
+        if not any(fnmatchcase(each, name) for parts in inside.values() for each in parts):
+            tops = sorted({parts[0] for parts in inside.values()})
+            raise ValueError(
+                f"{name!r} names no parameter; expected the path of a parameter or a module, which begin with"
+                f" {', '.join(tops)}, with * for any part of it"
+            )
+    chosen = [path for path, parts in inside.items() if any(fnmatchcase(e, name) for e in parts for name in names)]
+    learning = {id(everything[path]) for path in chosen if everything[path].requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in learning)
+    return chosen

@@ -30,7 +30,7 @@ def composed(*overrides: str, hydra: bool = False):
         return compose("config", list(overrides), return_hydra_config=hydra)
 
 
-OF_RUNS = {"convert", "objective"}
+OF_RUNS = {"convert", "objective", "lora"}
 """Options with which an experiment wants the folder of another run, which the command line names."""
 
 
