@@ -58,10 +58,11 @@ def logits(model: LanguageModel) -> Tensor:
 @pytest.mark.parametrize(
     "pattern", ["mamba2/moe nsa/swiglu rg_lru/mlp", pytest.param(ALL, marks=pytest.mark.slow, id="all mixers")]
 )
-def test_adapters_change_nothing_at_first_learn_alone_and_merge_to_the_bit(pattern):
+@pytest.mark.parametrize("targets", [(), ("q", "k", "v", "o")], ids=["projections", "roles"])
+def test_adapters_change_nothing_at_first_learn_alone_and_merge_to_the_bit(pattern, targets):
     model = model_of(pattern)
     kept = copy.deepcopy(model)
-    adapters = adapted(model, 3, 6.0)
+    adapters = adapted(model, 3, 6.0, targets)
     assert torch.equal(logits(model), logits(kept))
     with_numbers(adapters)
     (model.train().loss(TOKENS, TOKENS) + model.auxiliary_loss()).backward()
