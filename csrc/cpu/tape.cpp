@@ -769,7 +769,7 @@ public:
     int32_t together(int team) {
 #pragma omp parallel num_threads(team)
         {
-            const FlushDenormals flush;
+            const FlushDenormals flush(Denormals::results);
 #ifdef _OPENMP
             const int number = omp_get_thread_num();
 #else
@@ -871,7 +871,8 @@ int32_t seqarch_run_tape(const seqarch_tape* tape, const int64_t* registers, int
     for (int64_t i = 0; i < tape->count; ++i)
         if (tape->instructions[i].kind == SEQARCH_MAP)
             weights += static_cast<double>(weight_bytes(tape->instructions[i]));
-    const FlushDenormals flush;
+    // No instruction leaves one; a logarithm, or a quotient, of one that comes from elsewhere is not that of 0.
+    const FlushDenormals flush(Denormals::results);
     static thread_local Kept kept;
     const bool integers = has_integer_products();
     uint8_t* room;
