@@ -218,6 +218,7 @@ def draw_lengths(panels: Sequence[Axes], results: Results) -> None:
                 plots.mark_chance(axes, runs[0])
         plots.label_lines(axes, ends)
         plots.logarithmic(axes, LENGTHS, lambda value: f"{value:,.0f}")
+        axes.set_xlim(LENGTHS[0] / 1.2, LENGTHS[-1] * 1.2)  # of a panel without runs, too
         axes.axvline(LENGTHS[0], color="#999999", linestyle=(0, (1, 2)), linewidth=1.0)
         plots.shares(axes)
         axes.set_title(TITLES[task])
