@@ -176,6 +176,8 @@ class OneToken:
     @torch.no_grad()
     def explain(self, layers: Unit) -> list[str]:
         """For each layer, whether one token of it is compiled and what of it is not, or why it is not at all."""
+        if (reason := tape.unavailable()) is not None:
+            return [reason] * len(layers)
         x = layers[0].example()
         state: Any = tuple(tuple(m.init_state(1, 4 * EXPLAINED) for m in layer.mixers) for layer in layers)  # type: ignore[operator]
         for _ in range(EXPLAINED):

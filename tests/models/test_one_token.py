@@ -19,6 +19,7 @@ from seqarch.decoding.program import Program
 from seqarch.layers import clone_state
 from seqarch.layers.state_space.mamba import Mamba
 from seqarch.models import LanguageModel, LMConfig, Stack
+from seqarch.ops.native import tape
 from seqarch.testing import assert_close
 from tests.support.one_token import CAPTURED, Runs, in_torch, make
 from tests.support.paths import ROOT
@@ -77,6 +78,11 @@ def test_it_equals_torch_on_every_instruction_set(runs: Runs):
 )
 def test_odd_sizes_and_options(options: dict[str, int | str], runs: Runs):
     compare(make(channel="none", mixers={"mamba": options}), 3, runs)
+
+
+def test_without_the_compiled_library_the_layers_say_why(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tape, "unavailable", lambda: "it is not installed")
+    assert make("mamba attention").explain_one_token() == ["it is not installed"] * 2
 
 
 def test_what_cannot_be_captured_stands_between(runs: Runs):
