@@ -1,7 +1,7 @@
 // The delta rule with any diagonal decay, forward and backward. See seqarch.h for the equation and the arguments.
 //
-// Within a chunk that starts from the state S, with x' for x decayed from the chunk's start or to its end and r =
-// -read,
+// Within a chunk that starts from the state S, with x' for x decayed from the chunk's start or to its end
+// and r = -read,
 //
 //   X = V + r' S + M U,   U = beta X,   M[i, j] = r_i . erase_j decayed, j < i:   row after row, a triangular system
 //   o = q' S + P U,       S' = decayed S + erase'^T U

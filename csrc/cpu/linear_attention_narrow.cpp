@@ -196,7 +196,7 @@ void backward_task(const Problem<T>& p, const Task& task, const Gradients<T>& g,
 }  // namespace
 
 int32_t seqarch::linear_attention::narrow_forward(const seqarch_linear_attention_inputs& in,
-                                 const seqarch_linear_attention_outputs& outputs, int num_threads) {
+                                                  const seqarch_linear_attention_outputs& outputs, int num_threads) {
     return with_dtype(in.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -209,7 +209,8 @@ int32_t seqarch::linear_attention::narrow_forward(const seqarch_linear_attention
 }
 
 int32_t seqarch::linear_attention::narrow_backward(const seqarch_linear_attention_inputs& in,
-                                  const seqarch_linear_attention_gradients& gradients, int num_threads) {
+                                                   const seqarch_linear_attention_gradients& gradients,
+                                                   int num_threads) {
     return with_dtype(in.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;

@@ -134,10 +134,8 @@ class Engine:
                 ended.append(state)
                 state = None
         if not learns:
-            raise RunnerError(
-                f"train.objective: {self.config.objective} depends on nothing that learns by train.lora and"
-                " train.trainable: name more"
-            )
+            why = "" if self.config.trains_all else " by train.lora and train.trainable: name more"
+            raise RunnerError(f"train.objective: {self.config.objective} depends on nothing that learns{why}")
         if carried is not None:
             carried.keep(ended)
         return processes.add(loss)

@@ -86,10 +86,12 @@ class LoraAdapters:
             raise ValueError("the model has a mup_base_width, by which adapters have no learning rate: leave it out")
         chosen = sorted(choose(model, targets, with_roles=True), key=lambda each: (each.tensor, each.start))
         _check(model, chosen)
-        self._plain = model.state_dict()
+        self._model, self._names = model, list(model.state_dict())
+        self._inside: dict[str, str] = {}  # by the name of a changed matrix that of its own numbers
         self._changes: dict[str, tuple[nn.Module, str, LowRankChange]] = {}
         for path, parts in groupby(chosen, key=lambda each: each.tensor):
             owner, _, name = path.rpartition(".")
+            self._inside[path] = f"{owner}.parametrizations.{name}.original"
             change = LowRankChange(model.get_parameter(path), list(parts), rank, alpha)
             self._changes[path] = model.get_submodule(owner), name, change
         self._put_on()
@@ -116,22 +118,23 @@ class LoraAdapters:
 
     def plain(self) -> dict[str, Tensor]:
         """The model's tensors without the changes, by the names that they have without adapters; they can be filled."""
-        return dict(self._plain)
+        there = self._model.state_dict()
+        return {name: there[self._inside.get(name, name)] for name in self._names}
 
     def unchanged(self) -> dict[str, Tensor]:
         """Those of them that no adapter changes."""
-        return {name: tensor for name, tensor in self._plain.items() if name not in self._changes}
+        return {name: tensor for name, tensor in self.plain().items() if name not in self._changes}
 
     def merged(self) -> dict[str, Tensor]:
         """The tensors of a model without adapters that computes the same, to the bit."""
         with torch.no_grad():
-            return {**self._plain, **{name: getattr(module, own) for name, (module, own, _) in self._changes.items()}}
+            return {**self.plain(), **{name: getattr(module, own) for name, (module, own, _) in self._changes.items()}}
 
     def tensors(self) -> dict[str, Tensor]:
         """What changed matrices are made of: ``matrix/base``, ``matrix/down.i`` and ``matrix/up.i``; can be filled."""
-        found = {}
+        found, plain = {}, self.plain()
         for name, (_, _, change) in self._changes.items():
-            found[f"{name}/base"] = self._plain[name]
+            found[f"{name}/base"] = plain[name]
             found |= {f"{name}/{own}": each.detach() for own, each in change.named_parameters()}
         return found
 

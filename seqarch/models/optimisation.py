@@ -56,14 +56,14 @@ def _exempt_by_name(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def train_only(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Let nothing learn but the parameters that are named; returns their paths.
+    """Let nothing learn but the parameters that are named, of those that learn so far; returns their paths.
 
     Args:
         names: of parameters, or of modules with all inside of them, as ``"head"``, ``"stack.layers.0"`` or
             ``"*.out_proj"``. Of weights that two modules share it is enough to name one.
 
     Raises:
-        ValueError: a name is of no parameter; then nothing is changed.
+        ValueError: a name is of no parameter, or none of those that are named learns so far; then nothing is changed.
     """
     everything = dict(model.named_parameters(remove_duplicate=False))
     inside = {path: list(accumulate(path.split("."), "{}.{}".format)) for path in everything}
@@ -74,8 +74,11 @@ def train_only(model: nn.Module, names: Sequence[str]) -> list[str]:
                 f"{name!r} names no parameter; expected the path of a parameter or a module, which begin with"
                 f" {', '.join(tops)}, with * for any part of it"
             )
-    chosen = [path for path, parts in inside.items() if any(fnmatchcase(e, name) for e in parts for name in names)]
-    learning = {id(everything[path]) for path in chosen if everything[path].requires_grad}
+    named = [path for path, parts in inside.items() if any(fnmatchcase(e, name) for e in parts for name in names)]
+    chosen = [path for path in named if everything[path].requires_grad]
+    if named and not chosen:
+        raise ValueError(f"{', '.join(map(repr, names))} names only weights that do not learn, as {named[0]}")
+    learning = {id(everything[path]) for path in chosen}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learning)
     return chosen

@@ -10,9 +10,9 @@ import torch
 
 import seqarch
 from seqarch import ops
-from seqarch.decoding.program import Program
 from seqarch.models import LanguageModel, LMConfig
 from seqarch.models.one_token import Known
+from tests.support.one_token import Runs
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
 
@@ -44,18 +44,18 @@ def in_torch(model: LanguageModel, tokens: int = 12) -> list[torch.Tensor]:
     ],
     ids=str,
 )
-def test_the_tokens_are_those_of_the_logits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    model, runs, run = make(**options), [], Program.run
-    monkeypatch.setattr(Program, "run", lambda *given: runs.append(1) or run(*given))
+def test_the_tokens_are_those_of_the_logits(options: dict[str, Any], runs: Runs):
+    model = make(**options)
     found = model.generate(PROMPTS, 12)
-    assert len(runs) == 11  # the first comes from the prompts
+    assert runs.count == 11  # the first comes from the prompts
     programs = [program for _, program in known(model).variants[0]]  # type: ignore[union-attr]
     assert [call.reason for part in programs[0].parts for call in part.lowered.calls] == []  # type: ignore[union-attr]
     for own, expected in zip(found, in_torch(model), strict=True):
         assert torch.equal(own, expected)
-    assert len(runs) == 11
+    assert runs.count == 11
 
 
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_models_of_which_nothing_is_compiled_are_not_captured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Their tokens are whole numbers as any model's, and capturing what is then refused took a second."""
@@ -65,11 +65,10 @@ def test_models_of_which_nothing_is_compiled_are_not_captured(dtype: torch.dtype
     assert known(model) is not None
 
 
-def test_bfloat16_takes_the_likeliest_of_float32(monkeypatch: pytest.MonkeyPatch):
-    model, runs, run = make(pattern="gated_delta_net attention/swiglu").bfloat16(), [], Program.run
-    monkeypatch.setattr(Program, "run", lambda *given: runs.append(1) or run(*given))
+def test_bfloat16_takes_the_likeliest_of_float32(runs: Runs):
+    model = make(pattern="gated_delta_net attention/swiglu").bfloat16()
     found = model.generate(PROMPTS, 12)
-    assert len(runs) == 11
+    assert runs.count == 11
     wide = copy.deepcopy(model).float()
     for row in found:
         logits = wide(row[None, :-1])[0][0, -12:]

@@ -173,3 +173,23 @@ def test_models_without_adapters_are_refused():
     with pytest.raises(ValueError, match=r"out_proj.weight belongs to several layers \(share\): .* without att"):
         adapted(shared, 2, 1.0)
     adapted(shared, 2, 1.0, ["mlp"])
+
+
+def test_adapters_go_with_a_model_to_another_dtype():
+    model = model_of("gla attention").float()
+    adapters = with_numbers(adapted(model, 2, 4.0, names=["norm"]))
+    model.double()
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    merged, other = adapters.merged(), model_of("gla attention")
+    assert {each.dtype for each in merged.values()} == {torch.float64}
+    other.load_state_dict(merged)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_nothing_is_left_to_learn_in_silence():
+    model = model_of("gla")
+    train_only(model, ["norm"])
+    with pytest.raises(ValueError, match="'head' names only weights that do not learn"):
+        train_only(model, ["head"])
+    assert [name for name, each in model.named_parameters() if each.requires_grad] == ["norm.weight"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from seqarch import ops
 from seqarch.layers import MIXERS
 from seqarch.models import Stack, StackConfig
+from seqarch.ops.native import tape
 
 
 @dataclass
@@ -23,6 +24,10 @@ NOT_CAPTURED = ("hyena", "nsa", "path_attention")
 CAPTURED = tuple(name for name in MIXERS if name not in NOT_CAPTURED)
 """A step of ``hyena`` compares filters by their values; ``nsa`` pads by a length, which torch does not capture; one of
 ``path_attention`` writes all of its keys anew."""
+
+
+COMPILED = tape.unavailable() or "compiled"
+"""What a layer says of a token that is all compiled: without the compiled library, why it is not."""
 
 
 def make(pattern: str = "mamba", depth: int = 2, width: int = 96, **options: object) -> Stack:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -78,6 +79,23 @@ def train_for_sweep(folder: RunFolder, config: RunConfig, *_: object) -> tuple[s
     """In place of ``experiments.sweeps.execute._train``, whose processes take seconds each to start."""
     train_here(config)
     return folder.status() or "failed", folder.record().get("reason", "")
+
+
+def train_in_two_attempts(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, between: Callable[[], None], stop: int = 6
+) -> tuple[int, RunFolder]:
+    """The run, preempted before the step after ``stop``, and resumed after what happens between."""
+    step = Run.step
+
+    def preempted(run: Run) -> torch.Tensor:
+        run.interrupts.requested = run.state.step == stop
+        return step(run)
+
+    monkeypatch.setattr(Run, "step", preempted)
+    assert train_here(config)[0] == 75
+    monkeypatch.setattr(Run, "step", step)
+    between()
+    return train_here(config)
 
 
 def last(folder: RunFolder) -> Path:

@@ -16,7 +16,7 @@ from experiments.util.files import read_json
 from seqarch import load
 from seqarch.convert import carry_over
 from seqarch.models import tile_pattern
-from tests.support.runs import RunFolder, last, same, tensors, tiny_config, train_here
+from tests.support.runs import RunFolder, last, same, tensors, tiny_config, train_here, train_in_two_attempts
 
 DEPTH = {"model__depth": 2}
 
@@ -112,17 +112,8 @@ def test_it_resumes_to_the_bit_and_without_its_start(tmp_path, monkeypatch, teac
     shutil.copytree(teacher.path, copied)
     start = {"train__start_from": str(copied), **learns(teacher, "mixer_outputs")}
     whole = train_here(student(teacher, tmp_path / "whole", **start))[1]
-    torn_config, step = student(teacher, tmp_path / "torn", **start), Run.step
-
-    def preempted(run):
-        run.interrupts.requested = run.state.step == 6
-        return step(run)
-
-    monkeypatch.setattr(Run, "step", preempted)
-    assert train_here(torn_config)[0] == 75
-    monkeypatch.setattr(Run, "step", step)
-    shutil.rmtree(copied)
-    code, torn = train_here(torn_config)
+    torn_config = student(teacher, tmp_path / "torn", **start)
+    code, torn = train_in_two_attempts(torn_config, monkeypatch, lambda: shutil.rmtree(copied))
     assert code == 0
     assert same(tensors(last(whole)), tensors(last(torn)))
 

@@ -13,7 +13,7 @@ from experiments.training.dry_run import plan
 from experiments.training.loop import Run
 from experiments.util.errors import ConfigError
 from seqarch import LanguageModel, load, quantize
-from tests.support.runs import RunFolder, last, same, tensors, tiny_config, train_here
+from tests.support.runs import RunFolder, last, same, tensors, tiny_config, train_here, train_in_two_attempts
 
 SIZES = {"model__depth": 2, "model__channel": "swiglu", "model__mixers": {"attention": {"num_heads": 2}}}
 
@@ -84,17 +84,8 @@ def test_it_resumes_to_the_bit_and_without_its_start(tmp_path, monkeypatch, teac
     if convert:
         changes |= {"model__pattern": "gated_delta_net attention"}
     whole = train_here(tuned(teacher, tmp_path / "whole", **changes))[1]
-    torn_config, step = tuned(teacher, tmp_path / "torn", **changes), Run.step
-
-    def preempted(run):
-        run.interrupts.requested = run.state.step == 6
-        return step(run)
-
-    monkeypatch.setattr(Run, "step", preempted)
-    assert train_here(torn_config)[0] == 75
-    monkeypatch.setattr(Run, "step", step)
-    shutil.rmtree(copied)
-    code, torn = train_here(torn_config)
+    torn_config = tuned(teacher, tmp_path / "torn", **changes)
+    code, torn = train_in_two_attempts(torn_config, monkeypatch, lambda: shutil.rmtree(copied))
     assert code == 0
     assert same(tensors(last(whole)), tensors(last(torn)))
     assert whole.record()["results"]["test"] == torn.record()["results"]["test"]

@@ -13,7 +13,7 @@ from experiments.sweeps.execute import resolve_composed
 from experiments.training.loop import Run
 from experiments.util.errors import ConfigError
 from experiments.util.files import read_json
-from tests.support.runs import last, same, tensors, tiny_config, train_here
+from tests.support.runs import last, same, tensors, tiny_config, train_here, train_in_two_attempts
 
 
 @pytest.fixture
@@ -50,17 +50,8 @@ def test_a_later_attempt_resumes_from_its_own_checkpoints(tmp_path, monkeypatch,
     """To the bit, and where what it started from is gone by then."""
     start = str(last(first))
     _, whole = train_here(tiny_config(tmp_path / "whole", train__start_from=start))
-    torn_config, step = tiny_config(tmp_path / "torn", train__start_from=start), Run.step
-
-    def preempted(run):
-        run.interrupts.requested = run.state.step == 6
-        return step(run)
-
-    monkeypatch.setattr(Run, "step", preempted)
-    assert train_here(torn_config)[0] == 75
-    monkeypatch.setattr(Run, "step", step)
-    shutil.rmtree(first.path)
-    code, torn = train_here(torn_config)
+    torn_config = tiny_config(tmp_path / "torn", train__start_from=start)
+    code, torn = train_in_two_attempts(torn_config, monkeypatch, lambda: shutil.rmtree(first.path))
     assert code == 0
     assert same(tensors(last(whole)), tensors(last(torn)))
     assert torn.record()["results"] == whole.record()["results"]
