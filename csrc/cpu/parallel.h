@@ -12,8 +12,8 @@
 namespace seqarch {
 
 // body(i) for each i below `count`, in equal shares of consecutive ones. Work on several threads goes through here or
-// through what follows, so that none of them computes with denormal numbers; a tape starts its own threads, and so does a
-// transposition, which computes nothing.
+// through what follows, so that none of them computes with denormal numbers; a tape starts its own threads, and so does
+// a transposition, which computes nothing.
 template <class Body>
 void parallel_for(int64_t count, int num_threads, Body body) {
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
