@@ -27,7 +27,7 @@ from seqarch.pretrained.families import CHECKED
 from seqarch.pretrained.their_settings import CLASSES, MADE_HERE
 from seqarch.testing import assert_close
 from tests.interop.test_families import BOUND
-from tests.support.families import CASES, VARIANTS, build, each_case, is_first, randomise
+from tests.support.families import CASES, VARIANTS, build, each_case, is_first, randomised
 
 TOKENS = torch.randint(3, 53, (2, 19), generator=torch.Generator().manual_seed(1))
 
@@ -272,7 +272,7 @@ def options_of(name: str, changes: dict[str, Any]) -> tuple[str, dict[str, Any]]
 @torch.no_grad()
 def test_every_family_holds_models_made_here(name: str, changes: dict[str, Any], tmp_path):
     family, options = options_of(name, changes)
-    model = randomise(LanguageModel(**options))
+    model = randomised(lambda: LanguageModel(**options))
     model.save_pretrained(tmp_path / "saved", family=family)
     theirs = reread(tmp_path / "saved")
     assert type(theirs).__name__ == name
@@ -451,7 +451,7 @@ def test_a_mixer_made_of_others_goes_by_its_path_or_its_short_name(tmp_path):
     options["pattern"] = options["pattern"].replace(HYBRID, path)
     for option in ("mixers", "norm_placements"):
         options[option] = {path if name == HYBRID else name: value for name, value in options[option].items()}
-    model = randomise(LanguageModel(**options))
+    model = randomised(lambda: LanguageModel(**options))
     assert isinstance(model.stack.layers[1].mixers[0], Zamba2)  # type: ignore[union-attr, index]
     model.save_pretrained(tmp_path / "saved", family=family)
     read = LanguageModel.from_pretrained(tmp_path / "saved")

@@ -11,7 +11,7 @@ import transformers
 
 from seqarch.interop import from_transformers, lm_config
 from seqarch.testing import assert_close
-from tests.support.families import randomise
+from tests.support.families import randomised
 from tests.support.hybrid_releases import RELEASES as HYBRID_RELEASES
 
 BOUND = 1e-5
@@ -226,7 +226,7 @@ RELEASES: dict[str, dict[str, Any]] = {
 def test_settings_of_a_release_are_theirs(release: str):
     settings = {**SIZES, **(RELEASES | HYBRID_RELEASES)[release]}
     config = transformers.AutoConfig.for_model(**copy.deepcopy(settings))
-    theirs = randomise(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    theirs = randomised(lambda: transformers.AutoModelForCausalLM.from_config(config)).eval()
     ours = from_transformers(settings, theirs.state_dict()).eval()
     assert_close(ours(TOKENS)[0], theirs(TOKENS, use_cache=False).logits, BOUND, "logits")
 
@@ -262,7 +262,7 @@ def test_scaled_rotary_positions_are_theirs(model_type: str, scaled: str):
     file |= half if model_type == "stablelm" else {}
     given = {**file, "rope_scaling": {name: value for name, value in scaling.items() if name != "length"}}
     config = transformers.AutoConfig.for_model(**copy.deepcopy(given))
-    theirs = randomise(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    theirs = randomised(lambda: transformers.AutoModelForCausalLM.from_config(config)).eval()
     ours = from_transformers({**file, "rope_scaling": scaling}, theirs.state_dict()).eval()
     expected = theirs(TOKENS, use_cache=False).logits
     assert_close(ours(TOKENS)[0], expected, BOUND, "logits")

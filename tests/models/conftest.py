@@ -12,9 +12,14 @@ from tests.support.one_token import Runs
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+def library() -> None:
+    """The test is of the compiled library itself, and skipped where there is none."""
     if (reason := cpu_library.unavailable()) is not None:
-        pytest.skip(f"no program runs: {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def runs(library: None, monkeypatch: pytest.MonkeyPatch) -> Runs:
     runs, run = Runs(), Program.run
 
     def counted(*arguments: object) -> object:

@@ -24,7 +24,7 @@ from seqarch.models import LanguageModel, Stack, StackConfig
 from seqarch.models.quantization import formats_of
 from seqarch.ops.native import cpu_library, quantized_linear
 from seqarch.testing import assert_close, error
-from tests.support.one_token import NOT_CAPTURED
+from tests.support.one_token import COMPILED, NOT_CAPTURED
 
 FORMS = [WeightFormat(name, group) for name in ("int8", "int4") for group in (32, 64)]
 LARGEST = {"int8": 0.5 / 127, "int4": 1 / 8}
@@ -58,7 +58,7 @@ def test_weights_are_rounded_to_the_nearest_code(form: WeightFormat):
 
 
 @pytest.fixture(params=[True, False], ids=["integers", "floats"])
-def integers(request: pytest.FixtureRequest) -> Iterator[bool]:
+def integers(library: None, request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether sums may be of integers: processors without AVX-512 VNNI compute as where they may not."""
     quantized_linear.integer_products(request.param)
     yield request.param
@@ -98,6 +98,7 @@ def test_rows_of_any_size_are_multiplied(form: WeightFormat, integers: bool):
     assert not y[5].isfinite().any()
 
 
+@pytest.mark.usefixtures("library")
 def test_the_operator_keeps_torchs_rules_and_refuses_other_groups():
     module, x = QuantizedLinear.of(torch.randn(5, 64), FORMS[2]), torch.randn(2, 64)
     torch.library.opcheck(quantized_linear.quantized_linear, (x, module.codes, module.scales, torch.randn(5)))
@@ -154,7 +155,7 @@ def test_every_mixer_computes_with_the_rounded_weights(name: str):
             outputs.append(y)
     assert_close(torch.cat(outputs, dim=1), expected, 3e-6)
     if name not in NOT_CAPTURED:
-        assert all(said.startswith("compiled") and "linear.default" not in said for said in stack.explain_one_token())
+        assert all(said.startswith(COMPILED) and "linear.default" not in said for said in stack.explain_one_token())
 
 
 @torch.no_grad()

@@ -203,17 +203,22 @@ def class_of(name: str) -> Any:
     return getattr(transformers, name, None) or getattr(rwkv7_model, name)
 
 
+GAIN = 0.6
+"""Of random matrices and convolutions: with 1, layer after layer makes more of what those before it rounded."""
+
+
 def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
     """The configuration and the model, with random parameters and buffers."""
     config = VARIANTS[name][0](**changes)
-    return config, randomise(class_of(name)(config)).train(False)
+    return config, randomised(lambda: class_of(name)(config)).train(False)
 
 
-def randomise(model: M) -> M:
+def randomised(make: Callable[[], M]) -> M:
     """A model of theirs or of ours with random parameters and buffers, the same each time, but for those that follow
     from settings.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # before it is made: what its initialisation drew is part of some values
+    model = make()
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if key.endswith(("_decay", "slope_rate")):
@@ -221,9 +226,9 @@ def randomise(model: M) -> M:
             if key.endswith("A_log"):
                 tensor.uniform_(-3, 0)  # a memory of many tokens: outputs near 0 would let the norm after them round
             elif tensor.ndim >= 2 and "conv" not in key:
-                tensor.normal_(std=tensor.shape[-1] ** -0.5)
+                tensor.normal_(std=GAIN * tensor.shape[-1] ** -0.5)
             elif "conv" in key:
-                tensor.normal_()
+                tensor.normal_(std=GAIN)
             else:
                 tensor.add_(0.3 * torch.randn_like(tensor))
     return model

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seqarch.interop import FAMILIES, from_transformers, lm_config
-from tests.support.families import VARIANTS, class_of, randomise
+from tests.support.families import VARIANTS, class_of, randomised
 
 TOKENS = torch.randint(3, 53, (1, 11), generator=torch.Generator().manual_seed(1))
 
@@ -194,7 +194,7 @@ class Models:
         return {own.attribute_map.get(name, name) for name in read}
 
     def _run(self, config: Any) -> tuple[dict[str, Tensor], Tensor]:
-        model = randomise(self.model(config)).train()
+        model = randomised(lambda: self.model(config)).train()
         with torch.no_grad():
             return model.state_dict(), model(TOKENS, use_cache=False).logits
 

@@ -64,7 +64,7 @@ def _attend(inputs: AttentionInputs, plain: bool) -> Results:
     if q.shape[1] == 1:  # the last query sees all that is left
         causal, window = False, 0
     # torch aligns is_causal with the first key, this operation with the last
-    whole = not window and key_start is None and (not causal or q.shape[1] == k.shape[1])
+    whole = not window and key_start is None and (not causal or bool(q.shape[1] == k.shape[1]))
     mask = None if whole else visible(q.shape[1], k.shape[1], causal, window, key_start, q.device)
     options = {"plain": plain, "logit_cap": inputs.logit_cap, "return_lse": inputs.return_lse, "key_bias": key_bias}
     return sdpa(q, k, v, inputs.scale, mask, is_causal=causal and whole, **options)

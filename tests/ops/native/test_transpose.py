@@ -36,6 +36,7 @@ def test_strided_matrices_and_a_machine_without_the_library(monkeypatch: pytest.
     assert torch.equal(whole[:, 2:], x.T)
 
 
-def test_a_place_beside_the_result_is_refused():
-    with pytest.raises(ValueError, match="outside its domain"):
-        transpose_into(torch.ones(3, 4), torch.ones(4, 5), 3)
+@pytest.mark.parametrize(("shape", "first"), [((4, 5), 3), ((4, 5), -1), ((5, 5), 0)])
+def test_a_place_beside_the_result_is_refused(shape: tuple[int, int], first: int):
+    with pytest.raises(ValueError, match=f"columns {first} to {first + 2} of y "):
+        transpose_into(torch.ones(3, 4), torch.ones(shape), first)
