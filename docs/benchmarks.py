@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.bench import quantized, tokens
 from experiments.bench.benchmarks import BENCHMARKS, names_on
 from experiments.bench.decode import HEADER as HEADER_OF_DECODE
 from experiments.bench.decode import cells as decode_cells
@@ -54,6 +55,30 @@ def target_table() -> str:
         f" threads, load {machine['load']:.1f} at the end, torch {kept['software']['packages']['torch']}, code"
         f" {str(kept['code']['commit'])[:10]}.\n\n" + table(HEADER, (each.cells for each in results))
     )
+
+
+def token_table() -> str:
+    """A decoded token of each mixer beside reading its weights and state."""
+    return _of_tokens("tokens", tokens.HEADER, tokens.Token, left=1)
+
+
+def quantized_table() -> str:
+    """A decoded token by the form of the weights, beside float32."""
+    return _of_tokens("quantized", quantized.HEADER, quantized.Token, left=2)
+
+
+def _of_tokens(name: str, header: tuple[str, ...], kind: type[tokens.Token | quantized.Token], left: int) -> str:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    machine, rows = kept["hardware"], [kind(**row) for row in kept[name]]
+    about = (
+        f"{machine['cpu']}, {machine['threads']} threads, load {machine['load']:.1f} at the end, torch"
+        f" {kept['software']['packages']['torch']}, code {str(kept['code']['commit'])[:10]}; medians of"
+        f" {min(row.rounds for row in rows)} turns of {tokens.TOKENS} tokens or more."
+    )
+    return "\n\n".join([about, table(header, (row.cells for row in rows), align="--:", left=left)])
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

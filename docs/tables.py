@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-from docs.benchmarks import bench_tables, decode_tables, gpu_tables, offload_tables, target_table
+from docs.benchmarks import (
+    bench_tables,
+    decode_tables,
+    gpu_tables,
+    offload_tables,
+    quantized_table,
+    target_table,
+    token_table,
+)
 from docs.choosing import answer, quality_table, speed_table, state_table
 from docs.costs import costs
 from docs.docstrings import (
@@ -158,6 +166,8 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     Path("docs/bench.md"): {
         "targets": target_table,
         "decode": decode_tables,
+        "tokens": token_table,
+        "quantized": quantized_table,
         "bench": bench_tables,
         "gpu bench": gpu_tables,
     },

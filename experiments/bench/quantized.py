@@ -2,7 +2,8 @@
 
 Twelve layers of width 768 with random weights, one row, after a prompt of 512 tokens. In turn: the same stack in
 float32, in bfloat16, by ``seqarch.quantize`` in 8 and 4 bits, and with torchao's weight-only 8 bits where that is
-installed; and for each the sum of as many bytes of float32 as its weights have.
+installed; and for each the sum of as many bytes of float32 as its weights and its state after the prompt have. A turn
+is of several tokens.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.bench.benchmark import Absent, timed
+from experiments.bench.benchmark import Absent
 from experiments.bench.devices import Cpu
-from experiments.bench.measure import alternate, ratio
+from experiments.bench.measure import ratio
 from experiments.bench.record import prepare_folder, provenance, text_table
-from experiments.bench.tokens import DEPTH, PROMPT, ROUNDS, WIDTH, WITHOUT_CHANNEL, decoding
+from experiments.bench.tokens import DEPTH, PROMPT, WIDTH, WITHOUT_CHANNEL, decoding, in_turns
 from experiments.util.files import write_atomic
 from seqarch.models.quantization import quantize, weight_bytes
 from seqarch.models.stack import Stack
@@ -39,7 +40,7 @@ class Token:
     Attributes:
         weights: the form, ``"float32"`` the one that others are compared with.
         megabytes: of all weights, scales included.
-        milliseconds: of a token; ``reading`` for reading all weights once.
+        milliseconds: of a token; ``reading`` for reading weights and state once.
         times: faster than float32, and ``share`` what ``reading`` is of ``milliseconds``, medians of the rounds.
         rounds: that the medians are of.
     """
@@ -109,9 +110,8 @@ def measure(pattern: str, budget: float, width: int = WIDTH, depth: int = DEPTH,
             continue
         sizes[form] = _bytes(stack)
         works[form] = decoding(stack, stack, 1, prompt)
-        works[f"{form}, reading"] = torch.ones(sizes[form] // 4).sum
-    device = Cpu()
-    times = alternate({name: partial(device.seconds, timed(work, {})) for name, work in works.items()}, budget, ROUNDS)
+        works[f"{form}, reading"] = torch.ones((sizes[form] + stack.state_bytes(prompt)) // 4).sum
+    times = in_turns(works, budget)
     median = {name: 1e3 * sorted(found)[len(found) // 2] for name, found in times.items()}
     return [
         Token(

@@ -33,20 +33,21 @@ class Watch:
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self.modules = list(modules)
-        if odd := [module for module in self.modules if not is_plain(module)]:
+        modules = list(modules)
+        if odd := [module for module in modules if not is_plain(module)]:
             raise Unserved(f"{type(odd[0]).__name__} has hooks, or a forward pass of its own")
-        self.sizes = [len(vars(module)) for module in self.modules]
+        self.attributes = list(map(vars, modules))
+        self.sizes = list(map(len, self.attributes))
         entries = [
             (owner, name)
-            for module in self.modules
+            for module in modules
             for owner in (vars(module), module._parameters, module._buffers, module._modules)
             for name, value in list(owner.items())
             if isinstance(value, WATCHED)
         ]
         self.owners, self.names = (list(each) for each in zip(*entries, strict=True))
         self.values = list(map(getitem, self.owners, self.names))
-        self.hooks: list[Any] = [each for m in self.modules for each in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks: list[Any] = [each for m in modules for each in (m._forward_hooks, m._forward_pre_hooks)]
         self.tensors: list[Tensor] = []
         self.addresses: list[int] = []
 
@@ -61,8 +62,8 @@ class Watch:
 
     def objects(self) -> Iterator[Any]:
         """What :meth:`hold` looks at."""
-        yield from (self.modules, self.owners, self.names, self.values, self.hooks, self.tensors, self.addresses)
-        yield from chain(self.modules, self.owners, self.values, self.hooks, self.tensors, map(vars, self.modules))
+        yield from (self.attributes, self.owners, self.names, self.values, self.hooks, self.tensors, self.addresses)
+        yield from chain(self.attributes, self.owners, self.values, self.hooks, self.tensors)
 
     def hold(self) -> list[UntypedStorage] | None:
         """The parameters' memory, to be kept while the program runs: another thread may give a parameter other memory.
@@ -72,7 +73,7 @@ class Watch:
         memory = list(map(Tensor.untyped_storage, self.tensors))  # first: what is kept stays where it is found next
         same = (
             not any(self.hooks)
-            and list(map(len, map(vars, self.modules))) == self.sizes
+            and list(map(len, self.attributes)) == self.sizes
             and all(map(is_, map(dict.get, self.owners, self.names), self.values))
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )

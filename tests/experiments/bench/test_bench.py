@@ -456,6 +456,7 @@ def test_a_token_is_measured_beside_its_weights(tmp_path, monkeypatch, capsys):
     assert (mamba["stack"], gla["stack"]) == ("mamba", "gla")
     stack = Stack(d_model=32, pattern="gla", depth=1, channel="swiglu")
     assert gla["megabytes"] == pytest.approx(4e-6 * sum(map(Tensor.numel, stack.parameters())))
+    assert gla["state"] == pytest.approx(1e-6 * stack.state_bytes(5))
     for found in (mamba, gla):
         assert found["rounds"] > 0
         assert 0 < found["share"] < 1
