@@ -52,6 +52,7 @@ def compare(stack: Stack, rows: int, runs: Runs, programs: int = 1, tokens: int 
 def test_every_mixer_equals_torch(name: str, runs: Runs):
     stack = make(name, depth=1, width=64)
     compare(stack, 2, runs, context=40)
+    assert stack.token_programs.known[2].captures == 1  # lengths are data
     assert all(said.startswith("compiled") for said in stack.explain_one_token())
 
 

@@ -165,7 +165,9 @@ def add_gates(mixer: CachedAttention, log_f: Tensor, kept: Kept, forgotten: Any)
 def _last(sums: KVCache, cache_window: int | None) -> Tensor:
     """The sums up to each row's last token, ``[B, H]``: zeros before the first."""
     held = sums.held(cache_window)
-    return sums.keys[:, held - 1, :, 0] if held else sums.keys.new_zeros(sums.rows, sums.keys.shape[2])
+    if not held:
+        return sums.keys.new_zeros(sums.rows, sums.keys.shape[2])
+    return sums.keys.narrow(1, held - 1, 1)[:, 0, :, 0]  # an index would make a captured token one of this length alone
 
 
 def _add_up(before: Tensor, log_f: Tensor) -> tuple[Tensor, Tensor]:
