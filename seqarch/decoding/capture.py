@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
+from seqarch.decoding.decompositions import DECOMPOSITIONS
 from seqarch.decoding.form import CAPACITY, has_capacity
 from seqarch.ops.native.view import Amount, Unserved
 
@@ -76,7 +77,8 @@ def capture(layer: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state
 
     try:
         with _ALONE, torch.no_grad(), fake, _silenced():
-            graph = make_fx(step, tracing_mode="real", _allow_non_fake_inputs=True)(_like(fake, x), *inputs)
+            trace = make_fx(step, DECOMPOSITIONS, tracing_mode="real", _allow_non_fake_inputs=True)
+            graph = trace(_like(fake, x), *inputs)
     except Exception as error:  # whatever torch, or somebody's layer, says to tensors without values
         reason = (str(error).strip().splitlines() or ["it says nothing"])[0]
         raise Unserved(f"its step cannot be captured: {type(error).__name__}: {reason}") from error

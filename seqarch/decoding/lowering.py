@@ -352,11 +352,15 @@ class Lowering:
         Raises:
             Unserved: what was there is used later, under whatever name.
         """
+        if self.is_used_after(node, by):
+            raise Unserved(f"what {by.target} writes over is used again")
+        return self.view(node)
+
+    def is_used_after(self, node: fx.Node, by: fx.Node) -> bool:
+        """Whether what a tensor holds is used after ``by``, under whatever name."""
         view, now = self.view(node), self.order[by]
         named = [other for other, own in self.values.items() if isinstance(own, View) and own.buffer is view.buffer]
-        if any(self.order[user] > now and user.op != "output" for other in named for user in other.users):
-            raise Unserved(f"what {by.target} writes over is used again")
-        return view
+        return any(self.order[user] > now and user.op != "output" for other in named for user in other.users)
 
 
 def number(value: Any) -> float:

@@ -18,11 +18,16 @@ BATCH, TOKENS, HEADS = (0,), (0, 1), (0, 1, 2)
 
 
 def _state(low: Lowering, node: Any, by: fx.Node) -> tuple[View, View]:
-    """What an instruction replaces in place: the state itself, or a copy where that is of bfloat16; and the state."""
-    view = low.replaces(node, by)
-    if view.buffer.kind != "state" or not view.is_dense(view.rank):
-        raise Unserved(f"{by.target} goes on from a state that is computed")
-    return low.tape.copy(view) if view.dtype == torch.bfloat16 else view, view
+    """What an instruction replaces in place, and where the state is after it.
+
+    That is the state itself, or a copy of what is used later, is computed, or has gaps. One of bfloat16 is put back.
+    """
+    view = low.view(node)
+    in_place = view.buffer.kind == "state" and view.is_dense(view.rank) and not low.is_used_after(node, by)
+    if in_place and view.dtype != torch.bfloat16:
+        return view, view
+    held = low.tape.copy(low.stored(node)[0])
+    return held, view if in_place else held
 
 
 def _keep(low: Lowering, held: View, state: View) -> None:

@@ -21,7 +21,7 @@ from seqarch.layers.state_space.mamba import Mamba
 from seqarch.models import LanguageModel, LMConfig, Stack
 from seqarch.ops.native import tape
 from seqarch.testing import assert_close
-from tests.support.one_token import CAPTURED, Runs, in_torch, make
+from tests.support.one_token import CAPTURED, PARTLY_CAPTURED, Runs, in_torch, make
 from tests.support.paths import ROOT
 
 BOUND = 3e-6
@@ -53,7 +53,8 @@ def test_every_mixer_equals_torch(name: str, runs: Runs):
     stack = make(name, depth=1, width=64)
     compare(stack, 2, runs, context=40)
     assert stack.token_programs.known[2].captures == 1  # lengths are data
-    assert all(said.startswith("compiled") for said in stack.explain_one_token())
+    (said,) = stack.explain_one_token()
+    assert said.startswith("compiled; torch: ") if name in PARTLY_CAPTURED else said == "compiled"
 
 
 def test_torch_gives_numbers_with_gaps_another_shape(runs: Runs):

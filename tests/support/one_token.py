@@ -26,6 +26,12 @@ CAPTURED = tuple(name for name in MIXERS if name not in NOT_CAPTURED)
 ``path_attention`` writes all of its keys anew."""
 
 
+PARTLY_CAPTURED = (
+    *("big_bird", "moba", "stick_breaking_attention"),
+    *("log_linear_gated_delta_net", "log_linear_mamba2"),
+)
+"""Those of which torch does a part: attention over listed blocks and over sticks, and states of levels."""
+
 COMPILED = tape.unavailable() or "compiled"
 """What a layer says of a token that is all compiled: without the compiled library, why it is not."""
 

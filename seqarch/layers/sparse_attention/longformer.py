@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from seqarch import ops
 from seqarch.layers.attention.base import Place
 from seqarch.layers.sparse_attention.base import BlockSparse, BlockSparseConfig
 from seqarch.ops.attention import flops as attention_flops
@@ -67,6 +68,11 @@ class Longformer(BlockSparse):
         begun = -(-place.length // self.config.block_size)
         blocks = torch.arange(min(self.config.global_tokens // self.config.block_size, begun), device=q.device)
         return (blocks.expand(*k.shape[:3], -1),), ()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *selection: Tensor, **where: Any) -> Tensor:
+        if q.shape[1] == 1:  # the cache holds what one token sees and nothing else
+            return ops.attention(q, k, v, **where)
+        return super().attend(q, k, v, *selection, **where)
 
     def sequence_flops(self, length: int, batch_size: int = 1) -> int:
         """Of the window, and of the global tokens that have left it."""

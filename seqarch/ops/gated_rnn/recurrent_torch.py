@@ -47,7 +47,8 @@ def run(inputs: GatedRnnInputs) -> tuple[Tensor, Tensor]:
     gates = bias.shape[1]
 
     def sequence(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = [x[:, :0, :, 0] + 0 * (weight.sum() + bias.sum())]  # gradients are defined without tokens, too: zeros
+        # gradients are defined without tokens, too: zeros
+        outputs = [] if x.shape[1] else [x[:, :0, :, 0] + 0 * (weight.sum() + bias.sum())]
         for own in x.unbind(1):
             # [H, B, W] times [H, W, gates W]
             r = (state[:, 0].transpose(0, 1) @ weight).transpose(0, 1).unflatten(-1, (gates, -1)) + bias

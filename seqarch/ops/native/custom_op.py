@@ -101,7 +101,7 @@ class Operator(Generic[I]):
         keeps: tuple[int, ...] = (),
         devices: str | Sequence[str] | None = None,
     ):
-        self.kind, self.plain, self.results, self.keeps = kind, plain, results, keeps
+        self.kind, self.plain, self.outputs, self.results, self.keeps = kind, plain, outputs, results, keeps
         self.places = [kind.__match_args__.index(field) for field in kind.tensor_fields()]
         arguments, custom_op, names = _schema(kind), torch.library.custom_op, kind.__match_args__
         returns = get_type_hints(forward)["return"]
