@@ -35,6 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "longformer": {"window": 20, "global_tokens": 16},
     "nsa": {"compressed_length": 8, "compressed_stride": 4, "block_size": 8, "window": 16},
     "sliding_window": {"window": 24},
+    "lolcats": {"window": 20},
 }
 PATTERNS = {
     **{name: f"2*{name}" for name in MIXERS},

@@ -19,8 +19,12 @@ SMALL = {
     "sparse_mla": {"top_k": 12},
     "longformer": {"block_size": 4, "window": 12, "global_tokens": 4},
     "based": {"window": 12},
+    "lolcats": {"window": 12},
 }
 """Options beside those of docs/images/matrices.png, by which as few tokens show what is chosen."""
+
+LATE = ("lolcats",)
+"""Mixers whose operation reads values so many tokens late that its columns are not those of the values' tokens."""
 
 INK = (0x2F, 0x6F, 0xC4)
 SIZE = 6
@@ -31,7 +35,10 @@ INFLUENCE = "how much each output changes with each input"
 
 
 def is_linear(name: str) -> bool:
-    """Whether the mixer calls an operation that is linear in its values, so that it has a matrix."""
+    """Whether the mixer calls an operation that is linear in its values, each with its own token, so that it has a
+    matrix."""
+    if name in LATE:
+        return False
     mixer = build_mixer(name, d_model=WIDTH, **options(name))
     with record_calls() as calls, torch.no_grad():
         mixer(torch.zeros(1, LENGTH, WIDTH))
@@ -47,7 +54,7 @@ def influence(name: str) -> torch.Tensor:
     torch.manual_seed(0)
     half = torch.randn(1, LENGTH // 2, 16, dtype=torch.float64)
     x = torch.cat([half, half], dim=1)
-    mixer = build_mixer(name, d_model=16).double()
+    mixer = build_mixer(name, d_model=16, **options(name)).double()
     jacobian = torch.autograd.functional.jacobian(lambda given: mixer(given)[0][0], x)
     assert isinstance(jacobian, torch.Tensor)
     weights = jacobian[:, :, 0].norm(dim=(1, 3))  # [T, D, T, D]

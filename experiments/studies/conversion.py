@@ -28,7 +28,7 @@ COMMON = "experiment=conversion"
 TEACHER = "attention"
 TEACHER_STEPS, OUTPUT_STEPS = 1000, 100
 
-MIXERS = ("gated_delta_net", "mamba2", "linear_attention", "sliding_window")
+MIXERS = ("gated_delta_net", "mamba2", "linear_attention", "sliding_window", "lolcats")
 """In every layer, in place of attention."""
 
 KEPT = {"gated_delta_net, 1 in 4 kept": "3*gated_delta_net attention", "gated_delta_net, 1 in 2 kept":
@@ -42,7 +42,7 @@ BUDGETS = (50, 800)
 """Further numbers of them, of gated_delta_net in every layer."""
 
 SCRATCH_STEPS = {
-    **{"gated_delta_net": 1347, "mamba2": 1368, "linear_attention": 1443, "sliding_window": 1430},
+    **{"gated_delta_net": 1347, "mamba2": 1368, "linear_attention": 1443, "sliding_window": 1430, "lolcats": 1274},
     **{"gated_delta_net, 1 in 4 kept": 1335, "gated_delta_net, 1 in 2 kept": 1324},
     **{"gated_delta_net, 50 steps": 1147, "gated_delta_net, 800 steps": 2146},
 }

@@ -35,6 +35,7 @@ from seqarch.layers.linear_attention.gla import Gla, GlaConfig
 from seqarch.layers.linear_attention.hgrn2 import Hgrn2, Hgrn2Config
 from seqarch.layers.linear_attention.lightning_attention import LightningAttention, LightningAttentionConfig
 from seqarch.layers.linear_attention.linear_attention import LinearAttention, LinearAttentionConfig
+from seqarch.layers.linear_attention.lolcats import LoLCATs, LoLCATsConfig
 from seqarch.layers.linear_attention.mesa_net import MesaNet, MesaNetConfig
 from seqarch.layers.linear_attention.mlstm import Mlstm, MlstmConfig
 from seqarch.layers.linear_attention.retention import Retention, RetentionConfig
@@ -96,6 +97,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "linear_attention": LinearAttention,
     "log_linear_gated_delta_net": LogLinearGatedDeltaNet,
     "log_linear_mamba2": LogLinearMamba2,
+    "lolcats": LoLCATs,
     "longformer": Longformer,
     "lstm": Lstm,
     "mamba": Mamba,
@@ -135,6 +137,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "retention",
         "lightning_attention",
         "based",
+        "lolcats",
         "gla",
         "hgrn2",
         "mlstm",
@@ -267,6 +270,8 @@ __all__ = [
     "LightningAttentionConfig",
     "LinearAttention",
     "LinearAttentionConfig",
+    "LoLCATs",
+    "LoLCATsConfig",
     "LogLinearGatedDeltaNet",
     "LogLinearGatedDeltaNetConfig",
     "LogLinearMamba2",

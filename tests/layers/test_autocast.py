@@ -54,6 +54,7 @@ def test_a_recurrence_is_the_same_under_autocast(backend: str):
 CACHED: dict[str, dict[str, Any]] = {
     "attention": {},
     "based": {"window": 6},
+    "lolcats": {"window": 6},
     "moba": {"block_size": 4},
     "dsa": {"top_k": 5},
     "sparse_mla": {"top_k": 5},

@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "moba": {"block_size": 4},
     "dsa": {"top_k": 3, "num_heads": 2, "num_kv_heads": 1},
     "sparse_mla": {"top_k": 3, "num_heads": 2, "q_lora_rank": 6},
+    "lolcats": {"window": 4},
     "longformer": {"block_size": 4, "window": 4, "global_tokens": 4},
     "nsa": {
         **{"compressed_length": 4, "compressed_stride": 2, "block_size": 4},

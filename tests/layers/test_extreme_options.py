@@ -17,6 +17,7 @@ CASES: list[tuple[str, dict[str, Any], str, int]] = [
     ("attention", {}, "window", LENGTH),
     ("sliding_window", {}, "window", LENGTH),
     ("based", {}, "window", LENGTH),
+    ("lolcats", {}, "window", LENGTH),
     ("longformer", {}, "window", LENGTH),
     ("longformer", {"block_size": 1}, "global_tokens", LENGTH),
     ("big_bird", {"block_size": 4}, "window_blocks", 10),

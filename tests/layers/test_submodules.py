@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dsa": {"top_k": 3},
     "sparse_mla": {"top_k": 3, "q_lora_rank": 5},
     "mla": {"q_lora_rank": 5},
+    "lolcats": {"window": 4},
     "moe": {"shared_experts": 1, "shared_gate": True},
     "nsa": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 8},
 }

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dsa": {"top_k": 3},
     "sparse_mla": {"top_k": 3},
     "mla": {"q_lora_rank": 5},
+    "lolcats": {"window": 4},
     "nsa": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 8},
 }
 ALL = " ".join(map("/".join, zip(MIXERS, [*CHANNEL_MIXERS, *["none"] * len(MIXERS)], strict=False)))

@@ -26,6 +26,7 @@ OPTIONS = {
     "big_bird": {"block_size": 4},
     "dsa": {"top_k": 4},
     "sliding_window": {"window": 6},
+    "lolcats": {"window": 6},
     "longformer": {"window": 6},
 }
 """So that short sequences meet blocks and windows that are full."""

@@ -80,6 +80,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "log_linear_gated_delta_net": [
         {"num_heads": 2, "num_key_heads": 1, "key_width": 8, "negative_eigenvalues": True, "levels": 9}
     ],
+    "lolcats": [
+        {"num_heads": 4, "num_kv_heads": 2, "window": 16, "feature_width": 5, "qk_norm": True, "output_gate": True},
+        {"num_heads": 2, "window": 3, "feature_width": 4, "position": "none", "conv_width": 3, "qkv_bias": True}
+        | {"scale": 0.3, "first_window_factor": 0.6},
+    ],
     "log_linear_mamba2": [
         {"d_state": 8, "head_dim": 16, "n_groups": 2, "negative_eigenvalues": True, "levels": 9, "output_norm": "none"}
     ],

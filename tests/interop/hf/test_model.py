@@ -24,6 +24,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "sparse_mla": {"top_k": 3},
     "big_bird": {"block_size": 2},
     "longformer": {"window": 3},
+    "lolcats": {"window": 3},
     "moba": {"block_size": 2},
     "nsa": {"compressed_length": 4, "compressed_stride": 2, "block_size": 4, "window": 3},
     "sliding_window": {"window": 3},
