@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,6 +63,26 @@ def _softmax(low: Lowering, node: fx.Node) -> None:
     steps = Step("add", 0, 1, number=-1.0), Step("exp", -1)
     low.tape.elementwise([raised], [view, _over(low, "maximum", view, dims)], steps, [-2])
     low.tape.elementwise([to], [raised, _over(low, "sum", raised, dims)], [Step("divide", 0, 1)], [-1])
+    low.values[node] = to
+
+
+LEAST = -3e38
+"""What stands for a largest number of minus infinity: the numbers less it are minus infinity still."""
+
+
+@lowers(aten.logsumexp.default)
+def _logsumexp(low: Lowering, node: fx.Node) -> None:
+    (view,) = low.reads(node.args[0])
+    (dim,) = [int(d) % view.rank for d in node.args[1]]  # type: ignore[union-attr]
+    sizes = [1 if d == dim else size for d, size in enumerate(view.sizes)]
+    most, total, raised, to = (low.tape.value(each) for each in (sizes, sizes, view.sizes, shape_of(node)))
+    low.tape.reduce("maximum", most, view, [dim], 1.0)
+    low.tape.elementwise([most], [most], [Step("clamp", 0, number=LEAST, other=math.inf)], [-1])
+    steps = Step("add", 0, 1, number=-1.0), Step("exp", -1)
+    low.tape.elementwise([raised], [view, most.expanded(view.sizes)], steps, [-2])
+    low.tape.reduce("sum", total, raised, [dim], 1.0)
+    steps = Step("log", 0), Step("add", -1, 1, number=1.0)
+    low.tape.elementwise([to if to.rank == view.rank else to.with_one(dim)], [total, most], steps, [-2])
     low.values[node] = to
 
 

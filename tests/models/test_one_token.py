@@ -148,6 +148,23 @@ def test_operators_with_options(runs: Runs):
     assert_close(found, after, BOUND)
 
 
+class LogSum(nn.Module):
+    """With a dimension kept and without."""
+
+    def forward(self, x: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
+        return torch.cat([x.logsumexp(1), x.logsumexp(2, keepdim=True).flatten(1)], -1), (state[0] + 1,)
+
+
+@torch.no_grad()
+def test_logarithms_of_sums(runs: Runs):
+    layer, x, state = LogSum(), 30 * torch.randn(1, 6, 6), (torch.zeros(1),)
+    x[0, 1], x[0, 2, 3:], x[0, 4, 1] = -torch.inf, -torch.inf, torch.nan
+    y, _ = Program([capture(layer, x, state)], layer.modules(), x, [state]).run(x, [state])
+    expected, _ = layer(x, state)
+    assert expected.isfinite().any()
+    torch.testing.assert_close(y.clamp(min=-1e38), expected.clamp(min=-1e38), equal_nan=True)
+
+
 class Functions(nn.Module):
     """Each function that has vector code of its own, one after the other, of ``x [1, 1, 6 n]``."""
 

@@ -52,7 +52,10 @@ def _in_blocks(q: Tensor, k: Tensor, positions: Tensor, window: int) -> tuple[Te
     after, before = count * size - queries, window - 1 - (k.shape[1] - queries)
     steps = torch.arange(size + window - 1, device=q.device)
     places = torch.arange(count, device=q.device)[:, None] * size + steps
-    keys = F.pad(k, (0, 0, 0, 0, before, after)).index_select(1, places.flatten()).unflatten(1, places.shape)
+    if queries == 1:  # a captured token takes a slice at any length, padding at one alone
+        keys = k[:, k.shape[1] - window :].unsqueeze(1)
+    else:
+        keys = F.pad(k, (0, 0, 0, 0, before, after)).index_select(1, places.flatten()).unflatten(1, places.shape)
     blocks = F.pad(q, (0, 0, 0, 0, 0, after)).unflatten(1, (count, size)).unflatten(3, (groups, -1))
     scores = torch.einsum("bnsgrk,bnjgk->bngrsj", blocks, keys)
     # how far back a key is, and how far a query sees

@@ -194,7 +194,9 @@ def _delayed(rows: Tensor | list[Tensor], by: int, length: int, cu_seqlens: Boun
     Where there are none, what is in their place has no meaning: the first ones are zeros.
     """
     if isinstance(rows, Tensor):
-        missing = min(by - (rows.shape[1] - length), length)
+        missing = by - (rows.shape[1] - length)
+        if missing >= length:
+            return rows.new_zeros(rows.shape[0], length, *rows.shape[2:])
         return F.pad(rows, (0, 0, 0, 0, missing, 0))[:, :length]
     assert cu_seqlens is not None
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
