@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -66,24 +65,24 @@ def _softmax(low: Lowering, node: fx.Node) -> None:
     low.values[node] = to
 
 
-LEAST = -3e38
-"""What stands for a largest number of minus infinity: the numbers less it are minus infinity still."""
-
-
 @lowers(aten.logsumexp.default)
 def _logsumexp(low: Lowering, node: fx.Node) -> None:
+    """``m + log(sum exp(x - m))``, m the largest; m itself where that is infinite."""
     (view,) = low.reads(node.args[0])
-    (dim,) = [int(d) % view.rank for d in node.args[1]]  # type: ignore[union-attr]
-    sizes = [1 if d == dim else size for d, size in enumerate(view.sizes)]
-    most, total, raised, to = (low.tape.value(each) for each in (sizes, sizes, view.sizes, shape_of(node)))
-    low.tape.reduce("maximum", most, view, [dim], 1.0)
-    low.tape.elementwise([most], [most], [Step("clamp", 0, number=LEAST, other=math.inf)], [-1])
-    steps = Step("add", 0, 1, number=-1.0), Step("exp", -1)
-    low.tape.elementwise([raised], [view, most.expanded(view.sizes)], steps, [-2])
-    low.tape.reduce("sum", total, raised, [dim], 1.0)
-    steps = Step("log", 0), Step("add", -1, 1, number=1.0)
-    low.tape.elementwise([to if to.rank == view.rank else to.with_one(dim)], [total, most], steps, [-2])
-    low.values[node] = to
+    given: Any = node.args[1]
+    dims = sorted(d % view.rank for d in given)
+    kept = [1 if d in dims else size for d, size in enumerate(view.sizes)]
+    largest, total, raised = low.tape.value(kept), low.tape.value(kept), low.tape.value(view.sizes)
+    low.tape.reduce("maximum", largest, view, dims)
+    steps = [Step("add", 0, 1, number=-1.0), Step("exp", -1)]
+    low.tape.elementwise([raised], [view, largest.expanded(view.sizes)], steps, [-2])
+    low.tape.reduce("sum", total, raised, dims)
+    low.values[node] = to = low.tape.value(shape_of(node), is_wide(node))
+    for dim in dims if to.rank < view.rank else []:
+        to = to.with_one(dim)
+    steps = [Step("add", 1, 1, number=-1.0), Step("equal", -1, -1)]  # whether the largest is finite
+    steps += [Step("log", 0), Step("add", -3, 1, number=1.0), Step("where", -2, -4, 1)]
+    low.tape.elementwise([to], [total, largest], steps, [-5])
 
 
 def _normalise(low: Lowering, view: View, dims: list[int], eps: float, weights: list[View | None]) -> View:
