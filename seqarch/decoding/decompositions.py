@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from seqarch.ops.gated_rnn.recurrent_cpp import operator as gated_rnn
-from seqarch.ops.native.custom_op import Operator
+import seqarch.ops  # noqa: F401  (defines the operators)
+from seqarch.ops.native.custom_op import OPERATORS, Operator
 
 
 def _plain(operator: Operator[Any]) -> Callable[..., tuple[Tensor, ...]]:
@@ -21,4 +21,4 @@ def _plain(operator: Operator[Any]) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-DECOMPOSITIONS = {operator.operator._opoverload: _plain(operator) for operator in (gated_rnn,)}
+DECOMPOSITIONS = {each.operator._opoverload: _plain(each) for each in (OPERATORS["gated_rnn"],)}

@@ -72,6 +72,10 @@ def as_given(inputs: Inputs, found: Sequence[Tensor | None]) -> list[Tensor]:
     ]
 
 
+OPERATORS: dict[str, Operator[Any]] = {}
+"""By name, as their operations are imported."""
+
+
 class Operator(Generic[I]):
     """The custom operator ``seqarch::NAME`` of some inputs, differentiable, and ``seqarch::NAME_backward``.
 
@@ -102,6 +106,7 @@ class Operator(Generic[I]):
         devices: str | Sequence[str] | None = None,
     ):
         self.kind, self.plain, self.outputs, self.results, self.keeps = kind, plain, outputs, results, keeps
+        OPERATORS[name] = self
         self.places = [kind.__match_args__.index(field) for field in kind.tensor_fields()]
         arguments, custom_op, names = _schema(kind), torch.library.custom_op, kind.__match_args__
         returns = get_type_hints(forward)["return"]
