@@ -197,7 +197,7 @@ def _delayed(rows: Tensor | list[Tensor], by: int, length: int, cu_seqlens: Boun
         missing = by - (rows.shape[1] - length)
         if missing >= length:
             return rows.new_zeros(rows.shape[0], length, *rows.shape[2:])
-        return F.pad(rows, (0, 0, 0, 0, missing, 0))[:, :length]
+        return F.pad(rows[:, : length - missing], (0, 0, 0, 0, missing, 0))
     assert cu_seqlens is not None
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     return torch.cat([_delayed(row[None], by, new, None) for row, new in zip(rows, lengths, strict=True)], dim=1)
