@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqarch.interop import decoder, parts
 from seqarch.interop.parts import norm
-from seqarch.interop.weights import Rule, WeightMap, reorder, rule, under
+from seqarch.interop.weights import Computed, Rule, WeightMap, reorder, rule, under
 from seqarch.models import LayerPattern, LMConfig
 
 LIGHTNING = "lightning_attention"
@@ -98,22 +98,22 @@ def _lightning(settings: Settings) -> list[Rule]:
     ]
 
 
-def _decays(settings: Settings, layer: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def _decays(settings: Settings, layer: int) -> Iterator[tuple[str, Computed]]:
     """Tensors that theirs keeps of the decays of a layer, over the places in a block."""
     heads, factor = settings.num_attention_heads, settings.decay_factor(layer)
 
-    def slopes() -> Tensor:
+    def slopes(dtype: torch.dtype) -> Tensor:
         base = 1 / (2 ** (8 / heads))
-        return (base ** (torch.arange(heads, device="cpu") + 1) * factor)[:, None, None]
+        return (base ** (torch.arange(heads, dtype=dtype, device="cpu") + 1) * factor)[:, None, None]
 
-    def after(distance: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    def after(distance: Callable[[Tensor], Tensor]) -> Computed:
         places = torch.arange(1, settings.block_size + 1, device="cpu")
-        return lambda: torch.exp(-slopes() * distance(places))
+        return lambda dtype: torch.exp(-slopes(dtype) * distance(places))
 
-    def between() -> Tensor:
+    def between(dtype: torch.dtype) -> Tensor:
         places = torch.arange(settings.block_size, device="cpu")
         apart = (places[:, None] - places[None, :])[None, None]
-        return torch.exp(torch.where(apart >= 0, -slopes() * apart, float("-inf")))
+        return torch.exp(torch.where(apart >= 0, -slopes(dtype) * apart, float("-inf")))
 
     yield "slope_rate", slopes
     yield "query_decay", after(lambda places: places[:, None])

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from seqarch.ops.dispatch.checks import accumulation_dtype
+
 Weights = dict[str, Tensor]
+
+Computed = Callable[[torch.dtype], Tensor]
 _Change = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -156,12 +160,12 @@ class WeightMap:
         tied: names of theirs that repeat another tensor of theirs, as ``{copy: original}``: a state dict may leave the
             copies out, or holds the same numbers twice. Where ours has the tensor once, a copy is in no rule.
         computed: tensors of theirs that follow from the configuration and that nothing of ours is made of, as functions
-            which make them in float32. A state dict may leave them out, and is refused if it holds others.
+            which make them in float32 or float64. A state dict may leave them out, and is refused if it holds others.
     """
 
     rules: Sequence[Rule]
     tied: Mapping[str, str] = field(default_factory=dict)
-    computed: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    computed: Mapping[str, Computed] = field(default_factory=dict)
 
     def __post_init__(self):
         for side in ([name for rule in self.rules for name in names(rule)] for names in (_theirs, _ours)):
@@ -202,7 +206,7 @@ class WeightMap:
 
     def computed_tensors(self, like: Tensor) -> Weights:
         """Those of theirs that follow from the configuration, in the dtype and on the device of a tensor."""
-        return {name: make().to(like) for name, make in self.computed.items()}
+        return {name: make(accumulation_dtype(like)).to(like) for name, make in self.computed.items()}
 
     def check_computed(self, name: str, tensor: Tensor) -> None:
         """Raise where a tensor of theirs is not what follows from the configuration, as rounded to its dtype."""
@@ -210,7 +214,7 @@ class WeightMap:
             raise ValueError(f"{name} is no tensor of floating point")
         if tensor.is_meta:
             return
-        expected = self.computed[name]().to(tensor.device)
+        expected = self.computed[name](accumulation_dtype(tensor)).to(tensor.device)
         _expect(list(tensor.shape), list(expected.shape), f"{name}: the shape")
         tolerance = 16 * torch.finfo(tensor.dtype).eps
         if not torch.allclose(tensor.to(expected), expected, rtol=tolerance, atol=tolerance):

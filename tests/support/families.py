@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from tests.support import decoder_families, hybrid_families, rwkv7_model
@@ -211,6 +213,36 @@ def build(name: str, changes: dict[str, Any]) -> tuple[Any, PreTrainedModel]:
     """The configuration and the model, with random parameters and buffers."""
     config = VARIANTS[name][0](**changes)
     return config, randomised(lambda: class_of(name)(config)).train(False)
+
+
+class _Wide(TorchFunctionMode):
+    """Makes float64 of what asks for float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        wide = {torch.float32: torch.float64}
+        args = [wide.get(value, value) if isinstance(value, torch.dtype) else value for value in args]
+        kwargs = {
+            key: wide.get(value, value) if isinstance(value, torch.dtype) else value
+            for key, value in (kwargs or {}).items()
+        }
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Their models made and run in it compute in float64 throughout, though norms and softmax there ask for float32.
+
+    So what differs from ours is no rounding, on any processor. Experts are theirs one by one, as torch's grouped
+    product has no float64.
+    """
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Wide():
+            yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def randomised(make: Callable[[], M]) -> M:
